@@ -1,0 +1,21 @@
+"""fastattn: fast attention, one definition of it, and a transformer that trains on it."""
+
+from fastattn.dispatch import Explanation, backends, use_backend
+from fastattn.errors import InputError, UnsupportedError
+from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from fastattn.ops import SAC_SAVE_OPS
+from fastattn.version import __version__
+
+__all__ = [
+    "SAC_SAVE_OPS",
+    "Explanation",
+    "InputError",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "backends",
+    "explain",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

@@ -1,0 +1,185 @@
+"""Derivatives of the operators: the only autograd.Functions.
+
+``Attention`` is the forward operator and ``AttentionBackward`` its gradient, itself differentiable: a second
+derivative goes through the reference formula. Under ``vmap`` the mapped dimension is folded into the batch
+(for packed sequences, into more sequences), so per-sample gradients run on the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import ops, reference
+from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
+from fastattn.spec import AttentionSpec
+
+Dims = Sequence[int | None]
+
+
+def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return reference.forward(inputs, spec)  # forward mode has no kernel; torch derives it from the formula
+    tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
+    return Attention.apply(*ops.flatten(inputs, spec, backend), needs_grad)
+
+
+class Attention(torch.autograd.Function):
+    """``fastattn::forward`` with its derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastattn.forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[: len(TENSORS)])
+        ctx.scalars = inputs[len(TENSORS) : -1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        flat = (*tensors, *ctx.scalars)
+        needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
+        # a compiled graph cannot be differentiated twice, and Dynamo cannot trace a Function inside a backward
+        gradient = torch.ops.fastattn.backward if torch.compiler.is_compiling() else AttentionBackward.apply
+        grads = gradient(dout, dlse, out, lse, *flat, needed)
+        by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
+        return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        folded = _fold(info.batch_size, in_dims, args[:-1], per_sample=())
+        needs_grad = args[-1]
+        out, lse = Attention.apply(*folded, needs_grad)
+        return _unfold_outputs(info.batch_size, out, lse, is_packed=_is_packed(args))
+
+
+class AttentionBackward(torch.autograd.Function):
+    """``fastattn::backward`` with its derivative, which is that of the reference formula."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        dout, dlse, _out, _lse, *flat = inputs[:-1]
+        ctx.save_for_backward(dout, dlse, *flat[: len(TENSORS)])
+        ctx.scalars = flat[len(TENSORS) :]
+        ctx.needs = [name for name, needed in zip(DIFFERENTIABLE, inputs[-1], strict=True) if needed]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse, *tensors = ctx.saved_tensors
+        inputs, spec, _ = ops.unflatten((*tensors, *ctx.scalars))
+        named = {"dout": dout, "dlse": dlse} | {name: getattr(inputs, name) for name in DIFFERENTIABLE}
+        primals = {name: x for name, x in named.items() if x is not None}
+
+        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+            at = dict(zip(primals, values, strict=True))
+            moved = inputs.replace(**{name: at[name] for name in DIFFERENTIABLE if name in at})
+            out, lse = reference.forward(moved, spec)
+            grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
+            return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
+
+        values, pull_back = torch.func.vjp(gradients, *primals.values())
+        given = dict(zip(DIFFERENTIABLE, cotangents, strict=True))
+        seeds = (given[name] for name in ctx.needs)
+        found = pull_back(tuple(torch.zeros_like(x) if s is None else s for x, s in zip(values, seeds, strict=True)))
+        second = dict(zip(primals, found, strict=True))
+        first = (second["dout"], second.get("dlse"), None, None)
+        return (*first, *(second.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        size, flat, needed = info.batch_size, args[4:-1], args[-1]
+        needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
+        is_packed = _is_packed(flat)
+        dout, out = (_into_batch(size, d, x) for d, x in ((in_dims[0], args[0]), (in_dims[2], args[2])))
+        dlse, lse = (_fold_lse(size, d, x, is_packed) for d, x in ((in_dims[1], args[1]), (in_dims[3], args[3])))
+        folded = _fold(size, in_dims[4:], flat, per_sample=needs)
+        grads = AttentionBackward.apply(dout, dlse, out, lse, *folded, needed)
+        by_sample = []
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
+            if name not in needs:
+                by_sample.append(grad)
+                continue
+            grad = grad.unflatten(0, (size, -1))
+            was_shared = name in ("bias", "sinks") and _batch_size(flat, in_dims[4:], name) == 1
+            by_sample.append(grad.sum(1, keepdim=True) if was_shared else grad)
+        return tuple(by_sample), tuple(0 if name in needs else None for name in DIFFERENTIABLE)
+
+
+# --- vmap: fold the mapped dimension of every argument into the batch -------------------------------------------
+
+
+def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[str]) -> tuple[Any, ...]:
+    """The operators' common arguments with ``size`` samples in one batch.
+
+    What all samples share stays shared, unless its gradient is wanted ``per_sample``.
+    """
+    is_packed = _is_packed(flat)
+    batch = _batch_size(flat, in_dims, "cu_seqlens_q") - 1 if is_packed else _batch_size(flat, in_dims, "q")
+    folded: list[Tensor | None] = []
+    for name, x, dim in zip(TENSORS, flat, in_dims, strict=False):
+        if x is None:
+            folded.append(None)
+        elif name in ("q", "k", "v"):
+            folded.append(_into_batch(size, dim, x))
+        elif name == "rng_state":
+            folded.append(x if dim is None else x.select(dim, 0))  # the batch index already tells samples apart
+        elif name.startswith("cu_seqlens"):
+            total = _batch_size(flat, in_dims, "q" if name.endswith("_q") else "k")
+            folded.append(_join_sequences(size, dim, x, total))
+        elif dim is None and x.shape[0] == 1 and name not in per_sample:
+            folded.append(x)
+        else:
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
+    return (*folded, *flat[len(TENSORS) :])
+
+
+def _into_batch(size: int, dim: int | None, x: Tensor) -> Tensor:
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_lse(size: int, dim: int | None, x: Tensor | None, is_packed: bool) -> Tensor | None:
+    if x is None or not is_packed:
+        return None if x is None else _into_batch(size, dim, x)
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.transpose(0, 1).flatten(1, 2)  # (V, H, T) -> (H, V * T)
+
+
+def _join_sequences(size: int, dim: int | None, cu_seqlens: Tensor, total: int) -> Tensor:
+    """Boundaries of ``size`` packed batches of ``total`` tokens, laid end to end."""
+    each = cu_seqlens.expand(size, -1) if dim is None else cu_seqlens.movedim(dim, 0)
+    begins = torch.arange(0, size * total, total, dtype=each.dtype, device=each.device)[:, None]
+    end = each.new_full((1,), size * total)
+    return torch.cat([(each[:, :-1] + begins).flatten(), end])
+
+
+def _unfold_outputs(size: int, out: Tensor, lse: Tensor, is_packed: bool) -> tuple[Any, Any]:
+    batch_dim = 1 if is_packed else 0
+    return (out.unflatten(0, (size, -1)), lse.unflatten(batch_dim, (size, -1))), (0, batch_dim)
+
+
+def _is_packed(flat: Sequence[Any]) -> bool:
+    return flat[TENSORS.index("cu_seqlens_q")] is not None
+
+
+def _batch_size(flat: Sequence[Any], in_dims: Dims, name: str) -> int:
+    """The first dimension of one sample of an argument."""
+    at = TENSORS.index(name)
+    x, dim = flat[at], in_dims[at]
+    return x.shape[1 if dim == 0 else 0]

@@ -1,0 +1,98 @@
+"""The contract of a backend: what it declares, how it answers, what it computes.
+
+A backend is a folder ``backends/<name>/`` whose ``__init__.py`` exposes ``BACKEND``, an instance of a subclass of
+``Backend``, and whose name stands in ``BACKENDS`` in ``backends/__init__.py``. Nothing else registers it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.problem import FEATURES, FLOATS, Grads, Inputs, Problem
+from fastattn.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do. A feature of the spec that is not named here is one it lacks.
+
+    Attributes:
+        devices: device types; empty means any.
+        dtypes: dtypes of q, k and v.
+        features: members of ``problem.FEATURES``.
+        max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
+        min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
+        deterministic: repeated runs give the same bits.
+    """
+
+    devices: frozenset[str] = frozenset()
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    features: frozenset[str] = frozenset(FEATURES)
+    max_head_dim: int | None = None
+    min_arch: int = 0
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = self.features - set(FEATURES)
+        if unknown:
+            raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {FEATURES}")
+
+
+class Backend(ABC):
+    """One implementation of the spec.
+
+    ``out`` is contiguous and shaped ``inputs.out_shape()``; ``lse`` is contiguous fp32 (fp64 for fp64 inputs) and
+    shaped ``inputs.lse_shape()``. They mean the same in every backend, so one may run forward and another backward.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    def unavailable_reason(self) -> str | None:
+        """Why this backend cannot run on this machine at all; None if it can."""
+        return None
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        """Why this backend cannot serve ``problem``; [] means it can. Cheap; reads no tensor values."""
+        missing = self.unavailable_reason()
+        return [missing] if missing else capability_reasons(self.capabilities, problem)
+
+    @abstractmethod
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` as the spec defines them."""
+
+    @abstractmethod
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        needs: Sequence[str],
+    ) -> Grads:
+        """The gradients of the inputs named in ``needs`` (members of ``problem.DIFFERENTIABLE``)."""
+
+
+def capability_reasons(can: Capabilities, problem: Problem) -> list[str]:
+    """The part of ``unsupported_reasons`` that a capability table decides."""
+    reasons = []
+    if can.devices and problem.device not in can.devices:
+        reasons.append(f"device {problem.device} (has {', '.join(sorted(can.devices))})")
+    if problem.device == "cuda" and problem.arch < can.min_arch:
+        reasons.append(f"compute capability {problem.arch / 10:.1f} (needs {can.min_arch / 10:.1f})")
+    if problem.dtype not in can.dtypes:
+        reasons.append(f"dtype {problem.dtype} (has {', '.join(str(d) for d in can.dtypes)})")
+    if can.max_head_dim is not None and max(problem.head_dim_qk, problem.head_dim_v) > can.max_head_dim:
+        dims = f"{problem.head_dim_qk}/{problem.head_dim_v}"
+        reasons.append(f"head dim {dims} (at most {can.max_head_dim})")
+    reasons += [f"no {feature}" for feature in sorted(problem.features - can.features)]
+    if problem.deterministic and not can.deterministic:
+        reasons.append("not deterministic")
+    return reasons

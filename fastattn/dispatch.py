@@ -1,0 +1,129 @@
+"""Which backend serves a problem, and why: select(), explain(), use_backend(), backends()."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastattn.backends import BACKENDS, load
+from fastattn.backends.base import Backend
+from fastattn.errors import input_error, unsupported_error
+from fastattn.problem import Problem
+
+_forced: str | None = None
+
+
+def check_name(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        names = ", ".join(repr(name) for name in BACKENDS)
+        raise input_error("backend", repr(backend), f"None, {names}", "None lets fastattn choose.")
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Make every fastattn call inside the block use one backend, or raise where it cannot.
+
+    Args:
+        name: a name from ``fastattn.backends()``; None lets fastattn choose again.
+
+    Raises:
+        InputError: there is no backend of this name.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(1, 8, 2, 16)
+        >>> with fastattn.use_backend("eager"):
+        ...     out = fastattn.attention(q, q, q)
+    """
+    global _forced
+    check_name(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that a call asks for: its own argument, else that of the surrounding ``use_backend``."""
+    return backend if backend is not None else _forced
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend in order of preference, with the reason why it cannot run on this machine, or None.
+
+    Example:
+        >>> import fastattn
+        >>> fastattn.backends()["eager"] is None
+        True
+    """
+    return {name: load(name).unavailable_reason() for name in BACKENDS}
+
+
+@functools.lru_cache(maxsize=1024)
+def reasons(problem: Problem) -> dict[str, list[str]]:
+    """For every backend, why it cannot serve ``problem``; [] means it can."""
+    return {name: load(name).unsupported_reasons(problem) for name in BACKENDS}
+
+
+def select(problem: Problem, backend: str | None = None) -> Backend:
+    """The backend that serves ``problem``: the one asked for, or the first that can.
+
+    Raises:
+        InputError: ``backend`` is not a known name.
+        UnsupportedError: the backend asked for cannot serve it; the message gives the reasons of each.
+    """
+    check_name(backend)
+    why_not = reasons(problem)
+    if backend is not None:
+        if why_not[backend]:
+            raise unsupported_error(f"backend={backend!r} cannot serve this call:", {backend: why_not[backend]})
+        return load(backend)
+    chosen = next((name for name in BACKENDS if not why_not[name]), None)
+    if chosen is None:
+        raise unsupported_error("no backend can serve this call:", why_not)
+    if chosen == "eager" and problem.device != "cpu":
+        _warn_slow(problem)
+    return load(chosen)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_slow(problem: Problem) -> None:
+    """Say once for each kind of problem that the reference formula serves tensors of an accelerator."""
+    others = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons(problem).items() if why)
+    warnings.warn(
+        f"fastattn: the slow 'eager' backend, quadratic in memory, serves {problem.device} tensors ({others})",
+        stacklevel=2,
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``fastattn.explain`` found. Prints as a table.
+
+    Attributes:
+        chosen: the backend that would serve the call; None if none can.
+        reasons: for every backend, why it cannot; an empty list means it can.
+        problem: the facts that were decided on.
+    """
+
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    problem: Problem
+
+    @classmethod
+    def of(cls, problem: Problem) -> Explanation:
+        why_not = reasons(problem)
+        return cls(next((name for name in BACKENDS if not why_not[name]), None), why_not, problem)
+
+    def __str__(self) -> str:
+        p = self.problem
+        uses = ", ".join(sorted(p.features)) or "nothing special"
+        lines = [f"{p.device} {p.dtype}, head dims {p.head_dim_qk}/{p.head_dim_v}, uses: {uses}"]
+        for name, why in self.reasons.items():
+            verdict = "; ".join(why) if why else ("chosen" if name == self.chosen else "can serve it too")
+            lines.append(f"  {'->' if name == self.chosen else '  '} {name:<10} {verdict}")
+        return "\n".join(lines)

@@ -1,0 +1,432 @@
+"""The public functions: names and defaults, turned into ``Inputs`` and ``AttentionSpec``. No arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, rng
+from fastattn.autograd import attend
+from fastattn.dispatch import Explanation
+from fastattn.errors import input_error
+from fastattn.layout import Layout, check_layout, from_internal, to_internal
+from fastattn.problem import Inputs, Problem, check_inputs
+from fastattn.spec import Anchor, AttentionSpec
+
+P = ParamSpec("P")
+Window = tuple[int | None, int | None]
+_explained: list[Problem] | None = None  # while explain() runs: problems are noted here instead of computed
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    layout: Layout = "BSHD",
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention with every option of the spec, fused and differentiable.
+
+    ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``, the full order of operations and
+    drawings of the masks standing in ``fastattn/spec.py``.
+
+    Args:
+        q: queries ``(B, S_q, H_q, D_qk)``; float16, bfloat16, float32 or float64.
+        k: keys ``(B, S_kv, H_kv, D_qk)``; ``H_kv`` divides ``H_q`` (grouped and multi-query attention).
+        v: values ``(B, S_kv, H_kv, D_v)``.
+        causal: attend to no later key. The last query sees the last key (lower right), as decoding needs:
+
+                S_q = 2, S_kv = 5:   1 1 1 1 0
+                                     1 1 1 1 1
+
+        window: ``(left, right)``, how many neighbours on each side are kept, the diagonal itself extra; None or -1
+            is unbounded on that side. With ``causal`` the right side is 0. ``window=(1, 0)``:
+
+                S_q = S_kv = 4:      1 0 0 0
+                                     1 1 0 0
+                                     0 1 1 0
+                                     0 0 1 1
+
+        scale: factor on the scores; None is ``D_qk ** -0.5``.
+        softcap: ``softcap * tanh(scores / softcap)`` before bias and masks (Gemma 2); None or 0 is off.
+        bias: added to the scores, any shape that broadcasts to ``(B, H_q, S_q, S_kv)``; has a gradient.
+        mask: boolean, True = attend, any shape that broadcasts to ``(B, H_q, S_q, S_kv)``.
+        alibi_slopes: ``(H_q,)`` or ``(B, H_q)``; adds ``-slope * distance`` to the diagonal (Press et al., 2021).
+        sinks: ``(H_q,)``, a logit for each head that takes part in the softmax but has no value; has a gradient.
+        segment_ids: ``(B, S)`` integers; tokens attend inside their own segment. A pair ``(for q, for kv)`` where
+            they differ.
+        dropout_p: probability of dropping an attention weight. 0 during evaluation is the caller's business.
+        rng_state: int64 ``(2,)``, seed and offset of dropout; None draws from torch's generator.
+        layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
+        return_lse: also return the log-sum-exp of each row.
+        backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
+
+    Returns:
+        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log,
+        differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not
+        depend on the backend beyond rounding; the dropped elements do not depend on it at all.
+
+    Raises:
+        InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
+        UnsupportedError: the backend asked for cannot serve the call; the message gives its reasons.
+
+    Source:
+        Vaswani et al., "Attention is all you need", 2017; Dao, "FlashAttention-2", 2023.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(2, 128, 8, 64)
+        >>> k = v = torch.randn(2, 128, 2, 64)
+        >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
+        torch.Size([2, 128, 8, 64])
+    """
+    check_layout(layout)
+    dispatch.check_name(backend)
+    q, k, v = (to_internal(x, layout) for x in _dense(_autocast(q, k, v)))
+    segments_q, segments_kv = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        bias=_four_dims("bias", bias),
+        mask=_four_dims("mask", mask),
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
+        sinks=_per_head("sinks", sinks),
+        segment_ids_q=segments_q,
+        segment_ids_kv=segments_kv,
+        rng_state=_rng_state(rng_state, dropout_p, q),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_kv=k.shape[1],
+    )
+    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
+    out, lse = _serve(inputs, spec, backend)
+    out = from_internal(out, layout)
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_kv: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of different lengths, packed end to end without padding.
+
+    Sequence ``n`` owns query rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` and the key rows of ``cu_seqlens_kv``
+    alike, and is computed as ``attention`` would on it alone. Zero-length sequences are allowed.
+
+    Args:
+        q: queries ``(T_q, H_q, D_qk)``.
+        k: keys ``(T_kv, H_kv, D_qk)``.
+        v: values ``(T_kv, H_kv, D_v)``.
+        cu_seqlens_q: int32 ``(N + 1,)``, a running sum of the lengths that begins with 0 and ends with ``T_q``.
+            Its values are checked where they lie in host memory; on a GPU reading them would stall the device.
+        cu_seqlens_kv: the same for the keys.
+        max_seqlen_q: longest query sequence. None reads it from ``cu_seqlens_q``, which on a GPU waits for the device.
+        max_seqlen_kv: longest key sequence, likewise.
+        causal: as in ``attention``, within each sequence (lower right).
+        window: as in ``attention``.
+        scale: as in ``attention``.
+        softcap: as in ``attention``.
+        alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
+        sinks: ``(H_q,)``, as in ``attention``.
+        dropout_p: as in ``attention``.
+        rng_state: as in ``attention``; element coordinates count from the start of each sequence.
+        return_lse: also return lse.
+        backend: as in ``attention``.
+
+    Returns:
+        ``out`` ``(T_q, H_q, D_v)``; with ``return_lse`` also ``lse``, fp32 ``(H_q, T_q)``.
+
+    Raises:
+        InputError: an argument is wrong.
+        UnsupportedError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(7, 4, 32)
+        >>> cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> fastattn.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, causal=True).shape
+        torch.Size([7, 4, 32])
+    """
+    dispatch.check_name(backend)
+    q, k, v = _autocast(q, k, v)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
+        sinks=_per_head("sinks", sinks),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        rng_state=_rng_state(rng_state, dropout_p, q),
+        max_seqlen_q=_longest(cu_seqlens_q, max_seqlen_q),
+        max_seqlen_kv=_longest(cu_seqlens_kv, max_seqlen_kv),
+    )
+    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
+    out, lse = _serve(inputs, spec, backend)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, the same arguments with the same meaning.
+
+    Args:
+        query: ``(N, ..., H_q, L, E)``.
+        key: ``(N, ..., H, S, E)``.
+        value: ``(N, ..., H, S, E_v)``.
+        attn_mask: broadcasts to ``(N, ..., H_q, L, S)``; boolean (True = attend), or added to the scores, with a
+            gradient.
+        dropout_p: probability of dropping an attention weight, whether in training or not.
+        is_causal: attend to no later key, counted from the upper left. Excludes ``attn_mask``. ``L = 2``, ``S = 5``:
+
+                1 0 0 0 0
+                1 1 0 0 0
+
+        scale: factor on the scores; None is ``E ** -0.5``.
+        enable_gqa: allow ``H < H_q``, each key/value head serving ``H_q // H`` query heads.
+
+    Returns:
+        ``(N, ..., H_q, L, E_v)``. Rows that attend to nothing are 0.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(2, 8, 128, 64)
+        >>> fastattn.scaled_dot_product_attention(q, q, q, is_causal=True).shape
+        torch.Size([2, 8, 128, 64])
+    """
+    if is_causal and attn_mask is not None:
+        raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
+    query, key, value = _autocast(query, key, value)
+    shape = query.shape
+    query, key, value, attn_mask = _torch_batches(query, key, value, attn_mask, enable_gqa)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    inputs = Inputs(
+        q=query,
+        k=key,
+        v=value,
+        bias=None if is_boolean else attn_mask,
+        mask=attn_mask if is_boolean else None,
+        rng_state=_rng_state(None, dropout_p, query),
+        max_seqlen_q=query.shape[1],
+        max_seqlen_kv=key.shape[1],
+    )
+    spec = _spec(query, scale, None, band(is_causal, None), dropout_p, anchor="upper_left")
+    out, _ = _serve(inputs, spec, None)
+    return out.transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
+
+
+def _explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
+    """Turn ``function`` into one that reports which backend would serve the call instead of computing it."""
+
+    @functools.wraps(function)
+    def explain(*args: P.args, **kwargs: P.kwargs) -> Explanation:
+        with _noting_problems() as problems, torch.no_grad():
+            function(*args, **kwargs)
+        return Explanation.of(problems[0])
+
+    explain.__name__ = explain.__qualname__ = "explain"
+    explain.__doc__ = """Which backend would serve ``attention`` with these arguments, and why the others would not.
+
+    Args:
+        the same as those of ``fastattn.attention``.
+
+    Returns:
+        an ``Explanation``: prints as a table, and has ``chosen``, ``reasons`` (a list for each backend, empty if it
+        can serve the call) and ``problem``.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(1, 16, 2, 8)
+        >>> fastattn.explain(q, q, q, causal=True).reasons["eager"]
+        []
+    """
+    return explain
+
+
+explain = _explainer(attention)
+
+
+@contextlib.contextmanager
+def _noting_problems() -> Iterator[list[Problem]]:
+    global _explained
+    _explained = []
+    try:
+        yield _explained
+    finally:
+        _explained = None
+
+
+def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    check_inputs(inputs, spec)
+    if _explained is not None:
+        _explained.append(Problem.of(inputs, spec))
+        return inputs.q, inputs.q
+    return attend(inputs, spec, dispatch.requested(backend))
+
+
+def band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
+    """``(left, right)`` of the spec from the public ``causal`` and ``window``."""
+    if window is None:
+        window = (None, None)
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        todo = "For the W latest keys, the query's own included, pass (W - 1, 0)."
+        raise input_error("window", repr(window), "(left, right)", todo)
+    left, right = (_window_side(side) for side in window)
+    return left, 0 if causal else right
+
+
+def _window_side(side: int | None) -> int | None:
+    if side is None or side == -1:
+        return None
+    if isinstance(side, bool) or not isinstance(side, int | torch.SymInt) or side < 0:
+        raise input_error("window", repr(side), "ints >= 0, and None or -1 for unbounded", "It counts neighbours.")
+    return side
+
+
+def _spec(
+    q: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    left_right: tuple[int | None, int | None],
+    dropout_p: float,
+    anchor: Anchor = "lower_right",
+) -> AttentionSpec:
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    left, right = left_right
+    return AttentionSpec(scale, float(softcap) if softcap else None, left, right, anchor, float(dropout_p))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v in autocast's dtype, where autocast is on."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
+
+
+def _dense(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Refuse what cannot even be transposed; the rest of the checks see the internal layout."""
+    for name, x in zip("qkv", tensors, strict=True):
+        if not isinstance(x, Tensor):
+            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
+        if x.dim() != 4:
+            todo = "Reshape it; packed sequences go to fastattn.attention_varlen."
+            raise input_error(name, f"shape {tuple(x.shape)}", "4 dimensions, as layout names them", todo)
+    return tensors
+
+
+def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
+    """``x`` with leading dimensions of 1, as broadcasting would add them."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise input_error(name, type(x).__name__, "a torch.Tensor or None", "Convert it with torch.as_tensor.")
+    if x.dim() > 4:
+        raise input_error(name, f"shape {tuple(x.shape)}", "at most 4 dimensions: (B, H_q, S_q, S_kv)", "Reshape it.")
+    return x[(None,) * (4 - x.dim())]
+
+
+def _per_head(name: str, x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise input_error(name, type(x).__name__, "a torch.Tensor or None", "Convert it with torch.as_tensor.")
+    x = x[None] if x.dim() == 1 else x
+    return x.float() if name == "alibi_slopes" and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _rng_state(rng_state: Tensor | None, dropout_p: float, q: Tensor) -> Tensor | None:
+    if not dropout_p:
+        return None
+    return rng.new_rng_state(q.device) if rng_state is None else rng_state
+
+
+def _longest(cu_seqlens: Tensor, given: int | None) -> int:
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int | torch.SymInt) or given < 0:
+            raise input_error("max_seqlen", repr(given), "an int >= 0, or None", "It is the longest sequence.")
+        return given
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        return 0  # nothing to measure; a malformed tensor is reported by check_inputs
+    return max(0, int(cu_seqlens.diff().max()))
+
+
+def _torch_batches(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """torch's ``(N, ..., H, L, E)`` as ``(N, H, L, E)``, batches and mask broadcast as torch does."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2:
+            raise input_error(name, f"shape {tuple(x.shape)}", "(N, ..., H, L, E), at least 2 dimensions", "Unsqueeze.")
+    if not enable_gqa:
+        try:
+            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        except RuntimeError:
+            shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+            todo = "Pass enable_gqa=True if key and value have fewer heads."
+            raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
+        query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    if attn_mask is not None:
+        full = (*query.shape[:-1], key.shape[-2])
+        try:
+            attn_mask = attn_mask.expand(full) if query.dim() != 4 else attn_mask[(None,) * (4 - attn_mask.dim())]
+        except RuntimeError:
+            given, allowed = f"shape {tuple(attn_mask.shape)}", f"a shape that broadcasts to {tuple(full)}"
+            raise input_error("attn_mask", given, allowed, "Put size 1 where it is shared.") from None
+    query, key, value = (_to_four_dims(x) for x in (query, key, value))
+    return query, key, value, None if attn_mask is None else _to_four_dims(attn_mask)
+
+
+def _to_four_dims(x: Tensor) -> Tensor:
+    return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)

@@ -1,0 +1,137 @@
+"""The operator boundary: schemas, implementations, fakes and FLOP formulas. The only file that touches torch.library.
+
+Two operators, ``fastattn::forward`` and ``fastattn::backward``, carry every problem: their arguments are the fields of
+``Inputs`` and ``AttentionSpec`` in order, followed by the backend asked for. Which backend serves is decided inside,
+so a compiled graph holds one opaque node whatever the choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.dispatch import select
+from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
+from fastattn.reference import lse_dtype
+from fastattn.spec import AttentionSpec, kept_pairs
+
+_ARGUMENTS = """
+    Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
+    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, Tensor? rng_state,
+    SymInt max_seqlen_q, SymInt max_seqlen_kv,
+    float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
+"""
+_LIBRARY = torch.library.Library("fastattn", "DEF")
+_LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+Flat = tuple[Any, ...]
+
+
+def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
+    """The operators' common arguments."""
+    tensors = tuple(getattr(inputs, name) for name in TENSORS)
+    scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
+    return (*tensors, inputs.max_seqlen_q, inputs.max_seqlen_kv, *scalars, backend)
+
+
+def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
+    """The inverse of ``flatten``."""
+    n = len(dataclasses.fields(Inputs))
+    return Inputs(*flat[:n]), AttentionSpec(*flat[n:-1]), flat[-1]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *flat, needs_grad = args
+    inputs, spec, backend = unflatten(tuple(flat))
+    _check_values(inputs)
+    return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
+
+
+def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *flat, needed = args
+    inputs, spec, backend = unflatten(tuple(flat))
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()  # autograd may hand over expanded scalars
+    needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
+    chosen = select(Problem.of(inputs, spec, needs_grad=True), backend)
+    grads = chosen.backward(dout, dlse, out, lse, inputs, spec, needs)
+    found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
+    return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _check_values(inputs: Inputs) -> None:
+    """Check what only the values tell, where reading them costs nothing: in host memory."""
+    if inputs.is_packed and inputs.q.device.type == "cpu":
+        inputs.boundaries()
+
+
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, _, _ = unflatten(args[:-1])
+    lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
+    return inputs.q.new_empty(inputs.out_shape()), lse
+
+
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, _, _ = unflatten(args[:-1])
+    like = (getattr(inputs, name) for name in DIFFERENTIABLE)
+    return tuple(
+        x.new_empty(x.shape) if needed else dout.new_empty(0) for x, needed in zip(like, args[-1], strict=True)
+    )
+
+
+def _contiguous(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold every backend to the strides that the fakes promise."""
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(x.contiguous() for x in function(*args))
+
+    return kernel
+
+
+_LIBRARY.impl("forward", _contiguous(_forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _contiguous(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
+
+# What selective activation checkpointing should save rather than compute again.
+SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)
+
+
+def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
+    """FLOPs of the two products of a forward pass: a multiply and an add for each kept pair and head dim."""
+    return 2 * (inputs.q.shape[-1] + inputs.v.shape[-1]) * _pairs(inputs, spec)
+
+
+def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
+    """FLOPs of the five products of a backward pass: three over ``D_qk`` (scores, dq, dk), two over ``D_v``."""
+    return 2 * (3 * inputs.q.shape[-1] + 2 * inputs.v.shape[-1]) * _pairs(inputs, spec)
+
+
+def _pairs(inputs: Inputs, spec: AttentionSpec) -> int:
+    """Kept pairs over all heads and sequences. Masks and segments are data, so the band alone is counted."""
+    if not inputs.is_packed:
+        return inputs.batch * inputs.heads_q * kept_pairs(spec, inputs.q.shape[1], inputs.k.shape[1])
+    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
+    lengths = zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_kv.diff().tolist(), strict=True)
+    return inputs.heads_q * sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in lengths)
+
+
+@register_flop_formula(torch.ops.fastattn.forward, get_raw=True)
+def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
+    inputs, spec, _backend = unflatten(args[:-1])
+    return forward_flops(inputs, spec)
+
+
+@register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
+def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
+    inputs, spec, _backend = unflatten(args[4:-1])
+    return backward_flops(inputs, spec)

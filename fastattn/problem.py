@@ -1,0 +1,306 @@
+"""What is computed on: the tensors (``Inputs``), their checks, and the facts that dispatch reads (``Problem``)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import layout
+from fastattn.errors import input_error
+from fastattn.spec import AttentionSpec
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one attention call, in the internal layout. Sizes of 1 in a ``1 |`` place broadcast.
+
+    Attributes:
+        q: ``(B, S_q, H_q, D_qk)``, or ``(T_q, H_q, D_qk)`` if packed.
+        k: ``(B, S_kv, H_kv, D_qk)``, or ``(T_kv, H_kv, D_qk)``.
+        v: ``(B, S_kv, H_kv, D_v)``, or ``(T_kv, H_kv, D_v)``.
+        bias: ``(1|B, 1|H_q, 1|S_q, 1|S_kv)``, floating; dense only.
+        mask: the same shape, boolean, True = attend; dense only.
+        alibi_slopes: ``(1|B, H_q)`` fp32; packed: ``(1|N, H_q)``.
+        sinks: ``(1|B, H_q)`` floating, a logit per head; packed: ``(1|N, H_q)``.
+        segment_ids_q: ``(1|B, S_q)`` integers; dense only, with ``segment_ids_kv`` ``(1|B, S_kv)``.
+        cu_seqlens_q: ``(N + 1,)`` int32 boundaries of N packed sequences, with ``cu_seqlens_kv``.
+        rng_state: ``(2,)`` int64, the seed and the offset of dropout.
+        max_seqlen_q: longest query sequence (``S_q`` if dense), with ``max_seqlen_kv``.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    segment_ids_q: Tensor | None = None
+    segment_ids_kv: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    rng_state: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        """B, or N if packed."""
+        return self.cu_seqlens_q.shape[0] - 1 if self.cu_seqlens_q is not None else self.q.shape[0]
+
+    @property
+    def heads_q(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def heads_kv(self) -> int:
+        return self.k.shape[-2]
+
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    def lse_shape(self) -> tuple[int, ...]:
+        """``(B, H_q, S_q)``, or ``(H_q, T_q)`` if packed."""
+        if self.is_packed:
+            return (self.q.shape[1], self.q.shape[0])
+        return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
+
+    def replace(self, **changes: object) -> Inputs:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def boundaries(self) -> tuple[list[int], list[int]]:
+        """``cu_seqlens_q`` and ``cu_seqlens_kv`` as checked host ints. Waits for the device if they are on one."""
+        assert self.cu_seqlens_q is not None and self.cu_seqlens_kv is not None
+        of_q, of_kv = self.cu_seqlens_q.tolist(), self.cu_seqlens_kv.tolist()
+        layout.check_cu_seqlens_values("cu_seqlens_q", of_q, self.q.shape[0], self.max_seqlen_q)
+        layout.check_cu_seqlens_values("cu_seqlens_kv", of_kv, self.k.shape[0], self.max_seqlen_kv)
+        return of_q, of_kv
+
+
+# The tensor fields of Inputs in order, and those among them that have a gradient.
+TENSORS = tuple(f.name for f in dataclasses.fields(Inputs) if not f.name.startswith("max_"))
+DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+
+
+@dataclass(frozen=True)
+class Grads:
+    """Gradients, shaped like the inputs they belong to; None where not asked for."""
+
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
+
+
+def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
+    """Raise InputError unless the tensors fit together. Reads no values, so it never waits for a device."""
+    _check_qkv(inputs)
+    _check_scalars(inputs, spec)
+    if inputs.is_packed:
+        _check_packed(inputs)
+    _check_scores_terms(inputs)
+    _check_per_head(inputs)
+    _check_segments(inputs)
+    if inputs.rng_state is not None and (inputs.rng_state.shape != (2,) or inputs.rng_state.dtype != torch.int64):
+        given = f"shape {tuple(inputs.rng_state.shape)}, {inputs.rng_state.dtype}"
+        raise input_error("rng_state", given, "an int64 tensor of 2: seed and offset", "Or None to draw a fresh one.")
+    _check_devices(inputs)
+
+
+def _check_qkv(inputs: Inputs) -> None:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    dims = 3 if inputs.is_packed else 4
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
+        if x.dim() != dims:
+            order = "(T, H, D) packed" if inputs.is_packed else "4-dimensional: batch, sequence, heads, head dim"
+            raise input_error(name, f"shape {tuple(x.shape)}", order, "Reshape it, or unsqueeze the missing dimension.")
+        if x.dtype not in FLOATS:
+            raise input_error(name, x.dtype, "float16, bfloat16, float32 or float64", "Convert it with .to(...).")
+        if x.dtype != q.dtype:
+            raise input_error(name, x.dtype, f"{q.dtype}, the dtype of q", "Convert all three to one dtype.")
+        if x.shape[-1] < 1 or x.shape[-2] < 1:
+            raise input_error(name, f"shape {tuple(x.shape)}", "at least one head and one head dim", "Check the view.")
+    if k.shape[-1] != q.shape[-1]:
+        raise input_error("k", f"head dim {k.shape[-1]}", f"head dim {q.shape[-1]}, that of q", "Only v may differ.")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise input_error("v", f"shape {tuple(v.shape)}", f"the shape of k, {tuple(k.shape)}, but for D_v", "Check it.")
+    if not inputs.is_packed and q.shape[0] != k.shape[0]:
+        raise input_error("k", f"batch {k.shape[0]}", f"batch {q.shape[0]}, that of q", "Expand the smaller one.")
+    if inputs.heads_q % inputs.heads_kv:
+        raise input_error(
+            "k",
+            f"{inputs.heads_kv} heads for {inputs.heads_q} query heads",
+            "a number of heads that divides the query heads",
+            "Each key/value head serves H_q // H_kv query heads.",
+        )
+
+
+def _check_scalars(inputs: Inputs, spec: AttentionSpec) -> None:
+    if not spec.scale == spec.scale or spec.scale in (float("inf"), float("-inf")):
+        raise input_error("scale", spec.scale, "a finite number", "None means D_qk ** -0.5.")
+    if spec.softcap is not None and not 0 < spec.softcap < float("inf"):
+        raise input_error("softcap", spec.softcap, "a positive finite number, or None", "None (or 0) turns it off.")
+    if not 0.0 <= spec.dropout_p <= 1.0:
+        raise input_error("dropout_p", spec.dropout_p, "a probability in [0, 1]", "0 turns dropout off.")
+    if spec.dropout_p > 0 and inputs.rng_state is None:
+        raise input_error("rng_state", None, "an int64 tensor of 2 when dropout_p > 0", "Pass a seed and an offset.")
+
+
+def _check_packed(inputs: Inputs) -> None:
+    q, cu_q, cu_kv = inputs.q, inputs.cu_seqlens_q, inputs.cu_seqlens_kv
+    assert cu_q is not None
+    layout.check_cu_seqlens("cu_seqlens_q", cu_q, q.device)
+    layout.check_cu_seqlens("cu_seqlens_kv", cu_kv, q.device)  # type: ignore[arg-type]
+    assert cu_kv is not None
+    if cu_q.shape != cu_kv.shape:
+        given = f"{cu_kv.shape[0] - 1} sequences"
+        raise input_error("cu_seqlens_kv", given, f"{cu_q.shape[0] - 1}, as in cu_seqlens_q", "Every query needs one.")
+    for name in ("bias", "mask", "segment_ids_q", "segment_ids_kv"):
+        if getattr(inputs, name) is not None:
+            todo = "cu_seqlens already separates the sequences; for more, use the dense attention()."
+            raise input_error(name, "a tensor", "None with packed sequences", todo)
+
+
+def _check_scores_terms(inputs: Inputs) -> None:
+    for name, x in (("bias", inputs.bias), ("mask", inputs.mask)):
+        if x is None:
+            continue
+        full = (inputs.q.shape[0], inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1])
+        if x.dim() != 4 or any(size not in (1, whole) for size, whole in zip(x.shape, full, strict=True)):
+            raise input_error(
+                name,
+                f"shape {tuple(x.shape)}",
+                f"a shape that broadcasts to (B, H_q, S_q, S_kv) = {tuple(full)}",
+                "Put size 1 where it is shared.",
+            )
+    if inputs.mask is not None and inputs.mask.dtype != torch.bool:
+        todo = "Pass a float mask as bias=, or compare it: mask != 0."
+        raise input_error("mask", inputs.mask.dtype, "torch.bool, True = attend", todo)
+    if inputs.bias is not None and inputs.bias.dtype not in FLOATS:
+        todo = "Pass a boolean mask as mask= (True = attend)."
+        raise input_error("bias", inputs.bias.dtype, "float16, bfloat16, float32 or float64", todo)
+
+
+def _check_per_head(inputs: Inputs) -> None:
+    for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):
+        if x is None:
+            continue
+        if x.dim() != 2 or x.shape[0] not in (1, inputs.batch) or x.shape[1] != inputs.heads_q:
+            raise input_error(
+                name,
+                f"shape {tuple(x.shape)}",
+                f"(H_q,) = ({inputs.heads_q},) or (B, H_q) = ({inputs.batch}, {inputs.heads_q})",
+                "One number for each query head.",
+            )
+        if x.dtype not in FLOATS:
+            raise input_error(name, x.dtype, "a floating dtype", "Convert it with .float().")
+    if inputs.alibi_slopes is not None and inputs.alibi_slopes.requires_grad and torch.is_grad_enabled():
+        todo = "Slopes are constants; for learned ones pass bias = -slope * distance, which has a gradient."
+        raise input_error("alibi_slopes", "a tensor that requires grad", "one that does not", todo)
+
+
+def _check_segments(inputs: Inputs) -> None:
+    if (inputs.segment_ids_q is None) != (inputs.segment_ids_kv is None):
+        raise input_error("segment_ids", "one of two", "a pair (for q, for kv), or one tensor for both", "Pass both.")
+    for side, x, like in (("q", inputs.segment_ids_q, inputs.q), ("kv", inputs.segment_ids_kv, inputs.k)):
+        if x is None:
+            continue
+        if x.dtype not in INTS:
+            raise input_error("segment_ids", f"{x.dtype} for {side}", "int32 or int64", "Convert it with .int().")
+        if x.dim() != 2 or x.shape[0] not in (1, like.shape[0]) or x.shape[1] != like.shape[1]:
+            allowed = f"(B, S) = {(like.shape[0], like.shape[1])}"
+            raise input_error("segment_ids", f"shape {tuple(x.shape)} for {side}", allowed, "One id for each token.")
+
+
+def _check_devices(inputs: Inputs) -> None:
+    for name in TENSORS:
+        x = getattr(inputs, name)
+        if x is not None and x.device != inputs.q.device:
+            raise input_error(name, f"device {x.device}", f"device {inputs.q.device}, that of q", "Move it with .to().")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The facts on which a backend may decide, all host values. No batch size or length, so it rarely changes.
+
+    Attributes:
+        device: "cpu", "cuda", ...
+        arch: compute capability as major * 10 + minor on CUDA, else 0.
+        dtype: of q, k and v.
+        head_dim_qk, head_dim_v: head dims.
+        group: query heads per key/value head.
+        features: what of the spec is used, among FEATURES.
+        needs_grad: whether a backward pass will follow (or is asked for).
+        deterministic: torch.use_deterministic_algorithms is on.
+    """
+
+    device: str
+    arch: int
+    dtype: torch.dtype
+    head_dim_qk: int
+    head_dim_v: int
+    group: int
+    features: frozenset[str]
+    needs_grad: bool = False
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False) -> Problem:
+        q = inputs.q
+        return cls(
+            device=q.device.type,
+            arch=_arch(q.device),
+            dtype=q.dtype,
+            head_dim_qk=q.shape[-1],
+            head_dim_v=inputs.v.shape[-1],
+            group=inputs.heads_q // inputs.heads_kv,
+            features=frozenset(used_features(inputs, spec)),
+            needs_grad=needs_grad,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+FEATURES = (
+    "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
+    "strided head dim",
+)  # fmt: skip
+
+
+def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:
+    """The members of FEATURES that this problem needs; a backend declares those it has."""
+    used = {
+        "band": spec.has_band,
+        "softcap": spec.softcap is not None,
+        "bias": inputs.bias is not None,
+        "mask": inputs.mask is not None,
+        "alibi": inputs.alibi_slopes is not None,
+        "sinks": inputs.sinks is not None,
+        "segments": inputs.segment_ids_q is not None,
+        "packed": inputs.is_packed,
+        "dropout": spec.dropout_p > 0,
+        "gqa": inputs.heads_q != inputs.heads_kv,
+        "mixed head dims": inputs.q.shape[-1] != inputs.v.shape[-1],
+        "strided head dim": any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (inputs.q, inputs.k, inputs.v)),
+    }
+    return [name for name in FEATURES if used[name]]
+
+
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

@@ -1,0 +1,236 @@
+"""The formula of ``spec.py`` in eager torch ops: forward, and backward in closed form. Any device, any float dtype.
+
+This is what everything else is measured against, and the path that stays differentiable to any order (its
+operations are ordinary torch ops, so jvp, double backward and vmap work through it). It holds the whole
+``S_q x S_kv`` score matrix. With ``p`` the probabilities, ``z`` dropout's factors (0 or ``dropout_scale``):
+
+    dv    = (p * z)^T dout
+    dp    = z * (dout v^T)
+    delta = rowsum(dout * out)
+    dt    = p * (dp - delta + dlse)               gradient of the finished scores
+    dbias = dt
+    ds    = dt * (1 - (capped / softcap)^2)       if softcap
+    dq    = scale * ds k          dk = scale * ds^T q
+    dsink = sum_i p_sink * (dlse - delta)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import rng
+from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
+from fastattn.spec import AttentionSpec, distance, keep
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where each query row (``(B, 1, S_q, 1)``) and key row (``(B, 1, 1, S_kv)``) stands in its sequence.
+
+    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence.
+    """
+
+    i: Tensor
+    j: Tensor
+    sequence_q: Tensor
+    sequence_kv: Tensor
+    s_q: Tensor | int
+    s_kv: Tensor | int
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Positions:
+        device = inputs.q.device
+        if not inputs.is_packed:
+            b = torch.arange(inputs.batch, device=device)[:, None, None, None]
+            i = torch.arange(inputs.q.shape[1], device=device)[None, None, :, None]
+            j = torch.arange(inputs.k.shape[1], device=device)[None, None, None, :]
+            return cls(i, j, b, b, inputs.q.shape[1], inputs.k.shape[1])
+        assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
+        i, n_q = _packed_positions(inputs.q.shape[0], inputs.cu_seqlens_q)
+        j, n_kv = _packed_positions(inputs.k.shape[0], inputs.cu_seqlens_kv)
+        s_q, s_kv = inputs.cu_seqlens_q.diff()[n_q], inputs.cu_seqlens_kv.diff()[n_q]
+        row, column = (None, None, slice(None), None), (None, None, None, slice(None))
+        return cls(i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
+
+
+def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The position inside its sequence, and the index of that sequence, of each of ``total`` packed rows."""
+    t = torch.arange(total, device=cu_seqlens.device)
+    n = torch.searchsorted(cu_seqlens[1:].contiguous(), t, right=True)
+    return t - cu_seqlens[n], n
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Everything the formula needs, as ``(B, H_q, ...)`` tensors in the dtype of the computation."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    kept: Tensor  # [B, 1|H_q, S_q, S_kv]
+    positions: Positions
+    scores: Tensor  # [B, H_q, S_q, S_kv], finished
+    capped: Tensor | None  # scores after softcap, before bias
+    sinks: Tensor | None  # [B|1, H_q, 1]
+
+
+def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
+    """The whole of ``keep``: band and lengths, sequences, segments and the boolean mask."""
+    kept = keep(spec, at.i, at.j, at.s_q, at.s_kv) & (at.sequence_q == at.sequence_kv)
+    if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
+        kept = kept & (inputs.segment_ids_q[:, None, :, None] == inputs.segment_ids_kv[:, None, None, :])
+    return kept if inputs.mask is None else kept & inputs.mask
+
+
+def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` by the formula of the spec.
+
+    Args:
+        inputs: the tensors.
+        spec: the scalars.
+        dtype: dtype of the computation; None means fp32, or fp64 for fp64 inputs.
+    """
+    dtype = dtype or compute_dtype(inputs)
+    t = _terms(inputs, spec, dtype)
+    lse = _logsumexp(t)
+    p = _dropped(_probabilities(t, lse), inputs, spec, t.positions)
+    out = (p @ t.v).transpose(1, 2).to(inputs.q.dtype)
+    lse = lse.to(lse_dtype(inputs.q.dtype))
+    return (out[0].contiguous(), lse[0].contiguous()) if inputs.is_packed else (out.contiguous(), lse.contiguous())
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str] = DIFFERENTIABLE,
+    dtype: torch.dtype | None = None,
+) -> Grads:
+    """The gradients named in ``needs``, in closed form; see the formulas at the top of this file."""
+    dtype = dtype or compute_dtype(inputs)
+    t = _terms(inputs, spec, dtype)
+    dout, out = (_heads_first(x, inputs).to(dtype) for x in (dout, out))
+    lse = lse.view(t.q.shape[:-1]).to(dtype)
+    shift = (dout * out).sum(-1)
+    if dlse is not None:
+        shift = shift - dlse.reshape(lse.shape).to(dtype)  # delta - dlse
+    p = _probabilities(t, lse)
+    dt = p * (_dropped(dout @ t.v.transpose(-1, -2), inputs, spec, t.positions) - shift[..., None])
+    dt = torch.where(t.kept, dt, 0)
+    ds = dt if t.capped is None or spec.softcap is None else dt * (1 - (t.capped / spec.softcap) ** 2)
+    return Grads(
+        dq=_rows(spec.scale * (ds @ t.k), inputs.q) if "q" in needs else None,
+        dk=_rows(spec.scale * (ds.transpose(-1, -2) @ t.q), inputs.k) if "k" in needs else None,
+        dv=_rows(_dropped(p, inputs, spec, t.positions).transpose(-1, -2) @ dout, inputs.v) if "v" in needs else None,
+        dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
+        dsinks=_sink_gradient(t, lse, shift, inputs) if inputs.sinks is not None and "sinks" in needs else None,
+    )
+
+
+def compute_dtype(inputs: Inputs) -> torch.dtype:
+    return lse_dtype(inputs.q.dtype)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, but fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _terms(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype) -> _Terms:
+    at = Positions.of(inputs)
+    kept = keep_matrix(inputs, spec, at)
+    q, k, v = (_heads_first(x, inputs).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    group = inputs.heads_q // inputs.heads_kv
+    used = _used_keys(kept, inputs)[..., None]
+    # rows that no query keeps may hold NaN, and 0 * NaN is NaN
+    k, v = (torch.where(used, x, 0).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = spec.scale * (q @ k.transpose(-1, -2))
+    capped = None
+    if spec.softcap is not None:
+        scores = capped = spec.softcap * torch.tanh(scores / spec.softcap)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.to(dtype)
+    if inputs.alibi_slopes is not None:
+        slopes = _per_sequence(inputs.alibi_slopes, inputs, at).to(dtype)
+        scores = scores - slopes * distance(spec, at.i, at.j, at.s_q, at.s_kv).to(dtype)
+    sinks = None if inputs.sinks is None else _per_sequence(inputs.sinks, inputs, at).to(dtype)[..., 0]
+    return _Terms(q, k, v, kept, at, torch.where(kept, scores, float("-inf")), capped, sinks)
+
+
+def _used_keys(kept: Tensor, inputs: Inputs) -> Tensor:
+    """``[B, H_kv, S_kv]``: True where some query row of some head keeps the key."""
+    used = kept.any(dim=-2)
+    if used.shape[1] == 1:
+        return used
+    return used.unflatten(1, (inputs.heads_kv, -1)).any(dim=2)
+
+
+def _heads_first(x: Tensor, inputs: Inputs) -> Tensor:
+    """``(B, S, H, D)`` or packed ``(T, H, D)`` -> ``(B, H, S, D)``."""
+    return (x[None] if inputs.is_packed else x).transpose(1, 2)
+
+
+def _per_sequence(x: Tensor, inputs: Inputs, at: Positions) -> Tensor:
+    """``(1|B, H_q)`` -> ``(1|B, H_q, 1|S_q, 1)``: the number for each row, in a packed batch its sequence's."""
+    if inputs.is_packed and x.shape[0] > 1:
+        return x[at.sequence_q.flatten()].transpose(0, 1)[None, :, :, None]
+    return x[:, :, None, None]
+
+
+def _logsumexp(t: _Terms) -> Tensor:
+    scores = t.scores
+    if t.sinks is not None:
+        column = t.sinks[..., None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    if scores.shape[-1] == 0:
+        return scores.new_full(scores.shape[:-1], float("-inf"))
+    # An empty row has no finite maximum; computing it on zeros keeps its derivative free of NaN.
+    empty = (scores == float("-inf")).all(-1)
+    lse = torch.logsumexp(torch.where(empty[..., None], 0, scores), dim=-1)
+    return torch.where(empty, float("-inf"), lse)
+
+
+def _probabilities(t: _Terms, lse: Tensor) -> Tensor:
+    finite_lse = torch.where(lse == float("-inf"), 0, lse)
+    return torch.exp(t.scores - finite_lse[..., None])  # an empty row: exp(-inf - 0) = 0
+
+
+def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
+    """``x`` times dropout's factors."""
+    if spec.dropout_p == 0:
+        return x
+    assert inputs.rng_state is not None
+    h = torch.arange(inputs.heads_q, device=x.device)[None, :, None, None]
+    head = at.sequence_q * inputs.heads_q + h
+    survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
+    return torch.where(survives, x * spec.dropout_scale, 0)
+
+
+def _rows(x: Tensor, like: Tensor) -> Tensor:
+    """``(B, H_q, S, D)`` -> the shape and dtype of ``like``, summing the query heads that share one of its heads."""
+    x = x.unflatten(1, (like.shape[-2], -1)).sum(2).transpose(1, 2)
+    return x.to(like.dtype).reshape(like.shape)
+
+
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Sum ``x`` over the dimensions that ``like`` broadcasts."""
+    broadcast = [d for d, size in enumerate(like.shape) if size == 1 and x.shape[d] != 1]
+    return (x.sum(broadcast, keepdim=True) if broadcast else x).to(like.dtype)
+
+
+def _sink_gradient(t: _Terms, lse: Tensor, shift: Tensor, inputs: Inputs) -> Tensor:
+    assert t.sinks is not None and inputs.sinks is not None
+    dsink = -torch.exp(t.sinks - lse) * shift  # [B, H_q, S_q]
+    if inputs.is_packed and inputs.sinks.shape[0] > 1:
+        by_sequence = torch.zeros_like(inputs.sinks, dtype=dsink.dtype)
+        return by_sequence.index_add(0, t.positions.sequence_q.flatten(), dsink[0].transpose(0, 1)).to(
+            inputs.sinks.dtype
+        )
+    return _sum_to(dsink.sum(-1), inputs.sinks).to(inputs.sinks.dtype)

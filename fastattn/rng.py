@@ -1,0 +1,60 @@
+"""Dropout's randomness: Philox4x32 with 7 rounds as a pure function of the element, in torch ops.
+
+The random bits of element ``(b, h, i, j)`` depend on nothing but ``(seed, offset, b, h, i, j)``, so every backend,
+tile size and pass drops the same elements. One Philox call gives four 32-bit words, that is eight 16-bit numbers:
+
+    key     = (seed & 0xffffffff, seed >> 32)
+    counter = (i, (j // 32) * 4 + (j % 8) // 2, b * H_q + h, offset & 0xffffffff)
+    bits    = 16-bit half (j % 2) of word (j % 32) // 8
+
+The eight columns that share a call are the ones that one thread of a tensor-core accumulator holds, so CUDA
+kernels need no exchange between threads. Seven rounds are the fewest that pass BigCrush (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import AttentionSpec
+
+PHILOX_ROUNDS = 7
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words (as int64) for each counter; every argument holds 32-bit values as int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap modulo 2^64, which keeps both halves right
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        hi0, lo0 = (product0 >> 32) & _WORD, product0 & _WORD
+        hi1, lo1 = (product1 >> 32) & _WORD, product1 & _WORD
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & _WORD, (k1 + PHILOX_KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def random_bits(rng_state: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The 16 random bits (int64, 0 .. 65535) of each element; ``head`` is ``b * H_q + h``. Arguments broadcast."""
+    seed, offset = rng_state[0], rng_state[1]
+    head, i, j = head.long(), i.long(), j.long()
+    counter = (i, (j // 32) * 4 + (j % 8) // 2, head, offset & _WORD)
+    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    lane = (j % 32) // 8
+    word = torch.where(lane < 2, torch.where(lane < 1, words[0], words[1]), torch.where(lane < 3, words[2], words[3]))
+    return (word >> (16 * (j % 2))) & 0xFFFF
+
+
+def dropout_keep(spec: AttentionSpec, rng_state: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """True where the attention weight of an element survives dropout."""
+    return random_bits(rng_state, head, i, j) >= spec.dropout_threshold
+
+
+def new_rng_state(device: torch.device) -> Tensor:
+    """A fresh ``(seed, offset)`` from torch's generator of ``device``: follows torch.manual_seed, never waits."""
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)

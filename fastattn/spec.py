@@ -1,0 +1,174 @@
+"""THE definition of attention. Every other file reads it; none restates it.
+
+For one query row ``i`` of ``S_q`` and one key row ``j`` of ``S_kv``, with head dims ``D_qk`` and ``D_v``:
+
+    scores = scale * q @ k^T                              (fp32, or fp64 for fp64 inputs)
+    scores = softcap * tanh(scores / softcap)             if softcap
+    scores = scores + bias + alibi                        if given; alibi = -slope * distance(i, j)
+    scores = -inf where not keep(i, j)                    band, boolean mask, segments, lengths
+    p      = softmax(scores, plus one sink column per head if sinks are given)
+    out    = dropout(p) @ v
+    lse    = logsumexp(scores, plus the sink)             (natural log)
+
+Heads: query head ``h`` reads key/value head ``h // G`` with ``G = H_q // H_kv``.
+
+The band is the only comparison of positions. Causal masks and sliding windows are both bands:
+``left`` keys before the diagonal and ``right`` keys after it are kept, the diagonal itself is extra, and
+``None`` means unbounded. The anchor says where the diagonal lies when ``S_q != S_kv``: it ends in the
+lower right corner (as in decoding, where the newest query sees every key) or begins in the upper left.
+
+Causal, lower right, ``S_q = 2``, ``S_kv = 5`` (1 = attend):
+
+    left=None right=0 anchor=lower_right
+    1 1 1 1 0
+    1 1 1 1 1
+
+Causal, upper left, ``S_q = 2``, ``S_kv = 5``:
+
+    left=None right=0 anchor=upper_left
+    1 0 0 0 0
+    1 1 0 0 0
+
+Causal, lower right, ``S_q = 5``, ``S_kv = 2``: the first three rows are empty:
+
+    left=None right=0 anchor=lower_right
+    0 0
+    0 0
+    0 0
+    1 0
+    1 1
+
+Window ``(1, 0)`` and window ``(1, 1)``, ``S_q = S_kv = 4``:
+
+    left=1 right=0 anchor=lower_right
+    1 0 0 0
+    1 1 0 0
+    0 1 1 0
+    0 0 1 1
+
+    left=1 right=1 anchor=lower_right
+    1 1 0 0
+    1 1 1 0
+    0 1 1 1
+    0 0 1 1
+
+Segments (packed documents): a pair is kept only where ``segment_ids_q[i] == segment_ids_kv[j]``.
+
+Empty rows keep no key: ``out`` is 0, every gradient is 0, and ``lse`` is ``-inf`` (the sink's logit if there
+is one). A key or value row that no query keeps may hold anything, NaN included, without effect.
+
+Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
+In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Anchor = Literal["lower_right", "upper_left"]
+ANCHORS: tuple[Anchor, ...] = ("lower_right", "upper_left")
+
+# Dropout compares 16 random bits with an integer threshold, so probabilities are multiples of 2^-16.
+DROPOUT_LEVELS = 1 << 16
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The scalar half of a problem: what is computed, apart from the tensors.
+
+    Attributes:
+        scale: factor on ``q @ k^T``; by convention ``D_qk ** -0.5``.
+        softcap: scores are squashed to ``(-softcap, softcap)``; None leaves them alone.
+        left: keys kept before the diagonal; None keeps all of them.
+        right: keys kept after the diagonal; None keeps all of them, 0 is causal.
+        anchor: where the diagonal lies if ``S_q != S_kv``.
+        dropout_p: probability, in [0, 1], that an attention weight is dropped.
+    """
+
+    scale: float
+    softcap: float | None = None
+    left: int | None = None
+    right: int | None = None
+    anchor: Anchor = "lower_right"
+    dropout_p: float = 0.0
+
+    @property
+    def has_band(self) -> bool:
+        return self.left is not None or self.right is not None
+
+    @property
+    def dropout_threshold(self) -> int:
+        """A weight is dropped where its 16 random bits are below this."""
+        return round(self.dropout_p * DROPOUT_LEVELS)
+
+    @property
+    def dropout_scale(self) -> float:
+        """Factor on the surviving weights: the inverse of the exact probability of survival."""
+        survivors = DROPOUT_LEVELS - self.dropout_threshold
+        return DROPOUT_LEVELS / survivors if survivors else 0.0
+
+    def transposed(self) -> AttentionSpec:
+        """The same band seen from the keys: ``keep(i, j)`` of one is ``keep(j, i)`` of the other."""
+        return dataclasses.replace(self, left=self.right, right=self.left)
+
+
+# The functions below take ints or integer tensors alike: positions broadcast, results follow.
+
+
+def diagonal(spec: AttentionSpec, s_q: Any, s_kv: Any) -> Any:
+    """The key on the diagonal of query row 0."""
+    return s_kv - s_q if spec.anchor == "lower_right" else 0
+
+
+def distance(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
+    """How far key ``j`` is from the diagonal of row ``i``; ALiBi's bias is ``-slope`` times this."""
+    return abs(j - i - diagonal(spec, s_q, s_kv))
+
+
+def keep(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
+    """True where query row ``i`` may attend to key row ``j``: inside the lengths and inside the band."""
+    offset = j - i - diagonal(spec, s_q, s_kv)
+    kept = (i >= 0) & (i < s_q) & (j >= 0) & (j < s_kv)
+    if spec.left is not None:
+        kept = kept & (offset >= -spec.left)
+    if spec.right is not None:
+        kept = kept & (offset <= spec.right)
+    return kept
+
+
+def tile_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tuple[int, int]:
+    """The smallest ``[begin, end)`` of keys outside which rows ``i0 .. i1 - 1`` keep nothing."""
+    d = diagonal(spec, s_q, s_kv)
+    begin = 0 if spec.left is None else max(0, i0 + d - spec.left)
+    end = s_kv if spec.right is None else min(s_kv, i1 + d + spec.right)
+    return (begin, end) if begin < end and i0 < i1 else (0, 0)
+
+
+def full_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tuple[int, int]:
+    """The ``[begin, end)`` of keys that every one of the rows ``i0 .. i1 - 1`` keeps: no masking needed there."""
+    d = diagonal(spec, s_q, s_kv)
+    begin = 0 if spec.left is None else max(0, i1 - 1 + d - spec.left)
+    end = s_kv if spec.right is None else min(s_kv, i0 + 1 + d + spec.right)
+    return (begin, end) if begin < end and i0 < i1 else (0, 0)
+
+
+def kept_pairs(spec: AttentionSpec, s_q: int, s_kv: int) -> int:
+    """How many ``(i, j)`` the band keeps, per head and batch entry; FLOP counts come from here.
+
+    A forward pass costs ``2 * (D_qk + D_v)`` FLOPs for each kept pair, a backward pass 2.5 times as much for
+    ``D_qk == D_v`` (five products instead of two).
+    """
+    d = diagonal(spec, s_q, s_kv)
+    after_left = 0 if spec.left is None else _pairs_below(d - spec.left - 1, s_q, s_kv)
+    up_to_right = s_q * s_kv if spec.right is None else _pairs_below(d + spec.right, s_q, s_kv)
+    return max(0, up_to_right - after_left)
+
+
+def _pairs_below(c: int, s_q: int, s_kv: int) -> int:
+    """The number of pairs with ``j - i <= c``: row ``i`` has ``clamp(i + c + 1, 0, s_kv)`` of them."""
+    first = min(max(-c, 0), s_q)  # first row with any
+    full = min(max(s_kv - c - 1, first), s_q)  # first row with all s_kv
+    growing = full - first
+    return growing * (first + c + 1) + growing * (growing - 1) // 2 + (s_q - full) * s_kv
