@@ -92,7 +92,7 @@ class AttentionBackward(torch.autograd.Function):
             grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
             return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
 
-        values, pull_back = torch.func.vjp(gradients, *primals.values())
+        values, pull_back = torch.func.vjp(gradients, *primals.values())  # type: ignore[misc]
         given = dict(zip(DIFFERENTIABLE, cotangents, strict=True))
         seeds = (given[name] for name in ctx.needs)
         found = pull_back(tuple(torch.zeros_like(x) if s is None else s for x, s in zip(values, seeds, strict=True)))
