@@ -353,10 +353,13 @@ def _spec(
 
 
 def _number(name: str, x: float) -> float:
-    if isinstance(x, bool | str | Tensor) or not hasattr(x, "__float__"):
-        given = "a tensor" if isinstance(x, Tensor) else repr(x)
-        raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
-    return float(x)
+    try:
+        if not isinstance(x, bool | str | Tensor):
+            return float(x)
+    except (TypeError, ValueError):
+        pass
+    given = "a tensor" if isinstance(x, Tensor) else repr(x)
+    raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
