@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "autograd": {"ops", "problem", "reference", "spec"},
     "functional": {"autograd", "dispatch", "errors", "layout", "problem", "rng", "spec"},
     "__init__": {"dispatch", "errors", "functional", "ops", "version"},
-    "testing": {"", "backends", "errors", "problem", "reference", "spec", "testing"},
+    "testing": {"", "backends", "dispatch", "errors", "problem", "reference", "spec", "testing", "version"},
     "nn": PUBLIC,
     "models": PUBLIC | {"models"},
     "train": PUBLIC | {"models", "train", "generate"},
