@@ -1,0 +1,6 @@
+"""Modules on top of ``fastattn.attention``."""
+
+from fastattn.nn.cache import KVCache
+from fastattn.nn.rotary import Rotary
+
+__all__ = ["KVCache", "Rotary"]
