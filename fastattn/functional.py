@@ -349,7 +349,7 @@ def _spec(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k, v in autocast's dtype, where autocast is on."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
