@@ -211,7 +211,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
         if weights is None:
             return out, None
-        weights = (weights.mean(1) if average_attn_weights else weights).to(query.dtype)
+        weights = (weights.mean(1) if average_attn_weights else weights).to(out.dtype)
         return out, weights if is_batched else weights[0]
 
     def _widths(self) -> tuple[int, int, int]:
