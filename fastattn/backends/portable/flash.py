@@ -46,7 +46,8 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         _mark_empty_rows(lse, step, inputs, spec)
         out = out[..., : inputs.v.shape[-1]]
         if _is_whole(call, inputs):
-            return out.transpose(1, 2).reshape(inputs.out_shape()), lse.reshape(inputs.lse_shape())
+            out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
+            return out.view(inputs.out_shape()), lse.view(inputs.lse_shape())
         results = results or _no_results(inputs)
         _queries(terms.dense(results[0]), call).copy_(out)
         _queries(_by_rows(results[1]), call).copy_(lse[..., None])
@@ -75,7 +76,7 @@ def backward(
             grads = tuple(part.transpose(1, 2) for part in parts)
             break
         grads = grads or _no_gradients(inputs, are_shared=len(todo) > 1)
-        _queries(grads[0], call).copy_(parts[0][..., : q.shape[-1]])
+        _queries(grads[0], call).copy_(parts[0][..., : inputs.q.shape[-1]])
         _add_keys(grads[1], parts[1], call)
         _add_keys(grads[2], parts[2], call)
     grads = grads or _no_gradients(inputs, are_shared=False)
