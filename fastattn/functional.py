@@ -360,7 +360,7 @@ def _spec(
 
 
 def _number(name: str, x: float) -> float:
-    if isinstance(x, bool | str | Tensor) or not hasattr(x, "__float__"):
+    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
         given = "a tensor" if isinstance(x, Tensor) else repr(x)
         raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
     return float(x)
