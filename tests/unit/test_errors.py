@@ -205,7 +205,7 @@ def test_errors_are_what_a_caller_expects_to_catch():
 @pytest.mark.parametrize(
     "call",
     [
-        dense(scale=np.float32(0.5), softcap=0),
+        dense(scale=np.float64(0.5), softcap=0),
         dense(window=[2, -1], causal=True),
         dense(dropout_p=0, rng_state=None),
         dense(mask=x(7, dtype=torch.bool), bias=x(5, 1)),
