@@ -10,7 +10,7 @@ from typing import ParamSpec
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, rng
+from fastattn import dispatch, reference, rng
 from fastattn.autograd import attend
 from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
@@ -41,8 +41,9 @@ def attention(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
     return_lse: bool = False,
+    return_weights: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
 
     ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``, the full order of operations and
@@ -77,12 +78,15 @@ def attention(
         rng_state: int64 ``(2,)``, seed and offset of dropout; None draws from torch's generator.
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
+        return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
+            for looking at, since they take the quadratic memory that fused attention avoids. ``out`` is not touched.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
-        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log,
-        differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not
-        depend on the backend beyond rounding; the dropped elements do not depend on it at all.
+        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log; with
+        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``; each of them differentiable. A row that
+        keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not depend on the backend beyond
+        rounding; the dropped elements do not depend on it at all.
 
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
@@ -119,7 +123,10 @@ def attention(
     spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
     out = from_internal(out, layout)
-    return (out, lse) if return_lse else out
+    extras = [lse] if return_lse else []
+    if return_weights:
+        extras.append(reference.weights(inputs, spec))
+    return (out, *extras) if extras else out
 
 
 def attention_varlen(
@@ -349,7 +356,7 @@ def _spec(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k, v in autocast's dtype, where autocast is on."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # meta has no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
