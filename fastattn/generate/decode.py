@@ -173,7 +173,7 @@ def stream_text(
     return decode_stream(tokenizer, (int(token) for token in chosen), special=(first, last))
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int], special: Sequence[int] = ()) -> Iterator[str]:
+def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int], special: Sequence[int | None] = ()) -> Iterator[str]:
     """Text of byte-level tokens as they come. A character whose bytes are spread over tokens waits for the last.
 
     Args:
@@ -186,7 +186,7 @@ def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int], special: Sequence
     for token in tokens:
         if token in special:
             continue
-        text = decoder.decode(bytes(table[character] for character in tokenizer.id_to_token(token)))
+        text = decoder.decode(bytes(table[character] for character in tokenizer.id_to_token(token) or ""))
         if text:
             yield text
     rest = decoder.decode(b"", final=True)

@@ -155,8 +155,8 @@ class Decoder(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         x = self.dropout(x)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, positions, segment_ids, cache)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, positions, segment_ids, caches[layer] if caches else None)
         x = self.norm(x)
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
@@ -185,9 +185,7 @@ class Decoder(nn.Module):
         pairs = seen * (seen + 1) / 2 + (length - seen) * seen
         return 6 * weights + 14 * self.config.layers * heads * head_dim * pairs / length
 
-    def _check(
-        self, tokens: Tensor, past: int, segment_ids: Tensor | None, caches: Sequence[KVCache] | None
-    ) -> None:
+    def _check(self, tokens: Tensor, past: int, segment_ids: Tensor | None, caches: Sequence[KVCache] | None) -> None:
         if tokens.dim() != 2:
             raise input_error("tokens", f"shape {tuple(tokens.shape)}", "(B, S)", "Add the batch: tokens[None].")
         length = past + tokens.shape[1]

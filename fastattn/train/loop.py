@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class TrainConfig:
 
     Attributes:
         steps: updates of the weights in all.
+        max_minutes: stop earlier when the run has taken this long, over all its parts; None is no limit.
         batch: rows in each update.
         micro_batch: rows computed at once, their gradients added up; None is ``batch``.
         seed: of the initial weights, the order of the data and dropout.
@@ -55,6 +57,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
+    max_minutes: float | None = None
     batch: int = 16
     micro_batch: int | None = None
     seed: int = 0
@@ -70,6 +73,8 @@ class TrainConfig:
         for name in ("steps", "batch", "eval_every", "eval_rows", "save_every", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise input_error(name, getattr(self, name), "a positive int", "Give at least 1.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise input_error("max_minutes", self.max_minutes, "a positive number, or None", "None is no limit.")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch:
             raise input_error("micro_batch", self.micro_batch, f"1 ... batch {self.batch}", "None is the whole batch.")
         if not 0 <= self.seed < 2**31:
@@ -150,25 +155,41 @@ class Trainer:
         self.log.forget_after(self.progress.step)
 
     def run(self) -> Progress:
-        """Train up to ``config.steps``; the first SIGINT or SIGTERM ends the run early, with a checkpoint."""
+        """Train up to ``config.steps`` or ``max_minutes``; SIGINT or SIGTERM end the run early, with a checkpoint."""
         config, progress = self.config, self.progress
         bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step", disable=not self.show_progress)
         with bar, _stop_signals(progress):
-            while progress.step < config.steps and progress.signal is None:
+            while not self._is_over():
                 began = time.perf_counter()
                 self._window.add(*self._train_step(progress.step))
                 progress.step += 1
                 if progress.step % config.log_every == 0:
                     self._log_window()
-                if progress.step == config.steps or progress.step % config.eval_every == 0:
+                if progress.step % config.eval_every == 0 and not self._is_over():
                     self._evaluate()
                 progress.seconds += time.perf_counter() - began
                 if progress.step % config.save_every == 0:
                     self._save()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update()
+            if progress.signal is None:
+                self._evaluate()
             self._save()
         return progress
+
+    def _is_over(self) -> bool:
+        limit, progress = self.config.max_minutes, self.progress
+        is_late = limit is not None and progress.seconds >= 60 * limit
+        return progress.step >= self.config.steps or is_late or progress.signal is not None
+
+    def seconds_per_step(self, trials: int = 3) -> float:
+        """Median time of an update. It trains the model, so make another trainer for the run."""
+        times = []
+        for step in range(trials + 1):  # the first one warms up
+            began = time.perf_counter()
+            float(self._train_step(step)[0])
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
 
     def held_out_loss(self, rows: int | None = None) -> float:
         """Mean loss in nats per token over ``rows`` held-out rows (None: as configured), without dropout."""
@@ -214,8 +235,8 @@ class Trainer:
         step = self.progress.step
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(
-                f"The loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}); no checkpoint of it was "
-                "written. Lower --lr, or raise --warmup."
+                f"The loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}); earlier checkpoints are "
+                "intact. Lower --lr, or raise --warmup."
             )
         self.progress.loss = loss
         self.progress.tokens += window.labels

@@ -14,13 +14,21 @@ from fastattn.models import Decoder, TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
 from fastattn.train.loop import Progress, TrainConfig, Trainer
-from fastattn.train.metrics import unigram_entropy
+from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
 from fastattn.train.optim import OptimConfig
 from fastattn.train.text import find_files
 from fastattn.train.tokens import Corpus, prepare
 
 # What may differ between a run and its continuation; the rest would make it another run.
-_MAY_CHANGE = {"attention", "train.steps", "train.eval_every", "train.eval_rows", "train.save_every", "train.keep"}
+_MAY_CHANGE = {
+    "attention",
+    "train.steps",
+    "train.max_minutes",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.save_every",
+    "train.keep",
+}
 _MAY_CHANGE |= {"train.log_every", "train.micro_batch", "train.precision"}
 
 
@@ -93,6 +101,39 @@ class Outcome:
     unigram_entropy: float
     num_parameters: int
     checkpoint: Checkpoint
+
+    def facts(self) -> dict[str, float | int | str]:
+        """The figures of the run by name."""
+        progress, corpus = self.progress, self.corpus.facts
+        labels = corpus.tokens["held_out"] - corpus.documents["held_out"]
+        return {
+            "parameters": self.num_parameters,
+            "vocabulary": corpus.vocab_size,
+            "documents": corpus.documents["train"],
+            "documents held out": corpus.documents["held_out"],
+            "tokens of text": corpus.tokens["train"],
+            "steps": progress.step,
+            "tokens trained on": progress.tokens,
+            "training seconds": round(progress.seconds, 1),
+            "tokens per second": round(progress.tokens / progress.seconds) if progress.seconds else 0,
+            "training loss (nats per token)": round(progress.loss, 4),
+            "held-out loss (nats per token)": round(progress.held_out_loss, 4),
+            "unigram entropy of the held-out text (nats per token)": round(self.unigram_entropy, 4),
+            "held-out perplexity": round(perplexity(progress.held_out_loss), 2),
+            "held-out bits per byte": round(
+                bits_per_byte(progress.held_out_loss, labels, corpus.text_bytes["held_out"]), 4
+            ),
+            "files skipped": len(corpus.skipped),
+            "checkpoint": str(self.checkpoint.folder),
+        }
+
+    def summary(self) -> str:
+        """The figures as aligned lines, and the first files that could not be used."""
+        figures = self.facts()
+        width = max(map(len, figures))
+        lines = [f"{name:<{width}}  {value}" for name, value in figures.items()]
+        skipped = [f"  skipped {skip['name']}: {skip['reason']}" for skip in self.corpus.facts.skipped]
+        return "\n".join(lines + skipped[:10] + [f"  ... and {len(skipped) - 10} more"] * (len(skipped) > 10))
 
 
 def pretrain(

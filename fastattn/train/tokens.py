@@ -1,7 +1,7 @@
 """From documents to a tokenizer and memory-mapped token files, cached by the content of the text.
 
 A corpus is a folder: ``tokenizer.json``, ``corpus.json`` and for each of the splits "train" and "held_out" the tokens
-end to end (``.tokens``, uint16 or uint32) and where each document begins (``.offsets``, int64, one more than documents).
+end to end (``.tokens``, uint16 or uint32) and where each document begins and the last one ends (``.offsets``, int64).
 A document is ``<|start|> text <|end|>``. Special tokens in the text itself are encoded as ordinary characters.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -264,7 +264,7 @@ class _Writer:
         )
         (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
 
-    def _encode(self, batch: list[Document], tokenizer: Tokenizer, outputs: dict[str, BinaryIO]) -> None:
+    def _encode(self, batch: list[Document], tokenizer: Tokenizer, outputs: Mapping[str, BinaryIO]) -> None:
         start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
         dtype = token_dtype(tokenizer.get_vocab_size())
         encodings = tokenizer.encode_batch([document.text for document in batch])
