@@ -9,6 +9,7 @@ dbias of the whole problem are those of the smaller one. The rows are spread ove
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 from fastattn.testing import cases, tolerance
 from fastattn.testing.inputs import Sample
-from fastattn.testing.peers import Forward
+from fastattn.testing.peers import Forward, pass_call
 from fastattn.testing.workload import Operands
 
 ROWS = 128
@@ -47,24 +48,20 @@ class Verdict:
         return f"{'green' if self.ok else 'red'}: {self.where} at {self.worst:.2g} of the bound"
 
 
-def check(forward: Forward, operands: Operands, passes: Sequence[str]) -> dict[str, Verdict]:
-    """Run a contender once and judge it: "forward" by out, the other passes by the gradients too.
+def check(forward: Forward, operands: Operands, pass_name: str) -> Verdict:
+    """Run a pass of a contender once and judge it: "forward" by out, the others by out and the gradients.
 
     Args:
         forward: its forward pass, from ``Peer.prepare``.
         operands: the tensors it works on.
-        passes: of ``workload.PASSES``.
+        pass_name: of ``workload.PASSES``.
     """
     part = Part.of(operands)
-    with torch.no_grad():
-        out = forward()
-    verdicts = {"forward": judge(part, operands, out, {})}
-    if any(p != "forward" for p in passes):
-        out = forward()
-        grads = torch.autograd.grad(out, list(operands.leaves.values()), part.only(operands.dout))
-        verdict = judge(part, operands, out.detach(), dict(zip(operands.leaves, grads, strict=True)))
-        verdicts |= {"backward": verdict, "both": verdict}
-    return {p: verdicts[p] for p in passes}
+    operands = dataclasses.replace(operands, dout=part.only(operands.dout))
+    # backward alone returns no out, and both runs the same kernels
+    out, grads = pass_call(forward, operands, "forward" if pass_name == "forward" else "both")()
+    assert out is not None
+    return judge(part, operands, out, grads)
 
 
 @dataclass(frozen=True)
@@ -172,23 +169,37 @@ def _qkv(operands: Operands) -> tuple[Tensor, Tensor, Tensor]:
     return operands.q, operands.k, operands.v
 
 
-def judge(part: Part, operands: Operands, out: Tensor, grads: dict[str, Tensor]) -> Verdict:
-    """The verdict on a whole result, its gradients by the names of their leaves; {} judges out alone."""
+def judge(part: Part, operands: Operands, out: Tensor, gradients: Sequence[Tensor]) -> Verdict:
+    """The verdict on a whole result.
+
+    Args:
+        part: what to look at closely.
+        operands: the tensors it was computed from, with ``dout`` zero outside the part.
+        out: the output.
+        gradients: those of ``operands.leaves``; none judges out alone.
+    """
+    out, grads = out.detach(), dict(zip(operands.leaves, gradients, strict=True)) if gradients else {}
     for name, x in {"out": out, **{f"d{name}": grad for name, grad in grads.items()}}.items():
         if not x.isfinite().all():
-            return Verdict(False, float("inf"), f"{name} is not finite")
+            return Verdict(False, math.inf, f"{name} is not finite")
     sample = smaller(operands, part, tuple(grads))
     found = {"out": part.cut("out", out)} | {f"d{name}": part.cut(f"d{name}", grad) for name, grad in grads.items()}
     for name, grad in grads.items():
         total, inside = grad.double().abs().sum(), found[f"d{name}"].double().abs().sum()
         if not torch.isclose(total, inside, rtol=1e-9):
-            return Verdict(False, float("inf"), f"d{name} where dout is zero")
+            return Verdict(False, math.inf, f"d{name} where dout is zero")
     lse = reference.forward(sample.inputs, sample.spec)[1]  # peers return none, and it is not judged
     rows = tolerance.measure(_Found(found, lse), sample)
-    shares = {row.name: row.error / row.bound if row.bound else row.error and float("inf") for row in rows}
     judged = [row for row in rows if not row.name.startswith("lse")]
-    worst = max(judged, key=lambda row: float("inf") if shares[row.name] != shares[row.name] else shares[row.name])
-    return Verdict(all(row.ok for row in judged), shares[worst.name], worst.name)
+    worst = max(judged, key=_share)
+    return Verdict(all(row.ok for row in judged), _share(worst), worst.name)
+
+
+def _share(row: tolerance.Row) -> float:
+    """How much of what is allowed the error takes."""
+    if math.isnan(row.error):
+        return math.inf
+    return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
 
 
 class _Found(Backend):

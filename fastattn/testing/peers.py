@@ -17,6 +17,7 @@ import fastattn
 from fastattn.testing.workload import Operands, Workload
 
 Forward = Callable[[], Tensor]
+Passed = tuple[Tensor | None, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,26 @@ class Peer:
     has_backward: bool = True
     is_ours: bool = False
     scores_held: tuple[int, int] = (0, 0)
+
+
+def pass_call(forward: Forward, operands: Operands, pass_name: str) -> Callable[[], Passed]:
+    """What a pass runs: "forward" without a graph, "backward" over a graph built once, "both" one after the other.
+
+    The call returns ``(out, gradients)``; "backward" returns no out, "forward" no gradients.
+    """
+    leaves, dout = list(operands.leaves.values()), operands.dout
+    if pass_name == "forward":
+        without_graph = torch.no_grad()(forward)
+        return lambda: (without_graph(), ())
+    if pass_name == "backward":
+        built = forward()
+        return lambda: (None, torch.autograd.grad(built, leaves, dout, retain_graph=True))
+
+    def both() -> Passed:
+        out = forward()
+        return out, torch.autograd.grad(out, leaves, dout)
+
+    return both
 
 
 def cannot(workload: Workload, *features: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.ops import backward_flops, forward_flops
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -85,6 +86,15 @@ class Workload:
     def score_bytes(self) -> int:
         """Bytes of one ``S_q x S_kv`` score matrix in the dtype of the workload."""
         return self.batch * self.heads_q * self.s_q * self.s_kv * DTYPES[self.dtype].itemsize
+
+    def flops(self) -> dict[str, int]:
+        """FLOPs of each pass: those of the kept pairs, so a masked pair counts for nothing."""
+        lengths = (self.s_q // self.documents, self.s_kv // self.documents)
+        batch, heads, dims = self.batch * self.documents, (self.heads_q, self.heads_kv), (self.d_qk, self.d_v)
+        q = torch.empty(batch, lengths[0], heads[0], dims[0], device="meta")
+        k, v = (torch.empty(batch, lengths[1], heads[1], d, device="meta") for d in dims)
+        forward, backward = (count(Inputs(q, k, v), self.spec) for count in (forward_flops, backward_flops))
+        return {"forward": forward, "backward": backward, "both": forward + backward}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
