@@ -43,9 +43,7 @@ class PortableBackend(Backend):
             return Grads(dsinks=dsinks)
         if flash.serves(inputs, spec, needs):
             dq, dk, dv = flash.backward(dout, dlse, out, lse, inputs, spec)
-            return Grads(
-                *(x if name in needs else None for x, name in ((dq, "q"), (dk, "k"), (dv, "v"))), dsinks=dsinks
-            )
+            return Grads(*(x if name in needs else None for x, name in ((dq, "q"), (dk, "k"), (dv, "v"))), dsinks=dsinks)
         dq, dk, dv, dbias = tiles.backward(dout, dlse, out, lse, inputs, spec, needs)
         return Grads(dq, dk, dv, dbias, dsinks)
 

@@ -81,9 +81,7 @@ def backward(
         _add_keys(grads[2], parts[2], call)
     grads = grads or _no_gradients(inputs, are_shared=False)
     likes = (inputs.q, inputs.k, inputs.v)
-    dq, dk, dv = (
-        x[..., : like.shape[-1]].to(like.dtype).reshape(like.shape) for x, like in zip(grads, likes, strict=True)
-    )
+    dq, dk, dv = (x[..., : like.shape[-1]].to(like.dtype).reshape(like.shape) for x, like in zip(grads, likes, strict=True))
     return dq, dk, dv
 
 
