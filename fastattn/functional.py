@@ -16,7 +16,8 @@ from fastattn.autograd import attend
 from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
-from fastattn.problem import Inputs, Problem, check_inputs, check_rank
+from fastattn.ops import without_autocast
+from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
 P = ParamSpec("P")
@@ -127,7 +128,8 @@ def attention(
     out = from_internal(out, layout)
     extras = [lse] if return_lse else []
     if return_weights:
-        extras.append(reference.weights(inputs, spec))
+        with without_autocast(q.device.type):
+            extras.append(reference.weights(inputs, spec))
     return (out, *extras) if extras else out
 
 
@@ -446,8 +448,7 @@ def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
         given = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise input_error("attn_mask", given, "a boolean or floating tensor, or None", "Boolean: True = attend.")
     sizes = attn_mask.shape
-    behind = zip(reversed(sizes), reversed(full), strict=False)
-    if len(sizes) > len(full) or any(size not in (1, whole) for size, whole in behind):
+    if len(sizes) > len(full) or not broadcasts(sizes, full[len(full) - len(sizes) :]):
         allowed = f"a shape that broadcasts to {tuple(full)}"
         raise input_error("attn_mask", f"shape {tuple(sizes)}", allowed, "Put size 1 where it is shared.")
     return _to_four_dims(attn_mask if len(full) <= 4 else attn_mask.expand(full))

@@ -7,6 +7,7 @@ so a compiled graph holds one opaque node whatever the choice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,12 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
+
+
 def _check_values(inputs: Inputs) -> None:
     """Check what only the values tell, where reading them costs nothing: in host memory."""
     if inputs.is_packed and inputs.q.device.type == "cpu":
@@ -88,17 +95,18 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     )
 
 
-def _contiguous(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold every backend to the strides that the fakes promise."""
+def _kernel(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold every backend to the strides that the fakes promise, and keep autocast out of its arithmetic."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in function(*args))
+        with without_autocast(args[0].device.type):
+            return tuple(x.contiguous() for x in function(*args))
 
     return kernel
 
 
-_LIBRARY.impl("forward", _contiguous(_forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _contiguous(_backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", _kernel(_forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _kernel(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
