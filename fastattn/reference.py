@@ -103,9 +103,12 @@ def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = Non
     return (out[0].contiguous(), lse[0].contiguous()) if inputs.is_packed else (out.contiguous(), lse.contiguous())
 
 
-def weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation."""
-    t = _terms(inputs, spec, compute_dtype(inputs))
+def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
+    """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
+
+    ``at`` says where the rows of ``inputs`` stand if they are some of a longer sequence's.
+    """
+    t = _terms(inputs, spec, compute_dtype(inputs), at)
     return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
 
 
@@ -149,8 +152,8 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _terms(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype) -> _Terms:
-    at = Positions.of(inputs)
+def _terms(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype, at: Positions | None = None) -> _Terms:
+    at = Positions.of(inputs) if at is None else at
     kept = keep_matrix(inputs, spec, at)
     q, k, v = (_heads_first(x, inputs).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     group = inputs.heads_q // inputs.heads_kv
