@@ -3,6 +3,7 @@
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from fastattn.inspection import attention_weights, plot_attention
 from fastattn.ops import SAC_SAVE_OPS
 from fastattn.version import __version__
 
@@ -14,8 +15,10 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
+    "plot_attention",
     "scaled_dot_product_attention",
     "use_backend",
 ]

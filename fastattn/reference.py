@@ -16,6 +16,7 @@ operations are ordinary torch ops, so jvp, double backward and vmap work through
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ class Positions:
         s_q, s_kv = inputs.cu_seqlens_q.diff()[n_q], inputs.cu_seqlens_kv.diff()[n_q]
         row, column = (None, None, slice(None), None), (None, None, None, slice(None))
         return cls(i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
+
+    def at_rows(self, rows: Tensor) -> Positions:
+        """The positions of some query rows of a dense batch."""
+        return dataclasses.replace(self, i=self.i[:, :, rows])
 
 
 def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
