@@ -2,8 +2,8 @@
 
 Signatures are theirs, positions and defaults included, and so are the meanings: ``(B, S, H, D)`` or packed
 ``(T, H, D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes
-without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and the lse of an empty row
-is ``-inf`` (flash-attn 2 says ``+inf``).
+without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and an empty row has lse
+``-inf`` (``+inf`` in flash-attn 2).
 """
 
 from __future__ import annotations
