@@ -1,8 +1,8 @@
 """Hugging Face transformers 5: ``register()``, then ``attn_implementation="fastattn"`` in any model.
 
 The function that transformers calls, and the one that builds its masks. transformers hands over ``(B, H, S, D)`` views
-with key heads not repeated, a boolean ``(B, 1, S_q, S_kv)`` mask that already holds padding, causality and window, or no
-mask if causality alone is meant, and every keyword of the model's ``forward``. What changes attention is honoured;
+with key heads not repeated, a boolean ``(B, 1, S_q, S_kv)`` mask that already holds padding, causality and window, or
+no mask if causality alone is meant, and every keyword of the model's ``forward``. What changes attention is honoured;
 what is known not to concern it is listed in ``IRRELEVANT``; anything else raises.
 """
 
@@ -170,7 +170,9 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) 
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
-    unknown = [name for name, given in others.items() if name not in IRRELEVANT and not (given is None or given is False)]
+    unknown = [
+        name for name, given in others.items() if name not in IRRELEVANT and not (given is None or given is False)
+    ]
     if unknown:
         raise UnsupportedError(
             f"attn_implementation='fastattn' does not know the keyword{'s' * (len(unknown) > 1)} {', '.join(unknown)} "
@@ -200,4 +202,4 @@ def _capturing_attentions() -> bool:
     """Whether the running forward was asked for attentions, which transformers tells only its own hooks."""
     collector = getattr(output_capturing, "_active_collector", None)
     wanted = None if collector is None else collector.get()
-    return bool(wanted) and any("attentions" in key for key in wanted)
+    return any("attentions" in key for key in wanted or ())

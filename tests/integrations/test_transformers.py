@@ -9,8 +9,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fastattn[hf]'")
 
-import fastattn
-from fastattn.integrations import transformers as integration
+import fastattn  # noqa: E402
+from fastattn.integrations import transformers as integration  # noqa: E402
 
 TOLERANCE = 1e-4  # fp32
 VOCABULARY = 61
@@ -39,9 +39,7 @@ CAUSAL = {
     "mistral": (T.MistralForCausalLM, T.MistralConfig(**DECODER, sliding_window=4)),
     "gemma2": (
         T.Gemma2ForCausalLM,
-        T.Gemma2Config(
-            **DECODER, head_dim=8, sliding_window=4, attn_logit_softcapping=0.05, query_pre_attn_scalar=3
-        ),
+        T.Gemma2Config(**DECODER, head_dim=8, sliding_window=4, attn_logit_softcapping=0.05, query_pre_attn_scalar=3),
     ),
     "gpt_oss": (
         T.GptOssForCausalLM,
@@ -257,7 +255,7 @@ def test_dropout_is_applied_in_training_only():
 
 
 def test_switching_back_and_forth():
-    eager, fast = build(*CAUSAL["llama"])
+    eager, _ = build(*CAUSAL["llama"])
     mask = padding("left")
     expected = eager(tokens(), attention_mask=mask).logits[mask.bool()]
     for implementation in ("fastattn", "eager", "fastattn"):
