@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.errors import input_error
-from fastattn.functional import Window, _autocast, _dense, _four_dims, _per_head, _rng_state, _spec, band
-from fastattn.layout import Layout, check_layout, to_internal
+from fastattn.functional import Window, dense_problem
+from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 from fastattn.spec import AttentionSpec
 
@@ -76,24 +76,23 @@ def attention_weights(
         >>> fastattn.attention_weights(q, k, rows=[-1], heads=[0, 5], causal=True).shape
         torch.Size([1, 2, 1, 1000])
     """
-    check_layout(layout)
-    q, k, _ = (to_internal(x, layout) for x in _dense(_autocast(q, k, k)))
-    segments_q, segments_kv = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=k,  # the weights do not depend on the values
-        bias=_four_dims("bias", bias),
-        mask=_four_dims("mask", mask),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
-        segment_ids_q=segments_q,
-        segment_ids_kv=segments_kv,
-        rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=q.shape[1],
-        max_seqlen_kv=k.shape[1],
+    inputs, spec = dense_problem(
+        q,
+        k,
+        k,  # the weights do not depend on the values
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        layout=layout,
     )
-    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     check_inputs(inputs, spec)
     chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
     chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)
