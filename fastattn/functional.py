@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
@@ -20,7 +21,7 @@ from fastattn.spec import Anchor, AttentionSpec
 
 P = ParamSpec("P")
 Window = tuple[int | None, int | None]
-_explained: list[Problem] | None = None  # while explain() runs: problems are noted here instead of computed
+_explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
 
 
 def attention(
@@ -306,12 +307,12 @@ explain = _explainer(attention)
 
 @contextlib.contextmanager
 def _noting_problems() -> Iterator[list[Problem]]:
-    global _explained
-    _explained = []
+    thread = threading.get_ident()
+    _explained[thread] = []
     try:
-        yield _explained
+        yield _explained[thread]
     finally:
-        _explained = None
+        del _explained[thread]
 
 
 def dense_problem(
@@ -356,8 +357,8 @@ def dense_problem(
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     check_inputs(inputs, spec)
-    if _explained is not None:
-        _explained.append(Problem.of(inputs, spec))
+    if _explained and threading.get_ident() in _explained:
+        _explained[threading.get_ident()].append(Problem.of(inputs, spec))
         return inputs.q, inputs.q
     return attend(inputs, spec, dispatch.requested(backend))
 
