@@ -72,6 +72,7 @@ def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
         >>> print(report)
         fastattn served 1 of 1 attention calls
     """
+    ops.refuse_context_parallel()
     before, report = F.scaled_dot_product_attention, SdpaReport()
     F.scaled_dot_product_attention = _replacement(before, report)
     try:
