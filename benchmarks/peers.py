@@ -16,7 +16,6 @@ from torch import Tensor
 
 import fastattn
 from fastattn.errors import InputError
-from fastattn.spec import distance, keep
 from fastattn.testing.peers import (
     EAGER,
     SDPA,
@@ -83,12 +82,10 @@ def _prepare_eager_compiled(operands: Operands) -> Forward:
 def _prepare_flex(operands: Operands) -> Forward:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    w, spec = operands.workload, operands.workload.spec
-    length = w.s_q // w.documents
+    w = operands.workload
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        kept = keep(spec, i, j, w.s_q, w.s_kv)
-        return kept & (i // length == j // length) if w.documents > 1 else kept
+        return w.keeps(i, j)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if w.softcap is not None:
@@ -96,7 +93,7 @@ def _prepare_flex(operands: Operands) -> Forward:
         if operands.bias is not None:
             score = score + operands.bias[0, h, i, j]
         if operands.alibi_slopes is not None:
-            score = score - operands.alibi_slopes[h] * distance(spec, i, j, w.s_q, w.s_kv)
+            score = score - operands.alibi_slopes[h] * w.distance(i, j)
         return score
 
     q, k, v = (x.transpose(-3, -2) for x in (operands.q, operands.k, operands.v))
@@ -106,7 +103,7 @@ def _prepare_flex(operands: Operands) -> Forward:
     options = {
         "score_mod": score_mod if w.softcap is not None or w.bias or w.alibi else None,
         "block_mask": create_block_mask(mask_mod, None, None, w.s_q, w.s_kv, device=device) if is_masked else None,
-        "scale": spec.scale,
+        "scale": w.spec.scale,
         "enable_gqa": w.heads_q != w.heads_kv,
     }
     compiled = _compiled(flex_attention)

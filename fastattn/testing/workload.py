@@ -83,6 +83,17 @@ class Workload:
         square = self.s_q == self.s_kv
         return self.window is not None or self.documents > 1 or (self.causal and not square)
 
+    def keeps(self, i: Any, j: Any) -> Any:
+        """Whether query row ``i`` attends to key ``j``: the band, inside its own document."""
+        if self.documents == 1:
+            return keep(self.spec, i, j, self.s_q, self.s_kv)
+        length = self.s_q // self.documents
+        return keep(self.spec, i, j, self.s_q, self.s_kv) & (i // length == j // length)
+
+    def distance(self, i: Any, j: Any) -> Any:
+        """What ALiBi's slopes are multiplied with."""
+        return distance(self.spec, i, j, self.s_q, self.s_kv)
+
     def score_bytes(self) -> int:
         """Bytes of one ``S_q x S_kv`` score matrix in the dtype of the workload."""
         return self.batch * self.heads_q * self.s_q * self.s_kv * DTYPES[self.dtype].itemsize
@@ -185,22 +196,15 @@ class Operands:
             max_seqlen_kv=workload.s_kv // workload.documents if workload.packed else workload.s_kv,
         )
 
-    def keep_matrix(self, rows: Tensor | None = None) -> Tensor:
-        """``(S_q, S_kv)`` boolean, True = attend: the mask that libraries without this feature have to be given.
+    def keep_matrix(self) -> Tensor:
+        """``(S_q, S_kv)`` boolean, True = attend: the mask that libraries without this feature have to be given."""
+        return self.workload.keeps(*self._positions())
 
-        ``rows`` picks query rows; None is all of them.
-        """
-        workload, device = self.workload, self.q.device
-        i = (torch.arange(workload.s_q, device=device) if rows is None else rows)[:, None]
-        j = torch.arange(workload.s_kv, device=device)[None, :]
-        kept = keep(workload.spec, i, j, workload.s_q, workload.s_kv)
-        length = workload.s_q // workload.documents
-        return kept & (i // length == j // length) if workload.documents > 1 else kept
-
-    def alibi_bias(self, rows: Tensor | None = None) -> Tensor:
+    def alibi_bias(self) -> Tensor:
         """``(1, H_q, S_q, S_kv)`` fp32: ALiBi as the tensor that libraries without it have to be given."""
         assert self.alibi_slopes is not None
-        workload, device = self.workload, self.q.device
-        i = (torch.arange(workload.s_q, device=device) if rows is None else rows)[:, None]
-        j = torch.arange(workload.s_kv, device=device)[None, :]
-        return (-self.alibi_slopes[:, None, None] * distance(workload.spec, i, j, workload.s_q, workload.s_kv))[None]
+        return (-self.alibi_slopes[:, None, None] * self.workload.distance(*self._positions()))[None]
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        w, device = self.workload, self.q.device
+        return torch.arange(w.s_q, device=device)[:, None], torch.arange(w.s_kv, device=device)[None, :]
