@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.cli import device, info
-from fastattn.errors import DataError, InputError
+from fastattn.errors import DataError, input_error
+from fastattn.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +72,13 @@ class Report:
         self.figures["seconds"] = self.seconds
         took = ", ".join(f"{title.lower()} {seconds:.0f} s" for title, seconds in self.seconds.items())
         text = "\n\n".join([*self.text, f"Time: {took}."]) + "\n"
-        (self.folder / "report.md").write_text(text, encoding="utf-8")
-        (self.folder / "report.json").write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "report.json", json.dumps(self.figures, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
-        raise InputError(f"--minutes: got {args.minutes}; allowed: a positive number. 1.8 is the default.")
+        raise input_error("--minutes", args.minutes, "a positive number", "1.8 is the default.")
     target = device.choose(args.device)
     report = Report(_own_folder(args.out))
     with report.section("This machine"):

@@ -48,7 +48,7 @@ def test_help(capsys, command):
 
 def test_the_help_tells_the_true_defaults():
     config = RunConfig()
-    assert {flag.field: _lookup(config, flag.field) for flag in train.FLAGS} == {
+    assert {flag.field: config.value(flag.field) for flag in train.FLAGS} == {
         flag.field: flag.default for flag in train.FLAGS
     }
 
@@ -257,3 +257,33 @@ def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, caps
     assert main(["train", "--data", str(texts), "--out", str(tmp_path), "--steps", "50", *SMALL]) == 130
     assert "--resume" in capsys.readouterr().err
     assert find_checkpoint(tmp_path).trainer_state()["step"] == 3
+
+
+def test_verify_judges_and_writes_json(tmp_path, capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    cases = tuple(case for case in module.grid() if case.group == module.grid()[0].group)[:2]
+    monkeypatch.setattr(module, "grid", lambda **_: cases)
+    path = tmp_path / "report.json"
+    flags = ["--device", "cpu", "--backend", "eager", "--json", str(path), "--fuzz", "2"]
+    assert main(["verify", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "eager" in text and "2 random problems: all within" in text
+    found = json.loads(path.read_text())
+    assert found["ok"] and found["fuzz"] == {"problems": 2, "failure": None}
+
+
+def test_verify_exits_with_1_on_a_breach(capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    monkeypatch.setattr(module, "grid", lambda **_: ())
+    assert main(["verify", "--device", "cpu", "--backend", "eager"]) == 1  # nothing ran, so nothing was shown
+
+
+def test_refusals_of_verify(tmp_path, capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    monkeypatch.setattr(module, "grid", lambda **_: ())
+    fails(capsys, ["verify", "--backend", "warp", "--device", "cpu"], "backend: got 'warp'")
+    fails(capsys, ["verify", "--fuzz", "-1"], "--fuzz: got -1")
+    fails(capsys, ["verify", "--device", "cpu", "--backend", "eager", "--json", tmp_path], "Could not write")
