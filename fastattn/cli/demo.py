@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastattn.train import Outcome, RunConfig
 
 _MARK = ".fastattn-demo"  # a folder with it is ours to write over
-_PROMPTS = ("def main(", "import ", "class ")
+PROMPTS = ("def main(", "import ", "class ")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -167,7 +167,7 @@ def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
     with report.section("What it writes"):
         model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
         samples = {}
-        for prompt in _PROMPTS:
+        for prompt in PROMPTS:
             pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))
             samples[prompt] = prompt + "".join(pieces)
             report.block(samples[prompt])
