@@ -104,6 +104,14 @@ def test_resuming_on_other_text_is_refused(out, texts, capsys):
     path.write_text(before)
 
 
+def test_a_run_inside_its_data_does_not_read_itself(texts, tmp_path):
+    for path in texts.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    command = ["train", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*command, "--data", str(tmp_path), "--steps", "2", *SMALL]) == 0
+    assert main([*command, "--resume", "--steps", "3"]) == 0
+
+
 def test_eager_and_fastattn_train_alike(texts, tmp_path):
     losses = []
     for kind in ("eager", "fastattn"):
