@@ -104,26 +104,24 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 128, 8, 64])
     """
-    check_layout(layout)
     dispatch.check_name(backend)
-    check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
-    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
-    segments_q, segments_kv = _segments(segment_ids)
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        bias=_four_dims("bias", bias),
-        mask=_four_dims("mask", mask),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
-        segment_ids_q=segments_q,
-        segment_ids_kv=segments_kv,
-        rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=q.shape[1],
-        max_seqlen_kv=k.shape[1],
+    inputs, spec = dense_problem(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        layout=layout,
     )
-    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
     out = from_internal(out, layout)
     extras = [lse] if return_lse else []
@@ -319,6 +317,46 @@ def _noting_problems() -> Iterator[list[Problem]]:
         yield _explained[thread]
     finally:
         del _explained[thread]
+
+
+def dense_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    layout: Layout,
+) -> tuple[Inputs, AttentionSpec]:
+    """What ``attention`` is asked to compute, from its arguments; not yet checked as a whole."""
+    check_layout(layout)
+    check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
+    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
+    segments_q, segments_kv = _segments(segment_ids)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        bias=_four_dims("bias", bias),
+        mask=_four_dims("mask", mask),
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
+        sinks=_per_head("sinks", sinks),
+        segment_ids_q=segments_q,
+        segment_ids_kv=segments_kv,
+        rng_state=_rng_state(rng_state, dropout_p, q),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_kv=k.shape[1],
+    )
+    return inputs, _spec(q, scale, softcap, band(causal, window), dropout_p)
 
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.dispatch import select
+from fastattn.errors import UnsupportedError
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
@@ -53,6 +54,7 @@ def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *flat, needs_grad = args
     inputs, spec, backend = unflatten(tuple(flat))
+    refuse_context_parallel()
     _check_values(inputs)
     return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
 
@@ -73,6 +75,16 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
+
+
+def refuse_context_parallel() -> None:
+    """Inside torch's ``context_parallel`` a rank holds some tokens only, and none but torch's attention knows of it."""
+    module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if module.startswith("torch.distributed."):
+        raise UnsupportedError(
+            "fastattn inside torch's context_parallel() would attend to this rank's tokens alone. Leave that context "
+            "and use fastattn.integrations.context_parallel (ring_attention, ulysses_attention)."
+        )
 
 
 def _check_values(inputs: Inputs) -> None:
