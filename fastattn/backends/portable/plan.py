@@ -20,7 +20,7 @@ from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, diagonal, full_range, tile_range
 
 # Query rows of a block under a band. Fewer waste less at the band's edges, but torch's kernel slows down below 192.
-BAND_ROWS = 256
+BAND_ROWS = 192
 
 Span = tuple[int, int]
 # What the band does inside a block: nothing; the triangle ``j <= i``, counted from the block's corner; something else.
