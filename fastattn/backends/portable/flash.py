@@ -129,8 +129,9 @@ def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterato
             begin = 0 if shape == "causal" else begin  # the triangle begins in the corner
             block = block.replace(keys=(block.keys[0] + begin, block.keys[0] + end))
             kept = kept[..., begin:end] if kept.shape[-1] > 1 else kept
+            call = Call(block)
         mask = _additive(kept, terms.bias(inputs, spec, block), terms.compute_dtype(inputs))
-        yield _Step(Call(block, call.count, call.q_step, call.kv_step), shape == "causal", mask)
+        yield _Step(call, shape == "causal", mask)
 
 
 def _has_data_mask(inputs: Inputs, block: Block) -> bool:
