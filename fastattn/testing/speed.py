@@ -103,6 +103,9 @@ class SpeedReport:
                 points = [(entry.length, entry.times[peer].median * 1e3) for entry in entries if peer in entry.times]
                 panel.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=COLOURS[peer], label=peer)
             panel.set(title=kind, xlabel="length", xscale="log", yscale="log")
+            lengths = [entry.length for entry in entries]
+            panel.set_xticks(lengths, [str(length) for length in lengths])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("ms, forward and backward")
         panels[0].legend()
@@ -181,13 +184,14 @@ def _memory_panel(panel: Any, entries: tuple[Entry, ...]) -> None:
         heights = [entry.peak_bytes.get(peer, 0) / 1e6 for entry in weighed]
         panel.bar([x + 0.27 * (n - 1) for x in range(len(weighed))], heights, 0.25, color=COLOURS[peer], label=peer)
     panel.set_xticks(range(len(weighed)), [f"{entry.kind}\n{entry.length}" for entry in weighed])
-    panel.set(title="peak memory above the operands", ylabel="MB", yscale="log" if weighed else "linear")
+    panel.set(title="peak memory", ylabel="MB above the operands", yscale="log" if weighed else "linear")
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"this CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _times(ratio: float | None) -> str:
