@@ -207,8 +207,15 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its weight, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 def make_norm(config: TransformerConfig, width: int) -> nn.Module:
     """The normalisation that the config names, over the last ``width`` numbers."""
     if config.norm == "rms":
-        return nn.RMSNorm(width, eps=1e-6)
+        return RMSNorm(width, eps=1e-6)
     return nn.LayerNorm(width, eps=1e-5, bias=config.bias)

@@ -1,7 +1,7 @@
 """Checkpoints: ``step-00000100/`` with the weights, the optimizer, the trainer's state, the config and the tokenizer.
 
-A folder is written under another name and renamed when complete, so every ``step-*`` folder is whole. What is wrong with
-one that is damaged or not ours, a ``DataError`` says in a sentence.
+A folder is written under another name and renamed when complete, so every ``step-*`` folder is whole. What is wrong
+with one that is damaged or not ours, a ``DataError`` says in a sentence.
 """
 
 from __future__ import annotations

@@ -235,8 +235,8 @@ class Trainer:
         step = self.progress.step
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(
-                f"The loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}); earlier checkpoints are "
-                "intact. Lower --lr, or raise --warmup."
+                f"The loss is not finite at step {step} (loss {loss:g}, gradient norm {norm:g}); earlier "
+                "checkpoints are intact. Lower --lr, or raise --warmup."
             )
         self.progress.loss = loss
         self.progress.tokens += window.labels

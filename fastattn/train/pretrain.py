@@ -165,6 +165,8 @@ def pretrain(
         if known != corpus.facts.fingerprint:
             raise DataError("The text is not what the run was trained on: restore the files, or start a new --out.")
         trainer.resume(resume)
+    else:
+        trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
     progress = trainer.run()
     entropy = unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
     return Outcome(progress, corpus, entropy, trainer.model.num_parameters(), find_checkpoint(out))
