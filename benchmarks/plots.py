@@ -82,7 +82,7 @@ def _ratios(record: Record, title: str) -> Any:
     FigureCanvasAgg(figure)
     panel = figure.add_subplot()
     labels, ratios, rivals = zip(*bars[::-1], strict=True)
-    panel.barh(range(len(bars)), ratios, color=["#2ca02c" if ratio >= 1 else "#d62728" for ratio in ratios])
+    panel.barh(range(len(bars)), [ratio - 1 for ratio in ratios], left=1, color=["#2ca02c" if ratio >= 1 else "#d62728" for ratio in ratios])
     panel.set_yticks(range(len(bars)), labels, fontsize=6)
     for y, (ratio, rival) in enumerate(zip(ratios, rivals, strict=True)):
         panel.text(ratio, y, f" {ratio:.2f}× {rival}", va="center", fontsize=6)
