@@ -66,10 +66,16 @@ class Setting:
         if args.quick:
             config = dataclasses.replace(config, width=64, layers=2, heads=4, kv_heads=2, max_length=64)
         length = args.length or config.max_length
-        numbers = {"batch": args.batch or (2 if args.quick else 8), "length": length, "steps": args.steps or (4 if args.quick else 50)}
+        numbers = {
+            "batch": args.batch or (2 if args.quick else 8),
+            "length": length,
+            "steps": args.steps or (4 if args.quick else 50),
+        }
         for argument, number in numbers.items():
             if number < 1 or (argument == "length" and number > config.max_length):
-                raise InputError(f"--{argument}: got {number}; allowed: 1 to {config.max_length if argument == 'length' else 'any'}.")
+                raise InputError(
+                    f"--{argument}: got {number}; allowed: 1 to {config.max_length if argument == 'length' else 'any'}."
+                )
         return cls(config, new_tokens=8 if args.quick else 64, device=device, **numbers)
 
     def batches(self) -> list[Tensor]:
@@ -156,10 +162,15 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting.of(args, device)
     compiling = args.compile or ("both" if device.type == "cuda" else "no")
     modes = {"no": (False,), "yes": (True,), "both": (False, True)}[compiling]
-    record = Record("model", args.command_line, device, command_line.out(args, device.type))
+    record = command_line.record(args, device.type, device)
     dtype = "bf16" if device.type == "cuda" else "fp32"
     ceiling = ceilings.measure(device, {dtype}, args.quick)
-    shape = {"config": setting.config.to_dict(), "batch": setting.batch, "length": setting.length, "steps": setting.steps}
+    shape = {
+        "config": setting.config.to_dict(),
+        "batch": setting.batch,
+        "length": setting.length,
+        "steps": setting.steps,
+    }
     record.set(columns=COLUMNS, ceilings=ceiling, setting=shape)
     batches = setting.batches()
     for compiled in modes:
@@ -217,7 +228,9 @@ def _generate(setting: Setting, variants: list[Variant], ceiling: float) -> Iter
     times = compare({v.name: v.generate for v in variants}, watch, rounds=5, round_s=0.0, budget_s=30)
     for variant in variants:
         timing, text = times[variant.name], texts[variant.name]
-        same = statistics.mean(a == b for mine, theirs in zip(text, first, strict=True) for a, b in zip(mine, theirs, strict=True))
+        same = statistics.mean(
+            a == b for mine, theirs in zip(text, first, strict=True) for a, b in zip(mine, theirs, strict=True)
+        )
         yield {
             "variant": variant.name,
             "what": f"generation, {len(text)} tokens",

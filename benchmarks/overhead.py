@@ -20,7 +20,6 @@ import fastattn
 from benchmarks import command_line, tables
 from benchmarks.environment import REPOSITORY
 from benchmarks.peers import PEERS
-from benchmarks.record import Record
 from fastattn.testing.peers import pass_call
 from fastattn.testing.timing import compare, stopwatch
 from fastattn.testing.workload import Operands, Workload
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = command_line.device(args)
-    record = Record("overhead", args.command_line, device, command_line.out(args, device.type))
+    record = command_line.record(args, device.type, device)
     record.set(columns=COLUMNS)
     steps: list[Callable[[], Iterator[Row]]] = [
         lambda: _calls(device, args.quick),
@@ -54,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
 def _calls(device: torch.device, quick: bool) -> Iterator[Row]:
     """Host time of a call on a problem so small that its kernels hardly count."""
     dtype = "bf16" if device.type == "cuda" else "fp32"
-    workload = Workload(s_q=16, s_kv=16, heads_q=1, heads_kv=1, d_qk=16, d_v=16, dtype=dtype, passes=("forward", "both"))
+    workload = Workload(
+        s_q=16, s_kv=16, heads_q=1, heads_kv=1, d_qk=16, d_v=16, dtype=dtype, passes=("forward", "both")
+    )
     operands = Operands.of(workload, device)
     able = [PEERS[name] for name in ["sdpa", "fastattn", *(f"fastattn-{backend}" for backend in fastattn.backends())]]
     able = [peer for peer in able if not peer.reasons(workload, device.type)]
@@ -85,7 +86,9 @@ def _imports(rounds: int) -> Iterator[Row]:
     for _ in range(rounds):
         for module, found in seconds.items():
             code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
-            done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+            )
             found.append(float(done.stdout))
     torch_s, both_s = (statistics.median(found) for found in seconds.values())
     # pairs of one round, so that drift of the machine cancels
@@ -97,7 +100,11 @@ def _imports(rounds: int) -> Iterator[Row]:
 def _size() -> Iterator[Row]:
     folder = Path(fastattn.__file__).parent
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    yield {"what": "size of the package", "value": tables.size(_bytes(files)), "note": f"{len(files)} files, no bytecode"}
+    yield {
+        "what": "size of the package",
+        "value": tables.size(_bytes(files)),
+        "note": f"{len(files)} files, no bytecode",
+    }
 
 
 def _bytes(files: list[Path]) -> int:
@@ -115,18 +122,33 @@ def _installation() -> Iterator[Row]:
                 shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
             elif source.exists():
                 shutil.copy(source, copy)
-        options = ["--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--quiet", "--target", str(target)]
+        options = [
+            "--no-deps",
+            "--no-index",
+            "--no-build-isolation",
+            "--no-compile",
+            "--quiet",
+            "--target",
+            str(target),
+        ]
         began = time.perf_counter()
         try:
             done: Any = subprocess.run(
-                [sys.executable, "-m", "pip", "install", *options, str(copy)], capture_output=True, text=True, timeout=600
+                [sys.executable, "-m", "pip", "install", *options, str(copy)],
+                capture_output=True,
+                text=True,
+                timeout=600,
             )
         except subprocess.TimeoutExpired:
             yield {"what": "installation", "value": "failed", "note": "not done after 600 s"}
             return
         took = time.perf_counter() - began
         if done.returncode != 0:
-            yield {"what": "installation", "value": "failed", "note": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+            yield {
+                "what": "installation",
+                "value": "failed",
+                "note": (done.stderr.strip().splitlines() or ["no message"])[-1],
+            }
             return
         installed = _bytes([path for path in target.rglob("*") if path.is_file()])
         note = "pip install from source, dependencies and build tools there"

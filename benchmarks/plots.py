@@ -40,7 +40,9 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
                 value = found["passes"].get(pass_name, {}).get(field)
                 if value is not None:
                     lines.setdefault(peer, {})[result["workload"]["s_q"]] = value * factor
-    worth = {family: lines for family, lines in families.items() if len({s for line in lines.values() for s in line}) > 1}
+    worth = {
+        family: lines for family, lines in families.items() if len({s for line in lines.values() for s in line}) > 1
+    }
     if not worth:
         return None
     shown = list(worth.items())[:MOST_PANELS]
@@ -59,7 +61,9 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
         panel.set_title(f"{family}, {pass_name}", fontsize=8)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(label)
-    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
@@ -67,7 +71,9 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
 def _family(result: Record) -> str:
     """The case without its batch and lengths; heads too, which suites trade for length."""
     words = result["id"].split()
-    return " ".join(word for word in words if word[0] not in "bsh" or word.startswith(("bf16", "bias", "softcap", "sinks")))
+    return " ".join(
+        word for word in words if word[0] not in "bsh" or word.startswith(("bf16", "bias", "softcap", "sinks"))
+    )
 
 
 def _ratios(record: Record, title: str) -> Any:
@@ -82,7 +88,12 @@ def _ratios(record: Record, title: str) -> Any:
     FigureCanvasAgg(figure)
     panel = figure.add_subplot()
     labels, ratios, rivals = zip(*bars[::-1], strict=True)
-    panel.barh(range(len(bars)), [ratio - 1 for ratio in ratios], left=1, color=["#2ca02c" if ratio >= 1 else "#d62728" for ratio in ratios])
+    panel.barh(
+        range(len(bars)),
+        [ratio - 1 for ratio in ratios],
+        left=1,
+        color=["#2ca02c" if ratio >= 1 else "#d62728" for ratio in ratios],
+    )
     panel.set_yticks(range(len(bars)), labels, fontsize=6)
     for y, (ratio, rival) in enumerate(zip(ratios, rivals, strict=True)):
         panel.text(ratio, y, f" {ratio:.2f}× {rival}", va="center", fontsize=6)

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and the plots there (default: print)")
     parser.add_argument("--mixed", action="store_true", help="accept records of different devices or code, and say so")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite its results regions instead")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="the committed records, for --readme")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="the committed records, for --readme"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +92,9 @@ def _write_readme(path: Path, results: Path) -> int:
         raise DataError(f"{path}: {error.strerror}. Give the README.") from None
     names = [region["name"] for region in _REGION.finditer(text)]
     if not names:
-        raise DataError(f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines.")
+        raise DataError(
+            f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines."
+        )
     for name in dict.fromkeys(names):
         draw(read(results / f"{name}.json"), results, name)
     write_atomically(path, rendered(text, results, path.resolve().parent))

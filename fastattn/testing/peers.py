@@ -115,7 +115,9 @@ def fastattn_peer(backend: str | None) -> Peer:
         return lambda: fastattn.attention(q, k, v, **dense, **options)
 
     name = f"fastattn-{backend}" if backend else "fastattn"
-    return Peer(name, _ours_reasons(backend), prepare, is_ours=True, scores_held=(6, 8) if backend == "eager" else (0, 0))
+    return Peer(
+        name, _ours_reasons(backend), prepare, is_ours=True, scores_held=(6, 8) if backend == "eager" else (0, 0)
+    )
 
 
 def eager_attention(operands: Operands, bias: Tensor | None, kept: Tensor | None) -> Tensor:

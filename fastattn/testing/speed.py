@@ -62,13 +62,19 @@ class SpeedReport:
 
     def table(self) -> str:
         """As text: times, how many times faster fastattn is, peak memory."""
-        lines = [self.title, "", f"{'':8}{'S':>6}  {'fastattn':>10}  {'vs eager':>9}  {'vs sdpa':>9}   peak memory: fastattn / eager / sdpa"]
+        lines = [
+            self.title,
+            "",
+            f"{'':8}{'S':>6}  {'fastattn':>10}  {'vs eager':>9}  {'vs sdpa':>9}   peak memory: fastattn / eager / sdpa",
+        ]
         for entry in self.entries:
             own = entry.times.get("fastattn")
             time = f"{own.median * 1e3:.2f} ms" if own else "-"
             ratios = [_times(entry.times_faster_than(peer)) for peer in ("eager", "sdpa")]
             peaks = " / ".join(_megabytes(entry.peak_bytes.get(peer)) for peer in PEERS) if entry.peak_bytes else ""
-            lines.append(f"{entry.kind:8}{entry.length:>6}  {time:>10}  {ratios[0]:>9}  {ratios[1]:>9}   {peaks}".rstrip())
+            lines.append(
+                f"{entry.kind:8}{entry.length:>6}  {time:>10}  {ratios[0]:>9}  {ratios[1]:>9}   {peaks}".rstrip()
+            )
         lines += ["", "2.0x: fastattn takes half the time. Every result was checked against fp64 before it was timed."]
         reasons = {f"{peer}: {why}": None for entry in self.entries for peer, why in entry.missing.items()}
         return "\n".join([*lines, *(f"no number: {reason}" for reason in reasons)])
