@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import statistics
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,17 +65,13 @@ class Setting:
         if args.quick:
             config = dataclasses.replace(config, width=64, layers=2, heads=4, kv_heads=2, max_length=64)
         length = args.length or config.max_length
-        numbers = {
-            "batch": args.batch or (2 if args.quick else 8),
-            "length": length,
-            "steps": args.steps or (4 if args.quick else 50),
-        }
-        for argument, number in numbers.items():
-            if number < 1 or (argument == "length" and number > config.max_length):
-                raise InputError(
-                    f"--{argument}: got {number}; allowed: 1 to {config.max_length if argument == 'length' else 'any'}."
-                )
-        return cls(config, new_tokens=8 if args.quick else 64, device=device, **numbers)
+        batch, steps = args.batch or (2 if args.quick else 8), args.steps or (4 if args.quick else 50)
+        for argument, number, least in (("batch", batch, 1), ("length", length, 2), ("steps", steps, 2)):
+            if number < least:
+                raise InputError(f"--{argument}: got {number}; allowed: at least {least}.")
+        if length > config.max_length:
+            raise InputError(f"--length: got {length}; allowed: at most {config.max_length}, the preset's longest.")
+        return cls(config, batch, length, steps, new_tokens=8 if args.quick else 64, device=device)
 
     def batches(self) -> list[Tensor]:
         """``(batch, length + 1)`` bytes of the standard library's source, one for each step."""
@@ -135,11 +130,12 @@ class Variant:
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Tensor:
     """torch's attention behind the arguments that the presets use."""
     s_q, s_kv = q.shape[1], k.shape[1]
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if causal and s_q not in (1, s_kv):
         raise InputError("the model benchmark feeds a prompt at once, then token by token")
-    options = {"is_causal": causal and s_q > 1, "enable_gqa": q.shape[2] != k.shape[2]}
-    return F.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2)
+    is_grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and s_q > 1, enable_gqa=is_grouped)
+    return out.transpose(1, 2)
 
 
 def _eager_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Tensor:
@@ -228,9 +224,7 @@ def _generate(setting: Setting, variants: list[Variant], ceiling: float) -> Iter
     times = compare({v.name: v.generate for v in variants}, watch, rounds=5, round_s=0.0, budget_s=30)
     for variant in variants:
         timing, text = times[variant.name], texts[variant.name]
-        same = statistics.mean(
-            a == b for mine, theirs in zip(text, first, strict=True) for a, b in zip(mine, theirs, strict=True)
-        )
+        same = (torch.tensor(text) == torch.tensor(first)).double().mean().item()
         yield {
             "variant": variant.name,
             "what": f"generation, {len(text)} tokens",

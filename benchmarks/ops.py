@@ -51,8 +51,11 @@ def run(args: argparse.Namespace) -> int:
         if time.monotonic() - began > args.budget:
             record.add(_head(suite, workload) | {"peers": {}, "why": f"the budget of {args.budget:g} s was spent"})
             continue
-        found = measure(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
-        record.add(_head(suite, workload) | {"peers": found})
+        try:
+            found = measure(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
+            record.add(_head(suite, workload) | {"peers": found})
+        except RuntimeError as error:  # of the device: a peer's own errors are rows of the result
+            record.add(_head(suite, workload) | {"peers": {}, "why": f"{type(error).__name__}: {str(error)[:200]}"})
         if _device_is_lost(device):
             record.set(stopped=f"the device failed at {workload.id}; a process cannot go on after that")
             break

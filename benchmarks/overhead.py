@@ -68,8 +68,8 @@ def _calls(device: torch.device, quick: bool) -> Iterator[Row]:
             except Exception as error:
                 calls.pop(peer.name, None)
                 yield {"what": f"one call, {pass_name}, {peer.name}", "value": "failed", "note": str(error)[:200]}
-        rounds = {"rounds": 3, "round_s": 0.002} if quick else {"rounds": 31, "round_s": 0.02}
-        times = compare(calls, stopwatch(device, wall=True), **rounds)
+        watch = stopwatch(device, wall=True)
+        times = compare(calls, watch, rounds=3 if quick else 31, round_s=0.002 if quick else 0.02)
         for name, timing in times.items():
             ratio = 1 / timing.times_faster_than(times["sdpa"])
             yield {

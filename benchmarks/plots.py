@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,10 +71,7 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
 
 def _family(result: Record) -> str:
     """The case without its batch and lengths; heads too, which suites trade for length."""
-    words = result["id"].split()
-    return " ".join(
-        word for word in words if word[0] not in "bsh" or word.startswith(("bf16", "bias", "softcap", "sinks"))
-    )
+    return " ".join(word for word in result["id"].split() if not re.fullmatch(r"[bsh]\d+(/\d+)?", word))
 
 
 def _ratios(record: Record, title: str) -> Any:
@@ -129,7 +127,7 @@ def _colours(record: Record) -> dict[str, Any]:
     from matplotlib import colormaps
 
     others = [peer for peer in record.get("peers", []) if peer != OURS]
-    palette = [colour for n, colour in enumerate(colormaps["tab20"].colors) if n not in (6, 7)]  # red is ours
+    palette = [colormaps["tab20"](n) for n in range(20) if n not in (6, 7)]  # red is ours
     return {OURS: "#d62728"} | {peer: palette[n % len(palette)] for n, peer in enumerate(others)}
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks report``: Markdown and plots from records, and the README's regions from the committed ones."""
+"""``python -m benchmarks report``: Markdown and plots from records, and the README's regions from committed ones."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _write_readme(path: Path, results: Path) -> int:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Give the README.") from None
-    names = [region["name"] for region in _REGION.finditer(text)]
+    names = regions(text)
     if not names:
         raise DataError(
             f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines."

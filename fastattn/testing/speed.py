@@ -148,7 +148,7 @@ def speed_table(device: str = "cpu", quick: bool = True) -> SpeedReport:
 
 
 def _workloads(device: torch.device, quick: bool) -> list[tuple[str, Workload]]:
-    lengths = (512, 1024, 2048) if quick else (512, 1024, 2048, 4096)
+    lengths: tuple[int, ...] = (512, 1024, 2048) if quick else (512, 1024, 2048, 4096)
     lengths = tuple(8 * length for length in lengths) if device.type == "cuda" else lengths
     return [(kind, _workload(kind, s, device, memory=s == lengths[-1])) for kind in KINDS for s in lengths]
 
