@@ -34,6 +34,7 @@ _LIBRARY.define(
 )
 
 Flat = tuple[Any, ...]
+_INPUT_FIELDS = len(dataclasses.fields(Inputs))
 
 
 def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
@@ -45,8 +46,7 @@ def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
 
 def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
     """The inverse of ``flatten``."""
-    n = len(dataclasses.fields(Inputs))
-    return Inputs(*flat[:n]), AttentionSpec(*flat[n:-1]), flat[-1]
+    return Inputs(*flat[:_INPUT_FIELDS]), AttentionSpec(*flat[_INPUT_FIELDS:-1]), flat[-1]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,12 @@ def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = Non
     return (out[0].contiguous(), lse[0].contiguous()) if inputs.is_packed else (out.contiguous(), lse.contiguous())
 
 
+def weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation."""
+    t = _terms(inputs, spec, compute_dtype(inputs))
+    return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,

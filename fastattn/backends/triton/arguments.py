@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-UNBOUNDED = 1 << 30  # longer than any sequence; the sum of two still fits an int32
+UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
 
 def coded(n: int) -> int:

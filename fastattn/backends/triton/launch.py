@@ -49,7 +49,7 @@ class Call:
     def of(cls, inputs: Inputs, spec: AttentionSpec) -> Call:
         if max(inputs.max_seqlen_q, inputs.max_seqlen_kv) >= arguments.UNBOUNDED:
             longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
-            raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^30", "Split the sequence.")
+            raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
         return cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)))
 
