@@ -18,20 +18,20 @@ import triton.language as tl
 
 from fastattn.backends.triton.tile import (
     LOG2E,
-    count,
+    contiguous_rows_of,
     factor_of,
     finish,
     kept_tile,
     load_rows,
     nth,
     number,
+    open_band,
     open_head,
-    row_pointers,
+    per_row,
     rows_of,
     scheduled,
     store_rows,
     survivors,
-    tile_range,
     tiles,
     transposed,
     zero_unused,
@@ -44,60 +44,60 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
     block, of = scheduled(schedule, LAST_FIRST=False)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
+    s_q = head.band.s_q
     i0 = block * BLOCK_M
-    if i0 >= head.s_q:
+    if i0 >= s_q:
         return
     i = i0 + tl.arange(0, BLOCK_M)
-    out_rows, dout_rows = rows_of(out, head.b, head.h, head.begin_q), rows_of(dout, head.b, head.h, head.begin_q)
-    out_tile = load_rows(out_rows, out, i0, 0, head.s_q, F.d_v, BLOCK_M, F.block_v, True, F)
-    dout_tile = load_rows(dout_rows, dout, i0, 0, head.s_q, F.d_v, BLOCK_M, F.block_v, True, F)
-    total = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    out_rows = rows_of(out, head.b, head.h, head.begin_q, F)
+    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F)
+    out_tile = load_rows(out_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
+    total = tl.sum(out_tile * dout_tile, 1)
     if dlse is not None:
-        total -= tl.load(row_pointers(dlse, head, i), mask=i < head.s_q, other=0.0).to(tl.float32)
-    tl.store(row_pointers(delta, head, i), total, mask=i < head.s_q)
+        total -= tl.load(per_row(dlse, head) + i, mask=i < s_q, other=0.0).to(tl.float32)
+    tl.store(per_row(delta, head) + i, total, mask=i < s_q)
 
 
 @triton.jit
-def load_statistics(lse, delta, head, i, low, high, MASKED: tl.constexpr):
+def load_statistics(lse, delta, i, low, high, MASKED: tl.constexpr):
     """``(lse, delta)`` of rows ``i``; ``lse`` in units of log2, and infinite where nothing is kept, so that p is 0."""
     if MASKED:
         valid = (i >= low) & (i < high)
-        of_rows = tl.load(row_pointers(lse, head, i), mask=valid, other=float("-inf"))
-        d = tl.load(row_pointers(delta, head, i), mask=valid, other=0.0)
+        of_rows = tl.load(lse + i, mask=valid, other=float("-inf"))
+        of_delta = tl.load(delta + i, mask=valid, other=0.0)
     else:
-        of_rows = tl.load(row_pointers(lse, head, i))
-        d = tl.load(row_pointers(delta, head, i))
-    return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), d
+        of_rows = tl.load(lse + i)
+        of_delta = tl.load(delta + i)
+    return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), of_delta
 
 
 @triton.jit
 def score_gradient(
-    raw, dp, of_lse, of_delta, head, i, j, i0, j0, terms, sizes, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    raw, dp, of_lse, of_delta, head, i, j, i0, j0, dropout_scale, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
     F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``(p, dt, ds, kept)`` of one tile, from ``raw = q @ k^T`` and ``dp = dout @ v^T``, or from their transposes.
 
     ``p`` comes with dropout's zeros but without its factor.
     """
-    scores, t = finish(raw, head, i, j, i0, j0, terms, sizes, MASKED, F)
-    p = tl.exp2(scores * factor_of(sizes, F) - of_lse)
+    scores, t = finish(raw, head, i, j, i0, j0, MASKED, F)
+    p = tl.exp2(scores * factor_of(head, F) - of_lse)
     kept = None
     if MASKED:
-        kept = kept_tile(head, i, j, i0, j0, terms, F)
+        kept = kept_tile(head, i, j, i0, j0, F)
         p = tl.where(kept, p, 0.0)
     p_dropped = p
     if F.dropout:
-        spared = survivors(head, i0, j0, terms, sizes, BLOCK_M, BLOCK_N, TRANSPOSED)
+        spared = survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED)
         p_dropped = tl.where(spared, p, 0.0)
-        dp = tl.where(spared, dp * sizes.dropout_scale, 0.0)
+        dp = tl.where(spared, dp * dropout_scale, 0.0)
     dt = p * (dp - of_delta)
-    if MASKED:
-        dt = tl.where(kept, dt, 0.0)  # dp holds NaN where an unused value does
     ds = dt
     if F.softcap:
         ds = dt * (1.0 - t * t)
-        if MASKED:
-            ds = tl.where(kept, ds, 0.0)
+    if MASKED:  # dp and t hold NaN where an unused value or key does
+        dt, ds = tl.where(kept, dt, 0.0), tl.where(kept, ds, 0.0)
     return p_dropped, dt, ds, kept
 
 
@@ -108,43 +108,40 @@ def dkdv_kernel(
 ):  # fmt: skip
     """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
     block, of = scheduled(schedule, LAST_FIRST=False)
-    group, heads_q = number(sizes.group), number(sizes.heads_q)
-    heads_kv = heads_q // group
+    group = number(sizes.group)
+    heads_kv = number(sizes.heads_q) // group
     b, h_kv = of // heads_kv, of % heads_kv
-    head = open_head(b, h_kv * group, terms, sizes, F)
+    _, begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
-    if j0 >= head.s_kv:
+    if j0 >= band.s_kv:
         return
 
-    k_tile = load_rows(
-        rows_of(k, b, h_kv, head.begin_kv), k, j0, 0, head.s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F
-    )  # fmt: skip
-    v_tile = load_rows(
-        rows_of(v, b, h_kv, head.begin_kv), v, j0, 0, head.s_kv, F.d_v, BLOCK_N, F.block_v, True, F
-    )  # fmt: skip
+    k_rows, v_rows = rows_of(k, b, h_kv, begin_kv, F), rows_of(v, b, h_kv, begin_kv, F)
+    k_tile = load_rows(k_rows, j0, 0, band.s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F.upcast)
+    v_tile = load_rows(v_rows, j0, 0, band.s_kv, F.d_v, BLOCK_N, F.block_v, True, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, F.block_qk], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, F.block_v], tl.float32)
-    seen_from_keys = transposed(head)
-    low, high = tile_range(j0, tl.minimum(j0 + BLOCK_N, head.s_kv), seen_from_keys, F.band)
-    begin, full_begin, full_end, end = tiles(block, seen_from_keys, terms, BLOCK_N, BLOCK_M, F)
+    low, high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    full = full_end - full_begin
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
-        q_rows = rows_of(q, b, head.h, head.begin_q)
-        dout_rows = rows_of(dout, b, head.h, head.begin_q)
+        q_rows = rows_of(q, b, head.h, head.begin_q, F)
+        dout_rows = rows_of(dout, b, head.h, head.begin_q, F)
+        lse_rows, delta_rows = per_row(lse, head), per_row(delta, head)
         for PHASE in tl.static_range(F.phases):
             MASKED: tl.constexpr = PHASE == 0
-            for n in tl.range(0, count(begin, full_begin, full_end, end, MASKED)):
+            for n in tl.range(0, end - begin - full if MASKED else full):
                 i0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_M
                 i = i0 + tl.arange(0, BLOCK_M)
-                q_tile = load_rows(q_rows, q, i0, low, high, F.d_qk, BLOCK_M, F.block_qk, MASKED, F)
+                q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, F.block_qk, MASKED, F.upcast)
                 raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
-                dout_tile = load_rows(dout_rows, dout, i0, low, high, F.d_v, BLOCK_M, F.block_v, MASKED, F)
+                dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, F.block_v, MASKED, F.upcast)
                 dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-                of_lse, of_delta = load_statistics(lse, delta, head, i, low, high, MASKED)
+                of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, low, high, MASKED)
                 p, _, ds, _ = score_gradient(
-                    raw, dp, of_lse[None, :], of_delta[None, :], head, i[None, :], j[:, None], i0, j0, terms, sizes,
-                    MASKED, True, F, BLOCK_M, BLOCK_N,
+                    raw, dp, of_lse[None, :], of_delta[None, :], head, i[None, :], j[:, None], i0, j0,
+                    sizes.dropout_scale, MASKED, True, F, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
                 dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
@@ -152,8 +149,10 @@ def dkdv_kernel(
     dk_acc *= sizes.scale
     if F.dropout:
         dv_acc *= sizes.dropout_scale
-    store_rows(rows_of(dk, b, h_kv, head.begin_kv), dk, j0, head.s_kv, dk_acc, F.d_qk, BLOCK_N, F.block_qk, F)
-    store_rows(rows_of(dv, b, h_kv, head.begin_kv), dv, j0, head.s_kv, dv_acc, F.d_v, BLOCK_N, F.block_v, F)
+    store_rows(
+        contiguous_rows_of(dk, b, h_kv, begin_kv, F.d_qk), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, F.block_qk
+    )  # fmt: skip
+    store_rows(contiguous_rows_of(dv, b, h_kv, begin_kv, F.d_v), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, F.block_v)
 
 
 @triton.jit
@@ -165,39 +164,38 @@ def dq_kernel(
     block, of = scheduled(schedule, LAST_FIRST=F.band)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
+    s_q = head.band.s_q
     i0 = block * BLOCK_M
-    if i0 >= head.s_q:
+    if i0 >= s_q:
         return
 
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv)
-    q_tile = load_rows(
-        rows_of(q, head.b, head.h, head.begin_q), q, i0, 0, head.s_q, F.d_qk, BLOCK_M, F.block_qk, True, F
-    )  # fmt: skip
-    dout_tile = load_rows(
-        rows_of(dout, head.b, head.h, head.begin_q), dout, i0, 0, head.s_q, F.d_v, BLOCK_M, F.block_v, True, F
-    )  # fmt: skip
+    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F)
+    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F)
+    q_rows = rows_of(q, head.b, head.h, head.begin_q, F)
+    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F)
+    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    of_lse, of_delta = load_statistics(lse, delta, head, i, 0, head.s_q, True)
+    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
     dq_acc = tl.zeros([BLOCK_M, F.block_qk], tl.float32)
-    low, high = tile_range(i0, tl.minimum(i0 + BLOCK_M, head.s_q), head, F.band)
-    begin, full_begin, full_end, end = tiles(block, head, terms, BLOCK_M, BLOCK_N, F)
+    low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
+    full = full_end - full_begin
     for PHASE in tl.static_range(F.phases):
         MASKED: tl.constexpr = PHASE == 0
-        for n in tl.range(0, count(begin, full_begin, full_end, end, MASKED)):
+        for n in tl.range(0, end - begin - full if MASKED else full):
             j0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_N
             j = j0 + tl.arange(0, BLOCK_N)
-            k_tile = load_rows(k_rows, k, j0, low, high, F.d_qk, BLOCK_N, F.block_qk, MASKED, F)
+            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, F.block_qk, MASKED, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            v_tile = load_rows(v_rows, v, j0, low, high, F.d_v, BLOCK_N, F.block_v, MASKED, F)
+            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, F.block_v, MASKED, F.upcast)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
             _, _, ds, kept = score_gradient(
-                raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0, terms, sizes,
-                MASKED, False, F, BLOCK_M, BLOCK_N,
+                raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0,
+                sizes.dropout_scale, MASKED, False, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             if MASKED and F.scattered:
                 k_tile = zero_unused(k_tile, kept)
             dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
 
-    dq_acc *= sizes.scale
-    store_rows(rows_of(dq, head.b, head.h, head.begin_q), dq, i0, head.s_q, dq_acc, F.d_qk, BLOCK_M, F.block_qk, F)
+    dq_rows = contiguous_rows_of(dq, head.b, head.h, head.begin_q, F.d_qk)
+    store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, F.block_qk)

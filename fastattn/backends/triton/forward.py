@@ -8,7 +8,7 @@ import triton.language as tl
 from fastattn.backends.triton.tile import (
     LN2,
     LOG2E,
-    count,
+    contiguous_rows_of,
     factor_of,
     finish,
     kept_tile,
@@ -17,13 +17,12 @@ from fastattn.backends.triton.tile import (
     nth,
     number,
     open_head,
-    row_pointers,
+    per_row,
     rows_of,
     scheduled,
     softmax_step,
     store_rows,
     survivors,
-    tile_range,
     tiles,
     zero_unused,
 )
@@ -42,40 +41,40 @@ def forward_kernel(
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
     i0 = block * BLOCK_M
-    if i0 >= head.s_q:
+    if i0 >= head.band.s_q:
         return
 
-    q_rows = rows_of(q, head.b, head.h, head.begin_q)
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv)
-    q_tile = load_rows(q_rows, q, i0, 0, head.s_q, F.d_qk, BLOCK_M, F.block_qk, True, F)
+    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F)
+    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F)
+    q_rows = rows_of(q, head.b, head.h, head.begin_q, F)
+    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    factor = factor_of(sizes, F)
+    factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, F.block_v], tl.float32)
-    if F.sinks:  # the sink is where the running sum begins
-        m = tl.zeros([BLOCK_M], tl.float32) + load_per_head(terms.sinks, head) * LOG2E
+    if F.sinks:  # the running sum begins with the sink
+        m = tl.zeros([BLOCK_M], tl.float32) + load_per_head(terms.sinks, head.b, head.h) * LOG2E
         l = tl.where(m == float("-inf"), 0.0, 1.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)
 
-    low, high = tile_range(i0, tl.minimum(i0 + BLOCK_M, head.s_q), head, F.band)
-    begin, full_begin, full_end, end = tiles(block, head, terms, BLOCK_M, BLOCK_N, F)
+    low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
+    full = full_end - full_begin
     for PHASE in tl.static_range(F.phases):
         MASKED: tl.constexpr = PHASE == 0
-        for t in tl.range(0, count(begin, full_begin, full_end, end, MASKED)):
+        for t in tl.range(0, end - begin - full if MASKED else full):
             j0 = nth(t, begin, full_begin, full_end, MASKED) * BLOCK_N
             j = j0 + tl.arange(0, BLOCK_N)
-            k_tile = load_rows(k_rows, k, j0, low, high, F.d_qk, BLOCK_N, F.block_qk, MASKED, F)
+            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, F.block_qk, MASKED, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            scores, _ = finish(raw, head, i[:, None], j[None, :], i0, j0, terms, sizes, MASKED, F)
+            scores, _ = finish(raw, head, i[:, None], j[None, :], i0, j0, MASKED, F)
             if MASKED:
-                kept = kept_tile(head, i[:, None], j[None, :], i0, j0, terms, F)
+                kept = kept_tile(head, i[:, None], j[None, :], i0, j0, F)
                 scores = tl.where(kept, scores, float("-inf"))
             p, m, l, alpha = softmax_step(scores, factor, m, l)
             if F.dropout:
-                p = tl.where(survivors(head, i0, j0, terms, sizes, BLOCK_M, BLOCK_N, False), p, 0.0)
-            v_tile = load_rows(v_rows, v, j0, low, high, F.d_v, BLOCK_N, F.block_v, MASKED, F)
+                p = tl.where(survivors(head, i0, j0, BLOCK_M, BLOCK_N, False), p, 0.0)
+            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, F.block_v, MASKED, F.upcast)
             if MASKED and F.scattered:
                 v_tile = zero_unused(v_tile, kept)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
@@ -84,7 +83,7 @@ def forward_kernel(
     norm = 1.0 / tl.where(is_empty, 1.0, l)
     if F.dropout:
         norm *= sizes.dropout_scale
-    acc = acc * norm[:, None]
     total = tl.where(is_empty, float("-inf"), m * LN2 + tl.log(tl.where(is_empty, 1.0, l)))
-    store_rows(rows_of(out, head.b, head.h, head.begin_q), out, i0, head.s_q, acc, F.d_v, BLOCK_M, F.block_v, F)
-    tl.store(row_pointers(lse, head, i), total, mask=i < head.s_q)
+    out_rows = contiguous_rows_of(out, head.b, head.h, head.begin_q, F.d_v)
+    store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, F.block_v)
+    tl.store(per_row(lse, head) + i, total, mask=i < head.band.s_q)

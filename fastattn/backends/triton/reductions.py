@@ -11,8 +11,9 @@ from fastattn.backends.triton.tile import (
     load_per_head,
     load_rows,
     number,
+    open_band,
     open_head,
-    row_pointers,
+    per_row,
     rows_of,
     tile_range,
 )
@@ -36,24 +37,24 @@ def dbias_kernel(
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    any_head = open_head(tl.program_id(2) * 0, tl.program_id(1) * 0, terms, sizes, F)
-    s_q, s_kv = any_head.s_q, any_head.s_kv
-    low, high = tile_range(i0, tl.minimum(i0 + BLOCK_M, s_q), any_head, F.band)
+    _, _, band = open_band(tl.program_id(2), terms, sizes, F)
+    s_q, s_kv = band.s_q, band.s_kv
+    low, high = tile_range(i0, tl.minimum(i0 + BLOCK_M, s_q), band, F.band)
     is_used = (j0 < high) & (j0 + BLOCK_N > low)
     for n in tl.range(0, tl.where(is_used, sequences * heads, 0)):
         b, h = tl.program_id(2) + n // heads, tl.program_id(1) + n % heads
         head = open_head(b, h, terms, sizes, F)
-        q_rows, dout_rows = rows_of(q, b, h, head.begin_q), rows_of(dout, b, h, head.begin_q)
-        k_rows, v_rows = rows_of(k, b, head.h_kv, head.begin_kv), rows_of(v, b, head.h_kv, head.begin_kv)
-        q_tile = load_rows(q_rows, q, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F)
-        k_tile = load_rows(k_rows, k, j0, 0, s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F)
+        q_rows, dout_rows = rows_of(q, b, h, head.begin_q, F), rows_of(dout, b, h, head.begin_q, F)
+        k_rows, v_rows = rows_of(k, b, head.h_kv, head.begin_kv, F), rows_of(v, b, head.h_kv, head.begin_kv, F)
+        q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
+        k_tile = load_rows(k_rows, j0, 0, s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F.upcast)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-        dout_tile = load_rows(dout_rows, dout, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F)
-        v_tile = load_rows(v_rows, v, j0, 0, s_kv, F.d_v, BLOCK_N, F.block_v, True, F)
+        dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast)
+        v_tile = load_rows(v_rows, j0, 0, s_kv, F.d_v, BLOCK_N, F.block_v, True, F.upcast)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
-        of_lse, of_delta = load_statistics(lse, delta, head, i, 0, s_q, True)
+        of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
         _, dt, _, _ = score_gradient(
-            raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0, terms, sizes,
+            raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0, sizes.dropout_scale,
             True, False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         acc += dt
@@ -75,12 +76,13 @@ def dbias_kernel(
 def dsinks_kernel(lse, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
     """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(H_q, B)``."""
     head = open_head(tl.program_id(1), tl.program_id(0), terms, sizes, F)
-    sink = load_per_head(terms.sinks, head) * LOG2E
+    s_q, lse_rows, delta_rows = head.band.s_q, per_row(lse, head), per_row(delta, head)
+    sink = load_per_head(terms.sinks, head.b, head.h) * LOG2E
     total = tl.zeros([BLOCK], tl.float32)
-    for n in tl.range(0, tl.cdiv(head.s_q, BLOCK)):
+    for n in tl.range(0, tl.cdiv(s_q, BLOCK)):
         i = n * BLOCK + tl.arange(0, BLOCK)
-        of_lse = tl.load(row_pointers(lse, head, i), mask=i < head.s_q, other=0.0) * LOG2E
-        of_delta = tl.load(row_pointers(delta, head, i), mask=i < head.s_q, other=0.0)
+        of_lse = tl.load(lse_rows + i, mask=i < s_q, other=0.0) * LOG2E
+        of_delta = tl.load(delta_rows + i, mask=i < s_q, other=0.0)
         # a sink of -inf takes no part, also in a row that keeps nothing else
         total -= tl.where(sink == float("-inf"), 0.0, tl.exp2(sink - of_lse)) * of_delta
     tl.store(dsinks.ptr + head.b * number(dsinks.stride_b) + head.h * number(dsinks.stride_h), tl.sum(total))

@@ -18,19 +18,55 @@ LN2 = tl.constexpr(0.6931471805599453)
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
+class Band(NamedTuple):
+    """The positional half of ``keep``: the lengths and the band of one sequence."""
+
+    s_q: Any
+    s_kv: Any
+    diagonal: Any
+    left: Any
+    right: Any
+
+
+class RowsOfHead(NamedTuple):
+    """The rows of one head of one sequence: ``arguments.Rows`` from its first row on."""
+
+    ptr: Any
+    stride_s: Any
+    stride_d: Any
+
+
+class ScoresOfHead(NamedTuple):
+    """A bias or mask of one head of one sequence."""
+
+    ptr: Any
+    stride_q: Any
+    stride_kv: Any
+
+
 class Head(NamedTuple):
-    """One query head of one sequence: where it begins and its band. In a packed batch ``b`` is the sequence."""
+    """One query head of one sequence, and what the options say about it; None for those not in use.
+
+    In a packed batch ``b`` is the sequence. ``dropout_head`` is the head's number in ``rng.py``.
+    """
 
     b: Any
     h: Any
     h_kv: Any
     begin_q: Any
     begin_kv: Any
-    s_q: Any
-    s_kv: Any
-    diagonal: Any
-    left: Any
-    right: Any
+    band: Any
+    scale: Any
+    softcap: Any
+    bias: Any
+    mask: Any
+    slope: Any
+    ids_q: Any
+    ids_kv: Any
+    seed: Any
+    offset: Any
+    dropout_head: Any
+    threshold: Any
 
 
 @triton.jit
@@ -59,25 +95,45 @@ def scheduled(schedule, LAST_FIRST: tl.constexpr):
 
 
 @triton.jit
-def open_head(b, h, terms, sizes, F: tl.constexpr):
-    """The ``Head`` for query head ``h`` of sequence ``b``."""
+def open_band(b, terms, sizes, F: tl.constexpr):
+    """``(begin_q, begin_kv, band)`` of sequence ``b``."""
     if F.packed:
         begin_q, begin_kv = tl.load(terms.cu_seqlens_q + b), tl.load(terms.cu_seqlens_kv + b)
         s_q = tl.load(terms.cu_seqlens_q + b + 1) - begin_q
         s_kv = tl.load(terms.cu_seqlens_kv + b + 1) - begin_kv
     else:
-        begin_q, begin_kv = 0, 0
+        begin_q, begin_kv = b * 0, b * 0
         s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
-    diagonal = number(sizes.lower_right) * (s_kv - s_q)
-    left, right = number(sizes.left), number(sizes.right)
-    return Head(b, h, h // number(sizes.group), begin_q, begin_kv, s_q, s_kv, diagonal, left, right)
+    if F.band:
+        diagonal = number(sizes.lower_right) * (s_kv - s_q)
+        return begin_q, begin_kv, Band(s_q, s_kv, diagonal, number(sizes.left), number(sizes.right))
+    if F.alibi:
+        return begin_q, begin_kv, Band(s_q, s_kv, number(sizes.lower_right) * (s_kv - s_q), 0, 0)
+    return begin_q, begin_kv, Band(s_q, s_kv, 0, 0, 0)
 
 
 @triton.jit
-def transposed(head):
-    """The head seen from its keys: rows and columns change places."""
+def open_head(b, h, terms, sizes, F: tl.constexpr):
+    """The ``Head`` for query head ``h`` of sequence ``b``."""
+    begin_q, begin_kv, band = open_band(b, terms, sizes, F)
+    bias, mask, slope, ids_q, ids_kv = None, None, None, None, None
+    seed, offset, dropout_head, threshold = None, None, None, None
+    if F.bias:
+        bias = scores_of(terms.bias, b, h, F.bias)
+    if F.mask:
+        mask = scores_of(terms.mask, b, h, F.mask)
+    if F.alibi:
+        slope = load_per_head(terms.alibi_slopes, b, h) * LOG2E
+    if F.segments:
+        ids_q, ids_kv = tokens_of(terms.segment_ids_q, b), tokens_of(terms.segment_ids_kv, b)
+    if F.dropout:
+        seed = tl.load(terms.rng_state)
+        offset = (tl.load(terms.rng_state + 1) & 0xFFFFFFFF).to(tl.uint32)
+        dropout_head = b * number(sizes.heads_q) + h
+        threshold = number(sizes.dropout_threshold)
     return Head(
-        head.b, head.h, head.h_kv, head.begin_kv, head.begin_q, head.s_kv, head.s_q, -head.diagonal, head.right, head.left
+        b, h, h // number(sizes.group), begin_q, begin_kv, band, sizes.scale, sizes.softcap, bias, mask, slope, ids_q,
+        ids_kv, seed, offset, dropout_head, threshold,
     )  # fmt: skip
 
 
@@ -85,73 +141,71 @@ def transposed(head):
 
 
 @triton.jit
-def keep(i, j, head, BAND: tl.constexpr):
+def keep(i, j, band, BAND: tl.constexpr):
     """``spec.keep`` for non-negative ``i`` and ``j``."""
-    kept = (i < head.s_q) & (j < head.s_kv)
+    kept = (i < band.s_q) & (j < band.s_kv)
     if BAND:
-        offset = j - i - head.diagonal
-        kept = kept & (offset >= -head.left) & (offset <= head.right)
+        offset = j - i - band.diagonal
+        kept = kept & (offset >= -band.left) & (offset <= band.right)
     return kept
 
 
 @triton.jit
-def tile_range(i0, i1, head, BAND: tl.constexpr):
+def transposed(band):
+    """The band seen from the keys: rows and columns change places."""
+    return Band(band.s_kv, band.s_q, -band.diagonal, band.right, band.left)
+
+
+@triton.jit
+def tile_range(i0, i1, band, BAND: tl.constexpr):
     """``spec.tile_range``."""
-    begin, end = i0 * 0, i0 * 0 + head.s_kv
+    begin, end = i0 * 0, i0 * 0 + band.s_kv
     if BAND:
-        begin = tl.maximum(begin, i0 + head.diagonal - head.left)
-        end = tl.minimum(end, i1 + head.diagonal + head.right)
+        begin = tl.maximum(begin, i0 + band.diagonal - band.left)
+        end = tl.minimum(end, i1 + band.diagonal + band.right)
     is_empty = (begin >= end) | (i0 >= i1)
     return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
 
 
 @triton.jit
-def full_range(i0, i1, head, BAND: tl.constexpr):
+def full_range(i0, i1, band, BAND: tl.constexpr):
     """``spec.full_range``."""
-    begin, end = i0 * 0, i0 * 0 + head.s_kv
+    begin, end = i0 * 0, i0 * 0 + band.s_kv
     if BAND:
-        begin = tl.maximum(begin, i1 - 1 + head.diagonal - head.left)
-        end = tl.minimum(end, i0 + 1 + head.diagonal + head.right)
+        begin = tl.maximum(begin, i1 - 1 + band.diagonal - band.left)
+        end = tl.minimum(end, i0 + 1 + band.diagonal + band.right)
     is_empty = (begin >= end) | (i0 >= i1)
     return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
 
 
 @triton.jit
-def tiles(block, head, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, F: tl.constexpr):
-    """The tiles that ``block``, of ``BLOCK`` rows, visits: ``(begin, full_begin, full_end, end)``.
+def tiles(block, b, band, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, F: tl.constexpr):
+    """The tiles that ``block``, of ``BLOCK`` rows, visits: ``(low, high, begin, full_begin, full_end, end)``.
 
-    They are numbered in units of ``BLOCK_OTHER`` columns. Those from ``full_begin`` to ``full_end`` need no mask.
+    ``low .. high`` are the columns that the band leaves to any of the rows. The rest are numbers of tiles of
+    ``BLOCK_OTHER`` columns: of those visited, the ones from ``full_begin`` to ``full_end`` need no mask.
     """
-    i0, i1 = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, head.s_q)
-    begin, end = tile_range(i0, i1, head, F.band)
-    begin, end = begin // BLOCK_OTHER, tl.cdiv(end, BLOCK_OTHER)
+    i0, i1 = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, band.s_q)
+    low, high = tile_range(i0, i1, band, F.band)
+    begin, end = low // BLOCK_OTHER, tl.cdiv(high, BLOCK_OTHER)
     if F.mask:
-        return begin, end, end, end
-    full_begin, full_end = full_range(i0, i1, head, F.band)
+        return low, high, begin, end, end, end
+    full_begin, full_end = full_range(i0, i1, band, F.band)
     full_begin, full_end = tl.cdiv(full_begin, BLOCK_OTHER), full_end // BLOCK_OTHER
     if F.segments:
-        found = terms.segment_tiles.ptr + head.b.to(tl.int64) * number(terms.segment_tiles.stride_b) + block * 4
+        found = terms.segment_tiles.ptr + b.to(tl.int64) * number(terms.segment_tiles.stride_b) + block * 4
         begin, end = tl.maximum(begin, tl.load(found)), tl.minimum(end, tl.load(found + 3))
         full_begin = tl.maximum(full_begin, tl.load(found + 1))
         full_end = tl.minimum(full_end, tl.load(found + 2))
         end = tl.maximum(begin, end)
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
-    return begin, full_begin, full_end, end
-
-
-@triton.jit
-def count(begin, full_begin, full_end, end, MASKED: tl.constexpr):
-    """How many tiles a phase has: the masked ones lie on both sides of the full ones."""
-    full = full_end - full_begin
-    if MASKED:
-        return end - begin - full
-    return full
+    return low, high, begin, full_begin, full_end, end
 
 
 @triton.jit
 def nth(t, begin, full_begin, full_end, MASKED: tl.constexpr):
-    """The number of the ``t``-th tile of a phase."""
+    """The number of the ``t``-th tile of a phase: the masked ones lie on both sides of the full ones."""
     if MASKED:
         return tl.where(begin + t < full_begin, begin + t, begin + t + full_end - full_begin)
     return full_begin + t
@@ -161,90 +215,102 @@ def nth(t, begin, full_begin, full_end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def rows_of(x, b, h, begin):
-    """Pointer to the first row of a head: ``x`` as ``Rows`` of one sequence."""
-    at = b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
-    return x.ptr + at + (begin + b * 0).to(tl.int64) * number(x.stride_s)
+def rows_of(x, b, h, begin, F: tl.constexpr):
+    """The rows of head ``h`` of sequence ``b``, which begins at row ``begin`` of a packed batch."""
+    stride_s = number(x.stride_s)
+    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+    ptr += begin.to(tl.int64) * stride_s
+    if F.vector > 1:
+        ptr, stride_s = tl.multiple_of(ptr, 16), tl.multiple_of(stride_s, 8)
+    if F.contiguous:
+        return RowsOfHead(ptr, stride_s, 1)
+    return RowsOfHead(ptr, stride_s, number(x.stride_d))
 
 
 @triton.jit
-def pointers(base, x, i0, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr):
-    """``[BLOCK, BLOCK_D]`` pointers to the rows from ``i0`` on. Offsets within a tile fit 32 bits, see launch.py."""
+def contiguous_rows_of(x, b, h, begin, D: tl.constexpr):
+    """``rows_of`` for a tensor that we allocated."""
     stride_s = number(x.stride_s)
-    if F.vector > 1:
-        base, stride_s = tl.multiple_of(base, 16), tl.multiple_of(stride_s, 8)
+    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+    ptr += begin.to(tl.int64) * stride_s
+    if D % 8 == 0:
+        ptr, stride_s = tl.multiple_of(ptr, 16), tl.multiple_of(stride_s, 8)
+    return RowsOfHead(ptr, stride_s, 1)
+
+
+@triton.jit
+def pointers(rows, i0, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK, BLOCK_D]`` pointers to the rows from ``i0`` on. Offsets within a tile fit 32 bits, see launch.py."""
     i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    if not F.contiguous:
-        d = d * number(x.stride_d)
-    return base + i0.to(tl.int64) * stride_s + i[:, None] * stride_s + d[None, :]
+    return rows.ptr + i0.to(tl.int64) * rows.stride_s + (i[:, None] * rows.stride_s + d[None, :] * rows.stride_d)
 
 
 @triton.jit
 def load_rows(
-    base, x, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    F: tl.constexpr,
+    rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``; if MASKED, zero outside ``low .. high``."""
-    at = pointers(base, x, i0, D, BLOCK, BLOCK_D, F)
+    at = pointers(rows, i0, BLOCK, BLOCK_D)
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    if MASKED:
-        valid = ((i >= low) & (i < high))[:, None]
-        if D < BLOCK_D:
-            valid = valid & (d < D)[None, :]
-        tile = tl.load(at, mask=valid, other=0.0)
+    if MASKED and D < BLOCK_D:
+        tile = tl.load(at, mask=((i >= low) & (i < high))[:, None] & (d < D)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(at, mask=((i >= low) & (i < high))[:, None], other=0.0)
     elif D < BLOCK_D:
         tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
     else:
         tile = tl.load(at)
-    return tile.to(tl.float32) if F.upcast else tile
+    return tile.to(tl.float32) if UPCAST else tile
 
 
 @triton.jit
-def store_rows(
-    base, x, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr
-):  # fmt: skip
-    """Store the rows of ``tile`` before ``high``; ``x`` is contiguous."""
-    i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    stride_s = number(x.stride_s)
-    if D % 8 == 0:
-        base, stride_s = tl.multiple_of(base, 16), tl.multiple_of(stride_s, 8)
-    at = base + i0.to(tl.int64) * stride_s + i[:, None] * stride_s + d[None, :]
-    valid = (i0 + i < high)[:, None] & (d < D)[None, :]
-    tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=valid)
+def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the rows of ``tile`` before ``high``."""
+    i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = pointers(rows, i0, BLOCK, BLOCK_D)
+    tl.store(at, tile.to(at.dtype.element_ty), mask=(i < high)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def row_pointers(x, head, i):
-    """Pointers to the numbers that ``x``, as ``PerRow``, has for rows ``i``."""
-    at = head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h)
-    return x.ptr + at + head.begin_q + i
+def per_row(x, head):
+    """Pointer to the number that ``x``, as ``PerRow``, has for the first row."""
+    return x.ptr + head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
 
 
 @triton.jit
-def load_per_head(x, head):
-    """The number that ``x``, as ``PerHead``, has for this head, in fp32."""
-    return tl.load(x.ptr + head.b * number(x.stride_b) + head.h * number(x.stride_h)).to(tl.float32)
+def load_per_head(x, b, h):
+    """The number that ``x``, as ``PerHead``, has for a head, in fp32."""
+    return tl.load(x.ptr + b * number(x.stride_b) + h * number(x.stride_h)).to(tl.float32)
 
 
 @triton.jit
-def load_scores(x, head, i, j, i0, j0, VECTOR: tl.constexpr, MASKED: tl.constexpr):
-    """The tile of ``x``, as ``Scores``, at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0``."""
-    stride_b, stride_h, stride_q = number(x.stride_b), number(x.stride_h), number(x.stride_q)
-    stride_kv, s_kv = number(x.stride_kv), head.s_kv
-    row = tl.minimum(i, head.s_q - 1) - i0
-    column = j - j0
+def tokens_of(x, b):
+    """``x``, as ``PerToken``, of sequence ``b``."""
+    return RowsOfHead(x.ptr + b.to(tl.int64) * number(x.stride_b), number(x.stride_s), 0)
+
+
+@triton.jit
+def scores_of(x, b, h, VECTOR: tl.constexpr):
+    """``x``, as ``Scores``, of one head."""
+    stride_q, stride_kv = number(x.stride_q), number(x.stride_kv)
+    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
     if VECTOR > 1:
-        stride_b, stride_h = tl.multiple_of(stride_b, VECTOR), tl.multiple_of(stride_h, VECTOR)
-        stride_q, s_kv = tl.multiple_of(stride_q, VECTOR), tl.multiple_of(s_kv, VECTOR)
-        base = tl.multiple_of(x.ptr, 16) + j0
-    else:
-        base = x.ptr + j0.to(tl.int64) * stride_kv
-        column = column * stride_kv
-    base += head.b.to(tl.int64) * stride_b + head.h.to(tl.int64) * stride_h + i0.to(tl.int64) * stride_q
-    at = base + row * stride_q + column
-    if MASKED:
-        return tl.load(at, mask=j < s_kv, other=0)
-    return tl.load(at)
+        return ScoresOfHead(tl.multiple_of(ptr, 16), tl.multiple_of(stride_q, VECTOR), 1)
+    return ScoresOfHead(ptr, stride_q, stride_kv)
+
+
+@triton.jit
+def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr, MASKED: tl.constexpr):
+    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0``."""
+    at = x.ptr + (i0.to(tl.int64) * x.stride_q + j0.to(tl.int64) * x.stride_kv)
+    at += (tl.minimum(i, band.s_q - 1) - i0) * x.stride_q + (j - j0) * x.stride_kv
+    if not MASKED:
+        return tl.load(at)
+    s_kv = band.s_kv
+    if VECTOR > 1:
+        s_kv = tl.multiple_of(s_kv, VECTOR)
+    return tl.load(at, mask=j < s_kv, other=0)
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -264,7 +330,7 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(raw, head, i, j, i0, j0, terms, sizes, MASKED: tl.constexpr, F: tl.constexpr):
+def finish(raw, head, i, j, i0, j0, MASKED: tl.constexpr, F: tl.constexpr):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
     If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``.
@@ -273,37 +339,34 @@ def finish(raw, head, i, j, i0, j0, terms, sizes, MASKED: tl.constexpr, F: tl.co
         return raw, raw
     t = raw
     if F.softcap:
-        t = tanh(raw * (sizes.scale / sizes.softcap), F.precise)
-        scores = t * (sizes.softcap * LOG2E)
+        t = tanh(raw * (head.scale / head.softcap), F.precise)
+        scores = t * (head.softcap * LOG2E)
     else:
-        scores = raw * (sizes.scale * LOG2E)
+        scores = raw * (head.scale * LOG2E)
     if F.bias:
-        scores += load_scores(terms.bias, head, i, j, i0, j0, F.bias, MASKED).to(tl.float32) * LOG2E
+        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias, MASKED).to(tl.float32) * LOG2E
     if F.alibi:
-        slope = load_per_head(terms.alibi_slopes, head) * LOG2E
-        scores -= slope * tl.abs(j - i - head.diagonal).to(tl.float32)
+        scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
     return scores, t
 
 
 @triton.jit
-def factor_of(sizes, F: tl.constexpr):
+def factor_of(head, F: tl.constexpr):
     """What finished scores must still be multiplied with."""
     if F.plain:
-        return sizes.scale * LOG2E
+        return head.scale * LOG2E
     return 1.0
 
 
 @triton.jit
-def kept_tile(head, i, j, i0, j0, terms, F: tl.constexpr):
+def kept_tile(head, i, j, i0, j0, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
-    kept = keep(i, j, head, F.band)
+    kept = keep(i, j, head.band, F.band)
     if F.mask:
-        kept = kept & (load_scores(terms.mask, head, i, j, i0, j0, F.mask, True) != 0)
+        kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask, True) != 0)
     if F.segments:
-        ids_q = terms.segment_ids_q.ptr + head.b.to(tl.int64) * number(terms.segment_ids_q.stride_b)
-        ids_kv = terms.segment_ids_kv.ptr + head.b.to(tl.int64) * number(terms.segment_ids_kv.stride_b)
-        of_q = tl.load(ids_q + i * number(terms.segment_ids_q.stride_s), mask=i < head.s_q, other=0)
-        of_kv = tl.load(ids_kv + j * number(terms.segment_ids_kv.stride_s), mask=j < head.s_kv, other=0)
+        of_q = tl.load(head.ids_q.ptr + i * head.ids_q.stride_s, mask=i < head.band.s_q, other=0)
+        of_kv = tl.load(head.ids_kv.ptr + j * head.ids_kv.stride_s, mask=j < head.band.s_kv, other=0)
         kept = kept & (of_q == of_kv)
     return kept
 
@@ -329,25 +392,20 @@ def softmax_step(scores, factor, m, l):
 
 
 @triton.jit
-def survivors(
-    head, i0, j0, terms, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
-):  # fmt: skip
+def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """True where dropout spares the element: ``rng.dropout_keep``, one Philox call for eight columns.
 
     Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
     column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.
     """
-    seed = tl.load(terms.rng_state)
-    offset = (tl.load(terms.rng_state + 1) & 0xFFFFFFFF).to(tl.uint32)
     i, call = i0 + tl.arange(0, BLOCK_M), j0 // 8 + tl.arange(0, BLOCK_N // 8)
-    threshold = number(sizes.dropout_threshold)
-    of_head = head.b * number(sizes.heads_q) + head.h
+    at, of = head.dropout_head, head.offset
     if TRANSPOSED:
-        w0, w1, w2, w3 = tl.philox(seed, i[None, :], call[:, None], of_head, offset, n_rounds=PHILOX_ROUNDS)
+        w0, w1, w2, w3 = tl.philox(head.seed, i[None, :], call[:, None], at, of, n_rounds=PHILOX_ROUNDS)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_N // 32, 4, BLOCK_M, 4)
-        spared = tl.join((words & 0xFFFF) >= threshold, (words >> 16) >= threshold)
+        spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
         return tl.permute(spared, (0, 3, 1, 4, 2)).reshape(BLOCK_N, BLOCK_M)
-    w0, w1, w2, w3 = tl.philox(seed, i[:, None], call[None, :], of_head, offset, n_rounds=PHILOX_ROUNDS)
+    w0, w1, w2, w3 = tl.philox(head.seed, i[:, None], call[None, :], at, of, n_rounds=PHILOX_ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
-    spared = tl.join((words & 0xFFFF) >= threshold, (words >> 16) >= threshold)
+    spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
     return tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
