@@ -81,7 +81,8 @@ def score_gradient(
 
     ``p`` comes with dropout's zeros but without its factor.
     """
-    scores, t = finish(raw, head, i, j, i0, j0, MASKED, F)
+    # a transposed tile holds a whole block of keys, and the last block ends past the last key
+    scores, t = finish(raw, head, i, j, i0, j0, MASKED or TRANSPOSED, F)
     p = tl.exp2(scores * factor_of(head, F) - of_lse)
     kept = None
     if MASKED:

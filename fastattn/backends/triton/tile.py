@@ -301,11 +301,14 @@ def scores_of(x, b, h, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr, MASKED: tl.constexpr):
-    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0``."""
+def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr, PAST_END: tl.constexpr):
+    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0``.
+
+    PAST_END says that columns may lie past the last key, where it is 0. Rows always may.
+    """
     at = x.ptr + (i0.to(tl.int64) * x.stride_q + j0.to(tl.int64) * x.stride_kv)
     at += (tl.minimum(i, band.s_q - 1) - i0) * x.stride_q + (j - j0) * x.stride_kv
-    if not MASKED:
+    if not PAST_END:
         return tl.load(at)
     s_kv = band.s_kv
     if VECTOR > 1:
@@ -330,10 +333,10 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(raw, head, i, j, i0, j0, MASKED: tl.constexpr, F: tl.constexpr):
+def finish(raw, head, i, j, i0, j0, PAST_END: tl.constexpr, F: tl.constexpr):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
-    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``.
+    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``. PAST_END: see ``load_scores``.
     """
     if F.plain:
         return raw, raw
@@ -344,7 +347,7 @@ def finish(raw, head, i, j, i0, j0, MASKED: tl.constexpr, F: tl.constexpr):
     else:
         scores = raw * (head.scale * LOG2E)
     if F.bias:
-        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias, MASKED).to(tl.float32) * LOG2E
+        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias, PAST_END).to(tl.float32) * LOG2E
     if F.alibi:
         scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
     return scores, t
