@@ -142,6 +142,11 @@ class Flags:
     upcast: bool = False
 
     @property
+    def vector_out(self) -> int:
+        """``vector`` of contiguous tensors with these head dims."""
+        return 8 if self.d_qk % 8 == 0 and self.d_v % 8 == 0 else 1
+
+    @property
     def phases(self) -> int:
         """1 if every tile must be masked; else 2: masked tiles first, then those that need no mask."""
         return 1 if self.mask else 2

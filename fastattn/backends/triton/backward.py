@@ -18,7 +18,6 @@ import triton.language as tl
 
 from fastattn.backends.triton.tile import (
     LOG2E,
-    contiguous_rows_of,
     factor_of,
     finish,
     kept_tile,
@@ -49,8 +48,8 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
     if i0 >= s_q:
         return
     i = i0 + tl.arange(0, BLOCK_M)
-    out_rows = rows_of(out, head.b, head.h, head.begin_q, F)
-    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F)
+    out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     out_tile = load_rows(out_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
     dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
@@ -84,7 +83,7 @@ def score_gradient(
     # a transposed tile holds a whole block of keys, and the last block ends past the last key
     scores, t = finish(raw, head, i, j, i0, j0, MASKED or TRANSPOSED, F)
     p = tl.exp2(scores * factor_of(head, F) - of_lse)
-    kept = None
+    kept = 0
     if MASKED:
         kept = kept_tile(head, i, j, i0, j0, F)
         p = tl.where(kept, p, 0.0)
@@ -108,6 +107,9 @@ def dkdv_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
+    BLOCK_QK: tl.constexpr = F.block_qk
+    BLOCK_V: tl.constexpr = F.block_v
+    PHASES: tl.constexpr = F.phases
     block, of = scheduled(schedule, LAST_FIRST=False)
     group = number(sizes.group)
     heads_kv = number(sizes.heads_q) // group
@@ -117,30 +119,29 @@ def dkdv_kernel(
     if j0 >= band.s_kv:
         return
 
-    k_rows, v_rows = rows_of(k, b, h_kv, begin_kv, F), rows_of(v, b, h_kv, begin_kv, F)
-    k_tile = load_rows(k_rows, j0, 0, band.s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F.upcast)
-    v_tile = load_rows(v_rows, j0, 0, band.s_kv, F.d_v, BLOCK_N, F.block_v, True, F.upcast)
+    k_rows, v_rows = rows_of(k, b, h_kv, begin_kv, F.vector, F.contiguous), rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous)
+    k_tile = load_rows(k_rows, j0, 0, band.s_kv, F.d_qk, BLOCK_N, BLOCK_QK, True, F.upcast)
+    v_tile = load_rows(v_rows, j0, 0, band.s_kv, F.d_v, BLOCK_N, BLOCK_V, True, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
-    dk_acc = tl.zeros([BLOCK_N, F.block_qk], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, F.block_v], tl.float32)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
     full = full_end - full_begin
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
-        q_rows = rows_of(q, b, head.h, head.begin_q, F)
-        dout_rows = rows_of(dout, b, head.h, head.begin_q, F)
+        q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
+        dout_rows = rows_of(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
         lse_rows, delta_rows = per_row(lse, head), per_row(delta, head)
-        for PHASE in tl.static_range(F.phases):
-            MASKED: tl.constexpr = PHASE == 0
+        for MASKED in tl.static_range(1, 1 - PHASES, -1):
             for n in tl.range(0, end - begin - full if MASKED else full):
                 i0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_M
                 i = i0 + tl.arange(0, BLOCK_M)
-                q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, F.block_qk, MASKED, F.upcast)
+                q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, BLOCK_QK, MASKED, F.upcast)
                 raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
-                dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, F.block_v, MASKED, F.upcast)
+                dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, BLOCK_V, MASKED, F.upcast)
                 dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
                 of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, low, high, MASKED)
-                p, _, ds, _ = score_gradient(
+                p, _dt, ds, _kept = score_gradient(
                     raw, dp, of_lse[None, :], of_delta[None, :], head, i[None, :], j[:, None], i0, j0,
                     sizes.dropout_scale, MASKED, True, F, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
@@ -151,9 +152,9 @@ def dkdv_kernel(
     if F.dropout:
         dv_acc *= sizes.dropout_scale
     store_rows(
-        contiguous_rows_of(dk, b, h_kv, begin_kv, F.d_qk), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, F.block_qk
+        rows_of(dk, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, BLOCK_QK
     )  # fmt: skip
-    store_rows(contiguous_rows_of(dv, b, h_kv, begin_kv, F.d_v), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, F.block_v)
+    store_rows(rows_of(dv, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
@@ -162,6 +163,9 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dq`` of ``BLOCK_M`` query rows of one head."""
+    BLOCK_QK: tl.constexpr = F.block_qk
+    BLOCK_V: tl.constexpr = F.block_v
+    PHASES: tl.constexpr = F.phases
     block, of = scheduled(schedule, LAST_FIRST=F.band)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
@@ -170,27 +174,26 @@ def dq_kernel(
     if i0 >= s_q:
         return
 
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F)
-    q_rows = rows_of(q, head.b, head.h, head.begin_q, F)
-    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F)
-    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast)
+    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, BLOCK_QK, True, F.upcast)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, BLOCK_V, True, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
-    dq_acc = tl.zeros([BLOCK_M, F.block_qk], tl.float32)
+    dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
     full = full_end - full_begin
-    for PHASE in tl.static_range(F.phases):
-        MASKED: tl.constexpr = PHASE == 0
+    for MASKED in tl.static_range(1, 1 - PHASES, -1):
         for n in tl.range(0, end - begin - full if MASKED else full):
             j0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_N
             j = j0 + tl.arange(0, BLOCK_N)
-            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, F.block_qk, MASKED, F.upcast)
+            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, MASKED, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, F.block_v, MASKED, F.upcast)
+            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, MASKED, F.upcast)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
-            _, _, ds, kept = score_gradient(
+            _p, _dt, ds, kept = score_gradient(
                 raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0,
                 sizes.dropout_scale, MASKED, False, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -198,5 +201,5 @@ def dq_kernel(
                 k_tile = zero_unused(k_tile, kept)
             dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
 
-    dq_rows = contiguous_rows_of(dq, head.b, head.h, head.begin_q, F.d_qk)
-    store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, F.block_qk)
+    dq_rows = rows_of(dq, head.b, head.h, head.begin_q, F.vector_out, True)
+    store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

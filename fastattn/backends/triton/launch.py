@@ -353,12 +353,11 @@ def _tf32() -> bool:
 
 @functools.cache
 def _arch(device: torch.device) -> str:
-    if INTERPRETED or device.type != "cuda":
+    if INTERPRETED:
         return "interpreter"
-    if torch.version.hip is not None:
-        return configs.arch_name("hip", torch.cuda.get_device_properties(device).gcnArchName)
-    major, minor = torch.cuda.get_device_capability(device)
-    return configs.arch_name("cuda", major * 10 + minor)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        target = triton.runtime.driver.active.get_current_target()
+    return configs.arch_name(target.backend, target.arch)
 
 
 @functools.cache

@@ -44,8 +44,8 @@ def dbias_kernel(
     for n in tl.range(0, tl.where(is_used, sequences * heads, 0)):
         b, h = tl.program_id(2) + n // heads, tl.program_id(1) + n % heads
         head = open_head(b, h, terms, sizes, F)
-        q_rows, dout_rows = rows_of(q, b, h, head.begin_q, F), rows_of(dout, b, h, head.begin_q, F)
-        k_rows, v_rows = rows_of(k, b, head.h_kv, head.begin_kv, F), rows_of(v, b, head.h_kv, head.begin_kv, F)
+        q_rows, dout_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous), rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
+        k_rows, v_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous), rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
         q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
         k_tile = load_rows(k_rows, j0, 0, s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F.upcast)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
@@ -53,7 +53,7 @@ def dbias_kernel(
         v_tile = load_rows(v_rows, j0, 0, s_kv, F.d_v, BLOCK_N, F.block_v, True, F.upcast)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
         of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
-        _, dt, _, _ = score_gradient(
+        _p, dt, _ds, _kept = score_gradient(
             raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0, sizes.dropout_scale,
             True, False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip

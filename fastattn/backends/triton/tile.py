@@ -45,7 +45,7 @@ class ScoresOfHead(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One query head of one sequence, and what the options say about it; None for those not in use.
+    """One query head of one sequence, and what the options say about it; 0 for those not in use.
 
     In a packed batch ``b`` is the sequence. ``dropout_head`` is the head's number in ``rng.py``.
     """
@@ -73,6 +73,14 @@ class Head(NamedTuple):
 def number(coded):
     """The int that ``arguments.coded`` hid from specialisation."""
     return (coded - 3) >> 1
+
+
+@triton.jit
+def stride(coded, VECTOR: tl.constexpr):
+    """``number(coded)``, which is known to be a multiple of VECTOR: written so that the compiler knows it too."""
+    if VECTOR > 1:
+        return (coded - 3) // (2 * VECTOR) * VECTOR
+    return number(coded)
 
 
 @triton.jit
@@ -116,8 +124,8 @@ def open_band(b, terms, sizes, F: tl.constexpr):
 def open_head(b, h, terms, sizes, F: tl.constexpr):
     """The ``Head`` for query head ``h`` of sequence ``b``."""
     begin_q, begin_kv, band = open_band(b, terms, sizes, F)
-    bias, mask, slope, ids_q, ids_kv = None, None, None, None, None
-    seed, offset, dropout_head, threshold = None, None, None, None
+    bias, mask, slope, ids_q, ids_kv = 0, 0, 0, 0, 0
+    seed, offset, dropout_head, threshold = 0, 0, 0, 0
     if F.bias:
         bias = scores_of(terms.bias, b, h, F.bias)
     if F.mask:
@@ -215,27 +223,14 @@ def nth(t, begin, full_begin, full_end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def rows_of(x, b, h, begin, F: tl.constexpr):
+def rows_of(x, b, h, begin, VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr):
     """The rows of head ``h`` of sequence ``b``, which begins at row ``begin`` of a packed batch."""
-    stride_s = number(x.stride_s)
-    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+    stride_s = stride(x.stride_s, VECTOR)
+    ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
     ptr += begin.to(tl.int64) * stride_s
-    if F.vector > 1:
-        ptr, stride_s = tl.multiple_of(ptr, 16), tl.multiple_of(stride_s, 8)
-    if F.contiguous:
+    if CONTIGUOUS:
         return RowsOfHead(ptr, stride_s, 1)
     return RowsOfHead(ptr, stride_s, number(x.stride_d))
-
-
-@triton.jit
-def contiguous_rows_of(x, b, h, begin, D: tl.constexpr):
-    """``rows_of`` for a tensor that we allocated."""
-    stride_s = number(x.stride_s)
-    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
-    ptr += begin.to(tl.int64) * stride_s
-    if D % 8 == 0:
-        ptr, stride_s = tl.multiple_of(ptr, 16), tl.multiple_of(stride_s, 8)
-    return RowsOfHead(ptr, stride_s, 1)
 
 
 @triton.jit
@@ -293,11 +288,10 @@ def tokens_of(x, b):
 @triton.jit
 def scores_of(x, b, h, VECTOR: tl.constexpr):
     """``x``, as ``Scores``, of one head."""
-    stride_q, stride_kv = number(x.stride_q), number(x.stride_kv)
-    ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+    ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
     if VECTOR > 1:
-        return ScoresOfHead(tl.multiple_of(ptr, 16), tl.multiple_of(stride_q, VECTOR), 1)
-    return ScoresOfHead(ptr, stride_q, stride_kv)
+        return ScoresOfHead(ptr, stride(x.stride_q, VECTOR), 1)
+    return ScoresOfHead(ptr, number(x.stride_q), number(x.stride_kv))
 
 
 @triton.jit
@@ -308,12 +302,9 @@ def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr, PAST_END: tl.conste
     """
     at = x.ptr + (i0.to(tl.int64) * x.stride_q + j0.to(tl.int64) * x.stride_kv)
     at += (tl.minimum(i, band.s_q - 1) - i0) * x.stride_q + (j - j0) * x.stride_kv
-    if not PAST_END:
-        return tl.load(at)
-    s_kv = band.s_kv
-    if VECTOR > 1:
-        s_kv = tl.multiple_of(s_kv, VECTOR)
-    return tl.load(at, mask=j < s_kv, other=0)
+    if PAST_END:
+        return tl.load(at, mask=j < band.s_kv // VECTOR * VECTOR, other=0)  # VECTOR divides s_kv
+    return tl.load(at)
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
