@@ -14,10 +14,12 @@ Machine& machine() {
 
 void error(std::string const& what) {
   Machine& m = machine();
-  if (m.report->errors++ < 8) {
-    std::string const thread = m.running ? std::to_string(m.running->thread) : "none, asynchronous";
-    m.report->text += "block " + std::to_string(m.block) + ", thread " + thread + ": " + what + "\n";
+  if (m.report->error.empty()) {
+    std::string const thread = m.running ? "thread " + std::to_string(m.running->thread) : "asynchronous";
+    m.report->error = "block " + std::to_string(m.block) + ", " + thread + ": " + what;
   }
+  m.is_stopped = true;
+  if (m.running) swapcontext(&m.running->context, &m.scheduler);  // for good
 }
 
 // ---- fibers ----------------------------------------------------------------------------------------------------------
@@ -30,13 +32,24 @@ void block_until(std::function<bool()> condition, char const* waiting_for) {
   self->condition = nullptr;
 }
 
+// Sometimes lets the others run first, as if this warp were slow here.
+void pause() {
+  Machine& m = machine();
+  if (m.random() % 3) return;
+  Fiber* self = m.running;
+  self->resume_at = m.rounds + 1 + m.random() % 12;
+  block_until([&m, self] { return m.rounds >= self->resume_at; }, "its turn");
+}
+
 int thread_index() { return machine().running->thread; }
 int block_index() { return machine().block; }
 int block_count() { return machine().blocks; }
 Warp& my_warp() { return machine().warps[thread_index() / 32]; }
 
-Collected const& meet(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) {
+Collected const& meet(char const* what, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) {
   Warp& warp = my_warp();
+  if (warp.arrived == 0) warp.meeting = what;
+  if (std::string(warp.meeting) != what) error(std::string("lanes of a warp part: ") + warp.meeting + " and " + what);
   uint64_t const values[5] = {a, b, c, d, e};
   std::copy(values, values + 5, warp.coming.of_lane[thread_index() % 32]);
   uint64_t const generation = warp.generation;
@@ -74,17 +87,33 @@ static void start_fibers(int threads) {
 }
 
 // ---- the scheduler ---------------------------------------------------------------------------------------------------
-static bool run_ready_fibers(std::vector<int> const& order, int frozen) {
+// Holds a warp or a warpgroup back for a while, so that the others get as far ahead as they can.
+struct Freezer {
+  int first = 0, end = 0, rounds = 0;  // warps first .. end - 1
+  bool holds(int warp) const { return warp >= first && warp < end; }
+  void next(int warps) {
+    if (rounds-- > 0) return;
+    auto& random = machine().random;
+    int const width = random() % 3 ? random() % 2 ? 4 : 1 : 0;
+    first = static_cast<int>(random() % warps) / (width ? width : 1) * width;
+    end = first + width;
+    rounds = static_cast<int>(random() % (random() % 4 ? 60 : 1500));
+  }
+};
+
+static bool run_ready_fibers(std::vector<int> const& order, Freezer const& freezer) {
   Machine& m = machine();
   bool moved = false;
   for (int warp : order) {
+    if (freezer.holds(warp)) continue;
     for (int lane = 0; lane < 32; ++lane) {
       Fiber& fiber = m.fibers[warp * 32 + lane];
-      if (fiber.done || fiber.thread / 128 == frozen || (fiber.condition && !fiber.condition())) continue;
+      if (fiber.done || (fiber.condition && !fiber.condition())) continue;
       m.running = &fiber;
       swapcontext(&m.scheduler, &fiber.context);
       m.running = nullptr;
       moved = true;
+      if (m.is_stopped) return true;
     }
   }
   return moved;
@@ -135,17 +164,6 @@ static void report_deadlock() {
   error(text);
 }
 
-// Holds one warpgroup back for a while, so that the others get as far ahead as they can.
-struct Freezer {
-  int frozen = -1, rounds = 0;
-  void next(int warpgroups) {
-    if (rounds-- > 0) return;
-    auto& random = machine().random;
-    frozen = random() % 3 ? static_cast<int>(random() % warpgroups) : -1;
-    rounds = static_cast<int>(random() % (random() % 4 ? 60 : 1500));
-  }
-};
-
 static void schedule(int threads) {
   Machine& m = machine();
   std::vector<int> order(threads / 32);
@@ -153,24 +171,28 @@ static void schedule(int threads) {
   Freezer freezer;
   while (std::any_of(m.fibers.begin(), m.fibers.end(), [](Fiber const& fiber) { return !fiber.done; })) {
     std::shuffle(order.begin(), order.end(), m.random);
-    freezer.next(threads / 128);
-    bool moved = run_ready_fibers(order, freezer.frozen);
-    if (!moved && freezer.frozen >= 0) {
+    freezer.next(threads / 32);
+    ++m.rounds;
+    bool moved = run_ready_fibers(order, freezer);
+    if (!moved && freezer.end > freezer.first) {
       freezer = Freezer();
-      moved = run_ready_fibers(order, -1);
+      moved = run_ready_fibers(order, freezer);
     }
+    moved |= std::any_of(m.fibers.begin(), m.fibers.end(), [&](Fiber const& f) { return !f.done && f.resume_at > m.rounds; });
     moved |= run_product(!moved || m.random() % 2 == 0);
     moved |= run_load(!moved || m.random() % 3 == 0);
     moved |= run_store(!moved || m.random() % 3 == 0);
-    if (!moved) return report_deadlock();
+    if (!moved) report_deadlock();
+    if (m.is_stopped) return;
   }
 }
 
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report) {
   Machine& m = machine();
-  std::vector<Fiber> fibers = std::move(m.fibers);  // their stacks are used again
+  Machine before = std::move(m);
   m = Machine();
-  m.fibers = std::move(fibers);
+  m.fibers = std::move(before.fibers);  // whose stacks are used again
+  m.global = std::move(before.global);
   m.report = &report;
   m.kernel = kernel;
   m.block = block;
@@ -191,6 +213,8 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
     if (is_finished && !store.is_written) error("the block ended with a TMA store in flight");
   }
 }
+
+void forget_global() { machine().global.clear(); }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
 uint8_t* shared_bytes(uint32_t address, int bytes) {
@@ -249,6 +273,21 @@ void check_async_read(uint32_t from, uint32_t bytes, char const* who) {
   }
 }
 
+// ---- global memory ---------------------------------------------------------------------------------------------------
+void allow_global(void const* begin, size_t bytes) {
+  auto const* from = static_cast<char const*>(begin);
+  machine().global.push_back({from, from + bytes});
+}
+
+bool is_known_global(void const* address, size_t bytes) {
+  auto const* from = static_cast<char const*>(address);
+  for (auto const& [begin, end] : machine().global) {
+    if (from >= begin && from + bytes <= end) return true;
+  }
+  error("an address outside of the tensors");
+  return false;
+}
+
 // ---- mbarriers and named barriers ------------------------------------------------------------------------------------
 static Mbarrier& mbarrier_at(uint32_t address) {
   auto const found = machine().mbarriers.find(address);
@@ -283,6 +322,7 @@ void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
   barrier.bytes += expected_bytes;
   --barrier.pending;
   finish_phase(barrier);
+  pause();
 }
 
 static void complete_bytes(uint32_t address, int64_t bytes) {
@@ -317,7 +357,7 @@ void named_barrier(int id, int threads, bool wait) {
 void set_registers(int registers, bool more) {
   Machine& m = machine();
   if (registers % 8 || registers < 24 || registers > 256) error("setmaxnreg takes multiples of 8 from 24 to 256");
-  meet(0);
+  meet("setmaxnreg");
   Warp& warp = my_warp();
   auto const fits = [&m, &warp, registers] {
     int used = 0;

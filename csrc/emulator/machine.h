@@ -1,6 +1,6 @@
 // One streaming multiprocessor, on a CPU: what the names of sm90/ptx.cuh do when kernels are built with FA_EMULATE.
 //
-// Every thread of a block is a fiber. Warps are scheduled at random and whole warpgroups are held back at random.
+// Every thread of a block is a fiber. Warps are scheduled at random; a warp or a warpgroup is held back at random.
 // Everything asynchronous happens at a random later time: TMA loads and stores, and each wgmma, of which every warp
 // computes its own 16 rows between issue and wait, reading its operands through descriptor and swizzle only then.
 // Shared memory begins as NaN, the target of a TMA load is NaN until it arrives, and accumulators are NaN until their
@@ -9,9 +9,10 @@
 //   a block that cannot go on (who waits for what, and the state of every mbarrier)
 //   an operand that is overwritten, registers that change, or a wait without commit, while a wgmma is in flight
 //   wgmma and TMA reading what was written without a proxy fence; a buffer reused while a TMA store reads it
-//   a wgmma without wgmma.fence; threads of a warp that disagree about one
+//   a wgmma without wgmma.fence; threads of a warp that disagree about one, or meet in different instructions
 //   mbarriers used before init and fence, too many arrivals or bytes; named barriers with differing counts
-//   registers taken that nobody gave; misalignment; addresses out of range; reads of shared memory never written
+//   registers taken that nobody gave; misalignment; addresses out of range, in global memory too; reads of shared
+//   memory never written
 //
 // It cannot show real latencies, bank conflicts, what ptxas does to registers, clusters, or races between ordinary
 // loads and stores of shared memory. How it agrees with hardware: csrc/README.md.
@@ -25,13 +26,16 @@ namespace fa::emu {
 constexpr uint32_t kSharedBase = 1024, kSharedBytes = 232448;
 
 struct Report {
-  int errors = 0;
-  std::string text;  // the first few
+  std::string error;  // empty: none. The block stops at the first
   uint64_t products = 0, loads = 0, stores = 0;
 };
 
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
+
+// Global memory that kernels may touch by ordinary loads and stores.
+void allow_global(void const* begin, size_t bytes);
+void forget_global();
 
 // ---- what follows is called by the kernel, through emulator/ptx.h ----------------------------------------------------
 struct Map {  // a tiled 4-D tensor map, 128-byte swizzle
@@ -41,7 +45,7 @@ struct Map {  // a tiled 4-D tensor map, 128-byte swizzle
   int box[4];
 };
 
-void error(std::string const& what);
+void error(std::string const& what);  // does not return to a kernel
 int thread_index();
 int block_index();
 int block_count();
@@ -49,7 +53,7 @@ int block_count();
 struct Collected {  // what every lane of a warp brought to a collective
   uint64_t of_lane[32][5];
 };
-Collected const& meet(uint64_t a, uint64_t b = 0, uint64_t c = 0, uint64_t d = 0, uint64_t e = 0);
+Collected const& meet(char const* what, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0, uint64_t d = 0, uint64_t e = 0);
 
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_fence_init();
@@ -77,6 +81,8 @@ void wgmma_wait(int groups);
 
 void store_shared(uint32_t to, void const* from, int bytes);
 void load_shared(uint32_t from, void* to, int bytes);
+
+bool is_known_global(void const* address, size_t bytes);  // reports if not
 
 uint16_t to_bf16(float x);
 uint16_t to_half(float x);

@@ -25,6 +25,7 @@ struct Fiber {
   std::string waiting_for;
   std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
   std::vector<size_t> open_stores, stores;  // TMA stores before and after commit
+  uint64_t resume_at = 0;  // round, where it paused
   bool is_wgmma_fenced = false;
   size_t issued = 0, retired = 0;    // wgmmas
   std::vector<size_t> group_ends;    // how many were issued at each commit
@@ -42,6 +43,7 @@ struct Product {  // one warp's part of a wgmma: 16 rows
 
 struct Warp {
   Collected coming, collected;
+  char const* meeting = "";
   int arrived = 0;
   uint64_t generation = 0;
   int registers = 0;                     // of each thread
@@ -70,9 +72,11 @@ struct Store {
 
 struct Machine {
   Report* report = nullptr;
+  bool is_stopped = false;
   std::function<void()> kernel;
   int block = 0, blocks = 1;
   std::mt19937 random;
+  uint64_t rounds = 0;  // of the scheduler
   ucontext_t scheduler;
   Fiber* running = nullptr;
   std::vector<Fiber> fibers;
@@ -85,11 +89,13 @@ struct Machine {
   NamedBarrier named[16];
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
+  std::vector<std::pair<char const*, char const*>> global;  // memory that kernels may touch
 };
 
 Machine& machine();
 Warp& my_warp();
 void block_until(std::function<bool()> condition, char const* waiting_for);
+void pause();
 uint8_t* shared_bytes(uint32_t address, int bytes);
 void check_async_read(uint32_t from, uint32_t bytes, char const* who);
 uint32_t swizzled(uint32_t address);

@@ -19,9 +19,9 @@ using TensorMap = emu::Map;
 inline int thread_index() { return emu::thread_index(); }
 inline int block_index() { return emu::block_index(); }
 inline int block_count() { return emu::block_count(); }
-inline int warp_uniform(int x) { return static_cast<int>(emu::meet(static_cast<uint32>(x)).of_lane[0][0]); }
+inline int warp_uniform(int x) { return static_cast<int>(emu::meet("shfl", static_cast<uint32>(x)).of_lane[0][0]); }
 inline bool elect_one() {
-  emu::meet(0);
+  emu::meet("elect");
   return thread_index() % 32 == 0;
 }
 inline uint32 shared_base() { return emu::kSharedBase; }
@@ -82,7 +82,7 @@ inline float negative_infinity() { return -INFINITY; }
 inline float shuffle_xor(float x, int mask) {
   uint32 bits;
   std::memcpy(&bits, &x, 4);
-  bits = static_cast<uint32>(emu::meet(bits).of_lane[(thread_index() % 32) ^ mask][0]);
+  bits = static_cast<uint32>(emu::meet("shfl", bits).of_lane[(thread_index() % 32) ^ mask][0]);
   std::memcpy(&x, &bits, 4);
   return x;
 }
@@ -95,7 +95,7 @@ inline uint32 pack(Bf16, float low, float high) { return emu::to_bf16(low) | uin
 inline uint32 pack(F16, float low, float high) { return emu::to_half(low) | uint32{emu::to_half(high)} << 16; }
 
 inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
-  emu::Collected const& all = emu::meet(row, m0, m1, m2, m3);
+  emu::Collected const& all = emu::meet("stmatrix", row, m0, m1, m2, m3);
   int const lane = thread_index() % 32;  // writes row lane % 8 of matrix lane / 8, which four lanes hold in pairs
   uint32 pieces[4];
   for (int i = 0; i < 4; ++i) pieces[i] = static_cast<uint32>(all.of_lane[lane % 8 * 4 + i][1 + lane / 8]);
@@ -111,8 +111,12 @@ inline Int4 load_shared(uint32 from) {
   return v;
 }
 template <class T>
+T load_global(T const* from) {
+  return emu::is_known_global(from, sizeof(T)) ? *from : T{};
+}
+template <class T>
 void store_global(T* to, T x) {
-  *to = x;
+  if (emu::is_known_global(to, sizeof(T))) *to = x;
 }
 
 }  // namespace fa::sm90

@@ -212,14 +212,8 @@ void wgmma_wait(int groups) {
   if ((self.group_ends.empty() ? 0 : self.group_ends.back()) != self.issued) error("a wait with a wgmma not committed");
   int const kept = static_cast<int>(self.group_ends.size()) - groups;
   size_t const end = kept > 0 ? self.group_ends[kept - 1] : 0;
-  block_until(
-      [&warp, end] {
-        for (size_t i = warp.computed; i < end; ++i) {
-          if (i >= warp.products.size() || warp.products[i].lanes < 32) return false;
-        }
-        return true;
-      },
-      "its wgmma");
+  meet("a wgmma wait");  // so every lane has issued what this one has
+  pause();
   while (warp.computed < end) compute(warp, self.thread / 32);
   for (; self.retired < end; ++self.retired) retire(self, warp.products[self.retired]);
   for (; warp.retired < end; ++warp.retired) warp.products[warp.retired].granules.clear();

@@ -146,7 +146,8 @@ FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState c
                            float (&out)[C::D_V / 2]) {
   ForwardParams const& p = args.p;
   Place const at = this_place();
-  float const sink = p.sinks ? p.sinks[tile.batch * p.sinks_batch_stride + tile.head] : negative_infinity();
+  float const sink =
+      p.sinks ? load_global(p.sinks + tile.batch * p.sinks_batch_stride + tile.head) : negative_infinity();
   FA_UNROLL
   for (int r = 0; r < 2; ++r) {
     FinishedRow const row = finish_row(state.max[r], state.sum[r], static_cast<float>(p.scale_log2), sink);

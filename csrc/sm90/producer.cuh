@@ -20,7 +20,7 @@ FA_DEVICE void produce(ForwardArgs const& args, Shared<C> const& shared) {
   uint32 q_parity = 0;
   int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
   Schedule<C::BLOCK_M> schedule(args.p);
-  Tile tile;
+  Tile tile{};
   bool more;
   do {
     more = schedule.next(tile);

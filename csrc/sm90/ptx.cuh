@@ -178,6 +178,10 @@ FA_DEVICE Int4 load_shared(uint32 from) {  // volatile: read again rather than k
   return v;
 }
 template <class T>
+FA_DEVICE T load_global(T const* from) {
+  return *from;
+}
+template <class T>
 FA_DEVICE void store_global(T* to, T x) {
   *to = x;
 }

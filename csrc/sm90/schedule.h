@@ -74,15 +74,15 @@ class Schedule {
   FA_DEVICE bool next_packed(Tile& tile) {
     int const heads = static_cast<int>(p.heads_q);
     for (; sequence < p.batch; ++sequence) {
-      tile.first_q = p.cu_seqlens_q[sequence];
-      tile.s_q = p.cu_seqlens_q[sequence + 1] - tile.first_q;
+      tile.first_q = load_global(p.cu_seqlens_q + sequence);
+      tile.s_q = load_global(p.cu_seqlens_q + sequence + 1) - tile.first_q;
       int const blocks = row_blocks(tile.s_q);
       if (next_tile - tiles_before < blocks * heads) {
         tile.head = place(tile, next_tile - tiles_before, blocks, heads);
         tile.batch = sequence;
         tile.map_batch = 0;
-        tile.first_kv = p.cu_seqlens_kv[sequence];
-        tile.s_kv = p.cu_seqlens_kv[sequence + 1] - tile.first_kv;
+        tile.first_kv = load_global(p.cu_seqlens_kv + sequence);
+        tile.s_kv = load_global(p.cu_seqlens_kv + sequence + 1) - tile.first_kv;
         next_tile += block_count();
         return true;
       }
