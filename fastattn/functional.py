@@ -16,7 +16,8 @@ from fastattn.autograd import attend
 from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
-from fastattn.problem import Inputs, Problem, check_inputs, check_rank
+from fastattn.ops import without_autocast
+from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
 P = ParamSpec("P")
@@ -125,7 +126,8 @@ def attention(
     out = from_internal(out, layout)
     extras = [lse] if return_lse else []
     if return_weights:
-        extras.append(reference.weights(inputs, spec))
+        with without_autocast(q.device.type):
+            extras.append(reference.weights(inputs, spec))
     return (out, *extras) if extras else out
 
 
@@ -252,9 +254,11 @@ def scaled_dot_product_attention(
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
     check_rank({"query": query, "key": key, "value": value}, range(2, 65), "(N, ..., H, L, E), at least 2 dimensions")
     query, key, value = _autocast(query, key, value)
+    query, key, value = _torch_batches(query, key, value, enable_gqa)
     shape = query.shape
-    query, key, value, attn_mask = _torch_batches(query, key, value, attn_mask, enable_gqa)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _torch_mask(attn_mask, (*shape[:-1], key.shape[-2]))
+    query, key, value = (_to_four_dims(x).transpose(1, 2) for x in (query, key, value))
     is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     inputs = Inputs(
         q=query,
@@ -460,22 +464,18 @@ def _longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.dev
     return given
 
 
-def _torch_batches(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """torch's ``(N, ..., H, L, E)`` as ``(N, H, L, E)``, batches and mask broadcast as torch does."""
-    if not enable_gqa:
-        try:
-            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        except RuntimeError:
-            shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-            todo = "Pass enable_gqa=True if key and value have fewer heads."
-            raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
-        query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = _torch_mask(attn_mask, (*query.shape[:-1], key.shape[-2]))
-    query, key, value = (_to_four_dims(x) for x in (query, key, value))
-    return query, key, value, attn_mask
+def _torch_batches(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's ``(N, ..., H, L, E)``, batches and heads broadcast as torch does."""
+    if enable_gqa:
+        return query, key, value
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        todo = "Pass enable_gqa=True if key and value have fewer heads."
+        raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
+    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    return query, key, value
 
 
 def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
@@ -484,8 +484,7 @@ def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
         given = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise input_error("attn_mask", given, "a boolean or floating tensor, or None", "Boolean: True = attend.")
     sizes = attn_mask.shape
-    behind = zip(reversed(sizes), reversed(full), strict=False)
-    if len(sizes) > len(full) or any(size not in (1, whole) for size, whole in behind):
+    if len(sizes) > len(full) or not broadcasts(sizes, full[len(full) - len(sizes) :]):
         allowed = f"a shape that broadcasts to {tuple(full)}"
         raise input_error("attn_mask", f"shape {tuple(sizes)}", allowed, "Put size 1 where it is shared.")
     return _to_four_dims(attn_mask if len(full) <= 4 else attn_mask.expand(full))

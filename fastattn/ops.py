@@ -7,6 +7,7 @@ so a compiled graph holds one opaque node whatever the choice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,12 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
+
+
 def refuse_context_parallel() -> None:
     """Inside torch's ``context_parallel`` a rank holds some tokens only, and none but torch's attention knows of it."""
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
@@ -100,17 +107,18 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     )
 
 
-def _contiguous(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold every backend to the strides that the fakes promise."""
+def _kernel(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold every backend to the strides that the fakes promise, and keep autocast out of its arithmetic."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in function(*args))
+        with without_autocast(args[0].device.type):
+            return tuple(x.contiguous() for x in function(*args))
 
     return kernel
 
 
-_LIBRARY.impl("forward", _contiguous(_forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _contiguous(_backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", _kernel(_forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _kernel(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
