@@ -126,7 +126,9 @@ def test_callers_see_public_names_only():
     """Benchmarks use the package as its users do; for the masks of what they compare with they read the spec."""
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
-            assert imported.split(".")[0] in PUBLIC | {"models", "spec", "train"}, f"{name_of(path)} imports {imported}"
+            assert imported.split(".")[0] in PUBLIC | {"generate", "models", "spec", "train"}, (
+                f"{name_of(path)} imports {imported}"
+            )
 
 
 def test_importing_the_package_imports_no_kernel():
@@ -201,4 +203,4 @@ def test_public_names_are_documented_and_have_no_kwargs(name, value):
 
 @pytest.mark.parametrize("path", [path for path in PYTHON if path.is_relative_to(PACKAGE)], ids=name_of)
 def test_modules_say_what_lives_in_them(path):
-    assert ast.get_docstring(tree_of(path)), "no module docstring"
+    assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"
