@@ -185,7 +185,8 @@ def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
 ) -> tuple[Trainer, Corpus]:
     """The trainer of a new run and its data."""
-    files = [path for path in find_files(config.data) if not path.is_relative_to(out.resolve())]
+    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
+    files = [path for path in find_files(config.data) if not any(path.is_relative_to(name) for name in written)]
     corpus = prepare(
         files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
     )
