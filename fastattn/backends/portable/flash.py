@@ -109,13 +109,11 @@ def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
     max_rows = max(32, MAX_MASK // per_row) if per_row else None
     if has_data_mask and max_rows is not None:
         max_rows = min(max_rows, plan.BAND_ROWS)  # so that what the mask leaves out can be skipped
-    blocks: list[Block] = []
-    for region in regions:
-        pieces = plan.cut(region, spec, max_rows)
-        if are_alike and 1 < region.size[0] < len(pieces):
-            entries = range(*region.batch)
-            pieces = [piece.replace(batch=(b, b + 1), sequence=b) for b in entries for piece in pieces]
-        blocks += pieces
+    blocks = [block for region in regions for block in plan.cut(region, spec, max_rows)]
+    if blocks and are_alike and 1 < blocks[0].size[0] < len(blocks):
+        # fewer calls if the blocks of an entry make one than if the entries of a block do
+        entries = range(*blocks[0].batch)
+        blocks = [block.replace(batch=(b, b + 1), sequence=b) for b in entries for block in blocks]
     max_keys = MAX_KEYS // (inputs.heads_kv * inputs.k.shape[-1]) if are_alike else 0
     return plan.calls(blocks, spec, max_keys)
 

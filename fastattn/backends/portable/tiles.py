@@ -184,7 +184,7 @@ def _scores(
     return (scores if kept is None else scores.masked_fill_(~kept, terms.NEVER)), capped
 
 
-# --- heads: the query heads of a group are folded into the rows, so that K and V need no copies ------------------------
+# --- heads: the query heads of a group are folded into the rows, so that K and V need no copies -----------------------
 
 
 def _computed(x: Tensor, inputs: Inputs) -> Tensor:
