@@ -1,4 +1,4 @@
-"""``measure``: check, time and weigh peers on one workload. What ``benchmarks`` and the demo both do."""
+"""``compare_peers``: check, time and weigh peers on one workload. What ``benchmarks`` and the demo both do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Effort:
         return cls(rounds=25, budget_s=1.5) if device.type == "cuda" else cls()
 
 
-def measure(
+def compare_peers(
     workload: Workload,
     peers: Sequence[Peer],
     device: torch.device,
