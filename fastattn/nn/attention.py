@@ -268,11 +268,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
         """torch's two masks as ``bias``, ``mask`` (True = attend) and ``segment_ids`` of ``fastattn.attention``."""
         bias, keep, segment_ids = None, None, None
-        if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
-            padding = torch.atleast_2d(key_padding_mask).int()  # 1 is a document that no query belongs to
-            segment_ids = (padding.new_zeros(1, q.shape[1]), padding)
-        elif key_padding_mask is not None:
-            bias = key_padding_mask[..., None, None, :]
+        if key_padding_mask is not None:
+            padding = key_padding_mask
+            if padding.dtype != torch.bool:
+                bias = key_padding_mask[..., None, None, :]
+                padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
+            segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
+            segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
         if attn_mask is not None and attn_mask.dtype == torch.bool:

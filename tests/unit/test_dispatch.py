@@ -1,6 +1,7 @@
 """The choice of a backend: which one, why not the others, and that it is loud."""
 
 import dataclasses
+import threading
 import warnings
 
 import pytest
@@ -139,6 +140,24 @@ def test_explain_computes_nothing_and_leaves_no_trace():
     with pytest.raises(fastattn.InputError):
         fastattn.explain(q, q, q, window=3)
     assert fastattn.attention(q, q, q).grad_fn is not None
+
+
+def test_explain_in_one_thread_leaves_the_others_computing(monkeypatch):
+    q = torch.randn(1, 16, 2, 8)
+    expected = fastattn.attention(q, q, q)
+    found = []
+    real = Problem.of
+
+    def meanwhile(*args, **options):
+        worker = threading.Thread(target=lambda: found.append(fastattn.attention(q, q, q)))
+        monkeypatch.setattr(Problem, "of", real)
+        worker.start()
+        worker.join()
+        return real(*args, **options)
+
+    monkeypatch.setattr(Problem, "of", meanwhile)
+    assert fastattn.explain(q, q, q).chosen in BACKENDS
+    assert torch.equal(found[0], expected)
 
 
 def test_use_backend_nests_and_restores():
