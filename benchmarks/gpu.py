@@ -8,6 +8,7 @@ crashes or hangs there is left out of what follows.
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import subprocess
 import sys
