@@ -3,6 +3,7 @@
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from fastattn.inspection import attention_weights, plot_attention
 from fastattn.nn import MultiHeadAttention, replace_attention
 from fastattn.ops import SAC_SAVE_OPS
 from fastattn.version import __version__
@@ -16,8 +17,10 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
+    "plot_attention",
     "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",

@@ -27,7 +27,8 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     # Forward mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
     if torch.autograd.forward_ad._current_level >= 0 or (compiling and transformed):
-        return reference.forward(inputs, spec)
+        with ops.without_autocast(inputs.q.device.type):
+            return reference.forward(inputs, spec)
     tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
     flat = ops.flatten(inputs, spec, backend)
@@ -115,8 +116,9 @@ class AttentionBackward(torch.autograd.Function):
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
             at = dict(zip(primals, values, strict=True))
             moved = inputs.replace(**{name: at[name] for name in DIFFERENTIABLE if name in at})
-            out, lse = reference.forward(moved, spec)
-            grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
+            with ops.without_autocast(moved.q.device.type):
+                out, lse = reference.forward(moved, spec)
+                grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
             return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
 
         values, pull_back = torch.func.vjp(gradients, *primals.values())  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
@@ -15,12 +16,13 @@ from fastattn.autograd import attend
 from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
-from fastattn.problem import Inputs, Problem, check_inputs, check_rank
+from fastattn.ops import without_autocast
+from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
 P = ParamSpec("P")
 Window = tuple[int | None, int | None]
-_explained: list[Problem] | None = None  # while explain() runs: problems are noted here instead of computed
+_explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
 
 
 def attention(
@@ -102,31 +104,30 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 128, 8, 64])
     """
-    check_layout(layout)
     dispatch.check_name(backend)
-    check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
-    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
-    segments_q, segments_kv = _segments(segment_ids)
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        bias=_four_dims("bias", bias),
-        mask=_four_dims("mask", mask),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
-        segment_ids_q=segments_q,
-        segment_ids_kv=segments_kv,
-        rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=q.shape[1],
-        max_seqlen_kv=k.shape[1],
+    inputs, spec = dense_problem(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        layout=layout,
     )
-    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
     out = from_internal(out, layout)
     extras = [lse] if return_lse else []
     if return_weights:
-        extras.append(reference.weights(inputs, spec))
+        with without_autocast(q.device.type):
+            extras.append(reference.weights(inputs, spec))
     return (out, *extras) if extras else out
 
 
@@ -253,9 +254,11 @@ def scaled_dot_product_attention(
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
     check_rank({"query": query, "key": key, "value": value}, range(2, 65), "(N, ..., H, L, E), at least 2 dimensions")
     query, key, value = _autocast(query, key, value)
+    query, key, value = _torch_batches(query, key, value, enable_gqa)
     shape = query.shape
-    query, key, value, attn_mask = _torch_batches(query, key, value, attn_mask, enable_gqa)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _torch_mask(attn_mask, (*shape[:-1], key.shape[-2]))
+    query, key, value = (_to_four_dims(x).transpose(1, 2) for x in (query, key, value))
     is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     inputs = Inputs(
         q=query,
@@ -308,18 +311,58 @@ explain = _explainer(attention)
 
 @contextlib.contextmanager
 def _noting_problems() -> Iterator[list[Problem]]:
-    global _explained
-    _explained = []
+    thread = threading.get_ident()
+    _explained[thread] = []
     try:
-        yield _explained
+        yield _explained[thread]
     finally:
-        _explained = None
+        del _explained[thread]
+
+
+def dense_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    layout: Layout,
+) -> tuple[Inputs, AttentionSpec]:
+    """What ``attention`` is asked to compute, from its arguments; not yet checked as a whole."""
+    check_layout(layout)
+    check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
+    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
+    segments_q, segments_kv = _segments(segment_ids)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        bias=_four_dims("bias", bias),
+        mask=_four_dims("mask", mask),
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
+        sinks=_per_head("sinks", sinks),
+        segment_ids_q=segments_q,
+        segment_ids_kv=segments_kv,
+        rng_state=_rng_state(rng_state, dropout_p, q),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_kv=k.shape[1],
+    )
+    return inputs, _spec(q, scale, softcap, band(causal, window), dropout_p)
 
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     check_inputs(inputs, spec)
-    if _explained is not None:
-        _explained.append(Problem.of(inputs, spec))
+    if _explained and threading.get_ident() in _explained:
+        _explained[threading.get_ident()].append(Problem.of(inputs, spec))
         return inputs.q, inputs.q
     return attend(inputs, spec, dispatch.requested(backend))
 
@@ -360,7 +403,7 @@ def _spec(
 
 
 def _number(name: str, x: float) -> float:
-    if isinstance(x, bool | str | Tensor) or not hasattr(x, "__float__"):
+    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
         given = "a tensor" if isinstance(x, Tensor) else repr(x)
         raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
     return float(x)
@@ -421,22 +464,18 @@ def _longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.dev
     return given
 
 
-def _torch_batches(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """torch's ``(N, ..., H, L, E)`` as ``(N, H, L, E)``, batches and mask broadcast as torch does."""
-    if not enable_gqa:
-        try:
-            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        except RuntimeError:
-            shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-            todo = "Pass enable_gqa=True if key and value have fewer heads."
-            raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
-        query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
-    if attn_mask is not None:
-        attn_mask = _torch_mask(attn_mask, (*query.shape[:-1], key.shape[-2]))
-    query, key, value = (_to_four_dims(x) for x in (query, key, value))
-    return query, key, value, attn_mask
+def _torch_batches(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's ``(N, ..., H, L, E)``, batches and heads broadcast as torch does."""
+    if enable_gqa:
+        return query, key, value
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        todo = "Pass enable_gqa=True if key and value have fewer heads."
+        raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
+    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    return query, key, value
 
 
 def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
@@ -445,8 +484,7 @@ def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
         given = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
         raise input_error("attn_mask", given, "a boolean or floating tensor, or None", "Boolean: True = attend.")
     sizes = attn_mask.shape
-    behind = zip(reversed(sizes), reversed(full), strict=False)
-    if len(sizes) > len(full) or any(size not in (1, whole) for size, whole in behind):
+    if len(sizes) > len(full) or not broadcasts(sizes, full[len(full) - len(sizes) :]):
         allowed = f"a shape that broadcasts to {tuple(full)}"
         raise input_error("attn_mask", f"shape {tuple(sizes)}", allowed, "Put size 1 where it is shared.")
     return _to_four_dims(attn_mask if len(full) <= 4 else attn_mask.expand(full))

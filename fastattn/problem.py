@@ -134,6 +134,12 @@ def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     _check_devices(inputs)
 
 
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether ``shape`` broadcasts to ``full``, both with as many dimensions."""
+    # Not ``size in (1, whole)``: Dynamo answers that without comparing symbolic sizes.
+    return all(size == 1 or size == whole for size, whole in zip(shape, full, strict=True))
+
+
 def _check_qkv(inputs: Inputs) -> None:
     q, k, v = inputs.q, inputs.k, inputs.v
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -189,7 +195,7 @@ def _check_scores_terms(inputs: Inputs) -> None:
         if x is None:
             continue
         full = (inputs.q.shape[0], inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1])
-        if x.dim() != 4 or any(size not in (1, whole) for size, whole in zip(x.shape, full, strict=True)):
+        if x.dim() != 4 or not broadcasts(x.shape, full):
             raise input_error(
                 name,
                 f"shape {tuple(x.shape)}",
@@ -208,7 +214,7 @@ def _check_per_head(inputs: Inputs) -> None:
     for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):
         if x is None:
             continue
-        if x.dim() != 2 or x.shape[0] not in (1, inputs.batch) or x.shape[1] != inputs.heads_q:
+        if x.dim() != 2 or not broadcasts(x.shape[:1], (inputs.batch,)) or x.shape[1] != inputs.heads_q:
             raise input_error(
                 name,
                 f"shape {tuple(x.shape)}",
@@ -230,7 +236,7 @@ def _check_segments(inputs: Inputs) -> None:
             continue
         if x.dtype not in INTS:
             raise input_error("segment_ids", f"{x.dtype} for {side}", "int32 or int64", "Convert it with .int().")
-        if x.dim() != 2 or x.shape[0] not in (1, like.shape[0]) or x.shape[1] != like.shape[1]:
+        if x.dim() != 2 or not broadcasts(x.shape[:1], like.shape[:1]) or x.shape[1] != like.shape[1]:
             allowed = f"(B, S) = {(like.shape[0], like.shape[1])}"
             raise input_error("segment_ids", f"shape {tuple(x.shape)} for {side}", allowed, "One id for each token.")
 

@@ -11,8 +11,7 @@ import pytest
 
 import fastattn
 
-# xdist starts one process for each core; torch would start as many threads in each of them.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 
 
 def pytest_report_header() -> list[str]:

@@ -104,8 +104,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
         _check_options(window, softcap, backend)
-        has_appended_keys = add_bias_kv or add_zero_attn
-        if window is not None and has_appended_keys:
+        if window is not None and (add_bias_kv or add_zero_attn):
             todo = "Appended keys have no position that a window could be measured from."
             raise input_error("window", f"{window} with add_bias_kv or add_zero_attn", "one of them", todo)
         if rope and kdim not in (None, embed_dim):
@@ -130,8 +129,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _group_heads(self) -> None:
         """Shrink the key and value projections to ``num_kv_heads`` and initialise them again."""
         _, e_kv, _ = self._widths()
-        for name, rows in (("in_proj_weight", self.embed_dim + 2 * e_kv), ("in_proj_bias", self.embed_dim + 2 * e_kv),
-                           ("k_proj_weight", e_kv), ("v_proj_weight", e_kv)):  # fmt: skip
+        packed = self.embed_dim + 2 * e_kv
+        rows_of = {"in_proj_weight": packed, "in_proj_bias": packed, "k_proj_weight": e_kv, "v_proj_weight": e_kv}
+        for name, rows in rows_of.items():
             full = getattr(self, name)
             if full is not None:
                 setattr(self, name, nn.Parameter(full.new_empty(rows, *full.shape[1:])))
@@ -221,8 +221,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
-        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim))
-                   for x in self._project(query, key, value))  # fmt: skip
+        projected = self._project(query, key, value)
+        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
@@ -268,11 +268,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
         """torch's two masks as ``bias``, ``mask`` (True = attend) and ``segment_ids`` of ``fastattn.attention``."""
         bias, keep, segment_ids = None, None, None
-        if key_padding_mask is not None and key_padding_mask.dtype == torch.bool:
-            padding = torch.atleast_2d(key_padding_mask).int()  # 1 is a document that no query belongs to
-            segment_ids = (padding.new_zeros(1, q.shape[1]), padding)
-        elif key_padding_mask is not None:
-            bias = key_padding_mask[..., None, None, :]
+        if key_padding_mask is not None:
+            padding = key_padding_mask
+            if padding.dtype != torch.bool:
+                bias = key_padding_mask[..., None, None, :]
+                padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
+            segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
+            segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -304,9 +306,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             allowed = f"batch {query.shape[n]}, that of query"
             raise input_error("key", f"batch {key.shape[n]}", allowed, "Check batch_first, or expand the smaller one.")
         if self.rotary is not None and key is not query:
-            todo = (
-                "Rotary positions count within one sequence; pass the same tensor as query and key, or set rope=False."
-            )
+            todo = "Rotary positions count within one sequence: pass one tensor as both, or build it without rope."
             raise input_error("key", "another tensor than query, with rope on", "the query itself", todo)
 
     def _check_masks(
@@ -319,26 +319,27 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> None:
         batch, s_q, s_kv = sizes
         padding_shape = (batch, s_kv) if is_batched else (s_kv,)
-        allowed_shapes = (("key_padding_mask", key_padding_mask, [padding_shape]),
-                          ("attn_mask", attn_mask, [(s_q, s_kv), (batch * self.num_heads, s_q, s_kv)]))  # fmt: skip
-        for name, mask, shapes in allowed_shapes:
+        attn_shapes = [(s_q, s_kv), (batch * self.num_heads, s_q, s_kv)]
+        for name, mask, shapes, advice in (
+            ("key_padding_mask", key_padding_mask, [padding_shape], "It has one entry for each key."),
+            ("attn_mask", attn_mask, attn_shapes, "A mask of each batch entry is repeated for each head."),
+        ):
             if mask is None:
                 continue
             if mask.dtype != torch.bool and not mask.is_floating_point():
                 todo = "Convert it with .bool(); True = masked."
                 raise input_error(name, mask.dtype, "torch.bool, or a floating dtype that is added to the scores", todo)
             if mask.shape not in shapes:
-                todo = "A mask for each batch entry goes to attn_mask, repeated for each head."
-                raise input_error(name, f"shape {tuple(mask.shape)}", " or ".join(map(str, shapes)), todo)
+                raise input_error(name, f"shape {tuple(mask.shape)}", " or ".join(map(str, shapes)), advice)
         if is_causal and attn_mask is None:
             todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
             raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
 
     def extra_repr(self) -> str:
-        options = {"num_kv_heads": self.num_kv_heads if self.num_kv_heads != self.num_heads else None,
-                   "window": self.window, "softcap": self.softcap, "backend": self.backend}  # fmt: skip
-        shown = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
-        return f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}{shown}"
+        given = {"window": self.window, "softcap": self.softcap, "backend": self.backend}
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+        sizes = f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, num_kv_heads={self.num_kv_heads}"
+        return sizes + options
 
 
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:

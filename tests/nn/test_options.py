@@ -101,8 +101,12 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("options", [dict(zip(SETTINGS, c, strict=True)) for c in itertools.product(*SETTINGS.values())],
-                         ids=lambda o: ",".join(f"{k}={x}" for k, x in o.items() if x) or "none")  # fmt: skip
+COMBINATIONS = [dict(zip(SETTINGS, values, strict=True)) for values in itertools.product(*SETTINGS.values())]
+
+
+@pytest.mark.parametrize(
+    "options", COMBINATIONS, ids=lambda o: ",".join(f"{name}={x}" for name, x in o.items() if x) or "none"
+)
 def test_every_combination_is_the_formula(options):
     x = tokens()
     assert_formula(build(**options), x, x, x)
