@@ -1,4 +1,4 @@
-"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: every sum has one owner and one order.
+"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: each sum has one owner, one order.
 
 Each computes the probabilities anew from ``lse``. With ``z`` dropout's factors and ``t`` the softcap's tanh:
 
@@ -11,6 +11,7 @@ Each computes the probabilities anew from ``lse``. With ``z`` dropout's factors 
 ``delta`` is here ``rowsum(dout * out) - dlse``: the gradient of ``lse`` enters every formula that way.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

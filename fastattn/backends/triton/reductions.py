@@ -1,5 +1,6 @@
-"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. One program owns each sum, in one order."""
+"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. Each sum has one owner, one order."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

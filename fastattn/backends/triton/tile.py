@@ -6,6 +6,7 @@ are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` a
 tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels whose tiles are transposed.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -337,10 +338,7 @@ def factor_of(head, F: tl.constexpr):
 @triton.jit
 def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
-    if TRANSPOSED:
-        kept = keep(j, i, transposed(head.band), F.band)
-    else:
-        kept = keep(i, j, head.band, F.band)
+    kept = keep(j, i, transposed(head.band), F.band) if TRANSPOSED else keep(i, j, head.band, F.band)
     if F.mask:
         kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
     if F.segments:
