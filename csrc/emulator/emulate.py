@@ -97,7 +97,9 @@ def plant(fault: Fault, folder: Path) -> None:
         name = path.relative_to(CSRC).as_posix()
         if name == fault.file:
             if text.count(fault.old) != 1:
-                raise ValueError(f"fault {fault.what!r}: {name} holds its source {text.count(fault.old)} times, not once")
+                raise ValueError(
+                    f"fault {fault.what!r}: {name} holds its source {text.count(fault.old)} times, not once"
+                )
             text = text.replace(fault.old, fault.new)
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
