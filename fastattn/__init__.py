@@ -3,6 +3,8 @@
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from fastattn.inspection import attention_weights, plot_attention
+from fastattn.nn import MultiHeadAttention, replace_attention
 from fastattn.ops import SAC_SAVE_OPS
 from fastattn.version import __version__
 
@@ -10,12 +12,16 @@ __all__ = [
     "SAC_SAVE_OPS",
     "Explanation",
     "InputError",
+    "MultiHeadAttention",
     "UnsupportedError",
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "backends",
     "explain",
+    "plot_attention",
+    "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",
 ]

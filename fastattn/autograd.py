@@ -7,8 +7,9 @@ derivative goes through the reference formula. Under ``vmap`` the mapped dimensi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,21 +19,49 @@ from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
 
 Dims = Sequence[int | None]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return reference.forward(inputs, spec)  # forward mode has no kernel; torch derives it from the formula
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    # Forward mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
+    if torch.autograd.forward_ad._current_level >= 0 or (compiling and transformed):
+        with ops.without_autocast(inputs.q.device.type):
+            return reference.forward(inputs, spec)
     tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
-    return Attention.apply(*ops.flatten(inputs, spec, backend), needs_grad)
+    flat = ops.flatten(inputs, spec, backend)
+    if not needs_grad and not transformed:
+        return torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
+    return Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
+
+
+def _distinct(flat: ops.Flat) -> ops.Flat:
+    """Dynamo refuses a Function that is given one tensor twice (v is k, shared segment ids): pass views."""
+    tensors = flat[: len(TENSORS)]
+    repeated = [x is not None and any(x is earlier for earlier in tensors[:n]) for n, x in enumerate(tensors)]
+    views = (x.view_as(x) if again else x for x, again in zip(tensors, repeated, strict=True))
+    return (*views, *flat[len(TENSORS) :])
+
+
+def _with_arguments_of(operator: Any) -> Callable[[F], F]:
+    """Give a Function's ``forward(*args)`` the operator's parameters: Dynamo counts them and apply() binds them."""
+    names = (argument.name for argument in operator.default._schema.arguments)
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+
+    def decorate(forward: F) -> F:
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return forward
+
+    return decorate
 
 
 class Attention(torch.autograd.Function):
     """``fastattn::forward`` with its derivative."""
 
     @staticmethod
+    @_with_arguments_of(torch.ops.fastattn.forward)
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.fastattn.forward(*args)
 
@@ -49,9 +78,7 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        # a compiled graph cannot be differentiated twice, and Dynamo cannot trace a Function inside a backward
-        gradient = torch.ops.fastattn.backward if torch.compiler.is_compiling() else AttentionBackward.apply
-        grads = gradient(dout, dlse, out, lse, *flat, needed)
+        grads = AttentionBackward.apply(dout, dlse, out, lse, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
 
@@ -67,6 +94,7 @@ class AttentionBackward(torch.autograd.Function):
     """``fastattn::backward`` with its derivative, which is that of the reference formula."""
 
     @staticmethod
+    @_with_arguments_of(torch.ops.fastattn.backward)
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.fastattn.backward(*args)
 
@@ -88,8 +116,9 @@ class AttentionBackward(torch.autograd.Function):
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
             at = dict(zip(primals, values, strict=True))
             moved = inputs.replace(**{name: at[name] for name in DIFFERENTIABLE if name in at})
-            out, lse = reference.forward(moved, spec)
-            grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
+            with ops.without_autocast(moved.q.device.type):
+                out, lse = reference.forward(moved, spec)
+                grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
             return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
 
         values, pull_back = torch.func.vjp(gradients, *primals.values())  # type: ignore[misc]

@@ -24,7 +24,7 @@ def check_name(backend: str | None) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Make every fastattn call inside the block use one backend, or raise where it cannot.
+    """Make every fastattn call inside the block, in all threads, use one backend, or raise where it cannot.
 
     Args:
         name: a name from ``fastattn.backends()``; None lets fastattn choose again.

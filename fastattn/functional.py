@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, rng
+from fastattn import dispatch, reference, rng
 from fastattn.autograd import attend
 from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
-from fastattn.layout import Layout, check_layout, from_internal, to_internal
-from fastattn.problem import Inputs, Problem, check_inputs
+from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
+from fastattn.ops import without_autocast
+from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
 P = ParamSpec("P")
 Window = tuple[int | None, int | None]
-_explained: list[Problem] | None = None  # while explain() runs: problems are noted here instead of computed
+_explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
 
 
 def attention(
@@ -41,8 +43,9 @@ def attention(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
     return_lse: bool = False,
+    return_weights: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
 
     ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``, the full order of operations and
@@ -77,12 +80,15 @@ def attention(
         rng_state: int64 ``(2,)``, seed and offset of dropout; None draws from torch's generator.
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
+        return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
+            for looking at, since they take the quadratic memory that fused attention avoids. ``out`` is not touched.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
-        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log,
-        differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not
-        depend on the backend beyond rounding; the dropped elements do not depend on it at all.
+        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log; with
+        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``; each of them differentiable. A row that
+        keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not depend on the backend beyond
+        rounding; the dropped elements do not depend on it at all.
 
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
@@ -98,28 +104,31 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 128, 8, 64])
     """
-    check_layout(layout)
     dispatch.check_name(backend)
-    q, k, v = (to_internal(x, layout) for x in _dense(_autocast(q, k, v)))
-    segments_q, segments_kv = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    inputs = Inputs(
-        q=q,
-        k=k,
-        v=v,
-        bias=_four_dims("bias", bias),
-        mask=_four_dims("mask", mask),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
-        segment_ids_q=segments_q,
-        segment_ids_kv=segments_kv,
-        rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=q.shape[1],
-        max_seqlen_kv=k.shape[1],
+    inputs, spec = dense_problem(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        layout=layout,
     )
-    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
     out = from_internal(out, layout)
-    return (out, lse) if return_lse else out
+    extras = [lse] if return_lse else []
+    if return_weights:
+        with without_autocast(q.device.type):
+            extras.append(reference.weights(inputs, spec))
+    return (out, *extras) if extras else out
 
 
 def attention_varlen(
@@ -182,6 +191,7 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     dispatch.check_name(backend)
+    check_rank({"q": q, "k": k, "v": v}, range(3, 4), "(T, H, D), sequences packed end to end")
     q, k, v = _autocast(q, k, v)
     inputs = Inputs(
         q=q,
@@ -192,8 +202,8 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
         rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=_longest(cu_seqlens_q, max_seqlen_q),
-        max_seqlen_kv=_longest(cu_seqlens_kv, max_seqlen_kv),
+        max_seqlen_q=_longest("q", cu_seqlens_q, max_seqlen_q, q.device),
+        max_seqlen_kv=_longest("kv", cu_seqlens_kv, max_seqlen_kv, q.device),
     )
     spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
@@ -242,10 +252,13 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
+    check_rank({"query": query, "key": key, "value": value}, range(2, 65), "(N, ..., H, L, E), at least 2 dimensions")
     query, key, value = _autocast(query, key, value)
+    query, key, value = _torch_batches(query, key, value, enable_gqa)
     shape = query.shape
-    query, key, value, attn_mask = _torch_batches(query, key, value, attn_mask, enable_gqa)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if attn_mask is not None:
+        attn_mask = _torch_mask(attn_mask, (*shape[:-1], key.shape[-2]))
+    query, key, value = (_to_four_dims(x).transpose(1, 2) for x in (query, key, value))
     is_boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     inputs = Inputs(
         q=query,
@@ -298,24 +311,66 @@ explain = _explainer(attention)
 
 @contextlib.contextmanager
 def _noting_problems() -> Iterator[list[Problem]]:
-    global _explained
-    _explained = []
+    thread = threading.get_ident()
+    _explained[thread] = []
     try:
-        yield _explained
+        yield _explained[thread]
     finally:
-        _explained = None
+        del _explained[thread]
+
+
+def dense_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    layout: Layout,
+) -> tuple[Inputs, AttentionSpec]:
+    """What ``attention`` is asked to compute, from its arguments; not yet checked as a whole."""
+    check_layout(layout)
+    check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
+    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
+    segments_q, segments_kv = _segments(segment_ids)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        bias=_four_dims("bias", bias),
+        mask=_four_dims("mask", mask),
+        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
+        sinks=_per_head("sinks", sinks),
+        segment_ids_q=segments_q,
+        segment_ids_kv=segments_kv,
+        rng_state=_rng_state(rng_state, dropout_p, q),
+        max_seqlen_q=q.shape[1],
+        max_seqlen_kv=k.shape[1],
+    )
+    return inputs, _spec(q, scale, softcap, band(causal, window), dropout_p)
 
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     check_inputs(inputs, spec)
-    if _explained is not None:
-        _explained.append(Problem.of(inputs, spec))
+    if _explained and threading.get_ident() in _explained:
+        _explained[threading.get_ident()].append(Problem.of(inputs, spec))
         return inputs.q, inputs.q
     return attend(inputs, spec, dispatch.requested(backend))
 
 
 def band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """``(left, right)`` of the spec from the public ``causal`` and ``window``."""
+    if not isinstance(causal, bool | torch.SymBool):
+        raise input_error("causal", repr(causal), "True or False", "For a pattern of your own pass mask=.")
     if window is None:
         window = (None, None)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -341,29 +396,26 @@ def _spec(
     dropout_p: float,
     anchor: Anchor = "lower_right",
 ) -> AttentionSpec:
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    softcap = None if softcap is None else _number("softcap", softcap) or None
     left, right = left_right
-    return AttentionSpec(scale, float(softcap) if softcap else None, left, right, anchor, float(dropout_p))
+    return AttentionSpec(scale, softcap, left, right, anchor, _number("dropout_p", dropout_p))
+
+
+def _number(name: str, x: float) -> float:
+    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
+        given = "a tensor" if isinstance(x, Tensor) else repr(x)
+        raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
+    return float(x)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k, v in autocast's dtype, where autocast is on."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in tensors)
-
-
-def _dense(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Refuse what cannot even be transposed; the rest of the checks see the internal layout."""
-    for name, x in zip("qkv", tensors, strict=True):
-        if not isinstance(x, Tensor):
-            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
-        if x.dim() != 4:
-            todo = "Reshape it; packed sequences go to fastattn.attention_varlen."
-            raise input_error(name, f"shape {tuple(x.shape)}", "4 dimensions, as layout names them", todo)
-    return tensors
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
 def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
@@ -392,40 +444,50 @@ def _rng_state(rng_state: Tensor | None, dropout_p: float, q: Tensor) -> Tensor 
     return rng.new_rng_state(q.device) if rng_state is None else rng_state
 
 
-def _longest(cu_seqlens: Tensor, given: int | None) -> int:
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int | torch.SymInt) or given < 0:
-            raise input_error("max_seqlen", repr(given), "an int >= 0, or None", "It is the longest sequence.")
-        return given
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
-        return 0  # nothing to measure; a malformed tensor is reported by check_inputs
-    return max(0, int(cu_seqlens.diff().max()))
+def _segments(segment_ids: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """The ids for q and those for kv."""
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if len(pair) != 2 or not all(ids is None or isinstance(ids, Tensor) for ids in pair):
+        given = repr(tuple(type(ids).__name__ for ids in pair)) if len(pair) != 2 else type(pair[0]).__name__
+        raise input_error("segment_ids", given, "a tensor, or a pair (for q, for kv)", "Use torch.as_tensor.")
+    return pair
 
 
-def _torch_batches(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """torch's ``(N, ..., H, L, E)`` as ``(N, H, L, E)``, batches and mask broadcast as torch does."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
-            raise input_error(name, f"shape {tuple(x.shape)}", "(N, ..., H, L, E), at least 2 dimensions", "Unsqueeze.")
-    if not enable_gqa:
-        try:
-            batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-        except RuntimeError:
-            shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-            todo = "Pass enable_gqa=True if key and value have fewer heads."
-            raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
-        query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
-    if attn_mask is not None:
-        full = (*query.shape[:-1], key.shape[-2])
-        try:
-            attn_mask = attn_mask.expand(full) if query.dim() != 4 else attn_mask[(None,) * (4 - attn_mask.dim())]
-        except RuntimeError:
-            given, allowed = f"shape {tuple(attn_mask.shape)}", f"a shape that broadcasts to {tuple(full)}"
-            raise input_error("attn_mask", given, allowed, "Put size 1 where it is shared.") from None
-    query, key, value = (_to_four_dims(x) for x in (query, key, value))
-    return query, key, value, None if attn_mask is None else _to_four_dims(attn_mask)
+def _longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.device) -> int:
+    check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, device)
+    if given is None and cu_seqlens.is_meta:
+        raise input_error(f"max_seqlen_{side}", None, "an int, as meta tensors hold no values", "Pass the longest.")
+    if given is None:
+        return max(0, int(cu_seqlens.diff().max())) if cu_seqlens.shape[0] > 1 else 0
+    if isinstance(given, bool) or not isinstance(given, int | torch.SymInt) or given < 0:
+        raise input_error(f"max_seqlen_{side}", repr(given), "an int >= 0, or None", "It is the longest sequence.")
+    return given
+
+
+def _torch_batches(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """torch's ``(N, ..., H, L, E)``, batches and heads broadcast as torch does."""
+    if enable_gqa:
+        return query, key, value
+    try:
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    except RuntimeError:
+        shapes = f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        todo = "Pass enable_gqa=True if key and value have fewer heads."
+        raise input_error("query, key, value", shapes, "batches and heads that broadcast", todo) from None
+    query, key, value = (x.expand(*batch, *x.shape[-2:]) for x in (query, key, value))
+    return query, key, value
+
+
+def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
+    """A mask in four dimensions; sizes of 1 stay, unless batches are folded together."""
+    if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        given = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise input_error("attn_mask", given, "a boolean or floating tensor, or None", "Boolean: True = attend.")
+    sizes = attn_mask.shape
+    if len(sizes) > len(full) or not broadcasts(sizes, full[len(full) - len(sizes) :]):
+        allowed = f"a shape that broadcasts to {tuple(full)}"
+        raise input_error("attn_mask", f"shape {tuple(sizes)}", allowed, "Put size 1 where it is shared.")
+    return _to_four_dims(attn_mask if len(full) <= 4 else attn_mask.expand(full))
 
 
 def _to_four_dims(x: Tensor) -> Tensor:

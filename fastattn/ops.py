@@ -7,6 +7,7 @@ so a compiled graph holds one opaque node whatever the choice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.dispatch import select
+from fastattn.errors import UnsupportedError
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
@@ -34,6 +36,7 @@ _LIBRARY.define(
 )
 
 Flat = tuple[Any, ...]
+_INPUT_FIELDS = len(dataclasses.fields(Inputs))
 
 
 def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
@@ -45,13 +48,13 @@ def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
 
 def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
     """The inverse of ``flatten``."""
-    n = len(dataclasses.fields(Inputs))
-    return Inputs(*flat[:n]), AttentionSpec(*flat[n:-1]), flat[-1]
+    return Inputs(*flat[:_INPUT_FIELDS]), AttentionSpec(*flat[_INPUT_FIELDS:-1]), flat[-1]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *flat, needs_grad = args
     inputs, spec, backend = unflatten(tuple(flat))
+    refuse_context_parallel()
     _check_values(inputs)
     return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
 
@@ -66,6 +69,22 @@ def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args
     grads = chosen.backward(dout, dlse, out, lse, inputs, spec, needs)
     found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
+
+
+def refuse_context_parallel() -> None:
+    """Inside torch's ``context_parallel`` a rank holds some tokens only, and none but torch's attention knows of it."""
+    module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
+    if module.startswith("torch.distributed."):
+        raise UnsupportedError(
+            "fastattn inside torch's context_parallel() would attend to this rank's tokens alone. Leave that context "
+            "and use fastattn.integrations.context_parallel (ring_attention, ulysses_attention)."
+        )
 
 
 def _check_values(inputs: Inputs) -> None:
@@ -88,17 +107,18 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
     )
 
 
-def _contiguous(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold every backend to the strides that the fakes promise."""
+def _kernel(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold every backend to the strides that the fakes promise, and keep autocast out of its arithmetic."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in function(*args))
+        with without_autocast(args[0].device.type):
+            return tuple(x.contiguous() for x in function(*args))
 
     return kernel
 
 
-_LIBRARY.impl("forward", _contiguous(_forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _contiguous(_backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", _kernel(_forward), "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _kernel(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 

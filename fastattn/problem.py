@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,23 @@ class Grads:
     dsinks: Tensor | None = None
 
 
+def check_rank(tensors: Mapping[str, Tensor], dims: range, order: str) -> None:
+    """Raise InputError unless these are tensors with as many dimensions as ``dims`` allows, in words ``order``.
+
+    Comes before anything that reads a shape; ``check_inputs`` does the rest.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
+        if x.layout != torch.strided:
+            raise input_error(name, x.layout, "a dense tensor", "Convert it with .to_dense() or .to_padded_tensor(0).")
+        if x.dim() not in dims:
+            todo = "Reshape it, or unsqueeze what is missing; packed sequences go to fastattn.attention_varlen."
+            raise input_error(name, f"shape {tuple(x.shape)}", order, todo)
+        if x.shape[-1] < 1:
+            raise input_error(name, f"shape {tuple(x.shape)}", "a head dim of at least 1", "Check the view.")
+
+
 def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     """Raise InputError unless the tensors fit together. Reads no values, so it never waits for a device."""
     _check_qkv(inputs)
@@ -113,27 +130,25 @@ def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     _check_scores_terms(inputs)
     _check_per_head(inputs)
     _check_segments(inputs)
-    if inputs.rng_state is not None and (inputs.rng_state.shape != (2,) or inputs.rng_state.dtype != torch.int64):
-        given = f"shape {tuple(inputs.rng_state.shape)}, {inputs.rng_state.dtype}"
-        raise input_error("rng_state", given, "an int64 tensor of 2: seed and offset", "Or None to draw a fresh one.")
+    _check_rng_state(inputs.rng_state)
     _check_devices(inputs)
+
+
+def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether ``shape`` broadcasts to ``full``, both with as many dimensions."""
+    # Not ``size in (1, whole)``: Dynamo answers that without comparing symbolic sizes.
+    return all(size == 1 or size == whole for size, whole in zip(shape, full, strict=True))
 
 
 def _check_qkv(inputs: Inputs) -> None:
     q, k, v = inputs.q, inputs.k, inputs.v
-    dims = 3 if inputs.is_packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
-        if x.dim() != dims:
-            order = "(T, H, D) packed" if inputs.is_packed else "4-dimensional: batch, sequence, heads, head dim"
-            raise input_error(name, f"shape {tuple(x.shape)}", order, "Reshape it, or unsqueeze the missing dimension.")
         if x.dtype not in FLOATS:
             raise input_error(name, x.dtype, "float16, bfloat16, float32 or float64", "Convert it with .to(...).")
         if x.dtype != q.dtype:
             raise input_error(name, x.dtype, f"{q.dtype}, the dtype of q", "Convert all three to one dtype.")
-        if x.shape[-1] < 1 or x.shape[-2] < 1:
-            raise input_error(name, f"shape {tuple(x.shape)}", "at least one head and one head dim", "Check the view.")
+        if x.shape[-2] < 1:
+            raise input_error(name, f"shape {tuple(x.shape)}", "at least one head", "Check the view.")
     if k.shape[-1] != q.shape[-1]:
         raise input_error("k", f"head dim {k.shape[-1]}", f"head dim {q.shape[-1]}, that of q", "Only v may differ.")
     if k.shape[:-1] != v.shape[:-1]:
@@ -180,7 +195,7 @@ def _check_scores_terms(inputs: Inputs) -> None:
         if x is None:
             continue
         full = (inputs.q.shape[0], inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1])
-        if x.dim() != 4 or any(size not in (1, whole) for size, whole in zip(x.shape, full, strict=True)):
+        if x.dim() != 4 or not broadcasts(x.shape, full):
             raise input_error(
                 name,
                 f"shape {tuple(x.shape)}",
@@ -199,7 +214,7 @@ def _check_per_head(inputs: Inputs) -> None:
     for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):
         if x is None:
             continue
-        if x.dim() != 2 or x.shape[0] not in (1, inputs.batch) or x.shape[1] != inputs.heads_q:
+        if x.dim() != 2 or not broadcasts(x.shape[:1], (inputs.batch,)) or x.shape[1] != inputs.heads_q:
             raise input_error(
                 name,
                 f"shape {tuple(x.shape)}",
@@ -221,9 +236,18 @@ def _check_segments(inputs: Inputs) -> None:
             continue
         if x.dtype not in INTS:
             raise input_error("segment_ids", f"{x.dtype} for {side}", "int32 or int64", "Convert it with .int().")
-        if x.dim() != 2 or x.shape[0] not in (1, like.shape[0]) or x.shape[1] != like.shape[1]:
+        if x.dim() != 2 or not broadcasts(x.shape[:1], like.shape[:1]) or x.shape[1] != like.shape[1]:
             allowed = f"(B, S) = {(like.shape[0], like.shape[1])}"
             raise input_error("segment_ids", f"shape {tuple(x.shape)} for {side}", allowed, "One id for each token.")
+
+
+def _check_rng_state(rng_state: Tensor | None) -> None:
+    if rng_state is None:
+        return
+    is_tensor = isinstance(rng_state, Tensor)
+    if not is_tensor or rng_state.shape != (2,) or rng_state.dtype != torch.int64:
+        given = f"shape {tuple(rng_state.shape)}, {rng_state.dtype}" if is_tensor else type(rng_state).__name__
+        raise input_error("rng_state", given, "an int64 tensor of 2: seed and offset", "Or None to draw a fresh one.")
 
 
 def _check_devices(inputs: Inputs) -> None:

@@ -16,6 +16,7 @@ operations are ordinary torch ops, so jvp, double backward and vmap work through
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,10 @@ class Positions:
         s_q, s_kv = inputs.cu_seqlens_q.diff()[n_q], inputs.cu_seqlens_kv.diff()[n_q]
         row, column = (None, None, slice(None), None), (None, None, None, slice(None))
         return cls(i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
+
+    def at_rows(self, rows: Tensor) -> Positions:
+        """The positions of some query rows of a dense batch."""
+        return dataclasses.replace(self, i=self.i[:, :, rows])
 
 
 def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +108,15 @@ def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = Non
     return (out[0].contiguous(), lse[0].contiguous()) if inputs.is_packed else (out.contiguous(), lse.contiguous())
 
 
+def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
+    """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
+
+    ``at`` says where the rows of ``inputs`` stand if they are some of a longer sequence's.
+    """
+    t = _terms(inputs, spec, compute_dtype(inputs), at)
+    return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
+
+
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -143,8 +157,8 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _terms(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype) -> _Terms:
-    at = Positions.of(inputs)
+def _terms(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype, at: Positions | None = None) -> _Terms:
+    at = Positions.of(inputs) if at is None else at
     kept = keep_matrix(inputs, spec, at)
     q, k, v = (_heads_first(x, inputs).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     group = inputs.heads_q // inputs.heads_kv

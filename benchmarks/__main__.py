@@ -1,0 +1,49 @@
+"""The command line. A command is a module here with ``add_arguments(parser)`` and ``run(args) -> exit code``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+
+from fastattn.errors import DataError, InputError
+
+COMMANDS = {
+    "ops": "speed and memory of attention itself",
+    "model": "training and generation steps of a model",
+    "overhead": "host time for each call, import time, installation time and size",
+    "report": "tables and plots from records",
+    "gpu": "everything a GPU can tell, in under nine minutes",
+    "tune": "tile sizes of the Triton kernels",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastattn.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in COMMANDS.items():
+        if importlib.util.find_spec(f"benchmarks.{_module(name)}") is None:
+            continue
+        command = commands.add_parser(name, help=about, description=about)
+        module = importlib.import_module(f"benchmarks.{_module(name)}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    args.command_line = shlex.join(["python", "-m", "benchmarks", *arguments])
+    try:
+        return args.run(args)
+    except (InputError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _module(command: str) -> str:
+    return "model_step" if command == "model" else command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Markdown from records. Pure functions of their JSON, so that the README can be checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastattn.testing.timing import Timing
+
+Record = dict[str, Any]
+OURS = "fastattn"  # the automatic choice, which is what a user gets
+
+
+def table(record: Record) -> str:
+    """The whole record: a line for each pass of each case, or each row of a command that measures something else."""
+    return _ops_table(record) if record["kind"] == "ops" else _rows_table(record)
+
+
+def summary(record: Record) -> str:
+    """Short enough for the README: a line for each case, fastattn's time and how many times faster it is."""
+    return _ops_summary(record) if record["kind"] == "ops" else _rows_table(record)
+
+
+def conditions(record: Record) -> str:
+    """Where, when and with what a record was measured."""
+    e = record["environment"]
+    versions = ", ".join(
+        f"{name} {version}" for name, version in e["versions"].items() if version and name != "fastattn"
+    )
+    lines = [f"{e['device']}; {versions}; {code(record)}; {record['started'][:10]}."]
+    if record.get("ceilings"):
+        lines.append(
+            "Ceilings of the same run: " + ", ".join(_ceiling(*item) for item in record["ceilings"].items()) + "."
+        )
+    if record["finished"] is None:
+        lines.append("**The run did not finish**; what it had measured is here.")
+    if record.get("stopped"):
+        lines.append(f"**Stopped**: {record['stopped']}.")
+    lines.append(f"Command: `{record['command']}`.")
+    return " ".join(lines)
+
+
+def code(record: Record) -> str:
+    """Which code was measured."""
+    e = record["environment"]
+    if e["commit"] is None:
+        return f"source {e['source']}, no git"
+    return f"commit {e['commit'][:10]}" + (f" with uncommitted changes (source {e['source']})" if e["dirty"] else "")
+
+
+def _ceiling(name: str, value: float) -> str:
+    if name == "copy_gbps":
+        return f"copy {value:.0f} GB/s"
+    return f"{name.split('_')[1]} matmul {value:.3g} TFLOP/s"
+
+
+# ops
+
+
+def timing(result: Record, peer: str, pass_name: str) -> Timing | None:
+    """The timing of a peer in a case, if it has one."""
+    rounds = result["peers"].get(peer, {}).get("passes", {}).get(pass_name, {}).get("rounds_s")
+    return Timing(tuple(rounds)) if rounds else None
+
+
+def rivals(result: Record, pass_name: str) -> dict[str, Timing]:
+    """The timings of everything that is not fastattn."""
+    found = {peer: timing(result, peer, pass_name) for peer in result["peers"] if not peer.startswith(OURS)}
+    return {peer: time for peer, time in found.items() if time is not None}
+
+
+def best_rival(result: Record, pass_name: str) -> tuple[str, float] | None:
+    """The fastest peer that passed its gate, and how many times faster fastattn is; None without either."""
+    ours, others = timing(result, OURS, pass_name), rivals(result, pass_name)
+    if ours is None or not others:
+        return None
+    best = min(others, key=lambda peer: others[peer].median)
+    return best, ours.times_faster_than(others[best])
+
+
+def passes_of(result: Record) -> list[str]:
+    """The passes that have anything to show, in order."""
+    seen = dict.fromkeys(result["workload"]["passes"])
+    for peer in result["peers"].values():
+        seen |= dict.fromkeys(peer["passes"])
+    return list(seen)
+
+
+def _ops_table(record: Record) -> str:
+    peers = _shown_peers(record)
+    header = ["case", "pass", *peers, "TFLOP/s", "of matmul", "vs best peer"]
+    rows = []
+    for result in record["results"]:
+        for pass_name in passes_of(result):
+            cells = [_cell(result, peer, pass_name) for peer in peers]
+            rows.append([result["id"], pass_name, *cells, *_rates(record, result, pass_name), _best(result, pass_name)])
+    legend = "Time of one call ±spread, peak memory above the operands. ×: how many times faster fastattn is."
+    return "\n".join([markdown(header, rows), "", legend, *_footnotes(record)])
+
+
+def _shown_peers(record: Record) -> list[str]:
+    """Peers that have at least one number, fastattn first."""
+    with_numbers = {
+        name
+        for result in record["results"]
+        for name, peer in result["peers"].items()
+        if any("median_s" in found or "peak_bytes" in found for found in peer["passes"].values())
+    }
+    return [name for name in record.get("peers", []) if name in with_numbers]
+
+
+def _cell(result: Record, peer: str, pass_name: str) -> str:
+    found = result["peers"].get(peer, {}).get("passes", {}).get(pass_name, {})
+    parts = []
+    if "median_s" in found:
+        parts.append(f"{seconds(found['median_s'])} ±{found['spread']:.0%}")
+    if "peak_bytes" in found:
+        parts.append(size(found["peak_bytes"]))
+    if not parts and "error" in found:
+        return "red" if found["error"].startswith("red") else "failed"
+    return ", ".join(parts) or "–"
+
+
+def _rates(record: Record, result: Record, pass_name: str) -> list[str]:
+    tflops = result["peers"].get(OURS, {}).get("passes", {}).get(pass_name, {}).get("tflops")
+    ceiling = record.get("ceilings", {}).get(f"matmul_{result['workload']['dtype']}_tflops")
+    if tflops is None:
+        return ["–", "–"]
+    return [f"{tflops:.3g}", f"{tflops / ceiling:.0%}" if ceiling else "–"]
+
+
+def _best(result: Record, pass_name: str) -> str:
+    best = best_rival(result, pass_name)
+    return f"{best[1]:.2f}× {best[0]}" if best else "–"
+
+
+def _ops_summary(record: Record) -> str:
+    peers = [name for name in _shown_peers(record) if not name.startswith(OURS)]
+    passes = list(dict.fromkeys(p for result in record["results"] for p in passes_of(result)))
+    header = ["case"]
+    for pass_name in passes:
+        header += [pass_name, *(f"vs {peer}" for peer in peers)]
+    header.append("peak memory: " + " / ".join([OURS, *peers]))
+    rows = []
+    for result in record["results"]:
+        row = [result["id"]]
+        for pass_name in passes:
+            ours = timing(result, OURS, pass_name)
+            row.append(seconds(ours.median) if ours else "–")
+            row += [_times(ours, timing(result, peer, pass_name)) for peer in peers]
+        rows.append([*row, _memory([OURS, *peers], result)])
+    return "\n".join([markdown(header, rows), "", *_footnotes(record)]).rstrip()
+
+
+def _times(ours: Timing | None, theirs: Timing | None) -> str:
+    return f"{ours.times_faster_than(theirs):.2f}×" if ours and theirs else "–"
+
+
+def _memory(peers: Sequence[str], result: Record) -> str:
+    peaks = [
+        max(
+            (found.get("peak_bytes", 0) for found in result["peers"].get(peer, {}).get("passes", {}).values()),
+            default=0,
+        )
+        for peer in peers
+    ]
+    return " / ".join(size(peak) if peak else "–" for peak in peaks) if any(peaks) else ""
+
+
+def _footnotes(record: Record) -> Iterator[str]:
+    """Why a number is missing: each reason once, with how many cases it concerns."""
+    reasons: dict[str, int] = {}
+    for result in record["results"]:
+        if result.get("why"):
+            reasons[f"not run: {result['why']}"] = reasons.get(f"not run: {result['why']}", 0) + 1
+        for name, peer in result["peers"].items():
+            errors = [found["error"] for found in peer["passes"].values() if found.get("error")]
+            for why in dict.fromkeys([peer["why"], *errors]):
+                if why:
+                    reasons[f"{name}: {why}"] = reasons.get(f"{name}: {why}", 0) + 1
+    if reasons:
+        yield ""
+        yield "No number:"
+        yield ""
+        for reason, count in sorted(reasons.items()):
+            yield f"- {reason} ({count} case{'s' if count > 1 else ''})"
+
+
+# everything else: rows that the command has laid out itself
+
+
+def _rows_table(record: Record) -> str:
+    columns = record["columns"]
+    return markdown(columns, [[str(row.get(column, "")) for column in columns] for row in record["results"]])
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned in the source too."""
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    """3 digits in the unit that fits."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.2g} µs"
+
+
+def size(value: float) -> str:
+    """Bytes in MB or GB (powers of ten)."""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,205 @@
+"""The plan in plain torch ops: online softmax over tiles of keys. Every feature, any device, any tile size.
+
+For a block of query rows and each tile of keys, ``m`` being the largest score so far (Milakov & Gimelshein, "Online
+normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022):
+
+    m'    = max(m, rowmax(scores))           p = exp(scores - m')
+    total = total * exp(m - m') + rowsum(p)  acc = acc * exp(m - m') + dropout(p) @ v
+
+and in the end ``out = acc / total``, ``lse = m + log(total)``. The backward pass computes ``p`` again from lse; its
+formulas are those of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.portable import padded, plan, terms
+from fastattn.backends.portable.plan import Block
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec
+
+# Rows and keys of a tile, and the scores that one step holds: small enough for a CPU's cache, or to fill an accelerator.
+TILE = {"cpu": (256, 512), "other": (1024, 1024)}
+MAX_SCORES = {"cpu": 1 << 20, "other": 1 << 25}
+
+
+def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, without the sinks."""
+    if padded.is_needed(inputs, spec):
+        return padded.forward(forward, inputs, spec)
+    out = inputs.q.new_zeros(inputs.out_shape())
+    lse = inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=terms.compute_dtype(inputs))
+    out_rows, lse_rows = terms.dense(out), terms.dense(lse.transpose(-1, -2)[..., None])
+    for block in blocks(inputs, spec):
+        acc, total, largest = _online(inputs, spec, block)
+        weight = spec.dropout_scale / torch.where(total == 0, 1, total)
+        terms.queries(out_rows, block).copy_(acc * weight)
+        terms.queries(lse_rows, block).copy_(largest + total.log())
+    return out, lse
+
+
+def _online(inputs: Inputs, spec: AttentionSpec, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """``acc`` ``[b, H_q, M, D_v]``, ``total`` and ``largest`` ``[b, H_q, M, 1]`` of a block's query rows."""
+    q = _folded(terms.queries(inputs.q, block), inputs)
+    rows = (block.size[0], inputs.heads_q, block.size[1])
+    largest = q.new_full((*rows, 1), terms.NEVER)
+    total = q.new_zeros((*rows, 1))
+    acc = q.new_zeros((*rows, inputs.v.shape[-1]))
+    for tile, kept in _tiles(inputs, spec, block):
+        scores, _ = _scores(q, inputs, spec, tile, kept)
+        new = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        base = torch.where(new == terms.NEVER, 0, new)
+        p = scores.sub_(base).exp_()
+        decay = torch.exp(largest - base)
+        total = total * decay + p.sum(-1, keepdim=True)
+        if spec.dropout_p > 0:
+            p = torch.where(terms.survives(inputs, spec, tile), p, 0)
+        v = _computed(terms.keys(inputs.v, tile), inputs)
+        acc = acc * decay + _unfolded(_fold_heads(p, inputs) @ v, inputs)
+        largest = new
+    return acc, total, torch.where(largest == terms.NEVER, 0, largest)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+) -> tuple[Tensor | None, ...]:
+    """``(dq, dk, dv, dbias)``, None where not needed. ``out`` and ``lse`` are the final ones, sinks included."""
+    if padded.is_needed(inputs, spec):
+        return padded.backward(backward, dout, dlse, out, lse, inputs, spec, needs)
+    sums = {
+        name: torch.zeros(x.shape, dtype=terms.compute_dtype(inputs), device=x.device)
+        for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("bias", inputs.bias))
+        if name in needs and x is not None
+    }
+    lse = terms.dense(lse.transpose(-1, -2)[..., None])
+    lse = torch.where(lse == terms.NEVER, 0, lse)  # an empty row: exp(-inf - 0) = 0
+    shift = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)  # delta - dlse
+    if dlse is not None:
+        shift = shift - dlse.transpose(-1, -2)[..., None]
+    for block in blocks(inputs, spec):
+        q, dout_rows = (_folded(terms.queries(x, block), inputs) for x in (inputs.q, dout))
+        rows = (terms.queries(x, block) for x in (lse, shift))
+        _accumulate(sums, q, dout_rows, *rows, inputs, spec, block)
+    names = ("q", "k", "v", "bias")
+    return tuple(sums[name].to(getattr(inputs, name).dtype) if name in sums else None for name in names)
+
+
+def _accumulate(
+    sums: dict[str, Tensor],
+    q: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    shift: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    block: Block,
+) -> None:
+    """Add to ``sums`` what a block's query rows contribute to the gradients."""
+    for tile, kept in _tiles(inputs, spec, block):
+        scores, capped = _scores(q, inputs, spec, tile, kept)
+        k, v = (_computed(terms.keys(x, tile), inputs) for x in (inputs.k, inputs.v))
+        p = scores.sub_(lse).exp_()
+        dt = _unfolded(dout @ v.transpose(-1, -2), inputs)
+        alive = terms.survives(inputs, spec, tile) if spec.dropout_p > 0 else None
+        if alive is not None:
+            dt = torch.where(alive, dt * spec.dropout_scale, 0)
+        dt = dt.sub_(shift).mul_(p)
+        if "v" in sums:
+            dropped = p if alive is None else torch.where(alive, p * spec.dropout_scale, 0)
+            terms.keys(sums["v"], tile).add_(_fold_heads(dropped, inputs).transpose(-1, -2) @ dout)
+        if "bias" in sums:
+            part = terms.window(sums["bias"], tile)
+            part += dt.sum_to_size(part.shape)
+        if capped is not None and spec.softcap is not None:
+            dt = dt * (1 - (capped / spec.softcap) ** 2)
+        ds = _fold_heads(dt, inputs)
+        if "q" in sums:
+            terms.queries(sums["q"], tile).add_(_unfolded(ds @ k, inputs), alpha=spec.scale)
+        if "k" in sums:
+            terms.keys(sums["k"], tile).add_(ds.transpose(-1, -2) @ q, alpha=spec.scale)
+
+
+# --- what is computed ---------------------------------------------------------------------------------------------
+
+
+def blocks(inputs: Inputs, spec: AttentionSpec) -> Iterator[Block]:
+    """The blocks of query rows, each as wide as the band allows, of few enough batch entries for one step."""
+    rows, keys = TILE["cpu" if inputs.q.device.type == "cpu" else "other"]
+    for region in _regions(inputs):
+        for block in plan.cut(region, spec, max_rows=rows):
+            _, m, n = block.size
+            entries = max(1, _max_scores(inputs) // (inputs.heads_q * m * min(n, keys)))
+            begin, end = block.batch
+            for b in range(begin, end, entries):
+                yield block.replace(batch=(b, min(b + entries, end)), sequence=block.sequence + b - begin)
+
+
+def _regions(inputs: Inputs) -> list[Block]:
+    if inputs.segment_ids_q is not None and inputs.q.device.type != "cpu":
+        return [plan.whole_batch(inputs)]  # reading the segments would wait for the device: compare them instead
+    return plan.regions(inputs)
+
+
+def _max_scores(inputs: Inputs) -> int:
+    return MAX_SCORES["cpu" if inputs.q.device.type == "cpu" else "other"]
+
+
+def _tiles(inputs: Inputs, spec: AttentionSpec, block: Block) -> Iterator[tuple[Block, Tensor | None]]:
+    """The tiles of a block with what they keep; in host memory without those that masks or segments leave empty."""
+    b, m, _ = block.size
+    _, keys = TILE["cpu" if inputs.q.device.type == "cpu" else "other"]
+    step = min(keys, max(64, _max_scores(inputs) // (b * inputs.heads_q * m)))
+    for j in range(*block.keys, step):
+        tile = block.replace(keys=(j, min(j + step, block.keys[1])))
+        kept = terms.kept(inputs, spec, tile)
+        is_data = inputs.mask is not None or not block.is_exact
+        if kept is not None and is_data and inputs.q.device.type == "cpu" and not bool(kept.any()):
+            continue
+        yield tile, kept
+
+
+def _scores(
+    q: Tensor, inputs: Inputs, spec: AttentionSpec, tile: Block, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The finished scores ``[b, H_q, M, N]``, and the capped ones if there is a softcap."""
+    k = _computed(terms.keys(inputs.k, tile), inputs)
+    scores = _unfolded(q @ k.transpose(-1, -2), inputs).mul_(spec.scale)
+    capped = None
+    if spec.softcap is not None:
+        capped = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        scores = capped.clone()
+    bias = terms.bias(inputs, spec, tile)
+    if bias is not None:
+        scores += bias
+    return (scores if kept is None else scores.masked_fill_(~kept, terms.NEVER)), capped
+
+
+# --- heads: the query heads of a group are folded into the rows, so that K and V are never copied for them -------------
+
+
+def _computed(x: Tensor, inputs: Inputs) -> Tensor:
+    return x.to(terms.compute_dtype(inputs))
+
+
+def _folded(x: Tensor, inputs: Inputs) -> Tensor:
+    """``[b, H_q, M, D]`` -> ``[b, H_kv, G * M, D]`` in the dtype of the computation."""
+    return _fold_heads(_computed(x, inputs), inputs)
+
+
+def _fold_heads(x: Tensor, inputs: Inputs) -> Tensor:
+    return x.unflatten(1, (inputs.heads_kv, -1)).flatten(2, 3)
+
+
+def _unfolded(x: Tensor, inputs: Inputs) -> Tensor:
+    """``[b, H_kv, G * M, D]`` -> ``[b, H_q, M, D]``."""
+    return x.unflatten(2, (inputs.heads_q // inputs.heads_kv, -1)).flatten(1, 2)

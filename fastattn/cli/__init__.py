@@ -1,0 +1,47 @@
+"""The command line: ``fastattn info | verify | train | generate | demo``. One file for each command.
+
+A command's file is light; what it works with is imported when it runs. What a user can cause ends in one sentence on
+stderr and exit code 2; an interrupted command exits with 128 plus the signal's number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fastattn.cli import demo, generate, info, train, verify
+from fastattn.errors import DataError, InputError, UnsupportedError
+
+# The module of an optional package, and the extra of fastattn that installs it.
+_EXTRAS = {"safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastattn", description="Fast attention: check it, train with it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (info, verify, train, generate, demo):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; wrong flags exit at once with code 2, as argparse does."""
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (DataError, InputError, UnsupportedError, FloatingPointError) as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        message = f"the package {error.name!r} is missing: pip install 'fastattn[{_EXTRAS[error.name]}]'"
+    except KeyboardInterrupt:
+        print("\nfastattn: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    print(f"fastattn {args.command}: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,184 @@
+"""``fastattn demo``: the whole package on this machine and on real text, with a report to keep."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastattn.cli import device, info
+from fastattn.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastattn.train import Outcome, RunConfig
+
+_MARK = ".fastattn-demo"  # a folder with it is ours to write over
+_PROMPTS = ("def main(", "import ", "class ")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Info, verify --quick, speed and memory against eager attention and torch's, a language model trained on the "
+        "source of Python's standard library, and a sample of what it writes; a report with plots goes to --out."
+    )
+    parser = commands.add_parser("demo", help="see everything at work in a few minutes", description=text)
+    parser.add_argument(
+        "--out", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="folder of the report (fastattn-demo)"
+    )
+    parser.add_argument("--minutes", type=float, default=1.8, metavar="M", help="time for the training (default 1.8)")
+    parser.add_argument("--data", nargs="+", default=(), metavar="PATH", help="other text to train on")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    device.add_flag(parser)
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class Report:
+    """What the demo found, as it grows: Markdown, and figures for JSON."""
+
+    folder: Path
+    text: list[str] = field(default_factory=lambda: ["# fastattn demo"])
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def section(self, title: str) -> Iterator[None]:
+        """Announce a part and time it."""
+        print(f"\n== {title}", flush=True)
+        self.text.append(f"## {title}")
+        began = time.perf_counter()
+        yield
+        self.seconds[title] = round(time.perf_counter() - began, 1)
+
+    def block(self, text: str) -> None:
+        """Show preformatted text, here and in the report."""
+        print(text, flush=True)
+        self.text.append(f"```text\n{text}\n```")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.text.append(text)
+
+    def write(self) -> None:
+        self.figures["seconds"] = self.seconds
+        took = ", ".join(f"{title.lower()} {seconds:.0f} s" for title, seconds in self.seconds.items())
+        text = "\n\n".join([*self.text, f"Time: {took}."]) + "\n"
+        (self.folder / "report.md").write_text(text, encoding="utf-8")
+        (self.folder / "report.json").write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.minutes > 0:
+        raise InputError(f"--minutes: got {args.minutes}; allowed: a positive number. 1.8 is the default.")
+    target = device.choose(args.device)
+    report = Report(_own_folder(args.out))
+    with report.section("This machine"):
+        report.figures["info"] = info.facts()
+        report.block(info.as_text(report.figures["info"]))
+    is_right = _verify(report, target)
+    _speed(report, target)
+    outcome = _train(report, args, target)
+    _sample(report, outcome, target)
+    report.write()
+    print(f"\nReport: {args.out / 'report.md'}")
+    return 0 if is_right else 1
+
+
+def _own_folder(folder: Path) -> Path:
+    """``folder``, empty or made by an earlier demo, whose run is removed; never anyone else's."""
+    if folder.exists() and not (folder / _MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{str(folder)!r} exists and was not made by fastattn demo: choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARK).touch()
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    (folder / "run" / "log.jsonl").unlink(missing_ok=True)
+    return folder
+
+
+def _verify(report: Report, target: torch.device) -> bool:
+    from fastattn.testing.verify import verify
+
+    with report.section("Numerics against fp64"):
+        found = verify(device=str(target), quick=True)
+        report.figures["verify"] = found.to_dict()
+        report.block(found.table())
+    return found.ok
+
+
+def _speed(report: Report, target: torch.device) -> None:
+    from fastattn.testing.speed import speed_table
+
+    with report.section("Speed and memory"):
+        found = speed_table(str(target), quick=True)
+        report.figures["speed"] = found.to_dict()
+        report.block(found.table())
+        with _plotting(report):
+            found.plot(report.folder / "speed.png")
+            report.text.append("![speed](speed.png)")
+
+
+def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Outcome:
+    from fastattn.train import Log, pretrain
+
+    with report.section("Training"):
+        folder = report.folder / "run"
+        config = _fitting_config(folder, args, target)
+        outcome = pretrain(folder, config, device=target, show_progress=not args.quiet)
+        report.figures["training"] = outcome.facts()
+        report.block(outcome.summary())
+        loss, entropy = outcome.progress.held_out_loss, outcome.unigram_entropy
+        report.say(
+            f"Held-out loss {loss:.3f} nats per token; a model that ignores context cannot get under the unigram "
+            f"entropy, {entropy:.3f}."
+        )
+        with _plotting(report):
+            from fastattn.train.plots import plot_losses
+
+            plot_losses(Log(folder / "log.jsonl").records(), entropy, report.folder / "loss.png")
+            report.text.append("![loss](loss.png)")
+    return outcome
+
+
+def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device) -> RunConfig:
+    """A tiny model, and as many steps as the machine can do in the time."""
+    from fastattn.train import RunConfig, make_trainer
+
+    config = RunConfig(data=tuple(args.data)).changed({"train.log_every": 5, "train.eval_rows": 48})
+    trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
+    steps = max(20, int(60 * args.minutes / trainer.seconds_per_step()))
+    every = max(10, steps // 8)
+    print(f"{steps} steps fit into {args.minutes:g} minutes", flush=True)
+    times = {"train.steps": steps, "train.max_minutes": 1.5 * args.minutes}
+    return config.changed(times | {"train.eval_every": every, "train.save_every": every})
+
+
+def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
+    from fastattn.generate import Sampling, stream_text
+
+    with report.section("What it writes"):
+        model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
+        samples = {}
+        for prompt in _PROMPTS:
+            pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))
+            samples[prompt] = prompt + "".join(pieces)
+            report.block(samples[prompt])
+        report.figures["samples"] = samples
+
+
+@contextlib.contextmanager
+def _plotting(report: Report) -> Iterator[None]:
+    """Plots are optional: without matplotlib the report says how to get them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        report.say("No plot: matplotlib is missing (pip install 'fastattn[bench]').")

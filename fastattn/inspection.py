@@ -1,0 +1,306 @@
+"""Looking inside attention: exact probabilities of chosen rows and heads, their summaries, and a plot of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.errors import input_error
+from fastattn.functional import Window, dense_problem
+from fastattn.layout import Layout
+from fastattn.problem import Inputs, check_inputs
+from fastattn.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Chosen = Sequence[int] | Tensor | None
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: Chosen = None,
+    heads: Chosen = None,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    layout: Layout = "BSHD",
+) -> Tensor:
+    """The attention weights of chosen query rows and heads: what ``attention`` multiplies the values with.
+
+    ``softmax(cap(scale * q @ k^T) + bias + alibi, where kept)``, by the reference formula whatever the backend. Only
+    the rows asked for are computed, so looking at 10 rows of 100,000 tokens takes 10 rows of memory.
+
+    Args:
+        q: queries ``(B, S_q, H_q, D_qk)``, all of them.
+        k: keys ``(B, S_kv, H_kv, D_qk)``.
+        rows: query rows to look at, negative ones counted from the end; None is all of them, ``S_q x S_kv``.
+        heads: query heads to look at, likewise; None is all.
+        causal: this and the remaining options are those of ``fastattn.attention``; tensors keep their full shapes.
+        window: as in ``attention``.
+        scale: as in ``attention``.
+        softcap: as in ``attention``.
+        bias: as in ``attention``.
+        mask: as in ``attention``.
+        alibi_slopes: as in ``attention``.
+        sinks: as in ``attention``; the weights of a row then add up to less than 1.
+        segment_ids: as in ``attention``.
+        dropout_p: as in ``attention``; with the ``rng_state`` of a call, the weights that it used.
+        rng_state: as in ``attention``.
+        layout: as in ``attention``, of q and k.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs) ``(B, len(heads), len(rows), S_kv)``, differentiable. Empty rows are 0.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q, k = torch.randn(1, 1000, 8, 64), torch.randn(1, 1000, 2, 64)
+        >>> fastattn.attention_weights(q, k, rows=[-1], heads=[0, 5], causal=True).shape
+        torch.Size([1, 2, 1, 1000])
+    """
+    inputs, spec = dense_problem(
+        q,
+        k,
+        k,  # the weights do not depend on the values
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        segment_ids=segment_ids,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+        layout=layout,
+    )
+    check_inputs(inputs, spec)
+    chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
+    chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)
+    if dropout_p:  # which weights are dropped depends on the index of the head
+        return reference.weights(*_of_rows(inputs, chosen_rows, spec))[:, chosen_heads]
+    return reference.weights(*_of_rows(_of_heads(inputs, chosen_heads), chosen_rows, spec))
+
+
+def attention_entropy(weights: Tensor) -> Tensor:
+    """How spread out each row attends: ``-sum_j p_j log p_j`` in nats, 0 for one key, ``log(n)`` for n equal ones.
+
+    Args:
+        weights: ``(..., S_q, S_kv)`` from ``attention_weights``.
+
+    Returns:
+        ``(..., S_q)``. Empty rows are 0.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.inspection import attention_entropy
+        >>> attention_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        tensor([0.0000, 0.6931])
+    """
+    return torch.special.entr(weights).sum(-1)
+
+
+def attention_rollout(layers: Sequence[Tensor]) -> Tensor:
+    """How much of each input token reaches each output token, through attention and residual connections.
+
+    The product over the layers of ``(mean over heads of the weights + identity) / 2``, rows normalised.
+
+    Args:
+        layers: self-attention weights ``(..., H, S, S)`` of each layer, first to last.
+
+    Returns:
+        ``(..., S, S)``; each row adds up to 1.
+
+    Raises:
+        InputError: there is no layer, or its weights are not square.
+
+    Source:
+        Abnar and Zuidema, "Quantifying attention flow in transformers", 2020.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.inspection import attention_rollout
+        >>> attention_rollout([torch.full((1, 2, 2), 0.5)])
+        tensor([[0.7500, 0.2500],
+                [0.2500, 0.7500]])
+    """
+    if not layers or any(x.dim() < 3 or x.shape[-1] != x.shape[-2] for x in layers):
+        given = [tuple(x.shape) for x in layers]
+        raise input_error(
+            "layers", given, "one or more of (..., H, S, S)", "Rollout needs every row of self-attention."
+        )
+    flow = torch.eye(layers[0].shape[-1], dtype=layers[0].dtype, device=layers[0].device)
+    for weights in layers:
+        mixed = weights.mean(-3) + torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)
+        flow = (mixed / mixed.sum(-1, keepdim=True)) @ flow
+    return flow
+
+
+def plot_attention(
+    weights: Tensor | Sequence[Tensor],
+    path: str | Path,
+    *,
+    tokens: Sequence[str] | None = None,
+    query_tokens: Sequence[str] | None = None,
+) -> Path:
+    """Draw attention weights to a PNG file: a map for each layer and head, entropies, and attention rollout.
+
+    One row of maps for each layer, a head in each column, titled with the mean entropy of its rows in nats; below
+    them all entropies side by side and, where every layer is square, the rollout through all of them.
+
+    Args:
+        weights: ``(H, S_q, S_kv)`` of one layer, or a sequence of them, first layer to last: from
+            ``attention_weights(...)[0]``, or the ``attentions`` of a transformers model, for one batch entry.
+        path: the file to write; its folders are created.
+        tokens: the text of each key; of each query too unless ``query_tokens`` is given.
+        query_tokens: the text of each query, where the queries are other tokens or fewer.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        InputError: shapes and labels do not fit.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch, fastattn, tempfile
+        >>> q = torch.randn(1, 3, 2, 16)
+        >>> weights = fastattn.attention_weights(q, q, causal=True)[0]
+        >>> fastattn.plot_attention(weights, tempfile.mkdtemp() + "/heads.png", tokens=["the", "cat", "sat"]).name
+        'heads.png'
+    """
+    layers = [weights] if isinstance(weights, Tensor) else list(weights)
+    layers = [_one_entry(x).detach().float().cpu() for x in layers]
+    if not layers:
+        raise input_error("weights", "an empty sequence", "at least one layer", "Pass the weights of a layer.")
+    query_tokens = tokens if query_tokens is None else query_tokens
+    for name, labels, dim in (("tokens", tokens, -1), ("query_tokens", query_tokens, -2)):
+        if labels is not None and any(x.shape[dim] != len(labels) for x in layers):
+            allowed = f"{layers[0].shape[dim]}, one for each {'key' if dim == -1 else 'query'}"
+            raise input_error(name, f"{len(labels)} labels", allowed, "Or None for no labels.")
+    figure = _draw(layers, tokens, query_tokens)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+    return path
+
+
+# --- choosing rows and heads ------------------------------------------------------------------------------------
+
+
+def _indices(name: str, chosen: Chosen, size: int, device: torch.device) -> Tensor:
+    everything = torch.arange(size, device=device)
+    if chosen is None:
+        return everything
+    wanted = torch.as_tensor(chosen, device=device)
+    fits = wanted.dim() == 1 and not wanted.is_floating_point() and wanted.dtype != torch.bool
+    if not fits or bool(((wanted < -size) | (wanted >= size)).any()):
+        raise input_error(name, chosen, f"a list of ints from {-size} to {size - 1}", "None means all.")
+    return everything[wanted.long()]
+
+
+def _of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
+    """The same problem for some of its query heads, each with a key/value head of its own."""
+
+    def along_1(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+    k = inputs.k[:, :, heads // (inputs.heads_q // inputs.heads_kv)]
+    alibi, sinks = (None if x is None else x[:, heads] for x in (inputs.alibi_slopes, inputs.sinks))
+    return inputs.replace(
+        q=inputs.q[:, :, heads],
+        k=k,
+        v=k,
+        bias=along_1(inputs.bias),
+        mask=along_1(inputs.mask),
+        alibi_slopes=alibi,
+        sinks=sinks,
+    )
+
+
+def _of_rows(inputs: Inputs, rows: Tensor, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec, reference.Positions]:
+    """The arguments of ``reference.weights`` for some query rows of a problem."""
+
+    def along_2(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[2] == 1 else x[:, :, rows]
+
+    everywhere = reference.Positions.of(inputs)
+    segments = None if inputs.segment_ids_q is None else inputs.segment_ids_q[:, rows]
+    some = inputs.replace(
+        q=inputs.q[:, rows], bias=along_2(inputs.bias), mask=along_2(inputs.mask), segment_ids_q=segments
+    )
+    return some, spec, everywhere.at_rows(rows)
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------
+
+
+def _one_entry(x: Tensor) -> Tensor:
+    if x.dim() == 4 and x.shape[0] == 1:
+        x = x[0]
+    if x.dim() != 3:
+        todo = "Choose one batch entry: weights[0]."
+        raise input_error("weights", f"shape {tuple(x.shape)}", "(H, S_q, S_kv) for each layer", todo)
+    return x
+
+
+def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequence[str] | None) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot_attention needs matplotlib: pip install 'fastattn[bench]'") from error
+    columns = max(2, *(x.shape[0] for x in layers))
+    figure = Figure(figsize=(2.4 * columns + 1, 2.6 * (len(layers) + 1) + 0.5), layout="constrained")
+    grid = figure.add_gridspec(len(layers) + 1, columns)
+    entropies = torch.full((len(layers), columns), float("nan"))
+    for n, layer in enumerate(layers):
+        for h, head in enumerate(layer):
+            entropies[n, h] = attention_entropy(head).mean()
+            axes = figure.add_subplot(grid[n, h])
+            axes.set_title(f"layer {n} head {h}: {entropies[n, h]:.2f} nats", fontsize=8)
+            axes.imshow(head.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            _label(axes, tokens, query_tokens if h == 0 else None)
+    below = grid[len(layers), :].subgridspec(1, 2)
+    axes = figure.add_subplot(below[0])
+    axes.set_title("mean entropy (nats)", fontsize=8)
+    axes.set(xlabel="head", ylabel="layer", xticks=range(columns), yticks=range(len(layers)))
+    figure.colorbar(axes.imshow(entropies.numpy(), cmap="viridis", vmin=0, aspect="auto"), ax=axes)
+    if all(x.shape[-1] == x.shape[-2] == layers[0].shape[-1] for x in layers):
+        axes = figure.add_subplot(below[1])
+        axes.set_title("rollout: output token <- input token", fontsize=8)
+        flow = attention_rollout(layers).numpy()
+        image = axes.imshow(flow, cmap="magma", vmin=0, aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=axes)
+        _label(axes, tokens, query_tokens)
+    return figure
+
+
+def _label(axes: Any, tokens: Sequence[str] | None, query_tokens: Sequence[str] | None) -> None:
+    """Token texts on the axes. Dollar signs are text, not formulas."""
+    size = 6
+    axes.tick_params(labelsize=size)
+    if tokens is not None:
+        axes.set_xticks(range(len(tokens)), [t.replace("$", r"\$") for t in tokens], rotation=90)
+    if query_tokens is not None:
+        axes.set_yticks(range(len(query_tokens)), [t.replace("$", r"\$") for t in query_tokens])

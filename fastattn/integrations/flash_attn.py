@@ -1,0 +1,440 @@
+"""The functions of the flash-attn package (2.8) under their names: import them from here instead.
+
+Signatures are theirs, positions and defaults included, and so are the meanings: ``(B, S, H, D)`` or packed
+``(T, H, D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes
+without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and an empty row has lse
+``-inf`` (``+inf`` in flash-attn 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, rng
+from fastattn.backends import BACKENDS, load
+from fastattn.errors import UnsupportedError, input_error
+from fastattn.functional import attention, attention_varlen, band
+from fastattn.inspection import attention_weights
+from fastattn.nn.rotary import apply_rotary
+from fastattn.spec import AttentionSpec, distance, keep
+
+__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
+R = TypeVar("R")
+WithProbs = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> WithProbs:
+    """``flash_attn.flash_attn_func``.
+
+    Args:
+        q: ``(B, S_q, H_q, D)``.
+        k: ``(B, S_kv, H_kv, D)``; ``H_kv`` divides ``H_q``.
+        v: ``(B, S_kv, H_kv, D_v)``.
+        dropout_p: probability of dropping an attention weight; 0.0 during evaluation.
+        softmax_scale: factor on the scores; None is ``D ** -0.5``.
+        causal: attend to no later key, lower right.
+        window_size: ``(left, right)`` neighbours, -1 unbounded.
+        softcap: ``softcap * tanh(scores / softcap)``; 0.0 is off.
+        alibi_slopes: ``(H_q,)`` or ``(B, H_q)``; adds ``-slope * |i + S_kv - S_q - j|``.
+        deterministic: choose only among backends whose gradients repeat bit for bit.
+        return_attn_probs: also return ``softmax_lse`` and ``S_dmask``.
+
+    Returns:
+        ``out`` ``(B, S_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(B, H_q, S_q)``, and
+        ``S_dmask`` ``(B, H_q, S_q, S_kv)``, the probabilities, negative where dropped: meant for tests, and empty
+        unless ``dropout_p > 0``.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Source:
+        https://github.com/Dao-AILab/flash-attention
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.flash_attn import flash_attn_func
+        >>> q = torch.randn(2, 16, 8, 64)
+        >>> flash_attn_func(q, q, q, causal=True, window_size=(8, -1)).shape
+        torch.Size([2, 16, 8, 64])
+    """
+    rng_state = rng.new_rng_state(q.device) if dropout_p else None
+
+    def call(backend: str | None) -> tuple[Tensor, ...]:
+        results = attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            window=window_size,
+            scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+            return_lse=True,
+            backend=backend,
+        )
+        return tuple(results)
+
+    out, lse = _served(call, deterministic)
+    if not return_attn_probs:
+        return out
+    if not dropout_p:
+        return out, lse, q.new_empty(0)
+
+    def weights(dropout_p: float) -> Tensor:
+        return attention_weights(
+            q,
+            k,
+            causal=causal,
+            window=window_size,
+            scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            rng_state=rng_state,
+        )
+
+    with torch.no_grad():
+        probabilities, after_dropout = weights(0.0), weights(dropout_p)
+        return out, lse, torch.where(after_dropout == 0, -probabilities, probabilities).to(q.dtype)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> WithProbs:
+    """``flash_attn.flash_attn_qkvpacked_func``: q, k and v in one tensor, as a fused projection gives them.
+
+    Args:
+        qkv: ``(B, S, 3, H, D)``.
+        dropout_p: this and the others as in ``flash_attn_func``.
+        softmax_scale: as there.
+        causal: as there.
+        window_size: as there.
+        softcap: as there.
+        alibi_slopes: as there.
+        deterministic: as there.
+        return_attn_probs: as there.
+
+    Returns:
+        as ``flash_attn_func``.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.flash_attn import flash_attn_qkvpacked_func
+        >>> flash_attn_qkvpacked_func(torch.randn(2, 16, 3, 8, 64), causal=True).shape
+        torch.Size([2, 16, 8, 64])
+    """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        todo = "For fewer key heads call flash_attn_func."
+        raise input_error("qkv", f"shape {tuple(qkv.shape)}", "(B, S, 3, H, D)", todo)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> WithProbs:
+    """``flash_attn.flash_attn_varlen_func``: sequences of different lengths, packed end to end.
+
+    Args:
+        q: ``(T_q, H_q, D)``.
+        k: ``(T_kv, H_kv, D)``.
+        v: ``(T_kv, H_kv, D_v)``.
+        cu_seqlens_q: int32 ``(N + 1,)``, where each query sequence begins, and the end.
+        cu_seqlens_k: likewise for the keys.
+        max_seqlen_q: longest query sequence.
+        max_seqlen_k: longest key sequence.
+        dropout_p: this and the others as in ``flash_attn_func``.
+        softmax_scale: as there.
+        causal: as there, within each sequence.
+        window_size: as there.
+        softcap: as there.
+        alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
+        deterministic: as there.
+        return_attn_probs: as there, but not together with dropout.
+        block_table: must be None: keys and values are not paged.
+
+    Returns:
+        ``out`` ``(T_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(H_q, T_q)``, and an empty
+        ``S_dmask``.
+
+    Raises:
+        InputError: an argument is wrong.
+        UnsupportedError: a paged cache, or the dropped probabilities of packed sequences, are asked for.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.flash_attn import flash_attn_varlen_func
+        >>> q, cu_seqlens = torch.randn(7, 4, 32), torch.tensor([0, 3, 7], dtype=torch.int32)
+        >>> flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
+        torch.Size([7, 4, 32])
+    """
+    _refuse_paging(block_table)
+    if return_attn_probs and dropout_p:
+        raise UnsupportedError(
+            "return_attn_probs with dropout_p > 0: packed sequences have no S_dmask here. Call flash_attn_func on one "
+            "sequence, or fastattn.attention_weights."
+        )
+
+    def call(backend: str | None) -> tuple[Tensor, ...]:
+        results = attention_varlen(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_kv=max_seqlen_k,
+            causal=causal,
+            window=window_size,
+            scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            return_lse=True,
+            backend=backend,
+        )
+        return tuple(results)
+
+    out, lse = _served(call, deterministic)
+    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``flash_attn.flash_attn_with_kvcache``: decoding. New keys and values are written into the cache, in place.
+
+    Args:
+        q: ``(B, S_q, H_q, D)``.
+        k_cache: ``(B_cache, S_cache, H_kv, D)``.
+        v_cache: ``(B_cache, S_cache, H_kv, D_v)``.
+        k: ``(B, S_new, H_kv, D)``, written to the cache from position ``cache_seqlens`` on; None appends nothing.
+        v: ``(B, S_new, H_kv, D_v)``.
+        rotary_cos: ``(S_rotary, D_rotary / 2)``; rotates ``k``, and ``q``, before use. q's rows stand at
+            ``cache_seqlens + i`` with a causal or windowed mask, else all at ``cache_seqlens``.
+        rotary_sin: likewise.
+        cache_seqlens: how many tokens each cache row holds before the call: an int or int32 ``(B,)``. None: all.
+        cache_batch_idx: int32 ``(B,)``, the cache row of each batch entry; None is ``0 .. B - 1``.
+        cache_leftpad: int32 ``(B,)``, the first token of each cache row that counts.
+        block_table: must be None: the cache is not paged.
+        softmax_scale: as in ``flash_attn_func``.
+        causal: query row ``i`` sees keys up to ``length - S_q + i``, ``length`` including the appended tokens.
+        window_size: as in ``flash_attn_func``.
+        softcap: as there.
+        rotary_interleaved: rotate the pairs (0, 1), (2, 3), ...; False: pairs half of ``D_rotary`` apart.
+        alibi_slopes: as there.
+        num_splits: a scheduling hint of flash-attn; makes no difference.
+        return_softmax_lse: also return lse.
+
+    Returns:
+        ``out`` ``(B, S_q, H_q, D_v)``; with ``return_softmax_lse`` also fp32 ``(B, H_q, S_q)``. As in flash-attn there
+        is no gradient.
+
+    Raises:
+        InputError: an argument is wrong, or the new tokens do not fit into the cache.
+        UnsupportedError: a paged cache is asked for.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.flash_attn import flash_attn_with_kvcache
+        >>> k_cache, v_cache = torch.zeros(2, 2, 100, 4, 64)
+        >>> q, k, v = torch.randn(3, 2, 1, 4, 64)
+        >>> lengths = torch.tensor([5, 60], dtype=torch.int32)
+        >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
+        torch.Size([2, 1, 4, 64])
+        >>> bool((k_cache[1, 60] == k[1, 0]).all())
+        True
+    """
+    _refuse_paging(block_table)
+    before = _cache_lengths(q, k_cache, k, v, cache_seqlens)
+    if rotary_cos is not None or rotary_sin is not None:
+        q, k = _rotated(q, k, rotary_cos, rotary_sin, before, causal or window_size != (-1, -1), rotary_interleaved)
+    rows = torch.arange(q.shape[0], device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
+    if k is not None and v is not None:
+        at = before[:, None] + torch.arange(k.shape[1], device=q.device)
+        k_cache[rows[:, None], at], v_cache[rows[:, None], at] = k, v
+        before = before + k.shape[1]
+    if cache_batch_idx is not None:
+        k_cache, v_cache = k_cache[rows], v_cache[rows]
+    if not isinstance(cache_seqlens, Tensor) and cache_leftpad is None:  # one length, so no mask is needed
+        length = k_cache.shape[1] if cache_seqlens is None else cache_seqlens + (0 if k is None else k.shape[1])
+        k_cache, v_cache, mask, bias = k_cache[:, :length], v_cache[:, :length], None, None
+    else:
+        mask, bias = _ragged(q, k_cache, before, cache_leftpad, band(causal, window_size), alibi_slopes)
+        causal, window_size, alibi_slopes = False, (-1, -1), None
+    out, lse = attention(
+        q,
+        k_cache,
+        v_cache,
+        causal=causal,
+        window=window_size,
+        scale=softmax_scale,
+        softcap=softcap,
+        bias=bias,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+    )
+    return (out, lse) if return_softmax_lse else out
+
+
+def _served(call: Callable[[str | None], R], deterministic: bool) -> R:
+    """The result of ``call(backend)``, with the first deterministic backend that can serve it if that is asked for."""
+    if not deterministic:
+        return call(None)
+    forced = dispatch.requested(None)
+    names = [name for name in (BACKENDS if forced is None else (forced,)) if load(name).capabilities.deterministic]
+    if not names:
+        raise UnsupportedError(f"deterministic=True: backend {forced!r} is not deterministic. Choose another one.")
+    for name in names[:-1]:
+        try:
+            return call(name)
+        except UnsupportedError:
+            continue
+    return call(names[-1])
+
+
+def _refuse_paging(block_table: Tensor | None) -> None:
+    if block_table is not None:
+        raise UnsupportedError(
+            "block_table: keys and values are read from contiguous rows, a paged cache is not supported. "
+            "Gather the pages first, or use a cache of shape (B, S_cache, H_kv, D)."
+        )
+
+
+def _ragged(
+    q: Tensor,
+    k_cache: Tensor,
+    lengths: Tensor,
+    leftpad: Tensor | None,
+    left_right: tuple[int | None, int | None],
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """``(mask, bias)``: band, lengths and ALiBi where each row of the cache has a length of its own."""
+    spec = AttentionSpec(1.0, None, *left_right)
+    i = torch.arange(q.shape[1], device=q.device)[:, None]
+    j = torch.arange(k_cache.shape[1], device=q.device)
+    lengths = lengths[:, None, None, None]
+    mask = keep(spec, i, j, q.shape[1], lengths)  # [B, 1, S_q, S_cache]
+    if leftpad is not None:
+        mask = mask & (j >= leftpad[:, None, None, None])
+    if alibi_slopes is None:
+        return mask, None
+    return mask, -alibi_slopes.float()[..., None, None] * distance(spec, i, j, q.shape[1], lengths)
+
+
+def _cache_lengths(
+    q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
+) -> Tensor:
+    """``(B,)`` int64: how many tokens each row of the cache holds, checked where that costs nothing."""
+    if (k is None) != (v is None):
+        raise input_error("k, v", "one of the two", "both or neither", "They are appended together.")
+    if cache_seqlens is None:
+        if k is not None:
+            todo = "It says where to write."
+            raise input_error("cache_seqlens", None, "an int or an int32 tensor when k and v are given", todo)
+        cache_seqlens = k_cache.shape[1]
+    is_known = not isinstance(cache_seqlens, Tensor) or cache_seqlens.device.type == "cpu"
+    lengths = torch.as_tensor(cache_seqlens, dtype=torch.int64)
+    if isinstance(cache_seqlens, Tensor) and lengths.shape != q.shape[:1]:
+        given = f"shape {tuple(lengths.shape)}"
+        raise input_error("cache_seqlens", given, f"({q.shape[0]},), one for each batch entry", "Or an int for all.")
+    room = k_cache.shape[1] - (0 if k is None else k.shape[1])
+    if is_known and bool(((lengths < 0) | (lengths > room)).any()):
+        allowed = f"0 to {room}, what leaves room in a cache of {k_cache.shape[1]}"
+        raise input_error("cache_seqlens", lengths.tolist(), allowed, "Make the cache longer.")
+    return lengths.to(q.device).expand(q.shape[0])
+
+
+def _rotated(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    begin: Tensor,
+    advances: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """q and k turned to their positions; q's rows share one position unless it ``advances``."""
+    if cos is None or sin is None or k is None:
+        given = ", ".join(n for n, x in (("rotary_cos", cos), ("rotary_sin", sin), ("k", k)) if x is not None)
+        raise input_error("rotary_cos, rotary_sin", f"only {given}", "both, together with k and v", "As in flash-attn.")
+
+    def rotate(x: Tensor, advances: bool) -> Tensor:
+        steps = torch.arange(x.shape[1], device=x.device) if advances else torch.zeros(x.shape[1], device=x.device)
+        at = begin[:, None] + steps.long()
+        turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+        if interleaved:  # apply_rotary pairs halves
+            turned = torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
+        turned = apply_rotary(turned, cos[at], sin[at])
+        if interleaved:
+            turned = torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
+        return torch.cat([turned, kept], dim=-1).to(x.dtype)
+
+    return rotate(q, advances), rotate(k, True)

@@ -1,0 +1,255 @@
+"""torch's own doors: ``F.scaled_dot_product_attention`` for a while, and torch's registry of flash attention.
+
+``override_sdpa`` serves every caller of the function, so timm, diffusers and models of your own. The registry entry
+serves what torch itself sends to its flash kernel on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import register_flash_attention_impl
+
+from fastattn import functional, ops, rng
+from fastattn.dispatch import requested
+from fastattn.errors import InputError, UnsupportedError
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec
+
+# A backend of fastattn may itself build on torch's attention, which must then be torch's.
+_serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
+
+
+@dataclass
+class SdpaReport:
+    """What ``override_sdpa`` did. Prints as text.
+
+    Attributes:
+        served: calls that fastattn computed. Calls inside a compiled function are counted once, when it is compiled.
+        fallbacks: calls that torch computed instead, by reason.
+    """
+
+    served: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = [f"fastattn served {self.served} of {self.served + self.fallbacks.total()} attention calls"]
+        lines += [f"  {count} left to torch: {reason}" for reason, count in self.fallbacks.most_common()]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
+    """Make ``torch.nn.functional.scaled_dot_product_attention`` use fastattn inside the block, in every thread.
+
+    Reaches all code that looks the function up when it calls it, ``F.scaled_dot_product_attention(...)``, so also
+    ``nn.MultiheadAttention``; a module that did ``from torch.nn.functional import scaled_dot_product_attention``
+    before keeps torch's. A function compiled inside the block keeps fastattn after it. What fastattn cannot compute,
+    nested tensors for example, torch computes; the report counts the reasons, and is printed to stderr at the end if
+    there are any.
+
+    Args:
+        quiet: never print.
+
+    Returns:
+        a context manager that gives the ``SdpaReport``.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.torch import override_sdpa
+        >>> q = torch.randn(1, 2, 5, 8)
+        >>> with override_sdpa() as report:
+        ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        >>> print(report)
+        fastattn served 1 of 1 attention calls
+    """
+    ops.refuse_context_parallel()
+    before, report = F.scaled_dot_product_attention, SdpaReport()
+    F.scaled_dot_product_attention = _replacement(before, report)
+    try:
+        yield report
+    finally:
+        F.scaled_dot_product_attention = before
+        if report.fallbacks and not quiet:
+            print(report, file=sys.stderr)
+
+
+def _replacement(original: Callable[..., Tensor], report: SdpaReport) -> Callable[..., Tensor]:
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        def by(function: Callable[..., Tensor]) -> Tensor:
+            return function(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        if torch.compiler.is_compiling():  # a refused call is an error here: it cannot be counted in a graph
+            return by(functional.scaled_dot_product_attention)
+        if _serving.get():
+            return by(original)
+        try:
+            _refuse_foreign(query, key, value)
+            with _now_serving():
+                out = by(functional.scaled_dot_product_attention)
+        except (InputError, UnsupportedError) as reason:
+            report.fallbacks[str(reason).splitlines()[0]] += 1
+            return by(original)
+        report.served += 1
+        return out
+
+    return scaled_dot_product_attention
+
+
+def _refuse_foreign(*tensors: Tensor) -> None:
+    for x in tensors:
+        if x.is_nested or x.layout != torch.strided:
+            raise UnsupportedError("nested or sparse tensors; packed sequences go to fastattn.attention_varlen")
+
+
+@contextlib.contextmanager
+def _now_serving() -> Iterator[None]:
+    token = _serving.set(True)
+    try:
+        yield
+    finally:
+        _serving.reset(token)
+
+
+# --- torch's registry of flash attention ------------------------------------------------------------------------
+
+
+def register_flash_attention(name: str = "fastattn") -> None:
+    """Enter fastattn into torch's registry of flash attention. Changes nothing until it is activated there.
+
+    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, what ``scaled_dot_product_attention`` sends
+    to its flash kernel on a CUDA device (fp16 or bf16, no mask) is computed by fastattn, forward and backward.
+    ``restore_flash_attention_impl()`` ends it. torch's ``varlen_attn`` and nested tensors keep torch's kernel.
+    Has not run on a GPU yet.
+
+    Args:
+        name: the name to register under.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.integrations.torch import register_flash_attention
+        >>> register_flash_attention()
+        >>> "fastattn" in torch.nn.attention.list_flash_attention_impls()
+        True
+    """
+    register_flash_attention_impl(name, register_fn=_Override)
+
+
+class _Override:
+    """Stands for torch's two flash operators on one device type until ``remove``."""
+
+    def __init__(self, device: str = "CUDA") -> None:
+        self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
+        for name, ours in (
+            ("_scaled_dot_product_flash_attention", _flash_forward),
+            ("_scaled_dot_product_flash_attention_backward", _flash_backward),
+        ):
+            kernel = _guarded(ours, _original(f"aten::{name}", device))
+            self.library.impl(name, kernel, device, allow_override=True)
+
+    def remove(self) -> None:
+        if self.library is not None:
+            self.library._destroy()
+        self.library = None
+
+
+def _original(name: str, device: str) -> Callable[..., Any] | None:
+    """torch's kernel for a device; None where this torch has none."""
+    try:
+        kernel = torch.library.get_kernel(name, device)
+    except RuntimeError:
+        return None
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    return lambda *args, **kwargs: kernel.call_boxed(keys, *args, **kwargs)
+
+
+def _guarded(ours: Callable[..., Any], original: Callable[..., Any] | None) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if _serving.get() and original is not None:
+            return original(*args, **kwargs)
+        with _now_serving():
+            return ours(*args, **kwargs)
+
+    return kernel
+
+
+def _flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """``aten::_scaled_dot_product_flash_attention``: ``(B, H, S, D)`` tensors, nine results."""
+    if return_debug_mask:
+        raise UnsupportedError("return_debug_mask: fastattn has no debug mask; see fastattn.attention_weights.")
+    rng_state = rng.new_rng_state(query.device)  # returned also when unused: the schema wants a tensor
+    flat = _flat(query, key, value, dropout_p, is_causal, rng_state, scale)
+    out, lse = torch.ops.fastattn.forward(*flat, query.requires_grad)
+    results = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
+    results = results.copy_(out.transpose(1, 2))  # in the memory order of query, as torch promises
+    unused = rng_state.new_zeros(()).view(torch.uint64)
+    debug_mask = query.new_empty(0)
+    lengths = query.shape[2], key.shape[2]
+    return results, lse, None, None, *lengths, rng_state.view(torch.uint64), unused, debug_mask
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``aten::_scaled_dot_product_flash_attention_backward``."""
+    flat = _flat(query, key, value, dropout_p, is_causal, philox_seed.view(torch.int64), scale)
+    grad_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
+    needs = [True, True, True, False, False]
+    grads = torch.ops.fastattn.backward(grad_out, None, out, logsumexp.contiguous(), *flat, needs)
+    dq, dk, dv = (x.transpose(1, 2) for x in grads[:3])
+    return dq, dk, dv
+
+
+def _flat(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, rng_state: Tensor, scale: float | None
+) -> ops.Flat:
+    """The common arguments of fastattn's operators, from those of torch's."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    inputs = Inputs(
+        q, k, v, rng_state=rng_state if dropout_p else None, max_seqlen_q=q.shape[1], max_seqlen_kv=k.shape[1]
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    spec = AttentionSpec(scale, None, None, 0 if is_causal else None, "upper_left", dropout_p)
+    return ops.flatten(inputs, spec, requested(None))

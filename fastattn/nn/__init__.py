@@ -1,0 +1,8 @@
+"""Modules on top of ``fastattn.attention``."""
+
+from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.cache import KVCache
+from fastattn.nn.replace import replace_attention
+from fastattn.nn.rotary import Rotary
+
+__all__ = ["KVCache", "MultiHeadAttention", "Rotary", "replace_attention"]

@@ -1,0 +1,374 @@
+"""``MultiHeadAttention``: ``torch.nn.MultiheadAttention`` on fastattn, with the options of newer models.
+
+The only file that knows torch's conventions for this module: True in a boolean mask means masked here and nowhere
+else, attention masks may carry the heads inside the batch, and ``is_causal`` is a hint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastattn import attention, explain
+from fastattn.errors import input_error
+from fastattn.nn.rotary import Rotary
+
+Window = tuple[int | None, int | None]
+
+
+class MultiHeadAttention(nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention``, the same in every argument, parameter and result, on fused attention.
+
+        q, k, v = heads(query W_q^T + b_q), heads(key W_k^T + b_k), heads(value W_v^T + b_v)
+        out     = concat(fastattn.attention(q, k, v, ...)) W_o^T + b_o
+
+    With the keyword-only options left alone, its state_dict is torch's, both ways, and the same seed gives the same
+    initial parameters. What differs from torch:
+
+    - A query whose keys are all masked gets 0 from attention (so the module returns ``b_o``), and weights of 0.
+      torch gives NaN or 0, depending on the path it takes.
+    - Dropout drops other elements than torch does for the same seed, in the same proportion.
+    - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
+    - ``need_weights=True``, torch's default, takes memory quadratic in the length. Pass False to be fast.
+
+    Args:
+        embed_dim: E, the width of queries and outputs.
+        num_heads: H_q, divides ``embed_dim``; each head is ``D = E / H_q`` wide.
+        dropout: probability of dropping an attention weight in training.
+        bias: whether the projections have biases.
+        add_bias_kv: append one learned key and value, which every query sees.
+        add_zero_attn: append a key and a value of zeros, which every query sees.
+        kdim: width of the keys; None is ``embed_dim``.
+        vdim: width of the values; None is ``embed_dim``.
+        batch_first: inputs are ``(N, L, E)``, not ``(L, N, E)``.
+        device: of the parameters.
+        dtype: of the parameters.
+        num_kv_heads: H_kv, divides ``num_heads``; None is ``num_heads``. With fewer heads, E_kv = D * H_kv takes the
+            place of E in the key and value projections: ``in_proj_weight`` is ``(E + 2 E_kv, E)`` (Ainslie et al.,
+            "GQA", 2023).
+        window: ``(left, right)``, how many neighbouring keys each query sees, as in ``fastattn.attention``;
+            ``(None, 0)`` is causal, ``(W - 1, 0)`` a causal sliding window. With W = 2 and four tokens:
+
+                1 0 0 0
+                1 1 0 0
+                0 1 1 0
+                0 0 1 1
+
+        softcap: ``softcap * tanh(scores / softcap)`` before the masks (Gemma 2); None is off.
+        rope: rotary position embedding of queries and keys, at positions 0, 1, ...; True, or its base if not 10000.
+            For self-attention only (Su et al., "RoFormer", 2021).
+        qk_norm: RMSNorm over each head of the queries and keys, before ``rope``; adds ``q_norm.weight`` and
+            ``k_norm.weight`` (Dehghani et al., "Scaling vision transformers to 22 billion parameters", 2023).
+        sinks: a learned logit for each head that takes part in the softmax but has no value, 0 at first; adds
+            ``sinks`` (Xiao et al., "Efficient streaming language models with attention sinks", 2023).
+        backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
+
+    Raises:
+        InputError: an argument is out of range, or two exclude each other.
+
+    Source:
+        Vaswani et al., "Attention is all you need", 2017.
+
+    Example:
+        >>> import torch, fastattn
+        >>> mha = fastattn.MultiHeadAttention(64, 8, batch_first=True, num_kv_heads=2, window=(None, 0), rope=True)
+        >>> x = torch.randn(2, 100, 64)
+        >>> out, _ = mha(x, x, x, need_weights=False)
+        >>> out.shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+        rope: bool | float = False,
+        qk_norm: bool = False,
+        sinks: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
+        _check_options(window, softcap, backend)
+        if window is not None and (add_bias_kv or add_zero_attn):
+            todo = "Appended keys have no position that a window could be measured from."
+            raise input_error("window", f"{window} with add_bias_kv or add_zero_attn", "one of them", todo)
+        if rope and kdim not in (None, embed_dim):
+            todo = "rope is for self-attention, where the keys come from the queries' sequence."
+            raise input_error("rope", f"{rope} with kdim={kdim}", f"kdim=None or {embed_dim}", todo)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        # torch's encoder layers bypass forward() in inference unless this is False; nothing here reads it
+        self._qkv_same_embed_dim = False
+        self.num_kv_heads = num_kv_heads
+        self.window = window
+        self.softcap = softcap
+        self.backend = backend
+        self.rotary = Rotary(self.head_dim, 10000.0 if rope is True else rope) if rope else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, device=device, dtype=dtype) if qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
+        if num_kv_heads != num_heads:
+            self._group_heads()
+
+    def _group_heads(self) -> None:
+        """Shrink the key and value projections to ``num_kv_heads`` and initialise them again."""
+        _, e_kv, _ = self._widths()
+        packed = self.embed_dim + 2 * e_kv
+        rows_of = {"in_proj_weight": packed, "in_proj_bias": packed, "k_proj_weight": e_kv, "v_proj_weight": e_kv}
+        for name, rows in rows_of.items():
+            full = getattr(self, name)
+            if full is not None:
+                setattr(self, name, nn.Parameter(full.new_empty(rows, *full.shape[1:])))
+        if self.bias_k is not None and self.bias_v is not None:
+            self.bias_k = nn.Parameter(self.bias_k.new_empty(1, 1, e_kv))
+            self.bias_v = nn.Parameter(self.bias_v.new_empty(1, 1, e_kv))
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """torch's initial values, in torch's order; torch decides by an attribute that means something else here."""
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        if self.bias_k is not None and self.bias_v is not None:
+            nn.init.xavier_normal_(self.bias_k)
+            nn.init.xavier_normal_(self.bias_v)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
+            key: ``(S, N, kdim)``, likewise.
+            value: ``(S, N, vdim)``, likewise.
+            key_padding_mask: ``(N, S)``, or ``(S,)`` without a batch: boolean, True = masked, the opposite of
+                ``fastattn.attention``; or floating, added to the scores.
+            need_weights: also return the attention weights. False is faster and takes memory linear in the length.
+            attn_mask: ``(L, S)``, or ``(N * H_q, L, S)``: boolean, True = masked; or floating, added to the scores.
+            average_attn_weights: average the weights over the heads.
+            is_causal: a promise that ``attn_mask``, which must be given, is the causal one. It is relied on where
+                torch does: without ``key_padding_mask`` and weights. For causal attention without a mask, construct
+                the module with ``window=(None, 0)``.
+
+        Returns:
+            ``(out, weights)``: ``out`` like the query; ``weights``, after dropout, ``(N, L, S)``, or ``(N, H_q, L, S)``
+            if not averaged, without N if there is no batch; None if not needed. S counts appended keys.
+
+        Raises:
+            InputError: a tensor's shape or dtype does not fit, ``is_causal`` comes without a mask, or ``rope`` meets
+                cross-attention.
+        """
+        self._check_inputs(query, key, value)
+        is_batched = query.dim() == 3
+        q, k, v = self._heads(query, key, value, is_batched)
+        batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
+        self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
+        k, v, appended = self._append_keys(k, v)
+
+        window = self.window
+        if is_causal and not need_weights and key_padding_mask is None and (window is None or s_q == s_kv):
+            attn_mask = None
+            k, v = k[:, :s_q], v[:, :s_q]  # torch counts from the upper left: no query sees the keys beyond these
+            window = (window[0] if window else None, s_q - k.shape[1])
+
+        bias, keep, segment_ids = self._scores_terms(
+            _padded(key_padding_mask, appended), _padded(attn_mask, appended), q
+        )
+        result = attention(
+            q, k, v, window=window, softcap=self.softcap, bias=bias, mask=keep, sinks=self.sinks,
+            segment_ids=segment_ids, dropout_p=self.dropout if self.training else 0.0,
+            return_weights=need_weights, backend=self.backend,
+        )  # fmt: skip
+        out, weights = result if isinstance(result, tuple) else (result, None)
+        out = self.out_proj(self._as_query(out.flatten(2), is_batched))
+        if weights is None:
+            return out, None
+        weights = (weights.mean(1) if average_attn_weights else weights).to(out.dtype)
+        return out, weights if is_batched else weights[0]
+
+    def _widths(self) -> tuple[int, int, int]:
+        """The widths of q, k and v over all heads: the rows of their projections."""
+        e_kv = self.head_dim * self.num_kv_heads
+        return self.embed_dim, e_kv, e_kv
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
+        projected = self._project(query, key, value)
+        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        return q, k, v
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if self.in_proj_weight is not None and query is key and key is value:
+            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._widths(), dim=-1)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.split(self._widths())
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self._widths())
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+
+    def _as_batch(self, x: Tensor, is_batched: bool) -> Tensor:
+        """``(N, S, E)`` from the caller's layout."""
+        if not is_batched:
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _as_query(self, x: Tensor, is_batched: bool) -> Tensor:
+        """The inverse of ``_as_batch``."""
+        if not is_batched:
+            return x[0]
+        return x if self.batch_first else x.transpose(0, 1).contiguous()
+
+    def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """k and v with what ``add_bias_kv`` and ``add_zero_attn`` put after the last key, and how many that is."""
+        keys, values = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            keys.append(self.bias_k.view(1, 1, *k.shape[2:]).expand(k.shape[0], -1, -1, -1))
+            values.append(self.bias_v.view(1, 1, *v.shape[2:]).expand(v.shape[0], -1, -1, -1))
+        if self.add_zero_attn:
+            keys.append(torch.zeros_like(k[:, :1]))
+            values.append(torch.zeros_like(v[:, :1]))
+        appended = len(keys) - 1
+        return (torch.cat(keys, 1), torch.cat(values, 1), appended) if appended else (k, v, 0)
+
+    def _scores_terms(
+        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """torch's two masks as ``bias``, ``mask`` (True = attend) and ``segment_ids`` of ``fastattn.attention``."""
+        bias, keep, segment_ids = None, None, None
+        if key_padding_mask is not None:
+            padding = key_padding_mask
+            if padding.dtype != torch.bool:
+                bias = key_padding_mask[..., None, None, :]
+                padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
+            segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
+            segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
+        if attn_mask is not None and attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            keep = ~attn_mask
+        elif attn_mask is not None:
+            bias = attn_mask if bias is None else bias + attn_mask
+        return bias, keep, segment_ids
+
+    def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        order = "(N, S, {0})" if self.batch_first else "(S, N, {0})"
+        for name, x, width in named:
+            if x.is_nested:
+                todo = "Pad it and pass key_padding_mask; on a nn.TransformerEncoder set use_nested_tensor = False."
+                raise input_error(name, "a nested tensor", "a dense one", todo)
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
+                allowed = f"{order.format(width)}, or (S, {width}) where none of the three has a batch"
+                raise input_error(name, f"shape {tuple(x.shape)}", allowed, "Check embed_dim, kdim, vdim, batch_first.")
+            if not _fits(x, weight):
+                todo = "Convert it with .to(...), or the module, or compute under torch.autocast."
+                allowed = f"{weight.dtype} on {weight.device}, as the parameters"
+                raise input_error(name, f"{x.dtype} on {x.device}", allowed, todo)
+        if key.shape[:-1] != value.shape[:-1]:
+            allowed = f"{tuple(key.shape[:-1])} before the last dimension, as in key"
+            raise input_error("value", f"shape {tuple(value.shape)}", allowed, "Each key has one value.")
+        n = 0 if self.batch_first else 1
+        if query.dim() == 3 and query.shape[n] != key.shape[n]:
+            allowed = f"batch {query.shape[n]}, that of query"
+            raise input_error("key", f"batch {key.shape[n]}", allowed, "Check batch_first, or expand the smaller one.")
+        if self.rotary is not None and key is not query:
+            todo = "Rotary positions count within one sequence: pass one tensor as both, or build it without rope."
+            raise input_error("key", "another tensor than query, with rope on", "the query itself", todo)
+
+    def _check_masks(
+        self,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        is_batched: bool,
+        sizes: tuple[int, int, int],
+    ) -> None:
+        batch, s_q, s_kv = sizes
+        padding_shape = (batch, s_kv) if is_batched else (s_kv,)
+        attn_shapes = [(s_q, s_kv), (batch * self.num_heads, s_q, s_kv)]
+        for name, mask, shapes, advice in (
+            ("key_padding_mask", key_padding_mask, [padding_shape], "It has one entry for each key."),
+            ("attn_mask", attn_mask, attn_shapes, "A mask of each batch entry is repeated for each head."),
+        ):
+            if mask is None:
+                continue
+            if mask.dtype != torch.bool and not mask.is_floating_point():
+                todo = "Convert it with .bool(); True = masked."
+                raise input_error(name, mask.dtype, "torch.bool, or a floating dtype that is added to the scores", todo)
+            if mask.shape not in shapes:
+                raise input_error(name, f"shape {tuple(mask.shape)}", " or ".join(map(str, shapes)), advice)
+        if is_causal and attn_mask is None:
+            todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
+            raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
+
+    def extra_repr(self) -> str:
+        given = {"window": self.window, "softcap": self.softcap, "backend": self.backend}
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+        sizes = f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, num_kv_heads={self.num_kv_heads}"
+        return sizes + options
+
+
+def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
+    """``mask`` with unmasked columns for the appended keys."""
+    return mask if mask is None or columns == 0 else F.pad(mask, (0, columns))
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``x`` has the device of the parameters, and their dtype or one that autocast will change."""
+    device = x.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.device == weight.device and (x.dtype == weight.dtype or (autocasts and x.is_floating_point()))
+
+
+def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
+    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if size < 1:
+            raise input_error(name, size, "a positive int", "Check the model's configuration.")
+    if embed_dim % num_heads:
+        todo = "The heads share embed_dim evenly."
+        raise input_error("num_heads", f"{num_heads} for embed_dim {embed_dim}", "a divisor of embed_dim", todo)
+    if num_heads % num_kv_heads:
+        todo = "Each key/value head serves num_heads // num_kv_heads query heads."
+        raise input_error("num_kv_heads", f"{num_kv_heads} for num_heads {num_heads}", "a divisor of num_heads", todo)
+    if not 0.0 <= dropout <= 1.0:
+        raise input_error("dropout", dropout, "a probability in [0, 1]", "0 turns dropout off.")
+
+
+def _check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
+    """Let ``fastattn.attention`` judge its own arguments now rather than in the first forward pass."""
+    x = torch.empty(1, 1, 1, 1, device="meta")
+    explain(x, x, x, window=window, softcap=softcap, backend=backend)

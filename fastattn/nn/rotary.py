@@ -1,0 +1,138 @@
+"""Rotary position embedding: positions enter attention as rotations of the queries and keys.
+
+Pairs are half a head apart, ``(x[i], x[i + D/2])``, the convention of GPT-NeoX and Llama. The tables are computed
+where they are used, in fp32 and without any buffer: nothing to save, to cast to a lower precision or to outgrow.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.errors import input_error
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """``cos`` and ``sin`` of the angles ``positions * base ** (-2 i / head_dim)``, ``i = 0 .. head_dim / 2 - 1``.
+
+    A model computes them once and applies them in every layer.
+
+    Args:
+        positions: ``(S,)`` or ``(B, S)``, any number for each token; packed documents restart at 0.
+        head_dim: D, even.
+        base: the longest wavelength is ``2 pi * base``; larger for longer contexts.
+        dtype: of the tables; float64 for float64 inputs.
+
+    Returns:
+        two tensors of shape ``(*positions.shape, D / 2)``.
+
+    Raises:
+        InputError: ``head_dim`` is odd, or ``base`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.nn.rotary import rotary_tables
+        >>> cos, sin = rotary_tables(torch.tensor([0, 1, 2, 0, 1]), head_dim=64)
+        >>> cos.shape
+        torch.Size([5, 32])
+    """
+    _check(head_dim, base)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
+    angles = positions.to(dtype)[..., None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair ``(a, b) = (x[i], x[i + D/2])`` to ``(a cos - b sin, a sin + b cos)``.
+
+    Computed in the precision of the tables and rounded once, to the dtype of ``x``.
+
+    Args:
+        x: queries or keys ``(B, S, H, D)``, or packed ``(T, H, D)``.
+        cos: ``(S, D / 2)`` or ``(B, S, D / 2)`` from ``rotary_tables``, as is ``sin``.
+        sin: likewise.
+
+    Returns:
+        a tensor like ``x``.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.nn.rotary import apply_rotary, rotary_tables
+        >>> q = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16)
+        >>> apply_rotary(q, *rotary_tables(torch.arange(5), 64)).dtype
+        torch.bfloat16
+    """
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding of queries or keys; apply the same module to both.
+
+    Token ``s`` at position ``m`` has each pair ``(x[i], x[i + D/2])`` rotated by ``m * base ** (-2 i / D)``, so that
+    the score of a query and a key depends on their distance alone. Has no parameters and no buffers.
+
+    Args:
+        head_dim: D, even.
+        base: the longest wavelength is ``2 pi * base``.
+
+    Raises:
+        InputError: ``head_dim`` is odd, or ``base`` is not positive.
+
+    Source:
+        Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.nn import Rotary
+        >>> rotary = Rotary(head_dim=64)
+        >>> q = torch.randn(2, 5, 8, 64)
+        >>> rotary(q).shape
+        torch.Size([2, 5, 8, 64])
+        >>> bool((rotary(q[:, 3:], positions=3) == rotary(q)[:, 3:]).all())
+        True
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        _check(head_dim, base)
+        self.head_dim = head_dim
+        self.base = float(base)
+
+    def forward(self, x: Tensor, positions: Tensor | int = 0) -> Tensor:
+        """Rotate ``x``.
+
+        Args:
+            x: ``(B, S, H, D)``, or packed ``(T, H, D)``.
+            positions: ``(S,)`` or ``(B, S)``, the position of each token (packed: ``(T,)``); or an int, the position
+                of the first, the others following it.
+
+        Returns:
+            a tensor like ``x``.
+
+        Raises:
+            InputError: the shapes do not fit.
+        """
+        if x.dim() < 3 or x.shape[-1] != self.head_dim:
+            allowed = f"(B, S, H, D) or (T, H, D) with D = {self.head_dim}"
+            raise input_error("x", f"shape {tuple(x.shape)}", allowed, "Split the heads before rotating.")
+        if not isinstance(positions, Tensor):
+            positions = torch.arange(positions, positions + x.shape[-3], device=x.device)
+        elif positions.shape not in (x.shape[-3:-2], x.shape[:-2]):
+            allowed = f"{tuple(x.shape[-3:-2])} or {tuple(x.shape[:-2])}"
+            raise input_error("positions", f"shape {tuple(positions.shape)}", allowed, "One number for each token.")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return apply_rotary(x, *rotary_tables(positions, self.head_dim, self.base, dtype))
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, base={self.base:g}"
+
+
+def _check(head_dim: int, base: float) -> None:
+    if head_dim < 2 or head_dim % 2:
+        raise input_error("head_dim", head_dim, "an even number", "Rotary embedding turns pairs of head dims.")
+    if not 0 < base < float("inf"):
+        raise input_error("base", base, "a positive finite number", "10000 is the usual value.")

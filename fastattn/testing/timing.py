@@ -1,0 +1,157 @@
+"""The one timer. Contenders run in turn, round after round, so that what disturbs one disturbs all.
+
+A round is A B C; rounds repeat. The time of a contender is the median over rounds, its spread the interquartile range
+over the median. A ratio is taken inside each round first, so drift of the machine (clocks, neighbours) cancels.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Contender = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, one number for each round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median: 0.05 says the middle half of the rounds lies within 5 %."""
+        return _interquartile(self.rounds) / self.median if self.median else 0.0
+
+    def times_faster_than(self, other: Timing) -> float:
+        """The median over rounds of ``other / self``: 2 says this one takes half the time."""
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        return statistics.median(theirs / max(own, 1e-12) for own, theirs in pairs)
+
+    def to_dict(self) -> dict[str, object]:
+        return {"median_s": self.median, "spread": self.spread, "rounds_s": list(self.rounds)}
+
+
+def _interquartile(values: tuple[float, ...]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+class Stopwatch(Protocol):
+    def __call__(self, contender: Contender, calls: int) -> float:
+        """Seconds that ``calls`` calls take together."""
+
+
+class HostStopwatch:
+    """Wall clock. With ``wait`` (``torch.cuda.synchronize``) it covers launches and the device's work alike."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter, wait: Callable[[], object] | None = None) -> None:
+        self._now = now
+        self._wait = wait or (lambda: None)
+
+    def __call__(self, contender: Contender, calls: int) -> float:
+        self._wait()
+        start = self._now()
+        for _ in range(calls):
+            contender()
+        self._wait()
+        return self._now() - start
+
+
+class CudaStopwatch:
+    """Device time between CUDA events, the L2 cache flushed before each call.
+
+    The device sleeps first while the host queues the calls, so that a slow launch is not counted as device time.
+    """
+
+    CYCLES_PER_SECOND = 2e9  # of the sleep kernel; only its order of magnitude matters
+    LONGEST_SLEEP = 0.05
+
+    def __init__(self, device: torch.device) -> None:
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(2 * l2_bytes, 1 << 26), dtype=torch.int8, device=device)
+
+    def __call__(self, contender: Contender, calls: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda.synchronize()
+        queued = time.perf_counter()
+        contender()
+        launch_s = time.perf_counter() - queued
+        asleep = min(1.5 * launch_s * calls, self.LONGEST_SLEEP)
+        torch.cuda._sleep(int(asleep * self.CYCLES_PER_SECOND))
+        for start, end in events:
+            self._flush.zero_()
+            start.record()
+            contender()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def stopwatch(device: torch.device | str, wall: bool = False) -> Stopwatch:
+    """The stopwatch for a device: events on CUDA, else the wall clock; ``wall`` asks for the wall clock everywhere."""
+    device = torch.device(device)
+    if device.type == "cuda" and not wall:
+        return CudaStopwatch(device)
+    return HostStopwatch(wait=torch.cuda.synchronize if device.type == "cuda" else None)
+
+
+def compare(
+    contenders: Mapping[str, Contender],
+    measure: Stopwatch,
+    *,
+    rounds: int = 15,
+    least_rounds: int = 3,
+    round_s: float = 0.01,
+    budget_s: float = math.inf,
+) -> dict[str, Timing]:
+    """Time contenders against each other.
+
+    Args:
+        contenders: what to call, by name; compiled and warm already, as the correctness gate leaves them.
+        measure: from ``stopwatch``.
+        rounds: how many times each takes its turn.
+        least_rounds: taken even if the budget is spent.
+        round_s: a turn repeats a short call until it lasts about this long.
+        budget_s: no further round begins once the rounds have taken this long together.
+
+    Returns:
+        a ``Timing`` for each, all with the same number of rounds.
+    """
+    calls = {name: _calls_per_turn(contender, measure, round_s) for name, contender in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    spent = 0.0
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(rounds):
+            if done >= least_rounds and spent >= budget_s:
+                break
+            for name, contender in contenders.items():
+                turn = measure(contender, calls[name])
+                seconds[name].append(turn / calls[name])
+                spent += turn
+    finally:
+        if collects:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _calls_per_turn(contender: Contender, measure: Stopwatch, round_s: float) -> int:
+    once = measure(contender, 1)
+    if once < round_s:
+        once = min(once, measure(contender, 1))  # the first call of a short one is no guide
+    return max(1, min(1000, round(round_s / max(once, 1e-9))))

@@ -1,0 +1,255 @@
+"""THE rule by which every backend is judged, for out, lse and every gradient.
+
+A result is right if its error against the fp64 reference is at most
+
+    2 * (error of eager attention whose arithmetic is in the input's own dtype)
+      + eps(dtype) * |exact result|
+      + 4 * eps(fp32, or fp64) * condition
+
+in two norms at once: the largest error, in which a single wrong element cannot hide, and the root mean square, in
+which a small systematic loss cannot. Inputs are the same bits everywhere; the exact result is theirs in fp64.
+
+The first term is what a user would get without this package. The two others are for results where eager is exact by
+luck, which small tensors are: with one key, eager's weight is exactly 1, while a kernel that recomputes it from lse is
+off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32 arithmetic
+that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the root of the
+sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic rounding error
+analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a relative error of
+its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays above zero where
+the exact result cancels to zero: ``dp - delta`` with one key.
+
+Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastattn import reference
+from fastattn.backends import load
+from fastattn.backends.base import Backend
+from fastattn.problem import Grads, Inputs
+from fastattn.testing.inputs import Sample
+
+EAGER_FACTOR = 2.0
+CONDITION_FACTOR = 4.0
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One judgement: a result in one norm.
+
+    Attributes:
+        name: for example "dq max" or "out rms".
+        error: of the backend against fp64.
+        eager_error: of same-dtype eager attention against fp64.
+        bound: the most that ``error`` may be.
+        ok: whether it is.
+    """
+
+    name: str
+    error: float
+    eager_error: float
+    bound: float
+    ok: bool
+
+
+def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | str | None = None) -> list[Row]:
+    """Run a sample forward and backward, and judge out, lse and every gradient that the sample needs.
+
+    Args:
+        backend: a backend or its name.
+        sample: from ``inputs.make``.
+        backward_backend: the backend of the backward pass; None means the same.
+
+    Raises:
+        AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
+    """
+    forward = _load(backend)
+    found = run(forward, sample, forward if backward_backend is None else _load(backward_backend))
+    exact = _reference(_in_float64(sample), None)
+    eager = _reference(sample, sample.inputs.q.dtype)
+    condition = _condition(_in_float64(sample), exact)
+    arithmetic = reference.compute_dtype(sample.inputs)
+    return [
+        row
+        for name in exact
+        for row in _judge(name, found[name], exact[name], eager[name], condition[name], arithmetic)
+    ]
+
+
+def assert_within(rows: Sequence[Row]) -> None:
+    """Raise AssertionError, with a table of all rows, unless every row is ok."""
+    if not all(row.ok for row in rows):
+        raise AssertionError("outside the tolerance of fastattn/testing/tolerance.py\n" + table(rows))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    lines = [f"  {'':<10} {'error':>10} {'eager':>10} {'bound':>10}"]
+    for row in rows:
+        verdict = "" if row.ok else "  <-- wrong"
+        lines.append(f"  {row.name:<10} {row.error:>10.3g} {row.eager_error:>10.3g} {row.bound:>10.3g}{verdict}")
+    return "\n".join(lines)
+
+
+def run(forward: Backend, sample: Sample, backward: Backend) -> Results:
+    """Results by name, computed with poisoned memory and held to the contract of backends."""
+    inputs, spec = sample.inputs, sample.spec
+    with poisoned():
+        out, lse = forward.forward(inputs, spec)
+        _check_contract("out", out, inputs.out_shape(), inputs.q.dtype, needs_contiguous=True)
+        _check_contract("lse", lse, inputs.lse_shape(), reference.lse_dtype(inputs.q.dtype), needs_contiguous=True)
+        grads = backward.backward(sample.dout, sample.dlse, out, lse, inputs, spec, sample.needs)
+    results = {"out": out, "lse": lse} | _named(grads, sample.needs)
+    for name in sample.needs:
+        like = getattr(inputs, name)
+        _check_contract(f"d{name}", results[f"d{name}"], tuple(like.shape), like.dtype, needs_contiguous=False)
+    return results
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """While inside, uninitialised memory holds NaN (integers: their largest value), so nothing unwritten passes."""
+    with _Poison():
+        yield
+
+
+_EMPTY = (
+    torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted, Tensor.new_empty, Tensor.new_empty_strided
+)  # fmt: skip
+
+
+class _Poison(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in _EMPTY:
+            return result
+        if result.is_floating_point():
+            return result.fill_(float("nan"))
+        return result.fill_(True if result.dtype == torch.bool else torch.iinfo(result.dtype).max)
+
+
+def _load(backend: Backend | str) -> Backend:
+    return load(backend) if isinstance(backend, str) else backend
+
+
+def _named(grads: Grads, needs: Sequence[str]) -> Results:
+    for name in needs:
+        assert getattr(grads, f"d{name}") is not None, f"d{name} was asked for and is None"
+    return {f"d{name}": getattr(grads, f"d{name}") for name in needs}
+
+
+def _check_contract(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, needs_contiguous: bool
+) -> None:
+    assert tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}, not {shape}"
+    assert x.dtype == dtype, f"{name} is {x.dtype}, not {dtype}"
+    assert x.is_contiguous() or not needs_contiguous, f"{name} is not contiguous, its strides are {x.stride()}"
+
+
+def _in_float64(sample: Sample) -> Sample:
+    names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+    given = {name: getattr(sample.inputs, name) for name in names}
+    inputs = sample.inputs.replace(**{name: x.double() for name, x in given.items() if x is not None})
+    dlse = None if sample.dlse is None else sample.dlse.double()
+    return Sample(sample.case, inputs, sample.spec, sample.dout.double(), dlse)
+
+
+def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
+    out, lse = reference.forward(sample.inputs, sample.spec, dtype)
+    grads = reference.backward(
+        sample.dout, sample.dlse, out, lse, sample.inputs, sample.spec, sample.needs, dtype=dtype
+    )
+    return {"out": out, "lse": lse} | _named(grads, sample.needs)
+
+
+def _judge(
+    name: str, found: Tensor, exact: Tensor, eager: Tensor, condition: Tensor, arithmetic: torch.dtype
+) -> list[Row]:
+    """A row for each norm. Where the exact result is -inf (lse of an empty row), ``found`` must be too."""
+    stored_eps, arithmetic_eps = torch.finfo(found.dtype).eps, torch.finfo(arithmetic).eps
+    at_infinity = exact == float("-inf")
+    agrees = bool(((found == float("-inf")) == at_infinity).all())
+    found, exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (found, exact, eager, condition))
+    overflowed = not bool(eager.isfinite().all())
+    rows = []
+    for norm_name, norm in (("max", _largest), ("rms", _root_mean_square)):
+        error = norm(found - exact) if agrees else float("nan")
+        eager_error = norm(eager - exact)
+        yardstick = stored_eps * norm(condition) if overflowed else eager_error
+        rounding = stored_eps * norm(exact) + CONDITION_FACTOR * arithmetic_eps * norm(condition)
+        bound = EAGER_FACTOR * yardstick + rounding
+        rows.append(Row(f"{name} {norm_name}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
+    return rows
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+
+
+def _condition(sample: Sample, exact: Results) -> Results:
+    """How far independent relative errors of one could move each result; see the top of this file. Squares inside."""
+    inputs, spec = sample.inputs, sample.spec
+    group = inputs.heads_q // inputs.heads_kv
+    q, k, v, dout = (_heads_first(x, inputs).square() for x in (inputs.q, inputs.k, inputs.v, sample.dout))
+    k, v = (x.nan_to_num(0).repeat_interleave(group, dim=1) for x in (k, v))
+    zeros, ones = torch.zeros_like(sample.dout), torch.ones_like(exact["lse"])
+    p = _score_gradient(sample, exact, zeros, ones)  # the derivative of lse with respect to the scores
+    lse = exact["lse"].abs().nan_to_num(posinf=0).view(p.shape[:-1])
+    dlse = torch.zeros_like(lse) if sample.dlse is None else sample.dlse.square().view(lse.shape)
+    magnified = (1 + abs(spec.scale) * (q @ k.transpose(-1, -2)).sqrt() + lse[..., None]).square()
+    weight = p.square() * magnified
+    sink_weight = (1 - p.sum(-1)).square() * (1 + lse).square()
+    dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
+    out = dropped_weight @ v
+    # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
+    ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
+    stored_out = _heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
+    shift = (dout * (out + stored_out)).sum(-1) + dlse
+    dt = _score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
+    dt = dt + dropped_weight * (dout @ v.transpose(-1, -2)) + p.square() * shift[..., None]
+    gradients = {
+        "dq": lambda: spec.scale**2 * _like(dt @ k, exact["dq"]),
+        "dk": lambda: spec.scale**2 * _like(dt.transpose(-1, -2) @ q, exact["dk"]),
+        "dv": lambda: _like(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
+        "dbias": lambda: dt.sum_to_size(exact["dbias"].shape),
+        # one bound serves all heads and sequences
+        "dsinks": lambda: (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
+    }
+    results = {"out": _like(out, exact["out"]), "lse": (lse.square() + weight.sum(-1)).view(exact["lse"].shape)}
+    results |= {name: gradient() for name, gradient in gradients.items() if name in exact}
+    return {name: x.sqrt() for name, x in results.items()}
+
+
+def _score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    """The gradient of the finished scores, ``[B, H_q, S_q, S_kv]``, which is that of a bias of full shape."""
+    inputs = sample.inputs
+    batch = 1 if inputs.is_packed else inputs.batch
+    full = (batch, inputs.heads_q, inputs.q.shape[-3], inputs.k.shape[-3])
+    bias = inputs.q.new_zeros(full) if inputs.bias is None else inputs.bias.expand(full)
+    inputs = inputs.replace(bias=bias)
+    grads = reference.backward(dout, dlse, exact["out"], exact["lse"], inputs, sample.spec, ("bias",))
+    assert grads.dbias is not None
+    return grads.dbias
+
+
+def _heads_first(x: Tensor, inputs: Inputs) -> Tensor:
+    return (x[None] if inputs.is_packed else x).transpose(1, 2)
+
+
+def _like(x: Tensor, like: Tensor) -> Tensor:
+    """``(B, H_q, S, D)`` -> the shape of ``like``, summing the query heads that share one of its heads."""
+    return x.unflatten(1, (like.shape[-2], -1)).sum(2).transpose(1, 2).reshape(like.shape)

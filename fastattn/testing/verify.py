@@ -1,0 +1,187 @@
+"""Is fastattn right on this machine? Every usable backend on the grid, judged by the tolerance rule, as a report."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from fastattn import dispatch
+from fastattn.backends import load
+from fastattn.errors import unsupported_error
+from fastattn.problem import Problem
+from fastattn.testing.cases import Case, grid
+from fastattn.testing.inputs import make
+from fastattn.testing.tolerance import Row, measure
+from fastattn.version import __version__
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one backend made of one case.
+
+    Attributes:
+        backend: its name.
+        case: the case.
+        rows: the judgements; empty if it was not run, or if it broke.
+        skipped: why the backend cannot serve the case; None if it can.
+        broken: the exception it raised; None if it raised none.
+    """
+
+    backend: str
+    case: Case
+    rows: tuple[Row, ...] = ()
+    skipped: str | None = None
+    broken: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.broken is None and all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> Row | None:
+        """The row that comes closest to its bound, or goes furthest beyond."""
+        return max(self.rows, key=_strain, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = {row.name: {"error": row.error, "eager": row.eager_error, "bound": row.bound} for row in self.rows}
+        finite = {name: {k: x if math.isfinite(x) else None for k, x in row.items()} for name, row in rows.items()}
+        about = {"backend": self.backend, "case": self.case.id, "group": self.case.group, "ok": self.ok}
+        return about | {"skipped": self.skipped, "broken": self.broken, "rows": finite}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``verify`` found.
+
+    Attributes:
+        device: where it ran, in words.
+        unavailable: backends that cannot run on this machine, with the reason.
+        results: one for each backend and case.
+    """
+
+    device: str
+    unavailable: dict[str, str]
+    results: tuple[Result, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether something ran and nothing was wrong."""
+        return all(result.ok for result in self.results) and any(result.rows for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for ``json.dumps``; numbers that are not finite are None."""
+        versions = {"fastattn": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        found = [result.to_dict() for result in self.results]
+        about = {"ok": self.ok, "device": self.device, "versions": versions, "unavailable": self.unavailable}
+        return about | {"results": found}
+
+    def table(self) -> str:
+        """For each backend and group of cases the row closest to its bound, then everything that is wrong."""
+        head = f"{'backend':<9} {'cases':<9} {'ran':>4} {'skipped':>7}  {'closest to its bound':<46} {'error':>9}"
+        lines = [f"fastattn {__version__}, torch {torch.__version__}, {self.device}", ""]
+        lines.append(f"{head} {'/ eager':>8} {'/ bound':>8}")
+        by_group: dict[tuple[str, str], list[Result]] = {}
+        for result in self.results:
+            by_group.setdefault((result.backend, result.case.group), []).append(result)
+        lines += [_group_line(backend, group, results) for (backend, group), results in by_group.items()]
+        lines += [f"{name:<9} cannot run: {why}" for name, why in self.unavailable.items()]
+        wrong = [result for result in self.results if not result.ok]
+        lines += ["", *(_failure_line(result) for result in wrong)] if wrong else []
+        ran = sum(bool(result.rows) for result in self.results)
+        verdict = "all within the tolerance" if self.ok else f"{len(wrong)} wrong" if ran else "nothing ran"
+        return "\n".join([*lines, "", f"{ran} runs, {verdict}"])
+
+
+def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | None = None) -> Report:
+    """Run backends over the grid on a device, forward and backward, and judge every result against fp64.
+
+    Args:
+        device: a torch device.
+        quick: about a dozen cases for each dtype.
+        backends: names; None is every backend that can run on this machine.
+
+    Returns:
+        a ``Report``: ``ok``, ``table()`` for people, ``to_dict()`` for machines.
+
+    Raises:
+        InputError: there is no backend of that name.
+        UnsupportedError: a backend that was named cannot run on this machine.
+
+    Example:
+        >>> from fastattn.testing.verify import verify
+        >>> verify(quick=True, backends=["eager"]).ok
+        True
+    """
+    unavailable = _unavailable(backends)
+    names = [name for name in backends or dispatch.backends() if name not in unavailable]
+    pairs = [(name, case) for name in names for case in grid(quick=quick)]
+    results = tuple(judge(name, case, device) for name, case in _with_progress(pairs))
+    return Report(_in_words(device), unavailable, results)
+
+
+def judge(backend: str, case: Case, device: str = "cpu", seed: int = 0) -> Result:
+    """One backend on one case. What the backend raises is part of the result."""
+    sample = make(case, device, seed)
+    problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
+    if reasons := load(backend).unsupported_reasons(problem):
+        return Result(backend, case, skipped="; ".join(reasons))
+    try:
+        return Result(backend, case, tuple(measure(backend, sample)))
+    except Exception as error:
+        return Result(backend, case, broken=f"{type(error).__name__}: {error}")
+
+
+def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:
+    for name in asked or ():
+        dispatch.check_name(name)
+    reasons = {name: why for name, why in dispatch.backends().items() if why is not None}
+    if refused := {name: [reasons[name]] for name in asked or () if name in reasons}:
+        raise unsupported_error("cannot verify on this machine:", refused)
+    return reasons if asked is None else {}
+
+
+def _with_progress(items: Sequence[T]) -> Iterable[T]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc="verify", unit="case", leave=False, disable=None)
+
+
+def _in_words(device: str) -> str:
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else f"{device} ({platform.machine()})"
+
+
+def _strain(row: Row) -> float:
+    """How much of its bound a row uses; NaN is infinitely much."""
+    if row.error != row.error:
+        return math.inf
+    return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
+
+
+def _group_line(backend: str, group: str, results: list[Result]) -> str:
+    ran = [result for result in results if result.rows]
+    line = f"{backend:<9} {group:<9} {len(ran):>4} {sum(r.skipped is not None for r in results):>7}"
+    if not ran:
+        return line
+    result = max(ran, key=lambda r: _strain(r.worst) if r.worst else 0.0)
+    row = result.worst
+    assert row is not None
+    beside_eager = f"{row.error / row.eager_error:.2f}" if row.eager_error else "-"
+    where = f"{row.name} of {result.case.id}"
+    return f"{line}  {where:<46} {row.error:>9.2g} {beside_eager:>8} {_strain(row):>8.2f}"
+
+
+def _failure_line(result: Result) -> str:
+    if result.broken:
+        return f"WRONG  {result.backend}, {result.case.id}: {result.broken}"
+    wrong = (f"{row.name} {row.error:.3g} > {row.bound:.3g}" for row in result.rows if not row.ok)
+    return f"WRONG  {result.backend}, {result.case.id}: {', '.join(wrong)}"

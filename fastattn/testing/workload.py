@@ -1,0 +1,214 @@
+"""``Workload``: one problem to measure, as plain data that survives JSON, and ``Operands``: the tensors it means.
+
+A case of ``cases.py`` probes a corner of the definition on tiny odd shapes; a workload is what people run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.ops import backward_flops, forward_flops
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec, distance, keep
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PASSES = ("forward", "backward", "both")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A problem: shapes, dtype, the features used, and which passes to measure. Causal is lower right.
+
+    Attributes:
+        documents: how many equal documents share each sequence; 1 is an ordinary batch.
+        packed: the documents come as ``cu_seqlens`` (batch must be 1) instead of segment ids.
+        passes: of PASSES, to be timed.
+        memory: measure peak memory too (on a GPU it always is; on a CPU it costs a process for each workload).
+        label: a model's name or the like, shown in tables.
+    """
+
+    s_q: int
+    s_kv: int
+    heads_q: int
+    heads_kv: int
+    d_qk: int
+    d_v: int
+    batch: int = 1
+    dtype: str = "bf16"
+    causal: bool = False
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    bias: bool = False
+    documents: int = 1
+    packed: bool = False
+    dropout_p: float = 0.0
+    passes: tuple[str, ...] = PASSES
+    memory: bool = False
+    label: str = ""
+
+    @property
+    def features(self) -> list[str]:
+        """What makes this more than dense attention, in words."""
+        window = self.window and f"window {self.window[0]}"
+        softcap = self.softcap and f"softcap {self.softcap:g}"
+        documents = self.documents > 1 and f"{self.documents} documents{' packed' if self.packed else ''}"
+        words = ("causal" if self.causal else "", window, softcap, documents)
+        flags = [name for name in ("alibi", "sinks", "bias") if getattr(self, name)]
+        return [word for word in words if word] + flags + (["dropout"] if self.dropout_p else [])
+
+    @property
+    def id(self) -> str:
+        """Unique within a suite and readable: ``bf16 b4 s4096 h16/4 d128 causal``."""
+        s = f"s{self.s_q}" if self.s_q == self.s_kv else f"s{self.s_q}/{self.s_kv}"
+        h = f"h{self.heads_q}" if self.heads_q == self.heads_kv else f"h{self.heads_q}/{self.heads_kv}"
+        d = f"d{self.d_qk}" if self.d_qk == self.d_v else f"d{self.d_qk}/{self.d_v}"
+        words = [self.label, self.dtype, f"b{self.batch}", s, h, d, *(self.features or ["full"])]
+        return " ".join(word for word in words if word)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        left, right = self.window or (None, None)
+        return AttentionSpec(self.d_qk**-0.5, self.softcap, left, 0 if self.causal else right, dropout_p=self.dropout_p)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether torch's own attention needs a mask tensor for this."""
+        square = self.s_q == self.s_kv
+        return self.window is not None or self.documents > 1 or (self.causal and not square)
+
+    def keeps(self, i: Any, j: Any) -> Any:
+        """Whether query row ``i`` attends to key ``j``: the band, inside its own document."""
+        if self.documents == 1:
+            return keep(self.spec, i, j, self.s_q, self.s_kv)
+        length = self.s_q // self.documents
+        return keep(self.spec, i, j, self.s_q, self.s_kv) & (i // length == j // length)
+
+    def distance(self, i: Any, j: Any) -> Any:
+        """What ALiBi's slopes are multiplied with."""
+        return distance(self.spec, i, j, self.s_q, self.s_kv)
+
+    def score_bytes(self) -> int:
+        """Bytes of one ``S_q x S_kv`` score matrix in the dtype of the workload."""
+        return self.batch * self.heads_q * self.s_q * self.s_kv * DTYPES[self.dtype].itemsize
+
+    def flops(self) -> dict[str, int]:
+        """FLOPs of each pass: those of the kept pairs, so a masked pair counts for nothing."""
+        lengths = (self.s_q // self.documents, self.s_kv // self.documents)
+        batch, heads, dims = self.batch * self.documents, (self.heads_q, self.heads_kv), (self.d_qk, self.d_v)
+        q = torch.empty(batch, lengths[0], heads[0], dims[0], device="meta")
+        k, v = (torch.empty(batch, lengths[1], heads[1], d, device="meta") for d in dims)
+        forward, backward = (count(Inputs(q, k, v), self.spec) for count in (forward_flops, backward_flops))
+        return {"forward": forward, "backward": backward, "both": forward + backward}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Workload:
+        tuples = {name: tuple(data[name]) for name in ("window", "passes") if data.get(name) is not None}
+        return cls(**{**data, **tuples})
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a workload. q, k, v, dout lie as ``(B, S, H, D)`` in memory, the way projections leave them.
+
+    Attributes:
+        bias: ``(1, H_q, S_q, S_kv)``.
+        segment_ids: ``(B, S)`` int32, the same for q and kv.
+        cu_seqlens: ``(N + 1,)`` int32 if packed; then q, k, v and dout have no batch dimension.
+    """
+
+    workload: Workload
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    segment_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    rng_state: Tensor | None = None
+
+    @classmethod
+    def of(cls, workload: Workload, device: torch.device, seed: int = 0) -> Operands:
+        """Random normal tensors; the leaves require gradients."""
+        generator = torch.Generator(device).manual_seed(seed)
+        dtype = DTYPES[workload.dtype]
+
+        def normal(*shape: int, leaf: bool = True) -> Tensor:
+            x = torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+            return x.requires_grad_(leaf)
+
+        batch = () if workload.packed else (workload.batch,)
+        rows_q, rows_kv = (*batch, workload.s_q), (*batch, workload.s_kv)
+        length, extra = divmod(workload.s_q, workload.documents)
+        if extra:
+            raise ValueError(
+                f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} equal documents"
+            )
+        has_segments = workload.documents > 1 and not workload.packed
+        ids = torch.arange(workload.documents, dtype=torch.int32, device=device).repeat_interleave(length)
+        heads = torch.arange(1, workload.heads_q + 1, device=device)
+        return cls(
+            workload=workload,
+            q=normal(*rows_q, workload.heads_q, workload.d_qk),
+            k=normal(*rows_kv, workload.heads_kv, workload.d_qk),
+            v=normal(*rows_kv, workload.heads_kv, workload.d_v),
+            dout=normal(*rows_q, workload.heads_q, workload.d_v, leaf=False),
+            bias=normal(1, workload.heads_q, workload.s_q, workload.s_kv) if workload.bias else None,
+            sinks=normal(workload.heads_q) if workload.sinks else None,
+            alibi_slopes=torch.exp2(-8.0 * heads / workload.heads_q) if workload.alibi else None,
+            segment_ids=ids.expand(workload.batch, -1) if has_segments else None,
+            cu_seqlens=torch.arange(0, workload.s_q + 1, length, dtype=torch.int32, device=device)
+            if workload.packed
+            else None,
+            rng_state=torch.tensor([seed, 0], device=device) if workload.dropout_p else None,
+        )
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The operands with a gradient, by the name in the spec."""
+        named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias, "sinks": self.sinks}
+        return {name: x for name, x in named.items() if x is not None}
+
+    @property
+    def inputs(self) -> Inputs:
+        """The same tensors as the package's internal form: for FLOP counts and for the correctness gate."""
+        workload = self.workload
+        return Inputs(
+            q=self.q,
+            k=self.k,
+            v=self.v,
+            bias=self.bias,
+            alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[None],
+            sinks=None if self.sinks is None else self.sinks[None],
+            segment_ids_q=self.segment_ids,
+            segment_ids_kv=self.segment_ids,
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_kv=self.cu_seqlens,
+            rng_state=self.rng_state,
+            max_seqlen_q=workload.s_q // workload.documents if workload.packed else workload.s_q,
+            max_seqlen_kv=workload.s_kv // workload.documents if workload.packed else workload.s_kv,
+        )
+
+    def keep_matrix(self) -> Tensor:
+        """``(S_q, S_kv)`` boolean, True = attend: the mask that libraries without this feature have to be given."""
+        return self.workload.keeps(*self._positions())
+
+    def alibi_bias(self) -> Tensor:
+        """``(1, H_q, S_q, S_kv)`` fp32: ALiBi as the tensor that libraries without it have to be given."""
+        assert self.alibi_slopes is not None
+        return (-self.alibi_slopes[:, None, None] * self.workload.distance(*self._positions()))[None]
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        w, device = self.workload, self.q.device
+        return torch.arange(w.s_q, device=device)[:, None], torch.arange(w.s_kv, device=device)[None, :]

@@ -1,0 +1,171 @@
+"""Checkpoints: ``step-00000100/`` with the weights, the optimizer, the trainer's state, the config and the tokenizer.
+
+A folder is written under another name and renamed when complete, so every ``step-*`` folder is whole. What is wrong
+with one that is damaged or not ours, a ``DataError`` says in a sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from fastattn.errors import DataError, InputError
+from fastattn.models import Decoder, TransformerConfig
+from fastattn.train.storage import new_folder
+from fastattn.train.tokens import load_tokenizer
+
+FORMAT = "fastattn-checkpoint-1"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder. The files are read when asked for."""
+
+    folder: Path
+
+    def config(self) -> TransformerConfig:
+        try:
+            return TransformerConfig.from_dict(_read_json(self.folder / "config.json"))
+        except InputError as error:
+            raise DataError(f"{self.folder / 'config.json'} does not describe a model of fastattn: {error}") from error
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder / "tokenizer.json")
+
+    def trainer_state(self) -> dict[str, Any]:
+        state = _read_json(self.folder / "trainer.json")
+        if state.get("format") != FORMAT:
+            raise DataError(f"{self.folder} is not a checkpoint of fastattn (format {state.get('format')!r}).")
+        return state
+
+    def load_model(self, device: torch.device | str = "cpu", attention: str | None = None) -> Decoder:
+        """The model with its weights, in evaluation mode; ``attention`` overrides the config's."""
+        self.trainer_state()
+        fields = self.config().to_dict() | ({"attention": attention} if attention else {})
+        with torch.device(device):
+            model = Decoder(TransformerConfig.from_dict(fields))
+        self.load_weights(model)
+        return model.eval()
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Copy the stored weights into ``model``."""
+        stored = _read_tensors(self.folder / "model.safetensors")
+        _check_names(self.folder / "model.safetensors", stored, model.state_dict())
+        model.load_state_dict(stored)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Copy the stored state into ``optimizer``, which serves ``model``."""
+        path = self.folder / "optimizer.safetensors"
+        stored = _read_tensors(path)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                suffix = ":" + names[id(parameter)]
+                state = {key.removesuffix(suffix): value for key, value in stored.items() if key.endswith(suffix)}
+                if not state or any(x.dim() and x.shape != parameter.shape for x in state.values()):
+                    raise DataError(f"{path} does not belong to this model (parameter {names[id(parameter)]}).")
+                # AdamW keeps its step counts in host memory unless it is fused or capturable.
+                on_device = {k: v.to(parameter.device) for k, v in state.items() if v.dim() or group.get("fused")}
+                optimizer.state[parameter] = state | on_device
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    keep: int = 2,
+) -> Checkpoint:
+    """Write ``folder/step-<step>`` in one piece, then remove all but the newest ``keep``.
+
+    Raises:
+        DataError: the disk is full or cannot be written; the earlier checkpoints are intact.
+    """
+    path = folder / f"step-{step:08d}"
+    if not path.exists():
+        with new_folder(path) as unfinished:
+            (unfinished / "model.safetensors").write_bytes(save(_contiguous(model.state_dict())))
+            (unfinished / "optimizer.safetensors").write_bytes(save(_optimizer_tensors(optimizer, model)))
+            (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            _write_json(unfinished / "config.json", model.config.to_dict())
+            _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
+    for old in sorted_steps(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return Checkpoint(path)
+
+
+def sorted_steps(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first."""
+    found = ((_STEP.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``, or the newest one in it: a run's folder, its ``checkpoints``, or one of those.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.exists():
+        raise DataError(f"Checkpoint {str(path)!r} does not exist: give the --out folder of a fastattn train run.")
+    if (path / "trainer.json").is_file():
+        return Checkpoint(path)
+    for folder in (path / "checkpoints", path):
+        steps = sorted_steps(folder)
+        if steps:
+            return Checkpoint(steps[-1])
+    raise DataError(f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a fastattn train run.")
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state under names like ``exp_avg:blocks.0.mlp.up.weight``."""
+    named = {
+        f"{key}:{name}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return _contiguous(named)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
+
+
+def _check_names(path: Path, stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    odd = sorted(stored.keys() ^ wanted.keys()) or [n for n in wanted if stored[n].shape != wanted[n].shape]
+    if odd:
+        raise DataError(f"{path} does not fit config.json beside it: {len(odd)} tensors differ, the first {odd[0]!r}.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is missing or not readable as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold what fastattn writes there.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Writing so that a kill or a full disk at any moment leaves what was there before: a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastattn.errors import DataError
+
+_TEMPORARY = ".unfinished-"
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path``, which must not exist, when the block ends without an error.
+
+    Raises:
+        DataError: the disk is full or cannot be written; ``path`` does not exist then.
+    """
+    with saying_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent)
+        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        try:
+            yield folder
+            for file in folder.iterdir():
+                _sync(file)
+            _sync(folder)
+            os.replace(folder, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at ``path`` with ``text``.
+
+    Raises:
+        DataError: the disk is full or cannot be written; the old file is intact then.
+    """
+    with saying_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(_TEMPORARY + path.name)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what a killed writer left in ``parent``; one run at a time writes there."""
+    for leftover in parent.glob(_TEMPORARY + "*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saying_why(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a DataError with a sentence on what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "free some space, or choose another folder" if full else "check the folder and its permissions"
+        what = "the disk is full" if full else error.strerror or str(error)
+        raise DataError(f"Could not write {path}: {what}; what was saved before is intact. Please {todo}.") from error
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

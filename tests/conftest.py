@@ -1,0 +1,45 @@
+"""What every test needs: the interpreter where there is no GPU, honest skips, seeds, a header that says what ran."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when @triton.jit runs, so before any kernel is imported
+
+import pytest
+
+import fastattn
+
+torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
+
+
+def pytest_report_header() -> list[str]:
+    try:
+        import triton
+
+        kernels = f"triton {triton.__version__}"
+    except ImportError:
+        kernels = "no triton"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    interpreted = ", interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    return [
+        f"fastattn {fastattn.__version__} from {os.path.relpath(os.path.dirname(fastattn.__file__))}",
+        f"torch {torch.__version__}, {kernels}{interpreted}, {device}, {torch.get_num_threads()} threads",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    without_gpu = pytest.mark.skip(reason="needs a GPU, and torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same seed, which is also its value."""
+    torch.manual_seed(0)
+    return 0

@@ -1,0 +1,124 @@
+"""attention_weights against attention itself, rows and heads against the whole, the summaries and the plot."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.inspection import attention_entropy, attention_rollout
+
+S_Q, S_KV, H_Q, H_KV, D = 7, 9, 4, 2, 8
+OPTIONS = {
+    "plain": {},
+    "causal window softcap": {"causal": True, "window": (3, 0), "softcap": 2.0, "scale": 0.7},
+    "bias": {"bias": torch.randn(1, H_Q, S_Q, S_KV, generator=torch.Generator().manual_seed(1))},
+    "shared bias row": {"bias": torch.randn(2, 1, 1, S_KV, generator=torch.Generator().manual_seed(2))},
+    "mask with an empty row": {"mask": torch.arange(S_Q)[:, None] * torch.arange(S_KV)[None, :] % 3 == 1},
+    "alibi and sinks": {"alibi_slopes": torch.linspace(0.1, 1, H_Q), "sinks": torch.linspace(-1, 1, H_Q)},
+    "segments": {"segment_ids": (torch.arange(S_Q)[None] // 3, torch.arange(S_KV)[None] // 4)},
+    "dropout": {"dropout_p": 0.4, "rng_state": torch.tensor([11, 3])},
+}
+
+
+@pytest.fixture
+def qkv() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((2, S_Q, H_Q, D), (2, S_KV, H_KV, D), (2, S_KV, H_KV, D))
+    q, k, v = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    return q, k, v
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_weights_are_those_that_attention_uses(qkv, options):
+    q, k, v = qkv
+    weights = fastattn.attention_weights(q, k, **options)
+    by_weights = weights @ v.repeat_interleave(H_Q // H_KV, dim=2).transpose(1, 2)
+    torch.testing.assert_close(by_weights.transpose(1, 2), fastattn.attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_chosen_rows_and_heads_are_cut_from_the_whole(qkv, options):
+    q, k, _ = qkv
+    whole = fastattn.attention_weights(q, k, **options)
+    some = fastattn.attention_weights(q, k, rows=[5, 0, -1], heads=[3, 1], **options)
+    assert some.shape == (2, 2, 3, S_KV)
+    torch.testing.assert_close(some, whole[:, [3, 1]][:, :, [5, 0, -1]])
+
+
+def test_chosen_rows_do_not_allocate_the_square(qkv):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                Largest.size = max(Largest.size, result.numel())
+            return result
+
+    q = torch.randn(1, 512, 2, 8)
+    with Largest():
+        fastattn.attention_weights(q, q, rows=[17], causal=True, window=(9, 0))
+    assert Largest.size < 512 * 512 / 8
+
+
+def test_layout_dtype_and_gradient(qkv):
+    q, k, _ = qkv
+    half = fastattn.attention_weights(q.half().transpose(1, 2), k.half().transpose(1, 2), layout="BHSD")
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(
+        half.double(), fastattn.attention_weights(q.half().double(), k.half().double()), atol=1e-6, rtol=0
+    )
+    q = q.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fastattn.attention_weights(x, k, rows=[2], causal=True), (q,))
+
+
+@pytest.mark.parametrize("rows", [[S_Q], [-S_Q - 1], [0.5], [[1]], [True]])
+def test_wrong_rows_are_refused(qkv, rows):
+    with pytest.raises(fastattn.InputError, match="rows"):
+        fastattn.attention_weights(qkv[0], qkv[1], rows=rows)
+
+
+def test_entropy_and_rollout():
+    even = torch.full((1, 4, 4), 0.25)
+    torch.testing.assert_close(attention_entropy(even), torch.full((1, 4), math.log(4)))
+    assert attention_entropy(torch.eye(4)).max() == 0
+    torch.testing.assert_close(attention_rollout([torch.eye(4)[None]] * 3), torch.eye(4))
+    first, second = (torch.rand(2, 5, 5).softmax(-1) for _ in range(2))
+    half = [0.5 * x.mean(0) + 0.5 * torch.eye(5) for x in (first, second)]
+    torch.testing.assert_close(attention_rollout([first, second]), half[1] @ half[0])
+    with pytest.raises(fastattn.InputError, match="layers"):
+        attention_rollout([torch.rand(2, 4, 5)])
+
+
+def test_plot_draws_a_png_with_labels(tmp_path):
+    from matplotlib.image import imread
+
+    layers = [torch.rand(heads, 5, 5).softmax(-1) for heads in (3, 2)]
+    tokens = ["the", "cat", "$at", "on", "_"]
+    path = fastattn.plot_attention(layers, tmp_path / "new" / "maps.png", tokens=tokens)
+    image = imread(path)
+    assert image.shape[0] > 300 and image.shape[1] > 300 and image[..., :3].std() > 0.05
+    assert [p.name for p in path.parent.iterdir()] == ["maps.png"]
+    fastattn.plot_attention(torch.rand(1, 2, 5), tmp_path / "rows.png", tokens=tokens, query_tokens=["a", "b"])
+
+
+def test_plot_refuses_what_it_cannot_draw(tmp_path):
+    with pytest.raises(fastattn.InputError, match="tokens"):
+        fastattn.plot_attention(torch.rand(2, 3, 3), tmp_path / "x.png", tokens=["one"])
+    with pytest.raises(fastattn.InputError, match="weights"):
+        fastattn.plot_attention(torch.rand(2, 2, 3, 3), tmp_path / "x.png")
+    with pytest.raises(fastattn.InputError, match="weights"):
+        fastattn.plot_attention([], tmp_path / "x.png")
+
+
+def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"fastattn\[bench\]"):
+        fastattn.plot_attention(torch.rand(1, 2, 2), tmp_path / "x.png")

@@ -1,0 +1,190 @@
+"""override_sdpa and the entry in torch's flash-attention registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn import attention as torch_attention
+
+import fastattn
+from fastattn.backends.eager import BACKEND
+from fastattn.integrations import torch as integration
+from fastattn.integrations.torch import override_sdpa
+
+TORCH_SDPA = F.scaled_dot_product_attention
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often fastattn's operators ran."""
+    calls = []
+    for name in ("forward", "backward"):
+        run = getattr(BACKEND, name)
+        monkeypatch.setattr(BACKEND, name, lambda *a, run=run, name=name: calls.append(name) or run(*a))
+    with fastattn.use_backend("eager"):
+        yield calls
+
+
+def grads(function, *inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+
+CALLS = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "scale": {"scale": 0.3},
+    "boolean mask": {"attn_mask": torch.ones(5, 5).tril().bool()},
+    "float mask": {"attn_mask": torch.linspace(-1, 1, 25).view(5, 5)},
+}
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS.keys())
+def test_same_results_and_gradients(options, counted):
+    q, k, v = torch.randn(3, 2, 4, 5, 8)
+    with override_sdpa(quiet=True) as report:
+        found = grads(lambda *x: F.scaled_dot_product_attention(*x, **options), q, k, v)
+    assert counted == ["forward", "backward"] and report.served == 1 and not report.fallbacks
+    torch.testing.assert_close(found, grads(lambda *x: TORCH_SDPA(*x, **options), q, k, v))
+
+
+def test_gqa_and_three_dimensions(counted):
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    with override_sdpa() as report:
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(q, k, k, enable_gqa=True), TORCH_SDPA(q, k, k, enable_gqa=True)
+        )
+        torch.testing.assert_close(F.scaled_dot_product_attention(q[0], q[1], q[1]), TORCH_SDPA(q[0], q[1], q[1]))
+    assert report.served == 2
+
+
+def test_library_modules_use_it_and_torch_is_back_afterwards(counted):
+    layer = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    expected = layer(x, x, x, need_weights=False)[0]
+    with override_sdpa() as report:
+        torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], expected)
+    assert report.served == 1
+    assert F.scaled_dot_product_attention is TORCH_SDPA
+    with pytest.raises(RuntimeError, match="inside"), override_sdpa():
+        raise RuntimeError("inside")
+    assert F.scaled_dot_product_attention is TORCH_SDPA
+
+
+def test_fallbacks_are_computed_by_torch_counted_and_printed(capsys):
+    jagged = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    with override_sdpa() as report:
+        for _ in range(2):
+            found = F.scaled_dot_product_attention(jagged, jagged, jagged)
+    torch.testing.assert_close(found.values(), TORCH_SDPA(jagged, jagged, jagged).values())
+    assert report.served == 0 and report.fallbacks.total() == 2
+    printed = capsys.readouterr().err
+    assert "served 0 of 2" in printed and "2 left to torch: nested" in printed
+    with override_sdpa(quiet=True):
+        F.scaled_dot_product_attention(jagged, jagged, jagged)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_wrong_call_gets_torchs_error():
+    q = torch.randn(1, 2, 3, 8)
+    with override_sdpa(quiet=True) as report, pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(q, torch.randn(1, 2, 3, 9), q)
+    assert next(iter(report.fallbacks)).startswith("k:")
+
+
+def test_a_backend_that_uses_torchs_attention_gets_torchs(monkeypatch):
+    """Otherwise the two would call each other for ever."""
+
+    def forward(inputs, spec):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v)))
+        return out.transpose(1, 2), out[..., 0].clone()
+
+    monkeypatch.setattr(BACKEND, "forward", forward)
+    q = torch.randn(1, 2, 3, 8)
+    with override_sdpa() as report, fastattn.use_backend("eager"):
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q), TORCH_SDPA(q, q, q))
+    assert report.served == 1
+
+
+def test_compiles_fullgraph(counted):
+    q = torch.randn(2, 2, 5, 8)
+
+    def function(q):
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True) * 2
+
+    with override_sdpa():
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(q)
+    assert counted == ["forward"]
+    torch.testing.assert_close(found, TORCH_SDPA(q, q, q, is_causal=True) * 2)
+
+
+@pytest.fixture
+def on_cpu():
+    """The registry's override, on the device that this machine has and torch has no such kernel for."""
+    override = integration._Override("CPU")
+    yield
+    override.remove()
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.4}])
+def test_flash_operators_forward_and_backward(options, counted, on_cpu):
+    q, k, v = torch.randn(3, 2, 4, 6, 8)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+
+    found = grads(lambda *x: operator(*x, **options)[0], q, k, v)
+    assert counted == ["forward", "backward"]
+    torch.testing.assert_close(found, grads(lambda *x: TORCH_SDPA(*x, **options), q, k, v))
+    out, lse, *_, seed, offset, debug = operator(q, k, v, **options)
+    scores = q @ k.mT * options.get("scale", 8**-0.5)
+    if options.get("is_causal"):
+        scores = scores.masked_fill(~torch.ones(6, 6).tril().bool(), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+    assert out.stride() == q.stride() and seed.dtype == torch.uint64 and offset.dim() == 0 and debug.numel() == 0
+
+
+def test_flash_operators_drop_the_same_elements_backward(on_cpu):
+    """The gradient of v is the transpose of what multiplied it, so of the weights that dropout left."""
+    q, k = torch.randn(2, 1, 1, 6, 6)
+    v = torch.eye(6)[None, None].requires_grad_()
+    weights = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.5)[0]
+    assert (weights == 0).any() and (weights > 0).any()
+    (dv,) = torch.autograd.grad(weights, v, torch.eye(6)[None, None])
+    torch.testing.assert_close(dv, weights.mT)
+
+
+def test_flash_operators_refuse_a_debug_mask(on_cpu):
+    q = torch.randn(1, 2, 3, 8)
+    with pytest.raises(fastattn.UnsupportedError, match="debug"):
+        torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, 0.0, False, True)
+
+
+def test_registry(monkeypatch):
+    activated = []
+
+    class Handle:
+        def __init__(self):
+            activated.append("on")
+
+        def remove(self):
+            activated.append("off")
+
+    monkeypatch.setattr(integration, "_Override", Handle)
+    integration.register_flash_attention("fastattn-test")
+    assert "fastattn-test" in torch_attention.list_flash_attention_impls() and activated == []
+    torch_attention.activate_flash_attention_impl("fastattn-test")
+    assert torch_attention.current_flash_attention_impl() == "fastattn-test"
+    torch_attention.restore_flash_attention_impl()
+    assert activated == ["on", "off"]
+
+
+def test_registry_overrides_cuda_kernels_by_name():
+    """The real override installs on CUDA without a GPU, and goes away."""
+    name = "aten::_scaled_dot_product_flash_attention"
+    integration.register_flash_attention()
+    before = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    torch_attention.activate_flash_attention_impl("fastattn")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    torch_attention.restore_flash_attention_impl()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") == before

@@ -1,0 +1,40 @@
+"""Forward on one backend, backward on another: out and lse mean the same everywhere."""
+
+import itertools
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.backends import BACKENDS, load
+from fastattn.problem import Problem
+from fastattn.testing import assert_within, grid, make, measure
+
+PAIRS = [pair for pair in itertools.product(BACKENDS, BACKENDS) if pair[0] != pair[1] or len(BACKENDS) == 1]
+CASES = grid([torch.float32, torch.bfloat16], quick=True)
+
+
+@pytest.mark.parametrize(("forward", "backward"), PAIRS, ids="->".join)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_one_forward_and_another_backward(case, forward, backward):
+    sample = make(case, seed=1)
+    problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
+    for name in (forward, backward):
+        if reasons := load(name).unsupported_reasons(problem):
+            pytest.skip(f"{name}: {'; '.join(reasons)}")
+    assert_within(measure(forward, sample, backward))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_drop_the_same_elements(name):
+    """With v the identity, out shows which weights survived."""
+    q, k = torch.randn(2, 48, 4, 32), torch.randn(2, 40, 2, 32)
+    v = torch.eye(40).expand(2, 2, 40, 40).transpose(1, 2)
+    state = torch.tensor([123456789012, 3])
+    if load(name).unsupported_reasons(fastattn.explain(q, k, v, dropout_p=0.4).problem):
+        pytest.skip("cannot")
+    found, expected = (
+        fastattn.attention(q, k, v, dropout_p=0.4, rng_state=state, backend=backend) for backend in (name, "eager")
+    )
+    assert torch.equal(found == 0, expected == 0)
+    assert 0.3 < float((expected == 0).float().mean()) < 0.5
