@@ -11,15 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-try:
-    from fastattn.backends.cuda.instances import Instance, forward_instances, source_folder
-except ModuleNotFoundError:  # loaded by setup.py, beside which instances.py lies
-    from instances import Instance, forward_instances, source_folder  # type: ignore[no-redef]
+if TYPE_CHECKING:
+    from fastattn.backends.cuda.instances import Instance
 
 ARCHITECTURE = ("-gencode", "arch=compute_90a,code=sm_90a")
-FLAGS = ("-std=c++17", "-O3", "-lineinfo", *ARCHITECTURE, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", *ARCHITECTURE, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden")
 LIBRARY = "libfastattn.so"
 
 
@@ -69,9 +69,11 @@ def write_if_new(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def write_ninja_file(folder: Path, nvcc: str, instances: list[Instance], options: list[str]) -> None:
+def write_ninja_file(
+    folder: Path, nvcc: str, csrc: Path, instances: Sequence[Instance], options: Sequence[str]
+) -> None:
     """``build.ninja`` and the sources of ``instances`` in ``folder``. Each object has a ``.log`` of what ptxas said."""
-    csrc = source_folder().resolve()
+    csrc = csrc.resolve()
     escape = {ord("$"): "$$", ord(" "): "$ ", ord(":"): "$:"}
     flags = " ".join([*FLAGS, *options, f'-I"{csrc}"'])
     lines = [
@@ -103,18 +105,26 @@ def run_ninja(folder: Path, target: str, jobs: int | None = None) -> None:
         raise BuildError(f"compiling csrc/ failed:\n{result.stdout}{result.stderr}")
 
 
-def build_objects(folder: Path, instances: list[Instance], options: list[str] | None = None) -> None:
-    """``<name>.o`` and ``<name>.o.log`` of each instance, in ``folder``."""
+def build(
+    folder: Path,
+    target: str,
+    csrc: Path,
+    instances: Sequence[Instance],
+    options: Sequence[str] = (),
+    jobs: int | None = None,
+) -> None:
+    """Build in ``folder``: the library, if ``target`` is LIBRARY, or the instances' objects alone, if it is "objects".
+
+    Only what has changed is compiled. Raises BuildError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_ninja_file(folder, find_nvcc(), instances, options or [])
-    run_ninja(folder, "objects")
+    write_ninja_file(folder, find_nvcc(), csrc, instances, options)
+    run_ninja(folder, target, jobs)
 
 
-def build_library(folder: Path, target: Path, options: list[str] | None = None) -> None:
-    """The shared library at ``target``, with every kernel, built in ``folder``; only what has changed is compiled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_ninja_file(folder, find_nvcc(), forward_instances(), options or [])
-    run_ninja(folder, LIBRARY)
+def build_library(folder: Path, target: Path, csrc: Path, instances: Sequence[Instance]) -> None:
+    """The shared library at ``target``, complete or not at all; ``folder`` keeps what the next build need not repeat."""
+    build(folder, LIBRARY, csrc, instances)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".tmp")
     shutil.copyfile(folder / LIBRARY, unfinished)

@@ -40,7 +40,8 @@ def aligned_buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
 def encode_map(to: int, data: int, dtype: int, sizes: tuple[int, ...], strides: tuple[int, ...], box_rows: int) -> None:
     """Write the tensor map of a (head dim, row, head, batch) tensor at address ``to``.
 
-    ``strides`` are in bytes, of rows, heads and batch. A dimension of size 1 is never stepped over, so any valid stride will do for it.
+    ``strides`` are in bytes, of rows, heads and batch. A dimension of size 1 is never stepped over, so any valid stride
+    will do for it.
     """
     steps = [16 if size == 1 else stride for size, stride in zip(sizes[1:], strides, strict=True)]
     _call(

@@ -18,7 +18,7 @@ from fastattn.backends.cuda import abi, driver
 from fastattn.backends.cuda.instances import DTYPES, Instance, Tile, forward_tiles, select, source_folder
 
 ARCHITECTURE = "sm_90a"
-OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}", "--device-int128")
+OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
 KERNEL = "fastattn_forward"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
@@ -33,11 +33,15 @@ class NvrtcError(Exception):
 def load() -> ctypes.CDLL:
     """NVRTC from the libraries beside torch, or from the system."""
     for major in MAJORS:
-        for path in (*_wheel_libraries(major), f"libnvrtc.so.{major}"):
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:
-                continue
+        for path in _wheel_libraries(major):
+            # NVRTC asks for its builtins by name alone: loaded first, they are found wherever they lie.
+            for builtins in path.parent.glob(f"libnvrtc-builtins.so.{major}*"):
+                ctypes.CDLL(str(builtins))
+            return ctypes.CDLL(str(path))
+        try:
+            return ctypes.CDLL(f"libnvrtc.so.{major}")
+        except OSError:
+            continue
     raise NvrtcError("NVRTC was not found (it comes with CUDA builds of torch)")
 
 
