@@ -1,4 +1,4 @@
-"""Compile every CUDA kernel and check its machine code; no GPU needed: ``python csrc/gates.py [--build DIR] [NAME ...]``.
+"""Compile every CUDA kernel and check its machine code, with no GPU: ``python csrc/gates.py [--build DIR] [NAME ...]``.
 
 A kernel fails if it spills or touches local memory, if ptxas warns that it serialised a wgmma (C75xx; C7519, an
 inserted fence, is harmless), if the tensor-core instructions are not as many as the tile asks for, or if exponentials
