@@ -34,7 +34,7 @@ IRRELEVANT = frozenset({
     "output_router_logits", "logits_to_keep", "seq_idx", "token_type_ids",
 })  # fmt: skip
 
-_unpacked = WeakTensorKeyDictionary()  # position_ids that were looked at and hold one sequence per row
+_unpacked = WeakTensorKeyDictionary()  # position_ids that hold one sequence per row, and the version looked at
 
 
 def register(name: str = "fastattn") -> None:
@@ -190,12 +190,13 @@ def _refuse_packed(position_ids: Tensor | None, s_q: int) -> None:
         return
     if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    if position_ids in _unpacked:
+    version = 0 if position_ids.is_inference() else position_ids._version
+    if _unpacked.get(position_ids) == version:
         return
     if bool((position_ids.diff(dim=-1) != 1).any()):
         todo = "Pass use_cache=False to the model, so that transformers makes a mask of the sequences."
         raise input_error("position_ids", "packed sequences with a cache", "one sequence in each row", todo)
-    _unpacked[position_ids] = True
+    _unpacked[position_ids] = version
 
 
 def _capturing_attentions() -> bool:
