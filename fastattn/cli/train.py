@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -86,5 +87,7 @@ def run(args: argparse.Namespace) -> int:
     config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
     outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
     print(outcome.summary())
-    stopped_by = outcome.progress.signal
-    return 128 + stopped_by if stopped_by else 0
+    if outcome.progress.signal is None:
+        return 0
+    print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
+    return 128 + outcome.progress.signal

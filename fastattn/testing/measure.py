@@ -84,7 +84,8 @@ def _time(
             if pass_name != "forward" and name not in has_backward:
                 found[name]["passes"][pass_name] = {"error": "forward only"}
                 continue
-            result = found[name]["passes"][pass_name] = {}
+            result: dict[str, Any] = {}
+            found[name]["passes"][pass_name] = result
             try:
                 verdict = gate.check(forward, operands, pass_name)
                 result["gate"] = str(verdict)

@@ -51,7 +51,7 @@ class TrainConfig:
         eval_rows: rows of a held-out loss, evenly spaced over the held-out text.
         save_every: steps between checkpoints; also written at the end and when interrupted.
         keep: newest checkpoints kept.
-        log_every: steps between lines of the log, which hold means over them.
+        log_every: steps between lines of the log, which hold means over them; a checkpoint adds one.
         precision: "bfloat16" autocasts; "auto" does so on a GPU.
         optim: the optimizer.
     """

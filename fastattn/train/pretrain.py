@@ -62,7 +62,9 @@ class RunConfig:
         """The model's config, with the vocabulary the tokenizer really has."""
         fields = preset(self.preset, vocab_size).to_dict()
         fields |= {"window": self.window, "dropout": self.dropout, "attention": self.attention}
-        return TransformerConfig.from_dict(fields | ({"max_length": self.length} if self.length else {}))
+        if self.length is not None:
+            fields["max_length"] = self.length
+        return TransformerConfig.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -64,7 +64,7 @@ def backward(
         dout, out = _with_dlse(dout, out, _by_rows(dlse))
     q, k, v = (_operand(x, dout.shape[-1]) for x in (inputs.q, inputs.k, inputs.v))
     todo = planned(inputs, spec)
-    if _has_data_mask(inputs):
+    if any(_has_data_mask(inputs, call.block) for call in todo):
         lse = torch.where(lse == terms.NEVER, -terms.NEVER, lse)  # empty rows: exp(scores - inf) = 0
     grads: tuple[Tensor, ...] | None = None
     for step in _steps(todo, inputs, spec):
@@ -99,13 +99,15 @@ class _Step:
 
 def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
     """The calls of the kernel for a problem."""
-    per_row = _mask_elements_per_row(inputs)
+    regions = plan.regions(inputs)
+    has_data_mask = any(_has_data_mask(inputs, region) for region in regions)
+    are_alike = not has_data_mask and (inputs.alibi_slopes is None or inputs.alibi_slopes.shape[0] == 1)
+    per_row = _mask_elements_per_row(inputs, has_segments=any(not region.is_exact for region in regions))
     max_rows = max(32, MAX_ELEMENTS // per_row) if per_row else None
-    if _has_data_mask(inputs) and max_rows is not None:
+    if has_data_mask and max_rows is not None:
         max_rows = min(max_rows, plan.BAND_ROWS)  # so that what the mask leaves out can be skipped
-    are_alike = not _has_data_mask(inputs) and (inputs.alibi_slopes is None or inputs.alibi_slopes.shape[0] == 1)
     blocks: list[Block] = []
-    for region in plan.regions(inputs):
+    for region in regions:
         pieces = plan.cut(region, spec, max_rows)
         if are_alike and 1 < region.size[0] < len(pieces):
             entries = range(*region.batch)
@@ -120,27 +122,28 @@ def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterato
     for call in todo:
         block, shape = call.block, plan.shape(call.block, spec)
         kept = terms.kept(inputs, spec, block, with_band=shape == "band")
-        if kept is not None and _has_data_mask(inputs):
+        if kept is not None and _has_data_mask(inputs, block):
             begin, end = _used_columns(kept, block)
             if begin == end:
                 continue
             begin = 0 if shape == "causal" else begin  # the triangle begins in the corner
             block = block.replace(keys=(block.keys[0] + begin, block.keys[0] + end))
             kept = kept[..., begin:end] if kept.shape[-1] > 1 else kept
+            call = Call(block)
         mask = _additive(kept, terms.bias(inputs, spec, block), terms.compute_dtype(inputs))
-        yield _Step(Call(block, call.count, call.q_step, call.kv_step), shape == "causal", mask)
+        yield _Step(call, shape == "causal", mask)
 
 
-def _has_data_mask(inputs: Inputs) -> bool:
+def _has_data_mask(inputs: Inputs, block: Block) -> bool:
     """Whether values decide what is kept, so that rows may be empty that the band does not leave empty."""
-    return inputs.mask is not None or inputs.bias is not None or inputs.segment_ids_q is not None
+    return inputs.mask is not None or inputs.bias is not None or not block.is_exact
 
 
-def _mask_elements_per_row(inputs: Inputs) -> int:
+def _mask_elements_per_row(inputs: Inputs, has_segments: bool) -> int:
     """Elements of the additive mask for one query row; 0 if the rows share one."""
     sizes = [x.shape for x in (inputs.mask, inputs.bias) if x is not None and x.shape[2] > 1]
     batch, heads = max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
-    if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
+    if has_segments and inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         batch, heads = max(batch, inputs.segment_ids_q.shape[0], inputs.segment_ids_kv.shape[0]), max(heads, 1)
     if inputs.alibi_slopes is not None:
         batch, heads = max(batch, 1 if inputs.is_packed else inputs.alibi_slopes.shape[0]), inputs.heads_q
@@ -166,7 +169,7 @@ def _additive(kept: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 def _mark_empty_rows(lse: Tensor, step: _Step, inputs: Inputs, spec: AttentionSpec) -> None:
     """Turn the kernel's 0 into -inf in rows that keep nothing. It may also be honest, so candidates are looked at."""
-    if step.mask is None or not _has_data_mask(inputs) or not bool((lse == 0).any()):
+    if step.mask is None or not _has_data_mask(inputs, step.call.block) or not bool((lse == 0).any()):
         return
     block = step.call.block
     kept = terms.kept(inputs, spec, block)

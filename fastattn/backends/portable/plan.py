@@ -20,7 +20,7 @@ from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, diagonal, full_range, tile_range
 
 # Query rows of a block under a band. Fewer waste less at the band's edges, but torch's kernel slows down below 192.
-BAND_ROWS = 256
+BAND_ROWS = 192
 
 Span = tuple[int, int]
 # What the band does inside a block: nothing; the triangle ``j <= i``, counted from the block's corner; something else.
@@ -138,9 +138,13 @@ def _runs(ids: Tensor) -> dict[int, Span] | None:
 
 def narrow(block: Block, spec: AttentionSpec) -> Block | None:
     """``block`` without the outer rows and keys that the band leaves unused; None if nothing remains."""
+    if not spec.has_band:
+        return block if block.rows[0] < block.rows[1] and block.keys[0] < block.keys[1] else None
     keys = _common(block.keys, tile_range(spec, *block.rows, block.s_q, block.s_kv))
     rows = _common(block.rows, tile_range(spec.transposed(), *keys, block.s_kv, block.s_q))
-    return block.replace(rows=rows, keys=keys) if rows[0] < rows[1] else None
+    if rows[0] >= rows[1]:
+        return None
+    return block if (rows, keys) == (block.rows, block.keys) else block.replace(rows=rows, keys=keys)
 
 
 def _common(a: Span, b: Span) -> Span:
@@ -150,6 +154,8 @@ def _common(a: Span, b: Span) -> Span:
 
 def shape(block: Block, spec: AttentionSpec) -> Shape:
     """What the band does inside ``block``."""
+    if not spec.has_band:
+        return "full"
     kept_by_all = full_range(spec, *block.rows, block.s_q, block.s_kv)
     if kept_by_all[0] <= block.keys[0] and block.keys[1] <= kept_by_all[1]:
         return "full"
@@ -168,6 +174,8 @@ def cut(region: Block, spec: AttentionSpec, max_rows: int | None = None) -> list
     step = BAND_ROWS if shape(block, spec) == "band" else block.size[1]
     if max_rows is not None:
         step = min(step, max_rows)
+    if step >= block.size[1]:
+        return [block]
     first, end = block.rows
     pieces = (block.replace(rows=(i, min(i + step, end))) for i in range(first, end, step))
     return [piece for piece in (narrow(piece, spec) for piece in pieces) if piece is not None]
