@@ -66,6 +66,10 @@ class CudaBackend(Backend):
             reasons.append("backward not built yet")
         return reasons
 
+    def automatic_reasons(self, problem: Problem) -> list[str]:
+        """Why it should not serve unless asked by name: there is no evidence yet that it is right, or fast."""
+        return ["not yet run on a GPU"]
+
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         kernels, how = _delivered()
         if kernels is None:
