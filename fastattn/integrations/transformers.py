@@ -126,8 +126,8 @@ def attention_forward(
             "max_seqlen_q": None if max_length_q is None else int(max_length_q),
             "max_seqlen_kv": None if max_length_k is None else int(max_length_k),
         }
-        boundaries = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
-        out = attention_varlen(q[0], k[0], v[0], *boundaries, **lengths, causal=causal, window=window, **scores)
+        cu_q, cu_kv = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
+        out = attention_varlen(q[0], k[0], v[0], cu_q, cu_kv, causal=causal, window=window, **lengths, **scores)
         return out[None], None  # type: ignore[call-overload]
     mask, bias = _mask_and_bias(attention_mask, position_bias)
     if attention_mask is not None:
