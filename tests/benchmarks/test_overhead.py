@@ -1,4 +1,4 @@
-"""Host overhead on tiny problems, with pytest-benchmark: ``pytest tests/benchmarks/test_overhead.py --benchmark-enable``.
+"""Host overhead on tiny problems, with pytest-benchmark; run with ``--benchmark-enable`` to see the times.
 
 Under ``--benchmark-disable``, as in ``make test``, each runs once and only its result is checked.
 """

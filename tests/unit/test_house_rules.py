@@ -25,9 +25,10 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # caller -> functional -> spec/problem -> dispatch -> autograd/ops -> backends: what each part may import of fastattn.
 UNDERNEATH = {"errors", "spec", "layout", "rng", "problem", "version"}
-PUBLIC = {"", "errors", "nn", "testing", "version"}
+PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "version": set(),
     "spec": set(),
     "layout": {"errors"},

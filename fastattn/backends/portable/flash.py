@@ -19,8 +19,9 @@ from fastattn.backends.portable.plan import Block, Call
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# Elements of the largest temporary: a mask, or the gradients of the keys of one call. 32 MB in fp32.
-MAX_ELEMENTS = 1 << 23
+# Elements of the largest temporaries: the mask of a call (32 MB in fp32), and the keys that its gradient is stored for.
+MAX_MASK = 1 << 23
+MAX_KEYS = 1 << 21
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -81,7 +82,9 @@ def backward(
         _add_keys(grads[2], parts[2], call)
     grads = grads or _no_gradients(inputs, are_shared=False)
     likes = (inputs.q, inputs.k, inputs.v)
-    dq, dk, dv = (x[..., : like.shape[-1]].to(like.dtype).reshape(like.shape) for x, like in zip(grads, likes, strict=True))
+    dq, dk, dv = (
+        x[..., : like.shape[-1]].to(like.dtype).reshape(like.shape) for x, like in zip(grads, likes, strict=True)
+    )
     return dq, dk, dv
 
 
@@ -103,22 +106,20 @@ def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
     has_data_mask = any(_has_data_mask(inputs, region) for region in regions)
     are_alike = not has_data_mask and (inputs.alibi_slopes is None or inputs.alibi_slopes.shape[0] == 1)
     per_row = _mask_elements_per_row(inputs, has_segments=any(not region.is_exact for region in regions))
-    max_rows = max(32, MAX_ELEMENTS // per_row) if per_row else None
+    max_rows = max(32, MAX_MASK // per_row) if per_row else None
     if has_data_mask and max_rows is not None:
         max_rows = min(max_rows, plan.BAND_ROWS)  # so that what the mask leaves out can be skipped
-    blocks: list[Block] = []
-    for region in regions:
-        pieces = plan.cut(region, spec, max_rows)
-        if are_alike and 1 < region.size[0] < len(pieces):
-            entries = range(*region.batch)
-            pieces = [piece.replace(batch=(b, b + 1), sequence=b) for b in entries for piece in pieces]
-        blocks += pieces
-    max_keys = MAX_ELEMENTS // (inputs.heads_kv * inputs.k.shape[-1]) if are_alike else 0
+    blocks = [block for region in regions for block in plan.cut(region, spec, max_rows)]
+    if blocks and are_alike and 1 < blocks[0].size[0] < len(blocks):
+        # fewer calls if the blocks of an entry make one than if the entries of a block do
+        entries = range(*blocks[0].batch)
+        blocks = [block.replace(batch=(b, b + 1), sequence=b) for b in entries for block in blocks]
+    max_keys = MAX_KEYS // (inputs.heads_kv * inputs.k.shape[-1]) if are_alike else 0
     return plan.calls(blocks, spec, max_keys)
 
 
 def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterator[_Step]:
-    """One after the other, so that one mask is alive at a time; blocks in which masks or segments keep nothing left out."""
+    """One after the other, so that one mask is alive at a time; without blocks that masks or segments leave empty."""
     for call in todo:
         block, shape = call.block, plan.shape(call.block, spec)
         kept = terms.kept(inputs, spec, block, with_band=shape == "band")

@@ -1,4 +1,4 @@
-"""The plan: which rectangles of the score matrix are computed. Host arithmetic only; every position comparison is spec's.
+"""The plan: which rectangles of the score matrix are computed. Host arithmetic; comparing positions is left to spec.
 
 A problem is a list of *regions* (a dense batch, each packed sequence, each pair of equal segments) that know nothing of
 each other. A region is cut into *blocks*, so that rows which keep different keys fall into different ones, and each
@@ -182,7 +182,7 @@ def cut(region: Block, spec: AttentionSpec, max_rows: int | None = None) -> list
 
 
 def calls(blocks: Sequence[Block], spec: AttentionSpec, max_keys: int) -> list[Call]:
-    """``blocks`` with runs of copies at equal spacing drawn together, as long as a call has at most ``max_keys`` keys."""
+    """``blocks`` with runs of copies at equal spacing drawn together, up to ``max_keys`` key rows in a call."""
     merged: list[Call] = []
     last: Block | None = None
     for block in blocks:

@@ -147,7 +147,9 @@ def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, i
     elif inputs.sinks.shape[0] > 1:
         assert inputs.cu_seqlens_q is not None
         ends = inputs.cu_seqlens_q.long()
-        by_sequence = torch.segment_reduce(rows.transpose(0, 1).contiguous(), "sum", offsets=ends, initial=0, unsafe=True)
+        by_sequence = torch.segment_reduce(
+            rows.transpose(0, 1).contiguous(), "sum", offsets=ends, initial=0, unsafe=True
+        )
     else:
         by_sequence = rows.sum(-1)[None]
     shared = inputs.sinks.shape[0] == 1
