@@ -105,6 +105,9 @@ class SpeedReport:
         panels = figure.subplots(1, len(KINDS) + 1)
         for panel, kind in zip(panels, KINDS, strict=False):
             entries = [entry for entry in self.entries if entry.kind == kind]
+            panel.set_visible(any(entry.times for entry in entries))
+            if not panel.get_visible():
+                continue
             for peer in PEERS:
                 points = [(entry.length, entry.times[peer].median * 1e3) for entry in entries if peer in entry.times]
                 panel.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=COLOURS[peer], label=peer)

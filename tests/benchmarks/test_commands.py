@@ -145,6 +145,12 @@ def test_asking_for_a_gpu_that_is_not_there(capsys):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
+def test_the_interpreter_is_not_measured(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["ops", "--device", "cpu"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
 def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["nonsense"])

@@ -8,6 +8,7 @@ block is as narrow as the band allows. Blocks that are copies of one another at 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,13 @@ def shape(block: Block, spec: AttentionSpec) -> Shape:
     last_row = tile_range(spec, last, last + 1, block.s_q, block.s_kv)
     begins_on_time = first_row[0] <= block.keys[0] and last_row[0] <= block.keys[0]
     return "causal" if begins_on_time and first_row[1] == block.keys[0] + 1 else "band"
+
+
+@functools.lru_cache(maxsize=1024)
+def shape_of_all(spec: AttentionSpec, s_q: int, s_kv: int) -> Shape | None:
+    """The shape of a dense problem that one block holds, every row and key of it used; else None."""
+    block = Block((0, 1), (0, s_q), (0, s_kv), s_q, s_kv)
+    return shape(block, spec) if narrow(block, spec) is block and shape(block, spec) != "band" else None
 
 
 def cut(region: Block, spec: AttentionSpec, max_rows: int | None = None) -> list[Block]:

@@ -77,9 +77,10 @@ def probabilities(
     if not is_full:
         scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
     p = tl.exp2(scores * factor_of(head, F) - of_lse)
+    spared = p
     if F.dropout:
-        return p, survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED), t
-    return p, p, t
+        spared = survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED)
+    return p, spared, t
 
 
 @triton.jit

@@ -368,14 +368,9 @@ def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSP
     Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
     column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.
     """
-    i, call = i0 + tl.arange(0, BLOCK_M), j0 // 8 + tl.arange(0, BLOCK_N // 8)
-    at, of = head.dropout_head, head.offset
-    if TRANSPOSED:
-        w0, w1, w2, w3 = tl.philox(head.seed, i[None, :], call[:, None], at, of, n_rounds=PHILOX_ROUNDS)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_N // 32, 4, BLOCK_M, 4)
-        spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
-        return tl.permute(spared, (0, 3, 1, 4, 2)).reshape(BLOCK_N, BLOCK_M)
-    w0, w1, w2, w3 = tl.philox(head.seed, i[:, None], call[None, :], at, of, n_rounds=PHILOX_ROUNDS)
+    i, call = i0 + tl.arange(0, BLOCK_M)[:, None], j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+    w0, w1, w2, w3 = tl.philox(head.seed, i, call, head.dropout_head, head.offset, n_rounds=PHILOX_ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
     spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
-    return tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
+    spared = tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
+    return tl.trans(spared) if TRANSPOSED else spared
