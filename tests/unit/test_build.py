@@ -127,6 +127,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(reason in found for found in cuda.BACKEND.unsupported_reasons(problem)), reason
 
 
+def test_it_never_serves_unasked_before_it_ran_on_a_gpu() -> None:
+    assert cuda.BACKEND.automatic_reasons(problem_on_hopper()) == ["not yet run on a GPU"]
+
+
 def test_delivery_says_what_happened() -> None:
     text = cuda.delivery()
     assert ("built" in text) or ("NVRTC" in text)
