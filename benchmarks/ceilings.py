@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from fastattn.testing.timing import compare, stopwatch
+from fastattn.testing.timing import Contender, compare, stopwatch
 from fastattn.testing.workload import DTYPES
 
 
@@ -16,14 +18,14 @@ def measure(device: torch.device, dtypes: set[str], quick: bool = False) -> dict
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 512 if quick else 2048
     megabytes = 1024 if on_gpu else 16 if quick else 256
-    contenders = {}
+    contenders: dict[str, Contender] = {}
     for name in sorted(dtypes):
         a, b = (torch.randn(n, n, device=device).to(DTYPES[name]) for _ in range(2))
         out = torch.empty_like(a)
-        contenders[name] = lambda a=a, b=b, out=out: torch.matmul(a, b, out=out)
+        contenders[name] = functools.partial(torch.matmul, a, b, out=out)
     source = torch.randn(megabytes << 18, device=device)
     target = torch.empty_like(source)
-    contenders["copy"] = lambda: target.copy_(source)
+    contenders["copy"] = functools.partial(target.copy_, source)
     for contender in contenders.values():
         contender()
     times = compare(contenders, stopwatch(device), rounds=7, round_s=0.02, budget_s=5)

@@ -51,7 +51,8 @@ def device_name(device: torch.device) -> str:
     """The name by which results are kept apart."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def clocks(device: torch.device) -> dict[str, Any] | None:

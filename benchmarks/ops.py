@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import time
 from typing import Any
@@ -12,19 +13,21 @@ from tqdm import tqdm
 
 from benchmarks import ceilings, command_line, tables
 from benchmarks.peers import chosen
-from benchmarks.record import Record
 from benchmarks.suites import SUITES, Suite
 from fastattn.errors import InputError
-from fastattn.testing.measure import Effort, measure
+from fastattn.testing.comparison import Effort, compare_peers
 from fastattn.testing.workload import Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_common(parser)
-    parser.add_argument("--suite", nargs="+", metavar="NAME", help=f"of {', '.join(SUITES)} (default: cpu on a CPU, else paper)")
+    parser.add_argument(
+        "--suite", nargs="+", metavar="NAME", help=f"of {', '.join(SUITES)} (default: cpu on a CPU, else paper)"
+    )
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="whom to measure, or 'all'")
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose line contains TEXT")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
+    parser.add_argument("--effort", type=float, metavar="S", help="seconds of timing for each pass of each case")
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
 
 
@@ -35,16 +38,24 @@ def run(args: argparse.Namespace) -> int:
     cases = [(suite, w) for suite in suites for w in suite.cases if args.case in w.id]
     if not cases:
         raise InputError(f"--case: no case of {', '.join(s.name for s in suites)} contains {args.case!r}.")
-    record = Record("ops", args.command_line, device, command_line.out(args, "-".join(s.name for s in suites)))
+    record = command_line.record(args, "-".join(s.name for s in suites), device)
     dtypes = {w.dtype for _, w in cases}
-    record.set(ceilings=ceilings.measure(device, dtypes, args.quick), peers=[peer.name for peer in peers])
+    measured = record.data.get("ceilings", {}) | ceilings.measure(device, dtypes, args.quick)
+    names = dict.fromkeys([*record.data.get("peers", []), *(peer.name for peer in peers)])
+    record.set(ceilings=measured, peers=list(names))
+    effort = Effort.of(device, args.quick)
+    if args.effort is not None:
+        effort = dataclasses.replace(effort, budget_s=args.effort)
     began = time.monotonic()
     for suite, workload in tqdm(cases, desc="ops", unit="case", disable=args.quiet):
         if time.monotonic() - began > args.budget:
             record.add(_head(suite, workload) | {"peers": {}, "why": f"the budget of {args.budget:g} s was spent"})
             continue
-        found = measure(workload, peers, device, Effort.of(device, args.quick), wall=suite.wall, takes_memory=not args.no_memory)
-        record.add(_head(suite, workload) | {"peers": found})
+        try:
+            found = compare_peers(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
+            record.add(_head(suite, workload) | {"peers": found})
+        except RuntimeError as error:  # of the device: a peer's own errors are rows of the result
+            record.add(_head(suite, workload) | {"peers": {}, "why": f"{type(error).__name__}: {str(error)[:200]}"})
         if _device_is_lost(device):
             record.set(stopped=f"the device failed at {workload.id}; a process cannot go on after that")
             break

@@ -142,9 +142,10 @@ def _prepare_torch_varlen(operands: Operands) -> Forward:
     from torch.nn.attention.varlen import varlen_attn
 
     w = operands.workload
-    lengths = (operands.cu_seqlens, operands.cu_seqlens, w.s_q // w.documents, w.s_kv // w.documents)
-    options = {"scale": w.spec.scale, "window_size": _window(w), "enable_gqa": w.heads_q != w.heads_kv}
-    return lambda: varlen_attn(operands.q, operands.k, operands.v, *lengths, **options)
+    lengths: Any = (operands.cu_seqlens, operands.cu_seqlens, w.s_q // w.documents, w.s_kv // w.documents)
+    options: dict[str, Any] = {"scale": w.spec.scale, "window_size": _window(w), "enable_gqa": w.heads_q != w.heads_kv}
+    call: Callable[..., Any] = varlen_attn
+    return lambda: call(operands.q, operands.k, operands.v, *lengths, **options)
 
 
 def _varlen_reasons(workload: Workload, device_type: str) -> list[str]:

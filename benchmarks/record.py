@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from fastattn.errors import DataError
+from fastattn.errors import DataError, InputError
 
 SCHEMA = 1
 
@@ -20,15 +20,27 @@ SCHEMA = 1
 class Record:
     """What a command measured, under which conditions.
 
+    Args:
+        kind: the command.
+        command: the whole command line.
+        device: measured on.
+        path: where it lies; None keeps it in memory.
+        append: go on with the record that lies there.
+
     Attributes:
         data: ``schema, kind, command, started, finished, environment`` and ``results``, a list of JSON objects whose
             form is the business of the command.
-        path: where it lies; None keeps it in memory.
     """
 
-    def __init__(self, kind: str, command: str, device: torch.device, path: Path | None) -> None:
+    def __init__(
+        self, kind: str, command: str, device: torch.device, path: Path | None, *, append: bool = False
+    ) -> None:
         self.path = path
-        self.data: dict[str, Any] = {
+        if append and path is not None and path.exists():
+            self.data = self._continued(read(path), kind, command, device)
+            self.save()
+            return
+        self.data = {
             "schema": SCHEMA,
             "kind": kind,
             "command": command,
@@ -38,6 +50,14 @@ class Record:
             "results": [],
         }
         self.save()
+
+    def _continued(self, data: dict[str, Any], kind: str, command: str, device: torch.device) -> dict[str, Any]:
+        """An earlier record to go on with, if it is of the same kind, device and code."""
+        now, then = environment.describe(device), data["environment"]
+        same = all(now[field] == then[field] for field in ("device", "commit", "dirty", "source"))
+        if data["kind"] != kind or not same:
+            raise InputError(f"--append: {self.path} is of another command, device or code. Choose another --out.")
+        return data | {"command": f"{data['command']} && {command}", "finished": None}
 
     def add(self, result: dict[str, Any]) -> None:
         """Append a result and write the file."""

@@ -107,6 +107,18 @@ def _cpu() -> Iterator[Workload]:
     yield _case(16384, 8, 64, dtype="fp32", passes=(), memory=True)
 
 
+def _first() -> Iterator[Workload]:
+    """One small case for each kind of kernel: what to run before anything long."""
+    for d in (64, 128, 256):
+        yield _case(512, 4, d, causal=True)
+    yield _case(512, 4, 128)
+    yield _case(512, 4, 128, dtype="fp16", causal=True)
+    yield _case(512, 4, 128, 2, causal=True, window=(63, 0), softcap=30.0, sinks=True)
+    yield _case(512, 4, 64, documents=8, packed=True, causal=True)
+    yield _case(256, 4, 64, bias=True)
+    yield Workload(s_q=1, s_kv=512, heads_q=8, heads_kv=2, d_qk=128, d_v=128, causal=True, passes=("forward",))
+
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -114,6 +126,7 @@ SUITES = {
         Suite("llm", "shapes of language models: GQA, softcap, sinks, windows, two head dims", tuple(_llm())),
         Suite("features", "the cost of each feature on one shape", tuple(_features())),
         Suite("small", "problems bound by launches, by the wall clock", tuple(_small()), wall=True),
+        Suite("first", "one small case for each kind of kernel", tuple(_first())),
         Suite("cpu", "2 threads: dense, causal, window, packed documents, memory", tuple(_cpu())),
     )
 }

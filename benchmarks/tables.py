@@ -24,10 +24,14 @@ def summary(record: Record) -> str:
 def conditions(record: Record) -> str:
     """Where, when and with what a record was measured."""
     e = record["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version and name != "fastattn")
+    versions = ", ".join(
+        f"{name} {version}" for name, version in e["versions"].items() if version and name != "fastattn"
+    )
     lines = [f"{e['device']}; {versions}; {code(record)}; {record['started'][:10]}."]
     if record.get("ceilings"):
-        lines.append("Ceilings of the same run: " + ", ".join(_ceiling(*item) for item in record["ceilings"].items()) + ".")
+        lines.append(
+            "Ceilings of the same run: " + ", ".join(_ceiling(*item) for item in record["ceilings"].items()) + "."
+        )
     if record["finished"] is None:
         lines.append("**The run did not finish**; what it had measured is here.")
     if record.get("stopped"):
@@ -154,7 +158,10 @@ def _times(ours: Timing | None, theirs: Timing | None) -> str:
 
 def _memory(peers: Sequence[str], result: Record) -> str:
     peaks = [
-        max((found.get("peak_bytes", 0) for found in result["peers"].get(peer, {}).get("passes", {}).values()), default=0)
+        max(
+            (found.get("peak_bytes", 0) for found in result["peers"].get(peer, {}).get("passes", {}).values()),
+            default=0,
+        )
         for peer in peers
     ]
     return " / ".join(size(peak) if peak else "–" for peak in peaks) if any(peaks) else ""
@@ -191,7 +198,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned in the source too."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.cli import device, info
-from fastattn.errors import DataError, InputError
+from fastattn.errors import DataError, input_error
+from fastattn.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fastattn.train import Outcome, RunConfig
 
 _MARK = ".fastattn-demo"  # a folder with it is ours to write over
-_PROMPTS = ("def main(", "import ", "class ")
+PROMPTS = ("def main(", "import ", "class ")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,13 +72,13 @@ class Report:
         self.figures["seconds"] = self.seconds
         took = ", ".join(f"{title.lower()} {seconds:.0f} s" for title, seconds in self.seconds.items())
         text = "\n\n".join([*self.text, f"Time: {took}."]) + "\n"
-        (self.folder / "report.md").write_text(text, encoding="utf-8")
-        (self.folder / "report.json").write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "report.json", json.dumps(self.figures, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
-        raise InputError(f"--minutes: got {args.minutes}; allowed: a positive number. 1.8 is the default.")
+        raise input_error("--minutes", args.minutes, "a positive number", "1.8 is the default.")
     target = device.choose(args.device)
     report = Report(_own_folder(args.out))
     with report.section("This machine"):
@@ -166,7 +167,7 @@ def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
     with report.section("What it writes"):
         model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
         samples = {}
-        for prompt in _PROMPTS:
+        for prompt in PROMPTS:
             pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))
             samples[prompt] = prompt + "".join(pieces)
             report.block(samples[prompt])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,7 +75,9 @@ def given_flags(args: argparse.Namespace) -> dict[str, object]:
     """The settings on the command line, by field of ``RunConfig``."""
     fields = {flag.field for flag in FLAGS}
     flags = {name: value for name, value in vars(args).items() if name in fields}
-    return flags | ({"data": tuple(args.data)} if "data" in args else {})
+    if "data" in args:  # so that --resume finds it from any folder
+        flags["data"] = tuple(str(Path(path).expanduser().absolute()) for path in args.data)
+    return flags
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,5 +89,7 @@ def run(args: argparse.Namespace) -> int:
     config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
     outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
     print(outcome.summary())
-    stopped_by = outcome.progress.signal
-    return 128 + stopped_by if stopped_by else 0
+    if outcome.progress.signal is None:
+        return 0
+    print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
+    return 128 + outcome.progress.signal

@@ -233,7 +233,7 @@ class _AllToAll(torch.autograd.Function):
         return received
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.apply(grad, ctx.group), None
 
 
@@ -298,7 +298,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         sharding, spec = ctx.sharding, ctx.spec
         length = q.shape[1] * sharding.size
@@ -351,7 +351,7 @@ def _passed_on(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> tuple
 
 
 def _send_on(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
-    """Begin to send contiguous tensors, which must live on until then, to the next rank and to receive the previous's."""
+    """Begin to send contiguous tensors, which must live on until it is done, to the next rank, and to receive."""
     if sharding.size == 1:
         return tensors, []
     group = sharding.group or dist.group.WORLD

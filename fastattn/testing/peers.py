@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def fastattn_peer(backend: str | None) -> Peer:
 
     def prepare(operands: Operands) -> Forward:
         w = operands.workload
-        options = {
+        options: dict[str, Any] = {
             "causal": w.causal,
             "window": w.window,
             "softcap": w.softcap,
@@ -107,15 +108,19 @@ def fastattn_peer(backend: str | None) -> Peer:
             "backend": backend,
         }
         q, k, v = operands.q, operands.k, operands.v
-        if operands.cu_seqlens is not None:
-            cu_seqlens, longest = operands.cu_seqlens, w.s_q // w.documents
-            lengths = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
-            return lambda: fastattn.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, **lengths, **options)
-        dense = {"bias": operands.bias, "segment_ids": operands.segment_ids}
-        return lambda: fastattn.attention(q, k, v, **dense, **options)
+        call: Callable[..., Any] = fastattn.attention
+        if operands.cu_seqlens is None:
+            options |= {"bias": operands.bias, "segment_ids": operands.segment_ids}
+            return lambda: call(q, k, v, **options)
+        cu_seqlens, longest = operands.cu_seqlens, w.s_q // w.documents
+        options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
+        call_packed: Callable[..., Any] = fastattn.attention_varlen
+        return lambda: call_packed(q, k, v, cu_seqlens, cu_seqlens, **options)
 
     name = f"fastattn-{backend}" if backend else "fastattn"
-    return Peer(name, _ours_reasons(backend), prepare, is_ours=True, scores_held=(6, 8) if backend == "eager" else (0, 0))
+    return Peer(
+        name, _ours_reasons(backend), prepare, is_ours=True, scores_held=(6, 8) if backend == "eager" else (0, 0)
+    )
 
 
 def eager_attention(operands: Operands, bias: Tensor | None, kept: Tensor | None) -> Tensor:
@@ -166,7 +171,7 @@ def prepare_sdpa(operands: Operands) -> Forward:
     q, k, v = (x[None] for x in (q, k, v)) if w.packed else (q, k, v)
     causal_flag = w.causal and not (w.has_mask or w.bias or w.alibi)
     bias, kept = (None, None) if causal_flag else bias_and_mask(operands)
-    options = {"scale": w.spec.scale, "is_causal": causal_flag, "enable_gqa": w.heads_q != w.heads_kv}
+    options: dict[str, Any] = {"scale": w.spec.scale, "is_causal": causal_flag, "enable_gqa": w.heads_q != w.heads_kv}
 
     def forward() -> Tensor:
         mask = bias

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastattn.testing.measure import Effort, measure
+from fastattn.testing.comparison import Effort, compare_peers
 from fastattn.testing.peers import EAGER, SDPA, fastattn_peer
 from fastattn.testing.timing import Timing
 from fastattn.testing.workload import Workload
@@ -62,13 +62,19 @@ class SpeedReport:
 
     def table(self) -> str:
         """As text: times, how many times faster fastattn is, peak memory."""
-        lines = [self.title, "", f"{'':8}{'S':>6}  {'fastattn':>10}  {'vs eager':>9}  {'vs sdpa':>9}   peak memory: fastattn / eager / sdpa"]
+        lines = [
+            self.title,
+            "",
+            f"{'':8}{'S':>6}  {'fastattn':>10}  {'vs eager':>9}  {'vs sdpa':>9}   peak memory: fastattn / eager / sdpa",
+        ]
         for entry in self.entries:
             own = entry.times.get("fastattn")
             time = f"{own.median * 1e3:.2f} ms" if own else "-"
             ratios = [_times(entry.times_faster_than(peer)) for peer in ("eager", "sdpa")]
             peaks = " / ".join(_megabytes(entry.peak_bytes.get(peer)) for peer in PEERS) if entry.peak_bytes else ""
-            lines.append(f"{entry.kind:8}{entry.length:>6}  {time:>10}  {ratios[0]:>9}  {ratios[1]:>9}   {peaks}".rstrip())
+            lines.append(
+                f"{entry.kind:8}{entry.length:>6}  {time:>10}  {ratios[0]:>9}  {ratios[1]:>9}   {peaks}".rstrip()
+            )
         lines += ["", "2.0x: fastattn takes half the time. Every result was checked against fp64 before it was timed."]
         reasons = {f"{peer}: {why}": None for entry in self.entries for peer, why in entry.missing.items()}
         return "\n".join([*lines, *(f"no number: {reason}" for reason in reasons)])
@@ -99,10 +105,16 @@ class SpeedReport:
         panels = figure.subplots(1, len(KINDS) + 1)
         for panel, kind in zip(panels, KINDS, strict=False):
             entries = [entry for entry in self.entries if entry.kind == kind]
+            panel.set_visible(any(entry.times for entry in entries))
+            if not panel.get_visible():
+                continue
             for peer in PEERS:
                 points = [(entry.length, entry.times[peer].median * 1e3) for entry in entries if peer in entry.times]
                 panel.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=COLOURS[peer], label=peer)
             panel.set(title=kind, xlabel="length", xscale="log", yscale="log")
+            lengths = [entry.length for entry in entries]
+            panel.set_xticks(lengths, [str(length) for length in lengths])
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("ms, forward and backward")
         panels[0].legend()
@@ -139,7 +151,7 @@ def speed_table(device: str = "cpu", quick: bool = True) -> SpeedReport:
 
 
 def _workloads(device: torch.device, quick: bool) -> list[tuple[str, Workload]]:
-    lengths = (512, 1024, 2048) if quick else (512, 1024, 2048, 4096)
+    lengths: tuple[int, ...] = (512, 1024, 2048) if quick else (512, 1024, 2048, 4096)
     lengths = tuple(8 * length for length in lengths) if device.type == "cuda" else lengths
     return [(kind, _workload(kind, s, device, memory=s == lengths[-1])) for kind in KINDS for s in lengths]
 
@@ -163,7 +175,7 @@ def _workload(kind: str, length: int, device: torch.device, memory: bool) -> Wor
 
 
 def _entry(kind: str, workload: Workload, device: torch.device, effort: Effort) -> Entry:
-    found = measure(workload, list(PEERS.values()), device, effort)
+    found = compare_peers(workload, list(PEERS.values()), device, effort)
     passes = {peer: found[peer]["passes"].get("both", {}) for peer in PEERS}
     missing = {peer: found[peer]["why"] or passes[peer].get("error") for peer in PEERS}
     return Entry(
@@ -177,17 +189,21 @@ def _entry(kind: str, workload: Workload, device: torch.device, effort: Effort) 
 
 def _memory_panel(panel: Any, entries: tuple[Entry, ...]) -> None:
     weighed = [entry for entry in entries if entry.peak_bytes]
+    if not weighed:
+        panel.set_visible(False)
+        return
     for n, peer in enumerate(PEERS):
         heights = [entry.peak_bytes.get(peer, 0) / 1e6 for entry in weighed]
         panel.bar([x + 0.27 * (n - 1) for x in range(len(weighed))], heights, 0.25, color=COLOURS[peer], label=peer)
     panel.set_xticks(range(len(weighed)), [f"{entry.kind}\n{entry.length}" for entry in weighed])
-    panel.set(title="peak memory above the operands", ylabel="MB", yscale="log" if weighed else "linear")
+    panel.set(title="peak memory", ylabel="MB above the operands", yscale="log")
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"this CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"this CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _times(ratio: float | None) -> str:

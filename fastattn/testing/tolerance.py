@@ -15,7 +15,8 @@ off by a rounding. The second is the rounding of the stored result. The third is
 that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the root of the
 sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic rounding error
 analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a relative error of
-its argument by the argument. It stays above zero where the exact result cancels to zero: ``dp - delta`` with one key.
+its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays above zero where
+the exact result cancels to zero: ``dp - delta`` with one key.
 
 Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
 """
@@ -214,7 +215,10 @@ def _condition(sample: Sample, exact: Results) -> Results:
     sink_weight = (1 - p.sum(-1)).square() * (1 + lse).square()
     dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
     out = dropped_weight @ v
-    shift = (dout * out).sum(-1) + dlse
+    # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
+    ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
+    stored_out = _heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
+    shift = (dout * (out + stored_out)).sum(-1) + dlse
     dt = _score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
     dt = dt + dropped_weight * (dout @ v.transpose(-1, -2)) + p.square() * shift[..., None]
     gradients = {

@@ -152,7 +152,9 @@ class Operands:
         rows_q, rows_kv = (*batch, workload.s_q), (*batch, workload.s_kv)
         length, extra = divmod(workload.s_q, workload.documents)
         if extra:
-            raise ValueError(f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} equal documents")
+            raise ValueError(
+                f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} equal documents"
+            )
         has_segments = workload.documents > 1 and not workload.packed
         ids = torch.arange(workload.documents, dtype=torch.int32, device=device).repeat_interleave(length)
         heads = torch.arange(1, workload.heads_q + 1, device=device)
@@ -166,7 +168,9 @@ class Operands:
             sinks=normal(workload.heads_q) if workload.sinks else None,
             alibi_slopes=torch.exp2(-8.0 * heads / workload.heads_q) if workload.alibi else None,
             segment_ids=ids.expand(workload.batch, -1) if has_segments else None,
-            cu_seqlens=torch.arange(0, workload.s_q + 1, length, dtype=torch.int32, device=device) if workload.packed else None,
+            cu_seqlens=torch.arange(0, workload.s_q + 1, length, dtype=torch.int32, device=device)
+            if workload.packed
+            else None,
             rng_state=torch.tensor([seed, 0], device=device) if workload.dropout_p else None,
         )
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
+from fastattn.files import saying_why, write_text
 from fastattn.models import Decoder
 from fastattn.train.checkpoint import Checkpoint, save_checkpoint
 from fastattn.train.data import Batch, PackedRows
 from fastattn.train.metrics import peak_flops
 from fastattn.train.optim import OptimConfig, make_optimizer, update
-from fastattn.train.storage import saying_why, write_text
 from fastattn.train.tasks import next_token_loss
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -51,7 +51,7 @@ class TrainConfig:
         eval_rows: rows of a held-out loss, evenly spaced over the held-out text.
         save_every: steps between checkpoints; also written at the end and when interrupted.
         keep: newest checkpoints kept.
-        log_every: steps between lines of the log, which hold means over them.
+        log_every: steps between lines of the log, which hold means over them; a checkpoint adds one.
         precision: "bfloat16" autocasts; "auto" does so on a GPU.
         optim: the optimizer.
     """

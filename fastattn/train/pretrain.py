@@ -62,7 +62,9 @@ class RunConfig:
         """The model's config, with the vocabulary the tokenizer really has."""
         fields = preset(self.preset, vocab_size).to_dict()
         fields |= {"window": self.window, "dropout": self.dropout, "attention": self.attention}
-        return TransformerConfig.from_dict(fields | ({"max_length": self.length} if self.length else {}))
+        if self.length is not None:
+            fields["max_length"] = self.length
+        return TransformerConfig.from_dict(fields)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -82,6 +84,13 @@ class RunConfig:
         own = {name: x for name, x in flags.items() if "." not in name}
         train["optim"] = dataclasses.replace(self.train.optim, **optim)
         return dataclasses.replace(self, **own, train=dataclasses.replace(self.train, **train))
+
+    def value(self, name: str) -> Any:
+        """The field of a name as in ``changed``."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
 ) -> tuple[Trainer, Corpus]:
     """The trainer of a new run and its data."""
-    files = find_files(config.data)
+    files = [path for path in find_files(config.data) if not path.is_relative_to(out.resolve())]
     corpus = prepare(
         files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
     )
@@ -207,15 +216,8 @@ def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
         raise DataError(f"{path} does not hold the settings of a fastattn train run ({error}).") from error
     wanted = saved.changed(flags)
     for name in flags.keys() - _MAY_CHANGE:
-        before, after = _lookup(saved, name), _lookup(wanted, name)
+        before, after = saved.value(name), wanted.value(name)
         if before != after:
             todo = "Leave the flag out when resuming, or start a new --out."
             raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
     return wanted
-
-
-def _lookup(config: RunConfig, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -22,7 +22,8 @@ CU = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
 
 @pytest.fixture
 def backend():
-    """The backend that a CPU gets by itself, without Triton's interpreter."""
+    """The backend that a CPU gets by itself, without Triton's interpreter, and no graph of another test."""
+    torch._dynamo.reset()
     with fastattn.use_backend(HOME[0]):
         yield HOME[0]
 

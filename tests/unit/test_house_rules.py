@@ -1,6 +1,7 @@
 """The rules that keep the project readable, held by machine: the way of imports, sizes, what is banned."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -15,14 +16,19 @@ ROOT = PACKAGE.parent
 HERE = Path(__file__).resolve()
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
-MIRRORS_OF_TORCH = {"MultiHeadAttention.__init__"}  # whose parameters are those of what they replace
+# These stand in for functions of torch and flash-attn, so their parameters are those of what they replace.
+STAND_INS = {
+    "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache", "_flash_forward", "_flash_backward",
+}  # fmt: skip
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # caller -> functional -> spec/problem -> dispatch -> autograd/ops -> backends: what each part may import of fastattn.
 UNDERNEATH = {"errors", "spec", "layout", "rng", "problem", "version"}
-PUBLIC = {"", "errors", "nn", "testing", "version"}
+PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "version": set(),
     "spec": set(),
     "layout": {"errors"},
@@ -30,16 +36,19 @@ MAY_IMPORT = {
     "problem": {"errors", "layout", "spec"},
     "reference": {"problem", "rng", "spec"},
     "dispatch": {"backends", "errors", "problem"},
-    "ops": {"dispatch", "problem", "reference", "spec"},
+    "ops": {"dispatch", "errors", "problem", "reference", "spec"},
     "autograd": {"ops", "problem", "reference", "spec"},
     "functional": {"autograd", "dispatch", "errors", "layout", "ops", "problem", "reference", "rng", "spec"},
-    "__init__": {"dispatch", "errors", "functional", "nn", "ops", "version"},
+    "inspection": {"errors", "functional", "layout", "problem", "reference", "spec"},
+    "__init__": {"dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
     "testing": {"", "backends", "dispatch", "errors", "ops", "problem", "reference", "spec", "testing", "version"},
     "nn": PUBLIC,
     "models": PUBLIC | {"models"},
     "train": PUBLIC | {"models", "train", "generate"},
     "generate": PUBLIC | {"models", "generate", "train"},
-    "integrations": PUBLIC | {"integrations", "spec"},
+    # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
+    "integrations": UNDERNEATH
+    | {"", "backends", "dispatch", "functional", "inspection", "integrations", "nn", "ops", "reference"},
 }
 
 
@@ -58,6 +67,7 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
 def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -117,7 +127,9 @@ def test_callers_see_public_names_only():
     """Benchmarks use the package as its users do; for the masks of what they compare with they read the spec."""
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
-            assert imported.split(".")[0] in PUBLIC | {"models", "spec", "train"}, f"{name_of(path)} imports {imported}"
+            assert imported.split(".")[0] in PUBLIC | {"generate", "models", "spec", "train"}, (
+                f"{name_of(path)} imports {imported}"
+            )
 
 
 def test_importing_the_package_imports_no_kernel():
@@ -138,13 +150,13 @@ def test_functions_are_short(path):
         assert lines <= (MAX_KERNEL if is_kernel else MAX_FUNCTION), f"{node.name} has {lines} lines"
         names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
         count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
-        assert is_kernel or mirrors_torch(path, node) or count <= MAX_POSITIONAL, f"{node.name} has {count} parameters"
+        assert is_kernel or count <= MAX_POSITIONAL or is_stand_in(path, node), f"{node.name} has {count} parameters"
 
 
-def mirrors_torch(path, function):
+def is_stand_in(path, function):
     classes = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef))
-    owner = next((c.name for c in classes if c.lineno < function.lineno <= c.end_lineno), "")
-    return f"{owner}.{function.name}" in MIRRORS_OF_TORCH
+    owner = next((f"{c.name}." for c in classes if c.lineno < function.lineno <= c.end_lineno), "")
+    return f"{owner}{function.name}" in STAND_INS
 
 
 def body_lines(node):
@@ -192,4 +204,4 @@ def test_public_names_are_documented_and_have_no_kwargs(name, value):
 
 @pytest.mark.parametrize("path", [path for path in PYTHON if path.is_relative_to(PACKAGE)], ids=name_of)
 def test_modules_say_what_lives_in_them(path):
-    assert ast.get_docstring(tree_of(path)), "no module docstring"
+    assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"

@@ -1,0 +1,252 @@
+"""``python -m benchmarks model``: a training step and generation of a bundled model, by kind of attention.
+
+All variants start from the same weights and see the same batches of the standard library's source as bytes; their
+steps run in turn, so that times are comparable and losses can be compared step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import fastattn
+from benchmarks import ceilings, command_line, tables
+from benchmarks.record import Record
+from fastattn.errors import InputError
+from fastattn.generate import Sampling, generate
+from fastattn.models import PRESETS, Decoder, TransformerConfig, preset
+from fastattn.testing import memory
+from fastattn.testing.peers import eager_attention
+from fastattn.testing.timing import compare, stopwatch
+from fastattn.testing.workload import Operands, Workload
+from fastattn.train.metrics import peak_flops
+from fastattn.train.optim import OptimConfig, make_optimizer, update
+
+COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
+VOCABULARY = 256  # bytes
+Attention = Callable[..., Tensor]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command_line.add_common(parser)
+    parser.add_argument("--preset", help=f"of {', '.join(PRESETS)} (default: tiny on a CPU, base on a GPU)")
+    parser.add_argument("--batch", type=int, help="rows (default: 8)")
+    parser.add_argument("--length", type=int, help="tokens in a row (default: the preset's longest)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 50)")
+    parser.add_argument("--compile", choices=("no", "yes", "both"), help="(default: no on a CPU, both on a GPU)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every variant runs."""
+
+    config: TransformerConfig
+    batch: int
+    length: int
+    steps: int
+    new_tokens: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, device: torch.device) -> Setting:
+        name = args.preset or ("base" if device.type == "cuda" else "tiny")
+        config = preset(name, VOCABULARY)
+        if args.quick:
+            config = dataclasses.replace(config, width=64, layers=2, heads=4, kv_heads=2, max_length=64)
+        length = args.length or config.max_length
+        batch, steps = args.batch or (2 if args.quick else 8), args.steps or (4 if args.quick else 50)
+        for argument, number, least in (("batch", batch, 1), ("length", length, 2), ("steps", steps, 2)):
+            if number < least:
+                raise InputError(f"--{argument}: got {number}; allowed: at least {least}.")
+        if length > config.max_length:
+            raise InputError(f"--length: got {length}; allowed: at most {config.max_length}, the preset's longest.")
+        return cls(config, batch, length, steps, new_tokens=8 if args.quick else 64, device=device)
+
+    def batches(self) -> list[Tensor]:
+        """``(batch, length + 1)`` bytes of the standard library's source, one for each step."""
+        folder = Path(sysconfig.get_path("stdlib"))
+        needed = (self.steps + 1) * self.batch * (self.length + 1)
+        text = bytearray()
+        for path in sorted(folder.glob("*.py")):
+            text += path.read_bytes()
+            if len(text) >= needed:
+                break
+        text = text * (needed // len(text) + 1)
+        tokens = torch.frombuffer(text, dtype=torch.uint8)[:needed].long().to(self.device)
+        return list(tokens.view(self.steps + 1, self.batch, self.length + 1))
+
+    def autocast(self) -> Any:
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+class Variant:
+    """A model with one kind of attention, trained in step with the others.
+
+    Attributes:
+        name: the kind, and "compiled" where it is.
+        losses: of each step so far.
+    """
+
+    def __init__(self, setting: Setting, kind: str, compiled: bool, batches: list[Tensor]) -> None:
+        torch.manual_seed(0)
+        self.name = f"{kind}, compiled" if compiled else kind
+        self.losses: list[Tensor] = []
+        self._setting = setting
+        self._attention = ATTENTION[kind]
+        self._batches = batches
+        self.model = Decoder(setting.config).to(setting.device)
+        self._forward = torch.compile(self.model) if compiled else self.model
+        self._optimizer = make_optimizer(self.model, OptimConfig())
+
+    def train_step(self) -> None:
+        batch = self._batches[len(self.losses) % len(self._batches)]
+        with mock.patch.object(fastattn, "attention", self._attention):
+            with self._setting.autocast():
+                logits = self._forward(batch[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+            loss.backward()
+        update(self._optimizer, self.model, 1e-3, 1.0)
+        self.losses.append(loss.detach())  # read later: no wait for the device here
+
+    def generate(self) -> list[list[int]]:
+        """Greedy tokens after a prompt of half the length."""
+        prompt = self._batches[0][:, : max(1, self._setting.length // 2)]
+        with mock.patch.object(fastattn, "attention", self._attention), self._setting.autocast():
+            tokens = list(generate(self.model, prompt, self._setting.new_tokens, Sampling(temperature=0)))
+        return torch.stack(tokens).tolist()
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Tensor:
+    """torch's attention behind the arguments that the presets use."""
+    s_q, s_kv = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if causal and s_q not in (1, s_kv):
+        raise InputError("the model benchmark feeds a prompt at once, then token by token")
+    is_grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and s_q > 1, enable_gqa=is_grouped)
+    return out.transpose(1, 2)
+
+
+def _eager_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Tensor:
+    """Attention by hand behind the arguments that the presets use."""
+    (s_q, heads_q, d_qk), (s_kv, heads_kv, d_v) = q.shape[1:], v.shape[1:]
+    workload = Workload(s_q=s_q, s_kv=s_kv, heads_q=heads_q, heads_kv=heads_kv, d_qk=d_qk, d_v=d_v, causal=causal)
+    operands = Operands(workload, q, k, v, dout=q)
+    return eager_attention(operands, None, operands.keep_matrix() if causal and s_q > 1 else None)
+
+
+ATTENTION: dict[str, Attention] = {
+    "eager": _eager_attention,
+    "sdpa": _torch_attention,
+    "fastattn": fastattn.attention,  # type: ignore[dict-item]
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    device = command_line.device(args)
+    setting = Setting.of(args, device)
+    compiling = args.compile or ("both" if device.type == "cuda" else "no")
+    modes = {"no": (False,), "yes": (True,), "both": (False, True)}[compiling]
+    record = command_line.record(args, device.type, device)
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    ceiling = ceilings.measure(device, {dtype}, args.quick)
+    shape = {
+        "config": setting.config.to_dict(),
+        "batch": setting.batch,
+        "length": setting.length,
+        "steps": setting.steps,
+    }
+    record.set(columns=COLUMNS, ceilings=ceiling, setting=shape)
+    batches = setting.batches()
+    for compiled in modes:
+        variants = list(_built(setting, compiled, batches, record))
+        steps = (_train, _generate) if not compiled else (_train,)
+        for step in tqdm(steps, desc="model", disable=args.quiet):
+            for row in step(setting, variants, ceiling[f"matmul_{dtype}_tflops"]):
+                record.add(row)
+    record.finish(device)
+    print(tables.table(record.data))
+    return 0
+
+
+def _built(setting: Setting, compiled: bool, batches: list[Tensor], record: Record) -> Iterator[Variant]:
+    """The variants that survive their first step; why another did not is a row."""
+    for kind in ATTENTION:
+        variant = Variant(setting, kind, compiled, batches)
+        try:
+            variant.train_step()
+        except Exception as error:
+            record.add({"variant": variant.name, "what": "training", "agreement": f"failed: {str(error)[:150]}"})
+            continue
+        yield variant
+
+
+def _train(setting: Setting, variants: list[Variant], ceiling: float) -> Iterator[dict[str, str]]:
+    calls = {variant.name: variant.train_step for variant in variants}
+    watch = stopwatch(setting.device, wall=True)
+    times = compare(calls, watch, rounds=setting.steps - 1, least_rounds=setting.steps - 1, round_s=0.0)
+    per_step = setting.batch * setting.length
+    peak = peak_flops(setting.device)
+    for variant in variants:
+        timing = times[variant.name]
+        rate = per_step / timing.median
+        flops = rate * variant.model.flops_per_token(setting.length)
+        yield {
+            "variant": variant.name,
+            "what": "training step",
+            "tokens/s": f"{rate:,.0f}",
+            "step": f"{tables.seconds(timing.median)} ±{timing.spread:.0%}",
+            "vs eager": _beside(variants, times, variant),
+            "MFU": f"{flops / peak:.1%}" if peak else "–",
+            "of matmul": f"{flops / 1e12 / ceiling:.0%}",
+            "peak memory": _peak(variant, setting.device),
+            "agreement": _agreement(variants[0], variant),
+        }
+
+
+def _generate(setting: Setting, variants: list[Variant], ceiling: float) -> Iterator[dict[str, str]]:
+    for variant in variants[1:]:  # the same weights for all, or greedy choices drift with training's rounding
+        variant.model.load_state_dict(variants[0].model.state_dict())
+    texts = {variant.name: variant.generate() for variant in variants}
+    first = texts[variants[0].name]
+    watch = stopwatch(setting.device, wall=True)
+    times = compare({v.name: v.generate for v in variants}, watch, rounds=5, round_s=0.0, budget_s=30)
+    for variant in variants:
+        timing, text = times[variant.name], texts[variant.name]
+        same = (torch.tensor(text) == torch.tensor(first)).double().mean().item()
+        yield {
+            "variant": variant.name,
+            "what": f"generation, {len(text)} tokens",
+            "tokens/s": f"{setting.batch * len(text) / timing.median:,.0f}",
+            "step": f"{tables.seconds(timing.median / len(text))} ±{timing.spread:.0%}",
+            "vs eager": _beside(variants, times, variant),
+            "agreement": f"{same:.0%} of the tokens of {variants[0].name}",
+        }
+
+
+def _beside(variants: list[Variant], times: dict[str, Any], variant: Variant) -> str:
+    return f"{times[variant.name].times_faster_than(times[variants[0].name]):.2f}×"
+
+
+def _peak(variant: Variant, device: torch.device) -> str:
+    """Of one more step, above weights and optimizer."""
+    if device.type == "cuda":
+        return tables.size(memory.cuda_peak(variant.train_step))
+    return "–" if memory.cannot_measure_process() else tables.size(memory.process_peak(variant.train_step)[0])
+
+
+def _agreement(first: Variant, variant: Variant) -> str:
+    steps = min(len(first.losses), len(variant.losses))
+    apart = max(abs(float(a) - float(b)) for a, b in zip(first.losses[:steps], variant.losses[:steps], strict=True))
+    return f"loss {float(variant.losses[steps - 1]):.3f}, at most {apart:.1e} from {first.name} in {steps} steps"

@@ -1,0 +1,133 @@
+"""Run the CUDA kernels on a CPU: ``python csrc/emulator/emulate.py [--cases N] [--seed S] [--faults] [--build DIR]``.
+
+Compiles the kernels' own source with g++ against the emulated machine (machine.h) and runs every line of
+``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py, one at a time, each of which has
+to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from faults import FAULTS, Fault
+
+from fastattn.backends.cuda.instances import Tile, forward_tiles
+
+CSRC = Path(__file__).parents[1]
+COMMON = ("machine", "tensor_core", "forward_case", "main")
+COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-Wall", "-Wextra", "-c")
+FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
+TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
+
+
+def newest_source() -> float:
+    return max(path.stat().st_mtime for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp"))
+
+
+def compile_object(source: Path, target: Path, *options: str) -> Path:
+    """``target``, compiled again if any source is newer."""
+    if not target.exists() or target.stat().st_mtime < newest_source():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*COMPILE, *options, str(source), "-o", str(target)], check=True)
+    return target
+
+
+def compile_instance(tile: Tile, csrc: Path, target: Path, *options: str) -> Path:
+    numbers = ",".join(map(str, tile.numbers))
+    return compile_object(csrc / "emulator" / "forward_instance.cpp", target, f"-DFA_INSTANCE={numbers}", *options)
+
+
+def link(objects: Sequence[Path], target: Path) -> Path:
+    subprocess.run(["g++", *map(str, objects), "-o", str(target)], check=True)
+    return target
+
+
+def run(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(cases), str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+class Emulator:
+    """The programs, built in a folder by as many processes as there are jobs."""
+
+    def __init__(self, build: Path, jobs: int) -> None:
+        self.build = build
+        self.jobs = jobs
+        self.common = self.map(
+            lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON
+        )
+
+    def map(self, function: Callable, items: Sequence) -> list:
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(function, items))
+
+    def check_instance(self, tile: Tile, cases: int, seed: int) -> tuple[bool, str]:
+        """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
+        name = "forward_" + "_".join(map(str, tile.numbers))
+        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1")
+        result = run(link([compiled, *self.common], self.build / name), cases, seed)
+        return result.returncode == 0, result.stdout + result.stderr
+
+    def check_fault(self, fault: Fault) -> tuple[bool, str]:
+        """Whether the machine reports ``fault``, and how."""
+        folder = self.build / "faults" / "".join(c if c.isalnum() else "_" for c in fault.what)
+        plant(fault, folder)
+        tile = next(tile for tile in forward_tiles(CSRC) if tile.numbers[:4] == fault.kernel)
+        # The instance comes first: where a function stands in several objects, the linker takes the planted one.
+        compiled = compile_instance(tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY")
+        result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
+        is_reported = result.returncode == 1 and "FAILED" in result.stdout
+        lines = (result.stdout + result.stderr).splitlines()
+        return is_reported, lines[1] if is_reported and len(lines) > 1 else "\n".join(lines)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """A copy of the headers in ``folder``, with the fault."""
+    for path in CSRC.rglob("*"):
+        if path.suffix not in (".h", ".cuh") and path.name != "forward_instance.cpp":
+            continue
+        text = path.read_text()
+        name = path.relative_to(CSRC).as_posix()
+        if name == fault.file:
+            if text.count(fault.old) != 1:
+                raise ValueError(
+                    f"fault {fault.what!r}: {name} holds its source {text.count(fault.old)} times, not once"
+                )
+            text = text.replace(fault.old, fault.new)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the CUDA kernels on a CPU.")
+    parser.add_argument("--cases", type=int, default=5, help="random problems for each kernel (default: 5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first problem (default: 0)")
+    parser.add_argument("--faults", action="store_true", help="also plant the faults of faults.py")
+    parser.add_argument("--build", type=Path, default=CSRC.parent / "build" / "emulator", help="where to build")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    options = parser.parse_args()
+    emulator = Emulator(options.build, options.jobs)
+    numbered = list(enumerate(forward_tiles(CSRC)))  # every line has its own problems
+    results = emulator.map(
+        lambda line: emulator.check_instance(line[1], options.cases, options.seed + 1000 * line[0]), numbered
+    )
+    print("".join(text for _, text in results), end="")
+    is_good = all(ok for ok, _ in results)
+    if options.faults:
+        found = emulator.map(lambda fault: emulator.check_fault(fault), FAULTS)
+        for fault, (is_reported, how) in zip(FAULTS, found, strict=True):
+            print(f"{'reported' if is_reported else 'MISSED  '}  {fault.what}: {how[:150]}")
+        print(f"{sum(ok for ok, _ in found)} of {len(FAULTS)} planted faults reported")
+        is_good = is_good and all(ok for ok, _ in found)
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

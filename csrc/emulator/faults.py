@@ -1,0 +1,243 @@
+"""Faults planted in the forward kernel, one at a time. The emulator has to report every one of them.
+
+Each is a piece of source that occurs once, and what takes its place. A fault is tried on one line of
+``instances.inc``: the causal kernel for head dim 128, or the one where it can show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BAND_128 = (128, 128, 1, 0)
+FULL_128 = (128, 128, 0, 0)
+CAPPED_64 = (64, 64, 1, 1)
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    file: str
+    old: str
+    new: str
+    kernel: tuple[int, int, int, int] = BAND_128  # D_QK, D_V, BAND, SOFTCAP
+    seed: int = 0  # of the first random problem, where few problems show the fault
+
+
+PRODUCER, CONSUMER, SHARED = "sm90/producer.cuh", "sm90/consumer.cuh", "sm90/shared.h"
+FORWARD, SCHEDULE, TRAITS = "sm90/forward.cuh", "sm90/schedule.h", "sm90/traits.h"
+SOFTMAX, MASK = "softmax.h", "mask.h"
+
+OWN_BARRIER = "named_sync(kOwnBarrier + consumer, kWarpgroup);"
+FINISH_STEP = "wgmma_wait<0>(out);\n    release(v);\n    pack_weights<C>(p, scores);"
+
+FAULTS = [
+    # What the producer may do when
+    Fault("K is loaded with the wrong parity", PRODUCER, "k.empty(), k.parity ^ 1", "k.empty(), k.parity"),
+    Fault("V is loaded with the wrong parity", PRODUCER, "v.empty(), v.parity ^ 1", "v.empty(), v.parity"),
+    Fault("K is loaded without waiting for room", PRODUCER, "mbarrier_wait(k.empty(), k.parity ^ 1);", ""),
+    Fault("V is loaded without waiting for room", PRODUCER, "mbarrier_wait(v.empty(), v.parity ^ 1);", ""),
+    Fault("Q is loaded without waiting for room", PRODUCER, "mbarrier_wait(shared.q_empty(), q_parity ^ 1);", ""),
+    Fault("the parity of Q never flips", PRODUCER, "q_parity ^= 1;", ""),
+    Fault("a tile without keys is not announced", PRODUCER, "mbarrier_arrive(shared.q_full());", ""),
+    Fault(
+        "more bytes are expected than come", PRODUCER, "ROWS * CHUNKS * kRowBytes)", "ROWS * CHUNKS * kRowBytes + 16)"
+    ),
+    Fault("fewer bytes are expected than come", PRODUCER, "ROWS * CHUNKS * kRowBytes)", "ROWS * kRowBytes)"),
+    # What it loads, and where
+    Fault("V goes to the stage of K", PRODUCER, "shared.v(v.stage)", "shared.v(k.stage)"),
+    Fault("V is loaded one block off", PRODUCER, "load_v(block + 1)", "load_v(block)"),
+    Fault("the second chunk brings the first columns", PRODUCER, "chunk * kChunkColumns", "0"),
+    Fault("K and V of the query head's number", PRODUCER, "tile.head / group", "tile.head"),
+    Fault("K ignores where its sequence begins", PRODUCER, "k.full(), tile.first_kv + block", "k.full(), block"),
+    Fault("Q ignores where its sequence begins", PRODUCER, "tile.first_q + tile.row, tile.head", "tile.row, tile.head"),
+    # Products in flight
+    Fault("scores are used before the wait", CONSUMER, "wgmma_wait<1>(scores);", ""),
+    Fault(
+        "K is released before its product is done",
+        CONSUMER,
+        "wgmma_wait<1>(scores);\n    release(k);",
+        "release(k);\n    wgmma_wait<1>(scores);",
+    ),
+    Fault(
+        "V is released before its product is done",
+        CONSUMER,
+        FINISH_STEP,
+        "release(v);\n    wgmma_wait<0>(out);\n    pack_weights<C>(p, scores);",
+    ),
+    Fault(
+        "P is packed while the product reads it",
+        CONSUMER,
+        FINISH_STEP,
+        "pack_weights<C>(p, scores);\n    wgmma_wait<0>(out);\n    release(v);",
+    ),
+    Fault(
+        "out is cleared while the product adds to it",
+        CONSUMER,
+        "    wgmma_wait<0>(out);\n    release(v);\n    pack",
+        "    out[0] = 0;\n    wgmma_wait<0>(out);\n    release(v);\n    pack",
+    ),
+    Fault("the scores are not committed", CONSUMER, "d != 0);\n  }\n  wgmma_commit();", "d != 0);\n  }"),
+    Fault(
+        "the output is not committed",
+        CONSUMER,
+        "v + n_major_step(n), 1);\n  }\n  wgmma_commit();",
+        "v + n_major_step(n), 1);\n  }",
+    ),
+    Fault(
+        "no wgmma.fence before the first scores",
+        CONSUMER,
+        "wgmma_fence();\n  issue_scores<C>(scores, shared, consumer, k.stage);\n  wgmma_wait<0>",
+        "issue_scores<C>(scores, shared, consumer, k.stage);\n  wgmma_wait<0>",
+    ),
+    Fault("no wait for K", CONSUMER, "2 * kWarpgroup);\n    mbarrier_wait(k.full(), k.parity);", "2 * kWarpgroup);"),
+    Fault("no wait for V", CONSUMER, "k.stage);\n    mbarrier_wait(v.full(), v.parity);", "k.stage);"),
+    Fault("no wait for Q", CONSUMER, "mbarrier_wait(shared.q_full(), q_parity);", ""),
+    Fault("every lane releases a stage", CONSUMER, "if (thread_index() % 32 == 0) mbarrier", "mbarrier"),
+    Fault("the first scores add to what was there", CONSUMER, "d != 0);", "1);"),
+    Fault("out is not cleared", CONSUMER, "++i) out[i] = 0.f;", "++i) out[i] = 1.f;"),
+    # Layouts
+    Fault(
+        "the leading offset of V is wrong",
+        CONSUMER,
+        "n_major(shared.v(stage), C::BLOCK_N)",
+        "n_major(shared.v(stage), 8)",
+    ),
+    Fault("V is read as K-major", CONSUMER, "wgmma_rs<1>", "wgmma_rs<0>"),
+    Fault(
+        "K steps by the chunks of Q", CONSUMER, "k_major_step(C::BLOCK_N, d)", "k_major_step(C::BLOCK_M, d)", FULL_128
+    ),
+    Fault(
+        "every consumer takes the first rows of Q",
+        CONSUMER,
+        "k_major(recomputed(shared.q() + consumer * 64 * kRowBytes))",
+        "k_major(shared.q())",
+    ),
+    Fault("P is taken in the wrong order", CONSUMER, "p[n / 4 + 1], p[n / 4 + 2]", "p[n / 4 + 2], p[n / 4 + 1]"),
+    Fault("out is staged without swizzle", CONSUMER, " ^ swizzle;", ";"),
+    # Turns, and the way of out to memory
+    Fault(
+        "nobody has the first turn",
+        CONSUMER,
+        "if (C::PINGPONG && consumer == 0) named_arrive",
+        "if (false) named_arrive",
+    ),
+    Fault("a consumer keeps its turn", CONSUMER, "(consumer + 1) % C::CONSUMERS", "consumer"),
+    Fault(
+        "out is staged while other warps read Q", CONSUMER, OWN_BARRIER + "  // all four warps have read their Q", ""
+    ),
+    Fault(
+        "out is stored before all warps have staged it",
+        CONSUMER,
+        "fence_proxy_async();\n    " + OWN_BARRIER,
+        "fence_proxy_async();",
+    ),
+    Fault(
+        "no proxy fence before the store of out",
+        CONSUMER,
+        "stage_rows<C>(shared, out);\n    fence_proxy_async();",
+        "stage_rows<C>(shared, out);",
+    ),
+    Fault("Q's buffer is handed back before out has left", CONSUMER, "tma_store_wait_read();", ""),
+    Fault("the store of out is not committed", CONSUMER, "tma_store_commit();", ""),
+    Fault("Q's buffer is never handed back", CONSUMER, "mbarrier_arrive(shared.q_empty());", ""),
+    Fault(
+        "the block ends before out has arrived",
+        CONSUMER,
+        "if (warp_uniform(this_place().warp()) == 0 && elect_one()) tma_store_wait();",
+        "",
+    ),
+    Fault("the last rows of a sequence overwrite the next", CONSUMER, "|| first + 64 <= tile.s_q", "|| true"),
+    # Values that a packed sequence does not keep
+    Fault("unkept values are not cleared", CONSUMER, "if (!args.p.cu_seqlens_q) return;", "return;"),
+    Fault(
+        "unkept values of the first block are not cleared",
+        CONSUMER,
+        "if (blocks.all.end - blocks.all.begin > 1)",
+        "if (false)",
+    ),
+    Fault(
+        "cleared values are not fenced",
+        CONSUMER,
+        "fence_proxy_async();\n  named_sync(kConsumersBarrier",
+        "named_sync(kConsumersBarrier",
+    ),
+    Fault(
+        "cleared values are used before all are",
+        CONSUMER,
+        "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);",
+        "",
+    ),
+    Fault(
+        "values are cleared before they arrive",
+        CONSUMER,
+        "mbarrier_wait(v.full(), v.parity);\n  constexpr",
+        "constexpr",
+    ),
+    Fault("values that are kept are cleared", CONSUMER, "if (contains(kept, keys.begin + row)) continue;", ""),
+    # Softmax
+    Fault(
+        "no guard for rows that keep nothing yet",
+        SOFTMAX,
+        "largest[r] == negative_infinity() ? 0.f : largest[r] * scale_log2",
+        "largest[r] * scale_log2",
+    ),
+    Fault(
+        "the maximum is not shared by a row's threads",
+        SOFTMAX,
+        "largest[r] = maximum(largest[r], shuffle_xor(largest[r], 2));",
+        "",
+    ),
+    Fault("the sum is not rescaled", SOFTMAX, "state.sum[r] * rescale[r]", "state.sum[r]"),
+    Fault("rescale takes the wrong row", CONSUMER, "rescale[i / 2 % 2]", "rescale[i % 2]"),
+    Fault("the sum is not shared by a row's threads", CONSUMER, "state.sum[r] += shuffle_xor(state.sum[r], 1);", ""),
+    Fault(
+        "the mask takes one row for both",
+        SOFTMAX,
+        "tile_range(band, row + 8, row + 9)",
+        "tile_range(band, row, row + 1)",
+    ),
+    Fault(
+        "the sink is left out of the sum",
+        SOFTMAX,
+        "multiply_add(sum, shrink, exp2_approx(of_sink - top))",
+        "sum * shrink",
+    ),
+    Fault(
+        "an empty row forgets its sink",
+        SOFTMAX,
+        "float const top = maximum(of_keys, of_sink);",
+        "float const top = of_keys;",
+    ),
+    Fault("softcap without its scale", SOFTMAX, "(2 * kLog2E * cap_scale)", "(2 * kLog2E)", CAPPED_64),
+    # Positions
+    Fault(
+        "causal is off by one",
+        MASK,
+        "band.left),\n                      smaller(band.s_kv, i1 + band.diagonal",
+        "band.left),\n                      smaller(band.s_kv, i1 + 1 + band.diagonal",
+    ),
+    Fault(
+        "the window is off by one",
+        MASK,
+        "larger(0, i0 + band.diagonal - band.left)",
+        "larger(0, i0 + 1 + band.diagonal - band.left)",
+    ),
+    Fault("the anchor is always the upper left", MASK, "lower_right ? s_kv - s_q : 0", "0"),
+    Fault(
+        "a block too many goes without mask",
+        SHARED,
+        "larger(first_full, full.end / N)",
+        "larger(first_full, full.end / N + 1)",
+    ),
+    Fault("blocks without mask, backwards", SHARED, "larger(first_full, full.end / N)", "full.end / N", seed=108),
+    Fault("no masks within the loop", CONSUMER, "C::BAND && !contains(blocks.unmasked, block)", "false"),
+    # Tiles
+    Fault("the last pass is as wide as the others", SCHEDULE, "left < wanted ? left : wanted", "wanted"),
+    Fault("sequences before are forgotten", SCHEDULE, "tiles_before += blocks * heads;", ""),
+    Fault("lse of the wrong head", CONSUMER, "tile.map_batch * p.heads_q + tile.head)", "tile.map_batch * p.heads_q)"),
+    # Set-up
+    Fault("a stage counts consumers, not warps", FORWARD, "4 * C::CONSUMERS", "C::CONSUMERS"),
+    Fault("the barriers' initialisation is not fenced", FORWARD, "mbarrier_fence_init();", ""),
+    Fault("roles begin before the barriers are there", FORWARD, "block_sync();", ""),
+    Fault("the producer keeps too many registers", TRAITS, "CONSUMERS == 2 ? 24 : 32", "CONSUMERS == 2 ? 40 : 32"),
+]

@@ -1,0 +1,467 @@
+// The emulated machine of machine.h: fibers and their scheduler, barriers, TMA, and shared memory with its checks.
+// The tensor cores are in tensor_core.cpp.
+#include "machine_state.h"
+
+#include <algorithm>
+#include <map>
+
+namespace fa::emu {
+
+Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+void error(std::string const& what) {
+  Machine& m = machine();
+  if (m.report->error.empty()) {
+    std::string const thread = m.running ? "thread " + std::to_string(m.running->thread) : "asynchronous";
+    m.report->error = "block " + std::to_string(m.block) + ", " + thread + ": " + what;
+  }
+  m.is_stopped = true;
+  if (m.running) swapcontext(&m.running->context, &m.scheduler);  // for good
+}
+
+// ---- fibers ----------------------------------------------------------------------------------------------------------
+void block_until(std::function<bool()> condition, char const* waiting_for) {
+  if (condition()) return;
+  Fiber* self = machine().running;
+  self->condition = std::move(condition);
+  self->waiting_for = waiting_for;
+  swapcontext(&self->context, &machine().scheduler);
+  self->condition = nullptr;
+}
+
+// Sometimes lets the others run first, as if this warp were slow here.
+void pause() {
+  Machine& m = machine();
+  if (m.random() % 3) return;
+  Fiber* self = m.running;
+  self->resume_at = m.rounds + 1 + m.random() % 12;
+  block_until([&m, self] { return m.rounds >= self->resume_at; }, "its turn");
+}
+
+int thread_index() { return machine().running->thread; }
+int block_index() { return machine().block; }
+int block_count() { return machine().blocks; }
+Warp& my_warp() { return machine().warps[thread_index() / 32]; }
+
+Collected const& meet(char const* what, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) {
+  Warp& warp = my_warp();
+  if (warp.arrived == 0) warp.meeting = what;
+  if (std::string(warp.meeting) != what) error(std::string("lanes of a warp part: ") + warp.meeting + " and " + what);
+  uint64_t const values[5] = {a, b, c, d, e};
+  std::copy(values, values + 5, warp.coming.of_lane[thread_index() % 32]);
+  uint64_t const generation = warp.generation;
+  if (++warp.arrived == 32) {
+    warp.collected = warp.coming;
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    block_until([&warp, generation] { return warp.generation != generation; }, "the other lanes of its warp");
+  }
+  return warp.collected;
+}
+
+static void enter_fiber() {
+  machine().kernel();
+  machine().running->done = true;
+}
+
+static void start_fibers(int threads) {
+  Machine& m = machine();
+  m.fibers.resize(threads);
+  for (int thread = 0; thread < threads; ++thread) {
+    Fiber& fiber = m.fibers[thread];
+    std::vector<char> stack = std::move(fiber.stack);
+    fiber = Fiber();
+    fiber.stack = std::move(stack);
+    fiber.stack.resize(64 * 1024);
+    fiber.thread = thread;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &m.scheduler;
+    makecontext(&fiber.context, enter_fiber, 0);
+  }
+}
+
+// ---- the scheduler ---------------------------------------------------------------------------------------------------
+// Holds a warp or a warpgroup back for a while, so that the others get as far ahead as they can.
+struct Freezer {
+  int first = 0, end = 0, rounds = 0;  // warps first .. end - 1
+  bool holds(int warp) const { return warp >= first && warp < end; }
+  void next(int warps) {
+    if (rounds-- > 0) return;
+    auto& random = machine().random;
+    int const width = random() % 3 ? random() % 2 ? 4 : 1 : 0;
+    first = static_cast<int>(random() % warps) / (width ? width : 1) * width;
+    end = first + width;
+    rounds = static_cast<int>(random() % (random() % 4 ? 60 : 1500));
+  }
+};
+
+static bool run_ready_fibers(std::vector<int> const& order, Freezer const& freezer) {
+  Machine& m = machine();
+  bool moved = false;
+  for (int warp : order) {
+    if (freezer.holds(warp)) continue;
+    for (int lane = 0; lane < 32; ++lane) {
+      Fiber& fiber = m.fibers[warp * 32 + lane];
+      if (fiber.done || (fiber.condition && !fiber.condition())) continue;
+      m.running = &fiber;
+      swapcontext(&m.scheduler, &fiber.context);
+      m.running = nullptr;
+      moved = true;
+      if (m.is_stopped) return true;
+    }
+  }
+  return moved;
+}
+
+static bool run_load(bool wanted) {
+  Machine& m = machine();
+  if (m.loads.empty() || !wanted) return false;
+  size_t const i = m.random() % m.loads.size();  // in any order
+  std::function<void()> const load = std::move(m.loads[i]);
+  m.loads.erase(m.loads.begin() + static_cast<long>(i));
+  load();
+  return true;
+}
+
+static bool run_store(bool wanted) {
+  if (!wanted) return false;
+  for (Store& store : machine().stores) {
+    if (store.is_written) continue;
+    if (!store.is_read) {
+      check_async_read(store.from, static_cast<uint32_t>(store.data.size()), "a TMA store");
+      std::copy_n(shared_bytes(store.from, static_cast<int>(store.data.size())), store.data.size(), store.data.begin());
+      store.is_read = true;
+    } else {
+      store.write(store.data);
+      store.is_written = true;
+    }
+    return true;
+  }
+  return false;
+}
+
+static void report_deadlock() {
+  Machine& m = machine();
+  std::map<std::string, std::vector<int>> waiting;
+  for (Fiber const& fiber : m.fibers) {
+    if (!fiber.done) waiting[fiber.waiting_for].push_back(fiber.thread);
+  }
+  std::string text = "deadlock.";
+  for (auto const& [what, threads] : waiting) {
+    text += " " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " wait for " + what + ".";
+  }
+  for (auto const& [address, barrier] : m.mbarriers) {
+    text += " [mbarrier +" + std::to_string(address - kSharedBase) + ": phase " + std::to_string(barrier.phase) +
+            ", lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.arrivals) + " arrivals and " +
+            std::to_string(barrier.bytes) + " bytes]";
+  }
+  error(text);
+}
+
+static void schedule(int threads) {
+  Machine& m = machine();
+  std::vector<int> order(threads / 32);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  Freezer freezer;
+  while (std::any_of(m.fibers.begin(), m.fibers.end(), [](Fiber const& fiber) { return !fiber.done; })) {
+    std::shuffle(order.begin(), order.end(), m.random);
+    freezer.next(threads / 32);
+    ++m.rounds;
+    bool moved = run_ready_fibers(order, freezer);
+    if (!moved && freezer.end > freezer.first) {
+      freezer = Freezer();
+      moved = run_ready_fibers(order, freezer);
+    }
+    moved |= std::any_of(m.fibers.begin(), m.fibers.end(), [&](Fiber const& f) { return !f.done && f.resume_at > m.rounds; });
+    moved |= run_product(!moved || m.random() % 2 == 0);
+    moved |= run_load(!moved || m.random() % 3 == 0);
+    moved |= run_store(!moved || m.random() % 3 == 0);
+    if (!moved) report_deadlock();
+    if (m.is_stopped) return;
+  }
+}
+
+void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report) {
+  Machine& m = machine();
+  Machine before = std::move(m);
+  m = Machine();
+  m.fibers = std::move(before.fibers);  // whose stacks are used again
+  m.global = std::move(before.global);
+  m.report = &report;
+  m.kernel = kernel;
+  m.block = block;
+  m.blocks = blocks;
+  m.random.seed(seed);
+  m.shared.assign(kSharedBytes, 0xff);
+  m.unfenced_writer.assign(kSharedBytes / 16, 0);
+  m.is_written.assign(kSharedBytes / 16, false);
+  m.warps.resize(threads / 32);
+  int const at_launch = 65536 / threads / 8 * 8;
+  m.register_pool = at_launch * threads;
+  for (Warp& warp : m.warps) warp.registers = at_launch;
+  start_fibers(threads);
+  schedule(threads);
+  bool const is_finished = std::all_of(m.fibers.begin(), m.fibers.end(), [](Fiber const& f) { return f.done; });
+  if (is_finished && !m.loads.empty()) error("the block ended with a TMA load in flight");
+  for (Store const& store : m.stores) {
+    if (is_finished && !store.is_written) error("the block ended with a TMA store in flight");
+  }
+}
+
+void forget_global() { machine().global.clear(); }
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------
+uint8_t* shared_bytes(uint32_t address, int bytes) {
+  if (address < kSharedBase || address + bytes > kSharedBase + kSharedBytes) {
+    error("shared address " + std::to_string(address) + " is out of range");
+    return machine().shared.data();
+  }
+  return machine().shared.data() + (address - kSharedBase);
+}
+
+static bool overlaps(Store const& store, uint32_t from, uint32_t bytes) {
+  return !store.is_read && from < store.from + store.data.size() && from + bytes > store.from;
+}
+
+// Something is about to write [from, from + bytes).
+static void check_write(uint32_t from, uint32_t bytes, char const* who) {
+  Machine& m = machine();
+  for (Store const& store : m.stores) {
+    if (overlaps(store, from, bytes)) error(std::string(who) + " a buffer that a TMA store still reads");
+  }
+  if (is_operand_in_flight(from, bytes)) error(std::string(who) + " an operand of a wgmma in flight");
+}
+
+void store_shared(uint32_t to, void const* from, int bytes) {
+  Machine& m = machine();
+  if (to % static_cast<uint32_t>(bytes)) error("misaligned store to shared memory");
+  uint8_t* const target = shared_bytes(to, bytes);
+  check_write(to, static_cast<uint32_t>(bytes), "a store writes over");
+  std::copy_n(static_cast<uint8_t const*>(from), bytes, target);
+  uint32_t const granule = (to - kSharedBase) / 16;
+  m.unfenced_writer[granule] = static_cast<uint16_t>(thread_index() + 1);
+  m.is_written[granule] = true;
+  m.running->unfenced.push_back(granule);
+}
+
+void load_shared(uint32_t from, void* to, int bytes) {
+  uint8_t const* const source = shared_bytes(from, bytes);
+  if (!machine().is_written[(from - kSharedBase) / 16]) error("a load reads shared memory that was never written");
+  std::copy_n(source, bytes, static_cast<uint8_t*>(to));
+}
+
+void fence_proxy_async() {
+  Machine& m = machine();
+  for (uint32_t granule : m.running->unfenced) {
+    if (m.unfenced_writer[granule] == thread_index() + 1) m.unfenced_writer[granule] = 0;
+  }
+  m.running->unfenced.clear();
+}
+
+void check_async_read(uint32_t from, uint32_t bytes, char const* who) {
+  for (uint32_t granule = (from - kSharedBase) / 16; granule <= (from + bytes - 1 - kSharedBase) / 16; ++granule) {
+    if (int const writer = machine().unfenced_writer[granule]) {
+      error(std::string(who) + " reads what thread " + std::to_string(writer - 1) + " wrote without fence.proxy.async");
+      return;
+    }
+  }
+}
+
+// ---- global memory ---------------------------------------------------------------------------------------------------
+void allow_global(void const* begin, size_t bytes) {
+  machine().global.push_back({static_cast<char const*>(begin), std::vector<bool>(bytes)});
+}
+
+static Region* region_of(void const* address, size_t bytes) {
+  auto const* from = static_cast<char const*>(address);
+  for (Region& region : machine().global) {
+    if (from >= region.begin && from + bytes <= region.begin + region.is_stored.size()) return &region;
+  }
+  error("an address outside of the tensors");
+  return nullptr;
+}
+
+bool may_load(void const* address, size_t bytes) { return region_of(address, bytes) != nullptr; }
+
+bool may_store(void const* address, size_t bytes) {
+  Region* const region = region_of(address, bytes);
+  if (!region) return false;
+  auto const first = region->is_stored.begin() + (static_cast<char const*>(address) - region->begin);
+  auto const end = first + static_cast<std::ptrdiff_t>(bytes);
+  if (std::find(first, end, true) != end) error("an output is stored twice");
+  std::fill(first, end, true);
+  return true;
+}
+
+// ---- mbarriers and named barriers ------------------------------------------------------------------------------------
+static Mbarrier& mbarrier_at(uint32_t address) {
+  auto const found = machine().mbarriers.find(address);
+  if (found == machine().mbarriers.end()) {
+    error("no mbarrier at +" + std::to_string(address - kSharedBase));
+    return machine().mbarriers[address];
+  }
+  if (!found->second.is_fenced) error("an mbarrier is used before its initialisation was fenced");
+  return found->second;
+}
+
+static void finish_phase(Mbarrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    barrier.phase ^= 1;
+    barrier.pending = barrier.arrivals;
+  }
+}
+
+void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  if (barrier % 8) error("misaligned mbarrier");
+  shared_bytes(barrier, 8);
+  machine().mbarriers[barrier] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0, false};
+}
+
+void mbarrier_fence_init() {
+  for (auto& [address, barrier] : machine().mbarriers) barrier.is_fenced = true;
+}
+
+void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
+  Mbarrier& barrier = mbarrier_at(address);
+  if (barrier.pending == 0) return error("more arrivals at an mbarrier than it counts");
+  barrier.bytes += expected_bytes;
+  --barrier.pending;
+  finish_phase(barrier);
+  pause();
+}
+
+static void complete_bytes(uint32_t address, int64_t bytes) {
+  Mbarrier& barrier = mbarrier_at(address);
+  barrier.bytes -= bytes;
+  if (barrier.bytes < 0 && barrier.pending == 0) error("more bytes arrived than an mbarrier expects");
+  finish_phase(barrier);
+}
+
+void mbarrier_wait(uint32_t address, uint32_t parity) {
+  mbarrier_at(address);
+  block_until([=] { return machine().mbarriers[address].phase != static_cast<int>(parity & 1); }, "an mbarrier");
+}
+
+void named_barrier(int id, int threads, bool wait) {
+  Machine& m = machine();
+  if (threads == 0) threads = static_cast<int>(m.fibers.size());
+  if (id < 0 || id > 15 || threads % 32) return error("a named barrier has number 0 to 15 and whole warps");
+  NamedBarrier& barrier = m.named[id];
+  if (barrier.arrived && barrier.threads != threads) error("threads disagree about the size of a named barrier");
+  barrier.threads = threads;
+  uint64_t const generation = barrier.generation;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else if (wait) {
+    block_until([&barrier, generation] { return barrier.generation != generation; }, "a named barrier");
+  }
+}
+
+// setmaxnreg: a warp that wants more waits until the pool, what the launch allotted to the block, has them.
+void set_registers(int registers, bool more) {
+  Machine& m = machine();
+  if (registers % 8 || registers < 24 || registers > 256) error("setmaxnreg takes multiples of 8 from 24 to 256");
+  meet("setmaxnreg");
+  Warp& warp = my_warp();
+  auto const fits = [&m, &warp, registers] {
+    int used = 0;
+    for (Warp const& other : m.warps) used += (&other == &warp ? registers : other.registers) * 32;
+    return used <= m.register_pool;
+  };
+  if (more) block_until(fits, "registers that other warps have not given");
+  warp.registers = registers;
+}
+
+// ---- TMA -------------------------------------------------------------------------------------------------------------
+uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
+
+// Calls visit(offset in the box, address in the tensor or null if outside) for every element of the box at `at`.
+template <class Visit>
+static void visit_box(Map const& map, int const (&at)[4], Visit visit) {
+  uint32_t offset = 0;
+  int i[4];
+  for (i[3] = 0; i[3] < map.box[3]; ++i[3])
+    for (i[2] = 0; i[2] < map.box[2]; ++i[2])
+      for (i[1] = 0; i[1] < map.box[1]; ++i[1])
+        for (i[0] = 0; i[0] < map.box[0]; ++i[0], offset += 2) {
+          int64_t address = 0;
+          bool inside = true;
+          for (int d = 0; d < 4; ++d) {
+            int64_t const x = int64_t{at[d]} + i[d];
+            inside = inside && x >= 0 && x < map.size[d];
+            address += x * map.stride[d];
+          }
+          visit(offset, inside ? static_cast<char*>(map.base) + address : nullptr);
+        }
+}
+
+static uint32_t box_bytes(Map const& map) { return 2u * map.box[0] * map.box[1] * map.box[2] * map.box[3]; }
+
+static void check_map(Map const& map, uint32_t shared) {
+  if (shared % 1024) error("a TMA box begins off the 1024 bytes of its swizzle");
+  if (map.stride[0] != 2 || map.box[0] * 2 > 128) error("a box is wider than the swizzle");
+  for (int d = 0; d < 4; ++d) {
+    if (map.size[d] < 1 || map.box[d] < 1 || map.box[d] > 256) error("a tensor map with an impossible size");
+    if (d > 0 && (map.stride[d] % 16 || map.stride[d] < 0)) error("a tensor map with a stride that 16 does not divide");
+  }
+  if (reinterpret_cast<uintptr_t>(map.base) % 16) error("a tensor map with a base that 16 does not divide");
+}
+
+void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4]) {
+  Machine& m = machine();
+  check_map(*map, to);
+  uint32_t const bytes = box_bytes(*map);
+  check_write(to, bytes, "a TMA load writes over");
+  std::fill_n(shared_bytes(to, static_cast<int>(bytes)), bytes, 0xff);
+  m.loads.push_back([=, x = std::vector<int>(at, at + 4)] {
+    check_write(to, bytes, "a TMA load writes over");
+    visit_box(*map, {x[0], x[1], x[2], x[3]}, [&](uint32_t offset, char const* from) {
+      uint8_t* const target = shared_bytes(swizzled(to + offset), 2);
+      target[0] = from ? static_cast<uint8_t>(from[0]) : 0;
+      target[1] = from ? static_cast<uint8_t>(from[1]) : 0;
+    });
+    std::fill_n(machine().unfenced_writer.begin() + (to - kSharedBase) / 16, bytes / 16, 0);
+    ++machine().report->loads;
+    complete_bytes(barrier, bytes);
+  });
+}
+
+void tma_store(Map const* map, uint32_t from, int const (&at)[4]) {
+  Machine& m = machine();
+  check_map(*map, from);
+  auto const write = [=, x = std::vector<int>(at, at + 4)](std::vector<uint8_t> const& data) {
+    visit_box(*map, {x[0], x[1], x[2], x[3]}, [&](uint32_t offset, char* to) {
+      if (to && may_store(to, 2)) std::copy_n(data.data() + (swizzled(from + offset) - from), 2, to);
+    });
+    ++machine().report->stores;
+  };
+  m.running->open_stores.push_back(m.stores.size());
+  m.stores.push_back({from, std::vector<uint8_t>(box_bytes(*map)), write, false, false});
+}
+
+void tma_store_commit() {
+  Fiber& self = *machine().running;
+  self.stores.insert(self.stores.end(), self.open_stores.begin(), self.open_stores.end());
+  self.open_stores.clear();
+}
+
+void tma_store_wait(bool only_read) {
+  Fiber const* self = machine().running;
+  if (!self->open_stores.empty()) error("a wait for TMA stores that were not committed");
+  block_until(
+      [=] {
+        auto const& all = machine().stores;
+        return std::all_of(self->stores.begin(), self->stores.end(),
+                           [&](size_t i) { return only_read ? all[i].is_read : all[i].is_written; });
+      },
+      "its TMA stores");
+}
+
+}  // namespace fa::emu

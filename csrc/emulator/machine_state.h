@@ -1,0 +1,111 @@
+// The state of the emulated machine, shared by machine.cpp and tensor_core.cpp only.
+#pragma once
+#include <ucontext.h>
+
+#include <deque>
+#include <map>
+#include <random>
+#include <vector>
+
+#include "machine.h"
+
+namespace fa::emu {
+
+struct Accumulator {  // of one thread, while products on it are in flight
+  std::vector<float> values;
+  int in_flight = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  int thread = 0;
+  bool done = false;
+  std::function<bool()> condition;  // null: it can run
+  std::string waiting_for;
+  std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
+  std::vector<size_t> open_stores, stores;  // TMA stores before and after commit
+  uint64_t resume_at = 0;  // round, where it paused
+  bool is_wgmma_fenced = false;
+  size_t issued = 0, retired = 0;    // wgmmas
+  std::vector<size_t> group_ends;    // how many were issued at each commit
+  std::map<float*, Accumulator> accumulators;
+};
+
+struct Product {  // one warp's part of a wgmma: 16 rows
+  Wgmma op;
+  int lanes = 0;  // that have issued it
+  float* d[32];
+  uint32_t const* a[32][4];
+  uint32_t a_values[32][4];
+  std::vector<uint32_t> granules;  // of shared memory that the whole wgmma reads, sorted
+};
+
+struct Warp {
+  Collected coming, collected;
+  char const* meeting = "";
+  int arrived = 0;
+  uint64_t generation = 0;
+  int registers = 0;                     // of each thread
+  std::deque<Product> products;
+  size_t computed = 0, retired = 0;  // products before these are computed; waited for
+};
+
+struct Mbarrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;
+  int phase = 0;
+  bool is_fenced = false;
+};
+
+struct NamedBarrier {
+  int arrived = 0, threads = 0;
+  uint64_t generation = 0;
+};
+
+struct Store {
+  uint32_t from;
+  std::vector<uint8_t> data;
+  std::function<void(std::vector<uint8_t> const&)> write;
+  bool is_read, is_written;
+};
+
+struct Region {  // of global memory
+  char const* begin;
+  std::vector<bool> is_stored;  // each byte, by a kernel
+};
+
+struct Machine {
+  Report* report = nullptr;
+  bool is_stopped = false;
+  std::function<void()> kernel;
+  int block = 0, blocks = 1;
+  std::mt19937 random;
+  uint64_t rounds = 0;  // of the scheduler
+  ucontext_t scheduler;
+  Fiber* running = nullptr;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  int register_pool = 0;
+  std::vector<uint8_t> shared;
+  std::vector<uint16_t> unfenced_writer;  // per granule: 1 + the thread that wrote it without a proxy fence, or 0
+  std::vector<bool> is_written;           // per granule: by ordinary stores
+  std::map<uint32_t, Mbarrier> mbarriers;
+  NamedBarrier named[16];
+  std::vector<std::function<void()>> loads;
+  std::vector<Store> stores;
+  std::vector<Region> global;  // what kernels may touch, but for what TMA loads
+};
+
+Machine& machine();
+Warp& my_warp();
+void block_until(std::function<bool()> condition, char const* waiting_for);
+void pause();
+uint8_t* shared_bytes(uint32_t address, int bytes);
+void check_async_read(uint32_t from, uint32_t bytes, char const* who);
+uint32_t swizzled(uint32_t address);
+
+bool is_operand_in_flight(uint32_t from, uint32_t bytes);
+bool run_product(bool wanted);  // computes one that is waiting, if there is any
+
+}  // namespace fa::emu

@@ -1,0 +1,122 @@
+// The names of sm90/ptx.cuh on the emulated machine. Nothing here decides anything: it forwards to machine.h.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "machine.h"
+
+#define FA_DEVICE inline
+#define FA_GLOBAL(THREADS) void
+#define FA_KERNEL_ARGUMENT const
+#define FA_UNROLL
+
+namespace fa::sm90 {
+
+struct Bf16 {};
+struct F16 {};
+using TensorMap = emu::Map;
+
+inline int thread_index() { return emu::thread_index(); }
+inline int block_index() { return emu::block_index(); }
+inline int block_count() { return emu::block_count(); }
+inline int warp_uniform(int x) { return static_cast<int>(emu::meet("shfl", static_cast<uint32>(x)).of_lane[0][0]); }
+inline bool elect_one() {
+  emu::meet("elect");
+  return thread_index() % 32 == 0;
+}
+inline uint32 shared_base() { return emu::kSharedBase; }
+inline uint32 recomputed(uint32 x) { return x; }
+
+inline void mbarrier_init(uint32 barrier, uint32 arrivals) { emu::mbarrier_init(barrier, arrivals); }
+inline void mbarrier_fence_init() { emu::mbarrier_fence_init(); }
+inline void mbarrier_arrive(uint32 barrier) { emu::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_expect(uint32 barrier, uint32 bytes) { emu::mbarrier_arrive(barrier, bytes); }
+inline void mbarrier_wait(uint32 barrier, uint32 parity) { emu::mbarrier_wait(barrier, parity); }
+
+constexpr uint64 kEvictFirst = 0, kEvictLast = 0;
+inline void tma_prefetch(const TensorMap*) {}
+inline void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch, uint64) {
+  emu::tma_load(to, map, barrier, {column, row, head, batch});
+}
+inline void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
+  emu::tma_store(map, from, {column, row, head, batch});
+}
+inline void tma_store_commit() { emu::tma_store_commit(); }
+inline void tma_store_wait_read() { emu::tma_store_wait(true); }
+inline void tma_store_wait() { emu::tma_store_wait(false); }
+inline void fence_proxy_async() { emu::fence_proxy_async(); }
+
+inline bool is_half(Bf16) { return false; }
+inline bool is_half(F16) { return true; }
+inline void wgmma_fence() { emu::wgmma_fence(); }
+inline void wgmma_commit() { emu::wgmma_commit(); }
+template <int TRANSPOSE_A, int TRANSPOSE_B, class T, int R>
+void wgmma_ss(T t, float (&d)[R], uint32 a, uint32 b, int accumulate) {
+  emu::wgmma_issue({2 * R, is_half(t), false, TRANSPOSE_A != 0, TRANSPOSE_B != 0, accumulate != 0, a, b}, d, {});
+}
+// The registers of A by reference: the machine checks that they stay as they are until the wait.
+template <int TRANSPOSE_B, class T, int R>
+void wgmma_rs(T t, float (&d)[R], uint32 const& a0, uint32 const& a1, uint32 const& a2, uint32 const& a3, uint32 b,
+              int accumulate) {
+  emu::wgmma_issue({2 * R, is_half(t), true, false, TRANSPOSE_B != 0, accumulate != 0, 0, b}, d, {&a0, &a1, &a2, &a3});
+}
+template <int GROUPS, int R>
+void wgmma_wait(float (&)[R]) {
+  emu::wgmma_wait(GROUPS);
+}
+inline void hold_above_wait(uint32, float) {}
+
+template <int REGISTERS>
+void take_registers() {
+  emu::set_registers(REGISTERS, true);
+}
+template <int REGISTERS>
+void give_registers() {
+  emu::set_registers(REGISTERS, false);
+}
+inline void named_sync(int barrier, int threads) { emu::named_barrier(barrier, threads, true); }
+inline void named_arrive(int barrier, int threads) { emu::named_barrier(barrier, threads, false); }
+inline void block_sync() { emu::named_barrier(0, 0, true); }
+
+inline float negative_infinity() { return -INFINITY; }
+inline float shuffle_xor(float x, int mask) {
+  uint32 bits;
+  std::memcpy(&bits, &x, 4);
+  bits = static_cast<uint32>(emu::meet("shfl", bits).of_lane[(thread_index() % 32) ^ mask][0]);
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
+inline float reciprocal_approx(float x) { return 1.f / x; }
+inline uint32 pack(Bf16, float low, float high) { return emu::to_bf16(low) | uint32{emu::to_bf16(high)} << 16; }
+inline uint32 pack(F16, float low, float high) { return emu::to_half(low) | uint32{emu::to_half(high)} << 16; }
+
+inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
+  emu::Collected const& all = emu::meet("stmatrix", row, m0, m1, m2, m3);
+  int const lane = thread_index() % 32;  // writes row lane % 8 of matrix lane / 8, which four lanes hold in pairs
+  uint32 pieces[4];
+  for (int i = 0; i < 4; ++i) pieces[i] = static_cast<uint32>(all.of_lane[lane % 8 * 4 + i][1 + lane / 8]);
+  emu::store_shared(row, pieces, 16);
+}
+struct Int4 {
+  int x, y, z, w;
+};
+inline void store_shared(uint32 to, Int4 v) { emu::store_shared(to, &v, 16); }
+inline Int4 load_shared(uint32 from) {
+  Int4 v;
+  emu::load_shared(from, &v, 16);
+  return v;
+}
+template <class T>
+T load_global(T const* from) {
+  return emu::may_load(from, sizeof(T)) ? *from : T{};
+}
+template <class T>
+void store_global(T* to, T x) {
+  if (emu::may_store(to, sizeof(T))) *to = x;
+}
+
+}  // namespace fa::sm90

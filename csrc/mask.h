@@ -1,0 +1,60 @@
+// Which query sees which key: the transcription of keep, tile_range and full_range of fastattn/spec.py.
+//
+// Nothing else in csrc/ compares positions; tests/kernels/test_cuda_mask.py enumerates these functions against the
+// spec. Plain C++: it compiles for the device, for the emulator and as a host library.
+#pragma once
+
+#ifdef __CUDACC__
+#define FA_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define FA_EVERYWHERE inline
+#endif
+
+namespace fa {
+
+struct Range {  // [begin, end)
+  int begin, end;
+};
+
+struct Band {
+  int left, right;  // keys kept before and after the diagonal, kUnbounded where there is no limit
+  int diagonal;     // the key on the diagonal of query row 0
+  int s_q, s_kv;
+};
+
+FA_EVERYWHERE int smaller(int a, int b) { return a < b ? a : b; }
+FA_EVERYWHERE int larger(int a, int b) { return a > b ? a : b; }
+
+FA_EVERYWHERE Band make_band(int left, int right, bool lower_right, int s_q, int s_kv) {
+  return {left, right, lower_right ? s_kv - s_q : 0, s_q, s_kv};
+}
+
+// The smallest range of keys outside which rows i0 .. i1 - 1 keep nothing.
+FA_EVERYWHERE Range tile_range(Band const& band, int i0, int i1) {
+  Range const keys = {larger(0, i0 + band.diagonal - band.left),
+                      smaller(band.s_kv, i1 + band.diagonal + band.right)};
+  return keys.begin < keys.end && i0 < i1 ? keys : Range{0, 0};
+}
+
+// The keys that every one of the rows i0 .. i1 - 1 keeps: no masking needed there.
+FA_EVERYWHERE Range full_range(Band const& band, int i0, int i1) {
+  Range const keys = {larger(0, i1 - 1 + band.diagonal - band.left),
+                      smaller(band.s_kv, i0 + 1 + band.diagonal + band.right)};
+  return keys.begin < keys.end && i0 < i1 ? keys : Range{0, 0};
+}
+
+// j inside the range, in one comparison; the range must not end before it begins.
+FA_EVERYWHERE bool contains(Range keys, int j) {
+  return static_cast<unsigned>(j - keys.begin) < static_cast<unsigned>(keys.end - keys.begin);
+}
+
+FA_EVERYWHERE bool contains(Range outer, Range inner) {
+  return inner.begin >= outer.begin && inner.end <= outer.end;
+}
+
+// A kernel asks for the range of a row once and tests its keys against that; this is the same, pair by pair.
+FA_EVERYWHERE bool keep(Band const& band, int i, int j) {
+  return i >= 0 && i < band.s_q && contains(tile_range(band, i, i + 1), j);
+}
+
+}  // namespace fa

@@ -1,0 +1,61 @@
+// The binary interface: one flat struct for each pass, the same bytes for Python, host code and kernels.
+//
+// Every field is 8 bytes wide and the version comes first, so that `struct.pack` writes it and no compiler can
+// pad it. It is passed to the kernel unchanged; csrc/README.md maps the fields of AttentionSpec to it. This file
+// may hold such structs and the meaning of their fields, nothing that computes.
+#pragma once
+
+namespace fa {
+
+using int64 = long long;
+using uint64 = unsigned long long;
+using int32 = int;
+using uint32 = unsigned int;
+using uint16 = unsigned short;
+using uint8 = unsigned char;
+
+constexpr int64 kForwardVersion = 1;
+
+// Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
+constexpr int32 kUnbounded = 1 << 29;
+
+enum Dtype : int64 { kBfloat16 = 0, kFloat16 = 1 };
+
+struct Strides {  // in elements; the head dim is contiguous. A packed tensor has no batch: its stride is unused
+  int64 batch, row, head;
+};
+
+struct ForwardParams {
+  int64 version;  // kForwardVersion
+  // Tensors. out and lse are contiguous: (B, S_q, H_q, D_v) and (B, H_q, S_q); packed (T_q, H_q, D_v) and (H_q, T_q).
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;
+  float* lse;
+  const float* sinks;           // (1|B, H_q) logits, natural; null if there are none
+  const int32* cu_seqlens_q;    // (B + 1) boundaries if packed, else null
+  const int32* cu_seqlens_kv;
+  Strides q_strides, k_strides, v_strides;
+  int64 sinks_batch_stride;     // H_q, or 0 where all sequences share them
+  int64 dtype;                  // Dtype of q, k, v and out
+  int64 batch;                  // B, or the number of packed sequences
+  int64 heads_q, heads_kv;
+  int64 head_dim_qk, head_dim_v;
+  int64 seqlen_q, seqlen_kv;    // rows of each sequence; packed: rows of all of them, T_q and T_kv
+  // Dense: the keys [key_begin, key_end) that some query keeps; rows outside may hold NaN, so the tensor maps do
+  // not show them. Packed: [0, T_kv), and the kernel clears what a sequence does not keep.
+  int64 key_begin, key_end;
+  int64 left, right;            // the band, kUnbounded where it has no limit
+  int64 lower_right;            // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
+  int64 has_band;               // 0 selects a kernel without masks inside its loop
+  int64 has_softcap;
+  double scale_log2;            // softmax(x) = 2^(scale_log2 * x - ...): scale * log2(e), or softcap * log2(e)
+  double cap_scale;             // with softcap: x = tanh(cap_scale * q k^T), cap_scale = scale / softcap
+  int64 heads_per_pass;         // query heads worked on together, so that their keys and values stay in L2
+  int64 device;                 // CUDA device index
+  int64 blocks;                 // persistent blocks, 0 for one on each multiprocessor
+  void* stream;                 // cudaStream_t
+};
+
+}  // namespace fa

@@ -1,0 +1,61 @@
+// The producer: one thread that brings Q, K and V of every tile into shared memory by TMA, as room becomes free.
+#pragma once
+#include "shared.h"
+
+namespace fa::sm90 {
+
+// A tile of ROWS rows as CHUNKS boxes of 64 columns, on one barrier.
+template <int ROWS, int CHUNKS>
+FA_DEVICE void load_tile(uint32 to, TensorMap const& map, uint32 barrier, int row, int head, int batch,
+                         uint64 l2_hint) {
+  mbarrier_expect(barrier, ROWS * CHUNKS * kRowBytes);
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    tma_load(to + chunk * ROWS * kRowBytes, &map, barrier, chunk * kChunkColumns, row, head, batch, l2_hint);
+  }
+}
+
+template <class C>
+FA_DEVICE void produce(ForwardArgs const& args, Shared<C> const& shared) {
+  Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
+  uint32 q_parity = 0;
+  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
+  Schedule<C::BLOCK_M> schedule(args.p);
+  Tile tile{};
+  bool more;
+  do {
+    more = schedule.next(tile);
+    if (!more) tile.row = kNoTile;
+    TileBlocks const blocks = more ? blocks_of<C>(args.p, tile) : TileBlocks{};
+    int const head_kv = tile.head / group;
+    auto const load_k = [&](int block) {
+      mbarrier_wait(k.empty(), k.parity ^ 1);
+      load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(k.stage), args.k, k.full(), tile.first_kv + block * C::BLOCK_N,
+                                          head_kv, tile.map_batch, kEvictLast);
+      k.advance();
+    };
+    auto const load_v = [&](int block) {
+      mbarrier_wait(v.empty(), v.parity ^ 1);
+      load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(v.stage), args.v, v.full(), tile.first_kv + block * C::BLOCK_N,
+                                         head_kv, tile.map_batch, kEvictLast);
+      v.advance();
+    };
+    bool const any = blocks.all.begin < blocks.all.end;
+    if (any) load_k(blocks.all.end - 1);
+    mbarrier_wait(shared.q_empty(), q_parity ^ 1);
+    q_parity ^= 1;
+    write_tile(shared.tile(), tile, blocks);
+    if (!any) {
+      mbarrier_arrive(shared.q_full());
+      continue;
+    }
+    load_tile<C::BLOCK_M, C::CHUNKS_QK>(shared.q(), args.q, shared.q_full(), tile.first_q + tile.row, tile.head,
+                                        tile.map_batch, kEvictFirst);
+    for (int block = blocks.all.end - 2; block >= blocks.all.begin; --block) {
+      load_k(block);
+      load_v(block + 1);
+    }
+    load_v(blocks.all.begin);
+  } while (more);
+}
+
+}  // namespace fa::sm90

@@ -1,0 +1,210 @@
+// The one layer between kernels and the machine: mbarriers, TMA, wgmma, named barriers, registers, in inline PTX.
+//
+// Kernels call nothing else of the hardware. With FA_EMULATE the same names come from emulator/ptx.h and run on a
+// CPU. Compiles with nvcc and NVRTC: no header of the standard library or of CUDA. Everything is force-inlined,
+// since a function call between the issue of a wgmma and its wait makes ptxas serialise it.
+#pragma once
+#include "../params.h"
+
+#ifdef FA_EMULATE
+#include "../emulator/ptx.h"
+#else
+
+#define FA_DEVICE __device__ __forceinline__
+#define FA_GLOBAL(THREADS) __global__ void __launch_bounds__(THREADS, 1)
+#define FA_KERNEL_ARGUMENT const __grid_constant__
+#define FA_UNROLL _Pragma("unroll")
+
+#include "wgmma.cuh"
+
+namespace fa::sm90 {
+
+struct alignas(64) TensorMap {  // CUtensorMap, whose header does not compile under NVRTC
+  uint64 opaque[16];
+};
+
+// ---- where am I ----------------------------------------------------------------------------------------------------
+// Volatile, so that what depends on it is computed where it is used. Otherwise the compiler computes the addresses of
+// rarely executed code ahead of the main loop, and spills them.
+FA_DEVICE int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+FA_DEVICE int block_index() { return blockIdx.x; }
+FA_DEVICE int block_count() { return gridDim.x; }
+FA_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+FA_DEVICE bool elect_one() {  // true in one lane of the warp
+  uint32 elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+FA_DEVICE uint32 shared_base() {
+  extern __shared__ __align__(1024) uint8 shared_memory[];
+  return static_cast<uint32>(__cvta_generic_to_shared(shared_memory));
+}
+
+// x, but the compiler no longer knows that it is the same as before: nothing computed from it leaves a loop.
+FA_DEVICE uint32 recomputed(uint32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// ---- mbarriers -----------------------------------------------------------------------------------------------------
+FA_DEVICE void mbarrier_init(uint32 barrier, uint32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+FA_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+FA_DEVICE void mbarrier_arrive(uint32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and holds the phase open until so many bytes have come by TMA.
+FA_DEVICE void mbarrier_expect(uint32 barrier, uint32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Returns once the phase of this parity is complete. A fresh barrier counts as having completed parity 1, so the
+// first wait for something to become empty uses parity 1.
+FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
+  uint32 done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+
+// ---- TMA -----------------------------------------------------------------------------------------------------------
+constexpr uint64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
+
+FA_DEVICE void tma_prefetch(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Brings the box at (column, row, head, batch); what lies outside the tensor arrives as zeros, and counts as bytes.
+FA_DEVICE void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch,
+                        uint64 l2_hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3,%4,%5,%6}], [%2], %7;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head),
+      "r"(batch), "l"(l2_hint)
+      : "memory");
+}
+// Writes the part of the box that lies inside the tensor.
+FA_DEVICE void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map),
+               "r"(from), "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+FA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// This thread's stores have read their shared memory / have reached global memory.
+FA_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+FA_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Shared memory written by ordinary stores is visible to wgmma and TMA only after this.
+FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- wgmma ---------------------------------------------------------------------------------------------------------
+FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Keeps what x depends on above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
+// keeps its order with memory operations: a store that never happens, because x is never negative, pins it.
+FA_DEVICE void hold_above_wait(uint32 address, float x) {
+  asm volatile("{.reg .pred p; setp.lt.f32 p, %1, 0f00000000; @p st.shared.f32 [%0], %1;}" ::"r"(address), "f"(x)
+               : "memory");
+}
+
+// ---- registers and barriers between warps --------------------------------------------------------------------------
+template <int REGISTERS>
+FA_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+FA_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+FA_DEVICE void block_sync() { __syncthreads(); }
+FA_DEVICE void named_sync(int barrier, int threads) {
+  asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+FA_DEVICE void named_arrive(int barrier, int threads) {
+  asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// ---- data ----------------------------------------------------------------------------------------------------------
+FA_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
+FA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+FA_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+FA_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FA_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FA_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FA_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FA_DEVICE uint32 pack(Bf16, float low, float high) {
+  uint32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+FA_DEVICE uint32 pack(F16, float low, float high) {
+  uint32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+// Stores four 8 x 8 matrices of 16-bit elements; lanes 8 m .. 8 m + 7 give the addresses of the rows of matrix m.
+FA_DEVICE void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
+               "r"(m3)
+               : "memory");
+}
+struct Int4 {
+  int x, y, z, w;
+};
+FA_DEVICE void store_shared(uint32 to, Int4 v) {  // 16 bytes, aligned
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+FA_DEVICE Int4 load_shared(uint32 from) {  // volatile: read again rather than kept in registers
+  Int4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+template <class T>
+FA_DEVICE T load_global(T const* from) {
+  return *from;
+}
+template <class T>
+FA_DEVICE void store_global(T* to, T x) {
+  *to = x;
+}
+
+}  // namespace fa::sm90
+#endif
+
+namespace fa::sm90 {
+
+// Shared memory holds a [ROWS, columns] tile as chunks of 64 columns (128 bytes). Chunk c begins at c * ROWS * 128,
+// 1024-byte aligned; inside, rows are 128 bytes apart and the 16-byte pieces of row r are permuted by XOR with r % 8.
+constexpr int kChunkColumns = 64, kRowBytes = 128;
+
+// Low word of a wgmma descriptor: start address and leading offset, both in units of 16 bytes.
+// K-major: the summed dimension lies along the 128-byte rows (Q, K). The leading offset is not used.
+FA_DEVICE uint32 k_major(uint32 address) { return (address >> 4) | (1u << 16); }
+// M- or N-major: the other dimension lies along the rows (V): its next 64 columns are one chunk further.
+FA_DEVICE uint32 n_major(uint32 address, int rows) { return (address >> 4) | ((rows * kRowBytes >> 4) << 16); }
+
+// What to add to a descriptor to move k columns (K-major, chunks of `rows` rows) or k rows (N-major) on; 16 divides k.
+FA_DEVICE constexpr uint32 k_major_step(int rows, int k) {
+  return (k / kChunkColumns * rows * kRowBytes + k % kChunkColumns * 2) >> 4;
+}
+FA_DEVICE constexpr uint32 n_major_step(int k) { return k * kRowBytes >> 4; }
+
+}  // namespace fa::sm90

@@ -1,0 +1,82 @@
+"""The Triton backend: every feature of the spec, on every GPU that Triton reaches.
+
+Importing this package imports neither Triton nor a kernel; the first call does. With ``TRITON_INTERPRET=1`` in the
+environment the kernels run on CPU tensors through Triton's interpreter: slowly, to prove them right.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import evidence
+from fastattn.backends.base import Backend, Capabilities, capability_reasons
+from fastattn.problem import Grads, Inputs, Problem
+from fastattn.spec import AttentionSpec
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda", "cpu"}),
+        dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        max_head_dim=256,
+        min_arch=80,
+    )
+
+    def unavailable_reason(self) -> str | None:
+        if not _has_triton():
+            return "triton is not installed"
+        if not torch.cuda.is_available() and not is_interpreting():
+            return "no GPU (TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests)"
+        return None
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        missing = self.unavailable_reason()
+        if missing:
+            return [missing]
+        if problem.device == "cpu" and not is_interpreting():
+            return ["device cpu (TRITON_INTERPRET=1 runs it there, slowly, for tests)"]
+        return capability_reasons(self.capabilities, problem)
+
+    def automatic_reasons(self, problem: Problem) -> list[str]:
+        if is_interpreting():
+            return ["TRITON_INTERPRET=1 makes it very slow"]
+        return evidence.reasons_against(self.name, problem)
+
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        from fastattn.backends.triton import launch
+
+        return launch.forward(inputs, spec)
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        needs: Sequence[str],
+    ) -> Grads:
+        from fastattn.backends.triton import launch
+
+        return launch.backward(dout, dlse, out, lse, inputs, spec, needs)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether kernels will run (or already run) in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+BACKEND = TritonBackend()

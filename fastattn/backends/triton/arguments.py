@@ -1,0 +1,147 @@
+"""What the kernels are told: the tensors and numbers of one call as named tuples, and what they are compiled for.
+
+Triton compiles a kernel anew when an int argument becomes 1, or a multiple of 16. Lengths and strides must not do
+that, so every int in these tuples travels as ``coded(n)``, which is never either; kernels read it with
+``tile.number``. What a kernel *is* compiled for stands in ``Flags``, and in nothing else but the dtypes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
+
+
+def coded(n: int) -> int:
+    """``n`` as an int that Triton does not specialise on; the inverse of ``tile.number``."""
+    return 2 * n + 3
+
+
+class Rows(NamedTuple):
+    """A ``(B, S, H, D)`` tensor; packed ``(T, H, D)`` with ``stride_b`` 0."""
+
+    ptr: Any
+    stride_b: Any
+    stride_s: Any
+    stride_h: Any
+    stride_d: Any
+
+
+class Scores(NamedTuple):
+    """A ``(B, H_q, S_q, S_kv)`` tensor; the stride of a dimension that broadcasts is 0."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_q: Any
+    stride_kv: Any
+
+
+class PerRow(NamedTuple):
+    """A number for each query row: ``(B, H_q, S_q)``; packed ``(H_q, T)`` with ``stride_b`` 0."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class PerHead(NamedTuple):
+    """A number for each head: ``(B, H_q)``."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+
+
+class PerToken(NamedTuple):
+    """A number for each token: ``(B, S)``."""
+
+    ptr: Any
+    stride_b: Any
+    stride_s: Any
+
+
+class Terms(NamedTuple):
+    """The optional tensors; None where not given.
+
+    ``segment_tiles`` holds, for each block of rows of the kernel at hand, the range of tiles that share a segment
+    with it, and inside it the range of those that need no mask: ``(B, blocks, 4)`` int32, see ``segments.py``.
+    """
+
+    bias: Any = None
+    mask: Any = None
+    alibi_slopes: Any = None
+    sinks: Any = None
+    segment_ids_q: Any = None
+    segment_ids_kv: Any = None
+    segment_tiles: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_kv: Any = None
+    rng_state: Any = None
+
+
+class Sizes(NamedTuple):
+    """The numbers of a call. Ints are coded."""
+
+    s_q: Any
+    s_kv: Any
+    heads_q: Any
+    group: Any
+    left: Any
+    right: Any
+    lower_right: Any
+    dropout_threshold: Any
+    scale: Any
+    softcap: Any
+    dropout_scale: Any
+
+
+class Schedule(NamedTuple):
+    """How the programs of a one-dimensional grid share the work: see ``tile.scheduled``. Ints are coded."""
+
+    blocks: Any
+    heads: Any
+    heads_together: Any
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a kernel is compiled for, besides the dtypes and the tile.
+
+    Attributes:
+        d_qk, d_v: head dims; tiles are padded to ``block_qk`` and ``block_v``, powers of two.
+        vector: 8 if every row of q, k, v (and dout) begins at a multiple of 8 elements, else 1.
+        contiguous: their last stride is 1.
+        packed, band, softcap, alibi, sinks, segments, dropout: features in use.
+        bias, mask: 0 if absent, 8 if their rows are contiguous and begin at multiples of 8, else 1.
+        plain: scores are ``scale * q @ k^T`` with a positive scale, so the maximum can be taken before scaling.
+        precise: q, k and v are fp32.
+        precision: of products of fp32 operands, "ieee" or "tf32".
+        upcast: compute with fp32 operands: the interpreter has no bf16 arithmetic.
+    """
+
+    d_qk: int
+    d_v: int
+    block_qk: int
+    block_v: int
+    vector: int = 1
+    contiguous: bool = True
+    packed: bool = False
+    band: bool = False
+    softcap: bool = False
+    alibi: bool = False
+    sinks: bool = False
+    segments: bool = False
+    dropout: bool = False
+    bias: int = 0
+    mask: int = 0
+    plain: bool = True
+    precise: bool = False
+    precision: str = "ieee"
+    upcast: bool = False
+
+    @property
+    def vector_out(self) -> int:
+        """``vector`` of contiguous tensors with these head dims."""
+        return 8 if self.d_qk % 8 == 0 and self.d_v % 8 == 0 else 1

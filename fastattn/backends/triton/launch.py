@@ -1,0 +1,400 @@
+"""The host side: checks nothing (``problem.py`` did), describes the call to the kernels and launches them.
+
+Nothing here reads a value from the device, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.backends.triton import arguments, configs
+from fastattn.backends.triton.arguments import (
+    Flags,
+    PerHead,
+    PerRow,
+    PerToken,
+    Rows,
+    Schedule,
+    Scores,
+    Sizes,
+    Terms,
+    coded,
+)
+from fastattn.backends.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
+from fastattn.backends.triton.configs import Tile
+from fastattn.backends.triton.forward import forward_kernel
+from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
+from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
+from fastattn.errors import input_error
+from fastattn.problem import Grads, Inputs
+from fastattn.spec import AttentionSpec
+
+# Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
+MAX_ROW_STRIDE = 1 << 22
+# Tiles of the small kernels.
+DELTA_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, described for the kernels."""
+
+    inputs: Inputs
+    q: Rows
+    k: Rows
+    v: Rows
+    terms: Terms
+    sizes: Sizes
+    flags: Flags
+
+    @classmethod
+    def of(cls, inputs: Inputs, spec: AttentionSpec) -> Call:
+        if max(inputs.max_seqlen_q, inputs.max_seqlen_kv) >= arguments.UNBOUNDED:
+            longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
+            raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
+        q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
+        call = cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)))
+        return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
+
+    def _without_unused_keys(self, spec: AttentionSpec) -> Call:
+        """The call with zeros for the keys and values that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
+
+        Where positions alone decide, the kernels do this as they load. Where data decide, looking for unused keys
+        in the kernels' loops would cost more than looking once and copying K and V, which are small.
+        """
+        x = self.inputs
+        heads = x.heads_kv if x.mask is not None and x.mask.shape[1] > 1 else 1
+        used = torch.empty(x.batch, x.k.shape[1], heads, dtype=torch.uint8, device=x.q.device)
+        if used.numel():
+            flags = Flags(1, 1, 16, 16, band=self.flags.band, segments=self.flags.segments, mask=self.flags.mask)
+            terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
+            at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
+            grid = (triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads, x.batch)
+            used_keys_kernel[grid](at, terms, self.sizes, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
+        k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
+        return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
+
+    @property
+    def bits(self) -> int:
+        return self.inputs.q.element_size() * 8
+
+    def tile(self, kernel: str) -> Tile:
+        head_dim = max(self.flags.d_qk, self.flags.d_v)
+        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim)
+
+    def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
+        """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
+        blocks = triton.cdiv(rows, block)
+        x = self.inputs
+        of_head = max(1, x.max_seqlen_kv * (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size())
+        kv_heads_together = max(1, _l2_bytes(x.q.device) // 2 // of_head)
+        together = kv_heads_together * (1 if heads == x.batch * x.heads_kv else x.heads_q // x.heads_kv)
+        return (blocks * heads,), Schedule(coded(blocks), coded(heads), coded(min(together, heads)))
+
+    def with_segment_tiles(self, rows: str, block: int, block_other: int) -> Terms:
+        """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv")."""
+        if not self.flags.segments:
+            return self.terms
+        x, sides = self.inputs, {"q": self.terms.segment_ids_q, "kv": self.terms.segment_ids_kv}
+        lengths = {"q": x.q.shape[1], "kv": x.k.shape[1]}
+        other = "kv" if rows == "q" else "q"
+        blocks = triton.cdiv(lengths[rows], block)
+        batch = max(sides[side].ptr.shape[0] for side in sides)
+        found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
+        found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
+        segment_tiles_kernel[(blocks, batch)](
+            sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
+            BLOCK=block, BLOCK_OTHER=block_other,
+        )  # fmt: skip
+        return self.terms._replace(segment_tiles=found_at)
+
+
+def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``. ``tile`` overrides the table."""
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
+    if lse.numel() == 0:
+        return out, lse
+    with _device_of(out):
+        call = Call.of(inputs, spec)
+        tile = tile or call.tile("forward")
+        grid, schedule = call.schedule(inputs.max_seqlen_q, tile.block_m, inputs.batch * inputs.heads_q)
+        terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
+        forward_kernel[grid](
+            call.q,
+            call.k,
+            call.v,
+            _rows(out),
+            _per_row(lse),
+            terms,
+            call.sizes,
+            schedule,
+            **_compiled(call.flags, tile),
+        )
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+) -> Grads:
+    """The gradients named in ``needs``."""
+    with _device_of(out):
+        pass_ = Backward.of(dout, dlse, out, lse, inputs, spec)
+        dk, dv = pass_.dkdv() if "k" in needs or "v" in needs else (None, None)
+        return Grads(
+            dq=pass_.dq() if "q" in needs else None,
+            dk=dk if "k" in needs else None,
+            dv=dv if "v" in needs else None,
+            dbias=pass_.dbias() if "bias" in needs and inputs.bias is not None else None,
+            dsinks=pass_.dsinks() if "sinks" in needs and inputs.sinks is not None else None,
+        )
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One backward pass: the call, the gradients that came in, and the statistics of each row."""
+
+    call: Call
+    dout: Rows
+    lse: PerRow
+    delta: PerRow
+
+    @classmethod
+    def of(
+        cls, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
+    ) -> Backward:
+        call, incoming = Call.of(inputs, spec), _rows(dout)
+        vector = min(call.flags.vector, _vector(incoming))
+        contiguous = call.flags.contiguous and dout.stride(-1) == 1
+        call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
+        delta = torch.empty_like(lse, dtype=torch.float32)
+        self = cls(call, incoming, _per_row(lse.contiguous()), _per_row(delta))
+        if delta.numel():
+            self._fill_delta(_rows(out), None if dlse is None else _per_row(dlse.contiguous()))
+        return self
+
+    def _fill_delta(self, out: Rows, dlse: PerRow | None) -> None:
+        x, full = self.call.inputs, self.call.flags
+        grid, schedule = self.call.schedule(x.max_seqlen_q, DELTA_ROWS, x.batch * x.heads_q)
+        flags = Flags(full.d_v, full.d_v, full.block_v, full.block_v, full.vector, full.contiguous, packed=full.packed)
+        delta_kernel[grid](
+            out, self.dout, dlse, self.delta, self.call.terms, self.call.sizes, schedule, F=flags, BLOCK_M=DELTA_ROWS
+        )
+
+    def dkdv(self, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+        call, x = self.call, self.call.inputs
+        tile = tile or call.tile("dkdv")
+        dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.k, x.v))
+        if dk.numel():
+            grid, schedule = call.schedule(x.max_seqlen_kv, tile.block_n, x.batch * x.heads_kv)
+            terms = call.with_segment_tiles("kv", tile.block_n, tile.block_m)
+            dkdv_kernel[grid](
+                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse, self.delta, terms, call.sizes,
+                schedule, **_compiled(call.flags, tile),
+            )  # fmt: skip
+        return dk, dv
+
+    def dq(self, tile: Tile | None = None) -> Tensor:
+        call, x = self.call, self.call.inputs
+        tile = tile or call.tile("dq")
+        dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
+        if dq.numel():
+            grid, schedule = call.schedule(x.max_seqlen_q, tile.block_m, x.batch * x.heads_q)
+            terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
+            dq_kernel[grid](
+                call.q, call.k, call.v, self.dout, _rows(dq), self.lse, self.delta, terms, call.sizes, schedule,
+                **_compiled(call.flags, tile),
+            )  # fmt: skip
+        return dq
+
+    def dbias(self, tile: Tile | None = None) -> Tensor:
+        call, x = self.call, self.call.inputs
+        assert x.bias is not None
+        if 0 in (x.batch, x.q.shape[1], x.k.shape[1]):
+            return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
+        tile = tile or call.tile("dbias")
+        rows, columns = triton.cdiv(x.q.shape[1], tile.block_m), triton.cdiv(x.k.shape[1], tile.block_n)
+        sum_rows, sum_columns = x.bias.shape[2] == 1, x.bias.shape[3] == 1
+        shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
+        sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
+        terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
+        dbias_kernel[rows * columns, sums.shape[1], sums.shape[0]](
+            call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
+            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **_compiled(call.flags, tile),
+        )  # fmt: skip
+        dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
+        return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
+
+    def dsinks(self) -> Tensor:
+        call, x = self.call, self.call.inputs
+        assert x.sinks is not None
+        found = torch.zeros(x.batch, x.heads_q, dtype=torch.float32, device=x.q.device)
+        if found.numel() and self.delta.ptr.numel():
+            full = call.flags
+            flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
+            dsinks_kernel[x.heads_q, x.batch](
+                self.lse, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
+            )
+        return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
+
+
+# --- description --------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor) -> Rows:
+    """``x`` as ``Rows``, whose tensor it may have to copy if its rows lie very far apart."""
+    if x.stride(-1) >= MAX_ROW_STRIDE or x.stride(-3) >= MAX_ROW_STRIDE:
+        x = x.contiguous()
+    stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
+    return Rows(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
+
+
+def _vector(x: Rows) -> int:
+    """8 if all rows begin at a multiple of 8 elements, and of 16 bytes."""
+    t = x.ptr
+    strides = t.stride()[1:-1] if t.dim() == 4 and t.shape[0] == 1 else t.stride()[:-1]
+    aligned = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return 8 if aligned else 1
+
+
+def _scores(x: Tensor) -> Scores:
+    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return Scores(x, *map(coded, strides))
+
+
+def _scores_vector(x: Tensor | None, s_kv: int) -> int:
+    """8 if the rows of a bias or mask are contiguous and begin at multiples of 8 elements; 0 without one."""
+    if x is None:
+        return 0
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    aligned = all(stride % 8 == 0 for stride in (*strides[:-1], s_kv)) and x.data_ptr() % 16 == 0
+    return 8 if aligned and strides[-1] == 1 else 1
+
+
+def _per_row(x: Tensor) -> PerRow:
+    return PerRow(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
+
+
+def _per_head(x: Tensor) -> PerHead:
+    return PerHead(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
+
+
+def _per_token(x: Tensor) -> PerToken:
+    return PerToken(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
+
+
+def _terms(inputs: Inputs) -> Terms:
+    def optional(describe: Callable[[Tensor], Any], x: Tensor | None) -> Any:
+        return None if x is None else describe(x)
+
+    mask = None if inputs.mask is None else inputs.mask.view(torch.uint8)
+    return Terms(
+        bias=optional(_scores, inputs.bias),
+        mask=optional(_scores, mask),
+        alibi_slopes=optional(_per_head, inputs.alibi_slopes),
+        sinks=optional(_per_head, inputs.sinks),
+        segment_ids_q=optional(_per_token, inputs.segment_ids_q),
+        segment_ids_kv=optional(_per_token, inputs.segment_ids_kv),
+        cu_seqlens_q=inputs.cu_seqlens_q,
+        cu_seqlens_kv=inputs.cu_seqlens_kv,
+        rng_state=inputs.rng_state,
+    )
+
+
+def _sizes(inputs: Inputs, spec: AttentionSpec) -> Sizes:
+    def bounded(side: int | None) -> int:
+        return coded(arguments.UNBOUNDED if side is None else min(side, arguments.UNBOUNDED))
+
+    return Sizes(
+        s_q=coded(inputs.max_seqlen_q),
+        s_kv=coded(inputs.max_seqlen_kv),
+        heads_q=coded(inputs.heads_q),
+        group=coded(inputs.heads_q // inputs.heads_kv),
+        left=bounded(spec.left),
+        right=bounded(spec.right),
+        lower_right=coded(int(spec.anchor == "lower_right")),
+        dropout_threshold=coded(spec.dropout_threshold),
+        scale=float(spec.scale),
+        softcap=float(spec.softcap or 1.0),
+        dropout_scale=float(spec.dropout_scale),
+    )
+
+
+def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
+    d_qk, d_v = inputs.q.shape[-1], inputs.v.shape[-1]
+    finished = spec.softcap is not None or inputs.bias is not None or inputs.alibi_slopes is not None
+    return Flags(
+        d_qk=d_qk,
+        d_v=d_v,
+        block_qk=max(16, triton.next_power_of_2(d_qk)),
+        block_v=max(16, triton.next_power_of_2(d_v)),
+        vector=min(_vector(x) for x in rows),
+        contiguous=all(x.ptr.stride(-1) == 1 for x in rows),
+        packed=inputs.is_packed,
+        band=spec.has_band,
+        softcap=spec.softcap is not None,
+        alibi=inputs.alibi_slopes is not None,
+        sinks=inputs.sinks is not None,
+        segments=inputs.segment_ids_q is not None,
+        dropout=spec.dropout_p > 0,
+        bias=_scores_vector(inputs.bias, inputs.max_seqlen_kv),
+        mask=_scores_vector(inputs.mask, inputs.max_seqlen_kv),
+        plain=not finished and spec.scale > 0,
+        precise=inputs.q.dtype == torch.float32,
+        precision="tf32" if _tf32() else "ieee",
+        upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
+    )
+
+
+def _compiled(flags: Flags, tile: Tile) -> dict[str, Any]:
+    return {
+        "F": flags,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,  # its default changes between versions of Triton
+    }
+
+
+# --- machine ------------------------------------------------------------------------------------------------------
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the device of ``x``, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _tf32() -> bool:
+    """Whether products of fp32 may be taken in tf32, by torch's own switch."""
+    return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    if INTERPRETED:
+        return "interpreter"
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        target = triton.runtime.driver.active.get_current_target()
+    return configs.arch_name(target.backend, target.arch)
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 25

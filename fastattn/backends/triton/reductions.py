@@ -1,0 +1,92 @@
+"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. Each sum has one owner, one order."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.backward import load_statistics, probabilities, score_gradients
+from fastattn.backends.triton.tile import (
+    LOG2E,
+    load_per_head,
+    load_rows,
+    number,
+    open_head,
+    per_row,
+    rows_of,
+    tiles,
+)
+
+
+@triton.jit
+def dbias_kernel(
+    q, k, v, dout, dbias, lse, delta, terms, sizes, batch, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``dbias``, summed over the sequences and heads that share it.
+
+    ``dbias``, as ``Scores``, has no rows or columns that broadcast: where ``bias`` has, it holds the sums over the
+    rows (or columns) of each tile, which are added up afterwards. Grid: ``(tiles, 1|H_q, 1|B)``, tiles by columns.
+    """
+    BLOCK_QK: tl.constexpr = F.block_qk
+    BLOCK_V: tl.constexpr = F.block_v
+    column_tiles = tl.cdiv(number(sizes.s_kv), BLOCK_N)
+    row_block, column_block = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
+    heads = tl.where(tl.num_programs(1) == 1, number(sizes.heads_q), 1)
+    sequences = tl.where(tl.num_programs(2) == 1, number(batch), 1)
+    i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+    for n in tl.range(0, sequences * heads):
+        b, h = tl.program_id(2) + n // heads, tl.program_id(1) + n % heads
+        head = open_head(b, h, terms, sizes, F)
+        low, high, begin, full_begin, full_end, end = tiles(row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F)
+        if (column_block >= begin) & (column_block < end):
+            q_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous)
+            k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+            of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, head.band.s_q)
+            is_full = (column_block >= full_begin) & (column_block < full_end)
+            p, spared, t = probabilities(
+                raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+            dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
+            v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            dout_tile = load_rows(dout_rows, i0, 0, head.band.s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
+            dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
+            acc += dt
+
+    s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
+    at = tl.program_id(2).to(tl.int64) * number(dbias.stride_b) + tl.program_id(1).to(tl.int64) * number(dbias.stride_h)
+    stride_q = number(dbias.stride_q)
+    if SUM_ROWS and SUM_COLUMNS:
+        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + column_block, tl.sum(acc))
+    elif SUM_ROWS:
+        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + j, tl.sum(acc, 0), mask=j < s_kv)
+    elif SUM_COLUMNS:
+        tl.store(dbias.ptr + at + i.to(tl.int64) * stride_q + column_block, tl.sum(acc, 1), mask=i < s_q)
+    else:
+        at = dbias.ptr + at + i[:, None].to(tl.int64) * stride_q + j[None, :]
+        tl.store(at, acc, mask=(i < s_q)[:, None] & (j < s_kv)[None, :])
+
+
+@triton.jit
+def dsinks_kernel(lse, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
+    """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(H_q, B)``."""
+    head = open_head(tl.program_id(1), tl.program_id(0), terms, sizes, F)
+    s_q, lse_rows, delta_rows = head.band.s_q, per_row(lse, head), per_row(delta, head)
+    sink = load_per_head(terms.sinks, head.b, head.h) * LOG2E
+    total = tl.zeros([BLOCK], tl.float32)
+    for n in tl.range(0, tl.cdiv(s_q, BLOCK)):
+        i = n * BLOCK + tl.arange(0, BLOCK)
+        of_lse = tl.load(lse_rows + i, mask=i < s_q, other=0.0) * LOG2E
+        of_delta = tl.load(delta_rows + i, mask=i < s_q, other=0.0)
+        # a sink of -inf takes no part, also in a row that keeps nothing else
+        total -= tl.where(sink == float("-inf"), 0.0, tl.exp2(sink - of_lse)) * of_delta
+    tl.store(dsinks.ptr + head.b * number(dsinks.stride_b) + head.h * number(dsinks.stride_h), tl.sum(total))

@@ -1,0 +1,376 @@
+"""What every kernel does to a tile: where it lies, its loads, its mask, its scores, its dropout.
+
+``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``,
+and hold the only comparisons of positions; ``tests/kernels/test_mask_transcriptions.py`` enumerates them. Scores
+are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are broadcastable
+tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels whose tiles are transposed.
+"""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+PHILOX_ROUNDS = tl.constexpr(7)
+
+
+class Band(NamedTuple):
+    """The positional half of ``keep``: the lengths and the band of one sequence."""
+
+    s_q: Any
+    s_kv: Any
+    diagonal: Any
+    left: Any
+    right: Any
+
+
+class RowsOfHead(NamedTuple):
+    """The rows of one head of one sequence: ``arguments.Rows`` from its first row on."""
+
+    ptr: Any
+    stride_s: Any
+    stride_d: Any
+
+
+class ScoresOfHead(NamedTuple):
+    """A bias or mask of one head of one sequence."""
+
+    ptr: Any
+    stride_q: Any
+    stride_kv: Any
+
+
+class Head(NamedTuple):
+    """One query head of one sequence, and what the options say about it; 0 for those not in use.
+
+    In a packed batch ``b`` is the sequence. ``dropout_head`` is the head's number in ``rng.py``.
+    """
+
+    b: Any
+    h: Any
+    h_kv: Any
+    begin_q: Any
+    begin_kv: Any
+    band: Any
+    scale: Any
+    softcap: Any
+    bias: Any
+    mask: Any
+    slope: Any
+    ids_q: Any
+    ids_kv: Any
+    seed: Any
+    offset: Any
+    dropout_head: Any
+    threshold: Any
+
+
+@triton.jit
+def number(coded):
+    """The int that ``arguments.coded`` hid from specialisation."""
+    return (coded - 3) >> 1
+
+
+@triton.jit
+def stride(coded, VECTOR: tl.constexpr):
+    """``number(coded)``, which is known to be a multiple of VECTOR: written so that the compiler knows it too."""
+    if VECTOR > 1:
+        return (coded - 3) // (2 * VECTOR) * VECTOR
+    return number(coded)
+
+
+@triton.jit
+def scheduled(schedule, LAST_FIRST: tl.constexpr):
+    """``(block, head)`` of this program, ``head`` counting over batch and heads.
+
+    Heads are taken ``heads_together`` at a time, as many as share the L2 cache. Among these the blocks with most
+    work come first: of a causal mask, the last rows or the first columns.
+    """
+    blocks, heads = number(schedule.blocks), number(schedule.heads)
+    together = number(schedule.heads_together)
+    pid = tl.program_id(0)
+    first = pid // (blocks * together) * together
+    size = tl.minimum(together, heads - first)
+    rest = pid % (blocks * together)
+    block = rest // size
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return block, first + rest % size
+
+
+@triton.jit
+def open_band(b, terms, sizes, F: tl.constexpr):
+    """``(begin_q, begin_kv, band)`` of sequence ``b``."""
+    if F.packed:
+        begin_q, begin_kv = tl.load(terms.cu_seqlens_q + b), tl.load(terms.cu_seqlens_kv + b)
+        s_q = tl.load(terms.cu_seqlens_q + b + 1) - begin_q
+        s_kv = tl.load(terms.cu_seqlens_kv + b + 1) - begin_kv
+    else:
+        begin_q, begin_kv = b * 0, b * 0
+        s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
+    if F.band:
+        diagonal = number(sizes.lower_right) * (s_kv - s_q)
+        return begin_q, begin_kv, Band(s_q, s_kv, diagonal, number(sizes.left), number(sizes.right))
+    if F.alibi:
+        return begin_q, begin_kv, Band(s_q, s_kv, number(sizes.lower_right) * (s_kv - s_q), 0, 0)
+    return begin_q, begin_kv, Band(s_q, s_kv, 0, 0, 0)
+
+
+@triton.jit
+def open_head(b, h, terms, sizes, F: tl.constexpr):
+    """The ``Head`` for query head ``h`` of sequence ``b``."""
+    begin_q, begin_kv, band = open_band(b, terms, sizes, F)
+    bias, mask, slope, ids_q, ids_kv = 0, 0, 0, 0, 0
+    seed, offset, dropout_head, threshold = 0, 0, 0, 0
+    if F.bias:
+        bias = scores_of(terms.bias, b, h, F.bias)
+    if F.mask:
+        mask = scores_of(terms.mask, b, h, F.mask)
+    if F.alibi:
+        slope = load_per_head(terms.alibi_slopes, b, h) * LOG2E
+    if F.segments:
+        ids_q, ids_kv = tokens_of(terms.segment_ids_q, b), tokens_of(terms.segment_ids_kv, b)
+    if F.dropout:
+        seed = tl.load(terms.rng_state)
+        offset = (tl.load(terms.rng_state + 1) & 0xFFFFFFFF).to(tl.uint32)
+        dropout_head = b * number(sizes.heads_q) + h
+        threshold = number(sizes.dropout_threshold)
+    return Head(
+        b, h, h // number(sizes.group), begin_q, begin_kv, band, sizes.scale, sizes.softcap, bias, mask, slope, ids_q,
+        ids_kv, seed, offset, dropout_head, threshold,
+    )  # fmt: skip
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def keep(i, j, band, BAND: tl.constexpr):
+    """``spec.keep`` for non-negative ``i`` and ``j``: all but two comparisons are made once for each row."""
+    if not BAND:
+        return j < tl.where(i < band.s_q, band.s_kv, 0)
+    first = i + (band.diagonal - band.left)
+    end = tl.minimum(i + (band.diagonal + band.right + 1), band.s_kv)
+    return (j >= first) & (j < tl.where(i < band.s_q, end, 0))
+
+
+@triton.jit
+def transposed(band):
+    """The band seen from the keys: rows and columns change places."""
+    return Band(band.s_kv, band.s_q, -band.diagonal, band.right, band.left)
+
+
+@triton.jit
+def tile_range(i0, i1, band, BAND: tl.constexpr):
+    """``spec.tile_range``."""
+    begin, end = i0 * 0, i0 * 0 + band.s_kv
+    if BAND:
+        begin = tl.maximum(begin, i0 + band.diagonal - band.left)
+        end = tl.minimum(end, i1 + band.diagonal + band.right)
+    is_empty = (begin >= end) | (i0 >= i1)
+    return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
+
+
+@triton.jit
+def full_range(i0, i1, band, BAND: tl.constexpr):
+    """``spec.full_range``."""
+    begin, end = i0 * 0, i0 * 0 + band.s_kv
+    if BAND:
+        begin = tl.maximum(begin, i1 - 1 + band.diagonal - band.left)
+        end = tl.minimum(end, i0 + 1 + band.diagonal + band.right)
+    is_empty = (begin >= end) | (i0 >= i1)
+    return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
+
+
+@triton.jit
+def tiles(block, b, band, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, F: tl.constexpr):
+    """The tiles that ``block``, of ``BLOCK`` rows, visits: ``(low, high, begin, full_begin, full_end, end)``.
+
+    ``low .. high`` are the columns that the band leaves to any of the rows. The rest are numbers of tiles of
+    ``BLOCK_OTHER`` columns: of those visited, the ones from ``full_begin`` to ``full_end`` need no mask.
+    """
+    i0, i1 = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, band.s_q)
+    low, high = tile_range(i0, i1, band, F.band)
+    begin, end = low // BLOCK_OTHER, tl.cdiv(high, BLOCK_OTHER)
+    if F.mask:
+        return low, high, begin, end, end, end
+    full_begin, full_end = full_range(i0, i1, band, F.band)
+    full_begin, full_end = tl.cdiv(full_begin, BLOCK_OTHER), full_end // BLOCK_OTHER
+    if F.segments:
+        found = terms.segment_tiles.ptr + b.to(tl.int64) * number(terms.segment_tiles.stride_b) + block * 4
+        begin, end = tl.maximum(begin, tl.load(found)), tl.minimum(end, tl.load(found + 3))
+        full_begin = tl.maximum(full_begin, tl.load(found + 1))
+        full_end = tl.minimum(full_end, tl.load(found + 2))
+        end = tl.maximum(begin, end)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    return low, high, begin, full_begin, full_end, end
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rows_of(x, b, h, begin, VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """The rows of head ``h`` of sequence ``b``, which begins at row ``begin`` of a packed batch."""
+    stride_s = stride(x.stride_s, VECTOR)
+    ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
+    ptr += begin.to(tl.int64) * stride_s
+    if CONTIGUOUS:
+        return RowsOfHead(ptr, stride_s, 1)
+    return RowsOfHead(ptr, stride_s, number(x.stride_d))
+
+
+@triton.jit
+def pointers(rows, i0, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK, BLOCK_D]`` pointers to the rows from ``i0`` on. Offsets within a tile fit 32 bits, see launch.py."""
+    i, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    return rows.ptr + i0.to(tl.int64) * rows.stride_s + (i[:, None] * rows.stride_s + d[None, :] * rows.stride_d)
+
+
+@triton.jit
+def load_rows(
+    rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``."""
+    at = pointers(rows, i0, BLOCK, BLOCK_D)
+    i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    valid = ((i >= low) & (i < high))[:, None]
+    if D < BLOCK_D:
+        valid = valid & (d < D)[None, :]
+    tile = tl.load(at, mask=valid, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the rows of ``tile`` before ``high``."""
+    i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    at = pointers(rows, i0, BLOCK, BLOCK_D)
+    tl.store(at, tile.to(at.dtype.element_ty), mask=(i < high)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def per_row(x, head):
+    """Pointer to the number that ``x``, as ``PerRow``, has for the first row."""
+    return x.ptr + head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
+
+
+@triton.jit
+def load_per_head(x, b, h):
+    """The number that ``x``, as ``PerHead``, has for a head, in fp32."""
+    return tl.load(x.ptr + b * number(x.stride_b) + h * number(x.stride_h)).to(tl.float32)
+
+
+@triton.jit
+def tokens_of(x, b):
+    """``x``, as ``PerToken``, of sequence ``b``."""
+    return RowsOfHead(x.ptr + b.to(tl.int64) * number(x.stride_b), number(x.stride_s), 0)
+
+
+@triton.jit
+def scores_of(x, b, h, VECTOR: tl.constexpr):
+    """``x``, as ``Scores``, of one head."""
+    ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
+    if VECTOR > 1:
+        return ScoresOfHead(ptr, stride(x.stride_q, VECTOR), 1)
+    return ScoresOfHead(ptr, number(x.stride_q), number(x.stride_kv))
+
+
+@triton.jit
+def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr):
+    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0`` and may end past the last."""
+    at = x.ptr + (i0.to(tl.int64) * x.stride_q + j0.to(tl.int64) * x.stride_kv)
+    at += (tl.minimum(i, band.s_q - 1) - i0) * x.stride_q + (j - j0) * x.stride_kv
+    return tl.load(at, mask=j < band.s_kv // VECTOR * VECTOR, other=0)  # VECTOR divides s_kv
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """``tanh(x)``; if PRECISE with a small relative error near 0 too, where the quotient cancels."""
+    size = tl.abs(x)
+    t = 1.0 - 2.0 / (tl.exp2(size * (2.0 * LOG2E)) + 1.0)
+    t = tl.where(x < 0.0, -t, t)
+    if PRECISE:
+        y = x * x
+        series = x + x * y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0))))
+        t = tl.where(size < 0.25, series, t)
+    return t
+
+
+@triton.jit
+def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
+    """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
+
+    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``.
+    """
+    if F.plain:
+        return raw, raw
+    t = raw
+    if F.softcap:
+        t = tanh(raw * (head.scale / head.softcap), F.precise)
+        scores = t * (head.softcap * LOG2E)
+    else:
+        scores = raw * (head.scale * LOG2E)
+    if F.bias:
+        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32) * LOG2E
+    if F.alibi:
+        scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
+    return scores, t
+
+
+@triton.jit
+def factor_of(head, F: tl.constexpr):
+    """What finished scores must still be multiplied with."""
+    if F.plain:
+        return head.scale * LOG2E
+    return 1.0
+
+
+@triton.jit
+def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
+    """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
+    kept = keep(j, i, transposed(head.band), F.band) if TRANSPOSED else keep(i, j, head.band, F.band)
+    if F.mask:
+        kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
+    if F.segments:
+        of_q = tl.load(head.ids_q.ptr + i * head.ids_q.stride_s, mask=i < head.band.s_q, other=0)
+        of_kv = tl.load(head.ids_kv.ptr + j * head.ids_kv.stride_s, mask=j < head.band.s_kv, other=0)
+        kept = kept & (of_q == of_kv)
+    return kept
+
+
+@triton.jit
+def softmax_step(scores, factor, m, total):
+    """One step of online softmax: ``(p, m, total, alpha)``, ``alpha`` what to multiply earlier sums with.
+
+    ``m`` is the running maximum of each row and ``total`` its running sum. While a row is empty, ``m`` is ``-inf``.
+    """
+    m_new = tl.maximum(m, tl.max(scores, 1) * factor)
+    finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores * factor - finite[:, None])
+    alpha = tl.exp2(m - finite)
+    return p, m_new, total * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """True where dropout spares the element: ``rng.dropout_keep``, one Philox call for eight columns.
+
+    Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
+    column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.
+    """
+    i, call = i0 + tl.arange(0, BLOCK_M)[:, None], j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+    w0, w1, w2, w3 = tl.philox(head.seed, i, call, head.dropout_head, head.offset, n_rounds=PHILOX_ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
+    spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
+    spared = tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
+    return tl.trans(spared) if TRANSPOSED else spared
