@@ -85,7 +85,8 @@ def survives(inputs: Inputs, spec: AttentionSpec, block: Block) -> Tensor:
     device = inputs.q.device
     n = torch.arange(block.sequence, block.sequence + block.size[0], device=device)[:, None, None, None]
     h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
-    return rng.dropout_keep(spec, inputs.rng_state, n * inputs.heads_q + h, *positions(block, device))
+    i, _ = positions(block, device)
+    return rng.dropout_keep_columns(spec, inputs.rng_state, n * inputs.heads_q + h, i, *block.keys)
 
 
 def _entries(x: Tensor, block: Block) -> Tensor:
