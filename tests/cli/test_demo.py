@@ -74,11 +74,16 @@ def test_a_folder_of_someone_else_is_left_alone(short, texts, tmp_path, capsys):
 
 
 def test_the_steps_fill_the_time(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "seconds_per_step", lambda self: 0.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    seconds = {1: 0.9, 2: 0.7, 4: 0.5, 6: 0.6}
+    tried = []
+    monkeypatch.setattr(torch, "set_num_threads", tried.append)
+    monkeypatch.setattr(Trainer, "seconds_per_step", lambda self: seconds[tried[-1]])
     args = SimpleNamespace(data=[str(texts)], minutes=2.0, quiet=True)
     config = demo._fitting_config(tmp_path, args, torch.device("cpu"))
     assert config.train.steps == 240 and config.train.max_minutes == 3.0
     assert config.train.eval_every == config.train.save_every == 30
+    assert tried == [1, 2, 4, 6, 4]
 
 
 def test_bad_minutes(texts, tmp_path, capsys):
