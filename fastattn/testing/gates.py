@@ -9,6 +9,7 @@ where a figure has moved away from the expected one.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -86,6 +87,11 @@ class Figures:
     error: str | None = None
 
 
+def is_heavy(build: Build) -> bool:
+    """Whether it takes the row for heavy features, where its kernel has one: ``arguments.Flags.heavy``."""
+    return not {"mask", "softcap", "alibi", "segments", "dropout"}.isdisjoint(build.combination.split())
+
+
 def builds(quick: bool = False) -> list[Build]:
     """Every row of the table with a causal mask, and each combination of features where most people are: bf16, D 128.
 
@@ -114,7 +120,9 @@ def builds(quick: bool = False) -> list[Build]:
     if not quick:
         return found
     rows, kernels = ("sm_90", "gfx942"), KERNELS[:3]
-    return [b for b in found if (b.row in rows and b.kernel in kernels and b.combination == "causal" and b.head_dim == 128)]
+    return [
+        b for b in found if (b.row in rows and b.kernel in kernels and b.combination == "causal" and b.head_dim == 128)
+    ]
 
 
 def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) -> list[str]:
@@ -145,8 +153,7 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
 
 def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
     """Compile, in processes of their own (Triton must not interpret there), and yield as they finish."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start_compiler) as pool:
+    with _compilers(processes) as pool:
         running = {pool.submit(_compile, build): build for build in todo}
         for done in concurrent.futures.as_completed(running):
             yield running[done], done.result()
@@ -174,6 +181,25 @@ def as_expected(results: Iterable[tuple[Build, Figures]]) -> dict[str, dict[str,
     return {name: by_name[name] for name in sorted(by_name)}
 
 
+def kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
+    """How many kernels forward and backward compile, by name, when they see all of ``lengths``: one of each, we hope."""
+    with _compilers(1) as pool:
+        return pool.submit(_kernels_for_lengths, lengths, head_dim, layout).result()
+
+
+@contextlib.contextmanager
+def _compilers(processes: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that compile. They must be born without TRITON_INTERPRET: Triton reads it when it is imported."""
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start_compiler) as pool:
+            yield pool
+    finally:
+        if interpreting is not None:
+            os.environ["TRITON_INTERPRET"] = interpreting
+
+
 # --- in the compiling process -------------------------------------------------------------------------------------
 
 _launched: list[tuple[str, Any, float]] = []  # kernels in the order in which the launch code asked for them
@@ -182,7 +208,6 @@ _target = TARGETS["sm_90"]
 
 def _start_compiler() -> None:
     """Make this process one in which launching a kernel compiles it, for ``_target``, and does no more."""
-    os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastattn-gates-")
     torch.set_num_threads(1)
     from triton.backends.compiler import GPUTarget
@@ -218,8 +243,10 @@ def _compile(build: Build) -> Figures:
     _target = TARGETS[build.target]
     launch._arch.cache_clear()
     _launched.clear()
-    tile = configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim))
     inputs, spec = _problem(build)
+    tile = configs.Tile(
+        *build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, is_heavy(build))
+    )
     try:
         if build.kernel == "forward":
             launch.forward(inputs, spec, tile)
@@ -231,6 +258,22 @@ def _compile(build: Build) -> Figures:
         return dataclasses.replace(_read(kernel, _target), tile=tuple(tile), seconds=round(seconds, 2))
     except Exception as error:  # whatever the compiler raises is the finding
         return Figures(tile=tuple(tile), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+
+
+def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
+    from fastattn.backends.triton import launch
+
+    for s in lengths:
+        shape = (2, s, 4, head_dim) if layout == "BSHD" else (2, 4, s, head_dim)
+        x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        x = x if layout == "BSHD" else x.transpose(1, 2)
+        inputs, spec = Inputs(x, x, x, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(1.0, left=s // 2, right=0)
+        out, lse = launch.forward(inputs, spec)
+        launch.backward(out, None, out, lse, inputs, spec, ("q", "k", "v"))
+    found: dict[str, set[int]] = {}
+    for name, kernel, _ in _launched:
+        found.setdefault(name, set()).add(id(kernel))
+    return {name: len(kernels) for name, kernels in found.items()}
 
 
 def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:

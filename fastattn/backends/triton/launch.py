@@ -90,7 +90,7 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         head_dim = max(self.flags.d_qk, self.flags.d_v)
-        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim)
+        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim, self.flags.heavy)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
