@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 BACKEND = "fastattn.backends.cuda"
-HEADERS = ("*.h", "*.inc", "sm90/*.h", "sm90/*.cuh")  # what NVRTC compiles at first use
+HEADERS = ("*.h", "instances.inc", "sm90/*.h", "sm90/*.cuh")  # what NVRTC compiles at first use
 
 
 def load(name: str) -> ModuleType:

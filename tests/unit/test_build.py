@@ -15,6 +15,7 @@ import torch
 from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, build, library, nvrtc
 from fastattn.backends.cuda.instances import DTYPES, Instance, forward_tiles, select
+from fastattn.errors import InputError
 from fastattn.problem import Inputs, Problem
 from fastattn.spec import AttentionSpec
 
@@ -69,7 +70,16 @@ def test_fields_say_what_the_spec_says() -> None:
     assert (fields["q_batch_stride"], fields["q_row_stride"], fields["q_head_stride"]) == q.stride()[:3]
     plain = fields_of(inputs_of(q, k), AttentionSpec(0.25))
     assert (plain["left"], plain["right"], plain["has_band"], plain["has_softcap"]) == (1 << 29, 1 << 29, 0, 0)
-    assert plain["heads_per_pass"] % 2 == 0, "whole groups"
+    assert plain["heads_per_pass"] == 12, "short keys: all heads in one pass"
+    long = inputs_of(q, k).replace(max_seqlen_kv=1 << 18)  # 16 MB for the keys and values of a head
+    assert abi.heads_per_pass(long) == 4, "whole groups of two"
+
+
+def test_more_rows_than_positions_count_are_refused() -> None:
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
+    k = q.expand(-1, abi.UNBOUNDED, -1, -1)
+    with pytest.raises(InputError, match="fewer than 536870912 rows"):
+        fields_of(inputs_of(q, k), AttentionSpec(1.0))
 
 
 def test_prepared_copies_only_what_tma_cannot_read() -> None:
@@ -251,6 +261,4 @@ def test_kernels_compile_with_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_device_headers_include_no_standard_header() -> None:
     for name, text in nvrtc.headers().items():
-        if name.startswith("launch"):
-            continue
         assert "#include <" not in text, name

@@ -12,6 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
+from fastattn.errors import input_error
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, tile_range
 
@@ -43,6 +44,9 @@ def forward_fields(
     """The fields of one forward pass. ``inputs`` must be as ``prepared`` leaves them."""
     q, k, v = inputs.q, inputs.k, inputs.v
     seqlen_q, seqlen_kv = q.shape[-3], k.shape[-3]
+    if max(seqlen_q, seqlen_kv) >= UNBOUNDED:
+        given = f"{max(seqlen_q, seqlen_kv)} rows"
+        raise input_error("q", given, f"fewer than {UNBOUNDED} rows", "Positions in the CUDA kernels have 32 bits.")
     is_dense = not inputs.is_packed
     key_begin, key_end = tile_range(spec, 0, seqlen_q, seqlen_q, seqlen_kv) if is_dense else (0, seqlen_kv)
     fields: dict[str, int | float] = {
@@ -85,11 +89,12 @@ def forward_fields(
 
 
 def heads_per_pass(inputs: Inputs) -> int:
-    """Query heads whose keys and values fit L2 together; whole groups, and at least one."""
+    """Query heads whose keys and values fit L2 together: whole groups, at least one, at most all there are."""
     row_bytes = (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
     head_bytes = max(1, inputs.max_seqlen_kv * row_bytes)
     group = inputs.heads_q // inputs.heads_kv
-    return max(1, L2_BYTES // head_bytes) * group
+    all_heads = inputs.heads_q * (1 if inputs.is_packed else inputs.batch)
+    return max(1, min(max(1, L2_BYTES // head_bytes) * group, all_heads))
 
 
 def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec]:

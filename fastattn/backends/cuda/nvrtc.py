@@ -72,7 +72,8 @@ def source_of(instance: Instance) -> str:
 def headers() -> dict[str, str]:
     """The device headers, by the path under ``csrc/`` by which they are included."""
     folder = source_folder()
-    found = [*folder.glob("*.h"), *(path for path in (folder / "sm90").iterdir() if path.suffix in (".h", ".cuh"))]
+    found = [*folder.glob("*.h"), *(folder / "sm90").glob("*.h"), *(folder / "sm90").glob("*.cuh")]
+    found.remove(folder / "launch.h")  # host code
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
 
 
