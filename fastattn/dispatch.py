@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Backend
@@ -69,8 +69,20 @@ def reasons(problem: Problem) -> dict[str, list[str]]:
     return {name: load(name).unsupported_reasons(problem) for name in BACKENDS}
 
 
+def choose(problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
+    """The first backend that can serve ``problem`` and may do so unasked, and why those that can but may not do not."""
+    passed_over: dict[str, list[str]] = {}
+    for name, why_not in reasons(problem).items():
+        if why_not:
+            continue
+        passed_over[name] = load(name).automatic_reasons(problem)
+        if not passed_over[name]:
+            return name, passed_over
+    return None, passed_over
+
+
 def select(problem: Problem, backend: str | None = None) -> Backend:
-    """The backend that serves ``problem``: the one asked for, or the first that can.
+    """The backend that serves ``problem``: the one asked for, or the first that can and may do so unasked.
 
     Raises:
         InputError: ``backend`` is not a known name.
@@ -82,9 +94,9 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
         if why_not[backend]:
             raise unsupported_error(f"backend={backend!r} cannot serve this call:", {backend: why_not[backend]})
         return load(backend)
-    chosen = next((name for name in BACKENDS if not why_not[name]), None)
+    chosen, passed_over = choose(problem)
     if chosen is None:
-        raise unsupported_error("no backend can serve this call:", why_not)
+        raise unsupported_error("no backend can serve this call:", why_not | passed_over)
     if chosen == "eager" and problem.device != "cpu":
         _warn_slow(problem)
     return load(chosen)
@@ -93,7 +105,8 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
 @functools.lru_cache(maxsize=1024)
 def _warn_slow(problem: Problem) -> None:
     """Say once for each kind of problem that the reference formula serves tensors of an accelerator."""
-    others = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons(problem).items() if why)
+    why_not = reasons(problem) | choose(problem)[1]
+    others = "; ".join(f"{name}: {', '.join(why)}" for name, why in why_not.items() if why)
     warnings.warn(
         f"fastattn: the slow 'eager' backend, quadratic in memory, serves {problem.device} tensors ({others})",
         stacklevel=2,
@@ -108,22 +121,26 @@ class Explanation:
         chosen: the backend that would serve the call; None if none can.
         reasons: for every backend, why it cannot; an empty list means it can.
         problem: the facts that were decided on.
+        passed_over: for backends that can, why they are not chosen unless asked by name.
     """
 
     chosen: str | None
     reasons: dict[str, list[str]]
     problem: Problem
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem) -> Explanation:
-        why_not = reasons(problem)
-        return cls(next((name for name in BACKENDS if not why_not[name]), None), why_not, problem)
+        chosen, passed_over = choose(problem)
+        return cls(chosen, reasons(problem), problem, passed_over)
 
     def __str__(self) -> str:
         p = self.problem
         uses = ", ".join(sorted(p.features)) or "nothing special"
         lines = [f"{p.device} {p.dtype}, head dims {p.head_dim_qk}/{p.head_dim_v}, uses: {uses}"]
         for name, why in self.reasons.items():
-            verdict = "; ".join(why) if why else ("chosen" if name == self.chosen else "can serve it too")
+            verdict = "; ".join(why) or ("chosen" if name == self.chosen else "can serve it too")
+            if self.passed_over.get(name):
+                verdict = f"only when asked by name: {'; '.join(self.passed_over[name])}"
             lines.append(f"  {'->' if name == self.chosen else '  '} {name:<10} {verdict}")
         return "\n".join(lines)

@@ -62,6 +62,10 @@ class Backend(ABC):
         missing = self.unavailable_reason()
         return [missing] if missing else capability_reasons(self.capabilities, problem)
 
+    def automatic_reasons(self, problem: Problem) -> list[str]:
+        """Why this backend, which can serve ``problem``, should not do so unless asked by name; [] means it may."""
+        return []
+
     @abstractmethod
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """``(out, lse)`` as the spec defines them."""

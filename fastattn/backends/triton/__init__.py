@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastattn.backends import evidence
 from fastattn.backends.base import Backend, Capabilities, capability_reasons
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -42,6 +43,11 @@ class TritonBackend(Backend):
         if problem.device == "cpu" and not is_interpreting():
             return ["device cpu (TRITON_INTERPRET=1 runs it there, slowly, for tests)"]
         return capability_reasons(self.capabilities, problem)
+
+    def automatic_reasons(self, problem: Problem) -> list[str]:
+        if is_interpreting():
+            return ["TRITON_INTERPRET=1 makes it very slow"]
+        return evidence.reasons_against(self.name, problem)
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton import launch

@@ -147,11 +147,6 @@ class Flags:
         return 8 if self.d_qk % 8 == 0 and self.d_v % 8 == 0 else 1
 
     @property
-    def phases(self) -> int:
-        """1 if every tile must be masked; else 2: masked tiles first, then those that need no mask."""
-        return 1 if self.mask else 2
-
-    @property
-    def scattered(self) -> bool:
-        """Data decide which keys are used, so tiles have unused columns that positions cannot tell."""
-        return bool(self.mask) or self.segments
+    def heavy(self) -> bool:
+        """Whether the features hold so many registers that the kernel may need a smaller tile."""
+        return bool(self.mask) or self.softcap or self.alibi or self.segments or self.dropout

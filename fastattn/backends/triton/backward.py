@@ -1,4 +1,4 @@
-"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: every sum has one owner and one order.
+"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: each sum has one owner, one order.
 
 Each computes the probabilities anew from ``lse``. With ``z`` dropout's factors and ``t`` the softcap's tanh:
 
@@ -11,6 +11,7 @@ Each computes the probabilities anew from ``lse``. With ``z`` dropout's factors 
 ``delta`` is here ``rowsum(dout * out) - dlse``: the gradient of ``lse`` enters every formula that way.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -22,7 +23,6 @@ from fastattn.backends.triton.tile import (
     finish,
     kept_tile,
     load_rows,
-    nth,
     number,
     open_band,
     open_head,
@@ -31,9 +31,9 @@ from fastattn.backends.triton.tile import (
     scheduled,
     store_rows,
     survivors,
+    tile_range,
     tiles,
     transposed,
-    zero_unused,
 )
 
 
@@ -50,8 +50,8 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
     i = i0 + tl.arange(0, BLOCK_M)
     out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    out_tile = load_rows(out_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast).to(tl.float32)
+    out_tile = load_rows(out_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
     if dlse is not None:
         total -= tl.load(per_row(dlse, head) + i, mask=i < s_q, other=0.0).to(tl.float32)
@@ -59,46 +59,39 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
 
 
 @triton.jit
-def load_statistics(lse, delta, i, low, high, MASKED: tl.constexpr):
+def load_statistics(lse, delta, i, low, high):
     """``(lse, delta)`` of rows ``i``; ``lse`` in units of log2, and infinite where nothing is kept, so that p is 0."""
-    if MASKED:
-        valid = (i >= low) & (i < high)
-        of_rows = tl.load(lse + i, mask=valid, other=float("-inf"))
-        of_delta = tl.load(delta + i, mask=valid, other=0.0)
-    else:
-        of_rows = tl.load(lse + i)
-        of_delta = tl.load(delta + i)
+    valid = (i >= low) & (i < high)
+    of_rows = tl.load(lse + i, mask=valid, other=float("-inf"))
+    of_delta = tl.load(delta + i, mask=valid, other=0.0)
     return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), of_delta
 
 
 @triton.jit
-def score_gradient(
-    raw, dp, of_lse, of_delta, head, i, j, i0, j0, dropout_scale, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def probabilities(
+    raw, of_lse, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``(p, dt, ds, kept)`` of one tile, from ``raw = q @ k^T`` and ``dp = dout @ v^T``, or from their transposes.
-
-    ``p`` comes with dropout's zeros but without its factor.
-    """
-    # a transposed tile holds a whole block of keys, and the last block ends past the last key
-    scores, t = finish(raw, head, i, j, i0, j0, MASKED or TRANSPOSED, F)
+    """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; ``spared`` is what dropout leaves."""
+    scores, t = finish(raw, head, i, j, i0, j0, F)
+    if not is_full:
+        scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
     p = tl.exp2(scores * factor_of(head, F) - of_lse)
-    kept = 0
-    if MASKED:
-        kept = kept_tile(head, i, j, i0, j0, F)
-        p = tl.where(kept, p, 0.0)
-    p_dropped = p
+    spared = p
     if F.dropout:
         spared = survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED)
-        p_dropped = tl.where(spared, p, 0.0)
+    return p, spared, t
+
+
+@triton.jit
+def score_gradients(p, spared, t, dp, of_delta, dropout_scale, F: tl.constexpr):
+    """``(dt, ds)`` of one tile, from ``dp = dout @ v^T``."""
+    if F.dropout:
         dp = tl.where(spared, dp * dropout_scale, 0.0)
     dt = p * (dp - of_delta)
-    ds = dt
     if F.softcap:
-        ds = dt * (1.0 - t * t)
-    if MASKED:  # dp and t hold NaN where an unused value or key does
-        dt, ds = tl.where(kept, dt, 0.0), tl.where(kept, ds, 0.0)
-    return p_dropped, dt, ds, kept
+        return dt, dt * (1.0 - t * t)
+    return dt, dt
 
 
 @triton.jit
@@ -109,7 +102,6 @@ def dkdv_kernel(
     """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    PHASES: tl.constexpr = F.phases
     block, of = scheduled(schedule, LAST_FIRST=False)
     group = number(sizes.group)
     heads_kv = number(sizes.heads_q) // group
@@ -119,34 +111,38 @@ def dkdv_kernel(
     if j0 >= band.s_kv:
         return
 
-    k_rows, v_rows = rows_of(k, b, h_kv, begin_kv, F.vector, F.contiguous), rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous)
-    k_tile = load_rows(k_rows, j0, 0, band.s_kv, F.d_qk, BLOCK_N, BLOCK_QK, True, F.upcast)
-    v_tile = load_rows(v_rows, j0, 0, band.s_kv, F.d_v, BLOCK_N, BLOCK_V, True, F.upcast)
+    k_rows, v_rows = (
+        rows_of(k, b, h_kv, begin_kv, F.vector, F.contiguous),
+        rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous),
+    )
+    first, last = tile_range(j0 * 0, band.s_q, band, F.band)  # keys that no row keeps may hold NaN
+    k_tile = load_rows(k_rows, j0, first, last, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+    v_tile = load_rows(v_rows, j0, first, last, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
-    full = full_end - full_begin
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
         q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = rows_of(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
         lse_rows, delta_rows = per_row(lse, head), per_row(delta, head)
-        for MASKED in tl.static_range(1, 1 - PHASES, -1):
-            for n in tl.range(0, end - begin - full if MASKED else full):
-                i0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_M
-                i = i0 + tl.arange(0, BLOCK_M)
-                q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, BLOCK_QK, MASKED, F.upcast)
-                raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
-                dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, BLOCK_V, MASKED, F.upcast)
-                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-                of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, low, high, MASKED)
-                p, _dt, ds, _kept = score_gradient(
-                    raw, dp, of_lse[None, :], of_delta[None, :], head, i[None, :], j[:, None], i0, j0,
-                    sizes.dropout_scale, MASKED, True, F, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-                dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+        for tile in tl.range(begin, end):
+            i0 = tile * BLOCK_M
+            i = i0 + tl.arange(0, BLOCK_M)
+            q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
+            of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, low, high)
+            p, spared, t = probabilities(
+                raw, of_lse[None, :], head, i[None, :], j[:, None], i0, j0,
+                (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
+            dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
+            _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
     dk_acc *= sizes.scale
     if F.dropout:
@@ -165,7 +161,6 @@ def dq_kernel(
     """``dq`` of ``BLOCK_M`` query rows of one head."""
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    PHASES: tl.constexpr = F.phases
     block, of = scheduled(schedule, LAST_FIRST=F.band)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
@@ -178,28 +173,25 @@ def dq_kernel(
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, BLOCK_QK, True, F.upcast)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, BLOCK_V, True, F.upcast)
+    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
+    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
-    full = full_end - full_begin
-    for MASKED in tl.static_range(1, 1 - PHASES, -1):
-        for n in tl.range(0, end - begin - full if MASKED else full):
-            j0 = nth(n, begin, full_begin, full_end, MASKED) * BLOCK_N
-            j = j0 + tl.arange(0, BLOCK_N)
-            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, MASKED, F.upcast)
-            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, MASKED, F.upcast)
-            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
-            _p, _dt, ds, kept = score_gradient(
-                raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0,
-                sizes.dropout_scale, MASKED, False, F, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            if MASKED and F.scattered:
-                k_tile = zero_unused(k_tile, kept)
-            dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
+    for tile in tl.range(begin, end):
+        j0 = tile * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+        p, spared, t = probabilities(
+            raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, (tile >= full_begin) & (tile < full_end),
+            False, F, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
+        _dt, ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
+        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
 
     dq_rows = rows_of(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
@@ -22,14 +24,25 @@ class Tile(NamedTuple):
 INTERPRETED = Tile(32, 32, 4, 1)
 
 
-def tile_for(arch: str, kernel: str, bits: int, head_dim: int) -> Tile:
-    """The tile of the row for ``(arch, kernel, bits)`` with the least head dim that is not below ``head_dim``."""
+@functools.cache
+def tile_for(arch: str, kernel: str, bits: int, head_dim: int, is_heavy: bool = False) -> Tile:
+    """The tile of the row with the least head dim that is not below ``head_dim``.
+
+    Args:
+        arch: from ``arch_name``, or "interpreter".
+        kernel: one of KERNELS.
+        bits: of an element of q.
+        head_dim: the larger of ``D_qk`` and ``D_v``.
+        is_heavy: the features in use need many registers (``Flags.heavy``): take the row of the kernel's heavy kind
+            if there is one.
+    """
     if arch == "interpreter":
         return INTERPRETED
-    for where in (arch, DEFAULT):
-        dims = [d for (a, k, b, d) in TABLE if (a, k, b) == (where, kernel, bits) and d >= head_dim]
+    kinds = (f"{kernel} heavy", kernel) if is_heavy else (kernel,)
+    for where, kind in itertools.product((arch, DEFAULT), kinds):
+        dims = [d for (a, k, b, d) in TABLE if (a, k, b) == (where, kind, bits) and d >= head_dim]
         if dims:
-            return Tile(*TABLE[where, kernel, bits, min(dims)])
+            return Tile(*TABLE[where, kind, bits, min(dims)])
     raise KeyError((arch, kernel, bits, head_dim))
 
 

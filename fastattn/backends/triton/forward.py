@@ -1,5 +1,6 @@
 """The forward kernel: online softmax over the tiles that the mask leaves."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -13,7 +14,6 @@ from fastattn.backends.triton.tile import (
     kept_tile,
     load_per_head,
     load_rows,
-    nth,
     number,
     open_head,
     per_row,
@@ -23,7 +23,6 @@ from fastattn.backends.triton.tile import (
     store_rows,
     survivors,
     tiles,
-    zero_unused,
 )
 
 
@@ -33,12 +32,10 @@ def forward_kernel(
 ):  # fmt: skip
     """``out`` and ``lse`` of ``BLOCK_M`` query rows of one head.
 
-    Masked tiles come first, then full ones: the order of tiles does not matter to online softmax, and a loop body
-    of its own keeps the second kind free of mask arithmetic.
+    Every tile takes the same way but for one branch, which all threads take alike: a full tile skips the mask.
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    PHASES: tl.constexpr = F.phases
     block, of = scheduled(schedule, LAST_FIRST=F.band)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
@@ -49,42 +46,38 @@ def forward_kernel(
     k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, True, F.upcast)
+    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if F.sinks:  # the running sum begins with the sink
         m = tl.zeros([BLOCK_M], tl.float32) + load_per_head(terms.sinks, head.b, head.h) * LOG2E
-        l = tl.where(m == float("-inf"), 0.0, 1.0)
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
 
     low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
-    full = full_end - full_begin
-    for MASKED in tl.static_range(1, 1 - PHASES, -1):
-        for t in tl.range(0, end - begin - full if MASKED else full):
-            j0 = nth(t, begin, full_begin, full_end, MASKED) * BLOCK_N
-            j = j0 + tl.arange(0, BLOCK_N)
-            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, MASKED, F.upcast)
-            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, MASKED, F)
-            if MASKED:
-                kept = kept_tile(head, i[:, None], j[None, :], i0, j0, F)
-                scores = tl.where(kept, scores, float("-inf"))
-            p, m, l, alpha = softmax_step(scores, factor, m, l)
-            if F.dropout:
-                p = tl.where(survivors(head, i0, j0, BLOCK_M, BLOCK_N, False), p, 0.0)
-            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, MASKED, F.upcast)
-            if MASKED and F.scattered:
-                v_tile = zero_unused(v_tile, kept)
-            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
+    for tile in tl.range(begin, end):
+        j0 = tile * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+        scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
+        if (tile < full_begin) | (tile >= full_end):
+            kept = kept_tile(head, i[:, None], j[None, :], i0, j0, False, F)
+            scores = tl.where(kept, scores, float("-inf"))
+        p, m, total, alpha = softmax_step(scores, factor, m, total)
+        if F.dropout:
+            p = tl.where(survivors(head, i0, j0, BLOCK_M, BLOCK_N, False), p, 0.0)
+        v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
-    is_empty = l == 0.0
-    norm = 1.0 / tl.where(is_empty, 1.0, l)
+    is_empty = total == 0.0
+    norm = 1.0 / tl.where(is_empty, 1.0, total)
     if F.dropout:
         norm *= sizes.dropout_scale
-    total = tl.where(is_empty, float("-inf"), m * LN2 + tl.log(tl.where(is_empty, 1.0, l)))
+    logsumexp = tl.where(is_empty, float("-inf"), m * LN2 + tl.log(tl.where(is_empty, 1.0, total)))
     out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, BLOCK_V)
-    tl.store(per_row(lse, head) + i, total, mask=i < head.band.s_q)
+    tl.store(per_row(lse, head) + i, logsumexp, mask=i < head.band.s_q)

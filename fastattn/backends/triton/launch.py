@@ -17,19 +17,31 @@ import triton
 from torch import Tensor
 
 from fastattn.backends.triton import arguments, configs
-from fastattn.backends.triton.arguments import Flags, PerHead, PerRow, PerToken, Rows, Schedule, Scores, Sizes, Terms
-from fastattn.backends.triton.arguments import coded
+from fastattn.backends.triton.arguments import (
+    Flags,
+    PerHead,
+    PerRow,
+    PerToken,
+    Rows,
+    Schedule,
+    Scores,
+    Sizes,
+    Terms,
+    coded,
+)
 from fastattn.backends.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
 from fastattn.backends.triton.configs import Tile
 from fastattn.backends.triton.forward import forward_kernel
+from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
-from fastattn.backends.triton.segments import segment_tiles_kernel
 from fastattn.errors import input_error
 from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
 MAX_ROW_STRIDE = 1 << 22
+# Tiles of the small kernels.
+DELTA_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
@@ -51,7 +63,26 @@ class Call:
             longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
             raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
-        return cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)))
+        call = cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)))
+        return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
+
+    def _without_unused_keys(self, spec: AttentionSpec) -> Call:
+        """The call with zeros for the keys and values that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
+
+        Where positions alone decide, the kernels do this as they load. Where data decide, looking for unused keys
+        in the kernels' loops would cost more than looking once and copying K and V, which are small.
+        """
+        x = self.inputs
+        heads = x.heads_kv if x.mask is not None and x.mask.shape[1] > 1 else 1
+        used = torch.empty(x.batch, x.k.shape[1], heads, dtype=torch.uint8, device=x.q.device)
+        if used.numel():
+            flags = Flags(1, 1, 16, 16, band=self.flags.band, segments=self.flags.segments, mask=self.flags.mask)
+            terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
+            at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
+            grid = (triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads, x.batch)
+            used_keys_kernel[grid](at, terms, self.sizes, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
+        k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
+        return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
 
     @property
     def bits(self) -> int:
@@ -59,7 +90,7 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         head_dim = max(self.flags.d_qk, self.flags.d_v)
-        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim)
+        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim, self.flags.heavy)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
@@ -94,13 +125,21 @@ def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tu
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
     if lse.numel() == 0:
         return out, lse
-    call = Call.of(inputs, spec)
-    tile = tile or call.tile("forward")
     with _device_of(out):
+        call = Call.of(inputs, spec)
+        tile = tile or call.tile("forward")
         grid, schedule = call.schedule(inputs.max_seqlen_q, tile.block_m, inputs.batch * inputs.heads_q)
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         forward_kernel[grid](
-            call.q, call.k, call.v, _rows(out), _per_row(lse), terms, call.sizes, schedule, **_compiled(call.flags, tile)
+            call.q,
+            call.k,
+            call.v,
+            _rows(out),
+            _per_row(lse),
+            terms,
+            call.sizes,
+            schedule,
+            **_compiled(call.flags, tile),
         )
     return out, lse
 
@@ -115,8 +154,8 @@ def backward(
     needs: Sequence[str],
 ) -> Grads:
     """The gradients named in ``needs``."""
-    pass_ = Backward.of(dout, dlse, out, lse, inputs, spec)
     with _device_of(out):
+        pass_ = Backward.of(dout, dlse, out, lse, inputs, spec)
         dk, dv = pass_.dkdv() if "k" in needs or "v" in needs else (None, None)
         return Grads(
             dq=pass_.dq() if "q" in needs else None,
@@ -147,8 +186,7 @@ class Backward:
         delta = torch.empty_like(lse, dtype=torch.float32)
         self = cls(call, incoming, _per_row(lse.contiguous()), _per_row(delta))
         if delta.numel():
-            with _device_of(out):
-                self._fill_delta(_rows(out), None if dlse is None else _per_row(dlse.contiguous()))
+            self._fill_delta(_rows(out), None if dlse is None else _per_row(dlse.contiguous()))
         return self
 
     def _fill_delta(self, out: Rows, dlse: PerRow | None) -> None:
@@ -195,8 +233,9 @@ class Backward:
         sum_rows, sum_columns = x.bias.shape[2] == 1, x.bias.shape[3] == 1
         shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
+        terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         dbias_kernel[rows * columns, sums.shape[1], sums.shape[0]](
-            call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, call.terms, call.sizes,
+            call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
             coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **_compiled(call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
@@ -213,10 +252,6 @@ class Backward:
                 self.lse, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
-
-
-DELTA_ROWS = 64
-DSINKS_ROWS = 1024
 
 
 # --- description --------------------------------------------------------------------------------------------------

@@ -1,21 +1,21 @@
-"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. One program owns each sum, in one order."""
+"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. Each sum has one owner, one order."""
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.backward import load_statistics, score_gradient
+from fastattn.backends.triton.backward import load_statistics, probabilities, score_gradients
 from fastattn.backends.triton.tile import (
     LOG2E,
     load_per_head,
     load_rows,
     number,
-    open_band,
     open_head,
     per_row,
     rows_of,
-    tile_range,
+    tiles,
 )
 
 
@@ -29,6 +29,8 @@ def dbias_kernel(
     ``dbias``, as ``Scores``, has no rows or columns that broadcast: where ``bias`` has, it holds the sums over the
     rows (or columns) of each tile, which are added up afterwards. Grid: ``(tiles, 1|H_q, 1|B)``, tiles by columns.
     """
+    BLOCK_QK: tl.constexpr = F.block_qk
+    BLOCK_V: tl.constexpr = F.block_v
     column_tiles = tl.cdiv(number(sizes.s_kv), BLOCK_N)
     row_block, column_block = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
@@ -37,28 +39,30 @@ def dbias_kernel(
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
-    _, _, band = open_band(tl.program_id(2), terms, sizes, F)
-    s_q, s_kv = band.s_q, band.s_kv
-    low, high = tile_range(i0, tl.minimum(i0 + BLOCK_M, s_q), band, F.band)
-    is_used = (j0 < high) & (j0 + BLOCK_N > low)
-    for n in tl.range(0, tl.where(is_used, sequences * heads, 0)):
+    for n in tl.range(0, sequences * heads):
         b, h = tl.program_id(2) + n // heads, tl.program_id(1) + n % heads
         head = open_head(b, h, terms, sizes, F)
-        q_rows, dout_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous), rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
-        k_rows, v_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous), rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-        q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, F.block_qk, True, F.upcast)
-        k_tile = load_rows(k_rows, j0, 0, s_kv, F.d_qk, BLOCK_N, F.block_qk, True, F.upcast)
-        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-        dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, True, F.upcast)
-        v_tile = load_rows(v_rows, j0, 0, s_kv, F.d_v, BLOCK_N, F.block_v, True, F.upcast)
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
-        of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q, True)
-        _p, dt, _ds, _kept = score_gradient(
-            raw, dp, of_lse[:, None], of_delta[:, None], head, i[:, None], j[None, :], i0, j0, sizes.dropout_scale,
-            True, False, F, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        acc += dt
+        low, high, begin, full_begin, full_end, end = tiles(row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F)
+        if (column_block >= begin) & (column_block < end):
+            q_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous)
+            k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+            of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, head.band.s_q)
+            is_full = (column_block >= full_begin) & (column_block < full_end)
+            p, spared, t = probabilities(
+                raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
+            )  # fmt: skip
+            dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
+            v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            dout_tile = load_rows(dout_rows, i0, 0, head.band.s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
+            dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
+            acc += dt
 
+    s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
     at = tl.program_id(2).to(tl.int64) * number(dbias.stride_b) + tl.program_id(1).to(tl.int64) * number(dbias.stride_h)
     stride_q = number(dbias.stride_q)
     if SUM_ROWS and SUM_COLUMNS:

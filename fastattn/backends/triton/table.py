@@ -1,4 +1,4 @@
-"""The tiles: which blocks, warps and pipeline stages each kernel uses. ``python -m benchmarks tune`` rewrites this file.
+"""The tiles: blocks, warps and pipeline stages of each kernel. ``python -m benchmarks tune`` rewrites this file.
 
 ``(arch, kernel, bits of an element, head dim): (BLOCK_M, BLOCK_N, num_warps, num_stages)``; a head dim between two
 rows takes the larger one, an architecture without rows those of "default". Every row compiles without spilling, and

@@ -6,6 +6,7 @@ are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` a
 tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels whose tiles are transposed.
 """
 
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -150,12 +151,12 @@ def open_head(b, h, terms, sizes, F: tl.constexpr):
 
 @triton.jit
 def keep(i, j, band, BAND: tl.constexpr):
-    """``spec.keep`` for non-negative ``i`` and ``j``."""
-    kept = (i < band.s_q) & (j < band.s_kv)
-    if BAND:
-        offset = j - i - band.diagonal
-        kept = kept & (offset >= -band.left) & (offset <= band.right)
-    return kept
+    """``spec.keep`` for non-negative ``i`` and ``j``: all but two comparisons are made once for each row."""
+    if not BAND:
+        return j < tl.where(i < band.s_q, band.s_kv, 0)
+    first = i + (band.diagonal - band.left)
+    end = tl.minimum(i + (band.diagonal + band.right + 1), band.s_kv)
+    return (j >= first) & (j < tl.where(i < band.s_q, end, 0))
 
 
 @triton.jit
@@ -211,14 +212,6 @@ def tiles(block, b, band, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr,
     return low, high, begin, full_begin, full_end, end
 
 
-@triton.jit
-def nth(t, begin, full_begin, full_end, MASKED: tl.constexpr):
-    """The number of the ``t``-th tile of a phase: the masked ones lie on both sides of the full ones."""
-    if MASKED:
-        return tl.where(begin + t < full_begin, begin + t, begin + t + full_end - full_begin)
-    return full_begin + t
-
-
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -242,20 +235,15 @@ def pointers(rows, i0, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-    UPCAST: tl.constexpr,
+    rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``; if MASKED, zero outside ``low .. high``."""
+    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``."""
     at = pointers(rows, i0, BLOCK, BLOCK_D)
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    if MASKED and D < BLOCK_D:
-        tile = tl.load(at, mask=((i >= low) & (i < high))[:, None] & (d < D)[None, :], other=0.0)
-    elif MASKED:
-        tile = tl.load(at, mask=((i >= low) & (i < high))[:, None], other=0.0)
-    elif D < BLOCK_D:
-        tile = tl.load(at, mask=(d < D)[None, :], other=0.0)
-    else:
-        tile = tl.load(at)
+    valid = ((i >= low) & (i < high))[:, None]
+    if D < BLOCK_D:
+        valid = valid & (d < D)[None, :]
+    tile = tl.load(at, mask=valid, other=0.0)
     return tile.to(tl.float32) if UPCAST else tile
 
 
@@ -295,16 +283,11 @@ def scores_of(x, b, h, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr, PAST_END: tl.constexpr):
-    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0``.
-
-    PAST_END says that columns may lie past the last key, where it is 0. Rows always may.
-    """
+def load_scores(x, band, i, j, i0, j0, VECTOR: tl.constexpr):
+    """The tile of ``x`` at rows ``i`` and columns ``j``, which begin at ``i0`` and ``j0`` and may end past the last."""
     at = x.ptr + (i0.to(tl.int64) * x.stride_q + j0.to(tl.int64) * x.stride_kv)
     at += (tl.minimum(i, band.s_q - 1) - i0) * x.stride_q + (j - j0) * x.stride_kv
-    if PAST_END:
-        return tl.load(at, mask=j < band.s_kv // VECTOR * VECTOR, other=0)  # VECTOR divides s_kv
-    return tl.load(at)
+    return tl.load(at, mask=j < band.s_kv // VECTOR * VECTOR, other=0)  # VECTOR divides s_kv
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -324,10 +307,10 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(raw, head, i, j, i0, j0, PAST_END: tl.constexpr, F: tl.constexpr):
+def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
-    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``. PAST_END: see ``load_scores``.
+    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``.
     """
     if F.plain:
         return raw, raw
@@ -338,7 +321,7 @@ def finish(raw, head, i, j, i0, j0, PAST_END: tl.constexpr, F: tl.constexpr):
     else:
         scores = raw * (head.scale * LOG2E)
     if F.bias:
-        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias, PAST_END).to(tl.float32) * LOG2E
+        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32) * LOG2E
     if F.alibi:
         scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
     return scores, t
@@ -353,11 +336,11 @@ def factor_of(head, F: tl.constexpr):
 
 
 @triton.jit
-def kept_tile(head, i, j, i0, j0, F: tl.constexpr):
+def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
-    kept = keep(i, j, head.band, F.band)
+    kept = keep(j, i, transposed(head.band), F.band) if TRANSPOSED else keep(i, j, head.band, F.band)
     if F.mask:
-        kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask, True) != 0)
+        kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
     if F.segments:
         of_q = tl.load(head.ids_q.ptr + i * head.ids_q.stride_s, mask=i < head.band.s_q, other=0)
         of_kv = tl.load(head.ids_kv.ptr + j * head.ids_kv.stride_s, mask=j < head.band.s_kv, other=0)
@@ -366,23 +349,16 @@ def kept_tile(head, i, j, i0, j0, F: tl.constexpr):
 
 
 @triton.jit
-def zero_unused(tile, kept):
-    """Keys or values ``tile`` with the rows zeroed whose column of ``kept`` is empty: they may hold NaN."""
-    used = tl.max(kept.to(tl.int32), 0) > 0
-    return tl.where(used[:, None], tile, 0.0)
+def softmax_step(scores, factor, m, total):
+    """One step of online softmax: ``(p, m, total, alpha)``, ``alpha`` what to multiply earlier sums with.
 
-
-@triton.jit
-def softmax_step(scores, factor, m, l):
-    """One step of online softmax: ``(p, m, l, alpha)``, ``alpha`` what to multiply earlier sums with.
-
-    ``m`` is the running maximum of each row and ``l`` its running sum. While a row is empty, ``m`` is ``-inf``.
+    ``m`` is the running maximum of each row and ``total`` its running sum. While a row is empty, ``m`` is ``-inf``.
     """
     m_new = tl.maximum(m, tl.max(scores, 1) * factor)
     finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(scores * factor - finite[:, None])
     alpha = tl.exp2(m - finite)
-    return p, m_new, l * alpha + tl.sum(p, 1), alpha
+    return p, m_new, total * alpha + tl.sum(p, 1), alpha
 
 
 @triton.jit
@@ -392,14 +368,9 @@ def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSP
     Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
     column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.
     """
-    i, call = i0 + tl.arange(0, BLOCK_M), j0 // 8 + tl.arange(0, BLOCK_N // 8)
-    at, of = head.dropout_head, head.offset
-    if TRANSPOSED:
-        w0, w1, w2, w3 = tl.philox(head.seed, i[None, :], call[:, None], at, of, n_rounds=PHILOX_ROUNDS)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_N // 32, 4, BLOCK_M, 4)
-        spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
-        return tl.permute(spared, (0, 3, 1, 4, 2)).reshape(BLOCK_N, BLOCK_M)
-    w0, w1, w2, w3 = tl.philox(head.seed, i[:, None], call[None, :], at, of, n_rounds=PHILOX_ROUNDS)
+    i, call = i0 + tl.arange(0, BLOCK_M)[:, None], j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+    w0, w1, w2, w3 = tl.philox(head.seed, i, call, head.dropout_head, head.offset, n_rounds=PHILOX_ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
     spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
-    return tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
+    spared = tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
+    return tl.trans(spared) if TRANSPOSED else spared

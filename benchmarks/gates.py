@@ -1,0 +1,60 @@
+"""``python -m benchmarks gates``: compile the Triton kernels for GPUs that need not be there, and judge the machine code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fastattn.errors import InputError
+from fastattn.testing import gates
+
+EXPECTED = Path(__file__).parent / "expected"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the main shapes only")
+    parser.add_argument("--processes", type=int, default=2, help="how many compile at a time (default: 2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="builds whose name contains this")
+    parser.add_argument("--update", action="store_true", help="write the figures as those to expect from now on")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import triton
+    except ImportError:
+        raise InputError("gates: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
+    expected_file = EXPECTED / f"triton-{triton.__version__}.json"
+    expected = gates.expected_figures(expected_file)
+    todo = [build for build in gates.builds(args.quick) if args.only in build.name]
+    results = []
+    for build, figures in tqdm(gates.compiled(todo, args.processes), total=len(todo), desc="gates", disable=None):
+        results.append((build, figures))
+    print(gates.table(results))
+    failed = {}
+    for build, figures in results:
+        wrong = gates.problems(build, figures, None if args.update else expected.get(build.name))
+        if wrong:
+            failed[build.name] = wrong
+    for name in sorted(failed):
+        print(f"FAILED {name}: {'; '.join(failed[name])}")
+    print(f"{len(results) - len(failed)} of {len(results)} builds pass, Triton {triton.__version__}")
+    if not expected:
+        print(f"There are no expected figures for this version; --update writes {expected_file.name}.")
+    if args.update and not failed:
+        _write(expected_file, expected | gates.as_expected(results))
+    return 1 if failed else 0
+
+
+def _write(path: Path, figures: dict[str, object]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figures[name])}" for name in sorted(figures))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"{{\n{lines}\n}}\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)

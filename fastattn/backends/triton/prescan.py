@@ -1,0 +1,69 @@
+"""What masks and segments, which are data, leave to do: found on the device, so that nothing waits for them."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.tile import kept_tile, number, open_band, open_head, tiles, transposed
+
+
+@triton.jit
+def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
+    """For one block of rows the tiles of columns to visit, as ``(begin, full_begin, full_end, end)``.
+
+    Ids may come in any order. A tile is visited if the ranges of ids overlap, and is full if both hold one id only;
+    outside of ``begin .. end`` no tile is visited, and between ``full_begin`` and ``full_end`` every one is full.
+    For sorted ids, as packed documents have them, both ranges are exact.
+    """
+    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    s_rows, s_columns = number(s_rows), number(s_columns)
+    i = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), s_rows - 1)
+    ids = tl.load(rows.ptr + b * number(rows.stride_b) + i * number(rows.stride_s))
+    least, most = tl.min(ids), tl.max(ids)
+    n_tiles = tl.cdiv(s_columns, BLOCK_OTHER)
+    begin, end, full_begin, full_end, full = n_tiles, n_tiles * 0, n_tiles, n_tiles * 0, n_tiles * 0
+    for t in tl.range(0, n_tiles):
+        j = tl.minimum(t * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER), s_columns - 1)
+        others = tl.load(columns.ptr + b * number(columns.stride_b) + j * number(columns.stride_s))
+        least_other, most_other = tl.min(others), tl.max(others)
+        overlaps = (least_other <= most) & (most_other >= least)
+        is_full = (least == most) & (least_other == least) & (most_other == least)
+        begin = tl.where(overlaps, tl.minimum(begin, t), begin)
+        end = tl.where(overlaps, t + 1, end)
+        full_begin = tl.where(is_full, tl.minimum(full_begin, t), full_begin)
+        full_end = tl.where(is_full, t + 1, full_end)
+        full += is_full.to(tl.int32)
+    has_gaps = full_end - full_begin != full
+    at = found.ptr + b * number(found.stride_b) + block * 4
+    tl.store(at, begin)
+    tl.store(at + 1, tl.where(has_gaps, n_tiles, full_begin))
+    tl.store(at + 2, tl.where(has_gaps, 0, full_end))
+    tl.store(at + 3, end)
+
+
+@triton.jit
+def used_keys_kernel(used, terms, sizes, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(blocks, 1|H_kv, B)``.
+
+    Looks no further once all keys of its block are used, which is after the first tiles of almost any mask.
+    """
+    block, h_kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = tl.where(tl.num_programs(1) == 1, 1, number(sizes.group))  # one program: the heads share the mask
+    _begin_q, _begin_kv, band = open_band(b, terms, sizes, F)
+    j0 = block * BLOCK_N
+    j = j0 + tl.arange(0, BLOCK_N)
+    found = (j >= band.s_kv).to(tl.int32)
+    _low, _high, begin, _full_begin, _full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    for g in tl.range(0, group):
+        head = open_head(b, h_kv * group + g, terms, sizes, F)
+        tile = begin
+        while (tile < end) & (tl.min(found) == 0):
+            i0 = tile * BLOCK_M
+            i = i0 + tl.arange(0, BLOCK_M)
+            kept = kept_tile(head, i[None, :], j[:, None], i0, j0, True, F)
+            found = tl.maximum(found, tl.max(kept.to(tl.int32), 1))
+            tile += 1
+    at = used.ptr + b.to(tl.int64) * number(used.stride_b) + j * number(used.stride_s) + h_kv
+    tl.store(at, found.to(tl.uint8), mask=j < band.s_kv)

@@ -1,0 +1,333 @@
+"""Compile gates of the Triton backend: every tile of its table compiled for GPUs that need not be there.
+
+The backend's own launch code runs, on tensors without memory and under a driver that only names its target, so what is
+compiled is what a GPU would get. From the machine code come registers, stack (spills), shared memory, and the number
+of tensor-core instructions. A gate fails on a spill, on too much shared memory, where tensor cores are not used, and
+where a figure has moved away from the expected one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Triton compiles for, and what must hold there."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+    tensor_core: str
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912, "HMMA"),
+    "sm_90": Target("cuda", 90, 32, 232448, "HGMMA"),
+    "sm_100": Target("cuda", 100, 32, 232448, "UTCHMMA"),
+    "gfx942": Target("hip", "gfx942", 64, 65536, "mfma"),
+}
+# The rows for GPUs without rows of their own must fit the smallest of them.
+DEFAULT_SHARED_LIMIT = 65536
+KERNELS = ("forward", "dkdv", "dq", "dbias")
+COMBINATIONS = (
+    "plain", "causal", "packed causal", "bias", "mask", "softcap alibi sinks", "segments causal", "dropout causal"
+)  # fmt: skip
+FIGURES = ("registers", "stack", "shared", "tensor_core")
+# How far a figure may move from the expected one before the gate asks why: compilers differ a little.
+TOLERANCE = {"registers": 16, "stack": 0, "shared": 1024, "tensor_core": 0}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel to compile: the row of the table, what for, and for which problem."""
+
+    row: str
+    target: str
+    kernel: str
+    combination: str
+    bits: int
+    head_dim: int
+    tile: tuple[int, ...] | None = None  # instead of that of the table
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}@{self.target} {self.kernel} {self.bits} D{self.head_dim} {self.combination}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the machine code of a build says; ``error`` if there is none."""
+
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_core: int = 0
+    tile: tuple[int, ...] = ()
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def is_heavy(build: Build) -> bool:
+    """Whether it takes the row for heavy features, where its kernel has one: ``arguments.Flags.heavy``."""
+    return not {"mask", "softcap", "alibi", "segments", "dropout"}.isdisjoint(build.combination.split())
+
+
+def builds(quick: bool = False) -> list[Build]:
+    """Every row of the table with a causal mask, and each combination of features where most people are: bf16, D 128.
+
+    Args:
+        quick: those of ``cuda:90`` and ``hip`` that most people use.
+    """
+    found = [
+        Build(row, row, kernel, "causal" if kernel != "dbias" else "bias", 16, head_dim)
+        for row in TARGETS
+        for kernel in KERNELS
+        for head_dim in (64, 128, 256)
+    ]
+    found += [
+        Build(row, row, kernel, combination, 16, 128)
+        for row in TARGETS
+        for combination in COMBINATIONS
+        for kernel in KERNELS[:3]
+        if combination != "causal"
+    ]
+    found += [
+        Build("default", target, kernel, "causal" if kernel != "dbias" else "bias", bits, head_dim)
+        for target, bits in (("sm_80", 16), ("sm_80", 32), ("gfx942", 32))
+        for kernel in KERNELS
+        for head_dim in (64, 128, 256)
+    ]
+    if not quick:
+        return found
+    rows, kernels = ("sm_90", "gfx942"), KERNELS[:3]
+    return [
+        b for b in found if (b.row in rows and b.kernel in kernels and b.combination == "causal" and b.head_dim == 128)
+    ]
+
+
+def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) -> list[str]:
+    """Why a build does not pass; [] if it does.
+
+    Args:
+        build: what was compiled.
+        figures: what came of it.
+        expected: the figures of an earlier run with the same Triton, or None.
+    """
+    if figures.error is not None:
+        return [figures.error]
+    target = TARGETS[build.target]
+    limit = DEFAULT_SHARED_LIMIT if build.row == "default" else target.shared_limit
+    wrong = []
+    if figures.stack:
+        wrong.append(f"{figures.stack} bytes of stack: registers are spilled")
+    if figures.shared > limit:
+        wrong.append(f"{figures.shared} bytes of shared memory, at most {limit}")
+    if build.bits == 16 and not figures.tensor_core:
+        wrong.append(f"no {target.tensor_core}: tensor cores are not used")
+    for name in FIGURES if expected is not None else ():
+        was, now = expected[name], getattr(figures, name)
+        if abs(now - was) > TOLERANCE[name] and list(figures.tile) == expected["tile"]:
+            wrong.append(f"{name} was {was}, is {now}")
+    return wrong
+
+
+def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
+    """Compile, in processes of their own (Triton must not interpret there), and yield as they finish."""
+    with _compilers(processes) as pool:
+        running = {pool.submit(_compile, build): build for build in todo}
+        for done in concurrent.futures.as_completed(running):
+            yield running[done], done.result()
+
+
+def table(results: Iterable[tuple[Build, Figures]]) -> str:
+    """The figures as text."""
+    lines = [f"{'build':<58} {'tile':<18} {'regs':>5} {'stack':>6} {'shared':>7} {'tensor':>7} {'s':>5}"]
+    for build, f in sorted(results, key=lambda result: result[0].name):
+        tile = "x".join(map(str, f.tile))
+        figures = f"{f.registers:>5} {f.stack:>6} {f.shared:>7} {f.tensor_core:>7} {f.seconds:>5.1f}"
+        lines.append(f"{build.name:<58} {tile:<18} {f.error or figures}")
+    return "\n".join(lines)
+
+
+def expected_figures(path: Path) -> dict[str, dict[str, Any]]:
+    """The figures of an earlier run by name of the build; {} if there was none with this version of Triton."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def as_expected(results: Iterable[tuple[Build, Figures]]) -> dict[str, dict[str, Any]]:
+    """The figures in the form of ``expected_figures``."""
+    names = (*FIGURES, "tile")
+    by_name = {build.name: {name: getattr(figures, name) for name in names} for build, figures in results}
+    return {name: by_name[name] for name in sorted(by_name)}
+
+
+def kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
+    """How many kernels forward and backward compile, by name, when they see all of ``lengths``: one of each, we hope."""
+    with _compilers(1) as pool:
+        return pool.submit(_kernels_for_lengths, lengths, head_dim, layout).result()
+
+
+@contextlib.contextmanager
+def _compilers(processes: int) -> Iterator[concurrent.futures.Executor]:
+    """Processes that compile. They must be born without TRITON_INTERPRET: Triton reads it when it is imported."""
+    interpreting = os.environ.pop("TRITON_INTERPRET", None)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start_compiler) as pool:
+            yield pool
+    finally:
+        if interpreting is not None:
+            os.environ["TRITON_INTERPRET"] = interpreting
+
+
+# --- in the compiling process -------------------------------------------------------------------------------------
+
+_launched: list[tuple[str, Any, float]] = []  # kernels in the order in which the launch code asked for them
+_target = TARGETS["sm_90"]
+
+
+def _start_compiler() -> None:
+    """Make this process one in which launching a kernel compiles it, for ``_target``, and does no more."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastattn-gates-")
+    torch.set_num_threads(1)
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NamesItsTarget(DriverBase):
+        def __init__(self) -> None: ...
+
+        is_active = classmethod(lambda cls: True)
+        get_current_target = lambda self: GPUTarget(_target.backend, _target.arch, _target.warp_size)  # noqa: E731
+        get_current_device = get_current_stream = lambda self, *_: 0  # noqa: E731
+        get_active_torch_device = lambda self: torch.device("meta")  # noqa: E731
+        get_benchmarker = map_python_to_cpp_type = lambda self, *_: None  # noqa: E731
+
+    driver.set_active(NamesItsTarget())
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        begin = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        _launched.append((self.__name__, kernel, time.perf_counter() - begin))
+        return kernel
+
+    JITFunction.run = compile_only
+
+
+def _compile(build: Build) -> Figures:
+    global _target
+    from fastattn.backends.triton import configs, launch
+
+    _target = TARGETS[build.target]
+    launch._arch.cache_clear()
+    _launched.clear()
+    inputs, spec = _problem(build)
+    tile = configs.Tile(
+        *build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, is_heavy(build))
+    )
+    try:
+        if build.kernel == "forward":
+            launch.forward(inputs, spec, tile)
+        else:
+            out, lse = (torch.empty(s, device="meta") for s in (inputs.out_shape(), inputs.lse_shape()))
+            out = out.to(inputs.q.dtype)
+            getattr(launch.Backward.of(out, None, out, lse, inputs, spec), build.kernel)(tile)
+        _, kernel, seconds = next(k for k in reversed(_launched) if k[0] == f"{build.kernel}_kernel")
+        return dataclasses.replace(_read(kernel, _target), tile=tuple(tile), seconds=round(seconds, 2))
+    except Exception as error:  # whatever the compiler raises is the finding
+        return Figures(tile=tuple(tile), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
+
+
+def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
+    from fastattn.backends.triton import launch
+
+    for s in lengths:
+        shape = (2, s, 4, head_dim) if layout == "BSHD" else (2, 4, s, head_dim)
+        x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+        x = x if layout == "BSHD" else x.transpose(1, 2)
+        inputs, spec = Inputs(x, x, x, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(1.0, left=s // 2, right=0)
+        out, lse = launch.forward(inputs, spec)
+        launch.backward(out, None, out, lse, inputs, spec, ("q", "k", "v"))
+    found: dict[str, set[int]] = {}
+    for name, kernel, _ in _launched:
+        found.setdefault(name, set()).add(id(kernel))
+    return {name: len(kernels) for name, kernels in found.items()}
+
+
+def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
+    """Grouped heads, 16k tokens, no memory."""
+    batch, s, heads_q, heads_kv, d = 2, 16384, 16, 4, build.head_dim
+    features = build.combination.split()
+    dtype = torch.bfloat16 if build.bits == 16 else torch.float32
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows: Callable[[int], torch.Tensor] = lambda h: empty(batch, s, h, d)  # noqa: E731
+    terms: dict[str, torch.Tensor] = {}
+    if "packed" in features:
+        rows = lambda h: empty(batch * s, h, d)  # noqa: E731
+        terms["cu_seqlens_q"] = terms["cu_seqlens_kv"] = empty(batch + 1, dtype=torch.int32)
+    if "bias" in features:
+        terms["bias"] = empty(1, heads_q, s, s)
+    if "mask" in features:
+        terms["mask"] = empty(1, 1, s, s, dtype=torch.bool)
+    if "alibi" in features:
+        terms["alibi_slopes"] = empty(1, heads_q, dtype=torch.float32)
+    if "sinks" in features:
+        terms["sinks"] = empty(1, heads_q)
+    if "segments" in features:
+        terms["segment_ids_q"] = terms["segment_ids_kv"] = empty(batch, s, dtype=torch.int32)
+    if "dropout" in features:
+        terms["rng_state"] = empty(2, dtype=torch.int64)
+    inputs = Inputs(rows(heads_q), rows(heads_kv), rows(heads_kv), **terms, max_seqlen_q=s, max_seqlen_kv=s)
+    spec = AttentionSpec(
+        scale=d**-0.5,
+        right=0 if "causal" in features else None,
+        softcap=30.0 if "softcap" in features else None,
+        dropout_p=0.1 if "dropout" in features else 0.0,
+    )
+    return inputs, spec
+
+
+def _read(kernel: Any, target: Target) -> Figures:
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in _HIP}  # type: ignore[index]
+        stack = number["private_segment_fixed_size"] + 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+        return Figures(number["vgpr_count"], stack, kernel.metadata.shared, text.count("v_mfma"))
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+        code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())  # type: ignore[union-attr]
+    return Figures(registers, stack, kernel.metadata.shared, len(re.findall(rf"\b{target.tensor_core}", code)))
+
+
+_HIP = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")

@@ -1,0 +1,66 @@
+"""The compile gates: the main shapes compile clean for GPUs that are not there, and the gates can fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fastattn.testing import gates
+
+pytest.importorskip("triton")
+
+GOOD = gates.Figures(registers=255, stack=0, shared=65536, tensor_core=16, tile=(128, 64, 8, 2))
+BUILD = gates.Build("sm_90", "sm_90", "forward", "causal", 16, 128)
+
+
+def test_the_main_shapes_compile_clean() -> None:
+    todo = gates.builds(quick=True)
+    assert {(b.target, b.kernel) for b in todo} == {(t, k) for t in ("sm_90", "gfx942") for k in gates.KERNELS[:3]}
+    results = list(gates.compiled(todo))
+    wrong = {build.name: gates.problems(build, figures, None) for build, figures in results}
+    assert not any(wrong.values()), "\n".join([gates.table(results), *(f"{n}: {w}" for n, w in wrong.items() if w)])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stack": 8}, "spilled"),
+        ({"shared": 232449}, "shared memory"),
+        ({"tensor_core": 0}, "HGMMA"),
+        ({"error": "CompilationError: no"}, "CompilationError"),
+    ],
+)
+def test_the_gates_can_fail(change: dict[str, object], reason: str) -> None:
+    assert gates.problems(BUILD, GOOD, None) == []
+    (found,) = gates.problems(BUILD, dataclasses.replace(GOOD, **change), None)
+    assert reason in found
+
+
+def test_a_figure_that_moves_is_noticed() -> None:
+    expected = gates.as_expected([(BUILD, GOOD)])[BUILD.name]
+    expected["tile"] = list(expected["tile"])
+    assert gates.problems(BUILD, dataclasses.replace(GOOD, registers=250), expected) == []
+    (found,) = gates.problems(BUILD, dataclasses.replace(GOOD, registers=200), expected)
+    assert found == "registers was 255, is 200"
+
+
+def test_rows_for_unknown_gpus_fit_the_smallest() -> None:
+    build = dataclasses.replace(BUILD, row="default", target="sm_80")
+    assert gates.problems(build, dataclasses.replace(GOOD, shared=100_000), None)
+
+
+def test_every_row_of_the_table_is_built() -> None:
+    from fastattn.backends.triton.table import TABLE
+
+    built = {(b.row, b.kernel, b.bits, b.head_dim) for b in gates.builds()}
+    assert {key for key in TABLE if "heavy" not in key[1]} <= built
+    heavy = {(b.row, f"{b.kernel} heavy", b.bits, b.head_dim) for b in gates.builds() if gates.is_heavy(b)}
+    assert {key for key in TABLE if "heavy" in key[1]} <= heavy
+
+
+@pytest.mark.parametrize(("head_dim", "layout"), [(64, "BSHD"), (72, "BHSD")])
+def test_lengths_compile_nothing_anew(head_dim: int, layout: str) -> None:
+    """Odd lengths, 1, multiples of 16, and strides that follow from them: D 72 is no multiple of 16."""
+    found = gates.kernels_for_lengths((1, 2, 15, 16, 17, 100, 128, 1023, 4096), head_dim, layout)
+    assert found == {"forward_kernel": 1, "delta_kernel": 1, "dkdv_kernel": 1, "dq_kernel": 1}

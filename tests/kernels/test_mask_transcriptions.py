@@ -1,0 +1,113 @@
+"""The Triton transcription of keep, tile_range and full_range, enumerated against spec.py on small and huge lengths."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from fastattn import spec as definition  # noqa: E402
+from fastattn.backends.triton.arguments import UNBOUNDED, Flags, Sizes, coded  # noqa: E402
+from fastattn.backends.triton.tile import full_range, keep, open_band, tile_range, transposed  # noqa: E402
+from fastattn.spec import AttentionSpec  # noqa: E402
+
+LENGTH = 5  # lengths 0 .. 4, positions 0 .. 7
+BANDS = [
+    AttentionSpec(1.0, left=left, right=right, anchor=anchor)
+    for left, right, anchor in itertools.product((None, 0, 1, 3), (None, 0, 2), definition.ANCHORS)
+]
+
+
+@triton.jit
+def transcriptions(
+    kept, ranges, s_q0, s_kv0, left, right, lower_right, first, F: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """For lengths ``s_q0 + program_id(0)`` and ``s_kv0 + program_id(1)``: keep at 8 x 8 positions, ranges at 8 x 8."""
+    s_q, s_kv = s_q0 + tl.program_id(0), s_kv0 + tl.program_id(1)
+    sizes = Sizes(2 * s_q + 3, 2 * s_kv + 3, 5, 5, left, right, lower_right, 3, 1.0, 1.0, 1.0)
+    _begin_q, _begin_kv, band = open_band(s_q, None, sizes, F)
+    if TRANSPOSED:
+        band = transposed(band)
+    x, y = tl.arange(0, 8), tl.arange(0, 8)
+    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 64 + x[:, None] * 8 + y[None, :]
+    i, j = first + x[:, None], first + y[None, :]
+    tl.store(kept + at, keep(i, j, band, F.band).to(tl.int8))
+    begin, end = tile_range(i, j, band, F.band)
+    full_begin, full_end = full_range(i, j, band, F.band)
+    tl.store(ranges + at * 4, begin)
+    tl.store(ranges + at * 4 + 1, end)
+    tl.store(ranges + at * 4 + 2, full_begin)
+    tl.store(ranges + at * 4 + 3, full_end)
+
+
+def transcribed(
+    spec: AttentionSpec, s_q: int, s_kv: int, lengths: int, first: int, is_transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = torch.empty(lengths, lengths, 8, 8, dtype=torch.int8)
+    ranges = torch.empty(lengths, lengths, 8, 8, 4, dtype=torch.int32)
+    left, right = (coded(UNBOUNDED if side is None else side) for side in (spec.left, spec.right))
+    lower_right = coded(int(spec.anchor == "lower_right"))
+    flags = Flags(16, 16, 16, 16, band=spec.has_band)
+    transcriptions[lengths, lengths](
+        kept, ranges, s_q, s_kv, left, right, lower_right, first, F=flags, TRANSPOSED=is_transposed
+    )
+    return kept, ranges
+
+
+def seen_from_keys(spec: AttentionSpec, is_transposed: bool) -> AttentionSpec:
+    return spec.transposed() if is_transposed else spec
+
+
+@pytest.fixture(autouse=True)
+def overflow_is_an_error(without_overflow_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions())
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])
+def test_every_small_problem(is_transposed: bool) -> None:
+    for spec in BANDS:
+        kept, ranges = transcribed(spec, 0, 0, LENGTH, 0, is_transposed)
+        meaning = seen_from_keys(spec, is_transposed)
+        for a, b in itertools.product(range(LENGTH), repeat=2):
+            s_rows, s_columns = (b, a) if is_transposed else (a, b)
+            for x, y in itertools.product(range(8), repeat=2):
+                where = (spec, a, b, x, y)
+                assert bool(kept[a, b, x, y]) == bool(definition.keep(meaning, x, y, s_rows, s_columns)), where
+                if x < y <= s_rows:
+                    expected = (
+                        *definition.tile_range(meaning, x, y, s_rows, s_columns),
+                        *definition.full_range(meaning, x, y, s_rows, s_columns),
+                    )
+                    assert tuple(ranges[a, b, x, y].tolist()) == expected, where
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])
+@pytest.mark.parametrize("spec", [*BANDS[:8], AttentionSpec(1.0, left=UNBOUNDED, right=UNBOUNDED)], ids=str)
+def test_the_longest_sequences_do_not_overflow(spec: AttentionSpec, is_transposed: bool) -> None:
+    longest = UNBOUNDED - 1
+    for first in (0, longest - 8):
+        kept, ranges = transcribed(spec, longest, longest, 1, first, is_transposed)
+        meaning = seen_from_keys(spec, is_transposed)
+        for x, y in itertools.product(range(8), repeat=2):
+            i, j = first + x, first + y
+            assert bool(kept[0, 0, x, y]) == bool(definition.keep(meaning, i, j, longest, longest))
+            if i < j:
+                expected = (
+                    *definition.tile_range(meaning, i, j, longest, longest),
+                    *definition.full_range(meaning, i, j, longest, longest),
+                )
+                assert tuple(ranges[0, 0, x, y].tolist()) == expected
+
+
+def test_a_wrong_transcription_is_found() -> None:
+    """The enumeration can fail: with the band off by one it does."""
+    right = AttentionSpec(1.0, left=None, right=0)
+    kept, _ = transcribed(AttentionSpec(1.0, left=None, right=1), 0, 0, LENGTH, 0, False)
+    a, b, x, y = torch.meshgrid(*(torch.arange(n) for n in kept.shape), indexing="ij")
+    assert not torch.equal(kept.bool(), definition.keep(right, x, y, a, b))
