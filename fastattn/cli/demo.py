@@ -153,7 +153,7 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
     from fastattn.train import RunConfig, make_trainer
 
     # A small vocabulary and few rows make steps cheap: in so short a training, many of them count most.
-    flags = {"train.batch": 8, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
+    flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
     config = RunConfig(data=tuple(args.data), vocab_size=2048).changed(flags)
     trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
     threads, seconds = _fastest_threads(trainer)
