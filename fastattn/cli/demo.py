@@ -133,6 +133,8 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
         folder = report.folder / "run"
         config = _fitting_config(folder, args, target)
         outcome = pretrain(folder, config, device=target, show_progress=not args.quiet)
+        if outcome.progress.signal is not None or outcome.progress.held_out_loss is None:
+            raise KeyboardInterrupt
         report.figures["training"] = outcome.facts()
         report.block(outcome.summary())
         loss, entropy = outcome.progress.held_out_loss, outcome.unigram_entropy
