@@ -133,6 +133,8 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
         folder = report.folder / "run"
         config = _fitting_config(folder, args, target)
         outcome = pretrain(folder, config, device=target, show_progress=not args.quiet)
+        if outcome.progress.signal is not None or outcome.progress.held_out_loss is None:
+            raise KeyboardInterrupt
         report.figures["training"] = outcome.facts()
         report.block(outcome.summary())
         loss, entropy = outcome.progress.held_out_loss, outcome.unigram_entropy
@@ -153,7 +155,7 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
     from fastattn.train import RunConfig, make_trainer
 
     # A small vocabulary and few rows make steps cheap: in so short a training, many of them count most.
-    flags = {"train.batch": 8, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
+    flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
     config = RunConfig(data=tuple(args.data), vocab_size=2048).changed(flags)
     trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
     threads, seconds = _fastest_threads(trainer)

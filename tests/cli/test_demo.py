@@ -5,6 +5,8 @@ steps does not depend on the clock.
 """
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +86,17 @@ def test_the_steps_fill_the_time(texts, tmp_path, monkeypatch):
     assert config.train.steps == 240 and config.train.max_minutes == 3.0
     assert config.train.eval_every == config.train.save_every == 30
     assert tried == [1, 2, 4, 6, 4]
+
+
+def test_ctrl_c_ends_the_demo(short, texts, tmp_path, monkeypatch):
+    real = Trainer._train_step
+
+    def step(self, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, number)
+
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    assert run(texts, tmp_path / "out") == 130
 
 
 def test_bad_minutes(texts, tmp_path, capsys):
