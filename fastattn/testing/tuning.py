@@ -45,7 +45,7 @@ def arch_of(device: torch.device) -> str:
     """The name that the table has for the architecture of ``device``."""
     from fastattn.backends.triton import launch
 
-    return launch._arch(device)
+    return launch._target(device)[1]
 
 
 def row_of(key: Key) -> Tile:

@@ -145,8 +145,3 @@ class Flags:
     def vector_out(self) -> int:
         """``vector`` of contiguous tensors with these head dims."""
         return 8 if self.d_qk % 8 == 0 and self.d_v % 8 == 0 else 1
-
-    @property
-    def heavy(self) -> bool:
-        """Whether the features hold so many registers that the kernel may need a smaller tile."""
-        return bool(self.mask) or self.softcap or self.alibi or self.segments or self.dropout

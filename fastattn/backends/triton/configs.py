@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
 
-KERNELS = ("forward", "dkdv", "dq", "dbias")
+# Features that hold so many registers that a kernel may need a smaller tile: with any of them in use it takes the row
+# of its heavy kind, "forward heavy", where the table has one.
+_MANY_REGISTERS = frozenset({"mask", "softcap", "alibi", "segments", "dropout"})
+HEAVY = {
+    "forward": _MANY_REGISTERS,
+    "dkdv": _MANY_REGISTERS | {"packed", "bias"},
+    "dq": frozenset(),
+    "dbias": frozenset(),
+}
 DEFAULT = "default"
 
 
@@ -25,20 +33,19 @@ INTERPRETED = Tile(32, 32, 4, 1)
 
 
 @functools.cache
-def tile_for(arch: str, kernel: str, bits: int, head_dim: int, is_heavy: bool = False) -> Tile:
+def tile_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozenset[str] = frozenset()) -> Tile:
     """The tile of the row with the least head dim that is not below ``head_dim``.
 
     Args:
         arch: from ``arch_name``, or "interpreter".
-        kernel: one of KERNELS.
+        kernel: a key of HEAVY.
         bits: of an element of q.
         head_dim: the larger of ``D_qk`` and ``D_v``.
-        is_heavy: the features in use need many registers (``Flags.heavy``): take the row of the kernel's heavy kind
-            if there is one.
+        features: those in use, as ``problem.FEATURES`` names them.
     """
     if arch == "interpreter":
         return INTERPRETED
-    kinds = (f"{kernel} heavy", kernel) if is_heavy else (kernel,)
+    kinds = (f"{kernel} heavy", kernel) if features & HEAVY[kernel] else (kernel,)
     for where, kind in itertools.product((arch, DEFAULT), kinds):
         dims = [d for (a, k, b, d) in TABLE if (a, k, b) == (where, kind, bits) and d >= head_dim]
         if dims:

@@ -35,7 +35,7 @@ from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
 from fastattn.errors import input_error
-from fastattn.problem import Grads, Inputs
+from fastattn.problem import Grads, Inputs, used_features
 from fastattn.spec import AttentionSpec
 
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
@@ -56,6 +56,7 @@ class Call:
     terms: Terms
     sizes: Sizes
     flags: Flags
+    features: frozenset[str]
 
     @classmethod
     def of(cls, inputs: Inputs, spec: AttentionSpec) -> Call:
@@ -63,7 +64,8 @@ class Call:
             longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
             raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
-        call = cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)))
+        features = frozenset(used_features(inputs, spec))
+        call = cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)), features)
         return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
 
     def _without_unused_keys(self, spec: AttentionSpec) -> Call:
@@ -90,7 +92,7 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         head_dim = max(self.flags.d_qk, self.flags.d_v)
-        return configs.tile_for(_arch(self.inputs.q.device), kernel, self.bits, head_dim, self.flags.heavy)
+        return configs.tile_for(_target(self.inputs.q.device)[1], kernel, self.bits, head_dim, self.features)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
@@ -139,7 +141,7 @@ def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tu
             terms,
             call.sizes,
             schedule,
-            **_compiled(call.flags, tile),
+            **_compiled(call.inputs.q.device, call.flags, tile),
         )
     return out, lse
 
@@ -206,7 +208,7 @@ class Backward:
             terms = call.with_segment_tiles("kv", tile.block_n, tile.block_m)
             dkdv_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse, self.delta, terms, call.sizes,
-                schedule, **_compiled(call.flags, tile),
+                schedule, **_compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dk, dv
 
@@ -219,7 +221,7 @@ class Backward:
             terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
             dq_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dq), self.lse, self.delta, terms, call.sizes, schedule,
-                **_compiled(call.flags, tile),
+                **_compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dq
 
@@ -236,7 +238,8 @@ class Backward:
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         dbias_kernel[rows * columns, sums.shape[1], sums.shape[0]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
-            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **_compiled(call.flags, tile),
+            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns,
+            **_compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
@@ -362,8 +365,8 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
     )
 
 
-def _compiled(flags: Flags, tile: Tile) -> dict[str, Any]:
-    return {
+def _compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:
+    options = {
         "F": flags,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -371,6 +374,9 @@ def _compiled(flags: Flags, tile: Tile) -> dict[str, Any]:
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,  # its default changes between versions of Triton
     }
+    if _target(device)[0] == "cuda":
+        options["maxnreg"] = 255  # else ptxas sometimes aims at more threads, and spills by the kilobyte
+    return options
 
 
 # --- machine ------------------------------------------------------------------------------------------------------
@@ -387,12 +393,13 @@ def _tf32() -> bool:
 
 
 @functools.cache
-def _arch(device: torch.device) -> str:
+def _target(device: torch.device) -> tuple[str, str]:
+    """``(backend of Triton, architecture as the table names it)``."""
     if INTERPRETED:
-        return "interpreter"
+        return "interpreter", "interpreter"
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         target = triton.runtime.driver.active.get_current_target()
-    return configs.arch_name(target.backend, target.arch)
+    return target.backend, configs.arch_name(target.backend, target.arch)
 
 
 @functools.cache
