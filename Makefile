@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-.PHONY: help install demo test test-gpu lint format bench gpu gates readme clean
+.PHONY: help install demo test test-gpu lint format bench gpu emulate gates readme clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,8 +44,12 @@ bench: install   ## operator benchmarks on this machine's CPU
 gpu:             ## everything a GPU can tell, in under 9 minutes; installs nothing, so it works offline
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
-gates: install   ## compile every Triton configuration for four GPU architectures and check the machine code
+emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
+	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
+
+gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates
+	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
 readme: install  ## rewrite the tables of README.md from benchmarks/results/
 	$(BIN)/python -m benchmarks report --readme README.md

@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "tables and plots from records",
     "gpu": "everything a GPU can tell, in under nine minutes",
     "tune": "tile sizes of the Triton kernels",
+    "gates": "compile gates of the Triton kernels, without a GPU",
 }
 
 

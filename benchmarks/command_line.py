@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ def device(args: argparse.Namespace) -> torch.device:
     """The device asked for, its threads set.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there, or Triton's interpreter would be measured.
     """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise InputError("TRITON_INTERPRET is set: its interpreter would be measured, not a kernel. Unset it.")
     if args.device not in ("cpu", "cuda"):
         raise InputError(f"--device: got {args.device!r}; allowed: cpu, cuda.")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""``python -m benchmarks gates``: compile the Triton kernels for GPUs that need not be there, and judge the machine code."""
+"""``python -m benchmarks gates``: compile the Triton kernels for GPUs that are not there; judge the machine code."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ crashes or hangs there is left out of what follows.
 from __future__ import annotations
 
 import argparse
+import functools
 import shutil
 import subprocess
 import sys
@@ -93,16 +94,19 @@ def _follow(plan: Plan, record: Record, deadline: float, quiet: bool) -> None:
         if why is not None:
             record.add({"step": f"backend {name}", "result": "missing", "note": why})
     first = list(_first_steps(plan))
-    workers = 4 if plan.device == "cuda" else 1
+    # processes may share a GPU while nothing is timed; a CPU, on which this only rehearses, may be slow and busy
+    workers, patience = (4, 1.0) if plan.device == "cuda" else (1, 5.0)
     unsafe: set[str] = set()
+    perform = functools.partial(_perform, deadline=deadline, patience=patience)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(first), desc="kernels", disable=quiet) as bar:
-        for (backend, _), row in zip(first, pool.map(lambda pair: _perform(pair[1], deadline), first), strict=True):
+        rows = pool.map(perform, [step for _, step in first])
+        for (backend, _), row in zip(first, rows, strict=True):
             record.add(row)
             bar.update()
             if row["result"] in ("crashed", "timed out"):
                 unsafe.add(backend)
     for step in tqdm(list(_steps(plan, unsafe)), desc="gpu", disable=quiet):
-        record.add(_perform(step, deadline))
+        record.add(perform(step))
 
 
 def _first_steps(plan: Plan) -> Iterator[tuple[str, Step]]:
@@ -193,7 +197,7 @@ def _sanitized(plan: Plan, backend: str) -> tuple[str, ...]:
     )
 
 
-def _perform(step: Step, deadline: float) -> dict[str, str]:
+def _perform(step: Step, deadline: float, patience: float) -> dict[str, str]:
     """Run a step and say how it went."""
     began = time.monotonic()
     row = {"step": step.name, "result": "ok", "seconds": "", "note": "", "output": ""}
@@ -205,7 +209,7 @@ def _perform(step: Step, deadline: float) -> dict[str, str]:
     try:
         done = subprocess.run(
             step.command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            timeout=min(step.limit_s, left),
+            timeout=min(patience * step.limit_s, left),
         )  # fmt: skip
         output, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as expired:

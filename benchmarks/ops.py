@@ -15,7 +15,7 @@ from benchmarks import ceilings, command_line, tables
 from benchmarks.peers import chosen
 from benchmarks.suites import SUITES, Suite
 from fastattn.errors import InputError
-from fastattn.testing.measure import Effort, measure
+from fastattn.testing.comparison import Effort, compare_peers
 from fastattn.testing.workload import Workload
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             record.add(_head(suite, workload) | {"peers": {}, "why": f"the budget of {args.budget:g} s was spent"})
             continue
         try:
-            found = measure(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
+            found = compare_peers(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
             record.add(_head(suite, workload) | {"peers": found})
         except RuntimeError as error:  # of the device: a peer's own errors are rows of the result
             record.add(_head(suite, workload) | {"peers": {}, "why": f"{type(error).__name__}: {str(error)[:200]}"})

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     record.set(columns=COLUMNS)
     steps: list[Callable[[], Iterator[Row]]] = [
         lambda: _calls(device, args.quick),
-        lambda: _imports(2 if args.quick else 7),
+        lambda: _imports(1 if args.quick else 7),
         _size,
         *([] if args.quick else [_installation]),
     ]

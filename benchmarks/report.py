@@ -90,12 +90,12 @@ def _write_readme(path: Path, results: Path) -> int:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}. Give the README.") from None
-    names = regions(text)
+    names = list(bodies(text))
     if not names:
         raise DataError(
             f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines."
         )
-    for name in dict.fromkeys(names):
+    for name in names:
         draw(read(results / f"{name}.json"), results, name)
     write_atomically(path, rendered(text, results, path.resolve().parent))
     print(f"{path}: {', '.join(names)}")
@@ -113,16 +113,20 @@ def rendered(text: str, results: Path, root: Path) -> str:
 
     def region(found: re.Match[str]) -> str:
         name = found["name"]
-        record = read(results / f"{name}.json")
-        parts = [tables.conditions(record), tables.summary(record), *_links(results, name, root)]
-        return f"<!-- results:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /results:{name} -->"
+        return f"<!-- results:{name} -->\n{body(name, results, root)}<!-- /results:{name} -->"
 
     return _REGION.sub(region, text)
 
 
-def regions(text: str) -> list[str]:
-    """The names of the regions of a README."""
-    return [found["name"] for found in _REGION.finditer(text)]
+def body(name: str, results: Path, root: Path) -> str:
+    """What stands in the region of a record."""
+    record = read(results / f"{name}.json")
+    return "\n\n".join([tables.conditions(record), tables.summary(record), *_links(results, name, root)]) + "\n"
+
+
+def bodies(text: str) -> dict[str, str]:
+    """The regions of a README: what stands in each."""
+    return {found["name"]: found["body"] for found in _REGION.finditer(text)}
 
 
 def _links(results: Path, name: str, root: Path) -> list[str]:

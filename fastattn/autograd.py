@@ -78,7 +78,10 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        grads = AttentionBackward.apply(dout, dlse, out, lse, *flat, needed)
+        # The Function costs more time than the operator, and is of use only where its result is differentiated again.
+        is_final = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        gradient = torch.ops.fastattn.backward if is_final else AttentionBackward.apply
+        grads = gradient(dout, dlse, out, lse, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
 

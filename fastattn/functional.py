@@ -307,6 +307,7 @@ def _explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
 
 
 explain = _explainer(attention)
+explain_varlen = _explainer(attention_varlen)
 
 
 @contextlib.contextmanager

@@ -39,20 +39,40 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def _words(rng_state: Tensor, head: Tensor, i: Tensor, call: Tensor) -> tuple[Tensor, ...]:
+    """The four words of a call."""
+    seed, offset = rng_state[0], rng_state[1]
+    return philox((i.long(), call, head.long(), offset & _WORD), (seed & _WORD, (seed >> 32) & _WORD))
+
+
 def random_bits(rng_state: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """The 16 random bits (int64, 0 .. 65535) of each element; ``head`` is ``b * H_q + h``. Arguments broadcast."""
-    seed, offset = rng_state[0], rng_state[1]
-    head, i, j = head.long(), i.long(), j.long()
-    counter = (i, (j // 32) * 4 + (j % 8) // 2, head, offset & _WORD)
-    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    j = j.long()
+    words = _words(rng_state, head, i, (j // 32) * 4 + (j % 8) // 2)
     lane = (j % 32) // 8
     word = torch.where(lane < 2, torch.where(lane < 1, words[0], words[1]), torch.where(lane < 3, words[2], words[3]))
     return (word >> (16 * (j % 2))) & 0xFFFF
 
 
+def random_bits_of_columns(rng_state: Tensor, head: Tensor, i: Tensor, begin: int, end: int) -> Tensor:
+    """``random_bits`` of columns ``begin .. end - 1``, the last dimension, with one Philox call for eight of them."""
+    first, last = begin // 32, -(-end // 32)
+    words = _words(rng_state, head, i, torch.arange(4 * first, 4 * last, device=rng_state.device))
+    lanes = torch.stack([word.unflatten(-1, (last - first, 4)) for word in words], dim=-2)  # [..., 32 columns, 4, 4]
+    bits = torch.stack([lanes & 0xFFFF, lanes >> 16], dim=-1).flatten(-4)
+    return bits[..., begin - 32 * first : end - 32 * first]
+
+
 def dropout_keep(spec: AttentionSpec, rng_state: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """True where the attention weight of an element survives dropout."""
     return random_bits(rng_state, head, i, j) >= spec.dropout_threshold
+
+
+def dropout_keep_columns(
+    spec: AttentionSpec, rng_state: Tensor, head: Tensor, i: Tensor, begin: int, end: int
+) -> Tensor:
+    """``dropout_keep`` of the columns ``begin .. end - 1``, the last dimension."""
+    return random_bits_of_columns(rng_state, head, i, begin, end) >= spec.dropout_threshold
 
 
 def new_rng_state(device: torch.device) -> Tensor:

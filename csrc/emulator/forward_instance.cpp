@@ -1,4 +1,5 @@
-// One line of instances.inc for the emulator, both types: compiled with -DFA_INSTANCE=D_QK,D_V,...
+// One line of instances.inc for the emulator: compiled with -DFA_INSTANCE=D_QK,D_V,... Both types, or bfloat16 alone
+// with -DFA_BFLOAT16_ONLY.
 #include "../sm90/forward.cuh"
 #include "forward_case.h"
 
@@ -19,6 +20,8 @@ struct Register {
 #define FA_TEXT_OF(...) #__VA_ARGS__
 #define FA_TEXT(...) FA_TEXT_OF(__VA_ARGS__)
 Register<sm90::Bf16, FA_INSTANCE> const bf16(false, "bf16", FA_TEXT(FA_INSTANCE));
+#ifndef FA_BFLOAT16_ONLY
 Register<sm90::F16, FA_INSTANCE> const f16(true, "f16", FA_TEXT(FA_INSTANCE));
+#endif
 
 }  // namespace

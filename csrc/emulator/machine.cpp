@@ -275,17 +275,28 @@ void check_async_read(uint32_t from, uint32_t bytes, char const* who) {
 
 // ---- global memory ---------------------------------------------------------------------------------------------------
 void allow_global(void const* begin, size_t bytes) {
-  auto const* from = static_cast<char const*>(begin);
-  machine().global.push_back({from, from + bytes});
+  machine().global.push_back({static_cast<char const*>(begin), std::vector<bool>(bytes)});
 }
 
-bool is_known_global(void const* address, size_t bytes) {
+static Region* region_of(void const* address, size_t bytes) {
   auto const* from = static_cast<char const*>(address);
-  for (auto const& [begin, end] : machine().global) {
-    if (from >= begin && from + bytes <= end) return true;
+  for (Region& region : machine().global) {
+    if (from >= region.begin && from + bytes <= region.begin + region.is_stored.size()) return &region;
   }
   error("an address outside of the tensors");
-  return false;
+  return nullptr;
+}
+
+bool may_load(void const* address, size_t bytes) { return region_of(address, bytes) != nullptr; }
+
+bool may_store(void const* address, size_t bytes) {
+  Region* const region = region_of(address, bytes);
+  if (!region) return false;
+  auto const first = region->is_stored.begin() + (static_cast<char const*>(address) - region->begin);
+  auto const end = first + static_cast<std::ptrdiff_t>(bytes);
+  if (std::find(first, end, true) != end) error("an output is stored twice");
+  std::fill(first, end, true);
+  return true;
 }
 
 // ---- mbarriers and named barriers ------------------------------------------------------------------------------------
@@ -427,7 +438,7 @@ void tma_store(Map const* map, uint32_t from, int const (&at)[4]) {
   check_map(*map, from);
   auto const write = [=, x = std::vector<int>(at, at + 4)](std::vector<uint8_t> const& data) {
     visit_box(*map, {x[0], x[1], x[2], x[3]}, [&](uint32_t offset, char* to) {
-      if (to) std::copy_n(data.data() + (swizzled(from + offset) - from), 2, to);
+      if (to && may_store(to, 2)) std::copy_n(data.data() + (swizzled(from + offset) - from), 2, to);
     });
     ++machine().report->stores;
   };

@@ -11,8 +11,8 @@
 //   wgmma and TMA reading what was written without a proxy fence; a buffer reused while a TMA store reads it
 //   a wgmma without wgmma.fence; threads of a warp that disagree about one, or meet in different instructions
 //   mbarriers used before init and fence, too many arrivals or bytes; named barriers with differing counts
-//   registers taken that nobody gave; misalignment; addresses out of range, in global memory too; reads of shared
-//   memory never written
+//   registers taken that nobody gave; misalignment; addresses out of range; reads of shared memory never written;
+//   outputs stored twice
 //
 // It cannot show real latencies, bank conflicts, what ptxas does to registers, clusters, or races between ordinary
 // loads and stores of shared memory. How it agrees with hardware: csrc/README.md.
@@ -33,7 +33,7 @@ struct Report {
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
 
-// Global memory that kernels may touch by ordinary loads and stores.
+// Global memory that kernels may load from, and store to once. What TMA loads is bounded by its tensor map.
 void allow_global(void const* begin, size_t bytes);
 void forget_global();
 
@@ -82,7 +82,8 @@ void wgmma_wait(int groups);
 void store_shared(uint32_t to, void const* from, int bytes);
 void load_shared(uint32_t from, void* to, int bytes);
 
-bool is_known_global(void const* address, size_t bytes);  // reports if not
+bool may_load(void const* address, size_t bytes);  // global memory; reports if not
+bool may_store(void const* address, size_t bytes);
 
 uint16_t to_bf16(float x);
 uint16_t to_half(float x);

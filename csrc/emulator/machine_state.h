@@ -70,6 +70,11 @@ struct Store {
   bool is_read, is_written;
 };
 
+struct Region {  // of global memory
+  char const* begin;
+  std::vector<bool> is_stored;  // each byte, by a kernel
+};
+
 struct Machine {
   Report* report = nullptr;
   bool is_stopped = false;
@@ -89,7 +94,7 @@ struct Machine {
   NamedBarrier named[16];
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
-  std::vector<std::pair<char const*, char const*>> global;  // memory that kernels may touch
+  std::vector<Region> global;  // what kernels may touch, but for what TMA loads
 };
 
 Machine& machine();

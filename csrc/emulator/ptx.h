@@ -112,11 +112,11 @@ inline Int4 load_shared(uint32 from) {
 }
 template <class T>
 T load_global(T const* from) {
-  return emu::is_known_global(from, sizeof(T)) ? *from : T{};
+  return emu::may_load(from, sizeof(T)) ? *from : T{};
 }
 template <class T>
 void store_global(T* to, T x) {
-  if (emu::is_known_global(to, sizeof(T))) *to = x;
+  if (emu::may_store(to, sizeof(T))) *to = x;
 }
 
 }  // namespace fa::sm90

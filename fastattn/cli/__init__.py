@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (DataError, InputError, UnsupportedError, FloatingPointError) as error:
         message = str(error)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
@@ -40,8 +45,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastattn: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     print(f"fastattn {args.command}: {message}", file=sys.stderr)
     return 2

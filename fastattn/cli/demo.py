@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.cli import device, info
-from fastattn.errors import DataError, InputError
+from fastattn.errors import DataError, input_error
+from fastattn.files import write_text
 
 if TYPE_CHECKING:
     import torch
 
-    from fastattn.train import Outcome, RunConfig
+    from fastattn.train import Outcome, RunConfig, Trainer
 
 _MARK = ".fastattn-demo"  # a folder with it is ours to write over
-_PROMPTS = ("def main(", "import ", "class ")
+PROMPTS = ("def main(", "import ", "class ")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,13 +72,13 @@ class Report:
         self.figures["seconds"] = self.seconds
         took = ", ".join(f"{title.lower()} {seconds:.0f} s" for title, seconds in self.seconds.items())
         text = "\n\n".join([*self.text, f"Time: {took}."]) + "\n"
-        (self.folder / "report.md").write_text(text, encoding="utf-8")
-        (self.folder / "report.json").write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        write_text(self.folder / "report.md", text)
+        write_text(self.folder / "report.json", json.dumps(self.figures, indent=1) + "\n")
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.minutes > 0:
-        raise InputError(f"--minutes: got {args.minutes}; allowed: a positive number. 1.8 is the default.")
+        raise input_error("--minutes", args.minutes, "a positive number", "1.8 is the default.")
     target = device.choose(args.device)
     report = Report(_own_folder(args.out))
     with report.section("This machine"):
@@ -132,6 +133,8 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
         folder = report.folder / "run"
         config = _fitting_config(folder, args, target)
         outcome = pretrain(folder, config, device=target, show_progress=not args.quiet)
+        if outcome.progress.signal is not None or outcome.progress.held_out_loss is None:
+            raise KeyboardInterrupt
         report.figures["training"] = outcome.facts()
         report.block(outcome.summary())
         loss, entropy = outcome.progress.held_out_loss, outcome.unigram_entropy
@@ -151,13 +154,34 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
     """A tiny model, and as many steps as the machine can do in the time."""
     from fastattn.train import RunConfig, make_trainer
 
-    config = RunConfig(data=tuple(args.data)).changed({"train.log_every": 5, "train.eval_rows": 48})
+    # A small vocabulary and few rows make steps cheap: in so short a training, many of them count most.
+    flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
+    config = RunConfig(data=tuple(args.data), vocab_size=2048).changed(flags)
     trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
-    steps = max(20, int(60 * args.minutes / trainer.seconds_per_step()))
+    threads, seconds = _fastest_threads(trainer)
+    steps = max(20, int(60 * args.minutes / seconds))
     every = max(10, steps // 8)
-    print(f"{steps} steps fit into {args.minutes:g} minutes", flush=True)
+    print(f"{steps} steps of {seconds:.2f} s fit into {args.minutes:g} minutes ({threads} CPU threads)", flush=True)
     times = {"train.steps": steps, "train.max_minutes": 1.5 * args.minutes}
     return config.changed(times | {"train.eval_every": every, "train.save_every": every})
+
+
+def _fastest_threads(trainer: Trainer) -> tuple[int, float]:
+    """Set torch's threads to the number that is fastest now, and return it with the time of a step.
+
+    For so small a model all cores of a large machine are slower than a few, and so are the cores that others use.
+    """
+    import torch
+
+    most = torch.get_num_threads()
+    times = {}
+    for threads in sorted({1, 2, 4, 8, most}):
+        if threads <= most:
+            torch.set_num_threads(threads)
+            times[threads] = trainer.seconds_per_step()
+    fastest = min(times, key=lambda threads: times[threads])
+    torch.set_num_threads(fastest)
+    return fastest, times[fastest]
 
 
 def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
@@ -166,7 +190,7 @@ def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
     with report.section("What it writes"):
         model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
         samples = {}
-        for prompt in _PROMPTS:
+        for prompt in PROMPTS:
             pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))
             samples[prompt] = prompt + "".join(pieces)
             report.block(samples[prompt])

@@ -32,6 +32,7 @@ def facts() -> Facts:
     import torch
 
     import fastattn
+    from fastattn.backends.cuda import delivery
 
     versions = {
         "fastattn": fastattn.__version__,
@@ -49,8 +50,7 @@ def facts() -> Facts:
         devices["mps"] = "Apple GPU"
     backends = {name: reason or "ready" for name, reason in fastattn.backends().items()}
     package = Path(fastattn.__file__).parent
-    compiled = sorted(path.name for path in package.glob("*.so"))
-    installation = {"folder": str(package), "compiled library": ", ".join(compiled) or "none"}
+    installation = {"folder": str(package), "CUDA kernels": delivery()}
     return {"versions": versions, "devices": devices, "backends": backends, "installation": installation}
 
 

@@ -75,7 +75,9 @@ def given_flags(args: argparse.Namespace) -> dict[str, object]:
     """The settings on the command line, by field of ``RunConfig``."""
     fields = {flag.field for flag in FLAGS}
     flags = {name: value for name, value in vars(args).items() if name in fields}
-    return flags | ({"data": tuple(args.data)} if "data" in args else {})
+    if "data" in args:  # so that --resume finds it from any folder
+        flags["data"] = tuple(str(Path(path).expanduser().absolute()) for path in args.data)
+    return flags
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 from fastattn.cli import device
+from fastattn.errors import input_error
+from fastattn.files import write_text
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,15 +17,25 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--backend", action="append", metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report there")
+    parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also judge N random problems")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
     device.add_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastattn.testing.fuzz import fuzz
     from fastattn.testing.verify import verify
 
-    report = verify(device=str(device.choose(args.device)), quick=args.quick, backends=args.backend)
-    print(report.table())
+    if args.fuzz < 0:
+        raise input_error("--fuzz", args.fuzz, "a number >= 0", "0 judges the grid of cases alone.")
+    target = str(device.choose(args.device))
+    report = verify(device=target, quick=args.quick, backends=args.backend)
+    print(report.table(), flush=True)
+    failure = fuzz(args.fuzz, args.seed, target, args.backend) if args.fuzz else None
+    if args.fuzz:
+        print(f"\n{failure}" if failure else f"\n{args.fuzz} random problems: all within the tolerance rule")
     if args.json:
-        args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    return 0 if report.ok else 1
+        found = report.to_dict() | {"fuzz": {"problems": args.fuzz, "failure": str(failure) if failure else None}}
+        write_text(args.json, json.dumps(found, indent=1) + "\n")
+    return 0 if report.ok and failure is None else 1

@@ -8,23 +8,22 @@ without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head di
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch, rng
-from fastattn.backends import BACKENDS, load
+from fastattn.dispatch import Explanation
 from fastattn.errors import UnsupportedError, input_error
-from fastattn.functional import attention, attention_varlen, band
+from fastattn.functional import attention, attention_varlen, band, explain, explain_varlen
 from fastattn.inspection import attention_weights
 from fastattn.nn.rotary import apply_rotary
 from fastattn.spec import AttentionSpec, distance, keep
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
-R = TypeVar("R")
 WithProbs = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
@@ -63,6 +62,7 @@ def flash_attn_func(
 
     Raises:
         InputError: an argument is wrong.
+        UnsupportedError: ``deterministic``, and ``fastattn.use_backend`` names a backend that is not.
 
     Source:
         https://github.com/Dao-AILab/flash-attention
@@ -74,46 +74,18 @@ def flash_attn_func(
         >>> flash_attn_func(q, q, q, causal=True, window_size=(8, -1)).shape
         torch.Size([2, 16, 8, 64])
     """
-    rng_state = rng.new_rng_state(q.device) if dropout_p else None
-
-    def call(backend: str | None) -> tuple[Tensor, ...]:
-        results = attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            window=window_size,
-            scale=softmax_scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p,
-            rng_state=rng_state,
-            return_lse=True,
-            backend=backend,
-        )
-        return tuple(results)
-
-    out, lse = _served(call, deterministic)
+    scores: dict[str, Any] = {
+        "causal": causal, "window": window_size, "scale": softmax_scale, "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "rng_state": rng.new_rng_state(q.device) if dropout_p else None,
+    }  # fmt: skip
+    backend = _backend(explain(q, k, v, dropout_p=dropout_p, **scores)) if deterministic else None
+    out, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend, **scores)
     if not return_attn_probs:
         return out
     if not dropout_p:
         return out, lse, q.new_empty(0)
-
-    def weights(dropout_p: float) -> Tensor:
-        return attention_weights(
-            q,
-            k,
-            causal=causal,
-            window=window_size,
-            scale=softmax_scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p,
-            rng_state=rng_state,
-        )
-
     with torch.no_grad():
-        probabilities, after_dropout = weights(0.0), weights(dropout_p)
+        probabilities, after_dropout = (attention_weights(q, k, dropout_p=p, **scores) for p in (0.0, dropout_p))
         return out, lse, torch.where(after_dropout == 0, -probabilities, probabilities).to(q.dtype)
 
 
@@ -222,27 +194,13 @@ def flash_attn_varlen_func(
             "sequence, or fastattn.attention_weights."
         )
 
-    def call(backend: str | None) -> tuple[Tensor, ...]:
-        results = attention_varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_kv=max_seqlen_k,
-            causal=causal,
-            window=window_size,
-            scale=softmax_scale,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p,
-            return_lse=True,
-            backend=backend,
-        )
-        return tuple(results)
-
-    out, lse = _served(call, deterministic)
+    options: dict[str, Any] = {
+        "max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_k, "causal": causal, "window": window_size,
+        "scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p,
+    }  # fmt: skip
+    packed = q, k, v, cu_seqlens_q, cu_seqlens_k
+    backend = _backend(explain_varlen(*packed, **options)) if deterministic else None
+    out, lse = attention_varlen(*packed, return_lse=True, backend=backend, **options)
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 
@@ -344,20 +302,10 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _served(call: Callable[[str | None], R], deterministic: bool) -> R:
-    """The result of ``call(backend)``, with the first deterministic backend that can serve it if that is asked for."""
-    if not deterministic:
-        return call(None)
-    forced = dispatch.requested(None)
-    names = [name for name in (BACKENDS if forced is None else (forced,)) if load(name).capabilities.deterministic]
-    if not names:
-        raise UnsupportedError(f"deterministic=True: backend {forced!r} is not deterministic. Choose another one.")
-    for name in names[:-1]:
-        try:
-            return call(name)
-        except UnsupportedError:
-            continue
-    return call(names[-1])
+def _backend(explanation: Explanation) -> str:
+    """The backend of a call that is to be deterministic, backward too."""
+    problem = dataclasses.replace(explanation.problem, deterministic=True, needs_grad=True)
+    return dispatch.select(problem, dispatch.requested(None)).name
 
 
 def _refuse_paging(block_table: Tensor | None) -> None:

@@ -34,7 +34,7 @@ IRRELEVANT = frozenset({
     "output_router_logits", "logits_to_keep", "seq_idx", "token_type_ids",
 })  # fmt: skip
 
-_unpacked = WeakTensorKeyDictionary()  # position_ids that were looked at and hold one sequence per row
+_unpacked = WeakTensorKeyDictionary()  # position_ids that hold one sequence per row, and the version looked at
 
 
 def register(name: str = "fastattn") -> None:
@@ -116,28 +116,19 @@ def attention_forward(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+    scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
     if cu_seq_lens_q is not None:
         if position_bias is not None or q.shape[0] != 1 or cu_seq_lens_k is None:
             given = f"batch {q.shape[0]}, position_bias {'no' if position_bias is None else 'yes'}"
             todo = "Pass cu_seq_lens_q and cu_seq_lens_k with a batch of one, or padded batches without them."
             raise input_error("cu_seq_lens_q", given, "a batch of one without position_bias", todo)
-        packed = attention_varlen(
-            q[0],
-            k[0],
-            v[0],
-            cu_seq_lens_q.to(torch.int32),
-            cu_seq_lens_k.to(torch.int32),
-            max_seqlen_q=None if max_length_q is None else int(max_length_q),
-            max_seqlen_kv=None if max_length_k is None else int(max_length_k),
-            causal=causal,
-            window=window,
-            scale=scaling,
-            softcap=softcap,
-            sinks=s_aux,
-            dropout_p=dropout,
-        )
-        assert isinstance(packed, Tensor)
-        return packed[None], None
+        lengths: dict[str, Any] = {
+            "max_seqlen_q": None if max_length_q is None else int(max_length_q),
+            "max_seqlen_kv": None if max_length_k is None else int(max_length_k),
+        }
+        cu_q, cu_kv = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
+        out = attention_varlen(q[0], k[0], v[0], cu_q, cu_kv, causal=causal, window=window, **lengths, **scores)
+        return out[None], None  # type: ignore[call-overload]
     mask, bias = _mask_and_bias(attention_mask, position_bias)
     if attention_mask is not None:
         causal, window = False, None  # the mask has them
@@ -146,15 +137,12 @@ def attention_forward(
             k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
             bias = None if bias is None else bias[..., : q.shape[1]]
         _refuse_packed(position_ids, q.shape[1])
-    options: dict[str, Any] = {
-        "causal": causal, "window": window, "scale": scaling, "softcap": softcap, "bias": bias, "mask": mask,
-        "sinks": s_aux, "dropout_p": dropout,
-    }  # fmt: skip
+    scores |= {"causal": causal, "window": window, "bias": bias, "mask": mask}
     if not (output_attentions or _capturing_attentions()):
-        return attention(q, k, v, **options), None  # type: ignore[return-value]
-    options["rng_state"] = rng.new_rng_state(q.device) if dropout else None
-    weights = attention_weights(q, k, **options).to(q.dtype)
-    return attention(q, k, v, **options), weights  # type: ignore[return-value]
+        return attention(q, k, v, **scores), None  # type: ignore[return-value]
+    scores["rng_state"] = rng.new_rng_state(q.device) if dropout else None
+    weights = attention_weights(q, k, **scores).to(q.dtype)
+    return attention(q, k, v, **scores), weights  # type: ignore[return-value]
 
 
 def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -190,12 +178,13 @@ def _refuse_packed(position_ids: Tensor | None, s_q: int) -> None:
         return
     if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    if position_ids in _unpacked:
+    version = 0 if position_ids.is_inference() else position_ids._version
+    if _unpacked.get(position_ids) == version:
         return
     if bool((position_ids.diff(dim=-1) != 1).any()):
         todo = "Pass use_cache=False to the model, so that transformers makes a mask of the sequences."
         raise input_error("position_ids", "packed sequences with a cache", "one sequence in each row", todo)
-    _unpacked[position_ids] = True
+    _unpacked[position_ids] = version
 
 
 def _capturing_attentions() -> bool:

@@ -155,7 +155,7 @@ _GPT2: dict[str, Any] = {"norm": "layer", "activation": "gelu", "positions": "le
 _MODERN: dict[str, Any] = {"qk_norm": True}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"width": 192, "layers": 4, "heads": 6, "kv_heads": 2, "max_length": 256} | _MODERN,
+    "tiny": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "max_length": 256} | _MODERN,
     "small": {"width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "max_length": 512} | _MODERN,
     "base": {"width": 768, "layers": 12, "heads": 12, "kv_heads": 4, "max_length": 2048} | _MODERN,
     "large": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "max_length": 4096} | _MODERN,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastattn.testing.measure import Effort, measure
+from fastattn.testing.comparison import Effort, compare_peers
 from fastattn.testing.peers import EAGER, SDPA, fastattn_peer
 from fastattn.testing.timing import Timing
 from fastattn.testing.workload import Workload
@@ -105,6 +105,9 @@ class SpeedReport:
         panels = figure.subplots(1, len(KINDS) + 1)
         for panel, kind in zip(panels, KINDS, strict=False):
             entries = [entry for entry in self.entries if entry.kind == kind]
+            panel.set_visible(any(entry.times for entry in entries))
+            if not panel.get_visible():
+                continue
             for peer in PEERS:
                 points = [(entry.length, entry.times[peer].median * 1e3) for entry in entries if peer in entry.times]
                 panel.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=COLOURS[peer], label=peer)
@@ -172,7 +175,7 @@ def _workload(kind: str, length: int, device: torch.device, memory: bool) -> Wor
 
 
 def _entry(kind: str, workload: Workload, device: torch.device, effort: Effort) -> Entry:
-    found = measure(workload, list(PEERS.values()), device, effort)
+    found = compare_peers(workload, list(PEERS.values()), device, effort)
     passes = {peer: found[peer]["passes"].get("both", {}) for peer in PEERS}
     missing = {peer: found[peer]["why"] or passes[peer].get("error") for peer in PEERS}
     return Entry(
@@ -186,11 +189,14 @@ def _entry(kind: str, workload: Workload, device: torch.device, effort: Effort) 
 
 def _memory_panel(panel: Any, entries: tuple[Entry, ...]) -> None:
     weighed = [entry for entry in entries if entry.peak_bytes]
+    if not weighed:
+        panel.set_visible(False)
+        return
     for n, peer in enumerate(PEERS):
         heights = [entry.peak_bytes.get(peer, 0) / 1e6 for entry in weighed]
         panel.bar([x + 0.27 * (n - 1) for x in range(len(weighed))], heights, 0.25, color=COLOURS[peer], label=peer)
     panel.set_xticks(range(len(weighed)), [f"{entry.kind}\n{entry.length}" for entry in weighed])
-    panel.set(title="peak memory", ylabel="MB above the operands", yscale="log" if weighed else "linear")
+    panel.set(title="peak memory", ylabel="MB above the operands", yscale="log")
 
 
 def _device_name(device: torch.device) -> str:

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import DataError, InputError
+from fastattn.files import new_folder
 from fastattn.models import Decoder, TransformerConfig
-from fastattn.train.storage import new_folder
 from fastattn.train.tokens import load_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
+from fastattn.files import saying_why, write_text
 from fastattn.models import Decoder
 from fastattn.train.checkpoint import Checkpoint, save_checkpoint
 from fastattn.train.data import Batch, PackedRows
 from fastattn.train.metrics import peak_flops
 from fastattn.train.optim import OptimConfig, make_optimizer, update
-from fastattn.train.storage import saying_why, write_text
 from fastattn.train.tasks import next_token_loss
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -92,16 +92,16 @@ class Progress:
         step: updates done.
         tokens: labels learned from.
         seconds: spent in steps and held-out losses, over all resumed parts.
-        loss: mean over the last logged steps, nats per token.
-        held_out_loss: the newest, nats per token.
+        loss: mean over the last logged steps, nats per token; None before there is one.
+        held_out_loss: the newest, nats per token; None before there is one.
         signal: the signal that stopped the run, if one did.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    loss: float = math.nan
-    held_out_loss: float = math.nan
+    loss: float | None = None
+    held_out_loss: float | None = None
     signal: int | None = None
 
 
@@ -248,13 +248,21 @@ class Trainer:
             step=step, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=speed, tflops=flops / 1e12, **busy
         )
 
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What takes time here does not slow the steps down in the log."""
+        began = time.perf_counter()
+        yield
+        self._window.began += time.perf_counter() - began
+
     def _evaluate(self) -> None:
-        self.progress.held_out_loss = self.held_out_loss()
+        with self._apart():
+            self.progress.held_out_loss = self.held_out_loss()
         self.log.write(step=self.progress.step, held_out_loss=self.progress.held_out_loss)
 
     def _postfix(self) -> dict[str, str]:
         shown = {"loss": self.progress.loss, "held-out": self.progress.held_out_loss}
-        texts = {name: f"{value:.3f}" for name, value in shown.items() if math.isfinite(value)}
+        texts = {name: f"{value:.3f}" for name, value in shown.items() if value is not None}
         speed = (self.progress.tokens + self._window.labels) / self.progress.seconds
         return texts | {"tok/s": f"{speed:,.0f}"}
 
@@ -265,7 +273,8 @@ class Trainer:
         state = {"progress": progress, "settings": self.settings}
         folder = self.folder / "checkpoints"
         model, optimizer, step = self.model, self.optimizer, self.progress.step
-        save_checkpoint(folder, step, model, optimizer, self.tokenizer, state, self.config.keep)
+        with self._apart():
+            save_checkpoint(folder, step, model, optimizer, self.tokenizer, state, self.config.keep)
 
 
 @dataclass

@@ -85,6 +85,13 @@ class RunConfig:
         train["optim"] = dataclasses.replace(self.train.optim, **optim)
         return dataclasses.replace(self, **own, train=dataclasses.replace(self.train, **train))
 
+    def value(self, name: str) -> Any:
+        """The field of a name as in ``changed``."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -104,10 +111,12 @@ class Outcome:
     num_parameters: int
     checkpoint: Checkpoint
 
-    def facts(self) -> dict[str, float | int | str]:
-        """The figures of the run by name."""
+    def facts(self) -> dict[str, float | int | str | None]:
+        """The figures of the run by name; None for losses that a stopped run did not get to."""
         progress, corpus = self.progress, self.corpus.facts
         labels = corpus.tokens["held_out"] - corpus.documents["held_out"]
+        held_out = progress.held_out_loss
+        bits = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
         return {
             "parameters": self.num_parameters,
             "vocabulary": corpus.vocab_size,
@@ -118,13 +127,11 @@ class Outcome:
             "tokens trained on": progress.tokens,
             "training seconds": round(progress.seconds, 1),
             "tokens per second": round(progress.tokens / progress.seconds) if progress.seconds else 0,
-            "training loss (nats per token)": round(progress.loss, 4),
-            "held-out loss (nats per token)": round(progress.held_out_loss, 4),
-            "unigram entropy of the held-out text (nats per token)": round(self.unigram_entropy, 4),
-            "held-out perplexity": round(perplexity(progress.held_out_loss), 2),
-            "held-out bits per byte": round(
-                bits_per_byte(progress.held_out_loss, labels, corpus.text_bytes["held_out"]), 4
-            ),
+            "training loss (nats per token)": _rounded(progress.loss),
+            "held-out loss (nats per token)": _rounded(held_out),
+            "unigram entropy of the held-out text (nats per token)": _rounded(self.unigram_entropy),
+            "held-out perplexity": _rounded(None if held_out is None else perplexity(held_out)),
+            "held-out bits per byte": _rounded(bits),
             "files skipped": len(corpus.skipped),
             "checkpoint": str(self.checkpoint.folder),
         }
@@ -133,9 +140,13 @@ class Outcome:
         """The figures as aligned lines, and the first files that could not be used."""
         figures = self.facts()
         width = max(map(len, figures))
-        lines = [f"{name:<{width}}  {value}" for name, value in figures.items()]
+        lines = [f"{name:<{width}}  {'not known yet' if value is None else value}" for name, value in figures.items()]
         skipped = [f"  skipped {skip['name']}: {skip['reason']}" for skip in self.corpus.facts.skipped]
         return "\n".join(lines + skipped[:10] + [f"  ... and {len(skipped) - 10} more"] * (len(skipped) > 10))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def pretrain(
@@ -178,7 +189,8 @@ def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
 ) -> tuple[Trainer, Corpus]:
     """The trainer of a new run and its data."""
-    files = find_files(config.data)
+    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
+    files = [path for path in find_files(config.data) if not any(path.is_relative_to(name) for name in written)]
     corpus = prepare(
         files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
     )
@@ -209,15 +221,8 @@ def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
         raise DataError(f"{path} does not hold the settings of a fastattn train run ({error}).") from error
     wanted = saved.changed(flags)
     for name in flags.keys() - _MAY_CHANGE:
-        before, after = _lookup(saved, name), _lookup(wanted, name)
+        before, after = saved.value(name), wanted.value(name)
         if before != after:
             todo = "Leave the flag out when resuming, or start a new --out."
             raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
     return wanted
-
-
-def _lookup(config: RunConfig, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -66,7 +66,7 @@ def find_files(paths: Sequence[str] | None = None) -> list[Path]:
 
 
 def _matches(given: str) -> list[Path]:
-    path = Path(given).expanduser()
+    path = Path(given)
     if path.exists():
         return [path]
     matches = sorted(glob.glob(str(path), recursive=True))

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
-from fastattn.train.storage import new_folder
+from fastattn.files import new_folder
 from fastattn.train.text import Document, Skipped, read_documents, text_rank
 
 START, END = "<|start|>", "<|end|>"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.testing import gate, measure, peers
+from fastattn.testing import comparison, gate, peers
 from fastattn.testing.workload import Operands, Workload
 
 CPU = torch.device("cpu")
@@ -123,8 +123,8 @@ def test_the_part_has_rows_in_every_tile_and_distinct_heads():
 
 
 def test_a_red_gate_prints_no_number():
-    effort = measure.Effort(rounds=3, round_s=0.0, budget_s=0.1)
-    found = measure.measure(BASE, [planted(FAULTS["scale"]), PEERS["sdpa"]], CPU, effort)
+    effort = comparison.Effort(rounds=3, round_s=0.0, budget_s=0.1)
+    found = comparison.compare_peers(BASE, [planted(FAULTS["scale"]), PEERS["sdpa"]], CPU, effort)
     for pass_name in BASE.passes:
         red, green = found["planted"]["passes"][pass_name], found["sdpa"]["passes"][pass_name]
         assert red["error"].startswith("red") and not {"median_s", "rounds_s", "tflops", "peak_bytes"} & set(red)
@@ -138,8 +138,8 @@ def test_a_peer_that_raises_is_a_row():
     broken = peers.Peer("broken", lambda workload, device_type: [], prepare)
     failing = planted(lambda operands, out: out[..., :-1])
     forward_only = dataclasses.replace(peers.EAGER, has_backward=False)
-    effort = measure.Effort(rounds=1, round_s=0.0)
-    found = measure.measure(BASE, [broken, failing, forward_only], CPU, effort)
+    effort = comparison.Effort(rounds=1, round_s=0.0)
+    found = comparison.compare_peers(BASE, [broken, failing, forward_only], CPU, effort)
     assert found["broken"]["why"] == "RuntimeError: no kernel for this"
     assert "error" in found["planted"]["passes"]["forward"]
     assert found["eager"]["passes"]["forward"]["median_s"] > 0
@@ -148,5 +148,5 @@ def test_a_peer_that_raises_is_a_row():
 
 def test_a_peer_that_would_not_fit_is_refused_before_it_is_tried():
     huge = dataclasses.replace(BASE, s_q=1 << 22, s_kv=1 << 22, heads_q=64, passes=())
-    found = measure.measure(huge, [peers.EAGER], CPU, measure.Effort())
+    found = comparison.compare_peers(huge, [peers.EAGER], CPU, comparison.Effort())
     assert "its score matrices need about" in found["eager"]["why"]

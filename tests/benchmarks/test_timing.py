@@ -43,7 +43,7 @@ def test_drift_cancels_in_ratios():
     drift = [1.0, 1.0, 1.5, 2.0, 2.5, 3.0]
     contenders = {"fast": clock.contender("fast", list(drift)), "slow": clock.contender("slow", [2 * x for x in drift])}
     times = compare(contenders, HostStopwatch(clock), rounds=5, round_s=0.1)
-    assert times["fast"].spread > 0.5
+    assert times["fast"].spread >= 0.5
     assert times["fast"].times_faster_than(times["slow"]) == pytest.approx(2.0)
 
 

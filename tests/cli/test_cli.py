@@ -48,7 +48,7 @@ def test_help(capsys, command):
 
 def test_the_help_tells_the_true_defaults():
     config = RunConfig()
-    assert {flag.field: _lookup(config, flag.field) for flag in train.FLAGS} == {
+    assert {flag.field: config.value(flag.field) for flag in train.FLAGS} == {
         flag.field: flag.default for flag in train.FLAGS
     }
 
@@ -64,7 +64,7 @@ def test_wrong_flags_exit_with_2(capsys, arguments):
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "triton", "python", "nvcc", "cpu", "eager", "portable", "compiled library"):
+    for word in ("torch", "triton", "python", "nvcc", "cpu", "eager", "portable", "CUDA kernels"):
         assert re.search(rf"^  {word} +\S", text, re.M), word
 
 
@@ -102,6 +102,14 @@ def test_resuming_on_other_text_is_refused(out, texts, capsys):
     path.write_text(before + "# edited\n")
     fails(capsys, ["train", "--out", out, "--resume", "--quiet"], "The text is not what the run was trained on")
     path.write_text(before)
+
+
+def test_a_run_inside_its_data_does_not_read_itself(texts, tmp_path):
+    for path in texts.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    command = ["train", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*command, "--data", str(tmp_path), "--steps", "2", *SMALL]) == 0
+    assert main([*command, "--resume", "--steps", "3"]) == 0
 
 
 def test_eager_and_fastattn_train_alike(texts, tmp_path):
@@ -143,7 +151,7 @@ def test_generate_streams(out, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data", "nowhere"], "'nowhere' does not exist"),
+        (["--data", "nowhere"], "nowhere' does not exist"),
         (["--preset", "huge"], "preset: got 'huge'; allowed: tiny, small"),
         (["--attention", "flash"], "attention: got 'flash'"),
         (["--steps", "0"], "steps: got 0"),
@@ -199,7 +207,7 @@ def test_a_full_disk_ends_with_2_and_the_previous_checkpoint(texts, tmp_path, ca
     command = ["train", "--data", str(texts), "--out", str(tmp_path), "--steps", "2", *SMALL]
     assert main(command) == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         fails(
             capsys,
@@ -257,3 +265,33 @@ def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, caps
     assert main(["train", "--data", str(texts), "--out", str(tmp_path), "--steps", "50", *SMALL]) == 130
     assert "--resume" in capsys.readouterr().err
     assert find_checkpoint(tmp_path).trainer_state()["step"] == 3
+
+
+def test_verify_judges_and_writes_json(tmp_path, capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    cases = tuple(case for case in module.grid() if case.group == module.grid()[0].group)[:2]
+    monkeypatch.setattr(module, "grid", lambda **_: cases)
+    path = tmp_path / "report.json"
+    flags = ["--device", "cpu", "--backend", "eager", "--json", str(path), "--fuzz", "2"]
+    assert main(["verify", *flags]) == 0
+    text = capsys.readouterr().out
+    assert "eager" in text and "2 random problems: all within" in text
+    found = json.loads(path.read_text())
+    assert found["ok"] and found["fuzz"] == {"problems": 2, "failure": None}
+
+
+def test_verify_exits_with_1_on_a_breach(capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    monkeypatch.setattr(module, "grid", lambda **_: ())
+    assert main(["verify", "--device", "cpu", "--backend", "eager"]) == 1  # nothing ran, so nothing was shown
+
+
+def test_refusals_of_verify(tmp_path, capsys, monkeypatch):
+    from fastattn.testing import verify as module
+
+    monkeypatch.setattr(module, "grid", lambda **_: ())
+    fails(capsys, ["verify", "--backend", "warp", "--device", "cpu"], "backend: got 'warp'")
+    fails(capsys, ["verify", "--fuzz", "-1"], "--fuzz: got -1")
+    fails(capsys, ["verify", "--device", "cpu", "--backend", "eager", "--json", tmp_path], "Could not write")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import pytest
@@ -228,16 +229,24 @@ def test_what_is_refused(qkv):
         flash_attn.flash_attn_with_kvcache(q, k, v, rotary_cos=draw(8, 4), rotary_sin=draw(8, 4), cache_seqlens=1)
 
 
-def test_deterministic_asks_only_backends_that_are(qkv, monkeypatch):
-    asked = []
+def test_deterministic_chooses_only_backends_that_are(qkv, monkeypatch):
+    from fastattn import dispatch
+    from fastattn.backends import BACKENDS, load
 
-    class Backend:
-        capabilities = type("C", (), {"deterministic": False})()
-
-    load = flash_attn.load
-    monkeypatch.setattr(flash_attn, "BACKENDS", ("shaky", "eager"))
-    monkeypatch.setattr(flash_attn, "load", lambda name: Backend() if name == "shaky" else load(name))
-    monkeypatch.setattr(flash_attn, "attention", lambda *a, backend, **k: asked.append(backend) or (qkv[0], qkv[0]))
-    flash_attn.flash_attn_func(*qkv, deterministic=True)
-    flash_attn.flash_attn_func(*qkv)
-    assert asked == ["eager", None]
+    first = next(name for name in BACKENDS if fastattn.explain(*qkv).chosen == name)
+    shaky = dataclasses.replace(load(first).capabilities, deterministic=False)
+    monkeypatch.setattr(type(load(first)), "capabilities", shaky)
+    dispatch.reasons.cache_clear()
+    served = []
+    for name in BACKENDS:
+        forward = load(name).forward
+        monkeypatch.setattr(load(name), "forward", lambda *a, f=forward, n=name: served.append(n) or f(*a))
+    cu = torch.tensor([0, S_Q], dtype=torch.int32)
+    packed = (qkv[0][0], qkv[0][0], qkv[0][0], cu, cu, S_Q, S_Q)
+    for deterministic in (False, True):
+        flash_attn.flash_attn_func(*qkv, deterministic=deterministic)
+        flash_attn.flash_attn_varlen_func(*packed, deterministic=deterministic)
+    assert served[:2] == [first, first] and first not in served[2:] and len(served) == 4
+    with fastattn.use_backend(first), pytest.raises(fastattn.UnsupportedError, match="not deterministic"):
+        flash_attn.flash_attn_func(*qkv, deterministic=True)
+    dispatch.reasons.cache_clear()

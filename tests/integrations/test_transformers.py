@@ -177,6 +177,13 @@ def test_packing_that_transformers_would_drop_is_refused():
     position_ids = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(fastattn.InputError, match="use_cache=False"):
         fast(tokens(1, 5), position_ids=position_ids, use_cache=True)
+    reused = torch.arange(5)[None]
+    fast(tokens(1, 5), position_ids=reused, use_cache=True)
+    reused.copy_(position_ids)
+    with pytest.raises(fastattn.InputError, match="use_cache=False"):
+        fast(tokens(1, 5), position_ids=reused, use_cache=True)
+    with torch.inference_mode():
+        fast(tokens(1, 5), use_cache=True)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

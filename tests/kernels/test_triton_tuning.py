@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import tune  # noqa: E402
-from fastattn.backends.triton import table  # noqa: E402
-from fastattn.errors import InputError  # noqa: E402
-from fastattn.testing import tuning  # noqa: E402
+from benchmarks import tune
+from fastattn.backends.triton import table
+from fastattn.errors import InputError
+from fastattn.testing import tuning
 
 KEY = ("gfx942", "forward", 16, 64)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn import files
 from fastattn.errors import DataError
-from fastattn.train import storage
+from fastattn.files import new_folder, write_text
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
-from fastattn.train.storage import new_folder, write_text
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_disk_that_cannot_be_written(run, monkeypatch):
 
 
 def test_a_crash_before_the_renaming_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.os, "replace", lambda *_: os._exit(9))
+    monkeypatch.setattr(files.os, "replace", lambda *_: os._exit(9))
     if os.fork() == 0:
         with new_folder(tmp_path / "step-00000001") as folder:
             (folder / "file").write_text("x")
@@ -103,7 +103,7 @@ def test_a_crash_before_the_renaming_leaves_nothing_that_looks_whole(tmp_path, m
 def test_write_text_replaces_or_leaves(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_text(path, "old")
-    monkeypatch.setattr(storage.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(files.os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(DataError, match="the disk is full"):
         write_text(path, "new")
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_and_is_not_saved(make_trainer, tmp_path
 
 def test_a_time_limit_stops_with_a_checkpoint(make_trainer, tmp_path):
     progress = make_trainer(tmp_path, steps=10**6, max_minutes=0.2 / 60).run()
-    assert 0 < progress.step < 10**6 and math.isfinite(progress.held_out_loss)
+    assert 0 < progress.step < 10**6 and progress.held_out_loss > 0
     assert find_checkpoint(tmp_path).trainer_state()["step"] == progress.step
 
 

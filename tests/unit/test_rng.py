@@ -94,3 +94,11 @@ def test_states_follow_the_seed_of_torch():
     torch.manual_seed(5)
     assert torch.equal(first, rng.new_rng_state(torch.device("cpu"))) and not torch.equal(first, second)
     assert first.dtype == torch.int64 and first.shape == (2,)
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 1), (0, 64), (5, 70), (31, 33), (96, 96)])
+def test_columns_are_the_elements_one_by_one(begin, end):
+    state = torch.tensor([2**62 - 3, 2**40 + 5])
+    head, i = torch.arange(6).view(2, 3, 1, 1), torch.arange(4, 9)[:, None]
+    columns = rng.random_bits_of_columns(state, head, i, begin, end)
+    assert torch.equal(columns, rng.random_bits(state, head, i, torch.arange(begin, end)))

@@ -1,0 +1,99 @@
+"""CUDA C++ for Hopper (sm_90a): the kernels of ``csrc/``, built with the package or compiled at first use.
+
+Forward pass only so far. Not yet run on a GPU, so it serves where it is asked for by name, never by choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.cuda import abi, library, nvrtc
+from fastattn.problem import Grads, Inputs, Problem
+from fastattn.spec import AttentionSpec
+
+ARCH = 90  # wgmma and setmaxnreg exist on sm_90a alone
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def _delivered() -> tuple[library.Library | nvrtc.NvrtcKernels | None, str]:
+    """What launches the kernels, and how it came to be; None and why there is nothing."""
+    if library.PATH.exists():
+        try:
+            return library.Library(), "built with the package"
+        except OSError as error:
+            not_built = str(error)
+    else:
+        not_built = "not built with the package"
+    try:
+        return nvrtc.NvrtcKernels(), f"{not_built}; compiled at first use by NVRTC {nvrtc.version()}"
+    except nvrtc.NvrtcError as error:
+        return None, f"unavailable: {not_built}, and {error}"
+
+
+def delivery() -> str:
+    """How the CUDA kernels come to this machine: built, compiled at first use, or why there are none."""
+    return _delivered()[1]
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    capabilities = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=(torch.float16, torch.bfloat16),
+        features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"}),
+        max_head_dim=MAX_HEAD_DIM,
+        min_arch=ARCH,
+    )
+
+    def unavailable_reason(self) -> str | None:
+        kernels, how = _delivered()
+        return how if kernels is None else None
+
+    def unsupported_reasons(self, problem: Problem) -> list[str]:
+        reasons = super().unsupported_reasons(problem)
+        if problem.arch > ARCH:
+            reasons.append(f"compute capability {problem.arch / 10:.1f} (made for {ARCH / 10:.1f} alone)")
+        for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
+            if size % 8:
+                reasons.append(f"head dim {name} = {size} (multiples of 8)")
+        if problem.needs_grad:
+            reasons.append("backward not built yet")
+        return reasons
+
+    def automatic_reasons(self, problem: Problem) -> list[str]:
+        """Why it should not serve unless asked by name: there is no evidence yet that it is right, or fast."""
+        return ["not yet run on a GPU"]
+
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        kernels, how = _delivered()
+        if kernels is None:
+            raise RuntimeError(how)
+        inputs, spec = abi.prepared(inputs, spec)
+        q = inputs.q
+        out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
+        lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
+        with torch.cuda.device(q.device):
+            stream = torch.cuda.current_stream(q.device).cuda_stream
+            kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        needs: Sequence[str],
+    ) -> Grads:
+        raise NotImplementedError("the cuda backend has no backward pass yet; dispatch does not choose it for one")
+
+
+BACKEND = CudaBackend()

@@ -1,7 +1,8 @@
 """Attention in torch ops, on any device, with memory linear in the sequence length.
 
-A problem is planned (``plan``) into blocks of the score matrix outside which nothing is computed. Blocks run on torch's
-flash kernel for the CPU (``flash``) where it computes the same thing, else through online softmax over tiles (``tiles``).
+A problem is planned (``plan``) into blocks of the score matrix outside which nothing is computed. Blocks run on
+torch's flash kernel for the CPU (``flash``) where it computes the same thing, else through online softmax over tiles
+(``tiles``). On an accelerator it is always tiles, and nothing there waits for the device (not yet run on a GPU).
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ class PortableBackend(Backend):
         dsinks = terms.sink_gradient(dout, dlse, out, lse, inputs) if has_sinks else None
         if not {"q", "k", "v", "bias"} & set(needs):
             return Grads(dsinks=dsinks)
+        found: tuple[Tensor | None, ...]
         if flash.serves(inputs, spec, needs):
-            dq, dk, dv = flash.backward(dout, dlse, out, lse, inputs, spec)
-            return Grads(*(x if name in needs else None for x, name in ((dq, "q"), (dk, "k"), (dv, "v"))), dsinks=dsinks)
-        dq, dk, dv, dbias = tiles.backward(dout, dlse, out, lse, inputs, spec, needs)
-        return Grads(dq, dk, dv, dbias, dsinks)
+            found = flash.backward(dout, dlse, out, lse, inputs, spec)
+        else:
+            found = tiles.backward(dout, dlse, out, lse, inputs, spec, needs)
+        wanted = {f"d{name}": x for name, x in zip(("q", "k", "v", "bias"), found, strict=False) if name in needs}
+        return Grads(**wanted, dsinks=dsinks)
 
 
 BACKEND = PortableBackend()

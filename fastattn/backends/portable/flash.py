@@ -19,8 +19,9 @@ from fastattn.backends.portable.plan import Block, Call
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# Elements of the largest temporary: a mask, or the gradients of the keys of one call. 32 MB in fp32.
-MAX_ELEMENTS = 1 << 23
+# Elements of the largest temporaries: the mask of a call (32 MB in fp32), and the keys that its gradient is stored for.
+MAX_MASK = 1 << 23
+MAX_KEYS = 1 << 21
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -37,55 +38,58 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, without the sinks."""
     width = max(inputs.q.shape[-1], inputs.v.shape[-1])
     q, k, v = (_operand(x, width) for x in (inputs.q, inputs.k, inputs.v))
-    steps = _steps(planned(inputs, spec), inputs, spec)
-    results: tuple[Tensor, Tensor] | None = None
-    for step in steps:
+    if (shape := _plain_shape(inputs, spec)) is not None:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = _forward(*heads_first, 0.0, shape == "causal", scale=spec.scale)
+        return out.transpose(1, 2)[..., : inputs.v.shape[-1]].contiguous(), lse.contiguous()
+    out, lse = _no_results(inputs)
+    for step in _steps(planned(inputs, spec), inputs, spec):
         call = step.call
         operands = _queries(q, call), _keys(k, call), _keys(v, call)
-        out, lse = _forward(*operands, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
-        _mark_empty_rows(lse, step, inputs, spec)
-        out = out[..., : inputs.v.shape[-1]]
-        if _is_whole(call, inputs):
-            out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
-            return out.view(inputs.out_shape()), lse.view(inputs.lse_shape())
-        results = results or _no_results(inputs)
-        _queries(terms.dense(results[0]), call).copy_(out)
-        _queries(_by_rows(results[1]), call).copy_(lse[..., None])
-    return results or _no_results(inputs)
+        out_part, lse_part = _forward(*operands, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
+        _mark_empty_rows(lse_part, step, inputs, spec)
+        _queries(terms.dense(out), call).copy_(out_part[..., : inputs.v.shape[-1]])
+        _queries(_by_rows(lse), call).copy_(lse_part[..., None])
+    return out, lse
 
 
 def backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """``(dq, dk, dv)``. ``out`` and ``lse`` are the final ones, so sinks need nothing more here."""
     width = max(inputs.q.shape[-1], inputs.v.shape[-1])
     dout, out, lse = _operand(dout, width), _operand(out, width), _by_rows(lse)
     if dlse is not None:
         dout, out = _with_dlse(dout, out, _by_rows(dlse))
     q, k, v = (_operand(x, dout.shape[-1]) for x in (inputs.q, inputs.k, inputs.v))
+    if (shape := _plain_shape(inputs, spec)) is not None:
+        heads_first = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        grads = _backward(*heads_first, lse[..., 0].transpose(1, 2), 0.0, shape == "causal", scale=spec.scale)
+        return _like_inputs([x.transpose(1, 2) for x in grads], inputs)
     todo = planned(inputs, spec)
     if any(_has_data_mask(inputs, call.block) for call in todo):
         lse = torch.where(lse == terms.NEVER, -terms.NEVER, lse)  # empty rows: exp(scores - inf) = 0
-    grads: tuple[Tensor, ...] | None = None
+    dq, dk, dv = _no_gradients(inputs, are_shared=len(todo) > 1)
     for step in _steps(todo, inputs, spec):
         call = step.call
         operands = _queries(dout, call), _queries(q, call), _keys(k, call), _keys(v, call), _queries(out, call)
         lse_part = _queries(lse, call)[..., 0]
         parts = _backward(*operands, lse_part, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
-        if _is_whole(call, inputs):
-            grads = tuple(part.transpose(1, 2) for part in parts)
-            break
-        grads = grads or _no_gradients(inputs, are_shared=len(todo) > 1)
-        _queries(grads[0], call).copy_(parts[0][..., : inputs.q.shape[-1]])
-        _add_keys(grads[1], parts[1], call)
-        _add_keys(grads[2], parts[2], call)
-    grads = grads or _no_gradients(inputs, are_shared=False)
-    likes = (inputs.q, inputs.k, inputs.v)
-    dq, dk, dv = (x[..., : like.shape[-1]].to(like.dtype).reshape(like.shape) for x, like in zip(grads, likes, strict=True))
-    return dq, dk, dv
+        _queries(dq, call).copy_(parts[0][..., : dq.shape[-1]])
+        _add_keys(dk, parts[1], call)
+        _add_keys(dv, parts[2], call)
+    return _like_inputs((dq, dk, dv), inputs)
 
 
 # --- what is called -----------------------------------------------------------------------------------------------
+
+
+def _plain_shape(inputs: Inputs, spec: AttentionSpec) -> plan.Shape | None:
+    """The shape of a problem that is one call without a mask; None if there is more to plan."""
+    is_plain = not inputs.is_packed and inputs.segment_ids_q is None and inputs.alibi_slopes is None
+    if not is_plain or inputs.mask is not None or inputs.bias is not None or inputs.batch == 0:
+        return None
+    return plan.shape_of_all(spec, inputs.q.shape[1], inputs.k.shape[1])
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,20 @@ def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
     has_data_mask = any(_has_data_mask(inputs, region) for region in regions)
     are_alike = not has_data_mask and (inputs.alibi_slopes is None or inputs.alibi_slopes.shape[0] == 1)
     per_row = _mask_elements_per_row(inputs, has_segments=any(not region.is_exact for region in regions))
-    max_rows = max(32, MAX_ELEMENTS // per_row) if per_row else None
+    max_rows = max(32, MAX_MASK // per_row) if per_row else None
     if has_data_mask and max_rows is not None:
         max_rows = min(max_rows, plan.BAND_ROWS)  # so that what the mask leaves out can be skipped
-    blocks: list[Block] = []
-    for region in regions:
-        pieces = plan.cut(region, spec, max_rows)
-        if are_alike and 1 < region.size[0] < len(pieces):
-            entries = range(*region.batch)
-            pieces = [piece.replace(batch=(b, b + 1), sequence=b) for b in entries for piece in pieces]
-        blocks += pieces
-    max_keys = MAX_ELEMENTS // (inputs.heads_kv * inputs.k.shape[-1]) if are_alike else 0
+    blocks = [block for region in regions for block in plan.cut(region, spec, max_rows)]
+    if blocks and are_alike and 1 < blocks[0].size[0] < len(blocks):
+        # fewer calls if the blocks of an entry make one than if the entries of a block do
+        entries = range(*blocks[0].batch)
+        blocks = [block.replace(batch=(b, b + 1), sequence=b) for b in entries for block in blocks]
+    max_keys = MAX_KEYS // (inputs.heads_kv * inputs.k.shape[-1]) if are_alike else 0
     return plan.calls(blocks, spec, max_keys)
 
 
 def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterator[_Step]:
-    """One after the other, so that one mask is alive at a time; blocks in which masks or segments keep nothing left out."""
+    """One after the other, so that one mask is alive at a time; without blocks that masks or segments leave empty."""
     for call in todo:
         block, shape = call.block, plan.shape(call.block, spec)
         kept = terms.kept(inputs, spec, block, with_band=shape == "band")
@@ -236,12 +238,6 @@ def _with_dlse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([dout, ones], dim=-1), torch.cat([out, *columns], dim=-1)
 
 
-def _is_whole(call: Call, inputs: Inputs) -> bool:
-    """Whether a call leaves nothing for others."""
-    q, k = terms.dense(inputs.q), terms.dense(inputs.k)
-    return call.count == 1 and call.block.size == (q.shape[0], q.shape[1], k.shape[1])
-
-
 def _no_results(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of empty rows."""
     lse = inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=terms.compute_dtype(inputs))
@@ -251,5 +247,11 @@ def _no_results(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def _no_gradients(inputs: Inputs, are_shared: bool) -> tuple[Tensor, ...]:
     """Zeros for dq, and for dk and dv, in which several calls add up if ``are_shared``."""
     dtype = terms.compute_dtype(inputs) if are_shared else inputs.q.dtype
-    dq = torch.zeros_like(terms.dense(inputs.q), memory_format=torch.contiguous_format)
-    return dq, *(terms.dense(x).new_zeros(terms.dense(x).shape, dtype=dtype) for x in (inputs.k, inputs.v))
+    q, k, v = (terms.dense(x) for x in (inputs.q, inputs.k, inputs.v))
+    return q.new_zeros(q.shape), k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
+
+
+def _like_inputs(grads: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    """Gradients ``(B, S, H, width)`` in the shape and dtype of q, k and v."""
+    likes = (inputs.q, inputs.k, inputs.v)
+    return tuple(x[..., : y.shape[-1]].to(y.dtype).reshape(y.shape) for x, y in zip(grads, likes, strict=True))

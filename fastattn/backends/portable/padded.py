@@ -75,7 +75,9 @@ def _places(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         (inputs.cu_seqlens_q, inputs.q.shape[0], inputs.max_seqlen_q),
         (inputs.cu_seqlens_kv, inputs.k.shape[0], inputs.max_seqlen_kv),
     )
-    to_q, to_kv = (_side(cu_seqlens, total, longest, at_end) for cu_seqlens, total, longest in sides if cu_seqlens is not None)
+    to_q, to_kv = (
+        _side(cu_seqlens, total, longest, at_end) for cu_seqlens, total, longest in sides if cu_seqlens is not None
+    )
     return to_q, to_kv
 
 

@@ -1,4 +1,4 @@
-"""The plan: which rectangles of the score matrix are computed. Host arithmetic only; every position comparison is spec's.
+"""The plan: which rectangles of the score matrix are computed. Host arithmetic; comparing positions is left to spec.
 
 A problem is a list of *regions* (a dense batch, each packed sequence, each pair of equal segments) that know nothing of
 each other. A region is cut into *blocks*, so that rows which keep different keys fall into different ones, and each
@@ -8,6 +8,7 @@ block is as narrow as the band allows. Blocks that are copies of one another at 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ def shape(block: Block, spec: AttentionSpec) -> Shape:
     return "causal" if begins_on_time and first_row[1] == block.keys[0] + 1 else "band"
 
 
+@functools.lru_cache(maxsize=1024)
+def shape_of_all(spec: AttentionSpec, s_q: int, s_kv: int) -> Shape | None:
+    """The shape of a dense problem that one block holds, every row and key of it used; else None."""
+    block = Block((0, 1), (0, s_q), (0, s_kv), s_q, s_kv)
+    return shape(block, spec) if narrow(block, spec) is block and shape(block, spec) != "band" else None
+
+
 def cut(region: Block, spec: AttentionSpec, max_rows: int | None = None) -> list[Block]:
     """The blocks of a region, of at most ``max_rows`` query rows: together they hold each kept pair exactly once."""
     block = narrow(region, spec)
@@ -182,7 +190,7 @@ def cut(region: Block, spec: AttentionSpec, max_rows: int | None = None) -> list
 
 
 def calls(blocks: Sequence[Block], spec: AttentionSpec, max_keys: int) -> list[Call]:
-    """``blocks`` with runs of copies at equal spacing drawn together, as long as a call has at most ``max_keys`` keys."""
+    """``blocks`` with runs of copies at equal spacing drawn together, up to ``max_keys`` key rows in a call."""
     merged: list[Call] = []
     last: Block | None = None
     for block in blocks:

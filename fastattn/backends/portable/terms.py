@@ -85,7 +85,8 @@ def survives(inputs: Inputs, spec: AttentionSpec, block: Block) -> Tensor:
     device = inputs.q.device
     n = torch.arange(block.sequence, block.sequence + block.size[0], device=device)[:, None, None, None]
     h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
-    return rng.dropout_keep(spec, inputs.rng_state, n * inputs.heads_q + h, *positions(block, device))
+    i, _ = positions(block, device)
+    return rng.dropout_keep_columns(spec, inputs.rng_state, n * inputs.heads_q + h, i, *block.keys)
 
 
 def _entries(x: Tensor, block: Block) -> Tensor:
@@ -147,7 +148,9 @@ def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, i
     elif inputs.sinks.shape[0] > 1:
         assert inputs.cu_seqlens_q is not None
         ends = inputs.cu_seqlens_q.long()
-        by_sequence = torch.segment_reduce(rows.transpose(0, 1).contiguous(), "sum", offsets=ends, initial=0, unsafe=True)
+        by_sequence = torch.segment_reduce(
+            rows.transpose(0, 1).contiguous(), "sum", offsets=ends, initial=0, unsafe=True
+        )
     else:
         by_sequence = rows.sum(-1)[None]
     shared = inputs.sinks.shape[0] == 1

@@ -22,7 +22,7 @@ from fastattn.backends.portable.plan import Block
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# Rows and keys of a tile, and the scores that one step holds: small enough for a CPU's cache, or to fill an accelerator.
+# Rows and keys of a tile, and the scores that one step holds: few for a CPU's cache, many to fill an accelerator.
 TILE = {"cpu": (256, 512), "other": (1024, 1024)}
 MAX_SCORES = {"cpu": 1 << 20, "other": 1 << 25}
 
@@ -88,8 +88,8 @@ def backward(
         shift = shift - dlse.transpose(-1, -2)[..., None]
     for block in blocks(inputs, spec):
         q, dout_rows = (_folded(terms.queries(x, block), inputs) for x in (inputs.q, dout))
-        rows = (terms.queries(x, block) for x in (lse, shift))
-        _accumulate(sums, q, dout_rows, *rows, inputs, spec, block)
+        lse_rows, shift_rows = (terms.queries(x, block) for x in (lse, shift))
+        _accumulate(sums, q, dout_rows, lse_rows, shift_rows, inputs, spec, block)
     names = ("q", "k", "v", "bias")
     return tuple(sums[name].to(getattr(inputs, name).dtype) if name in sums else None for name in names)
 
@@ -184,7 +184,7 @@ def _scores(
     return (scores if kept is None else scores.masked_fill_(~kept, terms.NEVER)), capped
 
 
-# --- heads: the query heads of a group are folded into the rows, so that K and V are never copied for them -------------
+# --- heads: the query heads of a group are folded into the rows, so that K and V need no copies -----------------------
 
 
 def _computed(x: Tensor, inputs: Inputs) -> Tensor:

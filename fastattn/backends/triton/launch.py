@@ -238,7 +238,8 @@ class Backward:
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         dbias_kernel[rows * columns, sums.shape[1], sums.shape[0]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
-            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **_compiled(call.inputs.q.device, call.flags, tile),
+            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns,
+            **_compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)

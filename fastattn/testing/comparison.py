@@ -1,4 +1,4 @@
-"""``measure``: check, time and weigh peers on one workload. What ``benchmarks`` and the demo both do."""
+"""``compare_peers``: check, time and weigh peers on one workload. What ``benchmarks`` and the demo both do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Effort:
 
     rounds: int = 15
     round_s: float = 0.02
-    budget_s: float = 4.0
+    budget_s: float = 2.5
 
     @classmethod
     def of(cls, device: torch.device, quick: bool) -> Effort:
@@ -32,7 +32,7 @@ class Effort:
         return cls(rounds=25, budget_s=1.5) if device.type == "cuda" else cls()
 
 
-def measure(
+def compare_peers(
     workload: Workload,
     peers: Sequence[Peer],
     device: torch.device,
@@ -106,7 +106,7 @@ def _time(
 
 
 def _weigh_on_cpu(workload: Workload, peers: Sequence[Peer], found: dict[str, Any]) -> None:
-    passes = ("forward", "both")
+    passes = ("forward", "both") if workload.passes else ("both",)  # the peak of both, if it is long
     missing = memory.cannot_measure_process()
     names = [peer.name for peer in peers if peer.name in memory.PEERS]
     peaks = [] if missing else memory.in_fresh_process(workload, names, passes)

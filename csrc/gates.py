@@ -1,0 +1,147 @@
+"""Compile every CUDA kernel and check its machine code, with no GPU: ``python csrc/gates.py [--build DIR] [NAME ...]``.
+
+A kernel fails if it spills or touches local memory, if ptxas warns that it serialised a wgmma (C75xx; C7519, an
+inserted fence, is harmless), if the tensor-core instructions are not as many as the tile asks for, or if exponentials
+are left outside of the P V product that should hide them. ``--options`` passes flags on to nvcc, such as -DFA_HOLD=0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastattn.backends.cuda.build import BuildError, build, find_nvcc
+from fastattn.backends.cuda.instances import Instance, forward_instances
+
+CSRC = Path(__file__).parent
+HARMLESS = {"C7519"}
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z0-9_.]+)(.*)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the compiler made of a kernel. ``exponentials`` are those of its loop: under the P V product, and after."""
+
+    registers: int
+    spilled: int
+    local: int
+    products: int
+    warnings: tuple[str, ...]
+    exponentials: tuple[int, int]
+
+
+def facts_of(log: str, sass: str) -> Facts:
+    """Read ptxas's words (-v) and the disassembly."""
+    instructions = [match.groups() for line in sass.splitlines() if (match := INSTRUCTION.match(line))]
+    names = [name for name, _ in instructions]
+    return Facts(
+        registers=max((int(number) for number in re.findall(r"\bR(\d+)\b", sass)), default=0) + 1,
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
+        local=sum(name.startswith(("LDL", "STL")) for name in names),
+        products=sum(name.startswith("HGMMA") for name in names),
+        warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)) - HARMLESS)),
+        exponentials=exponentials(instructions),
+    )
+
+
+def exponentials(instructions: Sequence[tuple[str, str]]) -> tuple[int, int]:
+    """Exponentials between the wait for the scores and that for P V, and those after it, in the loop over keys.
+
+    The wait that leaves one group in flight (DEPBAR 1) begins the stretch, the next wait ends it, and the issue of the
+    next product (ARRIVE) ends the iteration.
+    """
+    under = after = 0
+    stretch = None
+    for name, operands in instructions:
+        if name.startswith("WARPGROUP.DEPBAR"):
+            if re.search(r",\s*0x1\b", operands):
+                stretch = "under"
+            elif stretch == "under":
+                stretch = "after"
+        elif name.startswith("WARPGROUP.ARRIVE"):
+            stretch = None
+        elif name.startswith("MUFU.EX2") and stretch:
+            under, after = under + (stretch == "under"), after + (stretch == "after")
+    return under, after
+
+
+def expected_products(instance: Instance) -> int:
+    """Tensor-core instructions: both products, before the loop or after it, and in it."""
+    return 2 * (instance.tile.d_qk // 16 + instance.tile.block_n // 16)
+
+
+def faults(instance: Instance, facts: Facts) -> list[str]:
+    """What is wrong with a kernel; [] if nothing is."""
+    under, after = facts.exponentials
+    found = []
+    if facts.spilled or facts.local:
+        found.append(f"spills {facts.spilled} bytes, {facts.local} accesses to local memory")
+    if facts.warnings:
+        found.append(f"ptxas warns: {', '.join(facts.warnings)}")
+    if facts.products != expected_products(instance):
+        found.append(f"{facts.products} HGMMA instead of {expected_products(instance)}")
+    if after or under < instance.tile.block_n // 2:
+        found.append(f"{after} exponentials after P V, {under} under it")
+    return found
+
+
+def find_cuobjdump() -> str:
+    """The disassembler: beside nvcc, on PATH, or the one that Triton brings."""
+    beside = Path(find_nvcc()).resolve().parent / "cuobjdump"
+    triton = find_spec("triton")
+    bundled = (
+        [Path(root, "backends/nvidia/bin/cuobjdump") for root in (triton.submodule_search_locations or [])]
+        if triton
+        else []
+    )
+    found = next((str(path) for path in (beside, "cuobjdump", *bundled) if shutil.which(path)), None)
+    if found is None:
+        raise BuildError("cuobjdump was not found (it comes with the CUDA toolkit, and with Triton)")
+    return found
+
+
+def check(instance: Instance, folder: Path, cuobjdump: str) -> tuple[Facts, list[str]]:
+    command = [cuobjdump, "--dump-sass", str(folder / f"{instance.name}.o")]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    facts = facts_of((folder / f"{instance.name}.o.log").read_text(), sass)
+    return facts, faults(instance, facts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every CUDA kernel and check its machine code.")
+    parser.add_argument("names", nargs="*", help="parts of kernel names (default: every kernel)")
+    parser.add_argument("--build", type=Path, default=CSRC.parent / "build" / "cuda", help="where to build")
+    parser.add_argument("--options", nargs="*", default=[], help="further flags for nvcc")
+    parser.add_argument("--jobs", type=int, help="processes at a time")
+    options = parser.parse_args()
+    instances = [
+        instance
+        for instance in forward_instances(CSRC)
+        if not options.names or any(name in instance.name for name in options.names)
+    ]
+    try:
+        cuobjdump = find_cuobjdump()
+        build(options.build, "objects", CSRC, instances, options.options, options.jobs)
+    except BuildError as error:
+        print(f"The gates need a CUDA compiler: {error}", file=sys.stderr)
+        return 2
+    print(f"{'kernel':<44} registers  HGMMA  exp under/after P V  verdict")
+    is_good = True
+    for instance in instances:
+        facts, found = check(instance, options.build, cuobjdump)
+        is_good = is_good and not found
+        under, after = facts.exponentials
+        verdict = "; ".join(found) or "ok"
+        print(f"{instance.name:<44} {facts.registers:>9}  {facts.products:>5}  {under:>9} / {after:<7}  {verdict}")
+    return 0 if is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""Each command in its quick form on a CPU, and what it says to wrong arguments."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import fastattn
+from benchmarks import peers, suites
+from benchmarks.__main__ import main
+from benchmarks.record import read
+from fastattn.testing import speed
+from fastattn.testing.speed import SpeedReport
+from fastattn.testing.workload import Workload
+
+QUICK = ["--device", "cpu", "--threads", "1", "--quick", "--quiet"]
+
+
+def test_ops_measures_records_and_prints(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    command = [
+        "ops",
+        *QUICK,
+        "--suite",
+        "cpu",
+        "--case",
+        "h2 d64",
+        "--peers",
+        "fastattn",
+        "eager",
+        "sdpa",
+        "sdpa-cudnn",
+    ]
+    assert main([*command, "--no-memory", "--out", str(path)]) == 0
+    data = read(path)
+    ids = [result["id"] for result in data["results"]]
+    assert "fp32 b1 s256 h2 d64 causal window 64" in ids and "bf16 b1 s256 h2 d64 causal 8 documents" in ids
+    for result in data["results"]:
+        for name in ("fastattn", "eager", "sdpa"):
+            for pass_name in ("forward", "both"):
+                found = result["peers"][name]["passes"][pass_name]
+                assert found["median_s"] > 0 and found["tflops"] > 0 and found["gate"].startswith("green")
+        assert result["peers"]["sdpa-cudnn"] == {"why": "no cpu kernel", "passes": {}}
+    assert data["ceilings"]["matmul_bf16_tflops"] > 0 and data["ceilings"]["copy_gbps"] > 0
+    printed = capsys.readouterr().out
+    assert printed.count("| forward ") == len(ids) and "sdpa-cudnn: no cpu kernel" in printed
+
+
+def test_memory_on_a_cpu_is_part_of_the_table(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    assert main(["ops", *QUICK, "--suite", "cpu", "--case", "s1024", "--out", str(path)]) == 0
+    passes = read(path)["results"][0]["peers"]["fastattn"]["passes"]
+    assert passes["both"]["peak_bytes"] > 0 and passes["both"]["gate"].startswith("green")
+    assert "MB" in capsys.readouterr().out
+
+
+def test_a_spent_budget_is_said(tmp_path):
+    path = tmp_path / "ops.json"
+    assert main(["ops", *QUICK, "--suite", "small", "--budget", "0", "--out", str(path)]) == 0
+    assert all(result["why"] == "the budget of 0 s was spent" for result in read(path)["results"])
+
+
+def test_model(tmp_path, capsys):
+    path = tmp_path / "model.json"
+    assert main(["model", *QUICK, "--out", str(path)]) == 0
+    rows = {(row["variant"], row["what"].split()[0]): row for row in read(path)["results"]}
+    assert set(rows) == {(kind, what) for kind in ("eager", "sdpa", "fastattn") for what in ("training", "generation,")}
+    apart = re.search(r"at most (\S+) from eager in (\d+) steps", rows["fastattn", "training"]["agreement"])
+    assert float(apart[1]) < 1e-4 and int(apart[2]) >= 4
+    assert rows["fastattn", "generation,"]["agreement"].startswith("100%")
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_overhead(tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    assert main(["overhead", *QUICK, "--out", str(path)]) == 0
+    rows = [row["what"] for row in read(path)["results"]]
+    assert {
+        "one call, forward, fastattn",
+        "one call, both, sdpa",
+        "import, above torch's own",
+        "size of the package",
+    } <= set(rows)
+
+
+def test_report_of_a_record(tmp_path, capsys):
+    path = tmp_path / "ops.json"
+    main(["ops", *QUICK, "--suite", "small", "--no-memory", "--peers", "fastattn", "sdpa", "--out", str(path)])
+    capsys.readouterr()
+    assert main(["report", str(path)]) == 0
+    assert "vs best peer" in capsys.readouterr().out
+    assert main(["report", str(path), "--out", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_gpu_on_a_cpu(tmp_path, capsys):
+    """Every step runs or is a row; few files, small; a short table last."""
+    out = tmp_path / "out"
+    assert main(["gpu", *QUICK, "--out", str(out)]) == 0
+    rows = {row["step"]: row for row in read(out / "gpu.json")["results"]}
+    assert rows["ncu, portable"]["result"] in ("ok", "missing") and rows["compute-sanitizer, portable"]["note"]
+    for step in ("verify, portable", "ops, cpu", "model", "overhead", "profile, portable"):
+        assert rows[step]["result"] == "ok", rows[step]
+    first = next(row for step, row in rows.items() if step.startswith("first run, portable"))
+    assert first["result"] == "ok" and "green" in first["note"]
+    files = list(out.iterdir())
+    assert len(files) <= 8 and sum(path.stat().st_size for path in files) < 16e6
+    assert {"gpu.json", "ops.json", "model.json", "overhead.json", "report.md"} <= {path.name for path in files}
+    assert len(capsys.readouterr().out.splitlines()) < 100
+
+
+def test_gpu_out_of_time_is_rows_too(tmp_path, capsys):
+    assert main(["gpu", *QUICK, "--limit", "0", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "gpu.json")["results"]
+    assert {row["result"] for row in rows} <= {"not begun", "missing"}
+    assert "out of time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops", "--suite", "nonsense"], "--suite: got 'nonsense'; allowed: paper, llm"),
+        (["ops", "--peers", "fastatn"], "--peers: got fastatn; allowed: all, fastattn"),
+        (["ops", "--suite", "cpu", "--case", "s7"], "no case of cpu contains 's7'"),
+        (["ops", "--device", "tpu"], "--device: got 'tpu'; allowed: cpu, cuda"),
+        (["ops", "--threads", "0", "--device", "cpu"], "--threads: got 0; allowed: at least 1"),
+        (["model", "--preset", "huge", "--device", "cpu"], "huge"),
+        (["model", "--length", "100000", "--device", "cpu"], "--length: got 100000; allowed: at most"),
+        (["report"], "no record given"),
+        (["report", "nowhere.json"], "nowhere.json: No such file"),
+        (["report", "--readme", "nowhere.md"], "nowhere.md: No such file"),
+    ],
+)
+def test_wrong_arguments_end_with_a_sentence_and_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ") and "Traceback" not in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_asking_for_a_gpu_that_is_not_there(capsys):
+    assert main(["ops", "--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_the_interpreter_is_not_measured(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["ops", "--device", "cpu"]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["nonsense"])
+    assert stopped.value.code == 2
+
+
+# The data
+
+
+def test_suites_are_sound():
+    for suite in suites.SUITES.values():
+        for cases in (suite.cases, suite.quick().cases):
+            ids = [case.id for case in cases]
+            assert len(set(ids)) == len(ids), suite.name
+            for case in cases:
+                assert Workload.from_dict(json.loads(json.dumps(case.to_dict()))) == case
+                assert case.s_q % case.documents == 0 and case.heads_q % case.heads_kv == 0
+
+
+def test_the_cpu_suite_holds_what_the_targets_ask_for():
+    cases = suites.SUITES["cpu"].cases
+    dense = {(c.dtype, c.d_qk, c.s_q, c.causal) for c in cases if not c.window and c.documents == 1 and c.passes}
+    assert dense == {
+        (t, d, s, c) for t in ("fp32", "bf16") for d in (64, 128) for s in (1024, 4096) for c in (False, True)
+    }
+    assert any(c.window == (255, 0) and c.s_q == 4096 for c in cases)
+    assert any(c.documents == 8 and c.s_q == 8 * 512 for c in cases)
+    assert any(c.memory and (c.s_q, c.heads_q, c.d_qk, c.dtype) == (16384, 8, 64, "fp32") for c in cases)
+
+
+def test_flops_count_kept_pairs_only():
+    def flops(**changes):
+        fields = {"s_q": 64, "s_kv": 64, "heads_q": 2, "heads_kv": 1, "d_qk": 16, "d_v": 16, "batch": 3} | changes
+        return Workload(**fields).flops()
+
+    assert flops()["forward"] == 3 * 2 * 64 * 64 * 2 * (16 + 16)
+    assert flops()["backward"] == 2.5 * flops()["forward"] and flops()["both"] == 3.5 * flops()["forward"]
+    assert flops(causal=True)["forward"] == flops()["forward"] * 65 // 128
+    assert flops(documents=4, causal=True) == flops(s_q=16, s_kv=16, batch=12, causal=True)
+    assert flops(documents=4, packed=True, batch=1) == flops(s_q=16, s_kv=16, batch=4)
+
+
+def test_every_backend_and_every_known_library_is_a_peer():
+    assert {f"fastattn-{name}" for name in fastattn.backends()} <= set(peers.PEERS)
+    wanted = {"eager", "eager-compiled", "sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "flex"}
+    assert wanted | {"torch-varlen", "flash-attn", "flash-attn-3", "xformers", "flashinfer"} <= set(peers.PEERS)
+    assert [peer.name for peer in peers.chosen(["all"], "cpu")] == list(peers.PEERS)
+
+
+def test_what_is_not_installed_says_so():
+    workload = suites.SUITES["first"].cases[0]
+    for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers"), ("flashinfer", "flashinfer")):
+        if not peers._is_installed(module):
+            assert peers.PEERS[name].reasons(workload, "cuda") == [f"{module} is not installed"]
+
+
+# The demo's table
+
+
+def test_speed_table(monkeypatch, tmp_path):
+    small = lambda device, quick: [("full", speed._workload("full", 64, device, False))]  # noqa: E731
+    monkeypatch.setattr(speed, "_workloads", small)
+    report = speed.speed_table("cpu")
+    assert isinstance(report, SpeedReport) and not report.entries[0].missing
+    assert report.entries[0].times_faster_than("eager") > 0
+    assert "vs eager" in report.table() and "full" in report.table()
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["entries"][0]["length"] == 64 and len(data["entries"][0]["times"]["sdpa"]["rounds_s"]) >= 3
+    pytest.importorskip("matplotlib")
+    report.plot(tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_peer_without_a_number_says_why_in_the_speed_table():
+    entry = speed.Entry("full", 64, {}, {}, {"eager": "red: out max at 3 of the bound"})
+    text = SpeedReport("title", (entry,)).table()
+    assert "no number: eager: red" in text and "x" not in text.splitlines()[3]

@@ -1,0 +1,13 @@
+"""The commands are run with a smaller "tiny" model: what is tested here is what surrounds it."""
+
+import pytest
+
+from fastattn.models import PRESETS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller_tiny():
+    sizes = {"width": 48, "layers": 1, "heads": 3, "kv_heads": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", PRESETS["tiny"] | sizes)
+        yield

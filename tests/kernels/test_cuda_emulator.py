@@ -1,0 +1,45 @@
+"""The CUDA kernels' own source on the emulated machine: right on random problems, visibly wrong with every fault."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import emulate
+import pytest
+from faults import FAULTS, Fault
+
+from fastattn.backends.cuda.instances import Tile, forward_tiles
+
+CSRC = Path(__file__).parents[2] / "csrc"
+CASES = 3  # for each kernel and dtype; `make emulate` runs more
+TILES = forward_tiles(CSRC)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
+    return emulate.Emulator(tmp_path_factory.mktemp("emulator"), jobs=1)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "_".join(map(str, tile.numbers)))
+def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: Tile) -> None:
+    is_right, printed = emulator.check_instance(tile, CASES, seed=1000 * TILES.index(tile))
+    assert is_right, printed
+    assert printed.count("ok ") == 2, "both dtypes ran"
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> None:
+    is_reported, printed = emulator.check_fault(fault)
+    assert is_reported, printed
+
+
+def test_there_are_enough_faults() -> None:
+    assert len({fault.what for fault in FAULTS}) == len(FAULTS) >= 40
+
+
+def test_a_fault_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 times, not once"):
+        emulate.plant(Fault("no such source", "mask.h", "no such text", ""), tmp_path)

@@ -1,0 +1,264 @@
+"""How the CUDA kernels reach a machine: the struct, the table of kernels, the build and its refusals, the cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn.backends import cuda
+from fastattn.backends.cuda import abi, build, library, nvrtc
+from fastattn.backends.cuda.instances import DTYPES, Instance, forward_tiles, select
+from fastattn.errors import InputError
+from fastattn.problem import Inputs, Problem
+from fastattn.spec import AttentionSpec
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+BROKEN_NVCC = "#!/bin/sh\necho 'nvcc fatal: no host compiler' >&2\nexit 1\n"
+
+
+# --- the struct ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile csrc/params.h")
+def test_struct_is_the_one_that_python_packs(tmp_path: Path) -> None:
+    members = [
+        name.replace("_batch_stride", "_strides.batch").replace("_row_stride", "_strides.row").replace(
+            "_head_stride", "_strides.head"
+        )
+        if name[0] in "qkv" and name.endswith("_stride")
+        else name
+        for name in abi.FIELDS
+    ]  # fmt: skip
+    offsets = "\n".join(f'  printf("%zu ", offsetof(fa::ForwardParams, {member}));' for member in members)
+    source = tmp_path / "offsets.cpp"
+    source.write_text(
+        '#include <cstddef>\n#include <cstdio>\n#include "params.h"\nint main() {\n'
+        f'{offsets}\n  printf("%zu %lld %d", sizeof(fa::ForwardParams), fa::kForwardVersion, fa::kUnbounded);\n}}\n'
+    )
+    program = tmp_path / "offsets"
+    subprocess.run(["g++", "-std=c++17", "-w", f"-I{CSRC}", source, "-o", program], check=True)
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    expected = [*range(0, 8 * len(abi.FIELDS), 8), abi.SIZE, abi.VERSION, abi.UNBOUNDED]
+    assert [int(number) for number in printed.split()] == expected
+
+
+def inputs_of(q: torch.Tensor, k: torch.Tensor, **others: object) -> Inputs:
+    return Inputs(q, k, k, max_seqlen_q=q.shape[1], max_seqlen_kv=k.shape[1]).replace(**others)
+
+
+def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
+    out, lse = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype), torch.empty(inputs.lse_shape())
+    return abi.forward_fields(inputs, spec, out, lse, stream=0)
+
+
+def test_fields_say_what_the_spec_says() -> None:
+    q, k = torch.zeros(2, 5, 6, 16, dtype=torch.float16), torch.zeros(2, 9, 3, 16, dtype=torch.float16)
+    fields = fields_of(inputs_of(q, k), AttentionSpec(0.25, softcap=5.0, left=3, right=0, anchor="upper_left"))
+    assert set(fields) == set(abi.FIELDS)
+    assert len(abi.pack(fields)) == abi.SIZE
+    assert (fields["key_begin"], fields["key_end"]) == (0, 5)  # no query sees the last four keys
+    assert (fields["left"], fields["right"], fields["lower_right"], fields["dtype"]) == (3, 0, 0, 1)
+    assert fields["scale_log2"] == pytest.approx(5.0 * abi.LOG2E) and fields["cap_scale"] == pytest.approx(0.05)
+    assert (fields["q_batch_stride"], fields["q_row_stride"], fields["q_head_stride"]) == q.stride()[:3]
+    plain = fields_of(inputs_of(q, k), AttentionSpec(0.25))
+    assert (plain["left"], plain["right"], plain["has_band"], plain["has_softcap"]) == (1 << 29, 1 << 29, 0, 0)
+    assert plain["heads_per_pass"] == 12, "short keys: all heads in one pass"
+    long = inputs_of(q, k).replace(max_seqlen_kv=1 << 18)  # 16 MB for the keys and values of a head
+    assert abi.heads_per_pass(long) == 4, "whole groups of two"
+
+
+def test_more_rows_than_positions_count_are_refused() -> None:
+    q = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
+    k = q.expand(-1, abi.UNBOUNDED, -1, -1)
+    with pytest.raises(InputError, match="fewer than 536870912 rows"):
+        fields_of(inputs_of(q, k), AttentionSpec(1.0))
+
+
+def test_prepared_copies_only_what_tma_cannot_read() -> None:
+    q = torch.zeros(1, 5, 2, 16, dtype=torch.float16)
+    inputs, spec = inputs_of(q, q.transpose(1, 2).contiguous().transpose(1, 2)), AttentionSpec(0.5)
+    same, _ = abi.prepared(inputs, spec)
+    assert same.q is inputs.q and same.k is inputs.k
+    expanded = torch.zeros(1, 5, 1, 16, dtype=torch.float16).expand(-1, -1, 2, -1)
+    odd = torch.zeros(1, 5, 2, 17, dtype=torch.float16)[..., :16]
+    for x in (expanded, odd):
+        copied, _ = abi.prepared(inputs.replace(q=x), spec)
+        assert copied.q.is_contiguous() and copied.k is inputs.k
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 1e-40])
+def test_prepared_leaves_a_positive_scale(scale: float) -> None:
+    q = torch.randn(1, 3, 1, 8, dtype=torch.float64).half()
+    inputs, spec = abi.prepared(inputs_of(q, q), AttentionSpec(scale))
+    assert spec.scale > 0
+    torch.testing.assert_close(inputs.q * spec.scale, q * scale)
+
+
+# --- the table of kernels, and the backend ------------------------------------------------------------------------
+
+
+def test_every_head_dim_has_the_smallest_kernel_that_holds_it() -> None:
+    tiles = forward_tiles(CSRC)
+    for d_qk in range(8, 257, 8):
+        for d_v in range(8, 257, 8):
+            for band, softcap in ((False, False), (True, False), (False, True), (True, True)):
+                tile = select(tiles, d_qk, d_v, band, softcap)
+                can = [t for t in tiles if t.serves(d_qk, d_v, band, softcap)]
+                assert tile.d_qk + tile.d_v == min(t.d_qk + t.d_v for t in can)
+    assert len({Instance(tile, dtype).name for tile in tiles for dtype in DTYPES}) == 2 * len(tiles)
+
+
+def problem_on_hopper(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Problem:
+    facts = {"device": "cuda", "arch": 90, "features": frozenset({"band", "packed"}), **changes}
+    return Problem(dtype=dtype, head_dim_qk=head_dim, head_dim_v=head_dim, group=1, **facts)
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_delivered", lambda: (object(), "for this test"))
+    assert cuda.BACKEND.unsupported_reasons(problem_on_hopper()) == []
+    for problem, reason in (
+        (problem_on_hopper(device="cpu", arch=0), "device cpu"),
+        (problem_on_hopper(arch=80), "compute capability 8.0 (needs 9.0)"),
+        (problem_on_hopper(arch=100), "compute capability 10.0 (made for 9.0 alone)"),
+        (problem_on_hopper(dtype=torch.float32), "dtype torch.float32"),
+        (problem_on_hopper(head_dim=264), "head dim 264"),
+        (problem_on_hopper(head_dim=60), "multiples of 8"),
+        (problem_on_hopper(features=frozenset({"bias"})), "no bias"),
+        (problem_on_hopper(needs_grad=True), "backward not built yet"),
+    ):
+        assert any(reason in found for found in cuda.BACKEND.unsupported_reasons(problem)), reason
+
+
+def test_it_never_serves_unasked_before_it_ran_on_a_gpu() -> None:
+    assert cuda.BACKEND.automatic_reasons(problem_on_hopper()) == ["not yet run on a GPU"]
+
+
+def test_delivery_says_what_happened() -> None:
+    text = cuda.delivery()
+    assert ("built" in text) or ("NVRTC" in text)
+    assert (cuda.BACKEND.unavailable_reason() is None) == (not text.startswith("unavailable"))
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
+def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", *arguments, "--dist-dir", str(folder / "dist")]
+    command[2:2] = ["egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder / "build")]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def broken_cuda_home(folder: Path) -> str:
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(BROKEN_NVCC)
+    nvcc.chmod(0o755)
+    return str(folder / "cuda")
+
+
+def test_setup_without_a_compiler_builds_a_wheel_for_every_machine(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="auto", CUDA_HOME=broken_cuda_home(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "the CUDA library is not built" in result.stderr and "no host compiler" in result.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastattn/csrc/instances.inc", "fastattn/csrc/mask.h", "fastattn/csrc/sm90/forward.cuh"} <= set(names)
+    assert not any(name.endswith(".so") for name in names)
+
+
+def test_setup_fails_where_the_library_is_demanded(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="1", CUDA_HOME=broken_cuda_home(tmp_path))
+    assert result.returncode != 0
+    assert "the CUDA library cannot be built" in result.stderr and "no host compiler" in result.stderr
+
+
+def test_setup_refuses_an_unknown_wish(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="maybe")
+    assert result.returncode != 0 and "allowed: auto, 0, 1" in result.stderr
+
+
+def test_setup_files_import_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path({path!r})"
+    for name in ("build", "instances"):
+        path = str(ROOT / "fastattn" / "backends" / "cuda" / f"{name}.py")
+        subprocess.run([sys.executable, "-c", code.format(path=path)], check=True, cwd="/")
+
+
+@pytest.mark.slow
+def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path) -> None:
+    try:
+        build.find_nvcc(), build.find_ninja()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    (csrc / "instances.inc").write_text("FORWARD(64, 64, 0, 0, 192, 128, 2, 1)\n")
+    kernels = [Instance(tile, dtype) for tile in forward_tiles(csrc) for dtype in DTYPES]
+    build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, kernels)
+    loaded = library.Library(tmp_path / "libfastattn.so")
+    q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
+    fields = fields_of(inputs_of(q, q), AttentionSpec(0.125))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="was not launched"):
+            loaded.forward(fields)
+    with pytest.raises(RuntimeError, match="another version"):
+        loaded.forward({**fields, "version": abi.VERSION + 1})
+
+
+# --- NVRTC --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvrtc_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: b"cubin of " + instance.name.encode())
+    return tmp_path
+
+
+def test_cache_is_read_the_second_time(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = Instance(forward_tiles(CSRC)[0], "bfloat16")
+    first = nvrtc.cached_kernel(instance)
+    assert [path.name for path in nvrtc_cache.iterdir()] == [nvrtc.cache_path(instance).name]
+    monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: pytest.fail("compiled again"))
+    assert nvrtc.cached_kernel(instance) == first == b"cubin of " + instance.name.encode()
+
+
+def test_cache_key_holds_source_options_and_version(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = Instance(forward_tiles(CSRC)[0], "bfloat16")
+    paths = {nvrtc.cache_path(instance), nvrtc.cache_path(Instance(instance.tile, "float16"))}
+    changed = {**nvrtc.headers(), "mask.h": "another"}
+    for name, value in (("version", lambda: "13.1"), ("OPTIONS", ("--std=c++20",)), ("headers", lambda: changed)):
+        monkeypatch.setattr(nvrtc, name, value)
+        paths.add(nvrtc.cache_path(instance))
+    assert len(paths) == 5
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (nvrtc_cache / "file").write_text("")
+    monkeypatch.setenv("FASTATTN_CACHE", str(nvrtc_cache / "file" / "folder"))
+    assert nvrtc.cached_kernel(Instance(forward_tiles(CSRC)[0], "bfloat16")).startswith(b"cubin of")
+
+
+def test_kernels_compile_with_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        nvrtc.load()
+    except nvrtc.NvrtcError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
+    assert nvrtc.cached_kernel(Instance(forward_tiles(CSRC)[0], "bfloat16"))[:4] == b"\x7fELF"
+
+
+def test_device_headers_include_no_standard_header() -> None:
+    for name, text in nvrtc.headers().items():
+        assert "#include <" not in text, name
