@@ -75,14 +75,16 @@ class Call:
         in the kernels' loops would cost more than looking once and copying K and V, which are small.
         """
         x = self.inputs
-        heads = x.heads_kv if x.mask is not None and x.mask.shape[1] > 1 else 1
+        has_heads = x.mask is not None and x.mask.shape[1] > 1
+        heads = x.heads_kv if has_heads else 1
         used = torch.empty(x.batch, x.k.shape[1], heads, dtype=torch.uint8, device=x.q.device)
         if used.numel():
             flags = Flags(1, 1, 16, 16, band=self.flags.band, segments=self.flags.segments, mask=self.flags.mask)
             terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
             at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
-            grid = (triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads, x.batch)
-            used_keys_kernel[grid](at, terms, self.sizes, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
+            grid = (x.batch, triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
+            looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
+            used_keys_kernel[grid](at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
         return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
 
@@ -114,7 +116,7 @@ class Call:
         batch = max(sides[side].ptr.shape[0] for side in sides)
         found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
         found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
-        segment_tiles_kernel[(blocks, batch)](
+        segment_tiles_kernel[(batch, blocks)](
             sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
             BLOCK=block, BLOCK_OTHER=block_other,
         )  # fmt: skip
@@ -194,7 +196,16 @@ class Backward:
     def _fill_delta(self, out: Rows, dlse: PerRow | None) -> None:
         x, full = self.call.inputs, self.call.flags
         grid, schedule = self.call.schedule(x.max_seqlen_q, DELTA_ROWS, x.batch * x.heads_q)
-        flags = Flags(full.d_v, full.d_v, full.block_v, full.block_v, full.vector, full.contiguous, packed=full.packed)
+        flags = Flags(
+            d_qk=full.d_v,
+            d_v=full.d_v,
+            block_qk=full.block_v,
+            block_v=full.block_v,
+            vector=min(full.vector, _vector(out)),
+            contiguous=full.contiguous and out.ptr.stride(-1) == 1,
+            packed=full.packed,
+            upcast=full.upcast,
+        )
         delta_kernel[grid](
             out, self.dout, dlse, self.delta, self.call.terms, self.call.sizes, schedule, F=flags, BLOCK_M=DELTA_ROWS
         )
@@ -236,10 +247,10 @@ class Backward:
         shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
-        dbias_kernel[rows * columns, sums.shape[1], sums.shape[0]](
+        dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
-            coded(x.batch), SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns,
-            **_compiled(call.inputs.q.device, call.flags, tile),
+            coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), SUM_ROWS=sum_rows,
+            SUM_COLUMNS=sum_columns, **_compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
@@ -251,7 +262,7 @@ class Backward:
         if found.numel() and self.delta.ptr.numel():
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
-            dsinks_kernel[x.heads_q, x.batch](
+            dsinks_kernel[x.batch, x.heads_q](
                 self.lse, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
@@ -277,6 +288,8 @@ def _vector(x: Rows) -> int:
 
 
 def _scores(x: Tensor) -> Scores:
+    if x.stride(2) >= MAX_ROW_STRIDE or x.stride(3) >= MAX_ROW_STRIDE:
+        x = x.contiguous()
     strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return Scores(x, *map(coded, strides))
 

@@ -15,9 +15,9 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 
     Ids may come in any order. A tile is visited if the ranges of ids overlap, and is full if both hold one id only;
     outside of ``begin .. end`` no tile is visited, and between ``full_begin`` and ``full_end`` every one is full.
-    For sorted ids, as packed documents have them, both ranges are exact.
+    For sorted ids, as packed documents have them, both ranges are exact. Grid: ``(B, blocks)``.
     """
-    block, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     s_rows, s_columns = number(s_rows), number(s_columns)
     i = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), s_rows - 1)
     ids = tl.load(rows.ptr + b * number(rows.stride_b) + i * number(rows.stride_s))
@@ -44,13 +44,14 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 
 
 @triton.jit
-def used_keys_kernel(used, terms, sizes, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(blocks, 1|H_kv, B)``.
+def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(B, blocks, 1|H_kv)``.
 
-    Looks no further once all keys of its block are used, which is after the first tiles of almost any mask.
+    ``heads`` is how many query heads each program looks at: those of the group, or one if all share the mask. It
+    looks no further once all keys of its block are used, which is after the first tiles of almost any mask.
     """
-    block, h_kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    group = tl.where(tl.num_programs(1) == 1, 1, number(sizes.group))  # one program: the heads share the mask
+    b, block, h_kv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group = number(heads)
     _begin_q, _begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)

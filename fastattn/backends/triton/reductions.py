@@ -21,26 +21,29 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def dbias_kernel(
-    q, k, v, dout, dbias, lse, delta, terms, sizes, batch, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dbias, lse, delta, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``dbias``, summed over the sequences and heads that share it.
 
     ``dbias``, as ``Scores``, has no rows or columns that broadcast: where ``bias`` has, it holds the sums over the
-    rows (or columns) of each tile, which are added up afterwards. Grid: ``(tiles, 1|H_q, 1|B)``, tiles by columns.
+    rows (or columns) of each tile, which are added up afterwards. A program looks at ``sequences`` and ``heads``, one
+    or all of them. Grid: ``(1|B times tiles, 1|H_q)``, tiles by columns.
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
     column_tiles = tl.cdiv(number(sizes.s_kv), BLOCK_N)
-    row_block, column_block = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+    tiles_of_head = tl.cdiv(number(sizes.s_q), BLOCK_M) * column_tiles
+    first_b, tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
+    first_h = tl.program_id(1)
+    row_block, column_block = tile // column_tiles, tile % column_tiles
     i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
-    heads = tl.where(tl.num_programs(1) == 1, number(sizes.heads_q), 1)
-    sequences = tl.where(tl.num_programs(2) == 1, number(batch), 1)
+    sequences, heads = number(sequences), number(heads)
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     for n in tl.range(0, sequences * heads):
-        b, h = tl.program_id(2) + n // heads, tl.program_id(1) + n % heads
+        b, h = first_b + n // heads, first_h + n % heads
         head = open_head(b, h, terms, sizes, F)
         low, high, begin, full_begin, full_end, end = tiles(row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F)
         if (column_block >= begin) & (column_block < end):
@@ -63,7 +66,7 @@ def dbias_kernel(
             acc += dt
 
     s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
-    at = tl.program_id(2).to(tl.int64) * number(dbias.stride_b) + tl.program_id(1).to(tl.int64) * number(dbias.stride_h)
+    at = first_b.to(tl.int64) * number(dbias.stride_b) + first_h.to(tl.int64) * number(dbias.stride_h)
     stride_q = number(dbias.stride_q)
     if SUM_ROWS and SUM_COLUMNS:
         tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + column_block, tl.sum(acc))
@@ -78,8 +81,8 @@ def dbias_kernel(
 
 @triton.jit
 def dsinks_kernel(lse, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
-    """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(H_q, B)``."""
-    head = open_head(tl.program_id(1), tl.program_id(0), terms, sizes, F)
+    """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(B, H_q)``."""
+    head = open_head(tl.program_id(0), tl.program_id(1), terms, sizes, F)
     s_q, lse_rows, delta_rows = head.band.s_q, per_row(lse, head), per_row(delta, head)
     sink = load_per_head(terms.sinks, head.b, head.h) * LOG2E
     total = tl.zeros([BLOCK], tl.float32)
