@@ -65,6 +65,6 @@ def test_benchmark_commands(tmp_path):
     commands = [command for command in COMMANDS if command.startswith("python -m benchmarks")]
     assert commands
     for command in commands:
-        argv = [sys.executable, *shlex.split(command)[1:], "--quick", "--out", str(tmp_path)]
+        argv = [sys.executable, *shlex.split(command)[1:], "--quick", "--out", str(tmp_path / "record.json")]
         done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
