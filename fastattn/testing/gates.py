@@ -103,17 +103,19 @@ def builds(quick: bool = False) -> list[Build]:
     Args:
         quick: those of ``cuda:90`` and ``hip`` that most people use.
     """
+    from fastattn.backends.triton import configs
     from fastattn.backends.triton.table import TABLE
 
     found = set()
     for row, kernel, bits, head_dim in TABLE:
         plain = kernel.removesuffix(" heavy")
         usual = "causal" if plain != "dbias" else "bias"
-        combinations = (usual,) if plain == kernel else ("mask", "dropout causal")
+        heavy = [c for c in ("mask", "bias", "dropout causal") if configs.HEAVY[plain] & set(c.split())]
+        combinations = [usual] if plain == kernel else heavy
         targets = (row,) if row != "default" else ("sm_80", "gfx942") if bits == 32 else ("sm_80",)
         for target, combination in itertools.product(targets, combinations):
-            stands_in = (target, kernel, bits, head_dim) in TABLE and target != row
-            if not stands_in:
+            has_its_own = target == "gfx942" != row and (target, kernel, bits, head_dim) in TABLE
+            if not has_its_own:
                 found.add(Build(row, target, plain, combination, bits, head_dim))
     for row, combination, kernel in itertools.product(TARGETS, COMBINATIONS, KERNELS[:3]):
         found.add(Build(row, row, kernel, combination, 16, 128))

@@ -50,8 +50,8 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
     i = i0 + tl.arange(0, BLOCK_M)
     out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    out_tile = load_rows(out_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
+    out_tile = load_rows(out_rows, i0, None, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
+    dout_tile = load_rows(dout_rows, i0, None, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
     if dlse is not None:
         total -= tl.load(per_row(dlse, head) + i, mask=i < s_q, other=0.0).to(tl.float32)
@@ -59,11 +59,10 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
 
 
 @triton.jit
-def load_statistics(lse, delta, i, low, high):
-    """``(lse, delta)`` of rows ``i``; ``lse`` in units of log2, and infinite where nothing is kept, so that p is 0."""
-    valid = (i >= low) & (i < high)
-    of_rows = tl.load(lse + i, mask=valid, other=float("-inf"))
-    of_delta = tl.load(delta + i, mask=valid, other=0.0)
+def load_statistics(lse, delta, i, high):
+    """``(lse, delta)`` of rows ``i`` before ``high``; ``lse`` in units of log2, and infinite where nothing is, so that p is 0."""
+    of_rows = tl.load(lse + i, mask=i < high, other=float("-inf"))
+    of_delta = tl.load(delta + i, mask=i < high, other=0.0)
     return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), of_delta
 
 
@@ -121,7 +120,7 @@ def dkdv_kernel(
     j = j0 + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    low, high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    _low, _high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
         q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
@@ -130,14 +129,14 @@ def dkdv_kernel(
         for tile in tl.range(begin, end):
             i0 = tile * BLOCK_M
             i = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(q_rows, i0, low, high, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            q_tile = load_rows(q_rows, i0, None, band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
             raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
-            of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, low, high)
+            of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, band.s_q)
             p, spared, t = probabilities(
                 raw, of_lse[None, :], head, i[None, :], j[:, None], i0, j0,
                 (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            dout_tile = load_rows(dout_rows, i0, low, high, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            dout_tile = load_rows(dout_rows, i0, None, band.s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
             p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
             dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
@@ -173,10 +172,10 @@ def dq_kernel(
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+    q_tile = load_rows(q_rows, i0, None, s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    dout_tile = load_rows(dout_rows, i0, None, s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, 0, s_q)
+    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
     for tile in tl.range(begin, end):

@@ -46,7 +46,7 @@ def forward_kernel(
     k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    q_tile = load_rows(q_rows, i0, None, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)

@@ -237,10 +237,12 @@ def pointers(rows, i0, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 def load_rows(
     rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
-    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``."""
+    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``; ``low`` None is 0."""
     at = pointers(rows, i0, BLOCK, BLOCK_D)
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    valid = ((i >= low) & (i < high))[:, None]
+    valid = (i < high)[:, None]
+    if low is not None:
+        valid = valid & (i >= low)[:, None]
     if D < BLOCK_D:
         valid = valid & (d < D)[None, :]
     tile = tl.load(at, mask=valid, other=0.0)
