@@ -60,7 +60,7 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
 
 @triton.jit
 def load_statistics(lse, delta, i, high):
-    """``(lse, delta)`` of rows ``i`` before ``high``: ``lse`` in units of log2, and inf for empty rows, so that p is 0."""
+    """``(lse, delta)`` of rows ``i`` before ``high``; ``lse`` in units of log2, and inf for empty rows: p is 0."""
     of_rows = tl.load(lse + i, mask=i < high, other=float("-inf"))
     of_delta = tl.load(delta + i, mask=i < high, other=0.0)
     return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), of_delta
