@@ -87,9 +87,9 @@ def attention(
 
     Returns:
         ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log; with
-        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)`` or their mean ``(B, S_q, S_kv)``; each of them differentiable. A row that
-        keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not depend on the backend beyond
-        rounding; the dropped elements do not depend on it at all.
+        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``; each of
+        them differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do
+        not depend on the backend beyond rounding; the dropped elements do not depend on it at all.
 
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.

@@ -14,7 +14,6 @@ from fastattn.errors import input_error
 from fastattn.functional import Window, dense_problem
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
-from fastattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
