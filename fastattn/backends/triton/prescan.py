@@ -56,7 +56,9 @@ def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.con
     j0 = block * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
     found = (j >= band.s_kv).to(tl.int32)
-    _low, _high, begin, _full_begin, _full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    _low, _high, begin, _full_begin, _full_end, end = tiles(
+        block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
+    )  # fmt: skip
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
         tile = begin
