@@ -1,5 +1,6 @@
 """Every code block of the README runs: Python as it stands, commands as a newcomer types them."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # conftest.py sets it
 COMMANDS = [line.split(" #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 
@@ -53,7 +55,7 @@ def test_commands(tmp_path):
     assert len(commands) >= 4
     for command in commands:
         argv = [sys.executable, "-m", "fastattn", *shlex.split(command)[1:]]
-        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
@@ -63,6 +65,6 @@ def test_benchmark_commands(tmp_path):
     commands = [command for command in COMMANDS if command.startswith("python -m benchmarks")]
     assert commands
     for command in commands:
-        argv = [sys.executable, *shlex.split(command)[1:], "--quick", "--out", str(tmp_path)]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        argv = [sys.executable, *shlex.split(command)[1:], "--quick", "--out", str(tmp_path / "record.json")]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

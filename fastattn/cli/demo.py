@@ -161,7 +161,7 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
     threads, seconds = _fastest_threads(trainer)
     steps = max(20, int(60 * args.minutes / seconds))
     every = max(10, steps // 8)
-    print(f"{steps} steps of {seconds:.2f} s fit into {args.minutes:g} minutes ({threads} CPU threads)", flush=True)
+    print(f"{args.minutes:g} minutes: {steps} steps of {seconds:.2f} s, CPU threads: {threads}", flush=True)
     times = {"train.steps": steps, "train.max_minutes": 1.5 * args.minutes}
     return config.changed(times | {"train.eval_every": every, "train.save_every": every})
 

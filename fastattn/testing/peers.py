@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
-from fastattn.testing.workload import Operands, Workload
+from fastattn.testing.workload import DTYPES, Operands, Workload
 
 Forward = Callable[[], Tensor]
 Passed = tuple[Tensor | None, tuple[Tensor, ...]]
@@ -86,8 +86,12 @@ def cannot(workload: Workload, *features: str) -> list[str]:
 
 def _ours_reasons(backend: str | None) -> Callable[[Workload, str], list[str]]:
     def reasons(workload: Workload, device_type: str) -> list[str]:
-        missing = fastattn.backends().get(backend) if backend else None
-        return [missing] if missing else []
+        if backend is None:
+            return []
+        w = workload
+        shapes = ((w.heads_q, w.d_qk), (w.heads_kv, w.d_qk), (w.heads_kv, w.d_v))
+        q, k, v = (torch.empty(1, 1, *shape, dtype=DTYPES[w.dtype], device=device_type) for shape in shapes)
+        return fastattn.explain(q, k, v).reasons[backend]
 
     return reasons
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from fastattn.errors import DataError
 
-# Folders of an installed Python that are not the standard library's own source, or are not source that people wrote.
+# Folders of an installed Python that are not the standard library's own source, or were written by programs.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_NOT_STDLIB |= {"encodings", "pydoc_data"}
 _PIECES = 64  # a corpus is cut so that no document is much larger than one part in this many
 _LONGEST_PIECE = 1 << 18
 _SHORTEST_PIECE = 256

@@ -249,7 +249,6 @@ def test_interrupted_outside_the_loop(tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, capsys):
-    import os
     import signal
 
     from fastattn.train import loop
@@ -258,7 +257,7 @@ def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, caps
 
     def step(self, number):
         if number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(self, number)
 
     monkeypatch.setattr(loop.Trainer, "_train_step", step)

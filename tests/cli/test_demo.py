@@ -5,7 +5,6 @@ steps does not depend on the clock.
 """
 
 import json
-import os
 import signal
 from types import SimpleNamespace
 
@@ -92,7 +91,7 @@ def test_ctrl_c_ends_the_demo(short, texts, tmp_path, monkeypatch):
     real = Trainer._train_step
 
     def step(self, number):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return real(self, number)
 
     monkeypatch.setattr(Trainer, "_train_step", step)

@@ -1,7 +1,6 @@
 """The loop: learning, resuming bit for bit, accumulation, the log, signals, and losses that blow up."""
 
 import math
-import os
 import signal
 
 import pytest
@@ -56,7 +55,7 @@ def stop_after(trainer, steps):
         if model.training:
             calls.append(1)
             if len(calls) == steps:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
         return real(model, batch)
 
     trainer.loss = loss
@@ -73,8 +72,8 @@ def test_ctrl_c_finishes_the_step_and_saves(make_trainer, tmp_path):
 
 def test_a_second_ctrl_c_acts_at_once(make_trainer, tmp_path):
     def loss(model, batch):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return next_token_loss(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
