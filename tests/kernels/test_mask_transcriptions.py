@@ -65,10 +65,7 @@ def seen_from_keys(spec: AttentionSpec, is_transposed: bool) -> AttentionSpec:
 
 
 @pytest.fixture(autouse=True)
-def overflow_is_an_error(without_overflow_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
-
-    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions())
+def _overflow_is_an_error(overflow_is_an_error: None) -> None: ...
 
 
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])
