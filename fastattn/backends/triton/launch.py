@@ -91,7 +91,7 @@ class Call:
             )
             terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
             at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
-            grid = (x.batch, triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
+            grid = (x.batch * triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
             looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
             used_keys_kernel[grid](at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
@@ -125,7 +125,7 @@ class Call:
         batch = max(sides[side].ptr.shape[0] for side in sides)
         found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
         found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
-        segment_tiles_kernel[(batch, blocks)](
+        segment_tiles_kernel[(batch * blocks,)](
             sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
             BLOCK=block, BLOCK_OTHER=block_other,
         )  # fmt: skip
@@ -331,6 +331,8 @@ def _per_head(x: Tensor) -> PerHead:
 
 
 def _per_token(x: Tensor) -> PerToken:
+    if x.shape[1] * x.stride(1) >= 1 << 31:
+        x = x.contiguous()
     return PerToken(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
 
 
