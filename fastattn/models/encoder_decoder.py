@@ -89,31 +89,22 @@ class EncoderDecoder(Model):
     ) -> Tensor:
         """The final states ``(B, S_t, C)`` of which ``forward`` makes logits; the arguments are the same."""
         check_tokens("target", target)
-        known = [isinstance(cache, DecoderCache) and cache.source is not None for cache in caches or ()]
-        read = None if known and all(known) else self._memory(source, source_mask, memory, len(target))
+        is_known = bool(caches) and all(isinstance(x, DecoderCache) and x.source is not None for x in caches or ())
+        read = None
+        if not is_known:
+            if memory is None:
+                if source is None:
+                    todo = "The target is generated from one of them."
+                    raise input_error("source", "None", "tokens, unless memory or filled caches are given", todo)
+                memory = self.encode(source, source_mask)
+            _check_memory(memory, source_mask, target)
+            read = Memory(memory, source_mask)
         return self.decoder.run(self.embedding(target), mask=target_mask, caches=caches, memory=read)
 
     def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """The states of the encoder ``(B, S_s, C)``; the arguments are those of ``forward``."""
         check_tokens("source", source)
         return self.encoder.run(self.embedding(source), mask=source_mask)
-
-    def _memory(self, source: Tensor | None, mask: Tensor | None, states: Tensor | None, batch: int) -> Memory:
-        """What the decoder reads of the source."""
-        if states is None:
-            if source is None:
-                todo = "The target is generated from one of them."
-                raise input_error("source", "None", "tokens, unless memory or filled caches are given", todo)
-            states = self.encode(source, mask)
-        if states.dim() != 3 or states.shape[0] != batch:
-            allowed = f"(B, S_s, C) with B = {batch}, that of the target"
-            todo = "Encode one source for each target; repeat_interleave its rows for several."
-            raise input_error("memory", f"shape {tuple(states.shape)}", allowed, todo)
-        if mask is not None and (mask.shape != states.shape[:2] or mask.dtype != torch.bool):
-            allowed = f"torch.bool of shape (B, S_s) = {tuple(states.shape[:2])}"
-            given = f"shape {tuple(mask.shape)}, {mask.dtype}"
-            raise input_error("source_mask", given, allowed, "Give that of the source.")
-        return Memory(states, mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., V)`` of final states ``(..., C)``."""
@@ -134,3 +125,14 @@ class EncoderDecoder(Model):
         source_length = source_length or length
         rows = self.encoder.flops_per_row(source_length) + self.decoder.flops_per_row(length, source_length)
         return rows / length + 6 * self.config.vocab_size * self.config.width
+
+
+def _check_memory(memory: Tensor, source_mask: Tensor | None, target: Tensor) -> None:
+    if memory.dim() != 3 or memory.shape[0] != target.shape[0]:
+        allowed = f"(B, S_s, C) with B = {target.shape[0]}, that of the target"
+        todo = "Encode one source for each target; repeat_interleave its rows for several."
+        raise input_error("memory", f"shape {tuple(memory.shape)}", allowed, todo)
+    if source_mask is not None and (source_mask.shape != memory.shape[:2] or source_mask.dtype != torch.bool):
+        given = f"shape {tuple(source_mask.shape)}, {source_mask.dtype}"
+        allowed = f"torch.bool of shape (B, S_s) = {tuple(memory.shape[:2])}"
+        raise input_error("source_mask", given, allowed, "Give that of the source.")

@@ -170,6 +170,7 @@ def test_the_first_loss_is_that_of_guessing(config):
             lambda m, s, t: m(None, t, memory=m.encode(s), source_mask=SOURCE_MASK[:, :4]),
             "source_mask: got shape (2, 4), torch.bool; allowed: torch.bool of shape (B, S_s) = (2, 9)",
         ),
+        (lambda m, s, t: m(None, t, memory=m.encode(s), source_mask=SOURCE_MASK.int()), "(2, 9), torch.int32; allowed"),
         (lambda m, s, t: m(s, t.repeat(1, 3)), "36 in a row; allowed: at most max_length = 24"),
     ],
 )
