@@ -12,10 +12,11 @@ from fastattn.train.tokens import END, START
 
 MASK = "<|mask|>"
 SENTINEL = "<|hidden-{}|>"
-# What begins a text, what ends it: fastattn's, then BERT's, T5's, Llama's, GPT-2's and other usual names.
+# What begins a text, and what ends it: fastattn's, then BERT's, BART's, Gemma's, Llama's and GPT-2's.
 _BEGINNINGS = (START, "[CLS]", "<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>")
 _ENDINGS = (END, "[SEP]", "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>")
 _MASKS = (MASK, "[MASK]", "<mask>")
+_PADDING = ("<pad>", "[PAD]")
 
 
 @dataclass(frozen=True)
@@ -23,26 +24,31 @@ class Marks:
     """Ids of special tokens.
 
     Attributes:
-        begin: begins a text.
+        begin: begins a text; None if nothing does, as for T5.
         end: ends a text, and stands between two.
+        target: what a decoder with an encoder begins with: ``begin``, or for T5 its padding.
     """
 
-    begin: int
+    begin: int | None
     end: int
+    target: int
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Marks:
         """Find them by their usual names; raises DataError if there are none."""
-        end = _first(tokenizer, _ENDINGS)
-        begin = _first(tokenizer, _BEGINNINGS)
+        begin, end = _first(tokenizer, _BEGINNINGS), _first(tokenizer, _ENDINGS)
+        target = _first(tokenizer, _PADDING) if begin is None else begin
         if end is None:
-            names = ", ".join(_ENDINGS)
-            raise DataError(f"The tokenizer has no token that ends a text: it should have one of {names}.")
-        return cls(end if begin is None else begin, end)  # T5 begins with nothing, and has only </s>
+            raise DataError(f"The tokenizer has no token that ends a text: it should have {' or '.join(_ENDINGS)}.")
+        return cls(begin, end, end if target is None else target)
+
+    def opening(self) -> list[int]:
+        return [] if self.begin is None else [self.begin]
 
     def around(self, ids: Sequence[int], room: int) -> list[int]:
         """``begin ids end``, the ids cut so that the whole is at most ``room`` tokens."""
-        return [self.begin, *ids[: room - 2], self.end]
+        opening = self.opening()
+        return [*opening, *ids[: room - len(opening) - 1], self.end]
 
 
 def mask_token(tokenizer: Tokenizer) -> int:
