@@ -1,15 +1,14 @@
-"""The tasks of fine-tuning: for each, the head of its model, how an example becomes tokens and labels, its loss, how the
+"""The tasks of fine-tuning: for each the head of its model, how examples become tokens and labels, the loss, how the
 model's answers are read, and how they are scored. What fields an example has stands in ``examples.py``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from fastattn.train.example_rows import ExampleBatch, Feature, padded
 from fastattn.train.examples import Example
 from fastattn.train.marks import Marks
 from fastattn.train.metrics import answer_scores, label_scores, text_scores
+from fastattn.train.tasks import cross_entropy, target_loss
 
 _LONGEST_ANSWER = 30  # tokens, as in the papers on extractive question answering
 
@@ -31,18 +31,31 @@ class Task(ABC):
         tokenizer: of the model.
         config: of the model.
         labels: names of the labels, for the tasks that have them.
+        length: most tokens in a row; None is the model's.
+
+    Raises:
+        InputError: the model is of a kind that cannot serve the task, or ``length`` is more than it can read.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]  # of the models that can be trained for it; the first is the usual one
     label_field: ClassVar[str | None] = None
-    has_head: ClassVar[bool] = True
+    answer_field: ClassVar[str | None] = None  # of the tasks whose answer is a text that the model writes
 
-    def __init__(self, tokenizer: Tokenizer, config: TransformerConfig, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: TransformerConfig,
+        labels: Sequence[str] = (),
+        length: int | None = None,
+    ) -> None:
         if config.kind not in self.kinds:
             todo = f"Take a checkpoint or a preset of that kind for {self.name}."
             raise input_error("model", f"one of kind {config.kind}", " or ".join(self.kinds), todo)
-        self.tokenizer, self.length, self.labels = tokenizer, config.max_length, tuple(labels)
+        if length is not None and not 8 <= length <= config.max_length:
+            allowed = f"8 ... {config.max_length}, the longest row of the model"
+            raise input_error("length", length, allowed, "Leave it out for the longest.")
+        self.tokenizer, self.length, self.labels = tokenizer, length or config.max_length, tuple(labels)
         self.has_types = config.token_types > 1
         self.marks = Marks.of(tokenizer)
         self.numbers = {label: number for number, label in enumerate(labels)}
@@ -98,12 +111,6 @@ def label_names(task: type[Task], examples: Sequence[Example]) -> tuple[str, ...
         return ()
     given = (example.fields[task.label_field] for example in examples)
     return tuple(sorted({name for x in given for name in ([x] if isinstance(x, str) else x)}))
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """In nats, summed over the labels ``(...)`` that are not ``IGNORED``, of logits ``(..., V)``."""
-    flat = logits.flatten(0, -2).float()
-    return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 class Classify(Task):
@@ -232,11 +239,21 @@ class Answer(Task):
 class _Writing(Task):
     """A task whose answer is a text that the model writes."""
 
-    has_head = False
     answer_field: ClassVar[str]
 
     def add_head(self, backbone: Any) -> nn.Module:
         return backbone
+
+    def texts(self, begin: Tensor, logits: Callable[[Tensor], Tensor]) -> list[str]:
+        """The likeliest next tokens of each row, one after the other, up to its end, as text."""
+        found, new, done = [], begin, torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
+        while len(found) < self.length - begin.shape[1] and not bool(done.all()):
+            new = logits(new)[:, -1:].argmax(dim=-1)
+            done |= new[:, 0] == self.marks.end
+            found.append(new[:, 0])
+        rows = torch.stack(found, dim=1).tolist()
+        ends = [row.index(self.marks.end) if self.marks.end in row else len(row) for row in rows]
+        return [self.tokenizer.decode(row[:end]) for row, end in zip(rows, ends, strict=True)]
 
     def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         return text_scores(answers, [example.fields[self.answer_field] for example in examples])
@@ -255,8 +272,14 @@ class Seq2Seq(_Writing):
         return [{"source": source, "target": [self.marks.target, *target], "labels": [*target, self.marks.end]}]
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
-        logits = model(batch["source"], batch["target"], source_mask=batch["source_mask"])
-        return cross_entropy(logits, batch["labels"])
+        return target_loss(model, batch)
+
+    def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
+        batch = self.batch(examples, model)
+        begin = torch.full((len(examples), 1), self.marks.target, device=batch["source"].device)
+        memory, mask = model.encode(batch["source"], batch["source_mask"]), batch["source_mask"]
+        caches = model.make_caches(len(examples), self.length)
+        return self.texts(begin, lambda new: model(None, new, memory=memory, source_mask=mask, caches=caches))
 
 
 class Instruct(_Writing):
@@ -277,6 +300,15 @@ class Instruct(_Writing):
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return cross_entropy(model(batch["tokens"], mask=batch["mask"]), batch["labels"])
+
+    def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
+        return [self._answer(model, example) for example in examples]
+
+    def _answer(self, model: Any, example: Example) -> str:
+        prompt = self.prompt(example)[-(self.length // 2) :]
+        caches = model.make_caches(1, self.length)
+        begin = torch.tensor([prompt], device=next(model.parameters()).device)
+        return self.texts(begin, lambda new: model(new, caches=caches))[0]
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Tag, Answer, Seq2Seq, Instruct)}

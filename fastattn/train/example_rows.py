@@ -1,5 +1,4 @@
-"""Batches of labelled examples: padded, rows of about the same length together, a pure function of (data, seed, step).
-"""
+"""Batches of labelled examples: padded, rows of about the same length together, a pure function of (data, seed, step)."""
 
 from __future__ import annotations
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastattn.errors import DataError, input_error
+from fastattn.errors import DataError
 from fastattn.models import Decoder, TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
 from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
-from fastattn.train.optim import OptimConfig
-from fastattn.train.settings import Progress, TrainConfig
+from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import next_token_loss
 from fastattn.train.text import find_files
 from fastattn.train.tokens import Corpus, prepare
 
-# What may differ between a run and its continuation; the rest would make it another run.
-_TRAIN_MAY_CHANGE = (
-    "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
-    "save_every", "keep", "log_every", "micro_batch", "precision",
-)  # fmt: skip
-_MAY_CHANGE = {"attention"} | {f"train.{name}" for name in _TRAIN_MAY_CHANGE}
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RunSettings):
     """A pre-training run.
 
     Attributes:
@@ -62,32 +53,6 @@ class RunConfig:
         if self.length is not None:
             fields["max_length"] = self.length
         return TransformerConfig.from_dict(fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> RunConfig:
-        train = dict(fields["train"])
-        optim = dict(train["optim"])
-        optim["betas"] = tuple(optim["betas"])
-        train["optim"] = OptimConfig(**optim)
-        return cls(**(fields | {"data": tuple(fields["data"]), "train": TrainConfig(**train)}))
-
-    def changed(self, flags: dict[str, Any]) -> RunConfig:
-        """A copy with fields replaced; ``flags`` has names like "preset", "train.steps", "train.optim.lr"."""
-        optim = {name.removeprefix("train.optim."): x for name, x in flags.items() if name.startswith("train.optim.")}
-        train = {name.removeprefix("train."): x for name, x in flags.items() if name.count(".") == 1}
-        own = {name: x for name, x in flags.items() if "." not in name}
-        train["optim"] = dataclasses.replace(self.train.optim, **optim)
-        return dataclasses.replace(self, **own, train=dataclasses.replace(self.train, **train))
-
-    def value(self, name: str) -> Any:
-        """The field of a name as in ``changed``."""
-        value: Any = self
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
 
 
 @dataclass(frozen=True)
@@ -221,10 +186,4 @@ def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
     except (KeyError, TypeError) as error:
         path = checkpoint.folder / "trainer.json"
         raise DataError(f"{path} does not hold the settings of a fastattn train run ({error}).") from error
-    wanted = saved.changed(flags)
-    for name in flags.keys() - _MAY_CHANGE:
-        before, after = saved.value(name), wanted.value(name)
-        if before != after:
-            todo = "Leave the flag out when resuming, or start a new --out."
-            raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
-    return wanted
+    return saved.continued(flags)
