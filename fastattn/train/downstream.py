@@ -246,7 +246,8 @@ class _Writing(Task):
 
     def texts(self, begin: Tensor, logits: Callable[[Tensor], Tensor]) -> list[str]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        found, new, done = [], begin, torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
+        found: list[Tensor] = []
+        new, done = begin, torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
         while len(found) < self.length - begin.shape[1] and not bool(done.all()):
             new = logits(new)[:, -1:].argmax(dim=-1)
             done |= new[:, 0] == self.marks.end
@@ -277,7 +278,8 @@ class Seq2Seq(_Writing):
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
         batch = self.batch(examples, model)
         begin = torch.full((len(examples), 1), self.marks.target, device=batch["source"].device)
-        memory, mask = model.encode(batch["source"], batch["source_mask"]), batch["source_mask"]
+        mask = batch.get("source_mask")
+        memory = model.encode(batch["source"], mask)
         caches = model.make_caches(len(examples), self.length)
         return self.texts(begin, lambda new: model(None, new, memory=memory, source_mask=mask, caches=caches))
 
@@ -299,7 +301,7 @@ class Instruct(_Writing):
         return [*self.marks.opening(), *self.ids(example.fields["prompt"])] or [self.marks.end]
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
-        return cross_entropy(model(batch["tokens"], mask=batch["mask"]), batch["labels"])
+        return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
         return [self._answer(model, example) for example in examples]

@@ -1,4 +1,4 @@
-"""Batches of labelled examples: padded, rows of about the same length together, a pure function of (data, seed, step)."""
+"""Batches of labelled examples: padded, rows of about one length together, a pure function of (data, seed, step)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _POOL = 32  # batches in which rows are sorted by length
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Rows by name: what is in their features, ``(B, S)`` int64, and which of it is no padding, bool."""
+    """Rows by name: what is in their features, ``(B, S)`` int64, and which of it is no padding, bool, if any is."""
 
     tensors: dict[str, Tensor]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
 
     def more_inputs(self) -> dict[str, Tensor]:
         """What a model of tokens reads besides them."""
@@ -54,7 +57,7 @@ def padded(features: Sequence[Feature]) -> ExampleBatch:
         for row, feature in zip(rows, features, strict=True):
             row[: len(feature[name])] = feature[name]
         tensors[name] = torch.from_numpy(rows)
-        if name in _MASKS:
+        if name in _MASKS and int(lengths.min()) < rows.shape[1]:  # without a mask attention is faster
             tensors[_MASKS[name]] = torch.arange(rows.shape[1]) < lengths[:, None]
     return ExampleBatch(tensors)
 

@@ -1,4 +1,4 @@
-"""The whole of a fine-tuning run, from files of examples to a model and its scores: what ``fastattn finetune`` calls."""
+"""The whole of a fine-tuning run, from files of examples to a scored model: what ``fastattn finetune`` calls."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from torch import nn
 
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
-from fastattn.models import TransformerConfig, from_pretrained, make_model, preset
+from fastattn.models import TransformerConfig, make_model, preset
 from fastattn.train.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.downstream import TASKS, Task, label_names
 from fastattn.train.example_rows import ExampleRows
 from fastattn.train.examples import Example, read_examples
+from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
 from fastattn.train.text import text_rank
-from fastattn.train.tokens import read_tokenizer, train_tokenizer
+from fastattn.train.tokens import train_tokenizer
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunSettings):
-    """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
+    """A fine-tuning run. It starts from a ``checkpoint`` or, with a ``preset``, from nothing.
 
     Attributes:
         task: a key of ``fastattn.train.downstream.TASKS``.
         data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.train.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
-        pretrained: folder of a model in the format of Hugging Face, with its ``tokenizer.json``.
         preset: size of a model that starts from nothing, a key of ``fastattn.models.PRESETS``.
         method: "full", "frozen" (the head alone is trained) or "lora".
         lora_rank: as in ``Lora``, as are the next two.
@@ -63,7 +63,6 @@ class FinetuneConfig(RunSettings):
     data: str
     eval: str | None = None
     checkpoint: str | None = None
-    pretrained: str | None = None
     preset: str | None = None
     method: Method = "full"
     lora_rank: int = 8
@@ -81,9 +80,9 @@ class FinetuneConfig(RunSettings):
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise input_error("task", repr(self.task), ", ".join(TASKS), "See fastattn finetune --help.")
-        starts = [name for name in ("checkpoint", "pretrained", "preset") if getattr(self, name) is not None]
+        starts = [f"--{name}" for name in ("checkpoint", "preset") if getattr(self, name) is not None]
         if len(starts) != 1:
-            allowed = "one of --checkpoint, --pretrained and --preset"
+            allowed = "one of --checkpoint and --preset"
             raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
         if not 0 < self.epochs < math.inf:
             raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
@@ -107,7 +106,7 @@ class FinetuneConfig(RunSettings):
     def adjusted(self, config: TransformerConfig) -> TransformerConfig:
         """The config of a model as this run uses it."""
         dropout = config.dropout if self.dropout is None else self.dropout
-        return dataclasses.replace(config, attention=self.attention, dropout=dropout)
+        return TransformerConfig.from_dict(config.to_dict() | {"attention": self.attention, "dropout": dropout})
 
 
 @dataclass(frozen=True)
@@ -239,6 +238,15 @@ def load_finetuned(
     return Finetuned(model.to(device).eval(), task)
 
 
+def load_writer(checkpoint: Checkpoint, device: torch.device | str, attention: str | None) -> nn.Module:
+    """The model of a task that writes; raises DataError for the other tasks."""
+    found = load_finetuned(checkpoint, device, attention)
+    if found.task.answer_field is None:
+        name = found.task.name
+        raise DataError(f"{checkpoint.folder} is a model for {name}, which writes no text: see fastattn evaluate.")
+    return found.model
+
+
 def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> FinetuneConfig:
     """The settings of the run that wrote ``checkpoint``, with those of ``flags`` that a continuation may change.
 
@@ -278,18 +286,15 @@ def _fresh(config: FinetuneConfig, examples: Sequence[Example]) -> tuple[Task, n
 
 
 def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any]:
-    """Tokenizer and backbone: of a checkpoint, of a folder in Hugging Face's format, or new ones."""
+    """Tokenizer and backbone: of a checkpoint, or new ones."""
     if config.preset is not None:
         tokenizer = train_tokenizer(_texts(examples), config.vocab_size)
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
         return tokenizer, make_model(config.adjusted(sizes))
-    if config.checkpoint is not None:
-        checkpoint = find_checkpoint(Path(config.checkpoint))
-        tokenizer, found = checkpoint.tokenizer(), checkpoint.load_model()
-    else:
-        folder = Path(str(config.pretrained))
-        tokenizer, found = read_tokenizer(folder / "tokenizer.json"), from_pretrained(folder)
-    backbone = getattr(found, "backbone", found)
+    checkpoint = find_checkpoint(Path(str(config.checkpoint)))
+    tokenizer = checkpoint.tokenizer()
+    found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_model()
+    backbone: Any = getattr(found, "backbone", found)
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())
     return tokenizer, fresh
@@ -319,7 +324,9 @@ def _examples(config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
     held_out = [x for x, rank in zip(examples, ranks, strict=True) if rank <= threshold]
     rest = [x for x, rank in zip(examples, ranks, strict=True) if rank > threshold]
     if not rest:
-        raise DataError(f"{config.data} holds too few different examples to hold some out: give --eval, or more of them.")
+        raise DataError(
+            f"{config.data} holds too few different examples to hold some out: give --eval, or more of them."
+        )
     return rest, held_out
 
 

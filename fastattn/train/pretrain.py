@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from fastattn.errors import DataError
-from fastattn.models import Decoder, TransformerConfig, preset
+from fastattn.models import TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
+from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
-from fastattn.train.tasks import next_token_loss
+from fastattn.train.tasks import find_objective, preset_for
 from fastattn.train.text import find_files
 from fastattn.train.tokens import Corpus, prepare
 
@@ -26,7 +27,8 @@ class RunConfig(RunSettings):
 
     Attributes:
         data: files, folders and patterns of text; empty is the Python standard library's own source.
-        preset: size of the model, a key of ``fastattn.models.PRESETS``.
+        objective: what is learned: "causal" (a decoder), "masked" (an encoder) or "span" (an encoder-decoder).
+        preset: size of the model, a key of ``fastattn.models.PRESETS``; "tiny" is the tiny one of the objective's kind.
         vocab_size: of the tokenizer, which is learned from the text.
         held_out: part of the documents kept for the held-out loss.
         length: tokens in a row; None is the preset's.
@@ -37,6 +39,7 @@ class RunConfig(RunSettings):
     """
 
     data: tuple[str, ...] = ()
+    objective: str = "causal"
     preset: str = "tiny"
     vocab_size: int = 4096
     held_out: float = 0.05
@@ -48,7 +51,7 @@ class RunConfig(RunSettings):
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """The model's config, with the vocabulary the tokenizer really has."""
-        fields = preset(self.preset, vocab_size).to_dict()
+        fields = preset(preset_for([find_objective(self.objective).kind], self.preset), vocab_size).to_dict()
         fields |= {"window": self.window, "dropout": self.dropout, "attention": self.attention}
         if self.length is not None:
             fields["max_length"] = self.length
@@ -62,6 +65,7 @@ class Outcome:
     Attributes:
         progress: where it stands.
         corpus: the data.
+        objective: what was learned.
         unigram_entropy: of the held-out tokens, nats per token: what no model that ignores context can beat.
         num_parameters: of the model.
         checkpoint: the newest.
@@ -69,6 +73,7 @@ class Outcome:
 
     progress: Progress
     corpus: Corpus
+    objective: str
     unigram_entropy: float
     num_parameters: int
     checkpoint: Checkpoint
@@ -78,8 +83,12 @@ class Outcome:
         progress, corpus = self.progress, self.corpus.facts
         labels = corpus.tokens["held_out"] - corpus.documents["held_out"]
         held_out = progress.held_out_loss
-        bits = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
+        bits = {}
+        if self.objective == "causal":  # the others do not predict every token
+            per_byte = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
+            bits = {"held-out bits per byte": _rounded(per_byte)}
         return {
+            "objective": self.objective,
             "parameters": self.num_parameters,
             "vocabulary": corpus.vocab_size,
             "documents": corpus.documents["train"],
@@ -93,16 +102,14 @@ class Outcome:
             "held-out loss (nats per token)": _rounded(held_out),
             "unigram entropy of the held-out text (nats per token)": _rounded(self.unigram_entropy),
             "held-out perplexity": _rounded(None if held_out is None else perplexity(held_out)),
-            "held-out bits per byte": _rounded(bits),
+            **bits,
             "files skipped": len(corpus.skipped),
             "checkpoint": str(self.checkpoint.folder),
         }
 
     def summary(self) -> str:
         """The figures as aligned lines, and the first files that could not be used."""
-        figures = self.facts()
-        width = max(map(len, figures))
-        lines = [f"{name:<{width}}  {'not known yet' if value is None else value}" for name, value in figures.items()]
+        lines = [aligned(self.facts())]
         skipped = [f"  skipped {skip['name']}: {skip['reason']}" for skip in self.corpus.facts.skipped]
         return "\n".join(lines + skipped[:10] + [f"  ... and {len(skipped) - 10} more"] * (len(skipped) > 10))
 
@@ -144,7 +151,7 @@ def pretrain(
         trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
     progress = trainer.run()
     entropy = unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
-    return Outcome(progress, corpus, entropy, _num_parameters(trainer.model), find_checkpoint(out))
+    return Outcome(progress, corpus, config.objective, entropy, _num_parameters(trainer.model), find_checkpoint(out))
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -160,16 +167,17 @@ def make_trainer(
     corpus = prepare(
         files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
     )
-    model_config = config.model_config(corpus.facts.vocab_size)
+    tokenizer = corpus.tokenizer()
+    length = config.model_config(corpus.facts.vocab_size).max_length
+    objective = find_objective(config.objective)(tokenizer, length)  # which may add tokens
     torch.manual_seed(config.train.seed)
-    model = Decoder(model_config).to(device)
-    rows = PackedRows(corpus.split("train"), model_config.max_length, config.train.seed)
-    held_out_rows = PackedRows(corpus.split("held_out"), model_config.max_length)
+    model = objective.model(config.model_config(tokenizer.get_vocab_size())).to(device)
+    rows = objective.rows(PackedRows(corpus.split("train"), length, config.train.seed))
+    held_out_rows = objective.rows(PackedRows(corpus.split("held_out"), length))
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}
     trainer = Trainer(
-        model, corpus.tokenizer(), (rows, held_out_rows), config.train, out, loss=next_token_loss,
-        flops_per_label=model.flops_per_token(model_config.max_length), settings=settings,
-        show_progress=show_progress,
+        model, tokenizer, (rows, held_out_rows), config.train, out, loss=objective.loss,
+        flops_per_label=objective.flops_per_label(model), settings=settings, show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus
 

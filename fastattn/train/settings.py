@@ -108,7 +108,7 @@ class RunSettings:
         train = {name.removeprefix("train."): x for name, x in flags.items() if name.count(".") == 1}
         own = {name: x for name, x in flags.items() if "." not in name}
         train["optim"] = dataclasses.replace(before.optim, **optim)
-        return dataclasses.replace(self, **own, train=dataclasses.replace(before, **train))
+        return dataclasses.replace(self, **own, **{"train": dataclasses.replace(before, **train)})
 
     def value(self, name: str) -> Any:
         """The field of a name as in ``changed``."""

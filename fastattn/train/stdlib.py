@@ -38,10 +38,11 @@ class Docstring:
 
 @dataclass(frozen=True)
 class Summary:
-    """A function without its docstring and comments, and the docstring's first line."""
+    """A function without its docstring and comments, its class, if any, and the docstring's first line."""
 
     module: str
     package: str
+    owner: str
     source: str
     summary: str
 
@@ -74,8 +75,8 @@ def summaries() -> list[Summary]:
     found = (
         item
         for module, tree in modules()
-        for node in ast.walk(tree)
-        if isinstance(node, Function) and (item := _summary(module, node)) is not None
+        for owner, node in _functions(tree)
+        if (item := _summary(module, owner, node)) is not None
     )
     by_line = _each_once(found, lambda item: words(item.summary))
     return list(_each_once(by_line, lambda item: words(item.source)))
@@ -130,11 +131,19 @@ def _each_once(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterator[T]:
             yield item
 
 
-def _summary(module: str, node: Function) -> Summary | None:
+def _functions(tree: ast.AST, owner: str = "") -> Iterator[tuple[str, Function]]:
+    """The functions below a node, and the innermost class that each stands in."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Function):
+            yield owner, node
+        yield from _functions(node, node.name if isinstance(node, ast.ClassDef) else owner)
+
+
+def _summary(module: str, owner: str, node: Function) -> Summary | None:
     line, _, _ = (ast.get_docstring(node) or "").partition("\n")
     line = line.strip()
     if not 3 <= len(words(line)) <= 20 or _NOT_A_SUMMARY.match(line):
         return None
     bare = copy.copy(node)  # shares all but what is set here
     bare.body, bare.decorator_list = node.body[1:] or [ast.Pass()], []
-    return Summary(module, _package(module), ast.unparse(ast.fix_missing_locations(bare)), line)
+    return Summary(module, _package(module), owner, ast.unparse(ast.fix_missing_locations(bare)), line)

@@ -39,7 +39,8 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def target_loss(model: nn.Module, batch: ExampleBatch) -> Tensor:
     """Cross entropy of each token of a target, given its source and the target before it."""
-    return cross_entropy(model(batch["source"], batch["target"], source_mask=batch["source_mask"]), batch["labels"])
+    logits = model(batch["source"], batch["target"], source_mask=batch.get("source_mask"))
+    return cross_entropy(logits, batch["labels"])
 
 
 class Causal:
@@ -190,7 +191,7 @@ def preset_for(kinds: Sequence[str], name: str) -> str:
     raise input_error("preset", repr(name), usable, f"A model of kind {' or '.join(kinds)} is needed.")
 
 
-def objective(name: str) -> type[Causal]:
+def find_objective(name: str) -> type[Causal]:
     """An objective by name; raises InputError if there is none."""
     if name not in OBJECTIVES:
         raise input_error("objective", repr(name), ", ".join(OBJECTIVES), "causal is that of language models.")
