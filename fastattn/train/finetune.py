@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from fastattn.data import text_rank
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
 from fastattn.models import TransformerConfig, make_model, preset
@@ -29,7 +30,6 @@ from fastattn.train.optim import OptimConfig
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
-from fastattn.train.text import text_rank
 from fastattn.train.tokens import train_tokenizer
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))

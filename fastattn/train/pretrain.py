@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastattn.data.sources import find_sources
 from fastattn.errors import DataError
 from fastattn.models import TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
@@ -15,10 +16,10 @@ from fastattn.train.data import PackedRows
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
+from fastattn.train.prepare import prepare
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import find_objective, preset_for
-from fastattn.train.text import find_files
-from fastattn.train.tokens import Corpus, prepare
+from fastattn.train.tokens import Corpus
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class RunConfig(RunSettings):
     """A pre-training run.
 
     Attributes:
-        data: files, folders and patterns of text; empty is the Python standard library's own source.
+        data: files, folders and patterns of text, and ``hf:`` names; empty is the Python standard library's own source.
+        corpus: a folder that ``fastattn prepare`` made, instead of ``data``, ``vocab_size`` and ``held_out``.
         objective: what is learned: "causal" (a decoder), "masked" (an encoder) or "span" (an encoder-decoder).
         preset: size of the model, a key of ``fastattn.models.PRESETS``; "tiny" is the tiny one of the objective's kind.
         vocab_size: of the tokenizer, which is learned from the text.
@@ -40,6 +42,7 @@ class RunConfig(RunSettings):
 
     data: tuple[str, ...] = ()
     objective: str = "causal"
+    corpus: str | None = None
     preset: str = "tiny"
     vocab_size: int = 4096
     held_out: float = 0.05
@@ -162,11 +165,7 @@ def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
 ) -> tuple[Trainer, Corpus]:
     """The trainer of a new run and its data."""
-    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
-    files = [path for path in find_files(config.data) if not any(path.is_relative_to(name) for name in written)]
-    corpus = prepare(
-        files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
-    )
+    corpus = _corpus(out, config, show_progress)
     tokenizer = corpus.tokenizer()
     length = config.model_config(corpus.facts.vocab_size).max_length
     objective = find_objective(config.objective)(tokenizer, length)  # which may add tokens
@@ -180,6 +179,20 @@ def make_trainer(
         flops_per_label=objective.flops_per_label(model), settings=settings, show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus
+
+
+def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Corpus:
+    if config.corpus is not None:
+        return Corpus.open(Path(config.corpus))
+    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
+    sources = [
+        source
+        for source in find_sources(config.data)
+        if not (isinstance(source, Path) and any(source.is_relative_to(name) for name in written))
+    ]
+    return prepare(
+        sources, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
+    )
 
 
 def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fastattn.train.text import find_files
+from fastattn.data import find_files
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _NOT_A_SUMMARY = re.compile(r">>>|[@:]|\w[\w.]*\(")  # a doctest, a directive, a signature
