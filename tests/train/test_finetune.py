@@ -7,13 +7,17 @@ import signal
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from fastattn.errors import DataError, InputError
-from fastattn.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset
+from fastattn.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.train import RunConfig, find_checkpoint, pretrain
 from fastattn.train.adapters import Lora, add_adapters, choose_trained, merge_adapters
 from fastattn.train.downstream import Task
 from fastattn.train.evaluate import evaluate
+from fastattn.train.examples import Example
 from fastattn.train.finetune import FinetuneConfig, finetune, load_finetuned, resumed_config
 from fastattn.train.optim import OptimConfig
 from fastattn.train.settings import TrainConfig
@@ -90,6 +94,21 @@ def test_it_starts_from_a_pre_trained_checkpoint(pretrained, tmp_path, objective
     assert before.keys() == after.keys()
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
+
+
+def test_it_starts_from_a_folder_in_the_format_of_hugging_face(data, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "up", "down", "left", *map(str, range(8))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    torch.manual_seed(3)
+    model = Encoder(dataclasses.replace(preset("bert-tiny", len(words)), width=32, layers=1, pooler=True))
+    save_pretrained(model, tmp_path / "bert", tokenizer=tokenizer)
+    config = settings(data, preset=None, pretrained=str(tmp_path / "bert"), method="frozen")
+    outcome = run(tmp_path / "run", config)
+    after = model_of(outcome).backbone.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in model.state_dict().items())
+    tokens = load_finetuned(outcome.checkpoint).task.features(Example("", {"text": "up 3", "label": "up"}))[0]["tokens"]
+    assert tokens == [2, 5, 11, 3]
 
 
 def test_a_fine_tuned_model_can_be_fine_tuned_for_another_task(data, prompts, pretrained, tmp_path):
@@ -228,7 +247,7 @@ def test_evaluating_a_pre_trained_model(pretrained):
     ("changes", "words"),
     [
         ({"task": "sing"}, "task: got 'sing'"),
-        ({"preset": None}, "the start: got none; allowed: one of --checkpoint and --preset"),
+        ({"preset": None}, "the start: got none; allowed: one of --checkpoint, --pretrained and --preset"),
         ({"checkpoint": "x", "preset": "tiny"}, "the start: got --checkpoint and --preset"),
         ({"epochs": 0.0}, "epochs: got 0.0"),
         ({"steps": 0}, "steps: got 0"),
