@@ -219,8 +219,9 @@ def _summarise(place: _Place) -> Result:
     )  # fmt: skip
     count = _best_count(train)
     copied = [" ".join(words(item.source)[1 : 1 + count]) for item in held_out]
+    baseline = text_scores(copied, [item.summary for item in held_out])
     return _judged(
-        place, outcome.checkpoint, "summarise", outcome.scores, text_scores(copied, [item.summary for item in held_out]),
+        place, outcome.checkpoint, "summarise", outcome.scores, baseline,
         question="What is the first line of a function's docstring?",
         baseline_is=f"the first {count} words of the function, the number that is best on the training functions",
         metric="ROUGE-L", examples={"train": len(train), "held out": len(held_out)},
