@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "testing": {"", "backends", "dispatch", "errors", "ops", "problem", "reference", "spec", "testing", "version"},
     "nn": PUBLIC,
     "models": PUBLIC | {"models"},
-    "train": PUBLIC | {"models", "train", "generate"},
+    "data": PUBLIC | {"data"},
+    "train": PUBLIC | {"data", "models", "train", "generate"},
     "generate": PUBLIC | {"models", "generate", "train"},
     # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
     "integrations": UNDERNEATH
