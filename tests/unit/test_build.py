@@ -120,8 +120,9 @@ def gradients_of(
 ) -> Grads:
     inputs = inputs_of(q, q, sinks=sinks)
     out, lse = torch.zeros(inputs.out_shape(), dtype=q.dtype), torch.zeros(inputs.lse_shape())
-    names = [*needs, *(["sinks"] if sinks is not None else [])]
-    return backward.backward(launch, out, None, out, lse, inputs, AttentionSpec(0.125, **spec), names)  # type: ignore[arg-type]
+    names = (*needs, *(("sinks",) if sinks is not None else ()))
+    scalars = AttentionSpec(0.125, **spec)  # type: ignore[arg-type]
+    return backward.backward(backward.BackwardProblem(out, None, out, lse, inputs, scalars, names), launch, stream=0)
 
 
 def launched(q: torch.Tensor, needs: str = "qkv", **more: Any) -> abi.Fields:
@@ -163,9 +164,9 @@ def test_without_a_side_the_gradients_are_zero() -> None:
     for rows_q, rows_kv in ((q, empty), (empty, q)):
         inputs = inputs_of(rows_q, rows_kv, sinks=torch.zeros(1, 2))
         out, lse = torch.zeros(inputs.out_shape()).half(), torch.zeros(inputs.lse_shape())
-        grads = backward.backward(
-            seen.append, out, None, out, lse, inputs, AttentionSpec(1.0), ("q", "k", "v", "sinks")
-        )
+        scalars, needs = AttentionSpec(1.0), ("q", "k", "v", "sinks")
+        problem = backward.BackwardProblem(out, None, out, lse, inputs, scalars, needs)
+        grads = backward.backward(problem, seen.append, stream=0)
         for grad, like in ((grads.dq, rows_q), (grads.dk, rows_kv), (grads.dv, rows_kv)):
             assert grad is not None and grad.shape == like.shape and not grad.any()
     (fields,) = seen  # the sinks of queries without keys still have a gradient
