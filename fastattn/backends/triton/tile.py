@@ -344,11 +344,10 @@ def factor_of(head, F: tl.constexpr):
 @triton.jit
 def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
-    if TRANSPOSED:
-        # seen from the keys, so that what keep does once for each row it does once for each row of the tile
-        kept = keep(j, i, transposed(head.band), F.right, F.left)
-    else:
+    if not TRANSPOSED:
         kept = keep(i, j, head.band, F.left, F.right)
+    else:  # seen from the keys, so that what keep does once for each row it does once for each row of the tile
+        kept = keep(j, i, transposed(head.band), F.right, F.left)
     if F.mask:
         kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
     if F.segments:
