@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from typing import Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def attention(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
     return_lse: bool = False,
-    return_weights: bool = False,
+    return_weights: bool | Literal["mean"] = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
@@ -81,14 +81,15 @@ def attention(
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
         return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
-            for looking at, since they take the quadratic memory that fused attention avoids. ``out`` is not touched.
+            for looking at, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
+            over the heads, computed one by one. ``out`` is not touched.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
         ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log; with
-        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``; each of them differentiable. A row that
-        keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do not depend on the backend beyond
-        rounding; the dropped elements do not depend on it at all.
+        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``; each of
+        them differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do
+        not depend on the backend beyond rounding; the dropped elements do not depend on it at all.
 
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
@@ -105,6 +106,9 @@ def attention(
         torch.Size([2, 128, 8, 64])
     """
     dispatch.check_name(backend)
+    if return_weights not in (False, True, "mean"):
+        todo = '"mean" averages over the heads.'
+        raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
     inputs, spec = dense_problem(
         q,
         k,
@@ -127,7 +131,8 @@ def attention(
     extras = [lse] if return_lse else []
     if return_weights:
         with without_autocast(q.device.type):
-            extras.append(reference.weights(inputs, spec))
+            weights = reference.mean_weights if return_weights == "mean" else reference.weights
+            extras.append(weights(inputs, spec))
     return (out, *extras) if extras else out
 
 

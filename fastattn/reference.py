@@ -32,9 +32,12 @@ from fastattn.spec import AttentionSpec, distance, keep
 class Positions:
     """Where each query row (``(B, 1, S_q, 1)``) and key row (``(B, 1, 1, S_kv)``) stands in its sequence.
 
-    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence.
+    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence. The
+    heads ``h`` (``(1, H, 1, 1)``) are some of ``num_heads``.
     """
 
+    h: Tensor
+    num_heads: int
     i: Tensor
     j: Tensor
     sequence_q: Tensor
@@ -44,22 +47,27 @@ class Positions:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Positions:
-        device = inputs.q.device
+        device, num_heads = inputs.q.device, inputs.heads_q
+        h = torch.arange(num_heads, device=device)[None, :, None, None]
         if not inputs.is_packed:
             b = torch.arange(inputs.batch, device=device)[:, None, None, None]
             i = torch.arange(inputs.q.shape[1], device=device)[None, None, :, None]
             j = torch.arange(inputs.k.shape[1], device=device)[None, None, None, :]
-            return cls(i, j, b, b, inputs.q.shape[1], inputs.k.shape[1])
+            return cls(h, num_heads, i, j, b, b, inputs.q.shape[1], inputs.k.shape[1])
         assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
         i, n_q = _packed_positions(inputs.q.shape[0], inputs.cu_seqlens_q)
         j, n_kv = _packed_positions(inputs.k.shape[0], inputs.cu_seqlens_kv)
         s_q, s_kv = inputs.cu_seqlens_q.diff()[n_q], inputs.cu_seqlens_kv.diff()[n_q]
         row, column = (None, None, slice(None), None), (None, None, None, slice(None))
-        return cls(i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
+        return cls(h, num_heads, i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
 
     def at_rows(self, rows: Tensor) -> Positions:
         """The positions of some query rows of a dense batch."""
         return dataclasses.replace(self, i=self.i[:, :, rows])
+
+    def at_heads(self, heads: Tensor) -> Positions:
+        """The positions in some query heads."""
+        return dataclasses.replace(self, h=self.h[:, heads])
 
 
 def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,10 +119,37 @@ def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = Non
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
     """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
 
-    ``at`` says where the rows of ``inputs`` stand if they are some of a longer sequence's.
+    ``at`` says which rows and heads those of ``inputs`` are, if they are some of a larger problem's.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
     return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
+
+
+def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """The mean of ``weights`` over the heads, ``(B, S_q, S_kv)``, in the memory of one head where nothing is saved."""
+    everywhere = Positions.of(inputs)
+    total = torch.zeros((), device=inputs.q.device)
+    for head in torch.arange(inputs.heads_q, device=inputs.q.device).split(1):
+        total = total + weights(of_heads(inputs, head), spec, everywhere.at_heads(head))[:, 0]
+    return total / inputs.heads_q
+
+
+def of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
+    """The same problem for some of its query heads, each with a key/value head of its own."""
+
+    def along_1(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+    kv_heads = heads // (inputs.heads_q // inputs.heads_kv)
+    return inputs.replace(
+        q=inputs.q[:, :, heads],
+        k=inputs.k[:, :, kv_heads],
+        v=inputs.v[:, :, kv_heads],
+        bias=along_1(inputs.bias),
+        mask=along_1(inputs.mask),
+        alibi_slopes=along_1(inputs.alibi_slopes),
+        sinks=along_1(inputs.sinks),
+    )
 
 
 def backward(
@@ -221,8 +256,7 @@ def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> T
     if spec.dropout_p == 0:
         return x
     assert inputs.rng_state is not None
-    h = torch.arange(inputs.heads_q, device=x.device)[None, :, None, None]
-    head = at.sequence_q * inputs.heads_q + h
+    head = at.sequence_q * at.num_heads + at.h
     survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
     return torch.where(survives, x * spec.dropout_scale, 0)
 
