@@ -110,6 +110,20 @@ def test_caches_change_nothing(config, monkeypatch):
         computed.clear()
 
 
+@torch.no_grad()
+def test_caches_whose_rows_change_places(config):
+    """As beams do: the keys and values of the source go with the row."""
+    model = randomised(config).eval()
+    source, target = random_pair()
+    whole = model(source, target, source_mask=SOURCE_MASK)
+    caches = model.make_caches(2, 12)
+    model(source, target[:, :7], source_mask=SOURCE_MASK, caches=caches)
+    for cache in caches:
+        cache.select([1, 0])
+    found = model(None, target.flip(0)[:, 7:], caches=caches)
+    torch.testing.assert_close(found, whole.flip(0)[:, 7:], atol=1e-4, rtol=1e-4)
+
+
 def test_eager_and_fastattn_agree(config):
     model = randomised(config)
     eager = EncoderDecoder(dataclasses.replace(config, attention="eager"))
