@@ -35,16 +35,13 @@ from fastattn.train.optim import OptimConfig, make_optimizer, update
 
 COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
 VOCABULARY = 256  # bytes
+DECODERS = [name for name, fields in PRESETS.items() if fields.get("kind", "decoder") == "decoder"]
 Attention = Callable[..., Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_common(parser)
-    decoders = [name for name, fields in PRESETS.items() if fields.get("kind", "decoder") == "decoder"]
-    parser.add_argument(
-        "--preset", choices=decoders, metavar="NAME",
-        help=f"of {', '.join(decoders)} (default: tiny on a CPU, base on a GPU)",
-    )  # fmt: skip
+    parser.add_argument("--preset", help=f"of {', '.join(DECODERS)} (default: tiny on a CPU, base on a GPU)")
     parser.add_argument("--batch", type=int, help="rows (default: 8)")
     parser.add_argument("--length", type=int, help="tokens in a row (default: the preset's longest)")
     parser.add_argument("--steps", type=int, help="training steps (default: 50)")
@@ -65,6 +62,8 @@ class Setting:
     @classmethod
     def of(cls, args: argparse.Namespace, device: torch.device) -> Setting:
         name = args.preset or ("base" if device.type == "cuda" else "tiny")
+        if name not in DECODERS:
+            raise InputError(f"--preset: got {name!r}; allowed: {', '.join(DECODERS)}.")
         config = preset(name, VOCABULARY)
         if args.quick:
             config = dataclasses.replace(config, width=64, layers=2, heads=4, kv_heads=2, max_length=64)

@@ -32,7 +32,7 @@ Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 19  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
-WASTE = 1.25  # or up to this many times what they read alone
+WASTE = 1.25  # or up to this many times what the shortest reads alone
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list
     width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
     is_copied = not _is_view(inputs)
     members: list[int] = []
-    for b in sorted(todo, key=lambda b: (s_q[b], s_kv[b])):
-        if members and not _fit((spans, s_q), members, b, width, is_copied):
+    for b in sorted(todo, key=lambda b: (s_q[b], spans[b][1])):
+        ends = [spans[n] for n in (members[0], members[-1], b)] if members else []
+        if members and (s_q[members[0]] != s_q[b] or not _fit(ends, len(members), width, is_copied)):
             yield _group(members, spec, spans, s_q, s_kv)
             members = []
         members.append(b)
@@ -146,19 +147,16 @@ def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list
         yield _group(members, spec, spans, s_q, s_kv)
 
 
-def _fit(
-    known: tuple[list[tuple[int, int]], list[int]], members: list[int], b: int, width: int, is_copied: bool
-) -> bool:
-    """Whether ``b`` joins the group: nothing is wasted, or it is little, or it is small."""
-    spans, s_q = known
-    if s_q[members[0]] != s_q[b]:
-        return False
-    if all(spans[other] == spans[b] for other in (members[0], members[-1])):
+def _fit(spans: list[tuple[int, int]], members: int, width: int, is_copied: bool) -> bool:
+    """Whether one more joins: the spans of the first, the last and the new one, in the order of their ends.
+
+    Nothing must be wasted, or it must be little, or all of it small.
+    """
+    first, last, new = spans
+    if first == last == new:
         return True
-    together = [spans[other] for other in (*members, b)]
-    reached = len(together) * (max(end for _, end in together) - min(begin for begin, _ in together))
-    alone = sum(end - begin for begin, end in together)
-    return reached * width <= SMALL or (is_copied and reached <= WASTE * alone)
+    reach = new[1] - first[0]
+    return (members + 1) * reach * width <= SMALL or (is_copied and reach <= WASTE * (first[1] - first[0]))
 
 
 def _group(
@@ -231,12 +229,14 @@ def _read(
     dtype: torch.dtype,
 ) -> Tensor:
     """The positions of ``span`` ``[n, C, H_kv, D]`` in ``dtype``: a view where possible, to be left alone."""
-    (first, begin), (last, _row) = page_and_row(span[0], inputs.page_size), page_and_row(span[1] - 1, inputs.page_size)
+    (first, begin), (last, row) = page_and_row(span[0], inputs.page_size), page_and_row(span[1] - 1, inputs.page_size)
     if inputs.block_table is None:
         x, pages = store[sequences, span[0] : span[1]], None
     else:
         pages = inputs.block_table[sequences, first : last + 1]
-        x = _pages(store, pages)[:, begin : begin + span[1] - span[0]]
+        is_inside_one = first == last  # then only its rows are touched: a page may be long
+        x = _pages(store[:, begin : row + 1] if is_inside_one else store, pages)
+        x = x if is_inside_one else x[:, begin : begin + span[1] - span[0]]
     x = x.to(dtype)
     if scale is None:
         return x
