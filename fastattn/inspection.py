@@ -14,7 +14,6 @@ from fastattn.errors import input_error
 from fastattn.functional import Window, dense_problem
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
-from fastattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,9 +95,8 @@ def attention_weights(
     check_inputs(inputs, spec)
     chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
     chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)
-    if dropout_p:  # which weights are dropped depends on the index of the head
-        return reference.weights(*_of_rows(inputs, chosen_rows, spec))[:, chosen_heads]
-    return reference.weights(*_of_rows(_of_heads(inputs, chosen_heads), chosen_rows, spec))
+    at = reference.Positions.of(inputs).at_heads(chosen_heads).at_rows(chosen_rows)
+    return reference.weights(_of_rows(reference.of_heads(inputs, chosen_heads), chosen_rows), spec, at)
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -220,37 +218,16 @@ def _indices(name: str, chosen: Chosen, size: int, device: torch.device) -> Tens
     return everything[wanted.long()]
 
 
-def _of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
-    """The same problem for some of its query heads, each with a key/value head of its own."""
-
-    def along_1(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == 1 else x[:, heads]
-
-    k = inputs.k[:, :, heads // (inputs.heads_q // inputs.heads_kv)]
-    alibi, sinks = (None if x is None else x[:, heads] for x in (inputs.alibi_slopes, inputs.sinks))
-    return inputs.replace(
-        q=inputs.q[:, :, heads],
-        k=k,
-        v=k,
-        bias=along_1(inputs.bias),
-        mask=along_1(inputs.mask),
-        alibi_slopes=alibi,
-        sinks=sinks,
-    )
-
-
-def _of_rows(inputs: Inputs, rows: Tensor, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec, reference.Positions]:
-    """The arguments of ``reference.weights`` for some query rows of a problem."""
+def _of_rows(inputs: Inputs, rows: Tensor) -> Inputs:
+    """The same problem for some of its query rows."""
 
     def along_2(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.shape[2] == 1 else x[:, :, rows]
 
-    everywhere = reference.Positions.of(inputs)
     segments = None if inputs.segment_ids_q is None else inputs.segment_ids_q[:, rows]
-    some = inputs.replace(
+    return inputs.replace(
         q=inputs.q[:, rows], bias=along_2(inputs.bias), mask=along_2(inputs.mask), segment_ids_q=segments
     )
-    return some, spec, everywhere.at_rows(rows)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------

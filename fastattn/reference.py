@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import rng
+from fastattn import cache, rng
+from fastattn.cache import CacheInputs
 from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -32,9 +33,12 @@ from fastattn.spec import AttentionSpec, distance, keep
 class Positions:
     """Where each query row (``(B, 1, S_q, 1)``) and key row (``(B, 1, 1, S_kv)``) stands in its sequence.
 
-    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence.
+    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence. The
+    heads ``h`` (``(1, H, 1, 1)``) are some of ``num_heads``.
     """
 
+    h: Tensor
+    num_heads: int
     i: Tensor
     j: Tensor
     sequence_q: Tensor
@@ -44,22 +48,27 @@ class Positions:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Positions:
-        device = inputs.q.device
+        device, num_heads = inputs.q.device, inputs.heads_q
+        h = torch.arange(num_heads, device=device)[None, :, None, None]
         if not inputs.is_packed:
             b = torch.arange(inputs.batch, device=device)[:, None, None, None]
             i = torch.arange(inputs.q.shape[1], device=device)[None, None, :, None]
             j = torch.arange(inputs.k.shape[1], device=device)[None, None, None, :]
-            return cls(i, j, b, b, inputs.q.shape[1], inputs.k.shape[1])
+            return cls(h, num_heads, i, j, b, b, inputs.q.shape[1], inputs.k.shape[1])
         assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
         i, n_q = _packed_positions(inputs.q.shape[0], inputs.cu_seqlens_q)
         j, n_kv = _packed_positions(inputs.k.shape[0], inputs.cu_seqlens_kv)
         s_q, s_kv = inputs.cu_seqlens_q.diff()[n_q], inputs.cu_seqlens_kv.diff()[n_q]
         row, column = (None, None, slice(None), None), (None, None, None, slice(None))
-        return cls(i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
+        return cls(h, num_heads, i[row], j[column], n_q[row], n_kv[column], s_q[row], s_kv[row])
 
     def at_rows(self, rows: Tensor) -> Positions:
         """The positions of some query rows of a dense batch."""
         return dataclasses.replace(self, i=self.i[:, :, rows])
+
+    def at_heads(self, heads: Tensor) -> Positions:
+        """The positions in some query heads."""
+        return dataclasses.replace(self, h=self.h[:, heads])
 
 
 def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +100,19 @@ def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
     return kept if inputs.mask is None else kept & inputs.mask
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None, at: Positions | None = None
+) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` by the formula of the spec.
 
     Args:
         inputs: the tensors.
         spec: the scalars.
         dtype: dtype of the computation; None means fp32, or fp64 for fp64 inputs.
+        at: where the rows stand; None is as ``inputs`` says.
     """
     dtype = dtype or compute_dtype(inputs)
-    t = _terms(inputs, spec, dtype)
+    t = _terms(inputs, spec, dtype, at)
     lse = _logsumexp(t)
     p = _dropped(_probabilities(t, lse), inputs, spec, t.positions)
     out = (p @ t.v).transpose(1, 2).to(inputs.q.dtype)
@@ -111,10 +123,37 @@ def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = Non
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
     """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
 
-    ``at`` says where the rows of ``inputs`` stand if they are some of a longer sequence's.
+    ``at`` says which rows and heads those of ``inputs`` are, if they are some of a larger problem's.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
     return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
+
+
+def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """The mean of ``weights`` over the heads, ``(B, S_q, S_kv)``, in the memory of one head where nothing is saved."""
+    everywhere = Positions.of(inputs)
+    total = torch.zeros((), device=inputs.q.device)
+    for head in torch.arange(inputs.heads_q, device=inputs.q.device).split(1):
+        total = total + weights(of_heads(inputs, head), spec, everywhere.at_heads(head))[:, 0]
+    return total / inputs.heads_q
+
+
+def of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
+    """The same problem for some of its query heads, each with a key/value head of its own."""
+
+    def along_1(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, heads]
+
+    kv_heads = heads // (inputs.heads_q // inputs.heads_kv)
+    return inputs.replace(
+        q=inputs.q[:, :, heads],
+        k=inputs.k[:, :, kv_heads],
+        v=inputs.v[:, :, kv_heads],
+        bias=along_1(inputs.bias),
+        mask=along_1(inputs.mask),
+        alibi_slopes=along_1(inputs.alibi_slopes),
+        sinks=along_1(inputs.sinks),
+    )
 
 
 def backward(
@@ -146,6 +185,50 @@ def backward(
         dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
         dsinks=_sink_gradient(t, lse, shift, inputs) if inputs.sinks is not None and "sinks" in needs else None,
     )
+
+
+def attend_to_cache(
+    inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Append, gather every position that the cache can hold, and attend: ``(out, lse)`` by the formula of the spec."""
+    cache.append(inputs)
+    dtype = dtype or lse_dtype(inputs.q.dtype)
+    dense, at = gathered(inputs, spec, dtype)
+    out, lse = forward(dense, spec, dtype, at)
+    return out.to(inputs.q.dtype), lse
+
+
+def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Inputs, Positions]:
+    """What the cache holds as dense (or packed) tensors in ``dtype``, and where their rows stand.
+
+    What lies beyond the lengths is there too, and masked by its position: no size depends on a length's value.
+    """
+    device, reach = inputs.q.device, _reach(inputs)
+    b, j = torch.arange(inputs.batch, device=device)[:, None], torch.arange(reach, device=device)[None, :]
+    page, row = cache.rows_of(inputs, b, j)
+    page = page.clamp(0, max(0, inputs.k_cache.shape[0] - 1))  # entries that are not in use may be anything
+    k = cache.read(inputs.k_cache, inputs.k_scale, page, row, dtype)  # [B, S, H_kv, D]
+    v = cache.read(inputs.v_cache, inputs.v_scale, page, row, dtype)
+    q = cache.rotated_queries(inputs, spec).to(dtype)
+    dense = Inputs(q, k, v, bias=inputs.bias, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks)
+    s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()
+    h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
+    if inputs.cu_seqlens_q is None:
+        i, b = torch.arange(q.shape[1], device=device)[None, None, :, None], b[:, None, None]
+        return dense, Positions(h, inputs.heads_q, i, j[:, None, None], b, b, q.shape[1], s_kv[:, None, None, None])
+    sequence, i = cache.packed_positions(inputs)
+    ends = torch.arange(inputs.batch + 1, device=device, dtype=torch.int32) * reach
+    dense = dense.replace(k=k.flatten(0, 1), v=v.flatten(0, 1), cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=ends)
+    of_rows = (x[None, None, :, None] for x in (i, sequence, inputs.cu_seqlens_q.diff()[sequence], s_kv[sequence]))
+    at_i, of_q, s_q, s_kv = of_rows
+    at_j, of_kv = (x.expand(inputs.batch, reach).reshape(1, 1, 1, -1) for x in (j, b))
+    return dense, Positions(h, inputs.heads_q, at_i, at_j, of_q, of_kv, s_q, s_kv)
+
+
+def _reach(inputs: CacheInputs) -> int:
+    """How many positions to gather: all, unless a bias is shorter than the cache, as the sequences then are."""
+    is_short = inputs.bias is not None and 1 < inputs.bias.shape[3] < inputs.capacity
+    return inputs.bias.shape[3] if inputs.bias is not None and is_short else inputs.capacity
 
 
 def compute_dtype(inputs: Inputs) -> torch.dtype:
@@ -221,8 +304,7 @@ def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> T
     if spec.dropout_p == 0:
         return x
     assert inputs.rng_state is not None
-    h = torch.arange(inputs.heads_q, device=x.device)[None, :, None, None]
-    head = at.sequence_q * inputs.heads_q + h
+    head = at.sequence_q * at.num_heads + at.h
     survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
     return torch.where(survives, x * spec.dropout_scale, 0)
 

@@ -30,7 +30,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
       torch gives NaN or 0, depending on the path it takes.
     - Dropout drops other elements than torch does for the same seed, in the same proportion.
     - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
-    - ``need_weights=True``, torch's default, takes memory quadratic in the length. Pass False to be fast.
+    - ``need_weights=True``, torch's default, returns what is quadratic in the length, averaged over the heads one by
+      one. Pass False to be fast.
 
     Args:
         embed_dim: E, the width of queries and outputs.
@@ -205,13 +206,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
         result = attention(
             q, k, v, window=window, softcap=self.softcap, bias=bias, mask=keep, sinks=self.sinks,
             segment_ids=segment_ids, dropout_p=self.dropout if self.training else 0.0,
-            return_weights=need_weights, backend=self.backend,
+            return_weights="mean" if need_weights and average_attn_weights else need_weights, backend=self.backend,
         )  # fmt: skip
         out, weights = result if isinstance(result, tuple) else (result, None)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
         if weights is None:
             return out, None
-        weights = (weights.mean(1) if average_attn_weights else weights).to(out.dtype)
+        weights = weights.to(out.dtype)
         return out, weights if is_batched else weights[0]
 
     def _widths(self) -> tuple[int, int, int]:

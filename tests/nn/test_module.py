@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import InputError, MultiHeadAttention
@@ -215,3 +217,39 @@ def test_weights_do_not_change_the_output():
     torch.testing.assert_close(out, fastattn.attention(q, k, k, causal=True, bias=bias), rtol=0, atol=0)
     assert weights.shape == (N, H, S, S) and weights.dtype == lse.dtype == torch.float32
     torch.testing.assert_close(torch.einsum("nhij,njhd->nihd", weights, k.repeat_interleave(2, 2)), out)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max(self.numel, *made, 0)
+        return result
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_averaged_weights_take_the_memory_of_one_head(training):
+    heads, length = 8, 96
+    module = fastattn.MultiHeadAttention(64, heads, dropout=0.2, batch_first=True).train(training)
+    x = torch.randn(2, length, 64)
+    with torch.no_grad(), LargestTensor() as largest:
+        torch.manual_seed(0)
+        out, mean = module(x, x, x)
+    assert largest.numel <= 2 * 2 * length * length < 2 * heads * length * length
+    with torch.no_grad():
+        torch.manual_seed(0)
+        same_out, weights = module(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(mean, weights.mean(1))
+    torch.testing.assert_close(out, same_out, rtol=0, atol=0)
+
+
+def test_return_weights_says_what_it_takes():
+    q = tokens(N, S, H, 8)
+    with pytest.raises(InputError, match="return_weights: got 'max'"):
+        fastattn.attention(q, q, q, return_weights="max")
