@@ -156,7 +156,7 @@ def _fit(spans: list[tuple[int, int]], members: int, width: int, is_copied: bool
     """
     first, last, new = spans
     if first == last == new:
-        return is_copied or (new[1] - new[0]) * width <= SMALL  # a long view is read best alone
+        return True
     reach = new[1] - first[0]
     return (members + 1) * reach * width <= SMALL or (is_copied and reach <= WASTE * (first[1] - first[0]))
 
