@@ -11,6 +11,14 @@ from fastattn.cli.flags import TRAINING, Flag, add_flags, given
 from fastattn.errors import input_error
 
 FLAGS = (
+    Flag(
+        "--objective",
+        "objective",
+        str,
+        "causal",
+        "next tokens (a decoder), masked tokens (an encoder) or spans (both)",
+        ("causal", "masked", "span"),
+    ),
     Flag("--preset", "preset", str, "tiny", "size of the model: tiny, small, base, large, gpt2-124m, gpt2-350m"),
     Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula, for comparison"),
     Flag("--length", "length", int, None, "tokens in a row; the preset's if not given"),

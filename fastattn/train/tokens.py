@@ -107,12 +107,17 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read ``tokenizer.json``; raises DataError if it is missing, damaged or not one of fastattn's."""
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json`` of any origin; raises DataError if it is missing or damaged."""
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a readable tokenizer ({error}).") from error
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json``; raises DataError if it is missing, damaged or not one of fastattn's."""
+    tokenizer = read_tokenizer(path)
     if any(tokenizer.token_to_id(token) is None for token in (START, END)):
         raise DataError(f"{path} has no {START} and {END} tokens: it was not made by fastattn.")
     tokenizer.encode_special_tokens = True
