@@ -40,7 +40,7 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
-_PATHS = ("data", "eval", "checkpoint")
+_PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,6 +64,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="start from this: --out of a run, or a checkpoint",
+    )
+    parser.add_argument(
+        "--pretrained", default=argparse.SUPPRESS, metavar="DIR", help="start from a folder in Hugging Face's format"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -93,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                     f"--{name}", "nothing", "a value", "A new run needs it; see fastattn finetune --help."
                 )
         start: dict[str, Any] = {
-            name: flags.pop(name) for name in ("task", "data", "checkpoint", "preset") if name in flags
+            name: flags.pop(name) for name in ("task", "data", "checkpoint", "pretrained", "preset") if name in flags
         }
         config = FinetuneConfig(**start).changed(flags)
     outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)

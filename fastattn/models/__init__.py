@@ -1,6 +1,7 @@
 """The bundled transformers. They know attention only as ``fastattn.attention`` and the modules of ``fastattn.nn``."""
 
 from fastattn.models.config import HeadShape, TransformerConfig
+from fastattn.models.convert import from_pretrained, save_pretrained
 from fastattn.models.decoder import Decoder
 from fastattn.models.encoder import Encoder, VisionEncoder
 from fastattn.models.encoder_decoder import EncoderDecoder
@@ -20,6 +21,8 @@ __all__ = [
     "TokenClassifier",
     "TransformerConfig",
     "VisionEncoder",
+    "from_pretrained",
     "make_model",
     "preset",
+    "save_pretrained",
 ]

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fastattn.data import Skipped, find_files, read_documents
+from fastattn.data import Skipped, find_sources, read_documents
 from fastattn.errors import DataError
 from fastattn.train.checkpoint import Checkpoint
 from fastattn.train.data import PackedRows
@@ -111,7 +111,7 @@ def _of_text(
     name = checkpoint.trainer_state()["settings"].get("run", {}).get("objective", "causal")
     task = find_objective(name)(tokenizer, length)
     skipped: list[Skipped] = []
-    texts = [document.text for document in read_documents(find_files(data), skipped)]
+    texts = [document.text for document in read_documents(find_sources(data), skipped)]
     if not texts:
         reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
         raise DataError(f"There is no text to evaluate on ({reasons}).")

@@ -18,7 +18,7 @@ from torch import nn
 from fastattn.data import text_rank
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
-from fastattn.models import TransformerConfig, make_model, preset
+from fastattn.models import TransformerConfig, from_pretrained, make_model, preset
 from fastattn.train.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.downstream import TASKS, Task, label_names
@@ -30,20 +30,21 @@ from fastattn.train.optim import OptimConfig
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
-from fastattn.train.tokens import train_tokenizer
+from fastattn.train.tokens import read_tokenizer, train_tokenizer
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunSettings):
-    """A fine-tuning run. It starts from a ``checkpoint`` or, with a ``preset``, from nothing.
+    """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
 
     Attributes:
         task: a key of ``fastattn.train.downstream.TASKS``.
         data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.train.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
+        pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
         preset: size of a model that starts from nothing, a key of ``fastattn.models.PRESETS``.
         method: "full", "frozen" (the head alone is trained) or "lora".
         lora_rank: as in ``Lora``, as are the next two.
@@ -63,6 +64,7 @@ class FinetuneConfig(RunSettings):
     data: str
     eval: str | None = None
     checkpoint: str | None = None
+    pretrained: str | None = None
     preset: str | None = None
     method: Method = "full"
     lora_rank: int = 8
@@ -80,9 +82,9 @@ class FinetuneConfig(RunSettings):
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise input_error("task", repr(self.task), ", ".join(TASKS), "See fastattn finetune --help.")
-        starts = [f"--{name}" for name in ("checkpoint", "preset") if getattr(self, name) is not None]
+        starts = [f"--{name}" for name in ("checkpoint", "pretrained", "preset") if getattr(self, name) is not None]
         if len(starts) != 1:
-            allowed = "one of --checkpoint and --preset"
+            allowed = "one of --checkpoint, --pretrained and --preset"
             raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
         if not 0 < self.epochs < math.inf:
             raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
@@ -180,7 +182,7 @@ def finetune(
     rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
     fingerprint = _fingerprint([*examples, *held_out])
     settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
-    sample = held_out[: training.eval_rows]
+    sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
         evaluate=None if task.answer_field else lambda model: task.scores(answer_all(task, model, sample), sample),
@@ -286,14 +288,19 @@ def _fresh(config: FinetuneConfig, examples: Sequence[Example]) -> tuple[Task, n
 
 
 def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any]:
-    """Tokenizer and backbone: of a checkpoint, or new ones."""
+    """Tokenizer and backbone: of a checkpoint, of a folder in Hugging Face's format, or new ones."""
     if config.preset is not None:
         tokenizer = train_tokenizer(_texts(examples), config.vocab_size)
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
         return tokenizer, make_model(config.adjusted(sizes))
-    checkpoint = find_checkpoint(Path(str(config.checkpoint)))
-    tokenizer = checkpoint.tokenizer()
-    found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_model()
+    if config.pretrained is not None:
+        folder = Path(config.pretrained)
+        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        found: Any = from_pretrained(folder)
+    else:
+        checkpoint = find_checkpoint(Path(str(config.checkpoint)))
+        tokenizer = checkpoint.tokenizer()
+        found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_model()
     backbone: Any = getattr(found, "backbone", found)
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())

@@ -42,8 +42,8 @@ class RunConfig(RunSettings):
     """
 
     data: tuple[str, ...] = ()
-    corpus: str | None = None
     objective: str = "causal"
+    corpus: str | None = None
     preset: str = "tiny"
     vocab_size: int = 4096
     held_out: float = 0.05

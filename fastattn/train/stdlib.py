@@ -13,7 +13,7 @@ import re
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -111,6 +111,13 @@ def split_by_module(items: list[T], held_out: float = 0.2) -> tuple[list[T], lis
                 room -= counts[module]
                 kept.add(module)
     return [x for x in items if x.module not in kept], [x for x in items if x.module in kept]
+
+
+def held_out_files(files: Sequence[Path], held_out: float = 0.05) -> set[Path]:
+    """About this part of ``files``, chosen by their names in the library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    ranked = sorted(files, key=lambda path: _rank(path.relative_to(root).as_posix()))
+    return set(ranked[: round(held_out * len(ranked))])
 
 
 def _rank(module: str) -> str:

@@ -110,9 +110,11 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Read ``tokenizer.json`` of any origin; raises DataError if it is missing or damaged."""
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a readable tokenizer ({error}).") from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -120,7 +122,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer = read_tokenizer(path)
     if any(tokenizer.token_to_id(token) is None for token in (START, END)):
         raise DataError(f"{path} has no {START} and {END} tokens: it was not made by fastattn.")
-    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

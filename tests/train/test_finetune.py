@@ -7,13 +7,17 @@ import signal
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from fastattn.errors import DataError, InputError
-from fastattn.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset
+from fastattn.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.train import RunConfig, find_checkpoint, pretrain
 from fastattn.train.adapters import Lora, add_adapters, choose_trained, merge_adapters
 from fastattn.train.downstream import Task
 from fastattn.train.evaluate import evaluate
+from fastattn.train.examples import Example
 from fastattn.train.finetune import FinetuneConfig, finetune, load_finetuned, resumed_config
 from fastattn.train.optim import OptimConfig
 from fastattn.train.settings import TrainConfig
@@ -92,6 +96,21 @@ def test_it_starts_from_a_pre_trained_checkpoint(pretrained, tmp_path, objective
         torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
 
 
+def test_it_starts_from_a_folder_in_the_format_of_hugging_face(data, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "up", "down", "left", *map(str, range(8))]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    torch.manual_seed(3)
+    model = Encoder(dataclasses.replace(preset("bert-tiny", len(words)), width=32, layers=1, pooler=True))
+    save_pretrained(model, tmp_path / "bert", tokenizer=tokenizer)
+    config = settings(data, preset=None, pretrained=str(tmp_path / "bert"), method="frozen")
+    outcome = run(tmp_path / "run", config)
+    after = model_of(outcome).backbone.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in model.state_dict().items())
+    tokens = load_finetuned(outcome.checkpoint).task.features(Example("", {"text": "up 3", "label": "up"}))[0]["tokens"]
+    assert tokens == [2, 5, 11, 3]
+
+
 def test_a_fine_tuned_model_can_be_fine_tuned_for_another_task(data, prompts, pretrained, tmp_path):
     first = run(tmp_path / "a", settings(prompts, task="instruct", checkpoint=str(pretrained / "causal"), eval=prompts))
     second = run(tmp_path / "b", settings(data, checkpoint=str(tmp_path / "a"), method="frozen"))
@@ -157,8 +176,7 @@ def test_resuming_is_bit_for_bit(data, tmp_path, monkeypatch, method):
     ours, theirs = model_of(straight).state_dict(), model_of(resumed).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert straight.scores == resumed.scores
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("straight", "parts")]
-    losses = [[r["loss"] for r in map(json.loads, log) if "loss" in r] for log in logs]
+    losses = [logged(tmp_path / name) for name in ("straight", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
@@ -176,6 +194,32 @@ def stop_after(monkeypatch, steps):
         return real(self, model, batch)
 
     monkeypatch.setattr(Classify, "loss", loss)
+
+
+def logged(folder):
+    return [r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+@pytest.mark.parametrize("objective", ["masked", "span"])
+def test_objectives_train_alike_with_eager_attention(pretrained, tmp_path, objective):
+    losses = []
+    for attention in ("fastattn", "eager"):
+        train = TrainConfig(steps=12, batch=4, eval_rows=2, log_every=1)
+        config = RunConfig(
+            data=(str(pretrained / "text.txt"),), objective=objective, vocab_size=300, attention=attention, train=train
+        )
+        pretrain(tmp_path / attention, config, show_progress=False)
+        losses.append(logged(tmp_path / attention))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0][-1] < losses[0][0] - 0.2
+
+
+@pytest.mark.parametrize("task", ["classify", "instruct"])
+def test_tasks_train_alike_with_eager_attention(data, prompts, tmp_path, task):
+    path = data if task == "classify" else prompts
+    for attention in ("fastattn", "eager"):
+        run(tmp_path / attention, settings(path, task=task, eval=path, attention=attention))
+    losses = [logged(tmp_path / attention) for attention in ("fastattn", "eager")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0] != losses[0][:1] * 10
 
 
 def test_the_held_out_part_depends_on_the_examples_alone(data, tmp_path):
@@ -228,7 +272,7 @@ def test_evaluating_a_pre_trained_model(pretrained):
     ("changes", "words"),
     [
         ({"task": "sing"}, "task: got 'sing'"),
-        ({"preset": None}, "the start: got none; allowed: one of --checkpoint and --preset"),
+        ({"preset": None}, "the start: got none; allowed: one of --checkpoint, --pretrained and --preset"),
         ({"checkpoint": "x", "preset": "tiny"}, "the start: got --checkpoint and --preset"),
         ({"epochs": 0.0}, "epochs: got 0.0"),
         ({"steps": 0}, "steps: got 0"),
