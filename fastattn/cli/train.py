@@ -81,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = find_checkpoint(args.out) if args.resume else None
         config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
         outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
-        leads = ranks().leads
-    if leads:
-        print(outcome.summary())
+        if not ranks().leads:
+            return 0
+    print(outcome.summary())
     if outcome.progress.signal is None:
         return 0
-    if leads:
-        print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on there", file=sys.stderr)
+    print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
     return 128 + outcome.progress.signal

@@ -87,9 +87,16 @@ ALONE = Ranks()
 
 
 def ranks() -> Ranks:
-    """The processes of this run."""
+    """The processes of this run.
+
+    Raises:
+        InputError: ``torchrun`` started several, which have not joined and would overwrite each other's files.
+    """
     if dist.is_available() and dist.is_initialized():
         return Ranks(dist.get_rank(), dist.get_world_size())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        given = f"{os.environ['WORLD_SIZE']}, of processes that have not joined"
+        raise input_error("WORLD_SIZE", given, "1", "Train inside 'with fastattn.train.parallel.joined(device):'.")
     return ALONE
 
 

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 ranks.py CORPUS FOLDER
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -52,6 +53,32 @@ def half(folder):
     return Path(folder) / "checkpoints" / "step-00000003"
 
 
+def finetune(folder):
+    data = folder.with_suffix(".jsonl")
+    if ranks().leads:
+        lines = (
+            json.dumps({"text": f"{word} number {n}", "label": word}) for n in range(30) for word in ("cat", "dog")
+        )
+        data.write_text("".join(line + "\n" for line in lines))
+    ranks().wait()
+    flags = [
+        "--steps",
+        "3",
+        "--batch",
+        "4",
+        "--length",
+        "16",
+        "--eval-rows",
+        "4",
+        "--log-every",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    command = ["finetune", "--task", "classify", "--data", str(data), "--out", str(folder), "--preset", "encoder-tiny"]
+    assert main([*command, *flags, "--vocab-size", "300", "--quiet"]) == 0
+
+
 def run_all(corpus, folder):
     flags = [
         "--steps",
@@ -71,6 +98,7 @@ def run_all(corpus, folder):
     with joined(torch.device("cpu")):
         assert ranks().size == 2
         assert main([*run, "--parallel", "fsdp"]) == 0
+        finetune(folder / "finetuned")
         train(corpus, folder / "ddp", parallel="auto")
         train(corpus, folder / "ddp parts", micro_batch=1)
         train(corpus, folder / "fsdp", parallel="fsdp")

@@ -76,6 +76,18 @@ def test_the_command_trains_in_two_processes_and_writes_once(folder):
     assert files == {"model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json", "trainer.json"}
 
 
+def test_fine_tuning_in_two_processes(folder):
+    records = program.Log(folder / "finetuned" / "log.jsonl").records()
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    assert "accuracy" in (folder / "finetuned" / "scores.json").read_text()
+
+
+def test_processes_that_have_not_joined_are_refused(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"WORLD_SIZE: got 2, of processes that have not joined; .*parallel\.joined"):
+        make_trainer(tmp_path)
+
+
 def test_refusals(make_trainer, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="parallel: got 'fsdp' with one process"):
         make_trainer(tmp_path, parallel="fsdp")
