@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.rotary import apply_rotary
+
+__all__ = ["Rotary", "apply_rotary", "rotary_tables"]
 
 
 @dataclass(frozen=True)
@@ -94,31 +97,6 @@ def rotary_tables(
         frequencies = scaling.apply(frequencies)
     angles = positions.to(dtype)[..., None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair ``(a, b) = (x[i], x[i + D/2])`` to ``(a cos - b sin, a sin + b cos)``.
-
-    Computed in the precision of the tables and rounded once, to the dtype of ``x``.
-
-    Args:
-        x: queries or keys ``(B, S, H, D)``, or packed ``(T, H, D)``.
-        cos: ``(S, D / 2)`` or ``(B, S, D / 2)`` from ``rotary_tables``, as is ``sin``.
-        sin: likewise.
-
-    Returns:
-        a tensor like ``x``.
-
-    Example:
-        >>> import torch
-        >>> from fastattn.nn.rotary import apply_rotary, rotary_tables
-        >>> q = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16)
-        >>> apply_rotary(q, *rotary_tables(torch.arange(5), 64)).dtype
-        torch.bfloat16
-    """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Rotary(nn.Module):
