@@ -29,6 +29,8 @@ _CLEANING = ("kind", "quality", "min_words", "max_words", "duplicates", "persona
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from fastattn.data.quality import RULES
+
     text = (
         "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
         "repair encodings, drop bad and duplicate documents, mask personal data, learn a byte-level BPE and write "
@@ -45,11 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="fields of JSON objects or columns of tables that are the text; numbers are columns without a header",
     )  # fmt: skip
     parser.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="RULE",
-        help="quality rules to turn off, by their names in the report",
+        "--without", nargs="+", default=[], metavar="RULE", help=f"quality rules to turn off: {', '.join(RULES)}"
     )
     parser.add_argument("--raw", action="store_true", help="no cleaning at all: documents as they are")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that clean (default 1)")
