@@ -1,8 +1,8 @@
 """Run the CUDA kernels on a CPU: ``python csrc/emulator/emulate.py [--cases N] [--seed S] [--faults] [--build DIR]``.
 
 Compiles the kernels' own source with g++ against the emulated machine (machine.h) and runs every line of
-``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py, one at a time, each of which has
-to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
+``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and faults_backward.py, one at a
+time, each of which has to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from fault import Fault
+from faults import FAULTS
+from faults_backward import BACKWARD_FAULTS
 
-from fastattn.backends.cuda.instances import Tile, forward_tiles
+from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile, forward_tiles, keys_tiles, queries_tiles
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tensor_core", "forward_case", "main")
+COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "main")
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-Wall", "-Wextra", "-c")
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
+AnyLine = Tile | KeysTile | QueriesTile
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -38,13 +42,26 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-def compile_instance(tile: Tile, csrc: Path, target: Path, *options: str) -> Path:
-    numbers = ",".join(map(str, tile.numbers))
-    return compile_object(csrc / "emulator" / "forward_instance.cpp", target, f"-DFA_INSTANCE={numbers}", *options)
+def emulated_tiles(csrc: Path) -> list[AnyLine]:
+    """Every line of the table."""
+    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc)]
 
 
-def link(objects: Sequence[Path], target: Path) -> Path:
-    subprocess.run(["g++", *map(str, objects), "-o", str(target)], check=True)
+def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
+    """Every line, and the variants that docs/measured.md compares with it: dq staged in shared memory."""
+    lines = emulated_tiles(csrc)
+    staged = [tile for tile in lines if isinstance(tile, KeysTile) and tile.fused and not tile.softcap]
+    return [*((tile, ()) for tile in lines), *((tile, ("-DFA_STAGED=1",)) for tile in staged)]
+
+
+def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
+    direction = "forward" if isinstance(tile, Tile) else "backward"
+    line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
+    return compile_object(csrc / "emulator" / f"{direction}_instance.cpp", target, line, *options)
+
+
+def link(objects: Sequence[Path], target: Path, *options: str) -> Path:
+    subprocess.run(["g++", *options, *map(str, objects), "-o", str(target)], check=True)
     return target
 
 
@@ -67,20 +84,37 @@ class Emulator:
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(function, items))
 
-    def check_instance(self, tile: Tile, cases: int, seed: int) -> tuple[bool, str]:
+    def check_instance(self, tile: AnyLine, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
-        name = "forward_" + "_".join(map(str, tile.numbers))
-        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1")
+        name = "_".join([tile.macro.lower(), *map(str, tile.numbers), *options])
+        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1", *options)
         result = run(link([compiled, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, result.stdout + result.stderr
+
+    def build_library(self, tiles: Sequence[AnyLine], target: Path) -> Path:
+        """The C interface of these lines on the emulated machine (library.cpp): a shared library for host memory."""
+        folder = self.build / "library"
+        lines = [
+            compile_instance(tile, CSRC, folder / f"{number}.o", "-O1", "-fPIC") for number, tile in enumerate(tiles)
+        ]
+        parts = [
+            compile_object(CSRC / "emulator" / f"{name}.cpp", folder / f"{name}.o", "-O2", "-fPIC")
+            for name in (*COMMON[:-1], "library")
+        ]
+        return link([*lines, *parts], target, "-shared")
 
     def check_fault(self, fault: Fault) -> tuple[bool, str]:
         """Whether the machine reports ``fault``, and how."""
         folder = self.build / "faults" / "".join(c if c.isalnum() else "_" for c in fault.what)
         plant(fault, folder)
-        tile = next(tile for tile in forward_tiles(CSRC) if tile.numbers[:4] == fault.kernel)
+        lines = [(tile.macro, *tile.numbers) for tile in emulated_tiles(CSRC)]
+        tile = emulated_tiles(CSRC)[
+            next(i for i, line in enumerate(lines) if line[: len(fault.kernel)] == fault.kernel)
+        ]
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
-        compiled = compile_instance(tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY")
+        compiled = compile_instance(
+            tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
+        )
         result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
         is_reported = result.returncode == 1 and "FAILED" in result.stdout
         lines = (result.stdout + result.stderr).splitlines()
@@ -90,7 +124,7 @@ class Emulator:
 def plant(fault: Fault, folder: Path) -> None:
     """A copy of the headers in ``folder``, with the fault."""
     for path in CSRC.rglob("*"):
-        if path.suffix not in (".h", ".cuh") and path.name != "forward_instance.cpp":
+        if path.suffix not in (".h", ".cuh") and not path.name.endswith("_instance.cpp"):
             continue
         text = path.read_text()
         name = path.relative_to(CSRC).as_posix()
@@ -110,21 +144,24 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=5, help="random problems for each kernel (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem (default: 0)")
     parser.add_argument("--faults", action="store_true", help="also plant the faults of faults.py")
+    parser.add_argument("--only", default="", help="plant only faults whose description holds this")
     parser.add_argument("--build", type=Path, default=CSRC.parent / "build" / "emulator", help="where to build")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     options = parser.parse_args()
     emulator = Emulator(options.build, options.jobs)
-    numbered = list(enumerate(forward_tiles(CSRC)))  # every line has its own problems
+    numbered = list(enumerate(emulated_kernels(CSRC)))  # every kernel has its own problems
     results = emulator.map(
-        lambda line: emulator.check_instance(line[1], options.cases, options.seed + 1000 * line[0]), numbered
+        lambda line: emulator.check_instance(line[1][0], options.cases, options.seed + 1000 * line[0], *line[1][1]),
+        numbered,
     )
     print("".join(text for _, text in results), end="")
     is_good = all(ok for ok, _ in results)
     if options.faults:
-        found = emulator.map(lambda fault: emulator.check_fault(fault), FAULTS)
-        for fault, (is_reported, how) in zip(FAULTS, found, strict=True):
+        planted = [fault for fault in ALL_FAULTS if options.only in fault.what]
+        found = emulator.map(lambda fault: emulator.check_fault(fault), planted)
+        for fault, (is_reported, how) in zip(planted, found, strict=True):
             print(f"{'reported' if is_reported else 'MISSED  '}  {fault.what}: {how[:150]}")
-        print(f"{sum(ok for ok, _ in found)} of {len(FAULTS)} planted faults reported")
+        print(f"{sum(ok for ok, _ in found)} of {len(planted)} planted faults reported")
         is_good = is_good and all(ok for ok, _ in found)
     return 0 if is_good else 1
 

@@ -33,9 +33,13 @@ struct Report {
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
 
+// A whole grid, block after block in any order, until the first error.
+void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
+
 // Global memory that kernels may load from, and store to once. What TMA loads is bounded by its tensor map.
 void allow_global(void const* begin, size_t bytes);
 void forget_global();
+void trust_kernels();  // with all of global memory, from now on
 
 // ---- what follows is called by the kernel, through emulator/ptx.h ----------------------------------------------------
 struct Map {  // a tiled 4-D tensor map, 128-byte swizzle
@@ -63,9 +67,11 @@ void named_barrier(int barrier, int threads, bool wait);
 void set_registers(int registers, bool more);
 
 void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4]);
+void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier);
 void tma_store(Map const* map, uint32_t from, int const (&at)[4]);
 void tma_store_commit();
-void tma_store_wait(bool only_read);
+void tma_store_wait(bool only_read, int groups_left);
+void bulk_add(float* to, uint32_t from, uint32_t bytes);
 void fence_proxy_async();
 
 struct Wgmma {
@@ -84,6 +90,7 @@ void load_shared(uint32_t from, void* to, int bytes);
 
 bool may_load(void const* address, size_t bytes);  // global memory; reports if not
 bool may_store(void const* address, size_t bytes);
+bool may_add(void const* address, size_t bytes);
 
 uint16_t to_bf16(float x);
 uint16_t to_half(float x);

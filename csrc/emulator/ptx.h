@@ -38,12 +38,20 @@ inline void tma_prefetch(const TensorMap*) {}
 inline void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch, uint64) {
   emu::tma_load(to, map, barrier, {column, row, head, batch});
 }
+inline void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier) {
+  emu::bulk_load(to, from, bytes, barrier);
+}
 inline void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
   emu::tma_store(map, from, {column, row, head, batch});
 }
 inline void tma_store_commit() { emu::tma_store_commit(); }
-inline void tma_store_wait_read() { emu::tma_store_wait(true); }
-inline void tma_store_wait() { emu::tma_store_wait(false); }
+inline void tma_store_wait_read() { emu::tma_store_wait(true, 0); }
+inline void tma_store_wait() { emu::tma_store_wait(false, 0); }
+template <int GROUPS>
+void tma_store_wait_read_but() {
+  emu::tma_store_wait(true, GROUPS);
+}
+inline void bulk_add(float* to, uint32 from, uint32 bytes) { emu::bulk_add(to, from, bytes); }
 inline void fence_proxy_async() { emu::fence_proxy_async(); }
 
 inline bool is_half(Bf16) { return false; }
@@ -74,11 +82,14 @@ template <int REGISTERS>
 void give_registers() {
   emu::set_registers(REGISTERS, false);
 }
+inline void warp_sync() { emu::meet("syncwarp"); }
 inline void named_sync(int barrier, int threads) { emu::named_barrier(barrier, threads, true); }
 inline void named_arrive(int barrier, int threads) { emu::named_barrier(barrier, threads, false); }
 inline void block_sync() { emu::named_barrier(0, 0, true); }
 
 inline float negative_infinity() { return -INFINITY; }
+inline float positive_infinity() { return INFINITY; }
+inline float joined(float a, float b) { return std::fmin(a, b); }
 inline float shuffle_xor(float x, int mask) {
   uint32 bits;
   std::memcpy(&bits, &x, 4);
@@ -93,6 +104,11 @@ inline float log2_approx(float x) { return std::log2(x); }
 inline float reciprocal_approx(float x) { return 1.f / x; }
 inline uint32 pack(Bf16, float low, float high) { return emu::to_bf16(low) | uint32{emu::to_bf16(high)} << 16; }
 inline uint32 pack(F16, float low, float high) { return emu::to_half(low) | uint32{emu::to_half(high)} << 16; }
+
+inline float low(Bf16, uint32 packed) { return emu::decoder(false)[packed & 0xffff]; }
+inline float high(Bf16, uint32 packed) { return emu::decoder(false)[packed >> 16]; }
+inline float low(F16, uint32 packed) { return emu::decoder(true)[packed & 0xffff]; }
+inline float high(F16, uint32 packed) { return emu::decoder(true)[packed >> 16]; }
 
 inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   emu::Collected const& all = emu::meet("stmatrix", row, m0, m1, m2, m3);
@@ -109,6 +125,31 @@ inline Int4 load_shared(uint32 from) {
   Int4 v;
   emu::load_shared(from, &v, 16);
   return v;
+}
+inline void store_shared_float(uint32 to, float x) { emu::store_shared(to, &x, 4); }
+inline float load_shared_float(uint32 from) {
+  float x;
+  emu::load_shared(from, &x, 4);
+  return x;
+}
+struct alignas(8) Float2 {
+  float x, y;
+};
+inline Float2 load_shared_pair(uint32 from) {
+  Float2 v;
+  emu::load_shared(from, &v, 8);
+  return v;
+}
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+inline void store_shared_floats(uint32 to, Float4 v) { emu::store_shared(to, &v, 16); }
+struct alignas(16) Packed8 {
+  uint32 pair[4];
+};
+inline void add_global(float* to, Float4 v) {
+  if (!emu::may_add(to, 16)) return;
+  to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
 }
 template <class T>
 T load_global(T const* from) {
