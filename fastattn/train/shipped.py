@@ -59,6 +59,7 @@ class Result:
         model: scores of the model.
         examples: how many there are, "train" and "held out".
         seconds: that all of it took.
+        cpu_seconds: of all cores, which on a machine with other work is the fairer figure.
         samples: what the model says, beside what was expected.
         checkpoint: of the model.
     """
@@ -72,6 +73,7 @@ class Result:
     model: dict[str, float]
     examples: dict[str, int]
     seconds: float
+    cpu_seconds: float
     samples: list[dict[str, str]]
     checkpoint: str
 
@@ -90,7 +92,8 @@ class Result:
             theirs = f"{self.baseline[name]:9.4f}" if name in self.baseline else f"{'':>9}"
             lines.append(f"{name:<{width}}  {theirs}  {value:9.4f}" + ("  <- counts" if name == self.metric else ""))
         facts: dict[str, object] = {f"examples, {name}": count for name, count in self.examples.items()}
-        facts |= {"seconds": round(self.seconds, 1), "checkpoint": self.checkpoint}
+        facts |= {"seconds": round(self.seconds, 1), "seconds of CPU": round(self.cpu_seconds, 1)}
+        facts["checkpoint"] = self.checkpoint
         lines += ["", aligned(facts)]
         if self.samples:
             lines += ["", "expected: answered"]
@@ -135,6 +138,7 @@ class _Place:
     steps: int | None
     show_progress: bool
     began: float = dataclasses.field(default_factory=time.perf_counter)
+    cpu_began: float = dataclasses.field(default_factory=time.process_time)
 
     def write(self, name: str, records: Records) -> str:
         """Records as a .jsonl file in the folder; its path."""
@@ -157,8 +161,9 @@ class _Place:
             raise KeyboardInterrupt
         return outcome
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
+    def seconds(self) -> dict[str, float]:
+        """What it took so far, by the fields of ``Result``."""
+        return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began}
 
 
 def _training(steps: int, batch: int, lr: float) -> TrainConfig:
@@ -313,8 +318,8 @@ def _judged(
 ) -> Result:  # fmt: skip
     return Result(
         name=name, question=question, baseline_is=baseline_is, metric=metric, greater_is_better=greater_is_better,
-        baseline=baseline, model=scores, examples=examples, seconds=place.seconds(), samples=samples,
-        checkpoint=str(checkpoint.folder),
+        baseline=baseline, model=scores, examples=examples, samples=samples,
+        checkpoint=str(checkpoint.folder), **place.seconds(),
     )  # fmt: skip
 
 
