@@ -166,9 +166,9 @@ class _Place:
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began}
 
 
-def _training(steps: int, batch: int, lr: float) -> TrainConfig:
+def _training(steps: int, batch: int, lr: float, final_lr: float = 0.05) -> TrainConfig:
     """Settings for a short training from nothing."""
-    optim = OptimConfig(lr=lr, final_lr=0.05, weight_decay=0.1)
+    optim = OptimConfig(lr=lr, final_lr=final_lr, weight_decay=0.1)
     return TrainConfig(steps=steps, batch=batch, eval_rows=128, log_every=20, keep=1, optim=optim)
 
 
@@ -200,7 +200,6 @@ def _classify(place: _Place) -> Result:
 
 
 _WORDS = 16  # of a function that are read
-_COPIED = 4  # of them that the model first learns to repeat
 
 
 def _summarise(place: _Place) -> Result:
@@ -215,15 +214,15 @@ def _summarise(place: _Place) -> Result:
     copying = place.finetune(
         "copying",
         FinetuneConfig(
-            task="seq2seq", data=place.write("copying", _copies(train, sources[0])), preset="tiny", vocab_size=2048,
-            held_out=0.01, length=48, train=_training(320, 64, 3e-3),
+            task="seq2seq", data=place.write("copying", _copies(train, sources[0])), preset="mini", vocab_size=2048,
+            held_out=0.01, length=48, train=_training(340, 64, 3e-3, final_lr=0.3),
         ),
     )  # fmt: skip
     outcome = place.finetune(
         "run",
         FinetuneConfig(
             task="seq2seq", data=data, eval=eval_data, checkpoint=str(copying.checkpoint.folder), length=48,
-            train=_training(600, 64, 2e-3),
+            train=_training(550, 64, 3e-3),
         ),
     )  # fmt: skip
     count = _best_count(train)
@@ -245,15 +244,12 @@ def _function_words(item: Summary) -> str:
 
 
 def _copies(train: Sequence[Summary], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Pieces of the training text to be repeated, and functions of which the first words are.
-
-    Repeating what it reads is what a model has to learn before it can name anything in a summary.
-    """
+    """Pieces of the training text to be repeated: what a model has to learn before it can name anything it reads."""
     draw = random.Random(0)
-    records = [{"source": text, "target": " ".join(text.split()[:_COPIED])} for text in sources]
-    for text in [*sources, *(item.summary for item in train)]:
+    records = []
+    for text in [*sources, *sources, *sources, *(item.summary for item in train)]:
         parts = text.split()
-        count = draw.randint(3, 8)
+        count = draw.randint(3, 10)
         start = draw.randrange(max(1, len(parts) - count))
         piece = " ".join(parts[start : start + count])
         records.append({"source": piece, "target": piece})

@@ -23,7 +23,7 @@ PROMPTS = [{"prompt": f"say {word}: ", "response": word.upper()} for word in ("u
 @pytest.fixture(autouse=True, scope="module")
 def smaller_presets(smaller_tiny):
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("encoder-tiny", "seq2seq-tiny"):
+        for name in ("encoder-tiny", "seq2seq-mini", "seq2seq-tiny"):
             patch.setitem(PRESETS, name, PRESETS[name] | {"width": 32, "layers": 1, "heads": 2})
         yield
 
@@ -150,7 +150,7 @@ def test_objectives_of_train(tmp_path, capsys):
     command = ["train", "--data", tmp_path, "--out", tmp_path / "x", "--objective", "span", "--quiet"]
     fails(
         capsys, [*command, "--preset", "bert-tiny"],
-        "preset: got 'bert-tiny'; allowed: seq2seq-tiny, .* A model of kind encoder-decoder is needed",
+        "preset: got 'bert-tiny'; allowed: seq2seq-mini, .* A model of kind encoder-decoder is needed",
     )  # fmt: skip
 
 
