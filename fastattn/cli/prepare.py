@@ -88,6 +88,7 @@ def _told(folder: Path, documents: dict[str, int], tokens: dict[str, int], vocab
     report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} documents, {tokens[name]:,} tokens" for name in documents]
     lines = [report.table(), "", *sizes, f"vocabulary: {vocab_size:,}"]
-    return "\n".join(
-        [*lines, f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]
-    )
+    if report.settings["steps"] and "mojibake" not in report.settings["steps"]:
+        lines.append("mojibake was not repaired: the package 'ftfy' is missing, pip install 'fastattn[data]'")
+    lines += [f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]
+    return "\n".join(lines)
