@@ -8,11 +8,13 @@ are left outside of the P V product that should hide them. ``--options`` passes 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,8 +161,9 @@ def main() -> int:
         return 2
     print(f"{'kernel':<44} registers  HGMMA  exp under/after P V  verdict")
     is_good = True
-    for instance in instances:
-        facts, found = check(instance, options.build, cuobjdump)
+    with ThreadPoolExecutor(options.jobs or os.cpu_count()) as pool:
+        checked = list(pool.map(lambda instance: check(instance, options.build, cuobjdump), instances))
+    for instance, (facts, found) in zip(instances, checked, strict=True):
         is_good = is_good and not found
         under, after = facts.exponentials
         verdict = "; ".join(found) or "ok"

@@ -11,7 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,13 +76,14 @@ class Emulator:
     def __init__(self, build: Path, jobs: int) -> None:
         self.build = build
         self.jobs = jobs
-        self.common = self.map(
-            lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON
+        self.common = list(
+            self.map(lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON)
         )
 
-    def map(self, function: Callable, items: Sequence) -> list:
+    def map(self, function: Callable, items: Sequence) -> Iterator:
+        """The results in order, each as soon as it is there."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(function, items))
+            yield from pool.map(function, items)
 
     def check_instance(self, tile: AnyLine, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
@@ -154,15 +155,18 @@ def main() -> int:
         lambda line: emulator.check_instance(line[1][0], options.cases, options.seed + 1000 * line[0], *line[1][1]),
         numbered,
     )
-    print("".join(text for _, text in results), end="")
-    is_good = all(ok for ok, _ in results)
+    is_good = True
+    for ok, text in results:
+        print(text, end="", flush=True)
+        is_good = is_good and ok
     if options.faults:
         planted = [fault for fault in ALL_FAULTS if options.only in fault.what]
-        found = emulator.map(lambda fault: emulator.check_fault(fault), planted)
-        for fault, (is_reported, how) in zip(planted, found, strict=True):
-            print(f"{'reported' if is_reported else 'MISSED  '}  {fault.what}: {how[:150]}")
-        print(f"{sum(ok for ok, _ in found)} of {len(planted)} planted faults reported")
-        is_good = is_good and all(ok for ok, _ in found)
+        reported = 0
+        for fault, (ok, how) in zip(planted, emulator.map(emulator.check_fault, planted), strict=True):
+            print(f"{'reported' if ok else 'MISSED  '}  {fault.what}: {how[:150]}", flush=True)
+            reported += ok
+        print(f"{reported} of {len(planted)} planted faults reported")
+        is_good = is_good and reported == len(planted)
     return 0 if is_good else 1
 
 
