@@ -123,6 +123,7 @@ FA_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 FA_DEVICE void block_sync() { __syncthreads(); }
+FA_DEVICE void warp_sync() { __syncwarp(); }
 FA_DEVICE void named_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -133,6 +134,7 @@ FA_DEVICE void named_arrive(int barrier, int threads) {
 // ---- data ----------------------------------------------------------------------------------------------------------
 FA_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
 FA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+FA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 FA_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 FA_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FA_DEVICE float exp2_approx(float x) {
@@ -166,7 +168,7 @@ FA_DEVICE void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint3
                "r"(m3)
                : "memory");
 }
-struct Int4 {
+struct alignas(16) Int4 {
   int x, y, z, w;
 };
 FA_DEVICE void store_shared(uint32 to, Int4 v) {  // 16 bytes, aligned
@@ -177,6 +179,15 @@ FA_DEVICE Int4 load_shared(uint32 from) {  // volatile: read again rather than k
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
   return v;
 }
+struct alignas(8) Float2 {
+  float x, y;
+};
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+struct alignas(8) Packed4 {  // four 16-bit numbers in pairs
+  uint32 pair[2];
+};
 template <class T>
 FA_DEVICE T load_global(T const* from) {
   return *from;
