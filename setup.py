@@ -72,7 +72,7 @@ class BuildCuda(build_ext):
         try:
             folder = Path(self.build_temp, "cuda")
             target = Path(self.get_ext_fullpath(ext.name))
-            build.build_library(folder, target, CSRC, instances.forward_instances(CSRC))
+            build.build_library(folder, target, CSRC, instances.library_instances(CSRC))
         except build.BuildError as error:
             if os.environ.get("FASTATTN_BUILD_CUDA") == "1":
                 sys.exit(f"fastattn: {error}")

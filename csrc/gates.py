@@ -18,7 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastattn.backends.cuda.build import BuildError, build, find_nvcc
-from fastattn.backends.cuda.instances import Instance, forward_instances
+from fastattn.backends.cuda.instances import (
+    DecodeTile,
+    Instance,
+    KeysTile,
+    QueriesTile,
+    Tile,
+    backward_instances,
+    decode_instances,
+    forward_instances,
+)
 
 CSRC = Path(__file__).parent
 HARMLESS = {"C7519"}
@@ -73,8 +82,25 @@ def exponentials(instructions: Sequence[tuple[str, str]]) -> tuple[int, int]:
 
 
 def expected_products(instance: Instance) -> int:
-    """Tensor-core instructions: both products, before the loop or after it, and in it."""
-    return 2 * (instance.tile.d_qk // 16 + instance.tile.block_n // 16)
+    """Tensor-core instructions: both products of a forward pass (decoding too), before the loop or after it, and in it. Those of a
+    backward pass stand in its loop alone, and twice where one consumer sums dv, the other dk."""
+    tile = instance.tile
+    if isinstance(tile, KeysTile):
+        scores, dp, sums = tile.d_qk // 16, tile.d_v // 16, 2 * tile.block_m // 16
+        return scores * (2 if tile.is_split else 1) + dp + sums + (tile.block_n // 16 if tile.fused else 0)
+    assert isinstance(tile, (Tile, QueriesTile, DecodeTile))
+    if isinstance(tile, QueriesTile):
+        return (tile.d_qk + tile.d_v + tile.block_n) // 16
+    return 2 * (tile.d_qk // 16 + tile.block_n // 16)
+
+
+def expected_exponentials(instance: Instance) -> int:
+    """How many a thread has to compute under a product, at least: those of its scores, but those of softcap's tanh."""
+    tile = instance.tile
+    if isinstance(tile, (Tile, DecodeTile)):
+        return tile.block_n // 2
+    # The kernel of the keys needs no hold, its next product waits for the weights; with softcap there is no hold.
+    return tile.block_n // 2 if isinstance(tile, QueriesTile) and not tile.softcap else 0
 
 
 def faults(instance: Instance, facts: Facts) -> list[str]:
@@ -87,7 +113,8 @@ def faults(instance: Instance, facts: Facts) -> list[str]:
         found.append(f"ptxas warns: {', '.join(facts.warnings)}")
     if facts.products != expected_products(instance):
         found.append(f"{facts.products} HGMMA instead of {expected_products(instance)}")
-    if after or under < instance.tile.block_n // 2:
+    expected = expected_exponentials(instance)
+    if expected and (after or under < expected):
         found.append(f"{after} exponentials after P V, {under} under it")
     return found
 
@@ -123,7 +150,7 @@ def main() -> int:
     options = parser.parse_args()
     instances = [
         instance
-        for instance in forward_instances(CSRC)
+        for instance in [*forward_instances(CSRC), *backward_instances(CSRC), *decode_instances(CSRC)]
         if not options.names or any(name in instance.name for name in options.names)
     ]
     try:

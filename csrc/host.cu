@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "launch.h"
+#include "sm90/backward_traits.h"
 
 namespace fa {
 
@@ -48,20 +49,24 @@ static bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_row
 }
 
 // K and V as far as some query keeps them: what lies outside of the map arrives as zeros.
-static View kept_rows(void const* data, int64 columns, ForwardParams const& p, Strides const& strides, int64 batch) {
+template <class Params>
+static View kept_rows(void const* data, int64 columns, Params const& p, Strides const& strides, int64 batch) {
   char const* const first = static_cast<char const*>(data) + p.key_begin * strides.row * 2;
   return {first, columns, p.key_end - p.key_begin, p.heads_kv, batch, strides};
 }
 
-static char const* make_maps(ForwardParams const& p, int block_m, int block_n, sm90::ForwardArgs& args) {
+// A result: contiguous, (batch, row, head, column).
+static View contiguous(void const* data, int64 columns, int64 rows, int64 heads, int64 batch) {
+  return {data, columns, rows, heads, batch, {rows * heads * columns, heads * columns, columns}};
+}
+
+// Those of q, k and v, which both passes read.
+template <class Params, class Args>
+static char const* make_input_maps(Params const& p, int block_m, int block_n, Args& args) {
   if (!encoder()) return "the driver has no cuTensorMapEncodeTiled: it is missing, or older than CUDA 12";
   int64 const batch = p.cu_seqlens_q ? 1 : p.batch;
-  Strides const out = {p.seqlen_q * p.heads_q * p.head_dim_v, p.heads_q * p.head_dim_v, p.head_dim_v};
   if (!encode(args.q, {p.q, p.head_dim_qk, p.seqlen_q, p.heads_q, batch, p.q_strides}, p.dtype, block_m)) {
     return "the tensor map of q was refused: check its address and strides";
-  }
-  if (!encode(args.out, {p.out, p.head_dim_v, p.seqlen_q, p.heads_q, batch, out}, p.dtype, 64)) {
-    return "the tensor map of out was refused: check its address";
   }
   args.k = args.v = args.q;  // where no key is kept, nothing is loaded
   if (p.key_begin == p.key_end) return nullptr;
@@ -70,6 +75,46 @@ static char const* make_maps(ForwardParams const& p, int block_m, int block_n, s
   }
   if (!encode(args.v, kept_rows(p.v, p.head_dim_v, p, p.v_strides, batch), p.dtype, block_n)) {
     return "the tensor map of v was refused: check its address and strides";
+  }
+  return nullptr;
+}
+
+static char const* make_maps(ForwardParams const& p, int block_m, int block_n, sm90::ForwardArgs& args) {
+  if (char const* wrong = make_input_maps(p, block_m, block_n, args)) return wrong;
+  int64 const batch = p.cu_seqlens_q ? 1 : p.batch;
+  return encode(args.out, contiguous(p.out, p.head_dim_v, p.seqlen_q, p.heads_q, batch), p.dtype, 64)
+             ? nullptr
+             : "the tensor map of out was refused: check its address";
+}
+
+static char const* make_backward_maps(BackwardParams const& p, int block_m, int block_n, sm90::BackwardArgs& args) {
+  if (char const* wrong = make_input_maps(p, block_m, block_n, args)) return wrong;
+  int64 const batch = p.cu_seqlens_q ? 1 : p.batch;
+  if (!encode(args.dout, {p.dout, p.head_dim_v, p.seqlen_q, p.heads_q, batch, p.dout_strides}, p.dtype, block_m)) {
+    return "the tensor map of dout was refused: check its address and strides";
+  }
+  args.dq = args.dk = args.dv = args.q;  // what is not wanted is not written
+  if (p.dq && !encode(args.dq, contiguous(p.dq, p.head_dim_qk, p.seqlen_q, p.heads_q, batch), p.dtype, 64)) {
+    return "the tensor map of dq was refused: check its address";
+  }
+  if (p.dk && !encode(args.dk, contiguous(p.dk, p.head_dim_qk, p.seqlen_kv, p.heads_kv, batch), p.dtype, 64)) {
+    return "the tensor map of dk was refused: check its address";
+  }
+  if (p.dv && !encode(args.dv, contiguous(p.dv, p.head_dim_v, p.seqlen_kv, p.heads_kv, batch), p.dtype, 64)) {
+    return "the tensor map of dv was refused: check its address";
+  }
+  return nullptr;
+}
+
+// Those of the caches: one box never leaves a page.
+static char const* make_decode_maps(DecodeParams const& p, sm90::DecodeArgs& args) {
+  if (!encoder()) return "the driver has no cuTensorMapEncodeTiled: it is missing, or older than CUDA 12";
+  int const rows = static_cast<int>(p.box_rows);
+  if (!encode(args.k, {p.k_cache, p.head_dim_qk, p.page_size, p.heads_kv, p.pages, p.k_strides}, p.dtype, rows)) {
+    return "the tensor map of k_cache was refused: check its address and strides";
+  }
+  if (!encode(args.v, {p.v_cache, p.head_dim_v, p.page_size, p.heads_kv, p.pages, p.v_strides}, p.dtype, rows)) {
+    return "the tensor map of v_cache was refused: check its address and strides";
   }
   return nullptr;
 }
@@ -84,7 +129,6 @@ static char const* make_maps(ForwardParams const& p, int block_m, int block_n, s
   extern template char const* launch_forward<FA_TRAITS(F16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int,          \
                                                                           cudaStream_t);
 #include "instances.inc"
-#undef FORWARD
 
 static char const* launch(ForwardParams const& p, int blocks) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
@@ -95,40 +139,140 @@ static char const* launch(ForwardParams const& p, int blocks) {
                : launch_forward<FA_TRAITS(Bf16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>(p, make_maps, blocks, stream); \
   }
 #include "instances.inc"
-#undef FORWARD
   return "no kernel holds these head dims";
 }
 
+#define FA_KEYS_TRAITS(T, QK, V, SOFTCAP, M, N, STAGES, FUSED) \
+  sm90::KeysTraits<sm90::T, QK, V, SOFTCAP != 0, M, N, STAGES, FUSED != 0>
+#define FA_QUERIES_TRAITS(T, QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
+  sm90::QueriesTraits<sm90::T, QK, V, SOFTCAP != 0, N, K_STAGES, V_STAGES>
+#define FA_EXTERN(LAUNCH, TRAITS) \
+  extern template char const* LAUNCH<TRAITS>(BackwardParams const&, MakeBackwardMaps, cudaStream_t);
+
+extern template char const* launch_rows<sm90::Bf16>(BackwardParams const&, cudaStream_t);
+extern template char const* launch_rows<sm90::F16>(BackwardParams const&, cudaStream_t);
+#define KEYS(...)                                              \
+  FA_EXTERN(launch_keys, FA_KEYS_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN(launch_keys, FA_KEYS_TRAITS(F16, __VA_ARGS__))
+#define QUERIES(...)                                                 \
+  FA_EXTERN(launch_queries, FA_QUERIES_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN(launch_queries, FA_QUERIES_TRAITS(F16, __VA_ARGS__))
+#include "instances.inc"
+
+// dk and dv; with dq_sums also dq, by the kernel for whose head dim they were made.
+static char const* launch_for_keys(BackwardParams const& p, cudaStream_t stream) {
+#define KEYS(QK, V, SOFTCAP, M, N, STAGES, FUSED)                                                                       \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) {      \
+    return p.dtype == kFloat16                                                                                          \
+               ? launch_keys<FA_KEYS_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream)   \
+               : launch_keys<FA_KEYS_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream); \
+  }
+#include "instances.inc"
+  return "no kernel holds these head dims";
+}
+
+static char const* launch_for_queries(BackwardParams const& p, cudaStream_t stream) {
+#define QUERIES(QK, V, SOFTCAP, N, K_STAGES, V_STAGES)                                                                  \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
+    return p.dtype == kFloat16 ? launch_queries<FA_QUERIES_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(         \
+                                     p, make_backward_maps, stream)                                                     \
+                               : launch_queries<FA_QUERIES_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(        \
+                                     p, make_backward_maps, stream);                                                    \
+  }
+#include "instances.inc"
+  return "no kernel holds these head dims";
+}
+
+static char const* launch(BackwardParams const& p) {
+  auto const stream = static_cast<cudaStream_t>(p.stream);
+  char const* wrong = p.dtype == kFloat16 ? launch_rows<sm90::F16>(p, stream) : launch_rows<sm90::Bf16>(p, stream);
+  if (!wrong && p.dk) wrong = launch_for_keys(p, stream);
+  if (!wrong && p.dq && !p.dq_sums) wrong = launch_for_queries(p, stream);
+  return wrong;
+}
+
+#define FA_DECODE_TRAITS(T, QK, V, SOFTCAP, N, STAGES) sm90::DecodeTraits<sm90::T, QK, V, SOFTCAP != 0, N, STAGES>
+#define FA_EXTERN_DECODE(TRAITS) \
+  extern template char const* launch_decode<TRAITS>(DecodeParams const&, MakeDecodeMaps, cudaStream_t);
+
+extern template char const* launch_combine<sm90::Bf16>(DecodeParams const&, cudaStream_t);
+extern template char const* launch_combine<sm90::F16>(DecodeParams const&, cudaStream_t);
+#define DECODE(...)                                  \
+  FA_EXTERN_DECODE(FA_DECODE_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN_DECODE(FA_DECODE_TRAITS(F16, __VA_ARGS__))
+#include "instances.inc"
+
+static char const* launch_splits(DecodeParams const& p, cudaStream_t stream) {
+#define DECODE(QK, V, SOFTCAP, N, STAGES)                                                                               \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
+    return p.dtype == kFloat16                                                                                          \
+               ? launch_decode<FA_DECODE_TRAITS(F16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream)           \
+               : launch_decode<FA_DECODE_TRAITS(Bf16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream);         \
+  }
+#include "instances.inc"
+  return "no kernel holds these head dims";
+}
+
+static char const* launch(DecodeParams const& p) {
+  auto const stream = static_cast<cudaStream_t>(p.stream);
+  char const* const wrong = launch_splits(p, stream);
+  if (wrong || p.splits == 1) return wrong;
+  return p.dtype == kFloat16 ? launch_combine<sm90::F16>(p, stream) : launch_combine<sm90::Bf16>(p, stream);
+}
+
+static char const* launch(ForwardParams const& p) {
+  int multiprocessors = static_cast<int>(p.blocks);
+  if (!multiprocessors) {
+    cudaError_t const error =
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(p.device));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  return launch(p, multiprocessors);
+}
+
 // Runs with the problem's device current, and leaves the device as it was.
-static char const* forward_on_device(ForwardParams const& p) {
-  int before = 0, multiprocessors = 0;
+template <class Params>
+static char const* launch_on_device(Params const& p) {
+  int before = 0;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(p.device));
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, static_cast<int>(p.device));
-  }
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  char const* const wrong = launch(p, p.blocks ? static_cast<int>(p.blocks) : multiprocessors);
+  char const* const wrong = launch(p);
   cudaSetDevice(before);
   return wrong;
+}
+
+// 0, or 1 with the reason in `error`.
+template <class Params>
+static int run(Params const* params, int64 version, char* error, long long error_bytes) {
+  char const* wrong = nullptr;
+  if (params->version != version) {
+    wrong = "the caller was written for another version of this library";
+  } else if (params->batch > 0 && params->seqlen_q > 0) {
+    wrong = launch_on_device(*params);
+  }
+  if (wrong) std::snprintf(error, static_cast<size_t>(error_bytes), "%s", wrong);
+  return wrong != nullptr;
 }
 
 }  // namespace fa
 
 #define FA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the caller's struct has to be like.
+// What the caller's structs have to be like.
 FA_EXPORT long long fa_forward_version() { return fa::kForwardVersion; }
 FA_EXPORT long long fa_forward_bytes() { return sizeof(fa::ForwardParams); }
+FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }
+FA_EXPORT long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
+FA_EXPORT long long fa_decode_version() { return fa::kDecodeVersion; }
+FA_EXPORT long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
 
-// 0, or 1 with the reason in `error`.
 FA_EXPORT int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {
-  char const* wrong = nullptr;
-  if (params->version != fa::kForwardVersion) {
-    wrong = "the caller was written for another version of this library";
-  } else if (params->batch > 0 && params->seqlen_q > 0) {
-    wrong = fa::forward_on_device(*params);
-  }
-  if (wrong) std::snprintf(error, static_cast<size_t>(error_bytes), "%s", wrong);
-  return wrong != nullptr;
+  return fa::run(params, fa::kForwardVersion, error, error_bytes);
+}
+FA_EXPORT int fa_backward(fa::BackwardParams const* params, char* error, long long error_bytes) {
+  return fa::run(params, fa::kBackwardVersion, error, error_bytes);
+}
+FA_EXPORT int fa_decode(fa::DecodeParams const* params, char* error, long long error_bytes) {
+  return fa::run(params, fa::kDecodeVersion, error, error_bytes);
 }

@@ -29,6 +29,11 @@ FA_EVERYWHERE Band make_band(int left, int right, bool lower_right, int s_q, int
   return {left, right, lower_right ? s_kv - s_q : 0, s_q, s_kv};
 }
 
+// The same band seen from the keys: keep(i, j) of one is keep(j, i) of the other.
+FA_EVERYWHERE Band transposed(Band const& band) {
+  return {band.right, band.left, -band.diagonal, band.s_kv, band.s_q};
+}
+
 // The smallest range of keys outside which rows i0 .. i1 - 1 keep nothing.
 FA_EVERYWHERE Range tile_range(Band const& band, int i0, int i1) {
   Range const keys = {larger(0, i0 + band.diagonal - band.left),

@@ -14,7 +14,7 @@ using uint32 = unsigned int;
 using uint16 = unsigned short;
 using uint8 = unsigned char;
 
-constexpr int64 kForwardVersion = 1;
+constexpr int64 kForwardVersion = 1, kBackwardVersion = 1;
 
 // Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
 constexpr int32 kUnbounded = 1 << 29;
@@ -56,6 +56,56 @@ struct ForwardParams {
   int64 device;                 // CUDA device index
   int64 blocks;                 // persistent blocks, 0 for one on each multiprocessor
   void* stream;                 // cudaStream_t
+};
+
+// Rows of the backward pass's own tensors are padded: a dense sequence to a multiple of this, and in a packed batch
+// sequence n begins at the multiple below cu_seqlens[n] + n * kPaddedRows. So a tile never holds two sequences.
+constexpr int32 kPaddedRows = 128;
+
+struct BackwardParams {
+  int64 version;  // kBackwardVersion
+  // What the forward pass was given and gave. out, lse and dlse are contiguous, shaped as there.
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* out;
+  const void* dout;
+  const float* lse;
+  const float* dlse;            // null if lse has no gradient
+  const float* sinks;           // null if there are none, or their gradient is not wanted
+  const int32* cu_seqlens_q;
+  const int32* cu_seqlens_kv;
+  // Gradients, contiguous. Null if not wanted; dk and dv come together. dsinks is (B, H_q): of each sequence.
+  void* dq;
+  void* dk;
+  void* dv;
+  float* dsinks;
+  // The pass's own tensors: lse in base 2 (+inf for a row that keeps nothing or does not exist: its weights are then
+  // 0) and rowsum(dout * out) - dlse, (B, H_q, padded_q) or packed (H_q, padded_q); and, if one kernel is to compute
+  // all three gradients, sums for dq in fp32 of sum_columns columns for each padded row, else null.
+  float* lse_log2;
+  float* delta;
+  float* dq_sums;
+  Strides q_strides, k_strides, v_strides, dout_strides;
+  int64 sinks_batch_stride;
+  int64 dtype;
+  int64 batch;
+  int64 heads_q, heads_kv;
+  int64 head_dim_qk, head_dim_v;
+  int64 seqlen_q, seqlen_kv;
+  int64 padded_q, padded_kv;    // rows with padding, of each sequence; packed: of all of them
+  int64 sum_columns;            // head dim of the kernel that fills dq_sums; 0 without
+  int64 key_begin, key_end;
+  int64 left, right;
+  int64 lower_right;
+  int64 has_softcap;
+  double scale;                 // of q k^T
+  double scale_log2;
+  double cap_scale;
+  int64 heads_per_pass;         // query heads worked on together where keys stream: their K and V stay in L2
+  int64 kv_heads_per_pass;      // K/V heads worked on together where queries stream: their Q and dout stay in L2
+  int64 device;
+  void* stream;
 };
 
 constexpr int64 kDecodeVersion = 1;

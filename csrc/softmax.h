@@ -19,13 +19,15 @@ struct RowState {   // of a thread's two rows
 
 // Scores become tanh(cap_scale * score), by an exponential and a reciprocal: tanh.approx is good to 2^-11 only, which
 // softcap would multiply.
+FA_DEVICE float capped(float score, float cap_scale) {
+  float const e = exp2_approx(score * (2 * kLog2E * cap_scale));
+  return multiply_add(-2.f, reciprocal_approx(e + 1.f), 1.f);
+}
+
 template <int N>
 FA_DEVICE void cap_scores(float (&scores)[N], float cap_scale) {
   FA_UNROLL
-  for (int i = 0; i < N; ++i) {
-    float const e = exp2_approx(scores[i] * (2 * kLog2E * cap_scale));
-    scores[i] = multiply_add(-2.f, reciprocal_approx(e + 1.f), 1.f);
-  }
+  for (int i = 0; i < N; ++i) scores[i] = capped(scores[i], cap_scale);
 }
 
 // Scores of keys outside of what a thread's two rows keep become -inf. `column` is this thread's first.

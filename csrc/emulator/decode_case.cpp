@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <random>
 
 namespace fa::emu {
 
@@ -18,12 +17,6 @@ std::vector<DecodeInstance>& decode_instances() {
 }
 
 // ---- cases -----------------------------------------------------------------------------------------------------------
-struct Random {
-  std::mt19937 engine;
-  int between(int low, int high) { return low + static_cast<int>(engine() % static_cast<unsigned>(high - low + 1)); }
-  bool one_in(int n) { return engine() % static_cast<unsigned>(n) == 0; }
-};
-
 static int random_queries(Random& random, int group) {
   if (random.one_in(2)) return 1;
   return random.between(1, random.one_in(4) ? 1 + 150 / group : 6);
@@ -36,7 +29,7 @@ static int random_keys(Random& random, int page_size) {
   return random.between(1, random.one_in(4) ? 1100 : 400);
 }
 
-DecodeCase random_case(DecodeInstance const& instance, uint32_t seed) {
+DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   static int const kPageSizes[] = {1, 2, 4, 8, 16, 24, 64, 72, 100, 128, 256};
   Random random{std::mt19937(seed)};
   DecodeCase c{};
@@ -44,8 +37,8 @@ DecodeCase random_case(DecodeInstance const& instance, uint32_t seed) {
   c.batch = random.between(1, 4);
   c.heads_kv = random.between(1, 2);
   c.group = random.one_in(3) ? 1 : random.one_in(12) ? random.between(65, 70) : random.between(2, 9);
-  c.d_qk = random.one_in(2) ? instance.d_qk : random.between(1, instance.d_qk / 8) * 8;
-  c.d_v = random.one_in(2) ? instance.d_v : random.between(1, instance.d_v / 8) * 8;
+  c.d_qk = random.one_in(2) ? shape.d_qk : random.between(1, shape.d_qk / 8) * 8;
+  c.d_v = random.one_in(2) ? shape.d_v : random.between(1, shape.d_v / 8) * 8;
   c.is_packed = random.one_in(2);
   bool const is_contiguous = random.one_in(3);
   c.has_table = !is_contiguous || random.one_in(3);
@@ -68,7 +61,7 @@ DecodeCase random_case(DecodeInstance const& instance, uint32_t seed) {
   c.left = random.one_in(3) ? random.between(0, random.one_in(2) ? 4 : 500) : -1;
   c.right = random.one_in(4) ? -1 : random.one_in(4) ? random.between(1, 100) : 0;
   c.scale = random.between(1, 4) / std::sqrt(c.d_qk);
-  c.softcap = instance.has_softcap ? random.between(1, 8) : 0;
+  c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
   c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
   c.splits = random.one_in(3) ? 1 : random.one_in(10) ? random.between(33, 70) : random.between(2, 5);
   return c;
@@ -85,31 +78,9 @@ std::string describe(DecodeCase const& c) {
          std::to_string(c.sinks) + ", splits " + std::to_string(c.splits);
 }
 
-// ---- tensors ---------------------------------------------------------------------------------------------------------
-struct Tensor {  // 16-bit, (batch or page, row, head, column) with strides in elements
-  std::vector<uint16_t> storage;
-  uint16_t* data;
-  int batch, rows, heads, columns;
-  Strides strides;
-  uint16_t& at(int b, int row, int head, int column) {
-    return data[b * strides.batch + row * strides.row + head * strides.head + column];
-  }
-};
-
-static Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first, int padding, uint16_t fill) {
-  Tensor t;
-  t.batch = batch, t.rows = rows, t.heads = heads, t.columns = columns;
-  int64 const width = columns + 8 * padding;
-  t.strides = heads_first ? Strides{heads * rows * width, width, rows * width}
-                          : Strides{rows * heads * width, heads * width, width};
-  t.storage.assign(static_cast<size_t>(batch * rows * heads * width + 16), fill);
-  auto const address = reinterpret_cast<uintptr_t>(t.storage.data());
-  t.data = t.storage.data() + (32 - address % 32) % 32 / 2;
-  return t;
-}
-
-struct Problem {
-  DecodeInstance const& instance;
+// ---- the problem -----------------------------------------------------------------------------------------------------
+struct DecodeProblem {
+  Shape shape;
   DecodeCase const& c;
   Tensor q, k, v, out;  // q and out: all sequences one after the other, dense ones too
   std::vector<float> lse, partial_out, partial_lse, sinks;
@@ -117,7 +88,7 @@ struct Problem {
   std::vector<bool> is_kept;  // entries of the table
 
   float const* value;  // of a 16-bit number
-  uint16_t encode(double x) const { return instance.is_half ? to_half(float(x)) : to_bf16(float(x)); }
+  uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
   int page_of(int n, int j) const { return table[n * c.max_pages + j / c.page_size]; }
 };
 
@@ -132,7 +103,7 @@ static bool is_seen(DecodeCase const& c, int n, int j) {
 }
 
 // Pages in random order, where some query sees a row of them; junk elsewhere.
-static void fill_table(Problem& p, std::mt19937& engine) {
+static void fill_table(DecodeProblem& p, std::mt19937& engine) {
   DecodeCase const& c = p.c;
   int const pages = c.batch * c.max_pages + c.spare;
   std::vector<int> order(static_cast<size_t>(pages));
@@ -151,8 +122,8 @@ static void fill_table(Problem& p, std::mt19937& engine) {
   }
 }
 
-static Problem make_problem(DecodeInstance const& instance, DecodeCase const& c) {
-  Problem p{instance, c, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(instance.is_half)};
+static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
+  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(shape.is_half)};
   for (int n = 0; n < c.batch; ++n) {
     p.first_q.push_back(p.first_q[n] + c.s_q[n]);
     p.lengths.push_back(c.s_kv[n] - (c.new_keys < 0 ? c.s_q[n] : c.new_keys));
@@ -185,13 +156,13 @@ static Problem make_problem(DecodeInstance const& instance, DecodeCase const& c)
 }
 
 // ---- the reference ---------------------------------------------------------------------------------------------------
-struct Row {
+struct CacheRow {
   std::vector<double> out, tolerance;
   double lse;
 };
 
 // One row of the definition, with what rounding P and out to 16 bits may change at most.
-static Row reference_row(Problem& p, int n, int h, int i) {
+static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
   DecodeCase const& c = p.c;
   double const sink = c.sinks ? p.sinks[static_cast<size_t>((c.sinks == 2 ? n * p.q.heads : 0) + h)] : -INFINITY;
   std::vector<double> weights(static_cast<size_t>(c.s_kv[n]), -INFINITY);  // first scores
@@ -208,7 +179,7 @@ static Row reference_row(Problem& p, int n, int h, int i) {
   for (double& weight : weights) sum += weight = weight > -INFINITY ? std::exp(weight - top) : 0;
   if (sink > -INFINITY) sum += std::exp(sink - top);
   size_t const columns = static_cast<size_t>(c.d_v);
-  Row row{std::vector<double>(columns), std::vector<double>(columns), sum > 0 ? top + std::log(sum) : -INFINITY};
+  CacheRow row{std::vector<double>(columns), std::vector<double>(columns), sum > 0 ? top + std::log(sum) : -INFINITY};
   std::vector<double> spread(columns), total(columns);  // sums of weight |v| and |v|
   for (int j = 0; j < c.s_kv[n]; ++j) {
     if (!sees(c, n, i, j)) continue;
@@ -220,7 +191,7 @@ static Row reference_row(Problem& p, int n, int h, int i) {
       total[d] += std::fabs(x);
     }
   }
-  double const half_ulp = p.instance.is_half ? 0x1p-11 : 0x1p-8, smallest = p.instance.is_half ? 0x1p-25 : 0;
+  double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 0;
   for (int d = 0; d < c.d_v; ++d) {
     row.tolerance[d] = half_ulp * (spread[d] + std::fabs(row.out[d])) + smallest * (1 + total[d]) + 2e-5 * spread[d];
   }
@@ -228,14 +199,14 @@ static Row reference_row(Problem& p, int n, int h, int i) {
 }
 
 // ---- the run ---------------------------------------------------------------------------------------------------------
-static Map map_of(Tensor const& t, int box_rows) {
+static Map map_of_pages(Tensor const& t, int box_rows) {
   return {t.data,
           {t.columns, t.rows, t.heads, t.batch},
           {2, t.strides.row * 2, t.strides.head * 2, t.strides.batch * 2},
           {64, box_rows, 1, 1}};
 }
 
-static sm90::DecodeArgs arguments(Problem& p) {
+static sm90::DecodeArgs arguments(DecodeProblem& p) {
   DecodeCase const& c = p.c;
   DecodeParams f{};
   f.version = kDecodeVersion;
@@ -250,7 +221,7 @@ static sm90::DecodeArgs arguments(Problem& p) {
   f.q_strides.batch = c.is_packed ? 0 : c.s_q[0] * p.q.strides.row;
   f.sinks_batch_stride = c.sinks == 2 ? p.q.heads : 0;
   f.table_stride = c.max_pages;
-  f.dtype = p.instance.is_half ? kFloat16 : kBfloat16;
+  f.dtype = p.shape.is_half ? kFloat16 : kBfloat16;
   f.batch = c.batch, f.heads_q = p.q.heads, f.heads_kv = c.heads_kv;
   f.head_dim_qk = c.d_qk, f.head_dim_v = c.d_v;
   f.seqlen_q = c.is_packed ? p.q.rows : c.s_q[0];
@@ -268,15 +239,15 @@ static sm90::DecodeArgs arguments(Problem& p) {
   f.tiles = parts_of_group * (c.is_packed ? p.q.rows / positions + c.batch
                                           : c.batch * ((c.s_q[0] + positions - 1) / positions));
   f.splits = c.splits;
-  return {map_of(p.k, static_cast<int>(f.box_rows)), map_of(p.v, static_cast<int>(f.box_rows)), f};
+  return {map_of_pages(p.k, static_cast<int>(f.box_rows)), map_of_pages(p.v, static_cast<int>(f.box_rows)), f};
 }
 
-static std::string compare(Problem& p) {
+static std::string compare(DecodeProblem& p) {
   DecodeCase const& c = p.c;
   for (int n = 0; n < c.batch; ++n) {
     for (int h = 0; h < p.q.heads; ++h) {
       for (int i = 0; i < c.s_q[n]; ++i) {
-        Row const row = reference_row(p, n, h, i);
+        CacheRow const row = reference_row(p, n, h, i);
         std::string const where = "n " + std::to_string(n) + " h " + std::to_string(h) + " i " + std::to_string(i);
         int const at = c.is_packed ? h * p.q.rows + p.first_q[n] + i : (n * p.q.heads + h) * c.s_q[n] + i;
         double const lse = p.lse[static_cast<size_t>(at)];
@@ -297,7 +268,7 @@ static std::string compare(Problem& p) {
 }
 
 // Everything that kernels may touch but by TMA; of the block table only what they have to read.
-static void allow_tensors(Problem& p) {
+static void allow_tensors(DecodeProblem& p) {
   auto const allow = [](auto const& x) { allow_global(x.data(), x.size() * sizeof(x[0])); };
   forget_global();
   allow(p.q.storage), allow(p.out.storage), allow(p.lse), allow(p.partial_out), allow(p.partial_lse), allow(p.sinks);
@@ -321,7 +292,7 @@ static std::string run_blocks(int64 blocks, int threads, uint32_t seed, std::fun
 }
 
 std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report) {
-  Problem p = make_problem(instance, c);
+  DecodeProblem p = make_problem(instance.shape, c);
   if (p.q.rows == 0) return "";  // the host code launches nothing
   sm90::DecodeArgs const args = arguments(p);
   allow_tensors(p);

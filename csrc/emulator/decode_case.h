@@ -4,17 +4,16 @@
 #include <vector>
 
 #include "../sm90/decode.h"
-#include "machine.h"
+#include "problem.h"
 
 namespace fa::emu {
 
 // Kernels under test. Instances register themselves (decode_instance.cpp).
 struct DecodeInstance {
   std::string name;
-  int d_qk, d_v, block_n, threads;
-  bool is_half, has_softcap;
+  Shape shape;
+  int threads, combine_threads;
   void (*kernel)(sm90::DecodeArgs);
-  int combine_threads;
   void (*combine)(DecodeParams);
 };
 std::vector<DecodeInstance>& decode_instances();
@@ -35,7 +34,7 @@ struct DecodeCase {
   uint32_t seed;
 };
 
-DecodeCase random_case(DecodeInstance const& instance, uint32_t seed);
+DecodeCase random_decode_case(Shape const& shape, uint32_t seed);
 std::string describe(DecodeCase const& c);
 
 // Empty if the kernels compute the case rightly and the machine has nothing to report; else what is wrong.

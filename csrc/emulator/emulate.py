@@ -17,10 +17,20 @@ from pathlib import Path
 
 from faults import FAULTS, Fault
 
-from fastattn.backends.cuda.instances import Tile, forward_tiles
+from fastattn.backends.cuda.instances import (
+    DecodeTile,
+    KeysTile,
+    QueriesTile,
+    Tile,
+    decode_tiles,
+    forward_tiles,
+    keys_tiles,
+    queries_tiles,
+)
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tensor_core", "forward_case", "main")
+COMMON = ("machine", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
+DIRECTIONS = {Tile: "forward", KeysTile: "backward", QueriesTile: "backward", DecodeTile: "decode"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-Wall", "-Wextra", "-c")
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
@@ -38,9 +48,17 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-def compile_instance(tile: Tile, csrc: Path, target: Path, *options: str) -> Path:
-    numbers = ",".join(map(str, tile.numbers))
-    return compile_object(csrc / "emulator" / "forward_instance.cpp", target, f"-DFA_INSTANCE={numbers}", *options)
+TabledTile = Tile | KeysTile | QueriesTile | DecodeTile
+
+
+def emulated_tiles(csrc: Path) -> list[TabledTile]:
+    """Every line of the table."""
+    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
+
+
+def compile_instance(tile: TabledTile, csrc: Path, target: Path, *options: str) -> Path:
+    line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
+    return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
 
 
 def link(objects: Sequence[Path], target: Path) -> Path:
@@ -67,9 +85,9 @@ class Emulator:
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(function, items))
 
-    def check_instance(self, tile: Tile, cases: int, seed: int) -> tuple[bool, str]:
+    def check_instance(self, tile: TabledTile, cases: int, seed: int) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
-        name = "forward_" + "_".join(map(str, tile.numbers))
+        name = "_".join([tile.macro.lower(), *map(str, tile.numbers)])
         compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1")
         result = run(link([compiled, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, result.stdout + result.stderr
@@ -78,7 +96,10 @@ class Emulator:
         """Whether the machine reports ``fault``, and how."""
         folder = self.build / "faults" / "".join(c if c.isalnum() else "_" for c in fault.what)
         plant(fault, folder)
-        tile = next(tile for tile in forward_tiles(CSRC) if tile.numbers[:4] == fault.kernel)
+        lines = [(tile.macro, *tile.numbers) for tile in emulated_tiles(CSRC)]
+        tile = emulated_tiles(CSRC)[
+            next(i for i, line in enumerate(lines) if line[: len(fault.kernel)] == fault.kernel)
+        ]
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
         compiled = compile_instance(tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY")
         result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
@@ -90,7 +111,7 @@ class Emulator:
 def plant(fault: Fault, folder: Path) -> None:
     """A copy of the headers in ``folder``, with the fault."""
     for path in CSRC.rglob("*"):
-        if path.suffix not in (".h", ".cuh") and path.name != "forward_instance.cpp":
+        if path.suffix not in (".h", ".cuh") and not path.name.endswith("_instance.cpp"):
             continue
         text = path.read_text()
         name = path.relative_to(CSRC).as_posix()
@@ -114,7 +135,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     options = parser.parse_args()
     emulator = Emulator(options.build, options.jobs)
-    numbered = list(enumerate(forward_tiles(CSRC)))  # every line has its own problems
+    numbered = list(enumerate(emulated_tiles(CSRC)))  # every line has its own problems
     results = emulator.map(
         lambda line: emulator.check_instance(line[1], options.cases, options.seed + 1000 * line[0]), numbered
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BAND_128 = (128, 128, 1, 0)
-FULL_128 = (128, 128, 0, 0)
-CAPPED_64 = (64, 64, 1, 1)
+BAND_128 = ("FORWARD", 128, 128, 1, 0)
+FULL_128 = ("FORWARD", 128, 128, 0, 0)
+CAPPED_64 = ("FORWARD", 64, 64, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,17 @@ class Fault:
     file: str
     old: str
     new: str
-    kernel: tuple[int, int, int, int] = BAND_128  # D_QK, D_V, BAND, SOFTCAP
+    kernel: tuple[str | int, ...] = BAND_128  # the beginning of its line
     seed: int = 0  # of the first random problem, where few problems show the fault
 
 
 PRODUCER, CONSUMER, SHARED = "sm90/producer.cuh", "sm90/consumer.cuh", "sm90/shared.h"
 FORWARD, SCHEDULE, TRAITS = "sm90/forward.cuh", "sm90/schedule.h", "sm90/traits.h"
+FRAGMENT = "sm90/fragment.cuh"
 SOFTMAX, MASK = "softmax.h", "mask.h"
 
 OWN_BARRIER = "named_sync(kOwnBarrier + consumer, kWarpgroup);"
-FINISH_STEP = "wgmma_wait<0>(out);\n    release(v);\n    pack_weights<C>(p, scores);"
+FINISH_STEP = "wgmma_wait<0>(out);\n    release(v);\n    pack_fragment<typename C::Element>(p, scores);"
 
 FAULTS = [
     # What the producer may do when
@@ -40,13 +41,13 @@ FAULTS = [
     Fault("the parity of Q never flips", PRODUCER, "q_parity ^= 1;", ""),
     Fault("a tile without keys is not announced", PRODUCER, "mbarrier_arrive(shared.q_full());", ""),
     Fault(
-        "more bytes are expected than come", PRODUCER, "ROWS * CHUNKS * kRowBytes)", "ROWS * CHUNKS * kRowBytes + 16)"
+        "more bytes are expected than come", FRAGMENT, "ROWS * CHUNKS * kRowBytes)", "ROWS * CHUNKS * kRowBytes + 16)"
     ),
-    Fault("fewer bytes are expected than come", PRODUCER, "ROWS * CHUNKS * kRowBytes)", "ROWS * kRowBytes)"),
+    Fault("fewer bytes are expected than come", FRAGMENT, "ROWS * CHUNKS * kRowBytes)", "ROWS * kRowBytes)"),
     # What it loads, and where
     Fault("V goes to the stage of K", PRODUCER, "shared.v(v.stage)", "shared.v(k.stage)"),
     Fault("V is loaded one block off", PRODUCER, "load_v(block + 1)", "load_v(block)"),
-    Fault("the second chunk brings the first columns", PRODUCER, "chunk * kChunkColumns", "0"),
+    Fault("the second chunk brings the first columns", FRAGMENT, "chunk * kChunkColumns", "0"),
     Fault("K and V of the query head's number", PRODUCER, "tile.head / group", "tile.head"),
     Fault("K ignores where its sequence begins", PRODUCER, "k.full(), tile.first_kv + block", "k.full(), block"),
     Fault("Q ignores where its sequence begins", PRODUCER, "tile.first_q + tile.row, tile.head", "tile.row, tile.head"),
@@ -62,13 +63,13 @@ FAULTS = [
         "V is released before its product is done",
         CONSUMER,
         FINISH_STEP,
-        "release(v);\n    wgmma_wait<0>(out);\n    pack_weights<C>(p, scores);",
+        "release(v);\n    wgmma_wait<0>(out);\n    pack_fragment<typename C::Element>(p, scores);",
     ),
     Fault(
         "P is packed while the product reads it",
         CONSUMER,
         FINISH_STEP,
-        "pack_weights<C>(p, scores);\n    wgmma_wait<0>(out);\n    release(v);",
+        "pack_fragment<typename C::Element>(p, scores);\n    wgmma_wait<0>(out);\n    release(v);",
     ),
     Fault(
         "out is cleared while the product adds to it",
@@ -76,12 +77,12 @@ FAULTS = [
         "    wgmma_wait<0>(out);\n    release(v);\n    pack",
         "    out[0] = 0;\n    wgmma_wait<0>(out);\n    release(v);\n    pack",
     ),
-    Fault("the scores are not committed", CONSUMER, "d != 0);\n  }\n  wgmma_commit();", "d != 0);\n  }"),
+    Fault("the scores are not committed", FRAGMENT, "c != 0);\n  }\n  wgmma_commit();", "c != 0);\n  }"),
     Fault(
         "the output is not committed",
-        CONSUMER,
-        "v + n_major_step(n), 1);\n  }\n  wgmma_commit();",
-        "v + n_major_step(n), 1);\n  }",
+        FRAGMENT,
+        "b + n_major_step(row), 1);\n  }\n  wgmma_commit();",
+        "b + n_major_step(row), 1);\n  }",
     ),
     Fault(
         "no wgmma.fence before the first scores",
@@ -92,8 +93,8 @@ FAULTS = [
     Fault("no wait for K", CONSUMER, "2 * kWarpgroup);\n    mbarrier_wait(k.full(), k.parity);", "2 * kWarpgroup);"),
     Fault("no wait for V", CONSUMER, "k.stage);\n    mbarrier_wait(v.full(), v.parity);", "k.stage);"),
     Fault("no wait for Q", CONSUMER, "mbarrier_wait(shared.q_full(), q_parity);", ""),
-    Fault("every lane releases a stage", CONSUMER, "if (thread_index() % 32 == 0) mbarrier", "mbarrier"),
-    Fault("the first scores add to what was there", CONSUMER, "d != 0);", "1);"),
+    Fault("every lane releases a stage", FRAGMENT, "if (thread_index() % 32 == 0) mbarrier", "mbarrier"),
+    Fault("the first scores add to what was there", FRAGMENT, "c != 0);", "1);"),
     Fault("out is not cleared", CONSUMER, "++i) out[i] = 0.f;", "++i) out[i] = 1.f;"),
     # Layouts
     Fault(
@@ -102,18 +103,16 @@ FAULTS = [
         "n_major(shared.v(stage), C::BLOCK_N)",
         "n_major(shared.v(stage), 8)",
     ),
-    Fault("V is read as K-major", CONSUMER, "wgmma_rs<1>", "wgmma_rs<0>"),
-    Fault(
-        "K steps by the chunks of Q", CONSUMER, "k_major_step(C::BLOCK_N, d)", "k_major_step(C::BLOCK_M, d)", FULL_128
-    ),
+    Fault("V is read as K-major", FRAGMENT, "wgmma_rs<1>", "wgmma_rs<0>"),
+    Fault("K steps by the chunks of Q", FRAGMENT, "k_major_step(ROWS_B, c)", "k_major_step(ROWS_A, c)", FULL_128),
     Fault(
         "every consumer takes the first rows of Q",
         CONSUMER,
         "k_major(recomputed(shared.q() + consumer * 64 * kRowBytes))",
         "k_major(shared.q())",
     ),
-    Fault("P is taken in the wrong order", CONSUMER, "p[n / 4 + 1], p[n / 4 + 2]", "p[n / 4 + 2], p[n / 4 + 1]"),
-    Fault("out is staged without swizzle", CONSUMER, " ^ swizzle;", ";"),
+    Fault("P is taken in the wrong order", FRAGMENT, "a[i + 1], a[i + 2]", "a[i + 2], a[i + 1]"),
+    Fault("out is staged without swizzle", FRAGMENT, " ^ swizzle;", ";"),
     # Turns, and the way of out to memory
     Fault(
         "nobody has the first turn",
@@ -134,8 +133,8 @@ FAULTS = [
     Fault(
         "no proxy fence before the store of out",
         CONSUMER,
-        "stage_rows<C>(shared, out);\n    fence_proxy_async();",
-        "stage_rows<C>(shared, out);",
+        "kRowBytes, packed);\n    fence_proxy_async();",
+        "kRowBytes, packed);",
     ),
     Fault("Q's buffer is handed back before out has left", CONSUMER, "tma_store_wait_read();", ""),
     Fault("the store of out is not committed", CONSUMER, "tma_store_commit();", ""),
@@ -170,10 +169,10 @@ FAULTS = [
     Fault(
         "values are cleared before they arrive",
         CONSUMER,
-        "mbarrier_wait(v.full(), v.parity);\n  constexpr",
-        "constexpr",
+        "mbarrier_wait(v.full(), v.parity);\n  clear_rows",
+        "clear_rows",
     ),
-    Fault("values that are kept are cleared", CONSUMER, "if (contains(kept, keys.begin + row)) continue;", ""),
+    Fault("values that are kept are cleared", FRAGMENT, "if (contains(kept, row)) continue;", ""),
     # Softmax
     Fault(
         "no guard for rows that keep nothing yet",
@@ -226,10 +225,16 @@ FAULTS = [
     Fault(
         "a block too many goes without mask",
         SHARED,
-        "larger(first_full, full.end / N)",
-        "larger(first_full, full.end / N + 1)",
+        "larger(first_full, full.end / COLUMNS)",
+        "larger(first_full, full.end / COLUMNS + 1)",
     ),
-    Fault("blocks without mask, backwards", SHARED, "larger(first_full, full.end / N)", "full.end / N", seed=108),
+    Fault(
+        "blocks without mask, backwards",
+        SHARED,
+        "larger(first_full, full.end / COLUMNS)",
+        "full.end / COLUMNS",
+        seed=108,
+    ),
     Fault("no masks within the loop", CONSUMER, "C::BAND && !contains(blocks.unmasked, block)", "false"),
     # Tiles
     Fault("the last pass is as wide as the others", SCHEDULE, "left < wanted ? left : wanted", "wanted"),

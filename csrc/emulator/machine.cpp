@@ -299,6 +299,11 @@ bool may_store(void const* address, size_t bytes) {
   return true;
 }
 
+bool may_add(void const* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) error("a misaligned addition to global memory");
+  return region_of(address, bytes) != nullptr;
+}
+
 // ---- mbarriers and named barriers ------------------------------------------------------------------------------------
 static Mbarrier& mbarrier_at(uint32_t address) {
   auto const found = machine().mbarriers.find(address);
@@ -430,6 +435,20 @@ void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4])
       target[1] = from ? static_cast<uint8_t>(from[1]) : 0;
     });
     std::fill_n(machine().unfenced_writer.begin() + (to - kSharedBase) / 16, bytes / 16, 0);
+    ++machine().report->loads;
+    complete_bytes(barrier, bytes);
+  });
+}
+
+void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier) {
+  if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) error("a bulk load that 16 does not divide");
+  if (!may_load(from, bytes)) return;
+  check_write(to, bytes, "a bulk load writes over");
+  std::fill_n(shared_bytes(to, static_cast<int>(bytes)), bytes, 0xff);
+  machine().loads.push_back([=] {
+    check_write(to, bytes, "a bulk load writes over");
+    std::copy_n(static_cast<uint8_t const*>(from), bytes, shared_bytes(to, static_cast<int>(bytes)));
+    std::fill_n(machine().is_written.begin() + (to - kSharedBase) / 16, bytes / 16, true);
     ++machine().report->loads;
     complete_bytes(barrier, bytes);
   });

@@ -63,6 +63,7 @@ void named_barrier(int barrier, int threads, bool wait);
 void set_registers(int registers, bool more);
 
 void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4]);
+void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier);
 void tma_store(Map const* map, uint32_t from, int const (&at)[4]);
 void tma_store_commit();
 void tma_store_wait(bool only_read);
@@ -84,6 +85,7 @@ void load_shared(uint32_t from, void* to, int bytes);
 
 bool may_load(void const* address, size_t bytes);  // global memory; reports if not
 bool may_store(void const* address, size_t bytes);
+bool may_add(void const* address, size_t bytes);
 
 uint16_t to_bf16(float x);
 uint16_t to_half(float x);

@@ -38,6 +38,9 @@ inline void tma_prefetch(const TensorMap*) {}
 inline void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch, uint64) {
   emu::tma_load(to, map, barrier, {column, row, head, batch});
 }
+inline void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier) {
+  emu::bulk_load(to, from, bytes, barrier);
+}
 inline void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
   emu::tma_store(map, from, {column, row, head, batch});
 }
@@ -80,6 +83,8 @@ inline void named_arrive(int barrier, int threads) { emu::named_barrier(barrier,
 inline void block_sync() { emu::named_barrier(0, 0, true); }
 
 inline float negative_infinity() { return -INFINITY; }
+inline float positive_infinity() { return INFINITY; }
+inline float joined(float a, float b) { return std::fmin(a, b); }
 inline float shuffle(float x, int lane) {
   uint32 bits;
   std::memcpy(&bits, &x, 4);
@@ -95,6 +100,11 @@ inline float log2_approx(float x) { return std::log2(x); }
 inline float reciprocal_approx(float x) { return 1.f / x; }
 inline uint32 pack(Bf16, float low, float high) { return emu::to_bf16(low) | uint32{emu::to_bf16(high)} << 16; }
 inline uint32 pack(F16, float low, float high) { return emu::to_half(low) | uint32{emu::to_half(high)} << 16; }
+
+inline float low(Bf16, uint32 packed) { return emu::decoder(false)[packed & 0xffff]; }
+inline float high(Bf16, uint32 packed) { return emu::decoder(false)[packed >> 16]; }
+inline float low(F16, uint32 packed) { return emu::decoder(true)[packed & 0xffff]; }
+inline float high(F16, uint32 packed) { return emu::decoder(true)[packed >> 16]; }
 
 inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   emu::Collected const& all = emu::meet("stmatrix", row, m0, m1, m2, m3);
@@ -112,15 +122,33 @@ inline Int4 load_shared(uint32 from) {
   emu::load_shared(from, &v, 16);
   return v;
 }
+inline void store_shared_float(uint32 to, float x) { emu::store_shared(to, &x, 4); }
+inline float load_shared_float(uint32 from) {
+  float x;
+  emu::load_shared(from, &x, 4);
+  return x;
+}
 struct alignas(8) Float2 {
   float x, y;
 };
+inline Float2 load_shared_pair(uint32 from) {
+  Float2 v;
+  emu::load_shared(from, &v, 8);
+  return v;
+}
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
 struct alignas(8) Packed4 {
   uint32 pair[2];
 };
+struct alignas(16) Packed8 {
+  uint32 pair[4];
+};
+inline void add_global(float* to, Float4 v) {
+  if (!emu::may_add(to, 16)) return;
+  to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
+}
 template <class T>
 T load_global(T const* from) {
   return emu::may_load(from, sizeof(T)) ? *from : T{};

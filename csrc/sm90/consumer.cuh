@@ -1,59 +1,21 @@
 // A consumer warpgroup: the products, the softmax and the output of 64 query rows of every tile.
 #pragma once
 #include "../softmax.h"
-#include "shared.h"
+#include "fragment.cuh"
 
 namespace fa::sm90 {
-
-// Named barriers: 0 is that of the whole block; then one for each consumer's turn and one for its own threads.
-constexpr int kTurnBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
-
-struct Place {  // which part of the fragments this thread holds; asked for anew wherever it is needed (thread_index)
-  int thread;    // among all consumers
-  FA_DEVICE int consumer() const { return thread / kWarpgroup; }
-  FA_DEVICE int warp() const { return thread / 32 % 4; }  // of 16 rows each
-  FA_DEVICE int lane() const { return thread % 32; }
-  FA_DEVICE int first_row() const { return thread / 32 * 16 + lane() / 4; }  // in the tile; the other is 8 below
-  FA_DEVICE int first_column() const { return lane() % 4 * 2; }
-};
-
-FA_DEVICE Place this_place() { return {thread_index() - kWarpgroup}; }
 
 template <class C>
 FA_DEVICE void issue_scores(float (&scores)[C::BLOCK_N / 2], Shared<C> const& shared, int consumer, int stage) {
   // Else the descriptors of all steps of q would stay in registers throughout the loop.
   uint32 const q = k_major(recomputed(shared.q() + consumer * 64 * kRowBytes));
-  uint32 const k = k_major(shared.k(stage));
-  FA_UNROLL
-  for (int d = 0; d < C::D_QK; d += 16) {
-    wgmma_ss<0, 0>(typename C::Element{}, scores, q + k_major_step(C::BLOCK_M, d), k + k_major_step(C::BLOCK_N, d), d != 0);
-  }
-  wgmma_commit();
+  multiply_by_rows<typename C::Element, C::D_QK, C::BLOCK_M, C::BLOCK_N>(scores, q, k_major(shared.k(stage)));
 }
 
 template <class C>
 FA_DEVICE void issue_output(float (&out)[C::D_V / 2], uint32 const (&p)[C::BLOCK_N / 4], Shared<C> const& shared,
                             int stage) {
-  uint32 const v = n_major(shared.v(stage), C::BLOCK_N);
-  FA_UNROLL
-  for (int n = 0; n < C::BLOCK_N; n += 16) {
-    wgmma_rs<1>(typename C::Element{}, out, p[n / 4], p[n / 4 + 1], p[n / 4 + 2], p[n / 4 + 3], v + n_major_step(n), 1);
-  }
-  wgmma_commit();
-}
-
-// The accumulator's layout of weights is the operand's layout of P, but for the type.
-template <class C>
-FA_DEVICE void pack_weights(uint32 (&p)[C::BLOCK_N / 4], float const (&weights)[C::BLOCK_N / 2]) {
-  FA_UNROLL
-  for (int i = 0; i < C::BLOCK_N / 4; ++i) p[i] = pack(typename C::Element{}, weights[2 * i], weights[2 * i + 1]);
-}
-
-// One lane of each warp says that the warp is done with the stage.
-template <int STAGES>
-FA_DEVICE void release(Ring<STAGES>& ring) {
-  if (thread_index() % 32 == 0) mbarrier_arrive(ring.empty());
-  ring.advance();
+  add_product<typename C::Element>(out, p, n_major(shared.v(stage), C::BLOCK_N));
 }
 
 // A V row that its sequence does not keep meets weights of 0, but 0 times NaN is NaN. Dense maps end before such rows
@@ -66,12 +28,8 @@ FA_DEVICE void clear_unkept_values(ForwardArgs const& args, Shared<C> const& sha
   Range const keys = keys_of<C>(block), kept = tile_range(band_of<C>(args.p, tile), 0, tile.s_q);
   if (contains(kept, keys)) return;
   mbarrier_wait(v.full(), v.parity);
-  constexpr int kPieces = C::CHUNKS_V * 8;  // of 16 bytes in a row
-  for (int i = this_place().thread; i < C::BLOCK_N * kPieces; i += C::CONSUMERS * kWarpgroup) {
-    int const row = i % C::BLOCK_N, piece = i / C::BLOCK_N;
-    if (contains(kept, keys.begin + row)) continue;
-    store_shared(shared.v(v.stage) + (piece / 8 * C::BLOCK_N + row) * kRowBytes + piece % 8 * 16, {0, 0, 0, 0});
-  }
+  clear_rows<C::BLOCK_N, C::CHUNKS_V, C::CONSUMERS>(shared.v(v.stage),
+                                                    {kept.begin - keys.begin, kept.end - keys.begin});
   fence_proxy_async();
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
@@ -99,7 +57,7 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
   release(k);
   finish_scores(block, true);
   softmax_step<true>(scores, state, rescale, scale_log2);
-  pack_weights<C>(p, scores);
+  pack_fragment<typename C::Element>(p, scores);
   clear(block, v);
 
   while (--block >= blocks.all.begin) {
@@ -121,7 +79,7 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
     }
     wgmma_wait<0>(out);
     release(v);
-    pack_weights<C>(p, scores);
+    pack_fragment<typename C::Element>(p, scores);
     FA_UNROLL
     for (int i = 0; i < C::D_V / 2; ++i) out[i] *= rescale[i / 2 % 2];
   }
@@ -175,55 +133,24 @@ FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState c
   }
 }
 
-// out into the consumer's own rows of the Q buffer, swizzled as TMA expects it.
-template <class C>
-FA_DEVICE void stage_rows(Shared<C> const& shared, float const (&out)[C::D_V / 2]) {
-  using T = typename C::Element;
-  Place const at = this_place();
-  int const row = at.thread / 32 * 16 + at.lane() % 16;  // whose address this lane gives
-  uint32 const to = shared.q() + row * kRowBytes, swizzle = row % 8 * 16;
-  FA_UNROLL
-  for (int j = 0; j < C::D_V / 16; ++j) {
-    uint32 const column = (j % 4 * 32 + at.lane() / 16 * 16) ^ swizzle;
-    float const* x = out + 8 * j;
-    store_matrices(to + j / 4 * (C::BLOCK_M * kRowBytes) + column, pack(T{}, x[0], x[1]), pack(T{}, x[2], x[3]),
-                   pack(T{}, x[4], x[5]), pack(T{}, x[6], x[7]));
-  }
-}
-
-// out straight from registers, row by row: where TMA would also write rows of the next sequence.
-template <class C>
-FA_DEVICE void store_rows(ForwardArgs const& args, Tile const& tile, float const (&out)[C::D_V / 2]) {
-  ForwardParams const& p = args.p;
-  Place const at = this_place();
-  FA_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    int const i = tile.row + at.first_row() + 8 * r;
-    if (i >= tile.s_q) continue;
-    int64 const row = tile.map_batch * p.seqlen_q + tile.first_q + i;
-    uint16* to = static_cast<uint16*>(p.out) + (row * p.heads_q + tile.head) * p.head_dim_v + at.first_column();
-    FA_UNROLL
-    for (int j = 0; j < C::D_V / 8; ++j) {
-      if (8 * j >= p.head_dim_v) continue;
-      store_global(reinterpret_cast<uint32*>(to + 8 * j),
-                   pack(typename C::Element{}, out[4 * j + 2 * r], out[4 * j + 2 * r + 1]));
-    }
-  }
-}
-
 // Writes out and hands the Q buffer back to the producer.
 template <class C>
 FA_DEVICE void write_rows(ForwardArgs const& args, Shared<C> const& shared, Tile const& tile, int consumer,
                           float const (&out)[C::D_V / 2]) {
+  ForwardParams const& p = args.p;
   int const first = tile.row + consumer * 64;
-  bool const by_tma = !args.p.cu_seqlens_q || first + 64 <= tile.s_q;
+  bool const by_tma = !p.cu_seqlens_q || first + 64 <= tile.s_q;
+  uint32 packed[C::D_V / 4];
+  pack_fragment<typename C::Element>(packed, out);
   named_sync(kOwnBarrier + consumer, kWarpgroup);  // all four warps have read their Q
   if (by_tma) {
-    stage_rows<C>(shared, out);
+    stage_fragment<C::BLOCK_M>(shared.q() + consumer * 64 * kRowBytes, packed);
     fence_proxy_async();
     named_sync(kOwnBarrier + consumer, kWarpgroup);
   } else {
-    store_rows<C>(args, tile, out);
+    int64 const row = tile.map_batch * p.seqlen_q + tile.first_q + first, stride = p.heads_q * p.head_dim_v;
+    store_fragment(static_cast<uint16*>(p.out) + row * stride + tile.head * p.head_dim_v, stride, tile.s_q - first,
+                   static_cast<int>(p.head_dim_v), packed);
   }
   if (warp_uniform(this_place().warp()) == 0 && elect_one()) {
     if (by_tma) {

@@ -94,12 +94,8 @@ FA_DEVICE void clear_unkept_values(Shared<C> const& shared, Range const& kept, i
   Range const keys = keys_of<C>(block);
   if (contains(kept, keys)) return;
   mbarrier_wait(v.full(), v.parity);
-  constexpr int kPieces = C::CHUNKS_V * 8;
-  for (int i = this_place().thread; i < C::BLOCK_N * kPieces; i += kWarpgroup) {
-    int const row = i % C::BLOCK_N, piece = i / C::BLOCK_N;
-    if (contains(kept, keys.begin + row)) continue;
-    store_shared(shared.v(v.stage) + (piece / 8 * C::BLOCK_N + row) * kRowBytes + piece % 8 * 16, {0, 0, 0, 0});
-  }
+  clear_rows<C::BLOCK_N, C::CHUNKS_V, C::CONSUMERS>(shared.v(v.stage),
+                                                    {kept.begin - keys.begin, kept.end - keys.begin});
   fence_proxy_async();
   named_sync(kOwnBarrier, kWarpgroup);
 }

@@ -30,7 +30,7 @@ struct DecodeArgs {
 };
 
 // Rows of q, of all sequences.
-FA_DEVICE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
+FA_EVERYWHERE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
 
 // Where lse is, of a head of row `row` among all rows of q.
 FA_DEVICE int64 lse_index(DecodeParams const& p, int64 row, int64 head) {

@@ -1,18 +1,8 @@
 // The producer: one thread that brings Q, K and V of every tile into shared memory by TMA, as room becomes free.
 #pragma once
-#include "shared.h"
+#include "fragment.cuh"
 
 namespace fa::sm90 {
-
-// A tile of ROWS rows as CHUNKS boxes of 64 columns, on one barrier.
-template <int ROWS, int CHUNKS>
-FA_DEVICE void load_tile(uint32 to, TensorMap const& map, uint32 barrier, int row, int head, int batch,
-                         uint64 l2_hint) {
-  mbarrier_expect(barrier, ROWS * CHUNKS * kRowBytes);
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    tma_load(to + chunk * ROWS * kRowBytes, &map, barrier, chunk * kChunkColumns, row, head, batch, l2_hint);
-  }
-}
 
 template <class C>
 FA_DEVICE void produce(ForwardArgs const& args, Shared<C> const& shared) {
@@ -25,7 +15,8 @@ FA_DEVICE void produce(ForwardArgs const& args, Shared<C> const& shared) {
   do {
     more = schedule.next(tile);
     if (!more) tile.row = kNoTile;
-    TileBlocks const blocks = more ? blocks_of<C>(args.p, tile) : TileBlocks{};
+    TileBlocks blocks{};
+    if (more) blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of<C>(args.p, tile), tile.row);
     int const head_kv = tile.head / group;
     auto const load_k = [&](int block) {
       mbarrier_wait(k.empty(), k.parity ^ 1);

@@ -89,6 +89,12 @@ FA_DEVICE void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int col
       "r"(batch), "l"(l2_hint)
       : "memory");
 }
+// Brings `bytes` from global memory as they are; 16 divides addresses and bytes.
+FA_DEVICE void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // Writes the part of the box that lies inside the tensor.
 FA_DEVICE void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map),
@@ -133,6 +139,9 @@ FA_DEVICE void named_arrive(int barrier, int threads) {
 
 // ---- data ----------------------------------------------------------------------------------------------------------
 FA_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
+FA_DEVICE float positive_infinity() { return __uint_as_float(0x7f800000u); }
+// Negative if one of the two is: their bits, joined.
+FA_DEVICE float joined(float a, float b) { return __uint_as_float(__float_as_uint(a) | __float_as_uint(b)); }
 FA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 FA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 FA_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
@@ -162,6 +171,19 @@ FA_DEVICE uint32 pack(F16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+// The numbers of a pair.
+FA_DEVICE float low(Bf16, uint32 packed) { return __uint_as_float(packed << 16); }
+FA_DEVICE float high(Bf16, uint32 packed) { return __uint_as_float(packed & 0xffff0000u); }
+FA_DEVICE float low(F16, uint32 packed) {
+  float x;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(x) : "r"(packed));
+  return x;
+}
+FA_DEVICE float high(F16, uint32 packed) {
+  float x;
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(packed));
+  return x;
+}
 // Stores four 8 x 8 matrices of 16-bit elements; lanes 8 m .. 8 m + 7 give the addresses of the rows of matrix m.
 FA_DEVICE void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(m0), "r"(m1), "r"(m2),
@@ -179,15 +201,35 @@ FA_DEVICE Int4 load_shared(uint32 from) {  // volatile: read again rather than k
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
   return v;
 }
+FA_DEVICE void store_shared_float(uint32 to, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+FA_DEVICE float load_shared_float(uint32 from) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
+  return x;
+}
 struct alignas(8) Float2 {
   float x, y;
 };
+FA_DEVICE Float2 load_shared_pair(uint32 from) {  // 8 bytes, aligned; volatile as above
+  Float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from) : "memory");
+  return v;
+}
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
-struct alignas(8) Packed4 {  // four 16-bit numbers in pairs
+struct alignas(8) Packed4 {  // 16-bit numbers in pairs
   uint32 pair[2];
 };
+struct alignas(16) Packed8 {
+  uint32 pair[4];
+};
+// Adds to four numbers in global memory, each at once but not the four together; the order of additions is open.
+FA_DEVICE void add_global(float* to, Float4 v) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 template <class T>
 FA_DEVICE T load_global(T const* from) {
   return *from;

@@ -49,14 +49,14 @@ FA_DEVICE Band band_of(ForwardParams const& p, Tile const& tile) {
   return make_band(static_cast<int>(p.left), static_cast<int>(p.right), p.lower_right != 0, tile.s_q, tile.s_kv);
 }
 
-template <class C>
-FA_DEVICE TileBlocks blocks_of(ForwardParams const& p, Tile const& tile) {
-  Band const band = band_of<C>(p, tile);
-  int const end_row = smaller(tile.row + C::BLOCK_M, tile.s_q);
-  Range const kept = tile_range(band, tile.row, end_row), full = full_range(band, tile.row, end_row);
-  constexpr int N = C::BLOCK_N;
-  int const first_full = (full.begin + N - 1) / N;
-  return {{kept.begin / N, (kept.end + N - 1) / N}, {first_full, larger(first_full, full.end / N)}};
+// For the ROWS rows from `row` on, in blocks of COLUMNS columns.
+template <int ROWS, int COLUMNS>
+FA_DEVICE TileBlocks blocks_of(Band const& band, int row) {
+  int const end_row = smaller(row + ROWS, band.s_q);
+  Range const kept = tile_range(band, row, end_row), full = full_range(band, row, end_row);
+  int const first_full = (full.begin + COLUMNS - 1) / COLUMNS;
+  return {{kept.begin / COLUMNS, (kept.end + COLUMNS - 1) / COLUMNS},
+          {first_full, larger(first_full, full.end / COLUMNS)}};
 }
 
 template <class C>

@@ -9,11 +9,11 @@ import emulate
 import pytest
 from faults import FAULTS, Fault
 
-from fastattn.backends.cuda.instances import Tile, forward_tiles
+from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CASES = 3  # for each kernel and dtype; `make emulate` runs more
-TILES = forward_tiles(CSRC)
+TILES = emulate.emulated_tiles(CSRC)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
 
@@ -23,8 +23,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
     return emulate.Emulator(tmp_path_factory.mktemp("emulator"), jobs=1)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "_".join(map(str, tile.numbers)))
-def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: Tile) -> None:
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "_".join([tile.macro.lower(), *map(str, tile.numbers)]))
+def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: Tile | KeysTile | QueriesTile) -> None:
     is_right, printed = emulator.check_instance(tile, CASES, seed=1000 * TILES.index(tile))
     assert is_right, printed
     assert printed.count("ok ") == 2, "both dtypes ran"

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.backends.cuda import abi, build, library, nvrtc
-from fastattn.backends.cuda.instances import DTYPES, Instance, forward_tiles, select
+from fastattn.backends.cuda import abi, backward, build, library, nvrtc
+from fastattn.backends.cuda.instances import (
+    DTYPES,
+    PADDED_ROWS,
+    Instance,
+    forward_tiles,
+    keys_tiles,
+    library_instances,
+    queries_tiles,
+    select,
+    select_keys,
+    select_queries,
+)
 from fastattn.errors import InputError
-from fastattn.problem import Inputs, Problem
+from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
 ROOT = Path(__file__).parents[2]
@@ -28,25 +42,21 @@ BROKEN_NVCC = "#!/bin/sh\necho 'nvcc fatal: no host compiler' >&2\nexit 1\n"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile csrc/params.h")
-def test_struct_is_the_one_that_python_packs(tmp_path: Path) -> None:
-    members = [
-        name.replace("_batch_stride", "_strides.batch").replace("_row_stride", "_strides.row").replace(
-            "_head_stride", "_strides.head"
-        )
-        if name[0] in "qkv" and name.endswith("_stride")
-        else name
-        for name in abi.FIELDS
-    ]  # fmt: skip
-    offsets = "\n".join(f'  printf("%zu ", offsetof(fa::ForwardParams, {member}));' for member in members)
+@pytest.mark.parametrize("name", ["Forward", "Backward"])
+def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
+    struct = {"Forward": abi.FORWARD, "Backward": abi.BACKWARD}[name]
+    members = [re.sub(r"^(q|k|v|dout)_(batch|row|head)_stride$", r"\1_strides.\2", field) for field in struct.names]
+    offsets = "\n".join(f'  printf("%zu ", offsetof(fa::{name}Params, {member}));' for member in members)
     source = tmp_path / "offsets.cpp"
     source.write_text(
         '#include <cstddef>\n#include <cstdio>\n#include "params.h"\nint main() {\n'
-        f'{offsets}\n  printf("%zu %lld %d", sizeof(fa::ForwardParams), fa::kForwardVersion, fa::kUnbounded);\n}}\n'
+        f'{offsets}\n  printf("%zu %lld", sizeof(fa::{name}Params), fa::k{name}Version);\n'
+        '  printf(" %d %d", fa::kUnbounded, fa::kPaddedRows);\n}\n'
     )
     program = tmp_path / "offsets"
     subprocess.run(["g++", "-std=c++17", "-w", f"-I{CSRC}", source, "-o", program], check=True)
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    expected = [*range(0, 8 * len(abi.FIELDS), 8), abi.SIZE, abi.VERSION, abi.UNBOUNDED]
+    expected = [*range(0, 8 * len(struct.names), 8), struct.size, struct.version, abi.UNBOUNDED, PADDED_ROWS]
     assert [int(number) for number in printed.split()] == expected
 
 
@@ -62,8 +72,8 @@ def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
 def test_fields_say_what_the_spec_says() -> None:
     q, k = torch.zeros(2, 5, 6, 16, dtype=torch.float16), torch.zeros(2, 9, 3, 16, dtype=torch.float16)
     fields = fields_of(inputs_of(q, k), AttentionSpec(0.25, softcap=5.0, left=3, right=0, anchor="upper_left"))
-    assert set(fields) == set(abi.FIELDS)
-    assert len(abi.pack(fields)) == abi.SIZE
+    assert set(fields) == set(abi.FORWARD.names)
+    assert len(abi.FORWARD.pack(fields)) == abi.FORWARD.size
     assert (fields["key_begin"], fields["key_end"]) == (0, 5)  # no query sees the last four keys
     assert (fields["left"], fields["right"], fields["lower_right"], fields["dtype"]) == (3, 0, 0, 1)
     assert fields["scale_log2"] == pytest.approx(5.0 * abi.LOG2E) and fields["cap_scale"] == pytest.approx(0.05)
@@ -102,6 +112,66 @@ def test_prepared_leaves_a_positive_scale(scale: float) -> None:
     torch.testing.assert_close(inputs.q * spec.scale, q * scale)
 
 
+# --- the backward pass's fields and tensors -----------------------------------------------------------------------
+
+
+def gradients_of(
+    q: torch.Tensor, launch: Callable[[abi.Fields], None], needs: str, sinks: torch.Tensor | None = None, **spec: object
+) -> Grads:
+    inputs = inputs_of(q, q, sinks=sinks)
+    out, lse = torch.zeros(inputs.out_shape(), dtype=q.dtype), torch.zeros(inputs.lse_shape())
+    names = [*needs, *(["sinks"] if sinks is not None else [])]
+    return backward.backward(launch, out, None, out, lse, inputs, AttentionSpec(0.125, **spec), names)  # type: ignore[arg-type]
+
+
+def launched(q: torch.Tensor, needs: str = "qkv", **more: Any) -> abi.Fields:
+    """The fields with which the backward pass would be launched."""
+    found: list[abi.Fields] = []
+    gradients_of(q, found.append, needs, **more)
+    (fields,) = found
+    assert set(fields) == set(abi.BACKWARD.names)
+    return fields
+
+
+def test_one_kernel_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(2, 130, 4, 96, dtype=torch.float16)
+    fused = launched(q, softcap=2.0)
+    assert fused["dq_sums"] and fused["sum_columns"] == 96 and fused["dq"] and fused["dk"]
+    assert (fused["padded_q"], fused["padded_kv"]) == (256, 256)
+    only_keys, only_queries = launched(q, "v"), launched(q, "q")
+    assert not only_keys["dq_sums"] and not only_keys["dq"] and only_keys["dk"] and only_keys["dv"]
+    assert not only_queries["dq_sums"] and not only_queries["dk"] and only_queries["dq"]
+    wide = launched(torch.zeros(1, 3, 1, 192, dtype=torch.float16))
+    assert not wide["dq_sums"] and wide["dq"] and wide["dk"], "no fused kernel holds this head dim"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    twin = launched(q)
+    assert not twin["dq_sums"] and twin["sum_columns"] == 0 and twin["dq"] and twin["dk"]
+
+
+def test_gradients_have_the_shapes_of_their_inputs() -> None:
+    q = torch.zeros(2, 5, 4, 64, dtype=torch.bfloat16)
+    for sinks in (torch.zeros(1, 4, dtype=torch.bfloat16), torch.zeros(2, 4)):
+        grads = gradients_of(q, lambda fields: None, "k", sinks=sinks)
+        assert grads.dq is None and grads.dv is None and grads.dk is not None and grads.dsinks is not None
+        assert grads.dk.shape == q.shape and (grads.dsinks.shape, grads.dsinks.dtype) == (sinks.shape, sinks.dtype)
+
+
+def test_without_a_side_the_gradients_are_zero() -> None:
+    q = torch.zeros(1, 3, 2, 64, dtype=torch.float16)
+    empty = q[:, :0]
+    seen: list[abi.Fields] = []
+    for rows_q, rows_kv in ((q, empty), (empty, q)):
+        inputs = inputs_of(rows_q, rows_kv, sinks=torch.zeros(1, 2))
+        out, lse = torch.zeros(inputs.out_shape()).half(), torch.zeros(inputs.lse_shape())
+        grads = backward.backward(
+            seen.append, out, None, out, lse, inputs, AttentionSpec(1.0), ("q", "k", "v", "sinks")
+        )
+        for grad, like in ((grads.dq, rows_q), (grads.dk, rows_kv), (grads.dv, rows_kv)):
+            assert grad is not None and grad.shape == like.shape and not grad.any()
+    (fields,) = seen  # the sinks of queries without keys still have a gradient
+    assert fields["dsinks"] and not fields["dq"] and not fields["dk"]
+
+
 # --- the table of kernels, and the backend ------------------------------------------------------------------------
 
 
@@ -114,6 +184,23 @@ def test_every_head_dim_has_the_smallest_kernel_that_holds_it() -> None:
                 can = [t for t in tiles if t.serves(d_qk, d_v, band, softcap)]
                 assert tile.d_qk + tile.d_v == min(t.d_qk + t.d_v for t in can)
     assert len({Instance(tile, dtype).name for tile in tiles for dtype in DTYPES}) == 2 * len(tiles)
+
+
+def test_every_head_dim_has_a_kernel_for_each_gradient() -> None:
+    keys, queries = keys_tiles(CSRC), queries_tiles(CSRC)
+    for d_qk in range(8, 257, 8):
+        for d_v in range(8, 257, 8):
+            for softcap in (False, True):
+                alone, of_queries = (
+                    select_keys(keys, d_qk, d_v, softcap, False),
+                    select_queries(queries, d_qk, d_v, softcap),
+                )
+                assert alone is not None and not alone.fused
+                assert (alone.d_qk, alone.d_v) == (of_queries.d_qk, of_queries.d_v)
+                fused = select_keys(keys, d_qk, d_v, softcap, True)
+                assert (fused is not None) == (max(d_qk, d_v) <= 128)
+    names = [instance.name for instance in library_instances(CSRC)]
+    assert len(set(names)) == len(names)
 
 
 def problem_on_hopper(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Problem:
@@ -132,7 +219,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         (problem_on_hopper(head_dim=264), "head dim 264"),
         (problem_on_hopper(head_dim=60), "multiples of 8"),
         (problem_on_hopper(features=frozenset({"bias"})), "no bias"),
-        (problem_on_hopper(needs_grad=True), "backward not built yet"),
+        (problem_on_hopper(deterministic=True), "only under torch.use_deterministic_algorithms"),
     ):
         assert any(reason in found for found in cuda.BACKEND.unsupported_reasons(problem)), reason
 
@@ -202,17 +289,25 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
         pytest.skip(str(error))
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    (csrc / "instances.inc").write_text("FORWARD(64, 64, 0, 0, 192, 128, 2, 1)\n")
-    kernels = [Instance(tile, dtype) for tile in forward_tiles(csrc) for dtype in DTYPES]
-    build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, kernels)
+    table = (csrc / "instances.inc").read_text().splitlines(keepends=True)
+    kept = (
+        "FORWARD(64, 64, 0, 0",
+        "KEYS(64, 64, 0, 128, 128, 2, 1)",
+        "KEYS(64, 64, 0, 128, 128, 2, 0)",
+        "QUERIES(64, 64, 0",
+    )
+    (csrc / "instances.inc").write_text("".join(x for x in table if not x[0].isupper() or x.startswith(kept)))
+    build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, library_instances(csrc))
     loaded = library.Library(tmp_path / "libfastattn.so")
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
     fields = fields_of(inputs_of(q, q), AttentionSpec(0.125))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="was not launched"):
             loaded.forward(fields)
+        with pytest.raises(RuntimeError, match="was not launched"):
+            gradients_of(q, loaded.backward, "qkv")
     with pytest.raises(RuntimeError, match="another version"):
-        loaded.forward({**fields, "version": abi.VERSION + 1})
+        loaded.forward({**fields, "version": abi.FORWARD.version + 1})
 
 
 # --- NVRTC --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """CUDA C++ for Hopper (sm_90a): the kernels of ``csrc/``, built with the package or compiled at first use.
 
-Forward pass only so far. Not yet run on a GPU, so it serves where it is asked for by name, never by choice.
+Not yet run on a GPU, so it serves where it is asked for by name, never by choice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities
-from fastattn.backends.cuda import abi, library, nvrtc
+from fastattn.backends.cuda import abi, backward, library, nvrtc
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
@@ -34,6 +34,13 @@ def _delivered() -> tuple[library.Library | nvrtc.NvrtcKernels | None, str]:
         return nvrtc.NvrtcKernels(), f"{not_built}; compiled at first use by NVRTC {nvrtc.version()}"
     except nvrtc.NvrtcError as error:
         return None, f"unavailable: {not_built}, and {error}"
+
+
+def _kernels() -> library.Library | nvrtc.NvrtcKernels:
+    kernels, how = _delivered()
+    if kernels is None:
+        raise RuntimeError(how)
+    return kernels
 
 
 def delivery() -> str:
@@ -62,8 +69,8 @@ class CudaBackend(Backend):
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
             if size % 8:
                 reasons.append(f"head dim {name} = {size} (multiples of 8)")
-        if problem.needs_grad:
-            reasons.append("backward not built yet")
+        if problem.deterministic and not torch.are_deterministic_algorithms_enabled():
+            reasons.append("deterministic only under torch.use_deterministic_algorithms(True)")
         return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
@@ -71,9 +78,7 @@ class CudaBackend(Backend):
         return ["not yet run on a GPU"]
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        kernels, how = _delivered()
-        if kernels is None:
-            raise RuntimeError(how)
+        kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
         q = inputs.q
         out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
@@ -93,7 +98,9 @@ class CudaBackend(Backend):
         spec: AttentionSpec,
         needs: Sequence[str],
     ) -> Grads:
-        raise NotImplementedError("the cuda backend has no backward pass yet; dispatch does not choose it for one")
+        kernels = _kernels()
+        with torch.cuda.device(inputs.q.device):
+            return backward.backward(kernels.backward, dout, dlse, out, lse, inputs, spec, needs)
 
 
 BACKEND = CudaBackend()

@@ -1,47 +1,113 @@
-"""The flat struct of ``csrc/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
+"""The flat structs of ``csrc/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
-``FIELDS`` names its fields in order; tests/unit/test_build.py holds it against the C++ struct. Meaning that the kernels
-need beyond the spec is added here: the exponent's base, the band without None, the keys that some query keeps.
+``FORWARD`` and ``BACKWARD`` name their fields in order; tests/unit/test_build.py holds them against the C++ structs.
+Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
+some query keeps, the padding of the backward pass's own tensors.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn.backends.cuda.instances import PADDED_ROWS
 from fastattn.errors import input_error
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, tile_range
 
-VERSION = 1
 UNBOUNDED = 1 << 29  # kUnbounded: more than any length
 LOG2E = math.log2(math.e)
 # Keys and values of the heads worked on together should stay in the 50 MB of L2 beside everything else.
 L2_BYTES = 32 << 20
+DOUBLES = ("scale", "scale_log2", "cap_scale")
 
-FIELDS = (
+Fields = dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class Abi:
+    """A struct: the version that it begins with, and the names of its fields."""
+
+    version: int
+    names: tuple[str, ...]
+
+    @functools.cached_property
+    def _layout(self) -> struct.Struct:
+        return struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in self.names))
+
+    @property
+    def size(self) -> int:
+        return self._layout.size
+
+    def pack(self, fields: Fields) -> bytes:
+        return self._layout.pack(*(fields[name] for name in self.names))
+
+
+FORWARD = Abi(1, (
     "version", "q", "k", "v", "out", "lse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
     "has_band", "has_softcap", "scale_log2", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
-)  # fmt: skip
-DOUBLES = ("scale_log2", "cap_scale")
-_LAYOUT = struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in FIELDS))
-SIZE = _LAYOUT.size
+))  # fmt: skip
+BACKWARD = Abi(1, (
+    "version", "q", "k", "v", "out", "dout", "lse", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
+    "dq", "dk", "dv", "dsinks", "lse_log2", "delta", "dq_sums",
+    "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
+    "v_batch_stride", "v_row_stride", "v_head_stride", "dout_batch_stride", "dout_row_stride", "dout_head_stride",
+    "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv",
+    "padded_q", "padded_kv", "sum_columns", "key_begin", "key_end", "left", "right", "lower_right", "has_softcap",
+    "scale", "scale_log2", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
+))  # fmt: skip
 
 
-def pack(fields: dict[str, int | float]) -> bytes:
-    return _LAYOUT.pack(*(fields[name] for name in FIELDS))
-
-
-def forward_fields(
-    inputs: Inputs, spec: AttentionSpec, out: Tensor, lse: Tensor, stream: int
-) -> dict[str, int | float]:
+def forward_fields(inputs: Inputs, spec: AttentionSpec, out: Tensor, lse: Tensor, stream: int) -> Fields:
     """The fields of one forward pass. ``inputs`` must be as ``prepared`` leaves them."""
+    return {
+        **_common_fields(inputs, spec, stream),
+        "version": FORWARD.version,
+        "out": out.data_ptr(),
+        "lse": lse.data_ptr(),
+        "has_band": int(spec.has_band),
+        "blocks": 0,
+    }
+
+
+def backward_fields(inputs: Inputs, spec: AttentionSpec, tensors: dict[str, Tensor | None], stream: int) -> Fields:
+    """The fields of one backward pass.
+
+    Args:
+        inputs: as ``readable`` leaves them.
+        spec: the scalars.
+        tensors: the other tensors by the names of their fields, None where not wanted; ``dout`` is readable by TMA,
+            what is read or written besides is contiguous. ``dq_sums`` ends in the columns of the fused kernel.
+        stream: the CUDA stream.
+    """
+    dout, sums = tensors["dout"], tensors["dq_sums"]
+    assert dout is not None
+    is_dense = not inputs.is_packed
+    return {
+        **_common_fields(inputs, spec, stream),
+        **{name: _address(x) for name, x in tensors.items()},
+        "version": BACKWARD.version,
+        "sinks": _address(inputs.sinks if tensors["dsinks"] is not None else None),
+        "dout_batch_stride": dout.stride(0) if is_dense else 0,
+        "dout_row_stride": dout.stride(-3),
+        "dout_head_stride": dout.stride(-2),
+        "padded_q": padded_rows(inputs, inputs.q.shape[-3]),
+        "padded_kv": padded_rows(inputs, inputs.k.shape[-3]),
+        "sum_columns": 0 if sums is None else sums.shape[-1],
+        "scale": spec.scale,
+        "kv_heads_per_pass": kv_heads_per_pass(inputs),
+    }
+
+
+def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
     q, k, v = inputs.q, inputs.k, inputs.v
     seqlen_q, seqlen_kv = q.shape[-3], k.shape[-3]
     if max(seqlen_q, seqlen_kv) >= UNBOUNDED:
@@ -49,13 +115,10 @@ def forward_fields(
         raise input_error("q", given, f"fewer than {UNBOUNDED} rows", "Positions in the CUDA kernels have 32 bits.")
     is_dense = not inputs.is_packed
     key_begin, key_end = tile_range(spec, 0, seqlen_q, seqlen_q, seqlen_kv) if is_dense else (0, seqlen_kv)
-    fields: dict[str, int | float] = {
-        "version": VERSION,
+    fields: Fields = {
         "q": q.data_ptr(),
         "k": k.data_ptr(),
         "v": v.data_ptr(),
-        "out": out.data_ptr(),
-        "lse": lse.data_ptr(),
         "sinks": _address(inputs.sinks),
         "cu_seqlens_q": _address(inputs.cu_seqlens_q),
         "cu_seqlens_kv": _address(inputs.cu_seqlens_kv),
@@ -73,13 +136,11 @@ def forward_fields(
         "left": UNBOUNDED if spec.left is None else min(spec.left, UNBOUNDED),
         "right": UNBOUNDED if spec.right is None else min(spec.right, UNBOUNDED),
         "lower_right": int(spec.anchor == "lower_right"),
-        "has_band": int(spec.has_band),
         "has_softcap": int(spec.softcap is not None),
         "scale_log2": (spec.scale if spec.softcap is None else spec.softcap) * LOG2E,
         "cap_scale": 0.0 if spec.softcap is None else spec.scale / spec.softcap,
         "heads_per_pass": heads_per_pass(inputs),
         "device": q.device.index or 0,
-        "blocks": 0,
         "stream": stream,
     }
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -90,40 +151,60 @@ def forward_fields(
 
 def heads_per_pass(inputs: Inputs) -> int:
     """Query heads whose keys and values fit L2 together: whole groups, at least one, at most all there are."""
-    row_bytes = (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
-    head_bytes = max(1, inputs.max_seqlen_kv * row_bytes)
     group = inputs.heads_q // inputs.heads_kv
-    all_heads = inputs.heads_q * (1 if inputs.is_packed else inputs.batch)
-    return max(1, min(max(1, L2_BYTES // head_bytes) * group, all_heads))
+    return min(_heads_in_l2(inputs, inputs.max_seqlen_kv) * group, _all_heads(inputs, inputs.heads_q))
+
+
+def kv_heads_per_pass(inputs: Inputs) -> int:
+    """Key/value heads whose queries and their gradients of out fit L2 together."""
+    rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
+    return min(_heads_in_l2(inputs, rows), _all_heads(inputs, inputs.heads_kv))
+
+
+def _heads_in_l2(inputs: Inputs, rows: int) -> int:
+    row_bytes = (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
+    return max(1, L2_BYTES // max(1, rows * row_bytes))
+
+
+def _all_heads(inputs: Inputs, heads: int) -> int:
+    return max(1, heads * (1 if inputs.is_packed else inputs.batch))
+
+
+def padded_rows(inputs: Inputs, rows: int) -> int:
+    """Rows of the backward pass's own tensors for ``rows`` rows: csrc/params.h says how they are padded."""
+    extra = inputs.batch * PADDED_ROWS if inputs.is_packed else 0
+    return -(-(rows + extra) // PADDED_ROWS) * PADDED_ROWS
 
 
 def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec]:
-    """The same problem with tensors that TMA can read, fp32 sinks and a positive scale.
+    """The same problem with ``readable`` tensors and a positive scale, for the forward pass.
 
-    TMA wants addresses and strides that 16 bytes divide, and no stride of 0; other tensors are copied. The kernels take
-    the maximum before they scale, so a negative scale moves into q, and so does one too small for fp32.
+    Its kernels take the maximum before they scale, so a negative scale moves into q, and so does one too small for
+    fp32.
     """
-    q, k, v = (x if _is_readable(x) else _copy(x) for x in (inputs.q, inputs.k, inputs.v))
-    scale = spec.scale
+    inputs, scale = readable(inputs), spec.scale
     if spec.softcap is None and scale < torch.finfo(torch.float32).tiny:
         sign = -1.0 if scale <= -torch.finfo(torch.float32).tiny else 0.0
-        q, scale = q * sign, -scale if sign else 1.0
+        inputs, scale = inputs.replace(q=inputs.q * sign), -scale if sign else 1.0
+    return inputs, AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+
+
+def readable(inputs: Inputs) -> Inputs:
+    """The same tensors where TMA can read them, copies where it cannot; fp32 sinks, contiguous boundaries."""
+    q, k, v = (readable_rows(x) for x in (inputs.q, inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     bounds = (None if x is None else x.contiguous() for x in (inputs.cu_seqlens_q, inputs.cu_seqlens_kv))
     cu_seqlens_q, cu_seqlens_kv = bounds
-    changed = inputs.replace(q=q, k=k, v=v, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
-    return changed, AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+    return inputs.replace(q=q, k=k, v=v, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
+
+
+def readable_rows(x: Tensor) -> Tensor:
+    """``x`` or a copy: TMA wants addresses and strides that 16 bytes divide, and no stride of 0."""
+    steps = [stride * x.element_size() for stride, size in zip(x.stride(), x.shape, strict=True)][:-1]
+    used = [step for step, size in zip(steps, x.shape, strict=False) if size > 1]
+    is_readable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in used)
+    return x if is_readable else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _is_readable(x: Tensor) -> bool:
-    steps = [stride * x.element_size() for stride, size in zip(x.stride(), x.shape, strict=True)][:-1]
-    used = [step for step, size in zip(steps, x.shape, strict=False) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in used)
-
-
-def _copy(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)

@@ -59,8 +59,9 @@ def first_line(text: str) -> str:
 
 def instance_source(instance: Instance) -> str:
     """A file that holds one kernel."""
-    arguments = "fa::ForwardParams const&, fa::MakeMaps, int, cudaStream_t"
-    return f'#include "launch.cuh"\ntemplate char const* fa::launch_forward<{instance.traits}>({arguments});\n'
+    tile = instance.tile
+    function = f"fa::{tile.launcher}<{instance.traits}>({tile.launcher_arguments})"
+    return f'#include "launch.cuh"\ntemplate char const* {function};\n'
 
 
 def write_if_new(path: Path, text: str) -> None:

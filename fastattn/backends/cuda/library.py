@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 from fastattn.backends.cuda import abi
@@ -12,7 +13,7 @@ ERROR_BYTES = 512
 
 
 class Library:
-    """A loaded library whose struct is the one that ``abi`` packs.
+    """A loaded library whose structs are those that ``abi`` packs.
 
     Raises:
         OSError: it cannot be loaded, or was built from other sources.
@@ -20,21 +21,36 @@ class Library:
 
     def __init__(self, path: Path = PATH) -> None:
         self._library = ctypes.CDLL(str(path))
-        self._forward = self._library.fa_forward
-        self._forward.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_longlong)
-        self._forward.restype = ctypes.c_int
-        for function in (self._library.fa_forward_version, self._library.fa_forward_bytes):
-            function.restype = ctypes.c_longlong
-        built_for = (self._library.fa_forward_version(), self._library.fa_forward_bytes())
-        if built_for != (abi.VERSION, abi.SIZE):
-            raise OSError(f"{path} is of another version of fastattn; build it again")
+        self._path = path
+        self._forward = self._function("forward", abi.FORWARD)
+        self._backward = self._function("backward", abi.BACKWARD)
 
-    def forward(self, fields: dict[str, int | float]) -> None:
+    def _function(self, name: str, struct: abi.Abi) -> Callable[[bytes, ctypes.Array[ctypes.c_char], int], int]:
+        try:
+            launch, version, size = (
+                getattr(self._library, f"fa_{name}{suffix}") for suffix in ("", "_version", "_bytes")
+            )
+        except AttributeError:
+            raise OSError(f"{self._path} has no fa_{name}; build it again") from None
+        launch.argtypes, launch.restype = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_longlong), ctypes.c_int
+        version.restype = size.restype = ctypes.c_longlong
+        if (version(), size()) != (struct.version, struct.size):
+            raise OSError(f"{self._path} is of another version of fastattn; build it again")
+        return launch
+
+    def forward(self, fields: abi.Fields) -> None:
         """Launch the forward pass.
 
         Raises:
             RuntimeError: CUDA refused; the message says why.
         """
+        self._launch(self._forward, abi.FORWARD.pack(fields))
+
+    def backward(self, fields: abi.Fields) -> None:
+        """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
+        self._launch(self._backward, abi.BACKWARD.pack(fields))
+
+    def _launch(self, function: Callable[[bytes, ctypes.Array[ctypes.c_char], int], int], packed: bytes) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._forward(abi.pack(fields), error, ERROR_BYTES):
+        if function(packed, error, ERROR_BYTES):
             raise RuntimeError(f"fastattn's CUDA kernel was not launched: {error.value.decode()}")

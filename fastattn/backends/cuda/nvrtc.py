@@ -11,17 +11,34 @@ import functools
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from fastattn.backends.cuda import abi, driver
-from fastattn.backends.cuda.instances import DTYPES, Instance, Tile, forward_tiles, select, source_folder
+from fastattn.backends.cuda.instances import (
+    DTYPES,
+    PADDED_ROWS,
+    PREPARE,
+    SINKS,
+    AnyTile,
+    Instance,
+    RowsTile,
+    forward_tiles,
+    keys_tiles,
+    queries_tiles,
+    select,
+    select_keys,
+    select_queries,
+    source_folder,
+)
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
-KERNEL = "fastattn_forward"
+KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
+ROW_SHARED_BYTES = 128  # of the small kernels: 16 for each of their warps
 MAJORS = (13, 12)  # of NVRTC
 
 
@@ -59,11 +76,14 @@ def version() -> str:
 
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
+    tile = instance.tile
+    namespace = "fa" if isinstance(tile, RowsTile) else "fa::sm90"
+    call = "fa::sm90::differentiate_sink" if tile == SINKS else f"fa::sm90::{tile.function}<Traits>"
     return (
-        '#include "sm90/forward.cuh"\n'
+        f'#include "{tile.header}"\n'
         f"using Traits = {instance.traits};\n"
-        f'extern "C" FA_GLOBAL(Traits::THREADS) {KERNEL}(FA_KERNEL_ARGUMENT fa::sm90::ForwardArgs args) {{\n'
-        "  fa::sm90::forward<Traits>(args);\n"
+        f'extern "C" FA_GLOBAL({tile.threads}) {KERNEL}(FA_KERNEL_ARGUMENT {namespace}::{tile.arguments} args) {{\n'
+        f"  {call}(args);\n"
         "}\n"
     )
 
@@ -130,62 +150,132 @@ def cached_kernel(instance: Instance) -> bytes:
 
 
 class NvrtcKernels:
-    """The forward pass through kernels compiled here, each when it is first needed."""
+    """Both passes, as csrc/host.cu has them, through kernels compiled here, each when it is first needed."""
 
     def __init__(self) -> None:
         load()
-        self._tiles = forward_tiles()
+        self._forward, self._keys, self._queries = forward_tiles(), keys_tiles(), queries_tiles()
         self._functions: dict[tuple[int, Instance], ctypes.c_void_p] = {}
 
-    def forward(self, fields: dict[str, int | float]) -> None:
+    def forward(self, fields: abi.Fields) -> None:
         """Launch the forward pass in the current context.
 
         Raises:
             NvrtcError: the kernel could not be compiled.
             RuntimeError: CUDA refused; the message says why.
         """
-        if not (fields["batch"] and fields["seqlen_q"]):
-            return
         given = {name: int(value) for name, value in fields.items()}
-        tile = select(
-            self._tiles, given["head_dim_qk"], given["head_dim_v"], bool(given["has_band"]), bool(given["has_softcap"])
-        )
-        function = self._function(given["device"], Instance(tile, DTYPES[given["dtype"]]))
-        buffer, address = aligned_arguments(fields, given, tile)
+        if not (given["batch"] and given["seqlen_q"]):
+            return
+        dims = given["head_dim_qk"], given["head_dim_v"]
+        tile = select(self._forward, *dims, bool(given["has_band"]), bool(given["has_softcap"]))
         blocks = given["blocks"] or driver.multiprocessors(given["device"])
-        driver.launch(function, address, blocks, tile.threads, SHARED_BYTES, given["stream"])
+        views = [*input_views(given, tile.block_m, tile.block_n), result_view(given, "out", "q", "head_dim_v")]
+        self._launch(tile, given, views, abi.FORWARD.pack(fields), blocks)
+
+    def backward(self, fields: abi.Fields) -> None:
+        """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
+        given = {name: int(value) for name, value in fields.items()}
+        if not (given["batch"] and given["seqlen_q"]):
+            return
+        packed = abi.BACKWARD.pack(fields)
+        problem = given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"])
+        row_blocks = tiles_of(given, "q", PADDED_ROWS)
+        self._launch(PREPARE, given, [], packed, row_blocks)
+        if given["dsinks"]:
+            self._launch(SINKS, given, [], packed, given["batch"] * given["heads_q"])
+        if given["dk"]:
+            keys = select_keys(self._keys, *problem, fused=bool(given["dq_sums"]))
+            assert keys is not None, "sums for dq are given only where a fused kernel holds the problem"
+            views = backward_views(given, keys.block_m, keys.block_n)
+            self._launch(keys, given, views, packed, tiles_of(given, "kv", keys.block_n))
+            if keys.fused:
+                self._launch(RowsTile("finish_rows", keys), given, [], packed, row_blocks)
+        if given["dq"] and not given["dq_sums"]:
+            queries = select_queries(self._queries, *problem)
+            views = backward_views(given, queries.block_m, queries.block_n)
+            self._launch(queries, given, views, packed, tiles_of(given, "q", queries.block_m))
+
+    def _launch(self, tile: AnyTile, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
+        function = self._function(given["device"], Instance(tile, DTYPES[given["dtype"]]))
+        buffer, address = aligned_arguments(given["dtype"], views, packed)
+        driver.launch(function, address, blocks, tile.threads, shared_bytes(tile), given["stream"])
         del buffer  # held until the launch has copied it
 
     def _function(self, device: int, instance: Instance) -> ctypes.c_void_p:
         key = (device, instance)
         if key not in self._functions:
-            self._functions[key] = driver.load_function(cached_kernel(instance), KERNEL, SHARED_BYTES)
+            self._functions[key] = driver.load_function(cached_kernel(instance), KERNEL, shared_bytes(instance.tile))
         return self._functions[key]
 
 
-def aligned_arguments(
-    fields: dict[str, int | float], given: dict[str, int], tile: Tile
-) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """ForwardArgs of csrc/sm90/shared.h: the maps of q, k, v and out, then the struct."""
-    buffer, address = driver.aligned_buffer(4 * driver.MAP_BYTES + abi.SIZE)
-    batch = 1 if given["cu_seqlens_q"] else given["batch"]
-    keys = given["key_end"] - given["key_begin"]
-    views = [("q", "q", given["seqlen_q"], "heads_q", "head_dim_qk", tile.block_m)]
-    if keys:
-        views += [
-            ("k", "k", keys, "heads_kv", "head_dim_qk", tile.block_n),
-            ("v", "v", keys, "heads_kv", "head_dim_v", tile.block_n),
-        ]
-    else:  # nothing is loaded
-        views += 2 * views
-    for i, (name, strides, rows, heads, columns, box_rows) in enumerate(views):
-        steps = tuple(2 * given[f"{strides}_{which}_stride"] for which in ("row", "head", "batch"))
-        skipped = given["key_begin"] * steps[0] if name != "q" else 0
-        sizes = (given[columns], rows, given[heads], batch)
-        driver.encode_map(address + i * driver.MAP_BYTES, given[name] + skipped, given["dtype"], sizes, steps, box_rows)
-    d_v, heads_q, seqlen_q = given["head_dim_v"], given["heads_q"], given["seqlen_q"]
-    steps = (2 * heads_q * d_v, 2 * d_v, 2 * seqlen_q * heads_q * d_v)
-    sizes = (d_v, seqlen_q, heads_q, batch)
-    driver.encode_map(address + 3 * driver.MAP_BYTES, given["out"], given["dtype"], sizes, steps, 64)
-    ctypes.memmove(address + 4 * driver.MAP_BYTES, abi.pack(fields), abi.SIZE)
+@dataclass(frozen=True)
+class View:
+    """A (head dim, row, head, batch) tensor for a tensor map; strides, in bytes, are those of rows, heads and batch."""
+
+    address: int
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    box_rows: int
+
+
+def shared_bytes(tile: AnyTile) -> int:
+    """Of a block. The large kernels get all that there is: one block runs on each multiprocessor in any case."""
+    return ROW_SHARED_BYTES if isinstance(tile, RowsTile) else SHARED_BYTES
+
+
+def tiles_of(given: dict[str, int], side: str, block: int) -> int:
+    """Blocks of ``block`` padded rows of all heads: tile_count of csrc/sm90/backward.h."""
+    return given[f"padded_{side}"] // block * given[f"heads_{side}"] * _batch(given)
+
+
+def _batch(given: dict[str, int]) -> int:
+    """Of the tensors: 1 if packed."""
+    return 1 if given["cu_seqlens_q"] else given["batch"]
+
+
+def row_view(given: dict[str, int], name: str, side: str, columns: str, box_rows: int) -> View:
+    """A tensor that kernels read. Keys outside of what some query keeps are not shown."""
+    row, head, batch = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
+    is_of_keys = side == "kv"
+    rows = given["key_end"] - given["key_begin"] if is_of_keys else given["seqlen_q"]
+    skipped = given["key_begin"] * row if is_of_keys else 0
+    sizes = (given[columns], rows, given[f"heads_{side}"], _batch(given))
+    return View(given[name] + skipped, sizes, (row, head, batch), box_rows)
+
+
+def result_view(given: dict[str, int], name: str, side: str, columns: str) -> View:
+    """A contiguous tensor that kernels write, 64 rows at a time."""
+    width, rows, heads = given[columns], given[f"seqlen_{side}"], given[f"heads_{side}"]
+    strides = (2 * heads * width, 2 * width, 2 * rows * heads * width)
+    return View(given[name], (width, rows, heads, _batch(given)), strides, 64)
+
+
+def input_views(given: dict[str, int], block_m: int, block_n: int) -> list[View]:
+    """Those of q, k and v. Where no key is kept nothing is loaded, and q stands for all."""
+    q = row_view(given, "q", "q", "head_dim_qk", block_m)
+    if given["key_begin"] == given["key_end"]:
+        return [q, q, q]
+    return [
+        q,
+        row_view(given, "k", "kv", "head_dim_qk", block_n),
+        row_view(given, "v", "kv", "head_dim_v", block_n),
+    ]
+
+
+def backward_views(given: dict[str, int], block_m: int, block_n: int) -> list[View]:
+    """The maps of BackwardArgs in csrc/sm90/backward.h, in order; q stands for gradients that are not wanted."""
+    inputs = input_views(given, block_m, block_n)
+    results = (("dq", "q", "head_dim_qk"), ("dk", "kv", "head_dim_qk"), ("dv", "kv", "head_dim_v"))
+    written = [result_view(given, *result) if given[result[0]] else inputs[0] for result in results]
+    return [*inputs, row_view(given, "dout", "q", "head_dim_v", block_m), *written]
+
+
+def aligned_arguments(dtype: int, views: list[View], packed: bytes) -> tuple[ctypes.Array[ctypes.c_char], int]:
+    """The argument of a kernel: the maps of its views, then the struct."""
+    buffer, address = driver.aligned_buffer(len(views) * driver.MAP_BYTES + len(packed))
+    for i, view in enumerate(views):
+        to = address + i * driver.MAP_BYTES
+        driver.encode_map(to, view.address, dtype, view.sizes, view.strides, view.box_rows)
+    ctypes.memmove(address + len(views) * driver.MAP_BYTES, packed, len(packed))
     return buffer, address

@@ -1,0 +1,25 @@
+// One backward problem for the emulator: the runs of all kernels that it takes, and the comparison with the closed form.
+#pragma once
+#include "../sm90/backward.h"
+#include "problem.h"
+
+namespace fa::emu {
+
+// A kernel under test, with those that run before and after it. Instances register themselves (backward_instance.cpp).
+struct BackwardInstance {
+  std::string name;
+  Shape shape;
+  int threads, row_threads;
+  bool of_queries, is_fused;  // computes dq alone; all three. Else dk and dv
+  void (*kernel)(sm90::BackwardArgs);
+  int64 (*tiles)(BackwardParams const&);
+  void (*prepare)(BackwardParams);
+  void (*sinks)(BackwardParams);
+  void (*finish)(BackwardParams);  // where it is fused
+};
+std::vector<BackwardInstance>& backward_instances();
+
+// Empty if the kernels compute the case rightly and the machine has nothing to report; else what is wrong.
+std::string check_backward(BackwardInstance const& instance, Case const& c, Report& report);
+
+}  // namespace fa::emu

@@ -1,0 +1,58 @@
+// A KEYS or QUERIES line of instances.inc for the emulator: compiled with -DFA_KEYS=D_QK,D_V,... or -DFA_QUERIES=...
+// Both types, or bfloat16 alone with -DFA_BFLOAT16_ONLY.
+#include "../sm90/keys.cuh"
+#include "../sm90/queries.cuh"
+#include "../sm90/rows.cuh"
+#include "backward_case.h"
+
+namespace {
+
+using namespace fa;
+
+#define FA_TEXT_OF(...) #__VA_ARGS__
+#define FA_TEXT(...) FA_TEXT_OF(__VA_ARGS__)
+
+#ifdef FA_KEYS
+#define FA_LINE "keys<", FA_TEXT(FA_KEYS)
+template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_M, int BLOCK_N, int STAGES, int FUSED>
+emu::BackwardInstance instance_of() {
+  using C = sm90::KeysTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_M, BLOCK_N, STAGES, FUSED != 0>;
+  emu::BackwardInstance made{};
+  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
+  made.threads = C::THREADS, made.is_fused = C::FUSED;
+  made.kernel = sm90::keys_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, true>;
+  made.prepare = sm90::prepare_kernel<T>, made.sinks = sm90::sinks_kernel<T>;
+  if constexpr (C::FUSED) made.finish = sm90::finish_kernel<C>;
+  return made;
+}
+#define FA_INSTANCE(T) instance_of<T, FA_KEYS>()
+#else
+#define FA_LINE "queries<", FA_TEXT(FA_QUERIES)
+template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_N, int K_STAGES, int V_STAGES>
+emu::BackwardInstance instance_of() {
+  using C = sm90::QueriesTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_N, K_STAGES, V_STAGES>;
+  emu::BackwardInstance made{};
+  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
+  made.threads = C::THREADS, made.of_queries = true;
+  made.kernel = sm90::queries_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, false>;
+  made.prepare = sm90::prepare_kernel<T>, made.sinks = sm90::sinks_kernel<T>;
+  return made;
+}
+#define FA_INSTANCE(T) instance_of<T, FA_QUERIES>()
+#endif
+
+struct Register {
+  Register(emu::BackwardInstance made, bool is_half, char const* kind, char const* line) {
+    made.name = std::string(kind) + (is_half ? "f16," : "bf16,") + line + ">";
+    made.shape.is_half = is_half;
+    made.row_threads = sm90::kRowThreads;
+    emu::backward_instances().push_back(made);
+  }
+};
+
+Register const bf16(FA_INSTANCE(sm90::Bf16), false, FA_LINE);
+#ifndef FA_BFLOAT16_ONLY
+Register const f16(FA_INSTANCE(sm90::F16), true, FA_LINE);
+#endif
+
+}  // namespace

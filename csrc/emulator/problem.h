@@ -1,0 +1,101 @@
+// Random problems for the emulator: sizes, strides, masks, tensors. Forward and backward passes share them.
+#pragma once
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+#include "machine.h"
+
+namespace fa::emu {
+
+struct Random {
+  std::mt19937 engine;
+  int between(int low, int high) { return low + static_cast<int>(engine() % static_cast<unsigned>(high - low + 1)); }
+  bool one_in(int n) { return engine() % static_cast<unsigned>(n) == 0; }
+};
+
+struct Shape {  // what a kernel is made for
+  int d_qk, d_v, block_m, block_n;
+  bool is_half, has_band, has_softcap;
+};
+
+struct Case {
+  int batch, heads_kv, group, d_qk, d_v;
+  bool is_packed;
+  std::vector<int> s_q, s_kv;  // of each sequence; all the same if dense
+  int left, right;             // -1: unbounded
+  bool lower_right;
+  double scale, softcap;       // softcap 0: none
+  int sinks;                   // 0 none, 1 shared by the batch, 2 for each sequence
+  bool heads_first;            // order of q, k, v in memory, dense only: (B, H, S, D) instead of (B, S, H, D)
+  int padding;                 // elements between rows, times 8
+  int blocks, heads_per_pass;
+  uint32_t seed;
+};
+
+Case random_case(Shape const& shape, uint32_t seed);
+std::string describe(Case const& c);
+
+struct Tensor {  // 16-bit, (batch, row, head, column) with strides in elements
+  std::vector<uint16_t> storage;
+  uint16_t* data;
+  int batch, rows, heads, columns;
+  Strides strides;
+  uint16_t& at(int b, int row, int head, int column) {
+    return data[b * strides.batch + row * strides.row + head * strides.head + column];
+  }
+};
+
+Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first, int padding, uint16_t fill);
+Map map_of(Tensor const& t, int64 first_row, int64 end_row, int box_rows);
+
+// Whether query i of sequence n sees key j, by the words of fastattn/spec.py.
+bool sees(Case const& c, int n, int i, int j);
+
+struct Problem {
+  Shape shape;
+  Case c;
+  Tensor q, k, v;
+  std::vector<float> sinks;
+  std::vector<int> cu_q, cu_kv;
+  float const* value;  // of a 16-bit number
+
+  uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
+  int batch() const { return c.is_packed ? 1 : c.batch; }  // of the tensors
+  int of(int n) const { return c.is_packed ? 0 : n; }      // sequence n is in this part of the batch,
+  int first_q(int n) const { return c.is_packed ? cu_q[n] : 0; }  // and begins at these rows
+  int first_kv(int n) const { return c.is_packed ? cu_kv[n] : 0; }
+  double sink(int n, int h) const { return sinks[(c.sinks == 2 ? n * q.heads : 0) + h]; }
+};
+
+// Rows of k and v that no query sees are NaN.
+Problem make_problem(Shape const& shape, Case const& c);
+
+// The keys of a dense batch that some query sees.
+void find_kept_keys(Problem const& p, int64& begin, int64& end);
+
+template <class Params>
+void fill_common(Problem& p, Params& f) {
+  Case const& c = p.c;
+  double const log2e = 1.4426950408889634;
+  f.q = p.q.data, f.k = p.k.data, f.v = p.v.data;
+  f.sinks = c.sinks ? p.sinks.data() : nullptr;
+  f.cu_seqlens_q = c.is_packed ? p.cu_q.data() : nullptr;
+  f.cu_seqlens_kv = c.is_packed ? p.cu_kv.data() : nullptr;
+  f.q_strides = p.q.strides, f.k_strides = p.k.strides, f.v_strides = p.v.strides;
+  f.sinks_batch_stride = c.sinks == 2 ? p.q.heads : 0;
+  f.dtype = p.shape.is_half ? kFloat16 : kBfloat16;
+  f.batch = c.batch, f.heads_q = p.q.heads, f.heads_kv = c.heads_kv;
+  f.head_dim_qk = c.d_qk, f.head_dim_v = c.d_v;
+  f.seqlen_q = p.q.rows, f.seqlen_kv = p.k.rows;
+  find_kept_keys(p, f.key_begin, f.key_end);
+  f.left = c.left < 0 ? kUnbounded : c.left, f.right = c.right < 0 ? kUnbounded : c.right;
+  f.lower_right = c.lower_right;
+  f.has_softcap = c.softcap > 0;
+  f.scale_log2 = (c.softcap > 0 ? c.softcap : c.scale) * log2e;
+  f.cap_scale = c.softcap > 0 ? c.scale / c.softcap : 0;
+  f.heads_per_pass = c.heads_per_pass;
+}
+
+}  // namespace fa::emu

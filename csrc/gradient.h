@@ -1,0 +1,53 @@
+// What the backward pass does with a fragment of scores: weights from lse, masks, and the gradient of the scores.
+//
+// With lse in base 2 nothing has to be searched for: p = 2^(scale_log2 * score - lse) is the weight itself. Fragments are
+// laid out as in softmax.h. In the kernel of the keys they are transposed: rows are keys, columns are queries.
+#pragma once
+#include "softmax.h"
+
+namespace fa {
+
+struct ScoreScales {  // of BackwardParams
+  float log2, cap;
+};
+
+// The weight of a score. `score` becomes the weight times the slope of softcap: what turns the gradient of the weight's
+// logit into that of the raw score.
+template <bool SOFTCAP>
+FA_DEVICE float weigh(float& score, ScoreScales const& scales, float lse_log2) {
+  if (!SOFTCAP) return score = exp2_approx(multiply_add(score, scales.log2, -lse_log2));
+  float const t = capped(score, scales.cap);
+  float const p = exp2_approx(multiply_add(t, scales.log2, -lse_log2));
+  score = p * multiply_add(-t, t, 1.f);
+  return p;
+}
+
+// The columns that a row keeps: none if there is no such row.
+FA_DEVICE Range kept_columns(Band const& band, int row) {
+  return row < band.s_q ? tile_range(band, row, row + 1) : Range{0, 0};
+}
+
+// Weights of pairs that are not kept become 0, whatever they were: a score that lse does not count may give infinity.
+// `row` and `column` are this thread's first; `band` is transposed where the fragment is.
+template <int N>
+FA_DEVICE void mask_weights(float (&weights)[N], Band const& band, int row, int column) {
+  Range const kept[2] = {kept_columns(band, row), kept_columns(band, row + 8)};
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if (!contains(kept[i / 2 % 2], column + i / 4 * 8 + i % 2)) weights[i] = 0.f;
+  }
+}
+
+// The same for weights in pairs of 16-bit numbers.
+template <int N>
+FA_DEVICE void mask_packed(uint32 (&weights)[N], Band const& band, int row, int column) {
+  Range const kept[2] = {kept_columns(band, row), kept_columns(band, row + 8)};
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    int const first = column + i / 2 * 8;
+    if (!contains(kept[i % 2], first)) weights[i] &= 0xffff0000u;
+    if (!contains(kept[i % 2], first + 1)) weights[i] &= 0x0000ffffu;
+  }
+}
+
+}  // namespace fa

@@ -1,0 +1,93 @@
+// What the kernels of the backward pass have in common: arguments, and which tile a block works on.
+//
+// A block works on one tile: the hardware hands out blocks in order, so long tiles come first. Tiles are numbered pass
+// by pass as in schedule.h, and a tile is told to all warps through shared memory in the same form.
+#pragma once
+#include "../gradient.h"
+#include "shared.h"
+
+namespace fa::sm90 {
+
+// Tensor maps as in ForwardArgs. A kernel has those that it needs: boxes of dq, dk and dv have 64 rows.
+struct BackwardArgs {
+  TensorMap q, k, v, dout, dq, dk, dv;
+  BackwardParams p;
+};
+
+// Where packed sequence n, which begins at row `begin`, begins among the padded rows.
+FA_DEVICE int padded_begin(int begin, int n) { return (begin + n * kPaddedRows) / kPaddedRows * kPaddedRows; }
+
+// The packed sequence to which a padded row belongs.
+FA_DEVICE int sequence_at(int32 const* cu_seqlens, int sequences, int padded_row) {
+  int low = 0, end = sequences;
+  while (end - low > 1) {
+    int const middle = (low + end) / 2;
+    if (padded_begin(load_global(cu_seqlens + middle), middle) <= padded_row) low = middle;
+    else end = middle;
+  }
+  return low;
+}
+
+// Tile `index` of BLOCK query rows (of key rows, if OF_KEYS). Its row may lie past the end of its sequence, in the
+// padding. Under a causal mask the first keys and the last queries have the longest tiles: those come first.
+template <int BLOCK, bool OF_KEYS>
+FA_DEVICE Tile find_tile(BackwardParams const& p, int index) {
+  bool const is_packed = p.cu_seqlens_q != nullptr;
+  int const heads = static_cast<int>(OF_KEYS ? p.heads_kv : p.heads_q);
+  int const pairs = is_packed ? heads : heads * static_cast<int>(p.batch);
+  int const blocks = static_cast<int>(OF_KEYS ? p.padded_kv : p.padded_q) / BLOCK;
+  int const wanted = static_cast<int>(OF_KEYS ? p.kv_heads_per_pass : p.heads_per_pass);
+  int const pass = index / (wanted * blocks), in_pass = index - pass * wanted * blocks;
+  int const width = smaller(pairs - pass * wanted, wanted), block = in_pass / width;
+  int const pair = pass * wanted + in_pass - block * width;
+  Tile tile{};
+  tile.row = (OF_KEYS ? block : blocks - 1 - block) * BLOCK;
+  if (!is_packed) {
+    tile.batch = tile.map_batch = pair / heads;
+    tile.head = pair - tile.batch * heads;
+    tile.s_q = static_cast<int>(p.seqlen_q);
+    tile.s_kv = static_cast<int>(p.seqlen_kv);
+    tile.first_kv = -static_cast<int>(p.key_begin);
+    return tile;
+  }
+  int32 const* const own = OF_KEYS ? p.cu_seqlens_kv : p.cu_seqlens_q;
+  int const n = sequence_at(own, static_cast<int>(p.batch), tile.row);
+  tile.row -= padded_begin(load_global(own + n), n);
+  tile.batch = n;
+  tile.head = pair;
+  tile.first_q = load_global(p.cu_seqlens_q + n);
+  tile.s_q = load_global(p.cu_seqlens_q + n + 1) - tile.first_q;
+  tile.first_kv = load_global(p.cu_seqlens_kv + n);
+  tile.s_kv = load_global(p.cu_seqlens_kv + n + 1) - tile.first_kv;
+  return tile;
+}
+
+// How many there are.
+template <int BLOCK, bool OF_KEYS>
+FA_EVERYWHERE int64 tile_count(BackwardParams const& p) {
+  return (OF_KEYS ? p.padded_kv * p.heads_kv : p.padded_q * p.heads_q) / BLOCK * (p.cu_seqlens_q ? 1 : p.batch);
+}
+
+// Row 0 of a tile's sequence and query head in lse_log2 and delta.
+FA_DEVICE int64 padded_row(BackwardParams const& p, Tile const& tile, int head_q) {
+  int const begin = p.cu_seqlens_q ? padded_begin(tile.first_q, tile.batch) : 0;
+  return (tile.map_batch * p.heads_q + head_q) * p.padded_q + begin;
+}
+
+FA_DEVICE Band band_of(BackwardParams const& p, Tile const& tile) {
+  return make_band(static_cast<int>(p.left), static_cast<int>(p.right), p.lower_right != 0, tile.s_q, tile.s_kv);
+}
+
+FA_DEVICE ScoreScales scales_of(BackwardParams const& p) {
+  return {static_cast<float>(p.scale_log2), static_cast<float>(p.cap_scale)};
+}
+
+// The keys of a packed sequence that some query keeps, counted from `first`; rows outside are a neighbour's, or may hold
+// NaN. In a dense batch everything: tensor maps end where keys that are kept do.
+FA_DEVICE Range keys_to_keep(BackwardParams const& p, Tile const& tile, int first, int rows) {
+  if (!p.cu_seqlens_q) return {0, rows};
+  Range const kept = tile_range(band_of(p, tile), 0, tile.s_q);
+  return {kept.begin - first, kept.end - first};
+}
+
+}  // namespace fa::sm90

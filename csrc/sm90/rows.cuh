@@ -1,0 +1,133 @@
+// The small kernels around the backward pass, each bound by memory: delta and lse of every query row before it, the
+// gradient of the sinks, and dq out of its sums after it.
+//
+// A block has eight warps and works on the 128 padded rows of one head that begin at a multiple of 128.
+#pragma once
+#include "../gradient.h"
+#include "backward.h"
+
+namespace fa::sm90 {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
+
+template <class T>
+FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
+  float sum = 0.f;
+  FA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    sum = multiply_add(low(T{}, a.pair[i]), low(T{}, b.pair[i]), sum);
+    sum = multiply_add(high(T{}, a.pair[i]), high(T{}, b.pair[i]), sum);
+  }
+  return sum;
+}
+
+// lse_log2 and delta of a tile, and zeros in dq_sums. Eight lanes share a row.
+template <class T>
+FA_DEVICE void prepare_rows(BackwardParams const& p) {
+  Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
+  int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
+  int const warp = thread_index() / 32, lane = thread_index() % 32, pieces = static_cast<int>(p.head_dim_v) / 8;
+  for (int row = warp * 4 + lane / 8; row < kPaddedRows; row += 4 * kRowWarps) {
+    int const i = tile.row + row;
+    bool const exists = i < tile.s_q;
+    uint16 const *out = static_cast<uint16 const*>(p.out), *dout = static_cast<uint16 const*>(p.dout);
+    int64 const map_row = tile.first_q + i;
+    out += ((tile.map_batch * p.seqlen_q + map_row) * p.heads_q + tile.head) * p.head_dim_v;
+    dout += tile.map_batch * p.dout_strides.batch + map_row * p.dout_strides.row + tile.head * p.dout_strides.head;
+    float sum = 0.f;
+    for (int piece = lane % 8; exists && piece < pieces; piece += 8) {
+      sum += dot<T>(load_global(reinterpret_cast<Packed8 const*>(out + 8 * piece)),
+                    load_global(reinterpret_cast<Packed8 const*>(dout + 8 * piece)));
+    }
+    FA_UNROLL
+    for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+    if (lane % 8) continue;
+    float lse = negative_infinity();
+    if (exists) {
+      int64 const of_row = (tile.map_batch * p.heads_q + tile.head) * p.seqlen_q + map_row;
+      lse = load_global(p.lse + of_row);
+      if (p.dlse) sum -= load_global(p.dlse + of_row);
+    }
+    store_global(p.lse_log2 + first_padded + row, lse == negative_infinity() ? positive_infinity() : lse * kLog2E);
+    store_global(p.delta + first_padded + row, sum);
+  }
+  if (!p.dq_sums) return;
+  int const columns = static_cast<int>(p.sum_columns);
+  Float4* const sums = reinterpret_cast<Float4*>(p.dq_sums + first_padded * columns);
+  for (int i = thread_index(); i < kPaddedRows * columns / 4; i += kRowThreads) store_global(sums + i, Float4{0.f, 0.f, 0.f, 0.f});
+}
+
+// The gradient of a sink's logit: minus the sum of its weight times delta, over the rows of one sequence and head.
+FA_DEVICE void differentiate_sink(BackwardParams const& p) {
+  int const n = block_index() / static_cast<int>(p.heads_q), head = block_index() - n * static_cast<int>(p.heads_q);
+  Tile tile{};
+  tile.batch = n;
+  tile.map_batch = p.cu_seqlens_q ? 0 : n;
+  tile.s_q = static_cast<int>(p.seqlen_q);
+  if (p.cu_seqlens_q) {
+    tile.first_q = load_global(p.cu_seqlens_q + n);
+    tile.s_q = load_global(p.cu_seqlens_q + n + 1) - tile.first_q;
+  }
+  int64 const first = padded_row(p, tile, head);
+  float const sink = load_global(p.sinks + n * p.sinks_batch_stride + head) * kLog2E;
+  float sum = 0.f;
+  for (int row = thread_index(); row < tile.s_q; row += kRowThreads) {
+    sum -= exp2_approx(sink - load_global(p.lse_log2 + first + row)) * load_global(p.delta + first + row);
+  }
+  FA_UNROLL
+  for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+  uint32 const of_warp = shared_base() + thread_index() / 32 * 16;
+  if (thread_index() % 32 == 0) store_shared_float(of_warp, sum);
+  block_sync();
+  if (thread_index()) return;
+  float total = 0.f;
+  for (int warp = 0; warp < kRowWarps; ++warp) total += load_shared_float(shared_base() + warp * 16);
+  store_global(p.dsinks + n * p.heads_q + head, total);
+}
+
+// dq of a tile out of its sums, which lie in the order of the registers of the kernel that made them (keys.cuh, add_dq).
+// A lane takes eight columns of a row, from four threads of that kernel.
+template <class C>
+FA_DEVICE void finish_rows(BackwardParams const& p) {
+  Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
+  int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
+  int const columns = static_cast<int>(p.head_dim_qk);
+  float const scale = static_cast<float>(p.scale);
+  constexpr int kGroups = (C::D_QK + 7) / 8;
+  for (int i = thread_index(); i < kPaddedRows * kGroups; i += kRowThreads) {
+    int const row = i % 16 + i / (16 * kGroups) * 16, group = i / 16 % kGroups;  // a half warp takes 16 rows
+    if (tile.row + row >= tile.s_q || 8 * group >= columns) continue;
+    int const in_block = row % C::BLOCK_M, part = C::DQ_BY_ROWS ? in_block / 64 : group / 8;
+    float const* from = p.dq_sums + (first_padded + row - in_block) * C::D_QK + part * 64 * 64;
+    from += (C::DQ_BY_ROWS ? group : group % 8) * 512 + in_block % 64 / 16 * 128 + row % 8 * 16 + row / 8 % 2 * 2;
+    Packed8 packed;
+    FA_UNROLL
+    for (int pair = 0; pair < 4; ++pair) {
+      Float2 const x = load_global(reinterpret_cast<Float2 const*>(from + 4 * pair));
+      packed.pair[pair] = pack(typename C::Element{}, x.x * scale, x.y * scale);
+    }
+    int64 const map_row = tile.map_batch * p.seqlen_q + tile.first_q + tile.row + row;
+    uint16* const to = static_cast<uint16*>(p.dq) + (map_row * p.heads_q + tile.head) * columns + 8 * group;
+    store_global(reinterpret_cast<Packed8*>(to), packed);
+  }
+}
+
+template <class T>
+FA_GLOBAL(kRowThreads)
+prepare_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
+  prepare_rows<T>(p);
+}
+
+template <class T>
+FA_GLOBAL(kRowThreads)
+sinks_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
+  differentiate_sink(p);
+}
+
+template <class C>
+FA_GLOBAL(kRowThreads)
+finish_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
+  finish_rows<C>(p);
+}
+
+}  // namespace fa::sm90

@@ -1,0 +1,99 @@
+"""The backward pass: which kernels compute it, the tensors that they need, and their results as gradients.
+
+One fused kernel computes all three of dq, dk and dv, and adds dq up by atomics: the fastest way, and the order of the
+additions is open. Two kernels, one for dk and dv, one for dq, compute the same with no atomics: bit for bit the same
+every time. They serve under ``torch.use_deterministic_algorithms``, where only some gradients are needed, and for head
+dims that no fused kernel holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.cuda import abi
+from fastattn.backends.cuda.instances import keys_tiles, select_keys
+from fastattn.problem import Grads, Inputs
+from fastattn.spec import AttentionSpec
+
+
+def backward(
+    launch: Callable[[abi.Fields], None],
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+) -> Grads:
+    """The gradients named in ``needs``, computed by what ``launch`` launches on the current stream."""
+    original, inputs = inputs, abi.readable(inputs)
+    tensors: dict[str, Tensor | None] = {
+        "out": abi.readable_rows(out.contiguous()),
+        "dout": abi.readable_rows(dout),
+        "lse": lse.contiguous(),
+        "dlse": None if dlse is None else dlse.float().contiguous(),
+        **_results(inputs, needs),
+        **_own_tensors(inputs, spec, needs),
+    }
+    stream = torch.cuda.current_stream(inputs.q.device).cuda_stream if inputs.q.is_cuda else 0
+    if inputs.q.numel():
+        launch(abi.backward_fields(inputs, spec, tensors, stream))
+    return _as_grads(original, tensors, needs)
+
+
+def fused_columns(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> int | None:
+    """The columns of the sums for dq if one kernel computes everything; None if two do."""
+    if not {"q", "k", "v"} <= set(needs) or torch.are_deterministic_algorithms_enabled():
+        return None
+    tile = select_keys(_tiles(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
+    return None if tile is None else tile.d_qk
+
+
+_tiles = functools.cache(keys_tiles)
+
+
+def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
+    """What the kernels write. dk and dv come together; where a side has no rows, the other side's gradients are 0."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    has_pairs = q.numel() > 0 and k.numel() > 0
+    dsinks = None
+    if inputs.sinks is not None and "sinks" in needs:  # of each sequence; _as_grads adds up what they share
+        dsinks = torch.zeros(inputs.batch, inputs.heads_q, dtype=torch.float32, device=q.device)
+
+    def like(x: Tensor) -> Tensor | None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device) if has_pairs else None
+
+    of_keys = "k" in needs or "v" in needs
+    return {
+        "dq": like(q) if "q" in needs else None,
+        "dk": like(k) if of_keys else None,
+        "dv": like(v) if of_keys else None,
+        "dsinks": dsinks,
+    }
+
+
+def _own_tensors(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> dict[str, Tensor | None]:
+    """lse in base 2 and delta of every padded row, and the sums for dq of a fused kernel."""
+    q = inputs.q
+    rows = (1 if inputs.is_packed else inputs.batch, inputs.heads_q, abi.padded_rows(inputs, q.shape[-3]))
+    lse_log2, delta = torch.empty(2, *rows, dtype=torch.float32, device=q.device)
+    columns = fused_columns(inputs, spec, needs) if q.numel() > 0 and inputs.k.numel() > 0 else None
+    sums = None if columns is None else torch.empty(*rows, columns, dtype=torch.float32, device=q.device)
+    return {"lse_log2": lse_log2, "delta": delta, "dq_sums": sums}
+
+
+def _as_grads(inputs: Inputs, tensors: dict[str, Tensor | None], needs: Sequence[str]) -> Grads:
+    def of(name: str) -> Tensor | None:
+        found = tensors[f"d{name}"]
+        x = getattr(inputs, name)
+        return None if name not in needs else torch.zeros_like(x) if found is None else found
+
+    dsinks = tensors["dsinks"]
+    if dsinks is not None and inputs.sinks is not None:
+        dsinks = (dsinks.sum(0, keepdim=True) if inputs.sinks.shape[0] == 1 else dsinks).to(inputs.sinks.dtype)
+    return Grads(dq=of("q"), dk=of("k"), dv=of("v"), dsinks=dsinks)
