@@ -56,12 +56,11 @@ def _sound(key: tuning.Key, tiles: list[tuning.Tile], processes: int) -> list[tu
     arch, kernel, bits, head_dim = key
     if arch not in gates.TARGETS:
         return tiles
-    combination = "bias" if kernel == "dbias" else "causal"
-    todo = [gates.Build(arch, arch, kernel, combination, bits, head_dim, tile) for tile in tiles]
-    passed = {
-        build.tile for build, figures in gates.compiled(todo, processes) if not gates.problems(build, figures, None)
-    }
-    return [tile for tile in tiles if tile in passed] or tiles[:1]
+    plain = kernel.removesuffix(" heavy")
+    problems = gates.combinations_of(kernel)
+    todo = [gates.Build(arch, arch, plain, problem, bits, head_dim, tile) for tile in tiles for problem in problems]
+    failed = {build.tile for build, figures in gates.compiled(todo, processes) if gates.problems(build, figures, None)}
+    return [tile for tile in tiles if tile not in failed] or tiles[:1]
 
 
 def _seconds(work: object) -> float:

@@ -1,5 +1,6 @@
 """fastattn: fast attention, one definition of it, and a transformer that trains on it."""
 
+from fastattn.decoding import attention_with_kv_cache
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_weights",
+    "attention_with_kv_cache",
     "backends",
     "explain",
     "plot_attention",

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastattn import ops, reference
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
@@ -34,7 +35,10 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
     flat = ops.flatten(inputs, spec, backend)
     if not needs_grad and not transformed:
         return torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
-    return Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
+    if compiling or transformed:
+        return Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
+    # What Function.apply does, but for binding the defaults of arguments, which takes longer than all the rest.
+    return super(torch.autograd.Function, Attention).apply(*unwrap_dead_wrappers((*flat, needs_grad)))
 
 
 def _distinct(flat: ops.Flat) -> ops.Flat:

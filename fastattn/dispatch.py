@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import ParamSpec
+
+import torch
 
 from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Backend
 from fastattn.errors import input_error, unsupported_error
 from fastattn.problem import Problem
 
+P = ParamSpec("P")
 _forced: str | None = None
+explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
 
 
 def check_name(backend: str | None) -> None:
@@ -144,3 +150,55 @@ class Explanation:
                 verdict = f"only when asked by name: {'; '.join(self.passed_over[name])}"
             lines.append(f"  {'->' if name == self.chosen else '  '} {name:<10} {verdict}")
         return "\n".join(lines)
+
+
+def explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
+    """Turn ``function`` into one that reports which backend would serve the call instead of computing it."""
+
+    name = function.__name__
+
+    @functools.wraps(function)
+    def explain(*args: P.args, **kwargs: P.kwargs) -> Explanation:
+        with _noting_problems() as problems, torch.no_grad():
+            function(*args, **kwargs)
+        return Explanation.of(problems[0])
+
+    explain.__name__ = explain.__qualname__ = "explain"
+    explain.__doc__ = f"""Which backend would serve ``{name}`` with these arguments, and why the others would not.
+
+    Args:
+        the same as those of ``fastattn.{name}``.
+
+    Returns:
+        an ``Explanation``: prints as a table, and has ``chosen``, ``reasons`` (a list for each backend, empty if it
+        can serve the call) and ``problem``.
+
+    Raises:
+        InputError: an argument is wrong.
+
+    Example:
+        >>> import torch, fastattn
+        >>> q = torch.randn(1, 16, 2, 8)
+        >>> fastattn.explain(q, q, q, causal=True).reasons["eager"]
+        []
+    """
+    return explain
+
+
+@contextlib.contextmanager
+def _noting_problems() -> Iterator[list[Problem]]:
+    thread = threading.get_ident()
+    explained[thread] = []
+    try:
+        yield explained[thread]
+    finally:
+        del explained[thread]
+
+
+def note(problem: Callable[[], Problem]) -> bool:
+    """Whether this thread is in ``explain()``: then the problem is noted, and not to be computed."""
+    noted = explained.get(threading.get_ident())
+    if noted is None:
+        return False
+    noted.append(problem())
+    return True

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
-from typing import Literal, ParamSpec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastattn import dispatch, reference, rng
 from fastattn.autograd import attend
-from fastattn.dispatch import Explanation
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
 from fastattn.ops import without_autocast
 from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
-P = ParamSpec("P")
 Window = tuple[int | None, int | None]
-_explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
 
 
 def attention(
@@ -197,20 +190,20 @@ def attention_varlen(
     """
     dispatch.check_name(backend)
     check_rank({"q": q, "k": k, "v": v}, range(3, 4), "(T, H, D), sequences packed end to end")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     inputs = Inputs(
         q=q,
         k=k,
         v=v,
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
+        alibi_slopes=per_head("alibi_slopes", alibi_slopes),
+        sinks=per_head("sinks", sinks),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
         rng_state=_rng_state(rng_state, dropout_p, q),
-        max_seqlen_q=_longest("q", cu_seqlens_q, max_seqlen_q, q.device),
-        max_seqlen_kv=_longest("kv", cu_seqlens_kv, max_seqlen_kv, q.device),
+        max_seqlen_q=longest("q", cu_seqlens_q, max_seqlen_q, q.device),
+        max_seqlen_kv=longest("kv", cu_seqlens_kv, max_seqlen_kv, q.device),
     )
-    spec = _spec(q, scale, softcap, band(causal, window), dropout_p)
+    spec = make_spec(q, scale, softcap, band(causal, window), dropout_p)
     out, lse = _serve(inputs, spec, backend)
     return (out, lse) if return_lse else out
 
@@ -258,7 +251,7 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
     check_rank({"query": query, "key": key, "value": value}, range(2, 65), "(N, ..., H, L, E), at least 2 dimensions")
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast(query, key, value)
     query, key, value = _torch_batches(query, key, value, enable_gqa)
     shape = query.shape
     if attn_mask is not None:
@@ -275,54 +268,13 @@ def scaled_dot_product_attention(
         max_seqlen_q=query.shape[1],
         max_seqlen_kv=key.shape[1],
     )
-    spec = _spec(query, scale, None, band(is_causal, None), dropout_p, anchor="upper_left")
+    spec = make_spec(query, scale, None, band(is_causal, None), dropout_p, anchor="upper_left")
     out, _ = _serve(inputs, spec, None)
     return out.transpose(1, 2).reshape(*shape[:-1], value.shape[-1])
 
 
-def _explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
-    """Turn ``function`` into one that reports which backend would serve the call instead of computing it."""
-
-    @functools.wraps(function)
-    def explain(*args: P.args, **kwargs: P.kwargs) -> Explanation:
-        with _noting_problems() as problems, torch.no_grad():
-            function(*args, **kwargs)
-        return Explanation.of(problems[0])
-
-    explain.__name__ = explain.__qualname__ = "explain"
-    explain.__doc__ = """Which backend would serve ``attention`` with these arguments, and why the others would not.
-
-    Args:
-        the same as those of ``fastattn.attention``.
-
-    Returns:
-        an ``Explanation``: prints as a table, and has ``chosen``, ``reasons`` (a list for each backend, empty if it
-        can serve the call) and ``problem``.
-
-    Raises:
-        InputError: an argument is wrong.
-
-    Example:
-        >>> import torch, fastattn
-        >>> q = torch.randn(1, 16, 2, 8)
-        >>> fastattn.explain(q, q, q, causal=True).reasons["eager"]
-        []
-    """
-    return explain
-
-
-explain = _explainer(attention)
-explain_varlen = _explainer(attention_varlen)
-
-
-@contextlib.contextmanager
-def _noting_problems() -> Iterator[list[Problem]]:
-    thread = threading.get_ident()
-    _explained[thread] = []
-    try:
-        yield _explained[thread]
-    finally:
-        del _explained[thread]
+explain = dispatch.explainer(attention)
+explain_varlen = dispatch.explainer(attention_varlen)
 
 
 def dense_problem(
@@ -346,29 +298,28 @@ def dense_problem(
     """What ``attention`` is asked to compute, from its arguments; not yet checked as a whole."""
     check_layout(layout)
     check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
-    q, k, v = (to_internal(x, layout) for x in _autocast(q, k, v))
+    q, k, v = (to_internal(x, layout) for x in autocast(q, k, v))
     segments_q, segments_kv = _segments(segment_ids)
     inputs = Inputs(
         q=q,
         k=k,
         v=v,
-        bias=_four_dims("bias", bias),
-        mask=_four_dims("mask", mask),
-        alibi_slopes=_per_head("alibi_slopes", alibi_slopes),
-        sinks=_per_head("sinks", sinks),
+        bias=four_dims("bias", bias),
+        mask=four_dims("mask", mask),
+        alibi_slopes=per_head("alibi_slopes", alibi_slopes),
+        sinks=per_head("sinks", sinks),
         segment_ids_q=segments_q,
         segment_ids_kv=segments_kv,
         rng_state=_rng_state(rng_state, dropout_p, q),
         max_seqlen_q=q.shape[1],
         max_seqlen_kv=k.shape[1],
     )
-    return inputs, _spec(q, scale, softcap, band(causal, window), dropout_p)
+    return inputs, make_spec(q, scale, softcap, band(causal, window), dropout_p)
 
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     check_inputs(inputs, spec)
-    if _explained and threading.get_ident() in _explained:
-        _explained[threading.get_ident()].append(Problem.of(inputs, spec))
+    if dispatch.explained and dispatch.note(lambda: Problem.of(inputs, spec)):
         return inputs.q, inputs.q
     return attend(inputs, spec, dispatch.requested(backend))
 
@@ -394,7 +345,7 @@ def _window_side(side: int | None) -> int | None:
     return side
 
 
-def _spec(
+def make_spec(
     q: Tensor,
     scale: float | None,
     softcap: float | None,
@@ -402,20 +353,20 @@ def _spec(
     dropout_p: float,
     anchor: Anchor = "lower_right",
 ) -> AttentionSpec:
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
-    softcap = None if softcap is None else _number("softcap", softcap) or None
+    scale = q.shape[-1] ** -0.5 if scale is None else number("scale", scale)
+    softcap = None if softcap is None else number("softcap", softcap) or None
     left, right = left_right
-    return AttentionSpec(scale, softcap, left, right, anchor, _number("dropout_p", dropout_p))
+    return AttentionSpec(scale, softcap, left, right, anchor, number("dropout_p", dropout_p))
 
 
-def _number(name: str, x: float) -> float:
+def number(name: str, x: float) -> float:
     if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
         given = "a tensor" if isinstance(x, Tensor) else repr(x)
         raise input_error(name, given, "a Python number", "It is a constant; to learn a scale, multiply q by it.")
     return float(x)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """q, k, v in autocast's dtype, where autocast is on."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
@@ -424,7 +375,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
-def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
+def four_dims(name: str, x: Tensor | None) -> Tensor | None:
     """``x`` with leading dimensions of 1, as broadcasting would add them."""
     if x is None:
         return None
@@ -435,7 +386,7 @@ def _four_dims(name: str, x: Tensor | None) -> Tensor | None:
     return x[(None,) * (4 - x.dim())]
 
 
-def _per_head(name: str, x: Tensor | None) -> Tensor | None:
+def per_head(name: str, x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     if not isinstance(x, Tensor):
@@ -459,7 +410,7 @@ def _segments(segment_ids: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tenso
     return pair
 
 
-def _longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.device) -> int:
+def longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.device) -> int:
     check_cu_seqlens(f"cu_seqlens_{side}", cu_seqlens, device)
     if given is None and cu_seqlens.is_meta:
         raise input_error(f"max_seqlen_{side}", None, "an int, as meta tensors hold no values", "Pass the longest.")

@@ -2,7 +2,8 @@
 
 Two operators, ``fastattn::forward`` and ``fastattn::backward``, carry every problem: their arguments are the fields of
 ``Inputs`` and ``AttentionSpec`` in order, followed by the backend asked for. Which backend serves is decided inside,
-so a compiled graph holds one opaque node whatever the choice.
+so a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
+``fastattn::attend_to_cache`` reads caches, ``fastattn::extend_cache`` also writes new keys and values into them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastattn.cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
 from fastattn.dispatch import select
 from fastattn.errors import UnsupportedError
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
@@ -33,6 +35,23 @@ _LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor 
 _LIBRARY.define(
     f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+
+_CACHE_ARGUMENTS = """
+    Tensor cache_lengths, {new}, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? rotary_cos, Tensor? rotary_sin,
+    Tensor? k_scale, Tensor? v_scale, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q,
+    bool rotary_interleaved, float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p,
+    str? backend
+"""
+_LIBRARY.define(
+    "attend_to_cache(Tensor q, Tensor k_cache, Tensor v_cache,"
+    + _CACHE_ARGUMENTS.format(new="Tensor? k, Tensor? v")
+    + ") -> (Tensor out, Tensor lse)"
+)
+_LIBRARY.define(
+    "extend_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    + _CACHE_ARGUMENTS.format(new="Tensor k, Tensor v")
+    + ") -> (Tensor out, Tensor lse)"
 )
 
 Flat = tuple[Any, ...]
@@ -126,6 +145,38 @@ torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)
 
 
+# --- caches -------------------------------------------------------------------------------------------------------
+
+_CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
+
+
+def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of what the cache holds with the new keys and values in it; there is no derivative."""
+    flat = tuple(getattr(inputs, name) for name in CACHE_TENSORS)
+    scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
+    operator = torch.ops.fastattn.attend_to_cache if inputs.k is None else torch.ops.fastattn.extend_cache
+    return operator(*flat, inputs.max_seqlen_q, inputs.rotary_interleaved, *scalars, backend)
+
+
+def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
+    refuse_context_parallel()
+    if inputs.q.device.type == "cpu":
+        check_cache_values(inputs, spec)
+    return select(cache_problem(inputs, spec), args[-1]).attend_to_cache(inputs, spec)
+
+
+def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
+    return inputs.q.new_empty(inputs.out_shape()), lse
+
+
+for _name in ("attend_to_cache", "extend_cache"):
+    _LIBRARY.impl(_name, _kernel(_attend_to_cache), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{_name}", _fake_attend_to_cache, lib=_LIBRARY)
+
+
 def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
     """FLOPs of the two products of a forward pass: a multiply and an add for each kept pair and head dim."""
     return 2 * (inputs.q.shape[-1] + inputs.v.shape[-1]) * _pairs(inputs, spec)
@@ -155,3 +206,10 @@ def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
 def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec, _backend = unflatten(args[4:-1])
     return backward_flops(inputs, spec)
+
+
+@register_flop_formula([torch.ops.fastattn.attend_to_cache, torch.ops.fastattn.extend_cache], get_raw=True)
+def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:
+    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
+    pairs = sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in zip(*inputs.host_lengths(), strict=True))
+    return 2 * (inputs.q.shape[-1] + inputs.v_cache.shape[-1]) * inputs.heads_q * pairs

@@ -128,10 +128,10 @@ def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     if inputs.is_packed:
         _check_packed(inputs)
     _check_scores_terms(inputs)
-    _check_per_head(inputs)
+    check_per_head(inputs.alibi_slopes, inputs.sinks, inputs.batch, inputs.heads_q)
     _check_segments(inputs)
     _check_rng_state(inputs.rng_state)
-    _check_devices(inputs)
+    check_devices({name: getattr(inputs, name) for name in TENSORS}, inputs.q.device)
 
 
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:
@@ -149,30 +149,41 @@ def _check_qkv(inputs: Inputs) -> None:
             raise input_error(name, x.dtype, f"{q.dtype}, the dtype of q", "Convert all three to one dtype.")
         if x.shape[-2] < 1:
             raise input_error(name, f"shape {tuple(x.shape)}", "at least one head", "Check the view.")
-    if k.shape[-1] != q.shape[-1]:
-        raise input_error("k", f"head dim {k.shape[-1]}", f"head dim {q.shape[-1]}, that of q", "Only v may differ.")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise input_error("v", f"shape {tuple(v.shape)}", f"the shape of k, {tuple(k.shape)}, but for D_v", "Check it.")
+    check_heads(q, k, v)
     if not inputs.is_packed and q.shape[0] != k.shape[0]:
         raise input_error("k", f"batch {k.shape[0]}", f"batch {q.shape[0]}, that of q", "Expand the smaller one.")
-    if inputs.heads_q % inputs.heads_kv:
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str = "v") -> None:
+    """Raise InputError unless the heads and head dims of queries, keys and values fit together."""
+    if k.shape[-1] != q.shape[-1]:
+        raise input_error(k_name, f"head dim {k.shape[-1]}", f"head dim {q.shape[-1]}, that of q", "Only v may differ.")
+    if k.shape[:-1] != v.shape[:-1]:
+        allowed = f"the shape of {k_name}, {tuple(k.shape)}, but for D_v"
+        raise input_error(v_name, f"shape {tuple(v.shape)}", allowed, "Check it.")
+    if q.shape[-2] % k.shape[-2]:
         raise input_error(
-            "k",
-            f"{inputs.heads_kv} heads for {inputs.heads_q} query heads",
+            k_name,
+            f"{k.shape[-2]} heads for {q.shape[-2]} query heads",
             "a number of heads that divides the query heads",
             "Each key/value head serves H_q // H_kv query heads.",
         )
 
 
 def _check_scalars(inputs: Inputs, spec: AttentionSpec) -> None:
-    if not spec.scale == spec.scale or spec.scale in (float("inf"), float("-inf")):
-        raise input_error("scale", spec.scale, "a finite number", "None means D_qk ** -0.5.")
-    if spec.softcap is not None and not 0 < spec.softcap < float("inf"):
-        raise input_error("softcap", spec.softcap, "a positive finite number, or None", "None (or 0) turns it off.")
+    check_scale_and_softcap(spec)
     if not 0.0 <= spec.dropout_p <= 1.0:
         raise input_error("dropout_p", spec.dropout_p, "a probability in [0, 1]", "0 turns dropout off.")
     if spec.dropout_p > 0 and inputs.rng_state is None:
         raise input_error("rng_state", None, "an int64 tensor of 2 when dropout_p > 0", "Pass a seed and an offset.")
+
+
+def check_scale_and_softcap(spec: AttentionSpec) -> None:
+    """Raise InputError unless they are finite numbers that scores can be multiplied with and squashed to."""
+    if not spec.scale == spec.scale or spec.scale in (float("inf"), float("-inf")):
+        raise input_error("scale", spec.scale, "a finite number", "None means D_qk ** -0.5.")
+    if spec.softcap is not None and not 0 < spec.softcap < float("inf"):
+        raise input_error("softcap", spec.softcap, "a positive finite number, or None", "None (or 0) turns it off.")
 
 
 def _check_packed(inputs: Inputs) -> None:
@@ -210,20 +221,21 @@ def _check_scores_terms(inputs: Inputs) -> None:
         raise input_error("bias", inputs.bias.dtype, "float16, bfloat16, float32 or float64", todo)
 
 
-def _check_per_head(inputs: Inputs) -> None:
-    for name, x in (("alibi_slopes", inputs.alibi_slopes), ("sinks", inputs.sinks)):
+def check_per_head(alibi_slopes: Tensor | None, sinks: Tensor | None, batch: int, heads: int) -> None:
+    """Raise InputError unless these have a number for each query head, shared by or for each of ``batch``."""
+    for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is None:
             continue
-        if x.dim() != 2 or not broadcasts(x.shape[:1], (inputs.batch,)) or x.shape[1] != inputs.heads_q:
+        if x.dim() != 2 or not broadcasts(x.shape[:1], (batch,)) or x.shape[1] != heads:
             raise input_error(
                 name,
                 f"shape {tuple(x.shape)}",
-                f"(H_q,) = ({inputs.heads_q},) or (B, H_q) = ({inputs.batch}, {inputs.heads_q})",
+                f"(H_q,) = ({heads},) or (B, H_q) = ({batch}, {heads})",
                 "One number for each query head.",
             )
         if x.dtype not in FLOATS:
             raise input_error(name, x.dtype, "a floating dtype", "Convert it with .float().")
-    if inputs.alibi_slopes is not None and inputs.alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         todo = "Slopes are constants; for learned ones pass bias = -slope * distance, which has a gradient."
         raise input_error("alibi_slopes", "a tensor that requires grad", "one that does not", todo)
 
@@ -250,11 +262,11 @@ def _check_rng_state(rng_state: Tensor | None) -> None:
         raise input_error("rng_state", given, "an int64 tensor of 2: seed and offset", "Or None to draw a fresh one.")
 
 
-def _check_devices(inputs: Inputs) -> None:
-    for name in TENSORS:
-        x = getattr(inputs, name)
-        if x is not None and x.device != inputs.q.device:
-            raise input_error(name, f"device {x.device}", f"device {inputs.q.device}, that of q", "Move it with .to().")
+def check_devices(tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
+    """Raise InputError unless the tensors that are there lie on ``device``, that of q."""
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise input_error(name, f"device {x.device}", f"device {device}, that of q", "Move it with .to().")
 
 
 @dataclass(frozen=True)
@@ -267,9 +279,10 @@ class Problem:
         dtype: of q, k and v.
         head_dim_qk, head_dim_v: head dims.
         group: query heads per key/value head.
-        features: what of the spec is used, among FEATURES.
+        features: what of the spec is used, among FEATURES and CACHE_FEATURES.
         needs_grad: whether a backward pass will follow (or is asked for).
         deterministic: torch.use_deterministic_algorithms is on.
+        page_size: rows of a page of a paged cache; 0 without one.
     """
 
     device: str
@@ -281,13 +294,14 @@ class Problem:
     features: frozenset[str]
     needs_grad: bool = False
     deterministic: bool = False
+    page_size: int = 0
 
     @classmethod
     def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False) -> Problem:
         q = inputs.q
         return cls(
             device=q.device.type,
-            arch=_arch(q.device),
+            arch=arch_of(q.device),
             dtype=q.dtype,
             head_dim_qk=q.shape[-1],
             head_dim_v=inputs.v.shape[-1],
@@ -302,6 +316,8 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
+# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to.
+CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache")
 
 
 def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:
@@ -323,7 +339,8 @@ def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:
     return [name for name in FEATURES if used[name]]
 
 
-def _arch(device: torch.device) -> int:
+def arch_of(device: torch.device) -> int:
+    """Compute capability as major * 10 + minor on CUDA, else 0."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

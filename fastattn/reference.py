@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import rng
+from fastattn import cache, rng
+from fastattn.cache import CacheInputs
 from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -99,16 +100,19 @@ def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
     return kept if inputs.mask is None else kept & inputs.mask
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None, at: Positions | None = None
+) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` by the formula of the spec.
 
     Args:
         inputs: the tensors.
         spec: the scalars.
         dtype: dtype of the computation; None means fp32, or fp64 for fp64 inputs.
+        at: where the rows stand; None is as ``inputs`` says.
     """
     dtype = dtype or compute_dtype(inputs)
-    t = _terms(inputs, spec, dtype)
+    t = _terms(inputs, spec, dtype, at)
     lse = _logsumexp(t)
     p = _dropped(_probabilities(t, lse), inputs, spec, t.positions)
     out = (p @ t.v).transpose(1, 2).to(inputs.q.dtype)
@@ -181,6 +185,49 @@ def backward(
         dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
         dsinks=_sink_gradient(t, lse, shift, inputs) if inputs.sinks is not None and "sinks" in needs else None,
     )
+
+
+def attend_to_cache(
+    inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Append, gather every position that the cache can hold, and attend: ``(out, lse)`` by the formula of the spec."""
+    cache.append(inputs)
+    dtype = dtype or lse_dtype(inputs.q.dtype)
+    dense, at = gathered(inputs, spec, dtype)
+    out, lse = forward(dense, spec, dtype, at)
+    return out.to(inputs.q.dtype), lse
+
+
+def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Inputs, Positions]:
+    """What the cache holds as dense (or packed) tensors in ``dtype``, and where their rows stand.
+
+    What lies beyond the lengths is there too, and masked by its position: no size depends on a length's value.
+    """
+    device, reach = inputs.q.device, _reach(inputs)
+    b, j = torch.arange(inputs.batch, device=device)[:, None], torch.arange(reach, device=device)[None, :]
+    page, row = cache.rows_of(inputs, b, j)
+    page = page.clamp(0, max(0, inputs.k_cache.shape[0] - 1))  # entries that are not in use may be anything
+    k = cache.read(inputs.k_cache, inputs.k_scale, page, row, dtype)  # [B, S, H_kv, D]
+    v = cache.read(inputs.v_cache, inputs.v_scale, page, row, dtype)
+    q = cache.rotated_queries(inputs, spec).to(dtype)
+    dense = Inputs(q, k, v, bias=inputs.bias, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks)
+    s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()
+    if inputs.cu_seqlens_q is None:
+        i, b = torch.arange(q.shape[1], device=device)[None, None, :, None], b[:, None, None]
+        return dense, Positions(i, j[:, None, None], b, b, q.shape[1], s_kv[:, None, None, None])
+    sequence, i = cache.packed_positions(inputs)
+    ends = torch.arange(inputs.batch + 1, device=device, dtype=torch.int32) * reach
+    dense = dense.replace(k=k.flatten(0, 1), v=v.flatten(0, 1), cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=ends)
+    of_rows = (x[None, None, :, None] for x in (i, sequence, inputs.cu_seqlens_q.diff()[sequence], s_kv[sequence]))
+    at_i, of_q, s_q, s_kv = of_rows
+    at_j, of_kv = (x.expand(inputs.batch, reach).reshape(1, 1, 1, -1) for x in (j, b))
+    return dense, Positions(at_i, at_j, of_q, of_kv, s_q, s_kv)
+
+
+def _reach(inputs: CacheInputs) -> int:
+    """How many positions to gather: all, unless a bias is shorter than the cache, as the sequences then are."""
+    is_short = inputs.bias is not None and 1 < inputs.bias.shape[3] < inputs.capacity
+    return inputs.bias.shape[3] if inputs.bias is not None and is_short else inputs.capacity
 
 
 def compute_dtype(inputs: Inputs) -> torch.dtype:

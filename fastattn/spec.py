@@ -59,6 +59,20 @@ is one). A key or value row that no query keeps may hold anything, NaN included,
 
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
+
+Caches (``fastattn.attention_with_kv_cache``) hold keys and values in pages, ``(P, page_size, H_kv, D)``: position ``j``
+of sequence ``b`` lies at ``page_and_row(j, page_size)``, the first number of which is looked up in row ``b`` of a block
+table. Without a block table each sequence owns one page: a contiguous cache. Before a call it holds
+``cache_lengths[b]`` positions; the ``s_new`` new ones follow them, so ``S_kv = cache_lengths[b] + s_new``:
+
+    page_size = 4, block_table[b] = [7, 2, ...], cache_lengths[b] = 5, one new token:
+
+    page 7:  0 1 2 3        page 2:  4 [5] . .        S_kv = 6
+
+Query row ``i`` stands at the position of its diagonal, which rotary embedding turns it to; new keys are turned to
+their own positions before they are stored. A page with scales holds ``stored = round(x / scale)``, kept within what
+its dtype can hold, and is read as ``stored * scale``. Pages of which no query keeps a row are neither read nor looked
+up.
 """
 
 from __future__ import annotations
@@ -136,6 +150,11 @@ def keep(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
     if spec.right is not None:
         kept = kept & (offset <= spec.right)
     return kept
+
+
+def page_and_row(j: Any, page_size: int) -> tuple[Any, Any]:
+    """Where position ``j`` of a sequence lies in a cache: the entry of its block table, and the row of that page."""
+    return j // page_size, j % page_size
 
 
 def tile_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tuple[int, int]:

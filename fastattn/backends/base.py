@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.problem import FEATURES, FLOATS, Grads, Inputs, Problem
+from fastattn.cache import CacheInputs
+from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
 
@@ -24,7 +25,7 @@ class Capabilities:
     Attributes:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
-        features: members of ``problem.FEATURES``.
+        features: members of ``problem.FEATURES`` and, for a backend with ``attend_to_cache``, ``CACHE_FEATURES``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
         deterministic: repeated runs give the same bits.
@@ -38,9 +39,10 @@ class Capabilities:
     deterministic: bool = True
 
     def __post_init__(self) -> None:
-        unknown = self.features - set(FEATURES)
+        known = (*FEATURES, *CACHE_FEATURES)
+        unknown = self.features - set(known)
         if unknown:
-            raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {FEATURES}")
+            raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
 
 
 class Backend(ABC):
@@ -82,6 +84,14 @@ class Backend(ABC):
         needs: Sequence[str],
     ) -> Grads:
         """The gradients of the inputs named in ``needs`` (members of ``problem.DIFFERENTIABLE``)."""
+
+    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, if there are any, in the cache; ``(out, lse)`` of all that it then holds.
+
+        ``out`` and ``lse`` are as those of ``forward``. Only a backend that declares "cache" is asked. On a device it
+        must not wait for lengths or block tables: sizes known to the host bound them.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
 
 def capability_reasons(can: Capabilities, problem: Problem) -> list[str]:

@@ -9,27 +9,33 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from fastattn.cli import demo, generate, info, train, verify
+from fastattn.cli import config, demo, generate, info, train, verify
 from fastattn.errors import DataError, InputError, UnsupportedError
 
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
+COMMANDS = (info, verify, train, generate, demo)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="fastattn", description="Fast attention: check it, train with it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (info, verify, train, generate, demo):
+    for module in COMMANDS:
         module.add_parser(commands)
-    return parser
+    for command in commands.choices.values():
+        config.add_flag(command)
+    return parser, commands.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; wrong flags exit at once with code 2, as argparse does."""
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser, commands = make_parser()
     try:
+        args = parser.parse_args(config.expand(argv, commands))
         return args.run(args)
     except (DataError, InputError, UnsupportedError, FloatingPointError) as error:
         message = str(error)
@@ -45,5 +51,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastattn: interrupted", file=sys.stderr)
         return 130
-    print(f"fastattn {args.command}: {message}", file=sys.stderr)
+    print(f"fastattn {argv[0]}: {message}", file=sys.stderr)
     return 2

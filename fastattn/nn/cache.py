@@ -1,18 +1,32 @@
-"""The key/value cache of one attention layer during generation: room for ``max_length`` tokens, set aside once."""
+"""The key/value cache of one attention layer during generation: room for ``max_length`` tokens a row, set aside once.
+
+For sequences that come and go, share beginnings or differ much in length there is ``PagedKVCache``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn import attention_with_kv_cache
 from fastattn.errors import input_error
+
+Window = tuple[int | None, int | None]
+FP8 = torch.float8_e4m3fn
 
 
 class KVCache:
-    """Keys and values of the tokens so far. ``append`` writes new ones in place and returns all of them as views.
+    """Keys and values of the tokens so far. ``append`` or ``attend`` write new ones in place.
 
-    ``keys`` ``(B, S_max, H_kv, D_qk)`` and ``values`` ``(B, S_max, H_kv, D_v)`` are allocated at once and never move;
-    ``length`` is the number of tokens filled, an int on the host.
+    ``keys`` ``(B, S_max, H_kv, D_qk)`` and ``values`` ``(B, S_max, H_kv, D_v)`` are allocated at once and never move.
+    How many tokens each row holds is known twice: on the host, so that errors cost nothing, and on the device in
+    ``lengths`` ``(B,)`` int32, which kernels read. Nothing waits for the device.
+
+    Inside ``torch.compile`` and in a replayed CUDA graph no host code runs: such a step counts on the device alone.
+    Tell the host with ``advance`` before it.
 
     Args:
         batch: B.
@@ -21,7 +35,9 @@ class KVCache:
         head_dim: D_qk.
         head_dim_v: D_v; None is ``head_dim``.
         device: where the tensors lie; None is torch's default.
-        dtype: of the tensors; None is torch's default.
+        dtype: of the tensors; None is torch's default. ``torch.float8_e4m3fn`` halves the memory, see ``k_scale``.
+        k_scale: fp32 ``(H_kv,)`` of an e4m3 cache: keys are stored divided by it. None is 1.
+        v_scale: likewise for the values.
 
     Raises:
         InputError: a size is not positive.
@@ -30,13 +46,11 @@ class KVCache:
         >>> import torch, fastattn
         >>> from fastattn.nn import KVCache
         >>> cache = KVCache(batch=1, max_length=8, num_kv_heads=2, head_dim=16)
-        >>> k = v = torch.randn(1, 5, 2, 16)
-        >>> keys, values = cache.append(k, v)                            # the prompt
-        >>> keys, values = cache.append(k[:, :1], v[:, :1])              # one token
-        >>> cache.length, tuple(keys.shape)
-        (6, (1, 6, 2, 16))
-        >>> fastattn.attention(torch.randn(1, 1, 4, 16), keys, values, causal=True).shape
-        torch.Size([1, 1, 4, 16])
+        >>> q, k = torch.randn(1, 5, 4, 16), torch.randn(1, 5, 2, 16)
+        >>> out = cache.attend(q, k, k)                                  # the prompt
+        >>> out = cache.attend(q[:, :1], k[:, :1], k[:, :1])             # one token
+        >>> cache.length, tuple(out.shape)
+        (6, (1, 1, 4, 16))
     """
 
     def __init__(
@@ -49,22 +63,44 @@ class KVCache:
         head_dim_v: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"batch": batch, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in (sizes | {"head_dim_v": head_dim_v}).items():
-            if size < 1:
-                raise input_error(name, size, "a positive int", "A cache needs room.")
+        check_sizes(sizes | {"head_dim_v": head_dim_v})
         self.keys = torch.zeros(batch, max_length, num_kv_heads, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros(batch, max_length, num_kv_heads, head_dim_v, device=device, dtype=dtype)
-        self.length = 0
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.k_scale, self.v_scale = k_scale, v_scale
+        self._filled = [0] * batch  # the same numbers, on the host
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[0]
 
     @property
     def max_length(self) -> int:
         return self.keys.shape[1]
 
+    @property
+    def length(self) -> int:
+        """Tokens in each row.
+
+        Raises:
+            InputError: the rows differ.
+        """
+        if any(filled != self._filled[0] for filled in self._filled):
+            raise input_error("length", f"rows of {self._filled}", "rows of one length", "See row_lengths.")
+        return self._filled[0]
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens in each row, on the host."""
+        return list(self._filled)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the next ``S`` tokens.
+        """Add the keys and values of the next ``S`` tokens of every row.
 
         Args:
             k: ``(B, S, H_kv, D_qk)``.
@@ -74,29 +110,144 @@ class KVCache:
             views ``(B, length, H_kv, D)`` of all keys and values so far; they change when a ``reset`` is written over.
 
         Raises:
-            InputError: a shape, dtype or device does not fit, there is no room left, or the tensors need gradients.
-                The cache stays as it was.
+            InputError: a shape, dtype or device does not fit, there is no room left, rows differ in length, the cache
+                is e4m3, or the tensors need gradients. The cache stays as it was.
         """
-        end = self.length + k.shape[1] if k.dim() == 4 else 0
+        if self.keys.dtype == FP8:
+            raise input_error("cache", "e4m3", "a cache in the dtype of k", "Call attend, which knows the scales.")
+        begin = self.length
+        self._check_new(k, v)
+        end = begin + k.shape[1]
+        self.keys[:, begin:end] = k
+        self.values[:, begin:end] = v
+        self._count(k.shape[1])
+        return self.keys[:, :end], self.values[:, :end]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        window: Window | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Add the next ``S`` tokens of every row, and attend from ``q`` to all that the rows then hold.
+
+        Args:
+            q: ``(B, S_q, H_q, D_qk)``; the last query of a row stands at its last token.
+            k: ``(B, S, H_kv, D_qk)``.
+            v: ``(B, S, H_kv, D_v)``.
+            causal: this and the others as in ``fastattn.attention_with_kv_cache``.
+            window: as there.
+            scale: as there.
+            softcap: as there.
+            bias: as there, ``(B, H_q, S_q, S)`` by position of the key.
+            alibi_slopes: as there.
+            sinks: as there.
+            backend: as there.
+
+        Returns:
+            ``(B, S_q, H_q, D_v)``.
+
+        Raises:
+            InputError: as ``append``, but that rows may differ in length. The cache stays as it was.
+        """
+        self._check_new(k, v)
+        options: dict[str, Any] = {
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
+            "k_scale": self.k_scale, "v_scale": self.v_scale,
+        }  # fmt: skip
+        out = attention_with_kv_cache(q, self.keys, self.values, self.lengths, k, v, **options)
+        assert isinstance(out, Tensor)  # no lse was asked for
+        self._count(k.shape[1])
+        return out
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row ``n`` a copy of what row ``rows[n]`` was: how beams that go on take the place of those that do not.
+
+        Raises:
+            InputError: not one existing row for each row of the cache.
+        """
+        if len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
+            raise input_error("rows", list(rows), f"{self.batch} ints in [0, {self.batch})", "One source for each row.")
+        if list(rows) == list(range(self.batch)):
+            return
+        longest = max(self._filled)
+        index = torch.tensor(rows).to(self.keys.device, non_blocking=True)
+        for store in (self.keys, self.values):
+            store[:, :longest] = store[index, :longest]
+        self._set([self._filled[row] for row in rows])
+
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        """Forget the tokens from ``lengths`` on: how rejected guesses are taken back.
+
+        Raises:
+            InputError: a row holds fewer.
+        """
+        wanted = [lengths] * self.batch if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != self.batch or not all(
+            0 <= n <= filled for n, filled in zip(wanted, self._filled, strict=False)
+        ):
+            raise input_error(
+                "lengths", lengths, f"at most what the rows hold: {self._filled}", "Nothing can be added."
+            )
+        self._set(wanted)
+
+    def reset(self) -> None:
+        """Forget every token; the memory is kept for the next sequence."""
+        self._set([0] * self.batch)
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` more in every row on the host alone: before a compiled or captured step that adds them.
+
+        Raises:
+            InputError: there is no room for them.
+        """
+        self._check_room(tokens)
+        self._filled = [filled + tokens for filled in self._filled]
+
+    def _count(self, tokens: int) -> None:
+        self.lengths += tokens
+        if not torch.compiler.is_compiling():  # a graph for each length would be the price
+            self._filled = [filled + tokens for filled in self._filled]
+
+    def _set(self, lengths: list[int]) -> None:
+        self._filled = lengths
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+
+    def _check_new(self, k: Tensor, v: Tensor) -> None:
+        stored = self.keys.dtype
         for name, x, store in (("k", k, self.keys), ("v", v, self.values)):
-            fits = x.dim() == 4 and x.shape == (store.shape[0], k.shape[1], *store.shape[2:])
-            if not fits or x.dtype != store.dtype or x.device != store.device:
+            fits = x.dim() == 4 and k.dim() == 4 and x.shape == (store.shape[0], k.shape[1], *store.shape[2:])
+            if not fits or (stored not in (x.dtype, FP8)) or x.device != store.device:
                 batch, _, heads, head_dim = store.shape
                 given = f"shape {tuple(x.shape)}, {x.dtype}, {x.device}"
-                allowed = f"({batch}, S, {heads}, {head_dim}) with one S for k and v, {store.dtype}, {store.device}"
+                allowed = f"({batch}, S, {heads}, {head_dim}) with one S for k and v, {stored}, {store.device}"
                 raise input_error(name, given, allowed, "Make the cache for the batch and dtype it serves.")
             if x.requires_grad and torch.is_grad_enabled():
                 todo = "Generate under torch.no_grad(); train without a cache."
                 raise input_error(name, "a tensor that requires grad", "one that does not", todo)
-        if end > self.max_length:
-            given = f"{k.shape[1]} tokens after {self.length}"
+        if not torch.compiler.is_compiling():
+            self._check_room(k.shape[1])
+
+    def _check_room(self, tokens: int) -> None:
+        longest = max(self._filled)
+        if longest + tokens > self.max_length:
+            given = f"{tokens} tokens after {longest}"
             todo = "Make the cache with a larger max_length, or reset() it."
             raise input_error("k", given, f"at most {self.max_length} in all, the max_length", todo)
-        self.keys[:, self.length : end] = k
-        self.values[:, self.length : end] = v
-        self.length = end
-        return self.keys[:, :end], self.values[:, :end]
 
-    def reset(self) -> None:
-        """Forget every token; the memory is kept for the next sequence."""
-        self.length = 0
+
+def check_sizes(sizes: dict[str, int]) -> None:
+    """Raise InputError unless all of them are positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise input_error(name, size, "a positive int", "A cache needs room.")

@@ -6,14 +6,65 @@ where they are used, in fp32 and without any buffer: nothing to save, to cast to
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.rotary import apply_rotary
+
+__all__ = ["Rotary", "apply_rotary", "rotary_tables"]
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """Slower rotations, for texts longer than a model was first trained on, as Llama 3.1 has them.
+
+    A frequency whose wavelength is longer than ``original_length / low_frequency`` is divided by ``factor``, one whose
+    wavelength is shorter than ``original_length / high_frequency`` is kept, and those between are blended.
+
+    Attributes:
+        factor: how much longer the texts have become.
+        low_frequency: turns within ``original_length`` below which a frequency is divided.
+        high_frequency: turns within ``original_length`` above which a frequency is kept.
+        original_length: S of the first training.
+
+    Raises:
+        InputError: a number is not positive, or ``low_frequency`` is not below ``high_frequency``.
+
+    Source:
+        Grattafiori et al., "The Llama 3 herd of models", 2024.
+    """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_length: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_frequency", "high_frequency", "original_length"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise input_error(name, getattr(self, name), "a positive number", "Llama 3.1 has 8, 1, 4 and 8192.")
+        if self.low_frequency >= self.high_frequency:
+            allowed = f"less than high_frequency {self.high_frequency}"
+            raise input_error("low_frequency", self.low_frequency, allowed, "Swap them.")
+
+    def apply(self, frequencies: Tensor) -> Tensor:
+        """The scaled frequencies of ``frequencies`` in radians per token."""
+        turns = self.original_length * frequencies / (2 * math.pi)
+        kept = (turns - self.low_frequency) / (self.high_frequency - self.low_frequency)
+        kept = kept.clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 def rotary_tables(
-    positions: Tensor, head_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor,
+    head_dim: int,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    scaling: RotaryScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``cos`` and ``sin`` of the angles ``positions * base ** (-2 i / head_dim)``, ``i = 0 .. head_dim / 2 - 1``.
 
@@ -24,6 +75,7 @@ def rotary_tables(
         head_dim: D, even.
         base: the longest wavelength is ``2 pi * base``; larger for longer contexts.
         dtype: of the tables; float64 for float64 inputs.
+        scaling: of the frequencies; None leaves them.
 
     Returns:
         two tensors of shape ``(*positions.shape, D / 2)``.
@@ -40,33 +92,11 @@ def rotary_tables(
     """
     _check(head_dim, base)
     exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
-    angles = positions.to(dtype)[..., None] * base**-exponents
+    frequencies = base**-exponents
+    if scaling is not None:
+        frequencies = scaling.apply(frequencies)
+    angles = positions.to(dtype)[..., None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair ``(a, b) = (x[i], x[i + D/2])`` to ``(a cos - b sin, a sin + b cos)``.
-
-    Computed in the precision of the tables and rounded once, to the dtype of ``x``.
-
-    Args:
-        x: queries or keys ``(B, S, H, D)``, or packed ``(T, H, D)``.
-        cos: ``(S, D / 2)`` or ``(B, S, D / 2)`` from ``rotary_tables``, as is ``sin``.
-        sin: likewise.
-
-    Returns:
-        a tensor like ``x``.
-
-    Example:
-        >>> import torch
-        >>> from fastattn.nn.rotary import apply_rotary, rotary_tables
-        >>> q = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16)
-        >>> apply_rotary(q, *rotary_tables(torch.arange(5), 64)).dtype
-        torch.bfloat16
-    """
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class Rotary(nn.Module):

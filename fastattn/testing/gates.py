@@ -55,6 +55,8 @@ KERNELS = ("forward", "dkdv", "dq", "dbias")
 COMBINATIONS = (
     "plain", "causal", "packed causal", "bias", "mask", "softcap alibi sinks", "segments causal", "dropout causal"
 )  # fmt: skip
+# Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
+BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
 FIGURES = ("registers", "stack", "shared", "tensor_core")
 # How far a figure may move from the expected one before the gate asks why: compilers differ a little.
 TOLERANCE = {"registers": 16, "stack": 0, "shared": 1024, "tensor_core": 0}
@@ -71,10 +73,12 @@ class Build:
     bits: int
     head_dim: int
     tile: tuple[int, ...] | None = None  # instead of that of the table
+    head_dim_v: int | None = None  # where it is not head_dim
 
     @property
     def name(self) -> str:
-        return f"{self.row}@{self.target} {self.kernel} {self.bits} D{self.head_dim} {self.combination}"
+        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
+        return f"{self.row}@{self.target} {self.kernel} {self.bits} {dims} {self.combination}"
 
 
 @dataclass(frozen=True)
@@ -97,28 +101,36 @@ def is_heavy(build: Build) -> bool:
     return bool(configs.HEAVY[build.kernel] & set(build.combination.split()))
 
 
+def combinations_of(kernel: str) -> list[str]:
+    """The problems for which a row of the table is compiled: the usual one, or those that make a kernel heavy."""
+    from fastattn.backends.triton import configs
+
+    plain = kernel.removesuffix(" heavy")
+    if plain == kernel:
+        return ["bias" if kernel == "dbias" else "causal"]
+    return [c for c in ("mask", "bias", "dropout causal") if configs.HEAVY[plain] & set(c.split())]
+
+
 def builds(quick: bool = False) -> list[Build]:
-    """Every row of the table with a causal mask, and each combination of features where most people are: bf16, D 128.
+    """Every row of the table with a causal mask; in bf16 each combination of features at D 128, and other head dims.
 
     Args:
         quick: those of ``cuda:90`` and ``hip`` that most people use.
     """
-    from fastattn.backends.triton import configs
     from fastattn.backends.triton.table import TABLE
 
     found = set()
     for row, kernel, bits, head_dim in TABLE:
         plain = kernel.removesuffix(" heavy")
-        usual = "causal" if plain != "dbias" else "bias"
-        heavy = [c for c in ("mask", "bias", "dropout causal") if configs.HEAVY[plain] & set(c.split())]
-        combinations = [usual] if plain == kernel else heavy
         targets = (row,) if row != "default" else ("sm_80", "gfx942") if bits == 32 else ("sm_80",)
-        for target, combination in itertools.product(targets, combinations):
+        for target, combination in itertools.product(targets, combinations_of(kernel)):
             has_its_own = target == "gfx942" != row and (target, kernel, bits, head_dim) in TABLE
             if not has_its_own:
                 found.add(Build(row, target, plain, combination, bits, head_dim))
     for row, combination, kernel in itertools.product(TARGETS, COMBINATIONS, KERNELS[:3]):
         found.add(Build(row, row, kernel, combination, 16, 128))
+    for (d_qk, d_v), kernel in itertools.product(BETWEEN_ROWS, KERNELS[:3]):
+        found.add(Build("sm_90", "sm_90", kernel, "causal", 16, d_qk, head_dim_v=d_v))
     if quick:
         found = {b for b in found if b in _quick()}
     return sorted(found, key=lambda build: build.name)
@@ -198,7 +210,10 @@ def _compilers(processes: int) -> Iterator[concurrent.futures.Executor]:
     interpreting = os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")
     try:
-        with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start_compiler) as pool:
+        with (
+            tempfile.TemporaryDirectory(prefix="fastattn-gates-") as cache,
+            concurrent.futures.ProcessPoolExecutor(processes, context, _start_compiler, (cache,)) as pool,
+        ):
             yield pool
     finally:
         if interpreting is not None:
@@ -211,9 +226,9 @@ _launched: list[tuple[str, Any, float]] = []  # kernels in the order in which th
 _target = TARGETS["sm_90"]
 
 
-def _start_compiler() -> None:
+def _start_compiler(cache: str) -> None:
     """Make this process one in which launching a kernel compiles it, for ``_target``, and does no more."""
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastattn-gates-")
+    os.environ["TRITON_CACHE_DIR"] = cache
     torch.set_num_threads(1)
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -284,17 +299,17 @@ def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> 
 
 def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
     """Grouped heads, 16k tokens, no memory."""
-    batch, s, heads_q, heads_kv, d = 2, 16384, 16, 4, build.head_dim
+    batch, s, heads_q, heads_kv, d, d_v = 2, 16384, 16, 4, build.head_dim, build.head_dim_v or build.head_dim
     features = build.combination.split()
     dtype = torch.bfloat16 if build.bits == 16 else torch.float32
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows: Callable[[int], torch.Tensor] = lambda h: empty(batch, s, h, d)  # noqa: E731
+    rows: Callable[..., torch.Tensor] = lambda h, d: empty(batch, s, h, d)  # noqa: E731
     terms: dict[str, torch.Tensor] = {}
     if "packed" in features:
-        rows = lambda h: empty(batch * s, h, d)  # noqa: E731
+        rows = lambda h, d: empty(batch * s, h, d)  # noqa: E731
         terms["cu_seqlens_q"] = terms["cu_seqlens_kv"] = empty(batch + 1, dtype=torch.int32)
     if "bias" in features:
         terms["bias"] = empty(1, heads_q, s, s)
@@ -308,7 +323,7 @@ def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
         terms["segment_ids_q"] = terms["segment_ids_kv"] = empty(batch, s, dtype=torch.int32)
     if "dropout" in features:
         terms["rng_state"] = empty(2, dtype=torch.int64)
-    inputs = Inputs(rows(heads_q), rows(heads_kv), rows(heads_kv), **terms, max_seqlen_q=s, max_seqlen_kv=s)
+    inputs = Inputs(rows(heads_q, d), rows(heads_kv, d), rows(heads_kv, d_v), **terms, max_seqlen_q=s, max_seqlen_kv=s)
     spec = AttentionSpec(
         scale=d**-0.5,
         right=0 if "causal" in features else None,

@@ -86,6 +86,26 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
     ]
 
 
+def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, suffix: str = "") -> list[Row]:
+    """Judge ``out`` and ``lse`` that came about in some other way than ``measure``'s.
+
+    Args:
+        found: the two, in the shapes of the samples.
+        exact_sample: the problem in fp64.
+        rounded_sample: the same problem in the dtype in which ``found`` was asked for.
+        suffix: to the names of the rows.
+    """
+    exact, eager = _reference(exact_sample, None), _reference(rounded_sample, rounded_sample.inputs.q.dtype)
+    condition = _condition(exact_sample, exact)
+    arithmetic = reference.compute_dtype(rounded_sample.inputs)
+    shaped = {name: x.view(exact[name].shape) for name, x in found.items()}
+    return [
+        row
+        for name in exact
+        for row in _judge(f"{name}{suffix}", shaped[name], exact[name], eager[name], condition[name], arithmetic)
+    ]
+
+
 def assert_within(rows: Sequence[Row]) -> None:
     """Raise AssertionError, with a table of all rows, unless every row is ok."""
     if not all(row.ok for row in rows):

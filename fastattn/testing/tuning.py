@@ -19,7 +19,7 @@ Key = tuple[str, str, int, int]
 Tile = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
-KERNELS = ("forward", "dkdv", "dq", "dbias")
+KERNELS = ("forward", "forward heavy", "dkdv", "dkdv heavy", "dq", "dbias")
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HEADS = 16384, 16
 
@@ -42,22 +42,29 @@ class Measured:
 
 
 def arch_of(device: torch.device) -> str:
-    """The name that the table has for the architecture of ``device``."""
-    from fastattn.backends.triton import launch
+    """The name under which the table has, or will have, rows for the GPU ``device``."""
+    import triton
 
-    return launch._target(device)[1]
+    from fastattn.backends.triton import configs
+
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return configs.chip_name(target.backend, target.arch)
 
 
 def row_of(key: Key) -> Tile:
     """The tile that the backend now uses for a row, its own or one that stands in for it."""
     from fastattn.backends.triton import configs
 
-    return tuple(configs.tile_for(*key))  # type: ignore[return-value]
+    arch, kernel, bits, head_dim = key
+    plain = kernel.removesuffix(" heavy")
+    features = configs.HEAVY[plain] if kernel != plain else frozenset()
+    return tuple(configs.tile_for(arch, plain, bits, head_dim, features))  # type: ignore[return-value]
 
 
 def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
     """The tiles worth measuring, that of the table among them."""
-    rows, columns = ((32, 64, 128), (64, 128)) if kernel == "dkdv" else ((64, 128), (32, 64, 128))
+    rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("dkdv") else ((64, 128), (32, 64, 128))
     if bits == 32:
         rows, columns = (16, 32, 64), (32, 64)
     stages = (1,) if kernel == "dbias" else (1, 2, 3)
@@ -66,7 +73,7 @@ def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
 
 
 def measured(key: Key, tiles: Iterable[Tile], timer: Timer, device: torch.device) -> Iterator[Measured]:
-    """Time each of ``tiles`` on a causal problem of 16k tokens (and a bias for ``dbias``)."""
+    """Time each of ``tiles`` on a causal problem of 16k tokens; with a bias for ``dbias``, dropout for heavy rows."""
     from fastattn.backends.triton import configs
 
     work = _work(key, device)
@@ -109,13 +116,16 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     from fastattn.backends.triton import launch
 
     _, kernel, bits, d = key
+    is_heavy, kernel = kernel.endswith(" heavy"), kernel.removesuffix(" heavy")
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     tokens, heads = (TOKENS, HEADS) if device.type == "cuda" else (32, 1)
     batch = 4 if device.type == "cuda" else 1
     q, k, v, dout = (torch.randn(batch, tokens // batch, heads, d, device=device, dtype=dtype) for _ in range(4))
     s = q.shape[1]
     bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "dbias" else None
-    inputs, spec = Inputs(q, k, v, bias=bias, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(d**-0.5, right=0)
+    rng_state = torch.tensor([1, 2], device=device) if is_heavy else None
+    inputs = Inputs(q, k, v, bias=bias, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
+    spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.1 if is_heavy else 0.0)
     if kernel == "forward":
         return lambda tile: launch.forward(inputs, spec, tile)  # type: ignore[arg-type]
     out, lse = launch.forward(inputs, spec)

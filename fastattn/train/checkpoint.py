@@ -34,9 +34,13 @@ class Checkpoint:
 
     folder: Path
 
+    def model_config(self) -> dict[str, Any]:
+        """What the trainer was given to rebuild the model from."""
+        return _read_json(self.folder / "config.json")
+
     def config(self) -> TransformerConfig:
         try:
-            return TransformerConfig.from_dict(_read_json(self.folder / "config.json"))
+            return TransformerConfig.from_dict(self.model_config())
         except InputError as error:
             raise DataError(f"{self.folder / 'config.json'} does not describe a model of fastattn: {error}") from error
 
@@ -72,39 +76,53 @@ class Checkpoint:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 suffix = ":" + names[id(parameter)]
-                state = {key.removesuffix(suffix): value for key, value in stored.items() if key.endswith(suffix)}
-                if not state or any(x.dim() and x.shape != parameter.shape for x in state.values()):
+                keys = [key for key in stored if key.endswith(suffix)]
+                state = {key.removesuffix(suffix): stored.pop(key) for key in keys}
+                if any(x.dim() and x.shape != parameter.shape for x in state.values()):
                     raise DataError(f"{path} does not belong to this model (parameter {names[id(parameter)]}).")
+                if not state:
+                    continue  # it has never had a gradient
                 # AdamW keeps its step counts in host memory unless it is fused or capturable.
                 on_device = {k: v.to(parameter.device) for k, v in state.items() if v.dim() or group.get("fused")}
                 optimizer.state[parameter] = state | on_device
+        if stored or not optimizer.state:
+            raise DataError(f"{path} does not belong to this model (parameter {next(iter(stored), 'names differ')}).")
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: Decoder,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
     state: dict[str, Any],
+    *,
+    model_config: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
     keep: int = 2,
+    keep_also: int | None = None,
 ) -> Checkpoint:
-    """Write ``folder/step-<step>`` in one piece, then remove all but the newest ``keep``.
+    """Write ``folder/step-<step>`` in one piece, then remove all but the newest ``keep`` and step ``keep_also``.
 
     Raises:
         DataError: the disk is full or cannot be written; the earlier checkpoints are intact.
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / _name(step)
     if not path.exists():
         with new_folder(path) as unfinished:
             (unfinished / "model.safetensors").write_bytes(save(_contiguous(model.state_dict())))
             (unfinished / "optimizer.safetensors").write_bytes(save(_optimizer_tensors(optimizer, model)))
-            (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            _write_json(unfinished / "config.json", model.config.to_dict())
+            if tokenizer is not None:
+                (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            _write_json(unfinished / "config.json", model_config)
             _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
     for old in sorted_steps(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if keep_also is None or old.name != _name(keep_also):
+            shutil.rmtree(old, ignore_errors=True)
     return Checkpoint(path)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def sorted_steps(folder: Path) -> list[Path]:
@@ -113,8 +131,12 @@ def sorted_steps(folder: Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
+def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
     """The checkpoint at ``path``, or the newest one in it: a run's folder, its ``checkpoints``, or one of those.
+
+    Args:
+        path: where to look.
+        best: of the checkpoints in a folder take the one of the best evaluation, if the run kept it.
 
     Raises:
         DataError: there is none.
@@ -126,8 +148,15 @@ def find_checkpoint(path: Path) -> Checkpoint:
     for folder in (path / "checkpoints", path):
         steps = sorted_steps(folder)
         if steps:
-            return Checkpoint(steps[-1])
+            newest = Checkpoint(steps[-1])
+            return (_best(newest) if best else None) or newest
     raise DataError(f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a fastattn train run.")
+
+
+def _best(newest: Checkpoint) -> Checkpoint | None:
+    step = newest.trainer_state().get("progress", {}).get("best_step")
+    path = newest.folder.with_name(_name(step or 0))
+    return Checkpoint(path) if path.is_dir() else None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +168,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     named = {
         f"{key}:{name}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
     return _contiguous(named)
 

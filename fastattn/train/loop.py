@@ -1,4 +1,4 @@
-"""The training loop: steps, held-out loss, log, checkpoints, progress bar. It knows neither attention nor text.
+"""The training loop: steps, evaluation, log, checkpoints, progress bar. It knows neither attention, text nor task.
 
 Step ``n`` depends on the weights, the optimizer's state and ``(seed, n)`` alone, dropout included, so a run that was
 stopped or killed goes on as if it had not been: on a CPU bit for bit.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, get_args
+from typing import Any, Protocol, Self
 
 import torch
 from tokenizers import Tokenizer
@@ -25,122 +21,90 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
-from fastattn.files import saying_why, write_text
-from fastattn.models import Decoder
 from fastattn.train.checkpoint import Checkpoint, save_checkpoint
-from fastattn.train.data import Batch, PackedRows
+from fastattn.train.log import Log, Window
 from fastattn.train.metrics import peak_flops
-from fastattn.train.optim import OptimConfig, make_optimizer, update
-from fastattn.train.tasks import next_token_loss
-
-Precision = Literal["auto", "float32", "bfloat16"]
-Loss = Callable[[nn.Module, Batch], Tensor]
+from fastattn.train.optim import make_optimizer, update
+from fastattn.train.settings import Progress, TrainConfig
+from fastattn.train.signals import stop_signals
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, on how much and how often.
+class Batch(Protocol):
+    """Rows to learn from or to be judged on."""
 
-    Attributes:
-        steps: updates of the weights in all.
-        max_minutes: stop earlier when the run has taken this long, over all its parts; None is no limit.
-        batch: rows in each update.
-        micro_batch: rows computed at once, their gradients added up; None is ``batch``.
-        seed: of the initial weights, the order of the data and dropout.
-        eval_every: steps between held-out losses; also taken at the end.
-        eval_rows: rows of a held-out loss, evenly spaced over the held-out text.
-        save_every: steps between checkpoints; also written at the end and when interrupted.
-        keep: newest checkpoints kept.
-        log_every: steps between lines of the log, which hold means over them; a checkpoint adds one.
-        precision: "bfloat16" autocasts; "auto" does so on a GPU.
-        optim: the optimizer.
-    """
+    def to(self, device: torch.device) -> Self:
+        """The same rows on a device."""
 
-    steps: int = 1000
-    max_minutes: float | None = None
-    batch: int = 16
-    micro_batch: int | None = None
-    seed: int = 0
-    eval_every: int = 100
-    eval_rows: int = 64
-    save_every: int = 100
-    keep: int = 2
-    log_every: int = 10
-    precision: Precision = "auto"
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    def split(self, rows: int) -> Iterable[Self]:
+        """Parts of at most ``rows`` rows."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "eval_every", "eval_rows", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise input_error(name, getattr(self, name), "a positive int", "Give at least 1.")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise input_error("max_minutes", self.max_minutes, "a positive number, or None", "None is no limit.")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch:
-            raise input_error("micro_batch", self.micro_batch, f"1 ... batch {self.batch}", "None is the whole batch.")
-        if not 0 <= self.seed < 2**31:
-            raise input_error("seed", self.seed, "an int in [0, 2**31)", "0 is as good as any.")
-        if self.precision not in get_args(Precision):
-            names = ", ".join(get_args(Precision))
-            raise input_error("precision", repr(self.precision), names, "auto is bfloat16 on a GPU, else float32.")
+    def num_labels(self) -> int:
+        """What the loss is a sum over: known labels, in host memory."""
 
 
-@dataclass
-class Progress:
-    """Where a run stands.
+class Rows(Protocol):
+    """Training rows: an endless sequence of them, a pure function of data and seed."""
 
-    Attributes:
-        step: updates done.
-        tokens: labels learned from.
-        seconds: spent in steps and held-out losses, over all resumed parts.
-        loss: mean over the last logged steps, nats per token; None before there is one.
-        held_out_loss: the newest, nats per token; None before there is one.
-        signal: the signal that stopped the run, if one did.
-    """
+    def batch(self, step: int, rows: int) -> Any:
+        """The ``Batch`` of rows ``step * rows ... (step + 1) * rows`` of the sequence."""
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    held_out_loss: float | None = None
-    signal: int | None = None
+
+class HeldOutRows(Protocol):
+    """Rows to be judged on."""
+
+    def sample(self, rows: int, batch_rows: int) -> Iterable[Any]:
+        """At most ``rows`` rows, the same each time, as ``Batch``es of at most ``batch_rows``."""
+
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 class Trainer:
-    """Trains a model on packed rows.
+    """Trains a model on rows of any kind.
 
     Args:
-        model: on its device.
-        tokenizer: stored in each checkpoint.
+        model: on its device. Parameters that do not require gradients are left as they are.
+        tokenizer: stored in each checkpoint; None stores none.
         rows: training rows and held-out rows.
         config: how long and how often.
         folder: of the run; receives ``log.jsonl`` and ``checkpoints/``.
+        loss: what to minimise: the sum over the labels of a batch, of the model that it is given and calls.
+        evaluate: further metrics at each evaluation, of the model in evaluation mode; they go into the log.
+        flops_per_label: of training, for the log; None leaves it out.
+        model_config: stored in each checkpoint, for whoever rebuilds the model; None is ``model.config.to_dict()``.
         settings: stored in each checkpoint, for whoever resumes it.
-        loss: what to minimise.
         show_progress: show a progress bar.
     """
 
     def __init__(
         self,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        rows: tuple[PackedRows, PackedRows],
+        model: nn.Module,
+        tokenizer: Tokenizer | None,
+        rows: tuple[Rows, HeldOutRows],
         config: TrainConfig,
         folder: Path,
         *,
+        loss: Loss,
+        evaluate: Evaluate | None = None,
+        flops_per_label: float | None = None,
+        model_config: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
-        loss: Loss = next_token_loss,
         show_progress: bool = True,
     ) -> None:
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
         self.rows, self.held_out_rows = rows
+        self.loss, self.evaluate = loss, evaluate
+        self.flops_per_label = flops_per_label
+        self.model_config = model.config.to_dict() if model_config is None else model_config  # type: ignore[operator, union-attr]
         self.settings = settings or {}
-        self.loss = loss
         self.show_progress = show_progress
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, config.optim)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl")
-        self._window = _Window()
+        self._window = Window()
+        self._evaluated_at: int | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from ``checkpoint``; forgets what was logged after it."""
@@ -155,10 +119,10 @@ class Trainer:
         self.log.forget_after(self.progress.step)
 
     def run(self) -> Progress:
-        """Train up to ``config.steps`` or ``max_minutes``; SIGINT or SIGTERM end the run early, with a checkpoint."""
+        """Train to the end that the config sets; SIGINT or SIGTERM end the run early, with a checkpoint."""
         config, progress = self.config, self.progress
         bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step", disable=not self.show_progress)
-        with bar, _stop_signals(progress):
+        with bar, stop_signals(progress):
             while not self._is_over():
                 began = time.perf_counter()
                 self._window.add(*self._train_step(progress.step))
@@ -168,19 +132,20 @@ class Trainer:
                 if progress.step % config.eval_every == 0 and not self._is_over():
                     self._evaluate()
                 progress.seconds += time.perf_counter() - began
-                if progress.step % config.save_every == 0:
+                if progress.step % config.save_every == 0 and not self._is_over():
                     self._save()
                 bar.set_postfix(self._postfix(), refresh=False)
                 bar.update()
-            if progress.signal is None:
+            if progress.signal is None and self._evaluated_at != progress.step:
                 self._evaluate()
             self._save()
         return progress
 
     def _is_over(self) -> bool:
-        limit, progress = self.config.max_minutes, self.progress
+        limit, progress, patience = self.config.max_minutes, self.progress, self.config.patience
         is_late = limit is not None and progress.seconds >= 60 * limit
-        return progress.step >= self.config.steps or is_late or progress.signal is not None
+        is_stale = patience is not None and progress.stale >= patience
+        return progress.step >= self.config.steps or is_late or is_stale or progress.signal is not None
 
     def seconds_per_step(self, trials: int = 3) -> float:
         """Median time of an update. It trains the model, so make another trainer for the run."""
@@ -192,21 +157,25 @@ class Trainer:
         return statistics.median(times[1:])
 
     def held_out_loss(self, rows: int | None = None) -> float:
-        """Mean loss in nats per token over ``rows`` held-out rows (None: as configured), without dropout."""
-        was_training = self.model.training
-        self.model.eval()
+        """Mean loss in nats per label over ``rows`` held-out rows (None: as configured), without dropout."""
         total, labels = 0.0, 0
         size = self.config.micro_batch or self.config.batch
-        with torch.no_grad():
+        with self._evaluating():
             for batch in self.held_out_rows.sample(rows or self.config.eval_rows, size):
-                with self._autocast():
-                    total += float(self.loss(self.model, batch.to(self.device)))
+                total += float(self.loss(self.model, batch.to(self.device)))
                 labels += batch.num_labels()
-        self.model.train(was_training)
         return total / max(labels, 1)
 
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            yield
+        self.model.train(was_training)
+
     def _train_step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """Loss per token, norm of the gradient and number of labels of one update."""
+        """Loss per label, norm of the gradient and number of labels of one update."""
         config = self.config
         self.model.train()
         torch.manual_seed(config.seed * 1_000_003 + step)  # what dropout draws from
@@ -228,7 +197,7 @@ class Trainer:
 
     def _log_window(self) -> None:
         """Write the means since the last line of the log. Waits for the device."""
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, Window()
         if not window.losses:
             return
         loss, norm, speed = window.means()
@@ -241,12 +210,15 @@ class Trainer:
         self.progress.loss = loss
         self.progress.tokens += window.labels
         rate = self.config.optim.rate(step - 1, self.config.steps)
-        flops = speed * self.model.flops_per_token(self.rows.length)
-        peak = peak_flops(self.device)
-        busy = {"mfu": flops / peak} if peak else {}
-        self.log.write(
-            step=step, loss=loss, lr=rate, grad_norm=norm, tokens_per_second=speed, tflops=flops / 1e12, **busy
-        )
+        record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+        self.log.write(record | self._hardware_use(speed))
+
+    def _hardware_use(self, speed: float) -> dict[str, float]:
+        """TFLOP/s and, where the peak of the device is known, the part of it that is used (MFU)."""
+        if self.flops_per_label is None:
+            return {}
+        flops, peak = speed * self.flops_per_label, peak_flops(self.device)
+        return {"tflops": flops / 1e12} | ({"mfu": flops / peak} if peak else {})
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
@@ -256,9 +228,29 @@ class Trainer:
         self._window.began += time.perf_counter() - began
 
     def _evaluate(self) -> None:
+        progress = self.progress
         with self._apart():
-            self.progress.held_out_loss = self.held_out_loss()
-        self.log.write(step=self.progress.step, held_out_loss=self.progress.held_out_loss)
+            progress.held_out_loss = self.held_out_loss()
+            if self.evaluate is not None:
+                with self._evaluating():
+                    progress.metrics = self.evaluate(self.model)
+        self._evaluated_at = progress.step
+        found = progress.metrics | {"held_out_loss": progress.held_out_loss}
+        self.log.write({"step": progress.step} | found)
+        if self._is_best(found) and self.config.keeps_best:
+            self._save()
+
+    def _is_best(self, found: dict[str, float]) -> bool:
+        """Note whether the metric that counts is the best one yet."""
+        progress, name = self.progress, self.config.metric
+        if name not in found:
+            raise input_error("metric", repr(name), ", ".join(sorted(found)), "Choose one that is measured.")
+        sign = 1 if self.config.greater_is_better else -1
+        if progress.best is None or sign * found[name] > sign * progress.best:
+            progress.best, progress.best_step, progress.stale = found[name], progress.step, 0
+            return True
+        progress.stale += 1
+        return False
 
     def _postfix(self) -> dict[str, str]:
         shown = {"loss": self.progress.loss, "held-out": self.progress.held_out_loss}
@@ -271,82 +263,9 @@ class Trainer:
         progress = dataclasses.asdict(self.progress)
         del progress["step"], progress["signal"]
         state = {"progress": progress, "settings": self.settings}
-        folder = self.folder / "checkpoints"
-        model, optimizer, step = self.model, self.optimizer, self.progress.step
+        best = self.progress.best_step if self.config.keeps_best else None
         with self._apart():
-            save_checkpoint(folder, step, model, optimizer, self.tokenizer, state, self.config.keep)
-
-
-@dataclass
-class _Window:
-    """Sums over the steps since the last line of the log, left on the device so that no step waits for it."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    labels: int = 0
-    began: float = field(default_factory=time.perf_counter)
-
-    def add(self, loss: Tensor, norm: Tensor, labels: int) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.labels += labels
-
-    def means(self) -> tuple[float, float, float]:
-        """Loss, norm of the gradient, tokens per second."""
-        loss, norm = float(torch.stack(self.losses).mean()), float(torch.stack(self.norms).mean())
-        return loss, norm, self.labels / (time.perf_counter() - self.began)
-
-
-class Log:
-    """A file of JSON lines; the last line may be torn by a kill."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, **record: float) -> None:
-        with saying_why(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def records(self) -> list[dict[str, float]]:
-        """All whole lines."""
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
-
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps, and a torn one."""
-        kept = [record for record in self.records() if record["step"] <= step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-@contextlib.contextmanager
-def _stop_signals(progress: Progress) -> Iterator[None]:
-    """Note the first SIGINT or SIGTERM in ``progress`` for the loop to stop at a step's end; a second one acts at once.
-
-    Outside the main thread signals cannot be caught, and are left alone.
-    """
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    def note(number: int, frame: FrameType | None) -> None:
-        progress.signal = number
-        restore()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:
-        pass
-    try:
-        yield
-    finally:
-        restore()
+            save_checkpoint(
+                self.folder / "checkpoints", self.progress.step, self.model, self.optimizer, state,
+                model_config=self.model_config, tokenizer=self.tokenizer, keep=self.config.keep, keep_also=best,
+            )  # fmt: skip

@@ -13,23 +13,20 @@ from fastattn.errors import DataError, input_error
 from fastattn.models import Decoder, TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
-from fastattn.train.loop import Progress, TrainConfig, Trainer
+from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
 from fastattn.train.optim import OptimConfig
+from fastattn.train.settings import Progress, TrainConfig
+from fastattn.train.tasks import next_token_loss
 from fastattn.train.text import find_files
 from fastattn.train.tokens import Corpus, prepare
 
 # What may differ between a run and its continuation; the rest would make it another run.
-_MAY_CHANGE = {
-    "attention",
-    "train.steps",
-    "train.max_minutes",
-    "train.eval_every",
-    "train.eval_rows",
-    "train.save_every",
-    "train.keep",
-}
-_MAY_CHANGE |= {"train.log_every", "train.micro_batch", "train.precision"}
+_TRAIN_MAY_CHANGE = (
+    "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
+    "save_every", "keep", "log_every", "micro_batch", "precision",
+)  # fmt: skip
+_MAY_CHANGE = {"attention"} | {f"train.{name}" for name in _TRAIN_MAY_CHANGE}
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,11 @@ def pretrain(
         trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
     progress = trainer.run()
     entropy = unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
-    return Outcome(progress, corpus, entropy, trainer.model.num_parameters(), find_checkpoint(out))
+    return Outcome(progress, corpus, entropy, _num_parameters(trainer.model), find_checkpoint(out))
+
+
+def _num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def make_trainer(
@@ -201,7 +202,8 @@ def make_trainer(
     held_out_rows = PackedRows(corpus.split("held_out"), model_config.max_length)
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}
     trainer = Trainer(
-        model, corpus.tokenizer(), (rows, held_out_rows), config.train, out, settings=settings,
+        model, corpus.tokenizer(), (rows, held_out_rows), config.train, out, loss=next_token_loss,
+        flops_per_label=model.flops_per_token(model_config.max_length), settings=settings,
         show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus

@@ -57,6 +57,13 @@ def test_grid_at_lengths_of_many_tiles(case: testing.Case, length: int) -> None:
     testing.assert_within(testing.measure(load("triton"), testing.make(case, device="cuda")))
 
 
+@pytest.mark.parametrize("dims", [(1, 1), (7, 7), (80, 80), (160, 160), (200, 72), (192, 128), (255, 256)], ids=str)
+def test_head_dims(dims: tuple[int, int]) -> None:
+    plain = next(case for case in GRID if case.id == "plain [bfloat16]")
+    case = dataclasses.replace(plain, S_q=300, S_kv=333, right=0, D_qk=dims[0], D_v=dims[1])
+    testing.assert_within(testing.measure(load("triton"), testing.make(case, device="cuda")))
+
+
 @pytest.mark.parametrize("backward", ["eager", "portable"])
 def test_backward_of_another_backend(backward: str) -> None:
     for case in testing.grid((torch.bfloat16,), quick=True):

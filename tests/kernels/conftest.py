@@ -35,10 +35,18 @@ def patched_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def without_overflow_checks() -> Iterator[None]:
-    """Skip the interpreter's check of every int operation, half of its time; the mask transcriptions keep it."""
+    """Skip the interpreter's check of every int operation, half of its time; see ``overflow_is_an_error``."""
     from triton.runtime.interpreter import interpreter_builder
 
     before = interpreter_builder.options
     interpreter_builder.options = dataclasses.replace(before, sanitize_overflow=False)
     yield
     interpreter_builder.options = before
+
+
+@pytest.fixture
+def overflow_is_an_error(without_overflow_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's checks again, for tests of positions and addresses."""
+    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(debug=True))

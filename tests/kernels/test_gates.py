@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from fastattn.testing import gates
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+EXPECTED = gates.expected_figures(
+    Path(__file__).parents[2] / "benchmarks" / "expected" / f"triton-{triton.__version__}.json"
+)
 GOOD = gates.Figures(registers=255, stack=0, shared=65536, tensor_core=16, tile=(128, 64, 8, 2))
 BUILD = gates.Build("sm_90", "sm_90", "forward", "causal", 16, 128)
 
@@ -18,7 +22,7 @@ def test_the_main_shapes_compile_clean() -> None:
     todo = gates.builds(quick=True)
     assert {(b.target, b.kernel) for b in todo} == {(t, k) for t in ("sm_90", "gfx942") for k in gates.KERNELS[:3]}
     results = list(gates.compiled(todo))
-    wrong = {build.name: gates.problems(build, figures, None) for build, figures in results}
+    wrong = {build.name: gates.problems(build, figures, EXPECTED.get(build.name)) for build, figures in results}
     assert not any(wrong.values()), "\n".join([gates.table(results), *(f"{n}: {w}" for n, w in wrong.items() if w)])
 
 
@@ -43,6 +47,12 @@ def test_a_figure_that_moves_is_noticed() -> None:
     assert gates.problems(BUILD, dataclasses.replace(GOOD, registers=250), expected) == []
     (found,) = gates.problems(BUILD, dataclasses.replace(GOOD, registers=200), expected)
     assert found == "registers was 255, is 200"
+
+
+def test_every_build_has_its_expected_figures() -> None:
+    if not EXPECTED:
+        pytest.skip(f"no figures for Triton {triton.__version__}: python -m benchmarks gates --update")
+    assert EXPECTED.keys() == {build.name for build in gates.builds()}
 
 
 def test_rows_for_unknown_gpus_fit_the_smallest() -> None:

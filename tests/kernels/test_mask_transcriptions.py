@@ -30,14 +30,16 @@ def transcriptions(
     s_q, s_kv = s_q0 + tl.program_id(0), s_kv0 + tl.program_id(1)
     sizes = Sizes(2 * s_q + 3, 2 * s_kv + 3, 5, 5, left, right, lower_right, 3, 1.0, 1.0, 1.0)
     _begin_q, _begin_kv, band = open_band(s_q, None, sizes, F)
+    LEFT: tl.constexpr = F.right if TRANSPOSED else F.left
+    RIGHT: tl.constexpr = F.left if TRANSPOSED else F.right
     if TRANSPOSED:
         band = transposed(band)
     x, y = tl.arange(0, 8), tl.arange(0, 8)
     at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 64 + x[:, None] * 8 + y[None, :]
     i, j = first + x[:, None], first + y[None, :]
-    tl.store(kept + at, keep(i, j, band, F.band).to(tl.int8))
-    begin, end = tile_range(i, j, band, F.band)
-    full_begin, full_end = full_range(i, j, band, F.band)
+    tl.store(kept + at, keep(i, j, band, LEFT, RIGHT).to(tl.int8))
+    begin, end = tile_range(i, j, band, LEFT, RIGHT)
+    full_begin, full_end = full_range(i, j, band, LEFT, RIGHT)
     tl.store(ranges + at * 4, begin)
     tl.store(ranges + at * 4 + 1, end)
     tl.store(ranges + at * 4 + 2, full_begin)
@@ -51,7 +53,7 @@ def transcribed(
     ranges = torch.empty(lengths, lengths, 8, 8, 4, dtype=torch.int32)
     left, right = (coded(UNBOUNDED if side is None else side) for side in (spec.left, spec.right))
     lower_right = coded(int(spec.anchor == "lower_right"))
-    flags = Flags(16, 16, 16, 16, band=spec.has_band)
+    flags = Flags(16, 16, 16, 16, left=spec.left is not None, right=spec.right is not None)
     transcriptions[lengths, lengths](
         kept, ranges, s_q, s_kv, left, right, lower_right, first, F=flags, TRANSPOSED=is_transposed
     )
@@ -63,10 +65,7 @@ def seen_from_keys(spec: AttentionSpec, is_transposed: bool) -> AttentionSpec:
 
 
 @pytest.fixture(autouse=True)
-def overflow_is_an_error(without_overflow_checks: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
-
-    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions())
+def _overflow_is_an_error(overflow_is_an_error: None) -> None: ...
 
 
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])

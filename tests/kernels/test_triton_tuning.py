@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import tune
-from fastattn.backends.triton import table
+from fastattn.backends.triton import configs, table
 from fastattn.errors import InputError
 from fastattn.testing import tuning
 
@@ -80,6 +80,28 @@ def test_a_tile_that_does_not_run_is_never_chosen():
 
 def test_the_written_table_is_the_table():
     assert tuning.text_of(table.TABLE) == tuning.TABLE_FILE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kernel", tuning.KERNELS)
+def test_every_kernel_can_be_timed(kernel):
+    """Each with its kind of problem: the work is done, and a tile is asked for once."""
+    times = iter([2.0, 1.0])
+    key, tiles = ("gfx942", kernel, 16, 64), [(32, 32, 4, 1), (16, 32, 4, 1)]
+
+    def timer(work: object) -> float:
+        work()
+        return next(times)
+
+    results = list(tuning.measured(key, tiles, timer, tuning.torch.device("cpu")))
+    assert [(r.tile, r.seconds, r.failure) for r in results] == [(tiles[0], 2.0, None), (tiles[1], 1.0, None)]
+
+
+def test_a_gpu_without_rows_gets_its_own(tmp_path, three_candidates):
+    """The default rows stay what they are: safe anywhere."""
+    path, key = tmp_path / "table.py", ("sm_89", "forward", 16, 64)
+    assert configs.arch_name("cuda", 89) == configs.DEFAULT and configs.chip_name("cuda", 89) == "sm_89"
+    assert tune.run(arguments(path), Timer(best=1), "sm_89") == 0
+    assert rows_in(path) == table.TABLE | {key: three_candidates[1]}
 
 
 @pytest.mark.parametrize("kernel", tuning.KERNELS)

@@ -115,10 +115,10 @@ def test_training_is_the_same_with_eager_attention(config):
 
 def test_eager_really_is_eager(monkeypatch):
     asked = []
-    from fastattn.models import decoder
+    from fastattn.models import blocks
 
-    real = decoder.fastattn.attention
-    monkeypatch.setattr(decoder.fastattn, "attention", lambda *a, **k: asked.append(k["backend"]) or real(*a, **k))
+    real = blocks.fastattn.attention
+    monkeypatch.setattr(blocks.fastattn, "attention", lambda *a, **k: asked.append(k["backend"]) or real(*a, **k))
     for kind in ("eager", "fastattn"):
         Decoder(dataclasses.replace(BASE, attention=kind, layers=1))(random_tokens())
     assert asked == ["eager", None]

@@ -77,3 +77,84 @@ def test_sizes_are_checked():
         KVCache(1, 0, 1, 2)
     with pytest.raises(InputError, match="head_dim_v: got -1"):
         KVCache(1, 1, 1, 2, head_dim_v=-1)
+
+
+# --- attend ---------------------------------------------------------------------------------------------------------
+
+
+def test_attend_is_append_and_attention():
+    one, two = KVCache(2, 9, 2, 8, head_dim_v=5), KVCache(2, 9, 2, 8, head_dim_v=5)
+    for new in (4, 1, 3):
+        q, k, v = torch.randn(2, new, 4, 8), torch.randn(2, new, 2, 8), torch.randn(2, new, 2, 5)
+        sinks = torch.randn(4)
+        out = one.attend(q, k, v, window=(3, 0), softcap=5.0, sinks=sinks)
+        expected = fastattn.attention(q, *two.append(k, v), causal=True, window=(3, 0), softcap=5.0, sinks=sinks)
+        torch.testing.assert_close(out, expected)
+        assert one.lengths.tolist() == [one.length] * 2 == [two.length] * 2
+    assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
+
+
+def test_rows_of_different_lengths():
+    cache = KVCache(2, 9, 1, 4)
+    k = torch.randn(2, 6, 1, 4)
+    cache.append(k, k)
+    cache.truncate([2, 5])
+    assert cache.row_lengths == [2, 5] == cache.lengths.tolist()
+    with pytest.raises(InputError, match=r"length: got rows of \[2, 5\]"):
+        cache.length  # noqa: B018
+    with pytest.raises(InputError, match="rows of"):
+        cache.append(k[:, :1], k[:, :1])
+    q, new = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 1, 4)
+    out = cache.attend(q, new, new)
+    for row, length in enumerate((2, 5)):
+        keys = torch.cat([k[row, :length], new[row]])[None]
+        torch.testing.assert_close(out[row : row + 1], fastattn.attention(q[row : row + 1], keys, keys))
+    assert cache.row_lengths == [3, 6]
+
+
+def test_select_makes_rows_copies_of_others():
+    cache = KVCache(3, 6, 1, 2)
+    k = torch.arange(3.0)[:, None, None, None].expand(3, 4, 1, 2).contiguous()
+    cache.append(k, k)
+    cache.truncate([4, 2, 3])
+    cache.select([2, 0, 0])
+    assert cache.row_lengths == [3, 4, 4] == cache.lengths.tolist()
+    assert cache.keys[:, 0, 0, 0].tolist() == [2, 0, 0] == cache.values[:, 0, 0, 0].tolist()
+    for rows in ([0, 1], [0, 1, 3], [0, 1, -1]):
+        with pytest.raises(InputError, match="rows: got"):
+            cache.select(rows)
+    with pytest.raises(InputError, match="lengths: got"):
+        cache.truncate(4)
+    assert cache.row_lengths == [3, 4, 4]
+
+
+def test_compiled_steps_count_on_the_device_and_make_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(module, _inputs):
+        graphs.append(module)
+        return module
+
+    cache, plain = KVCache(2, 6, 1, 4), KVCache(2, 6, 1, 4)
+    compiled = torch.compile(lambda q, k: cache.attend(q, k, k) * 2, fullgraph=True, backend=count)
+    for _ in range(6):
+        q, k = torch.randn(2, 1, 2, 4), torch.randn(2, 1, 1, 4)
+        with torch.no_grad():
+            cache.advance(1)
+            torch.testing.assert_close(compiled(q, k), plain.attend(q, k, k) * 2)
+    assert len(graphs) == 1 and cache.length == 6 and cache.lengths.tolist() == [6, 6]
+    with pytest.raises(InputError, match="k: got 1 tokens after 6"):
+        cache.advance(1)
+    assert cache.length == 6
+
+
+def test_e4m3():
+    scale = torch.tensor([0.05])
+    cache = KVCache(1, 6, 1, 4, dtype=torch.float8_e4m3fn, k_scale=scale, v_scale=scale)
+    q, k = torch.randn(1, 4, 2, 4), torch.randn(1, 4, 1, 4)
+    error = (cache.attend(q, k, k) - fastattn.attention(q, k, k, causal=True)).abs().max()
+    assert 0 < error < 2**-4 * k.abs().max()
+    with pytest.raises(InputError, match="cache: got e4m3"):
+        cache.append(k, k)
+    assert cache.length == 4

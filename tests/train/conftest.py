@@ -8,7 +8,9 @@ import torch
 
 from fastattn.models import Decoder, TransformerConfig
 from fastattn.train.data import PackedRows
-from fastattn.train.loop import TrainConfig, Trainer
+from fastattn.train.loop import Trainer
+from fastattn.train.settings import TrainConfig
+from fastattn.train.tasks import next_token_loss
 from fastattn.train.text import find_files
 from fastattn.train.tokens import prepare
 
@@ -40,17 +42,16 @@ def corpus(texts, tmp_path_factory):
 def make_trainer(corpus):
     """A function that makes a trainer of a tiny model in a folder, its settings changed by keywords."""
 
-    def make(folder, dropout=0.1, loss=None, **changes):
+    def make(folder, dropout=0.1, loss=next_token_loss, evaluate=None, **changes):
         train = TrainConfig(steps=10, batch=4, eval_every=5, eval_rows=4, save_every=5, log_every=1)
         config = TransformerConfig(
             corpus.facts.vocab_size, width=16, layers=1, heads=2, kv_heads=1, max_length=16, dropout=dropout
         )
         torch.manual_seed(1)
         rows = PackedRows(corpus.split("train"), 16, seed=0), PackedRows(corpus.split("held_out"), 16)
-        options = {"loss": loss} if loss else {}
         return Trainer(
             Decoder(config), corpus.tokenizer(), rows, dataclasses.replace(train, **changes), folder,
-            show_progress=False, **options,
+            loss=loss, evaluate=evaluate, show_progress=False,
         )  # fmt: skip
 
     return make

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastattn.train.checkpoint import find_checkpoint, sorted_steps
-from fastattn.train.loop import Log
+from fastattn.train.log import Log
 
 KILLS = 3
 STEPS = 60

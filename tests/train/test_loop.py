@@ -8,7 +8,8 @@ import torch
 
 from fastattn.errors import InputError
 from fastattn.train.checkpoint import find_checkpoint, sorted_steps
-from fastattn.train.loop import Log, TrainConfig
+from fastattn.train.log import Log
+from fastattn.train.settings import TrainConfig
 from fastattn.train.tasks import next_token_loss
 
 
@@ -143,7 +144,7 @@ def test_bfloat16_trains_on_the_cpu_too(make_trainer, tmp_path):
 def test_a_log_ignores_torn_lines(tmp_path):
     log = Log(tmp_path / "deep" / "log.jsonl")
     assert log.records() == []
-    log.write(step=1, loss=2.0)
+    log.write({"step": 1, "loss": 2.0})
     with log.path.open("a") as file:
         file.write('{"ste')
     assert log.records() == [{"step": 1, "loss": 2.0}]

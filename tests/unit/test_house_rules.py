@@ -24,7 +24,7 @@ STAND_INS = {
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # caller -> functional -> spec/problem -> dispatch -> autograd/ops -> backends: what each part may import of fastattn.
-UNDERNEATH = {"errors", "spec", "layout", "rng", "problem", "version"}
+UNDERNEATH = {"cache", "errors", "spec", "layout", "rng", "rotary", "problem", "version"}
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
@@ -34,21 +34,36 @@ MAY_IMPORT = {
     "layout": {"errors"},
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
-    "reference": {"problem", "rng", "spec"},
+    "rotary": set(),
+    "cache": {"errors", "layout", "problem", "rotary", "spec"},
+    "reference": {"cache", "problem", "rng", "spec"},
     "dispatch": {"backends", "errors", "problem"},
-    "ops": {"dispatch", "errors", "problem", "reference", "spec"},
+    "ops": {"cache", "dispatch", "errors", "problem", "reference", "spec"},
     "autograd": {"ops", "problem", "reference", "spec"},
-    "functional": {"autograd", "dispatch", "errors", "layout", "ops", "problem", "reference", "rng", "spec"},
+    "functional": {"autograd", "cache", "dispatch", "errors", "layout", "ops", "problem", "reference", "rng", "spec"},
+    "decoding": {"cache", "dispatch", "errors", "functional", "ops", "problem"},
     "inspection": {"errors", "functional", "layout", "problem", "reference", "spec"},
-    "__init__": {"dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
-    "testing": {"", "backends", "dispatch", "errors", "ops", "problem", "reference", "spec", "testing", "version"},
-    "nn": PUBLIC,
+    "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
+    "testing": {
+        "",
+        "backends",
+        "cache",
+        "dispatch",
+        "errors",
+        "ops",
+        "problem",
+        "reference",
+        "spec",
+        "testing",
+        "version",
+    },
+    "nn": PUBLIC | {"rotary"},
     "models": PUBLIC | {"models"},
     "train": PUBLIC | {"models", "train", "generate"},
     "generate": PUBLIC | {"models", "generate", "train"},
     # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
     "integrations": UNDERNEATH
-    | {"", "backends", "dispatch", "functional", "inspection", "integrations", "nn", "ops", "reference"},
+    | {"", "backends", "decoding", "dispatch", "functional", "inspection", "integrations", "nn", "ops", "reference"},
 }
 
 

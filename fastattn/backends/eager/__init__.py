@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from fastattn import reference
 from fastattn.backends.base import Backend, Capabilities
+from fastattn.problem import CACHE_FEATURES, FEATURES
 
 
 class EagerBackend(Backend):
     name = "eager"
-    capabilities = Capabilities()
+    capabilities = Capabilities(features=frozenset(FEATURES + CACHE_FEATURES))
     forward = staticmethod(reference.forward)
     backward = staticmethod(reference.backward)
+    attend_to_cache = staticmethod(reference.attend_to_cache)
 
 
 BACKEND = EagerBackend()

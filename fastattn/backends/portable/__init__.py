@@ -3,6 +3,7 @@
 A problem is planned (``plan``) into blocks of the score matrix outside which nothing is computed. Blocks run on
 torch's flash kernel for the CPU (``flash``) where it computes the same thing, else through online softmax over tiles
 (``tiles``). On an accelerator it is always tiles, and nothing there waits for the device (not yet run on a GPU).
+Caches are read in their own way (``decode``).
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities
-from fastattn.backends.portable import flash, terms, tiles
-from fastattn.problem import Grads, Inputs
+from fastattn.backends.portable import decode, flash, terms, tiles
+from fastattn.cache import CacheInputs
+from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 
 class PortableBackend(Backend):
     name = "portable"
-    capabilities = Capabilities()
+    capabilities = Capabilities(features=frozenset(FEATURES + CACHE_FEATURES))
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         inputs = terms.without_unused_keys(inputs, spec)
@@ -49,6 +51,9 @@ class PortableBackend(Backend):
             found = tiles.backward(dout, dlse, out, lse, inputs, spec, needs)
         wanted = {f"d{name}": x for name, x in zip(("q", "k", "v", "bias"), found, strict=False) if name in needs}
         return Grads(**wanted, dsinks=dsinks)
+
+    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        return decode.attend(inputs, spec, self.forward)
 
 
 BACKEND = PortableBackend()

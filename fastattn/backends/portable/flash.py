@@ -53,6 +53,17 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """One call: ``(out, lse)`` of ``[n, H, M, D]`` queries and ``[n, H, N, D]`` keys, ``mask`` added to the scores."""
+    width, dim_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    if mask is not None:
+        lse = lse.masked_fill((mask == terms.NEVER).all(-1), terms.NEVER)
+    return out[..., :dim_v], lse
+
+
 def backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
 ) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattn import rng
 from fastattn.backends.portable import plan
 from fastattn.backends.portable.plan import Block
+from fastattn.cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -127,7 +128,7 @@ def _used_keys(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     return used.transpose(1, 2)
 
 
-def add_sinks(out: Tensor, lse: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def add_sinks(out: Tensor, lse: Tensor, inputs: Inputs | CacheInputs) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` with the sink's column in the denominator."""
     logits = _sinks_by_row(inputs, lse)
     total = torch.logaddexp(lse, logits)
@@ -157,7 +158,7 @@ def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, i
     return (by_sequence.sum(0, keepdim=True) if shared else by_sequence).to(inputs.sinks.dtype)
 
 
-def _sinks_by_row(inputs: Inputs, lse: Tensor) -> Tensor:
+def _sinks_by_row(inputs: Inputs | CacheInputs, lse: Tensor) -> Tensor:
     """The sink of each row, broadcasting to the shape of ``lse``."""
     assert inputs.sinks is not None
     sinks = inputs.sinks.to(lse.dtype)

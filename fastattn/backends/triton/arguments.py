@@ -113,7 +113,8 @@ class Flags:
         d_qk, d_v: head dims; tiles are padded to ``block_qk`` and ``block_v``, powers of two.
         vector: 8 if every row of q, k, v (and dout) begins at a multiple of 8 elements, else 1.
         contiguous: their last stride is 1.
-        packed, band, softcap, alibi, sinks, segments, dropout: features in use.
+        left, right: the band is bounded on that side.
+        packed, softcap, alibi, sinks, segments, dropout: features in use.
         bias, mask: 0 if absent, 8 if their rows are contiguous and begin at multiples of 8, else 1.
         plain: scores are ``scale * q @ k^T`` with a positive scale, so the maximum can be taken before scaling.
         precise: q, k and v are fp32.
@@ -128,7 +129,8 @@ class Flags:
     vector: int = 1
     contiguous: bool = True
     packed: bool = False
-    band: bool = False
+    left: bool = False
+    right: bool = False
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False

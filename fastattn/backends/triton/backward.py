@@ -38,8 +38,8 @@ from fastattn.backends.triton.tile import (
 
 
 @triton.jit
-def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``delta`` of ``BLOCK_M`` query rows."""
+def delta_kernel(out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr):
+    """``delta``, and ``lse`` in units of log2, of ``BLOCK_M`` query rows. An empty row gets ``+inf``: so its p is 0."""
     block, of = scheduled(schedule, LAST_FIRST=False)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
@@ -50,20 +50,21 @@ def delta_kernel(out, dout, dlse, delta, terms, sizes, schedule, F: tl.constexpr
     i = i0 + tl.arange(0, BLOCK_M)
     out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    out_tile = load_rows(out_rows, i0, None, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
-    dout_tile = load_rows(dout_rows, i0, None, s_q, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
+    out_tile = load_rows(out_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
     if dlse is not None:
         total -= tl.load(per_row(dlse, head) + i, mask=i < s_q, other=0.0).to(tl.float32)
+    of_lse = tl.load(per_row(lse, head) + i, mask=i < s_q, other=0.0)
+    of_lse = tl.where(of_lse == float("-inf"), float("inf"), of_lse * LOG2E)
+    tl.store(per_row(lse2, head) + i, of_lse, mask=i < s_q)
     tl.store(per_row(delta, head) + i, total, mask=i < s_q)
 
 
 @triton.jit
-def load_statistics(lse, delta, i, high):
-    """``(lse, delta)`` of rows ``i`` before ``high``; ``lse`` in units of log2, and inf for empty rows: p is 0."""
-    of_rows = tl.load(lse + i, mask=i < high, other=float("-inf"))
-    of_delta = tl.load(delta + i, mask=i < high, other=0.0)
-    return tl.where(of_rows == float("-inf"), float("inf"), of_rows * LOG2E), of_delta
+def load_statistics(lse2, delta, i, s_q):
+    """``(lse2, delta)`` of rows ``i``; past the last one p is 0 too."""
+    return tl.load(lse2 + i, mask=i < s_q, other=float("inf")), tl.load(delta + i, mask=i < s_q, other=0.0)
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def score_gradients(p, spared, t, dp, of_delta, dropout_scale, F: tl.constexpr):
 
 @triton.jit
 def dkdv_kernel(
-    q, k, v, dout, dk, dv, lse, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dk, dv, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
@@ -114,29 +115,31 @@ def dkdv_kernel(
         rows_of(k, b, h_kv, begin_kv, F.vector, F.contiguous),
         rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous),
     )
-    first, last = tile_range(j0 * 0, band.s_q, band, F.band)  # keys that no row keeps may hold NaN
-    k_tile = load_rows(k_rows, j0, first, last, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-    v_tile = load_rows(v_rows, j0, first, last, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+    first, last = tile_range(j0 * 0, band.s_q, band, F.left, F.right)  # keys that no row keeps may hold NaN
+    k_tile = load_rows(k_rows, j0, first, last, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+    v_tile = load_rows(v_rows, j0, first, last, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    _low, _high, begin, full_begin, full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    _low, _high, begin, full_begin, full_end, end = tiles(
+        block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
+    )  # fmt: skip
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
         q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = rows_of(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
-        lse_rows, delta_rows = per_row(lse, head), per_row(delta, head)
+        lse_rows, delta_rows = per_row(lse2, head), per_row(delta, head)
         for tile in tl.range(begin, end):
             i0 = tile * BLOCK_M
             i = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(q_rows, i0, None, band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
             raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
             of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, band.s_q)
             p, spared, t = probabilities(
                 raw, of_lse[None, :], head, i[None, :], j[:, None], i0, j0,
                 (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            dout_tile = load_rows(dout_rows, i0, None, band.s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
             p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
             dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
@@ -154,13 +157,13 @@ def dkdv_kernel(
 
 @triton.jit
 def dq_kernel(
-    q, k, v, dout, dq, lse, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dq, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dq`` of ``BLOCK_M`` query rows of one head."""
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    block, of = scheduled(schedule, LAST_FIRST=F.band)
+    block, of = scheduled(schedule, LAST_FIRST=F.right)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
     s_q = head.band.s_q
@@ -172,22 +175,24 @@ def dq_kernel(
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, None, s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-    dout_tile = load_rows(dout_rows, i0, None, s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+    q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, s_q)
+    of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
-    low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
+    low, high, begin, full_begin, full_end, end = tiles(
+        block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
+    )
     for tile in tl.range(begin, end):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         p, spared, t = probabilities(
             raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, (tile >= full_begin) & (tile < full_end),
             False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+        v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
         dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)

@@ -21,7 +21,7 @@ from fastattn.backends.triton.table import TABLE
 # of its heavy kind, "forward heavy", where the table has one.
 HEAVY: dict[str, frozenset[str]] = {
     "forward": frozenset({"mask", "segments", "dropout"}),
-    "dkdv": frozenset({"bias", "softcap", "dropout"}),
+    "dkdv": frozenset({"mask", "bias", "softcap", "dropout"}),
     "dq": frozenset(),
     "dbias": frozenset(),
 }
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-INTERPRETED = Tile(32, 32, 4, 1)
+INTERPRETED = Tile(64, 32, 4, 1)  # its time follows the number of tiles, not their size
 
 
 @functools.cache
@@ -62,10 +62,16 @@ def tile_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozens
 
 
 def arch_name(backend: str, arch: int | str) -> str:
-    """The name that the table has for a Triton target: ``("cuda", 90)`` or ``("hip", "gfx942")``.
+    """The rows of the table that serve a Triton target: its own, or the default ones."""
+    name = chip_name(backend, arch)
+    return name if any(name == of for of, *_ in TABLE) else DEFAULT
 
-    Consumer chips have less shared memory than the data-centre chip of their generation, so they take the default.
+
+def chip_name(backend: str, arch: int | str) -> str:
+    """The name under which the table may have rows for a Triton target: ``("cuda", 90)`` or ``("hip", "gfx942")``.
+
+    Consumer chips have less shared memory than the data-centre chip of their generation, and names of their own.
     """
     if backend == "hip":
-        return "gfx942" if str(arch).startswith(("gfx90a", "gfx94", "gfx95")) else DEFAULT
-    return {80: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(int(arch), DEFAULT)
+        return "gfx942" if str(arch).startswith(("gfx90a", "gfx94", "gfx95")) else str(arch)
+    return "sm_100" if int(arch) == 103 else f"sm_{arch}"

@@ -36,7 +36,7 @@ def forward_kernel(
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    block, of = scheduled(schedule, LAST_FIRST=F.band)
+    block, of = scheduled(schedule, LAST_FIRST=F.right)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
     i0 = block * BLOCK_M
@@ -46,7 +46,7 @@ def forward_kernel(
     k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, None, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -57,11 +57,13 @@ def forward_kernel(
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
 
-    low, high, begin, full_begin, full_end, end = tiles(block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F)
+    low, high, begin, full_begin, full_end, end = tiles(
+        block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
+    )
     for tile in tl.range(begin, end):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
         if (tile < full_begin) | (tile >= full_end):
@@ -70,7 +72,7 @@ def forward_kernel(
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         if F.dropout:
             p = tl.where(survivors(head, i0, j0, BLOCK_M, BLOCK_N, False), p, 0.0)
-        v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+        v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     is_empty = total == 0.0

@@ -79,10 +79,19 @@ class Call:
         heads = x.heads_kv if has_heads else 1
         used = torch.empty(x.batch, x.k.shape[1], heads, dtype=torch.uint8, device=x.q.device)
         if used.numel():
-            flags = Flags(1, 1, 16, 16, band=self.flags.band, segments=self.flags.segments, mask=self.flags.mask)
+            flags = Flags(
+                1,
+                1,
+                16,
+                16,
+                left=self.flags.left,
+                right=self.flags.right,
+                segments=self.flags.segments,
+                mask=self.flags.mask,
+            )
             terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
             at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
-            grid = (x.batch, triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
+            grid = (x.batch * triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
             looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
             used_keys_kernel[grid](at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
@@ -116,7 +125,7 @@ class Call:
         batch = max(sides[side].ptr.shape[0] for side in sides)
         found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
         found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
-        segment_tiles_kernel[(batch, blocks)](
+        segment_tiles_kernel[(batch * blocks,)](
             sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
             BLOCK=block, BLOCK_OTHER=block_other,
         )  # fmt: skip
@@ -176,7 +185,7 @@ class Backward:
 
     call: Call
     dout: Rows
-    lse: PerRow
+    lse2: PerRow
     delta: PerRow
 
     @classmethod
@@ -187,13 +196,13 @@ class Backward:
         vector = min(call.flags.vector, _vector(incoming))
         contiguous = call.flags.contiguous and dout.stride(-1) == 1
         call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
-        delta = torch.empty_like(lse, dtype=torch.float32)
-        self = cls(call, incoming, _per_row(lse.contiguous()), _per_row(delta))
+        lse2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+        self = cls(call, incoming, _per_row(lse2), _per_row(delta))
         if delta.numel():
-            self._fill_delta(_rows(out), None if dlse is None else _per_row(dlse.contiguous()))
+            self._fill(_rows(out), _per_row(lse.contiguous()), None if dlse is None else _per_row(dlse.contiguous()))
         return self
 
-    def _fill_delta(self, out: Rows, dlse: PerRow | None) -> None:
+    def _fill(self, out: Rows, lse: PerRow, dlse: PerRow | None) -> None:
         x, full = self.call.inputs, self.call.flags
         grid, schedule = self.call.schedule(x.max_seqlen_q, DELTA_ROWS, x.batch * x.heads_q)
         flags = Flags(
@@ -207,7 +216,17 @@ class Backward:
             upcast=full.upcast,
         )
         delta_kernel[grid](
-            out, self.dout, dlse, self.delta, self.call.terms, self.call.sizes, schedule, F=flags, BLOCK_M=DELTA_ROWS
+            out,
+            self.dout,
+            dlse,
+            lse,
+            self.lse2,
+            self.delta,
+            self.call.terms,
+            self.call.sizes,
+            schedule,
+            F=flags,
+            BLOCK_M=DELTA_ROWS,
         )
 
     def dkdv(self, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -218,7 +237,7 @@ class Backward:
             grid, schedule = call.schedule(x.max_seqlen_kv, tile.block_n, x.batch * x.heads_kv)
             terms = call.with_segment_tiles("kv", tile.block_n, tile.block_m)
             dkdv_kernel[grid](
-                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse, self.delta, terms, call.sizes,
+                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse2, self.delta, terms, call.sizes,
                 schedule, **_compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dk, dv
@@ -231,7 +250,7 @@ class Backward:
             grid, schedule = call.schedule(x.max_seqlen_q, tile.block_m, x.batch * x.heads_q)
             terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
             dq_kernel[grid](
-                call.q, call.k, call.v, self.dout, _rows(dq), self.lse, self.delta, terms, call.sizes, schedule,
+                call.q, call.k, call.v, self.dout, _rows(dq), self.lse2, self.delta, terms, call.sizes, schedule,
                 **_compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dq
@@ -248,7 +267,7 @@ class Backward:
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
-            call.q, call.k, call.v, self.dout, _scores(sums), self.lse, self.delta, terms, call.sizes,
+            call.q, call.k, call.v, self.dout, _scores(sums), self.lse2, self.delta, terms, call.sizes,
             coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), SUM_ROWS=sum_rows,
             SUM_COLUMNS=sum_columns, **_compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
@@ -263,7 +282,7 @@ class Backward:
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
             dsinks_kernel[x.batch, x.heads_q](
-                self.lse, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
+                self.lse2, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
 
@@ -312,6 +331,8 @@ def _per_head(x: Tensor) -> PerHead:
 
 
 def _per_token(x: Tensor) -> PerToken:
+    if x.shape[1] * x.stride(1) >= 1 << 31:
+        x = x.contiguous()
     return PerToken(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
 
 
@@ -363,7 +384,8 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
         vector=min(_vector(x) for x in rows),
         contiguous=all(x.ptr.stride(-1) == 1 for x in rows),
         packed=inputs.is_packed,
-        band=spec.has_band,
+        left=spec.left is not None,
+        right=spec.right is not None,
         softcap=spec.softcap is not None,
         alibi=inputs.alibi_slopes is not None,
         sinks=inputs.sinks is not None,

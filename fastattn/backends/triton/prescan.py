@@ -15,9 +15,10 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 
     Ids may come in any order. A tile is visited if the ranges of ids overlap, and is full if both hold one id only;
     outside of ``begin .. end`` no tile is visited, and between ``full_begin`` and ``full_end`` every one is full.
-    For sorted ids, as packed documents have them, both ranges are exact. Grid: ``(B, blocks)``.
+    For sorted ids, as packed documents have them, both ranges are exact. Grid: ``(B * blocks,)``.
     """
-    b, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    blocks = tl.cdiv(number(s_rows), BLOCK)
+    b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     s_rows, s_columns = number(s_rows), number(s_columns)
     i = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), s_rows - 1)
     ids = tl.load(rows.ptr + b * number(rows.stride_b) + i * number(rows.stride_s))
@@ -45,18 +46,21 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 
 @triton.jit
 def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(B, blocks, 1|H_kv)``.
+    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(B * blocks, 1|H_kv)``.
 
     ``heads`` is how many query heads each program looks at: those of the group, or one if all share the mask. It
     looks no further once all keys of its block are used, which is after the first tiles of almost any mask.
     """
-    b, block, h_kv = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks = tl.cdiv(number(sizes.s_kv), BLOCK_N)
+    b, block, h_kv = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     group = number(heads)
     _begin_q, _begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
     found = (j >= band.s_kv).to(tl.int32)
-    _low, _high, begin, _full_begin, _full_end, end = tiles(block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F)
+    _low, _high, begin, _full_begin, _full_end, end = tiles(
+        block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
+    )  # fmt: skip
     for g in tl.range(0, group):
         head = open_head(b, h_kv * group + g, terms, sizes, F)
         tile = begin
@@ -66,5 +70,5 @@ def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.con
             kept = kept_tile(head, i[None, :], j[:, None], i0, j0, True, F)
             found = tl.maximum(found, tl.max(kept.to(tl.int32), 1))
             tile += 1
-    at = used.ptr + b.to(tl.int64) * number(used.stride_b) + j * number(used.stride_s) + h_kv
+    at = used.ptr + b.to(tl.int64) * number(used.stride_b) + j.to(tl.int64) * number(used.stride_s) + h_kv
     tl.store(at, found.to(tl.uint8), mask=j < band.s_kv)

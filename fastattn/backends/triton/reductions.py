@@ -21,7 +21,7 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def dbias_kernel(
-    q, k, v, dout, dbias, lse, delta, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dbias, lse2, delta, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``dbias``, summed over the sequences and heads that share it.
@@ -45,22 +45,24 @@ def dbias_kernel(
     for n in tl.range(0, sequences * heads):
         b, h = first_b + n // heads, first_h + n % heads
         head = open_head(b, h, terms, sizes, F)
-        low, high, begin, full_begin, full_end, end = tiles(row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F)
+        low, high, begin, full_begin, full_end, end = tiles(
+            row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
+        )
         if (column_block >= begin) & (column_block < end):
             q_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous)
             k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-            q_tile = load_rows(q_rows, i0, None, head.band.s_q, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-            k_tile = load_rows(k_rows, j0, low, high, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+            q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            of_lse, of_delta = load_statistics(per_row(lse, head), per_row(delta, head), i, head.band.s_q)
+            of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, head.band.s_q)
             is_full = (column_block >= full_begin) & (column_block < full_end)
             p, spared, t = probabilities(
                 raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
             )  # fmt: skip
             dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
             v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-            dout_tile = load_rows(dout_rows, i0, None, head.band.s_q, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
-            v_tile = load_rows(v_rows, j0, low, high, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+            dout_tile = load_rows(dout_rows, i0, 0, head.band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+            v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
             dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
             acc += dt
@@ -80,16 +82,14 @@ def dbias_kernel(
 
 
 @triton.jit
-def dsinks_kernel(lse, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
+def dsinks_kernel(lse2, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
     """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(B, H_q)``."""
     head = open_head(tl.program_id(0), tl.program_id(1), terms, sizes, F)
-    s_q, lse_rows, delta_rows = head.band.s_q, per_row(lse, head), per_row(delta, head)
+    s_q, lse_rows, delta_rows = head.band.s_q, per_row(lse2, head), per_row(delta, head)
     sink = load_per_head(terms.sinks, head.b, head.h) * LOG2E
     total = tl.zeros([BLOCK], tl.float32)
     for n in tl.range(0, tl.cdiv(s_q, BLOCK)):
         i = n * BLOCK + tl.arange(0, BLOCK)
-        of_lse = tl.load(lse_rows + i, mask=i < s_q, other=0.0) * LOG2E
-        of_delta = tl.load(delta_rows + i, mask=i < s_q, other=0.0)
-        # a sink of -inf takes no part, also in a row that keeps nothing else
-        total -= tl.where(sink == float("-inf"), 0.0, tl.exp2(sink - of_lse)) * of_delta
+        of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, s_q)
+        total -= tl.exp2(sink - of_lse) * of_delta
     tl.store(dsinks.ptr + head.b * number(dsinks.stride_b) + head.h * number(dsinks.stride_h), tl.sum(total))

@@ -113,12 +113,8 @@ def open_band(b, terms, sizes, F: tl.constexpr):
     else:
         begin_q, begin_kv = b * 0, b * 0
         s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
-    if F.band:
-        diagonal = number(sizes.lower_right) * (s_kv - s_q)
-        return begin_q, begin_kv, Band(s_q, s_kv, diagonal, number(sizes.left), number(sizes.right))
-    if F.alibi:
-        return begin_q, begin_kv, Band(s_q, s_kv, number(sizes.lower_right) * (s_kv - s_q), 0, 0)
-    return begin_q, begin_kv, Band(s_q, s_kv, 0, 0, 0)
+    diagonal = number(sizes.lower_right) * (s_kv - s_q)
+    return begin_q, begin_kv, Band(s_q, s_kv, diagonal, number(sizes.left), number(sizes.right))
 
 
 @triton.jit
@@ -150,13 +146,15 @@ def open_head(b, h, terms, sizes, F: tl.constexpr):
 
 
 @triton.jit
-def keep(i, j, band, BAND: tl.constexpr):
+def keep(i, j, band, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """``spec.keep`` for non-negative ``i`` and ``j``: all but two comparisons are made once for each row."""
-    if not BAND:
-        return j < tl.where(i < band.s_q, band.s_kv, 0)
-    first = i + (band.diagonal - band.left)
-    end = tl.minimum(i + (band.diagonal + band.right + 1), band.s_kv)
-    return (j >= first) & (j < tl.where(i < band.s_q, end, 0))
+    end = band.s_kv
+    if RIGHT:
+        end = tl.minimum(i + (band.diagonal + band.right + 1), end)
+    kept = j < tl.where(i < band.s_q, end, 0)
+    if LEFT:
+        kept = kept & (j >= i + (band.diagonal - band.left))
+    return kept
 
 
 @triton.jit
@@ -166,40 +164,45 @@ def transposed(band):
 
 
 @triton.jit
-def tile_range(i0, i1, band, BAND: tl.constexpr):
+def tile_range(i0, i1, band, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """``spec.tile_range``."""
     begin, end = i0 * 0, i0 * 0 + band.s_kv
-    if BAND:
+    if LEFT:
         begin = tl.maximum(begin, i0 + band.diagonal - band.left)
+    if RIGHT:
         end = tl.minimum(end, i1 + band.diagonal + band.right)
     is_empty = (begin >= end) | (i0 >= i1)
     return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
 
 
 @triton.jit
-def full_range(i0, i1, band, BAND: tl.constexpr):
+def full_range(i0, i1, band, LEFT: tl.constexpr, RIGHT: tl.constexpr):
     """``spec.full_range``."""
     begin, end = i0 * 0, i0 * 0 + band.s_kv
-    if BAND:
+    if LEFT:
         begin = tl.maximum(begin, i1 - 1 + band.diagonal - band.left)
+    if RIGHT:
         end = tl.minimum(end, i0 + 1 + band.diagonal + band.right)
     is_empty = (begin >= end) | (i0 >= i1)
     return tl.where(is_empty, 0, begin), tl.where(is_empty, 0, end)
 
 
 @triton.jit
-def tiles(block, b, band, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, F: tl.constexpr):
+def tiles(
+    block, b, band, terms, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    F: tl.constexpr,
+):  # fmt: skip
     """The tiles that ``block``, of ``BLOCK`` rows, visits: ``(low, high, begin, full_begin, full_end, end)``.
 
     ``low .. high`` are the columns that the band leaves to any of the rows. The rest are numbers of tiles of
     ``BLOCK_OTHER`` columns: of those visited, the ones from ``full_begin`` to ``full_end`` need no mask.
     """
     i0, i1 = block * BLOCK, tl.minimum(block * BLOCK + BLOCK, band.s_q)
-    low, high = tile_range(i0, i1, band, F.band)
+    low, high = tile_range(i0, i1, band, LEFT, RIGHT)
     begin, end = low // BLOCK_OTHER, tl.cdiv(high, BLOCK_OTHER)
     if F.mask:
         return low, high, begin, end, end, end
-    full_begin, full_end = full_range(i0, i1, band, F.band)
+    full_begin, full_end = full_range(i0, i1, band, LEFT, RIGHT)
     full_begin, full_end = tl.cdiv(full_begin, BLOCK_OTHER), full_end // BLOCK_OTHER
     if F.segments:
         found = terms.segment_tiles.ptr + b.to(tl.int64) * number(terms.segment_tiles.stride_b) + block * 4
@@ -235,13 +238,14 @@ def pointers(rows, i0, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    rows, i0, low, high, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+    rows, i0, low, high, HAS_LOW: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``; ``low`` None is 0."""
+    """Rows ``i0 .. i0 + BLOCK`` as ``[BLOCK, BLOCK_D]``, zero outside ``low .. high``; without HAS_LOW low is 0."""
     at = pointers(rows, i0, BLOCK, BLOCK_D)
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     valid = (i < high)[:, None]
-    if low is not None:
+    if HAS_LOW:
         valid = valid & (i >= low)[:, None]
     if D < BLOCK_D:
         valid = valid & (d < D)[None, :]
@@ -340,7 +344,10 @@ def factor_of(head, F: tl.constexpr):
 @triton.jit
 def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
-    kept = keep(j, i, transposed(head.band), F.band) if TRANSPOSED else keep(i, j, head.band, F.band)
+    if not TRANSPOSED:
+        kept = keep(i, j, head.band, F.left, F.right)
+    else:  # seen from the keys, so that what keep does once for each row it does once for each row of the tile
+        kept = keep(j, i, transposed(head.band), F.right, F.left)
     if F.mask:
         kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
     if F.segments:

@@ -1,0 +1,349 @@
+"""Attention to a cache: few query rows, many keys, so the time goes into reading keys and values once.
+
+Sequences whose queries and lengths are alike make a *group*, and a group reads its positions a *piece* at a time:
+a view of the cache where that is possible, else a copy in the dtype of the computation, small enough to stay in a
+CPU's cache. All query heads that share a key/value head are rows of one product. Pieces are joined by their lse:
+
+    lse = logsumexp(lse of the pieces)        out = sum(exp(lse of the piece - lse) * out of the piece)
+
+On an accelerator one group holds every sequence and reaches as far as the block table, so that nothing waits for
+lengths (not yet run on a GPU). In host memory a sequence with many query rows is left to ``forward``, which knows
+how to leave out what the band masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastattn import cache
+from fastattn.backends.portable import flash, terms
+from fastattn.cache import CacheInputs
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
+
+Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
+
+MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
+PIECE = 1 << 19  # elements of the keys of a piece that is copied
+SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
+WASTE = 1.25  # or up to this many times what the shortest reads alone
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that are read together.
+
+    Attributes:
+        sequences: their indices, ascending.
+        rows: query rows of each, or the most that one has.
+        s_q, s_kv: their lengths, ints that all share or ``[n, 1, 1, 1]``.
+        span: positions that some query row keeps.
+        full: positions that every query row keeps.
+    """
+
+    sequences: Tensor
+    rows: int
+    s_q: Tensor | int
+    s_kv: Tensor | int
+    span: tuple[int, int]
+    full: tuple[int, int]
+
+    def index(self) -> Tensor | slice:
+        """The sequences as an index that makes a view, where they follow each other."""
+        if self.sequences.device.type != "cpu":
+            return self.sequences
+        first, last = int(self.sequences[0]), int(self.sequences[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.sequences) else self.sequences
+
+
+def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
+    """Append, then ``(out, lse)``; ``forward`` is the backend's for dense problems."""
+    cache.append(inputs)
+    inputs = inputs.replace(q=cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
+    if inputs.q.numel() == 0:
+        return inputs.q.new_zeros(inputs.out_shape()), _empty_lse(inputs)
+    out, lse = _on_host(inputs, spec, forward) if inputs.q.device.type == "cpu" else _on_device(inputs, spec)
+    return (out, lse) if inputs.sinks is None else terms.add_sinks(out, lse, inputs)
+
+
+def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
+    s_q, s_kv = inputs.host_lengths()
+    first = [b * inputs.max_seqlen_q for b in range(inputs.batch)]
+    if inputs.cu_seqlens_q is not None:
+        first = inputs.cu_seqlens_q.tolist()[:-1]
+    q = inputs.q.reshape(-1, *inputs.q.shape[-2:])  # [T, H_q, D], whether packed or not
+    out = q.new_zeros(*q.shape[:2], inputs.v_cache.shape[-1])
+    lse = q.new_full(q.shape[:2], terms.NEVER, dtype=_compute_dtype(inputs))
+    for b in range(inputs.batch):
+        if s_q[b] > MANY_ROWS and s_kv[b]:
+            rows = slice(first[b], first[b] + s_q[b])
+            out_part, lse_part = _prompt(inputs, spec, forward, (b, s_kv[b]), q[rows])
+            out[rows], lse[rows] = out_part[0], lse_part[0].transpose(0, 1)
+    starts = torch.tensor(first)
+    for group in _groups(inputs, spec, s_q, s_kv):
+        at = starts[group.sequences][:, None] + torch.arange(group.rows)
+        out_part, lse_part = _attend_group(inputs, spec, group, q[at])
+        out[at], lse[at] = out_part.to(out.dtype), lse_part
+    return out.view(inputs.out_shape()), _as_lse(lse, inputs)
+
+
+def _on_device(inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Everything as one group: query rows padded to the longest sequence, and no length looked at."""
+    b = torch.arange(inputs.batch, device=inputs.q.device)
+    s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()[:, None, None, None]
+    group = Group(b, inputs.max_seqlen_q, inputs.max_seqlen_q, s_kv, (0, inputs.capacity), (0, 0))
+    if inputs.cu_seqlens_q is None:
+        out, lse = _attend_group(inputs, spec, group, inputs.q)
+        return out.to(inputs.q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
+    group = dataclasses.replace(group, s_q=inputs.cu_seqlens_q.diff().long()[:, None, None, None])
+    rows = inputs.cu_seqlens_q[:-1, None].long() + torch.arange(group.rows, device=b.device)
+    out, lse = _attend_group(inputs, spec, group, inputs.q[rows.clamp(max=inputs.q.shape[0] - 1)])
+    sequence, i = cache.packed_positions(inputs)
+    return out[sequence, i].to(inputs.q.dtype), _as_lse(lse[sequence, i], inputs)
+
+
+def _prompt(
+    inputs: CacheInputs, spec: AttentionSpec, forward: Forward, sequence: tuple[int, int], q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A sequence with many query rows, as the dense problem that it is."""
+    b, s_kv = sequence
+    begin, _ = tile_range(spec, 0, q.shape[0], q.shape[0], s_kv)
+    one = torch.tensor([b])
+    dtype = _compute_dtype(inputs) if inputs.is_fp8 else q.dtype
+    k = _read(inputs.k_cache, inputs.k_scale, inputs, one, (begin, s_kv), dtype)
+    v = _read(inputs.v_cache, inputs.v_scale, inputs, one, (begin, s_kv), dtype)
+    bias, alibi = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (inputs.bias, inputs.alibi_slopes))
+    if bias is not None and bias.shape[3] > 1:
+        bias = bias[..., begin:s_kv]
+    # the diagonal is counted from the last key, so leaving out the first ones moves nothing
+    dense = Inputs(q[None].to(dtype), k, v, bias, alibi_slopes=alibi, max_seqlen_q=q.shape[0], max_seqlen_kv=k.shape[1])
+    out, lse = forward(dense, spec)
+    return out.to(q.dtype), lse
+
+
+# --- groups -------------------------------------------------------------------------------------------------------
+
+
+def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list[int]) -> Iterator[Group]:
+    """Sequences with few query rows, the alike ones together."""
+    spans = [tile_range(spec, 0, rows, rows, length) for rows, length in zip(s_q, s_kv, strict=True)]
+    todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= MANY_ROWS and spans[b][0] < spans[b][1]]
+    width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
+    is_copied = not _is_view(inputs)
+    members: list[int] = []
+    for b in sorted(todo, key=lambda b: (s_q[b], spans[b][1])):
+        ends = [spans[n] for n in (members[0], members[-1], b)] if members else []
+        if members and (s_q[members[0]] != s_q[b] or not _fit(ends, len(members), width, is_copied)):
+            yield _group(members, spec, spans, s_q, s_kv)
+            members = []
+        members.append(b)
+    if members:
+        yield _group(members, spec, spans, s_q, s_kv)
+
+
+def _fit(spans: list[tuple[int, int]], members: int, width: int, is_copied: bool) -> bool:
+    """Whether one more joins: the spans of the first, the last and the new one, in the order of their ends.
+
+    Nothing must be wasted, or it must be little, or all of it small.
+    """
+    first, last, new = spans
+    if first == last == new:
+        return True
+    reach = new[1] - first[0]
+    return (members + 1) * reach * width <= SMALL or (is_copied and reach <= WASTE * (first[1] - first[0]))
+
+
+def _group(
+    members: list[int], spec: AttentionSpec, spans: list[tuple[int, int]], s_q: list[int], s_kv: list[int]
+) -> Group:
+    members = sorted(members)
+    rows, lengths = s_q[members[0]], [s_kv[b] for b in members]
+    begins, ends = zip(*(spans[b] for b in members), strict=True)
+    full = [full_range(spec, 0, rows, rows, length) for length in lengths]
+    of_all = max(begin for begin, _ in full), min(end for _, end in full)
+    length = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths)[:, None, None, None]
+    return Group(torch.tensor(members), rows, rows, length, (min(begins), max(ends)), of_all)
+
+
+# --- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``, without sinks."""
+    dtype = _compute_dtype(inputs)
+    n, rows = q.shape[:2]
+    q = q.to(dtype).unflatten(2, (inputs.heads_kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [n, H_kv, G * rows, D]
+    parts = []
+    for span in _pieces(inputs, group):
+        k = _read(inputs.k_cache, inputs.k_scale, inputs, group.index(), span, dtype)
+        v = _read(inputs.v_cache, inputs.v_scale, inputs, group.index(), span, dtype)
+        kept = None
+        if not (group.full[0] <= span[0] and span[1] <= group.full[1]):
+            kept = _kept(group, spec, span, q.device)
+            unused = ~kept.any(2)[:, 0, :, None, None]  # may hold NaN, and 0 * NaN is NaN
+            k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
+        mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, (n, rows, span[1] - span[0]))
+        parts.append(_attend_piece(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec))
+    out, lse = _joined(parts)
+    out = out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out, lse.unflatten(2, (-1, rows)).permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def _pieces(inputs: CacheInputs, group: Group) -> Iterator[tuple[int, int]]:
+    """Spans of positions, each in one page or of whole pages."""
+    begin, end = group.span
+    width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
+    size, page_size = max(64, PIECE // (len(group.sequences) * width)), inputs.page_size
+    if inputs.block_table is None and _is_view(inputs) and isinstance(group.index(), slice):
+        size = end - begin
+    if inputs.block_table is None or page_size > size:
+        while begin < end:
+            stop = min(begin + size, end)
+            if inputs.block_table is not None:
+                stop = min(stop, (begin // page_size + 1) * page_size)
+            yield begin, stop
+            begin = stop
+        return
+    step, begin = size // page_size * page_size, begin // page_size * page_size
+    yield from ((at, min(at + step, -(-end // page_size) * page_size)) for at in range(begin, end, step))
+
+
+def _is_view(inputs: CacheInputs) -> bool:
+    """Whether a contiguous cache can be computed on as it lies."""
+    dims_agree = inputs.q.shape[-1] == inputs.v_cache.shape[-1]
+    return inputs.block_table is None and inputs.k_cache.dtype == _compute_dtype(inputs) and dims_agree
+
+
+def _read(
+    store: Tensor,
+    scale: Tensor | None,
+    inputs: CacheInputs,
+    sequences: Tensor | slice,
+    span: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The positions of ``span`` ``[n, C, H_kv, D]`` in ``dtype``: a view where possible, to be left alone."""
+    (first, begin), (last, row) = page_and_row(span[0], inputs.page_size), page_and_row(span[1] - 1, inputs.page_size)
+    if inputs.block_table is None:
+        x, pages = store[sequences, span[0] : span[1]], None
+    else:
+        pages = inputs.block_table[sequences, first : last + 1]
+        is_inside_one = first == last  # then only its rows are touched: a page may be long
+        x = _pages(store[:, begin : row + 1] if is_inside_one else store, pages)
+        x = x if is_inside_one else x[:, begin : begin + span[1] - span[0]]
+    x = x.to(dtype)
+    if scale is None:
+        return x
+    if scale.shape[0] == 1:
+        return x * scale[0, :, None].to(dtype)
+    if pages is None:
+        return x * scale[sequences][:, None, :, None].to(dtype)
+    of_page = scale[pages.clamp(0, store.shape[0] - 1).long()].to(dtype)  # [n, m, H_kv]
+    of_row = of_page.repeat_interleave(inputs.page_size, 1)[:, begin : begin + x.shape[1]]
+    return x * of_row[..., None]
+
+
+def _pages(store: Tensor, pages: Tensor) -> Tensor:
+    """The rows of ``pages`` ``[n, m]`` as ``[n, m * page_size, H_kv, D]``. Pages in a row in memory make a view."""
+    if pages.device.type == "cpu" and pages.shape[0] == 1:
+        first = int(pages[0, 0])
+        in_a_row = pages.shape[1] == 1 or bool((pages[0].diff() == 1).all())
+        if in_a_row and first >= 0 and first + pages.shape[1] <= store.shape[0]:
+            return store[first : first + pages.shape[1]].flatten(0, 1)[None]
+    found = store.index_select(0, pages.clamp(0, store.shape[0] - 1).flatten())  # numbers not in use may be anything
+    return found.unflatten(0, pages.shape).flatten(1, 2)
+
+
+def _kept(group: Group, spec: AttentionSpec, span: tuple[int, int], device: torch.device) -> Tensor:
+    """``[n, 1, rows, C]``."""
+    i = torch.arange(group.rows, device=device)[None, None, :, None]
+    kept = keep(spec, i, torch.arange(*span, device=device), group.s_q, group.s_kv)
+    return kept.expand(len(group.sequences), -1, -1, -1)
+
+
+def _mask(
+    inputs: CacheInputs,
+    spec: AttentionSpec,
+    group: Group,
+    span: tuple[int, int],
+    kept: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What is added to the scores ``[1|n, 1|H_q, 1|rows, 1|C]``, ``kept`` included."""
+    result = None
+    if inputs.bias is not None:
+        result = inputs.bias[group.index()] if inputs.bias.shape[0] > 1 else inputs.bias
+        result = result.to(dtype)
+        if result.shape[3] > 1:
+            result = result[..., span[0] : span[1]]
+            result = pad(result, (0, span[1] - span[0] - result.shape[3]))
+    if inputs.alibi_slopes is not None:
+        slopes = inputs.alibi_slopes if inputs.alibi_slopes.shape[0] == 1 else inputs.alibi_slopes[group.index()]
+        i = torch.arange(group.rows, device=slopes.device)[None, None, :, None]
+        away = distance(spec, i, torch.arange(*span, device=slopes.device), group.s_q, group.s_kv)
+        alibi = -slopes.to(dtype)[:, :, None, None] * away.to(dtype)
+        result = alibi if result is None else result + alibi
+    if kept is not None:
+        zeros = torch.zeros((), dtype=dtype, device=kept.device) if result is None else result
+        result = torch.where(kept, zeros, terms.NEVER)
+    return result
+
+
+def _as_rows(mask: Tensor | None, inputs: CacheInputs, sizes: tuple[int, int, int]) -> Tensor | None:
+    """``[n, 1|H_kv, G * rows, C]``: a row for each query head of a group and each query row."""
+    if mask is None:
+        return None
+    (n, rows, keys), group = sizes, inputs.heads_q // inputs.heads_kv
+    if mask.shape[1] == 1:
+        return mask.unsqueeze(2).expand(n, 1, group, rows, keys).reshape(n, 1, group * rows, keys)
+    return mask.expand(n, -1, rows, keys).reshape(n, inputs.heads_kv, group * rows, keys)
+
+
+def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys."""
+    if q.device.type == "cpu" and spec.softcap is None:
+        return flash.attend(q, k, v, mask, spec.scale)
+    scores = spec.scale * (q @ k.transpose(-1, -2))
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if mask is not None:
+        scores = scores + mask
+    largest = scores.amax(-1, keepdim=True)
+    base = torch.where(largest == terms.NEVER, 0, largest)
+    p = torch.exp(scores - base)
+    total = p.sum(-1, keepdim=True)
+    return (p @ v) / torch.where(total == 0, 1, total), (base + total.log())[..., 0]
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    lse = lses.logsumexp(0)
+    weight = torch.exp(lses - torch.where(lse == terms.NEVER, 0, lse))
+    return (torch.stack([out for out, _ in parts]) * weight[..., None]).sum(0), lse
+
+
+# --- forms --------------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(inputs: CacheInputs) -> torch.dtype:
+    return torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+
+
+def _as_lse(lse: Tensor, inputs: CacheInputs) -> Tensor:
+    """``[T, H_q]`` -> ``(B, H_q, S_q)``, or packed ``(H_q, T_q)``."""
+    lse = lse.transpose(0, 1)
+    if not inputs.is_packed:
+        lse = lse.unflatten(1, (inputs.batch, -1)).transpose(0, 1)
+    return lse.contiguous()
+
+
+def _empty_lse(inputs: CacheInputs) -> Tensor:
+    return inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=_compute_dtype(inputs))

@@ -1,0 +1,77 @@
+"""Flags as tables: one line for each setting, shared by the commands that train. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+
+class Flag(NamedTuple):
+    """A flag for one field of a command's config.
+
+    Attributes:
+        name: with its dashes.
+        field: in the config, like "preset" or "train.optim.lr".
+        kind: int, float, str or another type of argparse; bool is a flag without a value, and ``--no-`` before it.
+        default: repeats the field's for the help text; None is told in ``help``.
+        help: what it does.
+        choices: allowed values, if they are few and fixed.
+    """
+
+    name: str
+    field: str
+    kind: Callable[[str], object]
+    default: object
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+# The fields of ``fastattn.train.TrainConfig``, where they stand in a config as ``train``.
+TRAINING = (
+    Flag("--steps", "train.steps", int, 1000, "updates of the weights"),
+    Flag("--max-minutes", "train.max_minutes", float, None, "stop after this long, with a checkpoint"),
+    Flag("--batch", "train.batch", int, 16, "rows in each update"),
+    Flag("--micro-batch", "train.micro_batch", int, None, "rows computed at once; all if not given"),
+    Flag("--lr", "train.optim.lr", float, 3e-3, "highest learning rate"),
+    Flag("--final-lr", "train.optim.final_lr", float, 0.1, "learning rate at the end, as a part of --lr"),
+    Flag("--warmup", "train.optim.warmup", float, 0.05, "steps of warm-up, or a part of all steps if below 1"),
+    Flag("--weight-decay", "train.optim.weight_decay", float, 0.1, "of matrices"),
+    Flag("--clip", "train.optim.clip", float, 1.0, "largest norm of the gradient"),
+    Flag("--seed", "train.seed", int, 0, "of weights, data order and dropout"),
+    Flag("--precision", "train.precision", str, "auto", "float32, bfloat16, or auto: bfloat16 on a GPU"),
+    Flag("--eval-every", "train.eval_every", int, 100, "steps between held-out losses"),
+    Flag("--eval-rows", "train.eval_rows", int, 64, "rows of a held-out loss"),
+    Flag("--patience", "train.patience", int, None, "stop after this many evaluations without a better one"),
+    Flag("--keep-best", "train.keep_best", bool, False, "keep the checkpoint of the best evaluation, too"),
+    Flag("--save-every", "train.save_every", int, 100, "steps between checkpoints"),
+    Flag("--keep", "train.keep", int, 2, "newest checkpoints kept"),
+    Flag("--log-every", "train.log_every", int, 10, "steps between lines of the log"),
+)
+
+
+def with_defaults(flags: Iterable[Flag], defaults: Mapping[str, object]) -> tuple[Flag, ...]:
+    """The same flags, with other defaults for some fields."""
+    return tuple(flag._replace(default=defaults.get(flag.field, flag.default)) for flag in flags)
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    """Add ``flags``; those that are not given leave no trace in the parsed arguments."""
+    for flag in flags:
+        shown = "" if flag.default is None or flag.kind is bool else f" (default {flag.default})"
+        text = flag.help + shown
+        if flag.kind is bool:
+            parser.add_argument(
+                flag.name, dest=flag.field, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            parser.add_argument(
+                flag.name, dest=flag.field, type=flag.kind, choices=flag.choices, default=argparse.SUPPRESS,
+                metavar=None if flag.choices else flag.kind.__name__.upper(), help=text,
+            )  # fmt: skip
+
+
+def given(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, object]:
+    """The settings on the command line, by field."""
+    fields = {flag.field for flag in flags}
+    return {name: value for name, value in vars(args).items() if name in fields}

@@ -1,0 +1,425 @@
+"""The paged key/value cache: sequences that come, share beginnings, branch and go, in one store of pages.
+
+``PagedKVCache`` decides on the host which page belongs to whom; ``CacheStep`` carries a decision to the device as the
+few small tensors that kernels read; ``PagedLayer`` is what one layer of a model sees of a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastattn import attention_with_kv_cache
+from fastattn.errors import input_error
+from fastattn.nn.cache import Window, check_sizes
+
+EVICTED = -1  # in place of a page that a window has left behind
+
+
+@dataclass
+class _Sequence:
+    pages: list[int]
+    length: int = 0
+
+    def copy(self) -> _Sequence:
+        return _Sequence(list(self.pages), self.length)
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One call of a model for some sequences: where their new tokens go, and what they attend to.
+
+    Attributes:
+        layers: what each layer of the model is given as its cache.
+        sequences: whose tokens they are, in order.
+        new_tokens: how many each has.
+        positions: ``(n, S)`` of the new tokens if all have ``S``, else packed ``(1, T)``: the shape of the tokens that
+            the model is called with.
+        lengths: ``(n,)`` int32, positions filled before the step.
+        block_table: ``(n, max_pages)`` int32.
+        cu_seqlens_q: ``(n + 1,)`` int32 if packed, else None.
+        max_seqlen_q: most new tokens of a sequence.
+    """
+
+    layers: tuple[PagedLayer, ...]
+    sequences: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    positions: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    cu_seqlens_q: Tensor | None
+    max_seqlen_q: int
+
+
+class PagedLayer:
+    """A layer's pages during a step. Models call ``attend``."""
+
+    def __init__(self, cache: PagedKVCache, index: int) -> None:
+        self.keys, self.values = cache.keys[index], cache.values[index]
+        self.k_scale, self.v_scale = (x if x is None else x[index] for x in (cache.k_scale, cache.v_scale))
+        self.step: CacheStep | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the new tokens."""
+        return self._step().positions
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        window: Window | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Store the new tokens' keys and values, and attend from ``q`` to all of each sequence; see ``KVCache.attend``.
+
+        Args:
+            q: ``(n, S, H_q, D_qk)``, or ``(1, T, H_q, D_qk)`` if the step is packed.
+            k: ``(n, S, H_kv, D_qk)``, or ``(1, T, H_kv, D_qk)``.
+            v: likewise with ``D_v``.
+            causal: this and the others as in ``fastattn.attention_with_kv_cache``.
+            window: as there.
+            scale: as there.
+            softcap: as there.
+            bias: as there.
+            alibi_slopes: as there.
+            sinks: as there.
+            backend: as there.
+
+        Returns:
+            like q with ``D_v``.
+
+        Raises:
+            InputError: an argument is wrong.
+        """
+        step = self._step()
+        if step.cu_seqlens_q is not None:
+            q, k, v = q[0], k[0], v[0]
+        options: dict[str, Any] = {
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
+            "k_scale": self.k_scale, "v_scale": self.v_scale, "block_table": step.block_table,
+            "cu_seqlens_q": step.cu_seqlens_q, "max_seqlen_q": step.max_seqlen_q,
+        }  # fmt: skip
+        out = attention_with_kv_cache(q, self.keys, self.values, step.lengths, k, v, **options)
+        assert isinstance(out, Tensor)  # no lse was asked for
+        return out if step.cu_seqlens_q is None else out[None]
+
+    def _step(self) -> CacheStep:
+        assert self.step is not None  # CacheStep sets it
+        return self.step
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, for all layers of a model, in pages of ``page_size`` tokens.
+
+    A sequence begins with ``add``, grows by ``step`` and ends with ``free``; ``fork`` begins one that shares all pages
+    of another, of which only the page that one of them writes to is ever copied. With a ``window`` pages that no later
+    token can see are given back. All decisions are made on the host, before anything runs: a step that does not fit
+    raises and changes nothing, and nothing waits for the device.
+
+    ``keys`` ``(layers, num_pages, page_size, H_kv, D_qk)`` and ``values`` are allocated at once and never move.
+
+    Args:
+        num_pages: pages in the store, for all sequences together.
+        page_size: tokens in a page: 16 wastes little and reads fast.
+        num_kv_heads: H_kv.
+        head_dim: D_qk.
+        layers: of the model.
+        max_length: most tokens of a sequence; None is what all pages hold.
+        head_dim_v: D_v; None is ``head_dim``.
+        window: neighbours before a token that it sees, in every layer; None is all.
+        device: where the tensors lie; None is torch's default.
+        dtype: of keys and values; None is torch's default. ``torch.float8_e4m3fn`` halves the memory.
+        k_scale: fp32 ``(H_kv,)`` or ``(layers, H_kv)`` of an e4m3 cache: keys are stored divided by it. None is 1.
+        v_scale: likewise for the values.
+
+    Raises:
+        InputError: a size is not positive.
+
+    Source:
+        Kwon et al., "Efficient memory management for large language model serving with PagedAttention", 2023.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.nn import PagedKVCache
+        >>> cache = PagedKVCache(num_pages=8, page_size=4, num_kv_heads=2, head_dim=16)
+        >>> one = cache.add()
+        >>> q, k = torch.randn(1, 6, 4, 16), torch.randn(1, 6, 2, 16)
+        >>> out = cache.step([one], 6).layers[0].attend(q, k, k)            # a prompt of 6 tokens: 2 pages
+        >>> two = cache.fork(one)                                           # shares both
+        >>> q, k = torch.randn(2, 1, 4, 16), torch.randn(2, 1, 2, 16)
+        >>> out = cache.step([one, two], 1).layers[0].attend(q, k, k)       # two continuations: one page is copied
+        >>> cache.length(two), cache.free_pages
+        (7, 5)
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        layers: int = 1,
+        max_length: int | None = None,
+        head_dim_v: int | None = None,
+        window: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> None:
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        max_length = num_pages * page_size if max_length is None else max_length
+        check_sizes({"num_pages": num_pages, "page_size": page_size, "num_kv_heads": num_kv_heads, "layers": layers,
+                     "head_dim": head_dim, "head_dim_v": head_dim_v, "max_length": max_length})  # fmt: skip
+        if window is not None and window < 0:
+            raise input_error("window", window, "an int >= 0, or None", "It counts the neighbours before a token.")
+        shape = (layers, num_pages, page_size, num_kv_heads)
+        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*shape, head_dim_v, device=device, dtype=dtype)
+        self.k_scale, self.v_scale = (x if x is None else x.expand(layers, -1) for x in (k_scale, v_scale))
+        self.max_length, self.window = max_length, window
+        self._free = list(range(num_pages))[::-1]
+        self._users = [0] * num_pages
+        self._sequences: dict[int, _Sequence] = {}
+        self._next = 0
+
+    @property
+    def num_pages(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence uses."""
+        return len(self._free)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Those that have not been freed, oldest first."""
+        return tuple(self._sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens that a sequence has."""
+        return self._get(sequence).length
+
+    def pages(self, sequence: int) -> tuple[int | None, ...]:
+        """The pages of a sequence in order; None where the window has left one behind."""
+        return tuple(None if page == EVICTED else page for page in self._get(sequence).pages)
+
+    def add(self) -> int:
+        """Begin an empty sequence, and return its name."""
+        return self._begin(_Sequence([]))
+
+    def fork(self, sequence: int) -> int:
+        """Begin a sequence that has the tokens of ``sequence`` so far, without copying them, and return its name."""
+        shared = self._get(sequence).copy()
+        for page in shared.pages:
+            if page != EVICTED:
+                self._users[page] += 1
+        return self._begin(shared)
+
+    def free(self, sequence: int) -> None:
+        """End a sequence. Pages that no other shares can be used again."""
+        for page in self._get(sequence).pages:
+            self._release(page)
+        del self._sequences[sequence]
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from ``length`` on: how rejected guesses are taken back.
+
+        Raises:
+            InputError: it has fewer, or the window has left pages behind that would be needed again.
+        """
+        state = self._get(sequence)
+        seen = max(0, length - self.window) if self.window is not None else 0
+        first = seen // self.page_size
+        kept = -(-length // self.page_size)
+        if not 0 <= length <= state.length or EVICTED in state.pages[first:kept]:
+            todo = "It can be shortened to what it still holds."
+            raise input_error("length", length, f"0 to {state.length}, and no page gone that is seen from there", todo)
+        for page in state.pages[kept:]:
+            self._release(page)
+        del state.pages[kept:]
+        state.length = length
+
+    def pages_needed(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> int:
+        """Pages beyond the free ones that a step would take; negative if some would be left."""
+        return self._plan(sequences, self._new_tokens(sequences, new_tokens)) - self.free_pages
+
+    def step(
+        self,
+        sequences: Sequence[int],
+        new_tokens: int | Sequence[int],
+        *,
+        max_pages: int | None = None,
+        reuse: CacheStep | None = None,
+    ) -> CacheStep:
+        """Make room for new tokens of some sequences; they count as theirs from now on.
+
+        Args:
+            sequences: names, each once.
+            new_tokens: how many tokens each gets, or one number for all.
+            max_pages: width of the block table; None is the next power of two, so that shapes seldom change. With the
+                pages of ``max_length`` the step can be reused for as long as the sequences may grow.
+            reuse: an earlier step for as many sequences with the same numbers of tokens: its tensors are written over
+                and it is returned, so that a CUDA graph that has captured it can be replayed.
+
+        Returns:
+            what to call the model with.
+
+        Raises:
+            InputError: there are too few pages, a sequence would become too long, is unknown or named twice, or
+                ``max_pages`` or ``reuse`` does not fit. The cache stays as it was.
+        """
+        new = self._new_tokens(sequences, new_tokens)
+        needed = self._plan(sequences, new)
+        if needed > self.free_pages:
+            given = f"{sum(new)} for {len(new)} sequences, which takes {needed} pages"
+            todo = "Free sequences, take fewer into the step, or make the cache with more pages."
+            raise input_error("new_tokens", given, f"what fits into the {self.free_pages} free pages", todo)
+        before = [self._sequences[name].length for name in sequences]
+        longest = max(-(-(have + tokens) // self.page_size) for have, tokens in zip(before, new, strict=True))
+        width = max_pages or 1 << (longest - 1).bit_length()
+        if reuse is not None:
+            width = reuse.block_table.shape[1]
+        if longest > width or (reuse is not None and reuse.new_tokens != tuple(new)):
+            given = f"{width} pages" + (f", for {reuse.new_tokens} tokens" if reuse else "")
+            allowed = f"at least {longest} pages" + (f", for {tuple(new)} tokens" if reuse else "")
+            raise input_error("reuse" if reuse else "max_pages", given, allowed, "Make a new step, a wider one.")
+        for name in sequences:
+            self._evict(self._sequences[name])
+        copies: list[tuple[int, int]] = []
+        for name, tokens in zip(sequences, new, strict=True):
+            self._grow(self._sequences[name], tokens, copies)
+        if copies:
+            source, target = (
+                torch.tensor(pages).to(self.keys.device, non_blocking=True) for pages in zip(*copies, strict=True)
+            )
+            for store in (self.keys, self.values):
+                store[:, target] = store[:, source]
+        return self._as_step((tuple(sequences), tuple(new), before), width, reuse)
+
+    # --- on the host --------------------------------------------------------------------------------------------------
+
+    def _get(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
+            raise input_error("sequence", sequence, f"one of {list(self._sequences)}", "add() and fork() name them.")
+        return self._sequences[sequence]
+
+    def _begin(self, sequence: _Sequence) -> int:
+        name, self._next = self._next, self._next + 1
+        self._sequences[name] = sequence
+        return name
+
+    def _release(self, page: int) -> None:
+        if page == EVICTED:
+            return
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            self._free.append(page)
+
+    def _new_tokens(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> list[int]:
+        """A checked number of tokens for each sequence."""
+        new = [new_tokens] * len(sequences) if isinstance(new_tokens, int) else list(new_tokens)
+        if not sequences or len(new) != len(sequences) or len(set(sequences)) != len(sequences):
+            given = f"{list(sequences)} with {new}"
+            raise input_error("sequences", given, "names, each once, and a number for each", "See the docstring.")
+        for name, tokens in zip(sequences, new, strict=True):
+            length = self._get(name).length
+            if tokens < 1 or length + tokens > self.max_length:
+                given = f"{tokens} after the {length} of sequence {name}"
+                allowed = f"at least 1, and at most {self.max_length} in all, the max_length"
+                raise input_error("new_tokens", given, allowed, "Make the cache with a larger max_length.")
+        return new
+
+    def _left_behind(self, sequence: _Sequence) -> int:
+        """How many of its first pages no token from now on can see."""
+        return 0 if self.window is None else max(0, sequence.length - self.window) // self.page_size
+
+    def _plan(self, sequences: Sequence[int], new: Sequence[int]) -> int:
+        """Pages that a step takes, less those that it gives back first."""
+        taken, users, dropped = 0, dict[int, int](), Counter[int]()
+        for name, tokens in zip(sequences, new, strict=True):
+            state = self._sequences[name]
+            dropped.update(page for page in state.pages[: self._left_behind(state)] if page != EVICTED)
+            taken += -(-(state.length + tokens) // self.page_size) - len(state.pages)
+            if state.length % self.page_size:
+                page = state.pages[-1]
+                others = users.get(page, self._users[page]) - 1
+                taken += others > 0
+                users[page] = max(1, others)
+        return taken - sum(count == self._users[page] for page, count in dropped.items())
+
+    def _evict(self, state: _Sequence) -> None:
+        """Give back the pages that no token from now on can see."""
+        for entry in range(self._left_behind(state)):
+            self._release(state.pages[entry])
+            state.pages[entry] = EVICTED
+
+    def _grow(self, state: _Sequence, tokens: int, copies: list[tuple[int, int]]) -> None:
+        """Take pages for ``tokens`` more; ``copies`` collects (from, to) of shared pages that will be written to."""
+        if state.length % self.page_size and self._users[state.pages[-1]] > 1:
+            copies.append((state.pages[-1], self._take()))
+            self._release(state.pages[-1])
+            state.pages[-1] = copies[-1][1]
+        state.length += tokens
+        while len(state.pages) * self.page_size < state.length:
+            state.pages.append(self._take())
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _as_step(
+        self, what: tuple[tuple[int, ...], tuple[int, ...], list[int]], width: int, reuse: CacheStep | None
+    ) -> CacheStep:
+        """The tensors of a step: sequences, their new tokens, and their lengths before."""
+        sequences, new, before = what
+        rows = [self._sequences[name].pages for name in sequences]
+        table = np.full((len(rows), width), EVICTED, dtype=np.int32)
+        for row, pages in zip(table, rows, strict=True):
+            row[: len(pages)] = pages
+        positions = [np.arange(have, have + tokens) for have, tokens in zip(before, new, strict=True)]
+        is_packed = len(set(new)) > 1
+        ends = np.cumsum([0, *new], dtype=np.int32) if is_packed else None
+        on_host = (
+            np.concatenate(positions)[None] if is_packed else np.stack(positions),
+            np.asarray(before, dtype=np.int32),
+            table,
+            ends,
+        )
+        tensors = [x if x is None else torch.from_numpy(x) for x in on_host]
+        if reuse is not None:
+            held = (reuse.positions, reuse.lengths, reuse.block_table, reuse.cu_seqlens_q)
+            for old, x in zip(held, tensors, strict=True):
+                if old is not None and x is not None:
+                    old.copy_(x, non_blocking=True)
+            return reuse
+        at, lengths, block_table, cu = (x if x is None else x.to(self.keys.device, non_blocking=True) for x in tensors)
+        assert at is not None and lengths is not None and block_table is not None
+        layers = tuple(PagedLayer(self, index) for index in range(self.keys.shape[0]))
+        step = CacheStep(layers, sequences, new, at, lengths, block_table, cu, max(new))
+        for layer in layers:
+            layer.step = step
+        return step

@@ -1,0 +1,38 @@
+"""Stopping a run in good order: what SIGINT and SIGTERM do to it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from fastattn.train.settings import Progress
+
+
+@contextlib.contextmanager
+def stop_signals(progress: Progress) -> Iterator[None]:
+    """Note the first SIGINT or SIGTERM in ``progress`` for the loop to stop at a step's end; a second one acts at once.
+
+    Outside the main thread signals cannot be caught, and are left alone.
+    """
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number: int, frame: FrameType | None) -> None:
+        progress.signal = number
+        restore()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        restore()
