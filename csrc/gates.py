@@ -82,8 +82,11 @@ def exponentials(instructions: Sequence[tuple[str, str]]) -> tuple[int, int]:
 
 
 def expected_products(instance: Instance) -> int:
-    """Tensor-core instructions: both products of a forward pass (decoding too), before the loop or after it, and in it. Those of a
-    backward pass stand in its loop alone, and twice where one consumer sums dv, the other dk."""
+    """Tensor-core instructions.
+
+    Both products of a forward pass and of decoding stand in the loop, and before or after it. Those of a backward pass
+    stand in its loop alone, and twice where one consumer sums dv, the other dk.
+    """
     tile = instance.tile
     if isinstance(tile, KeysTile):
         scores, dp, sums = tile.d_qk // 16, tile.d_v // 16, 2 * tile.block_m // 16

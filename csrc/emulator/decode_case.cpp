@@ -52,6 +52,8 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
     c.new_keys = c.is_packed ? -1 : random.one_in(2) ? s_q : random.between(1, s_q);
     for (int n = 0; n < c.batch; ++n) c.s_kv[n] = std::max(c.s_kv[n], c.is_packed ? c.s_q[n] : c.new_keys);
   }
+  bool const has_many_splits = random.one_in(15);  // more than a warp has lanes, and keys for them
+  if (has_many_splits) c.s_kv[0] = 64 * random.between(33, 45);
   int const longest = std::max(1, *std::max_element(c.s_kv.begin(), c.s_kv.end()));
   if (is_contiguous) c.page_size = longest + (random.one_in(2) ? 0 : random.between(1, 100));
   c.max_pages = is_contiguous ? 1 : (longest + c.page_size - 1) / c.page_size + random.between(0, 2);
@@ -63,7 +65,7 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   c.scale = random.between(1, 4) / std::sqrt(c.d_qk);
   c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
   c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
-  c.splits = random.one_in(3) ? 1 : random.one_in(10) ? random.between(33, 70) : random.between(2, 5);
+  c.splits = has_many_splits ? random.between(33, kMostSplits) : random.one_in(3) ? 1 : random.between(2, 9);
   return c;
 }
 
@@ -199,14 +201,15 @@ static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
 }
 
 // ---- the run ---------------------------------------------------------------------------------------------------------
-static Map map_of_pages(Tensor const& t, int box_rows) {
-  return {t.data,
-          {t.columns, t.rows, t.heads, t.batch},
-          {2, t.strides.row * 2, t.strides.head * 2, t.strides.batch * 2},
-          {64, box_rows, 1, 1}};
+// A cache as the host code shows it to TMA.
+static Map map_of_pages(void const* data, int64 columns, Strides const& strides, DecodeParams const& p) {
+  return {const_cast<void*>(data),
+          {columns, p.page_size, p.heads_kv, p.pages},
+          {2, strides.row * 2, strides.head * 2, strides.batch * 2},
+          {64, static_cast<int>(p.box_rows), 1, 1}};
 }
 
-static sm90::DecodeArgs arguments(DecodeProblem& p) {
+static DecodeParams params_of(DecodeProblem& p) {
   DecodeCase const& c = p.c;
   DecodeParams f{};
   f.version = kDecodeVersion;
@@ -239,7 +242,7 @@ static sm90::DecodeArgs arguments(DecodeProblem& p) {
   f.tiles = parts_of_group * (c.is_packed ? p.q.rows / positions + c.batch
                                           : c.batch * ((c.s_q[0] + positions - 1) / positions));
   f.splits = c.splits;
-  return {map_of_pages(p.k, static_cast<int>(f.box_rows)), map_of_pages(p.v, static_cast<int>(f.box_rows)), f};
+  return f;
 }
 
 static std::string compare(DecodeProblem& p) {
@@ -279,31 +282,32 @@ static void allow_tensors(DecodeProblem& p) {
   }
 }
 
-static std::string run_blocks(int64 blocks, int threads, uint32_t seed, std::function<void()> const& kernel,
-                              Report& report) {
+static void run_blocks(int64 blocks, int threads, uint32_t seed, std::function<void()> const& kernel, Report& report) {
   std::vector<int> order(static_cast<size_t>(blocks));
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
   for (int block : order) {
     run_block(threads, block, static_cast<int>(blocks), seed * 77 + static_cast<uint32_t>(block), kernel, report);
-    if (!report.error.empty()) break;
+    if (!report.error.empty()) return;
   }
-  return report.error;
+}
+
+void run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report) {
+  sm90::DecodeArgs const args = {map_of_pages(p.k_cache, p.head_dim_qk, p.k_strides, p),
+                                 map_of_pages(p.v_cache, p.head_dim_v, p.v_strides, p), p};
+  run_blocks(p.tiles * p.splits * p.heads_kv, instance.threads, seed, [&] { instance.kernel(args); }, report);
+  if (p.splits == 1 || !report.error.empty()) return;
+  int const outputs = instance.combine_threads / 32;  // of a block
+  int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;
+  run_blocks(blocks, instance.combine_threads, seed, [&] { instance.combine(p); }, report);
 }
 
 std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report) {
   DecodeProblem p = make_problem(instance.shape, c);
   if (p.q.rows == 0) return "";  // the host code launches nothing
-  sm90::DecodeArgs const args = arguments(p);
   allow_tensors(p);
-  std::string wrong = run_blocks(args.p.tiles * args.p.splits * args.p.heads_kv, instance.threads, c.seed,
-                                 [&] { instance.kernel(args); }, report);
-  if (wrong.empty() && c.splits > 1) {
-    int const rows = instance.combine_threads / 32;
-    wrong = run_blocks((p.q.rows * p.q.heads + rows - 1) / rows, instance.combine_threads, c.seed,
-                       [&] { instance.combine(args.p); }, report);
-  }
-  return wrong.empty() ? compare(p) : wrong;
+  run_decode(instance, params_of(p), c.seed, report);
+  return report.error.empty() ? compare(p) : report.error;
 }
 
 }  // namespace fa::emu

@@ -4,6 +4,10 @@
 #pragma once
 #include "shared.h"
 
+#ifndef FA_LEAST_KEYS  // an experiment of docs/measured.md; the emulator has shorter splits, and so more of them
+#define FA_LEAST_KEYS 256
+#endif
+
 namespace fa::sm90 {
 
 template <class T, int D_QK_, int D_V_, bool SOFTCAP_, int BLOCK_N_, int STAGES_>
@@ -32,9 +36,8 @@ struct DecodeArgs {
 // Rows of q, of all sequences.
 FA_EVERYWHERE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
 
-// Where lse is, of a head of row `row` among all rows of q.
+// Where lse is, of a head of row `row` among all rows of q. Packed sequences are one here.
 FA_DEVICE int64 lse_index(DecodeParams const& p, int64 row, int64 head) {
-  if (p.cu_seqlens_q) return head * p.seqlen_q + row;
   int64 const sequence = row / p.seqlen_q;
   return (sequence * p.heads_q + head) * p.seqlen_q + row - sequence * p.seqlen_q;
 }
@@ -111,7 +114,7 @@ FA_DEVICE Range kept_keys(DecodeParams const& p, Work const& work) {
 
 // Keys are divided by what the device finds in cache_lengths; the host knows only how many splits there are at most.
 // Shorter ones than this would cost more to combine than they save.
-constexpr int kLeastKeys = 256;
+constexpr int kLeastKeys = FA_LEAST_KEYS;
 
 // Blocks of keys of the tile's split, and those among them that need no mask.
 template <class C>

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities
-from fastattn.backends.cuda import abi, backward, library, nvrtc
+from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
+from fastattn.cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
@@ -53,7 +54,8 @@ class CudaBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
-        features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"}),
+        features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
+        | {"cache", "append", "paged cache", "rotary"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
     )
@@ -101,6 +103,17 @@ class CudaBackend(Backend):
         kernels = _kernels()
         with torch.cuda.device(inputs.q.device):
             return backward.backward(kernels.backward, dout, dlse, out, lse, inputs, spec, needs)
+
+    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        kernels, device = _kernels(), inputs.q.device
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            return decode.attend(kernels.decode, inputs, spec, _multiprocessors(device), stream)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 BACKEND = CudaBackend()
