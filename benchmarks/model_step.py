@@ -35,12 +35,13 @@ from fastattn.train.optim import OptimConfig, make_optimizer, update
 
 COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
 VOCABULARY = 256  # bytes
+DECODERS = [name for name, fields in PRESETS.items() if fields.get("kind", "decoder") == "decoder"]
 Attention = Callable[..., Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_common(parser)
-    parser.add_argument("--preset", help=f"of {', '.join(PRESETS)} (default: tiny on a CPU, base on a GPU)")
+    parser.add_argument("--preset", help=f"of {', '.join(DECODERS)} (default: tiny on a CPU, base on a GPU)")
     parser.add_argument("--batch", type=int, help="rows (default: 8)")
     parser.add_argument("--length", type=int, help="tokens in a row (default: the preset's longest)")
     parser.add_argument("--steps", type=int, help="training steps (default: 50)")
@@ -61,16 +62,17 @@ class Setting:
     @classmethod
     def of(cls, args: argparse.Namespace, device: torch.device) -> Setting:
         name = args.preset or ("base" if device.type == "cuda" else "tiny")
+        if name not in DECODERS:
+            raise InputError(f"--preset: got {name!r}; allowed: {', '.join(DECODERS)}.")
         config = preset(name, VOCABULARY)
         if args.quick:
             config = dataclasses.replace(config, width=64, layers=2, heads=4, kv_heads=2, max_length=64)
         length = args.length or config.max_length
+        config = dataclasses.replace(config, max_length=max(length, config.max_length))
         batch, steps = args.batch or (2 if args.quick else 8), args.steps or (4 if args.quick else 50)
         for argument, number, least in (("batch", batch, 1), ("length", length, 2), ("steps", steps, 2)):
             if number < least:
                 raise InputError(f"--{argument}: got {number}; allowed: at least {least}.")
-        if length > config.max_length:
-            raise InputError(f"--length: got {length}; allowed: at most {config.max_length}, the preset's longest.")
         return cls(config, batch, length, steps, new_tokens=8 if args.quick else 64, device=device)
 
     def batches(self) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -16,16 +17,21 @@ _TEMPORARY = ".unfinished-"
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
     """A temporary folder that becomes ``path``, which must not exist, when the block ends without an error.
+
+    Args:
+        path: of the folder.
+        alone: nobody else writes beside it, so whatever killed writers left there goes; else only what is of ``path``.
 
     Raises:
         DataError: the disk is full or cannot be written; ``path`` does not exist then.
     """
     with saying_why(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        own = f"{_TEMPORARY}{path.name}-"
+        _remove(path.parent, _TEMPORARY if alone else own)
+        folder = Path(tempfile.mkdtemp(prefix=own, dir=path.parent))
         try:
             yield folder
             for file in folder.iterdir():
@@ -56,9 +62,8 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def remove_unfinished(parent: Path) -> None:
-    """Remove what a killed writer left in ``parent``; one run at a time writes there."""
-    for leftover in parent.glob(_TEMPORARY + "*"):
+def _remove(parent: Path, prefix: str) -> None:
+    for leftover in parent.glob(glob.escape(prefix) + "*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

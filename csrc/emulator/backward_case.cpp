@@ -174,18 +174,16 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
   f.version = kBackwardVersion;
   f.out = p.out.data, f.dout = p.dout.data, f.dout_strides = p.dout.strides;
   f.lse = p.lse.data(), f.dlse = p.dlse.empty() ? nullptr : p.dlse.data();
-  f.dq = p.dq.data, f.dk = p.dk.data, f.dv = p.dv.data, f.dsinks = p.dsinks.data();
+  f.dq = p.dq.data, f.dk = p.dk.data, f.dv = p.dv.data, f.dsinks = p.c.sinks ? p.dsinks.data() : nullptr;
   f.lse_log2 = p.lse_log2.data(), f.delta = p.delta.data();
   f.padded_q = p.padded_q, f.padded_kv = p.padded_kv;
   if (instance.is_fused) f.dq_sums = aligned(p.dq_sums), f.sum_columns = instance.shape.d_qk;
   f.scale = p.c.scale;
   f.kv_heads_per_pass = p.c.heads_per_pass / p.c.group;
-  Shape const& s = p.shape;
-  Map const q = map_of(p.q, 0, p.q.rows, s.block_m), dout = map_of(p.dout, 0, p.q.rows, s.block_m);
-  bool const any = f.key_begin < f.key_end;
-  return {q, any ? map_of(p.k, f.key_begin, f.key_end, s.block_n) : q,
-          any ? map_of(p.v, f.key_begin, f.key_end, s.block_n) : q, dout,
-          map_of(p.dq, 0, p.q.rows, 64), map_of(p.dk, 0, p.k.rows, 64), map_of(p.dv, 0, p.k.rows, 64), f};
+  sm90::BackwardArgs args;
+  args.p = f;
+  make_backward_maps(f, p.shape.block_m, p.shape.block_n, args);
+  return args;
 }
 
 static void allow_all(BackwardProblem& p) {
@@ -198,18 +196,6 @@ static void allow_all(BackwardProblem& p) {
 }
 
 // ---- the run ---------------------------------------------------------------------------------------------------------
-template <class Kernel>
-static bool launch(Kernel kernel, int threads, int64 blocks, uint32_t seed, Report& report) {
-  std::vector<int> order(static_cast<size_t>(blocks));
-  for (size_t block = 0; block < order.size(); ++block) order[block] = static_cast<int>(block);
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  for (int block : order) {
-    run_block(threads, block, static_cast<int>(blocks), seed * 77 + static_cast<uint32_t>(block), kernel, report);
-    if (!report.error.empty()) return false;
-  }
-  return true;
-}
-
 static std::string compare(char const* name, Tensor& t, Sums const& sums, Problem const& p) {
   double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 1e-30;
   for (int b = 0; b < t.batch; ++b) {
@@ -239,22 +225,30 @@ static std::string compare_sinks(BackwardProblem const& p, Sums const& sums) {
   return "";
 }
 
+std::string run_backward(BackwardInstance const& instance, sm90::BackwardArgs const& args, uint32_t seed,
+                         Report& report) {
+  BackwardParams const& p = args.p;
+  int64 const row_tiles = sm90::tile_count<kPaddedRows, false>(p);
+  run_grid(instance.row_threads, row_tiles, seed, [&] { instance.prepare(p); }, report);
+  if (report.error.empty() && p.dsinks) {
+    run_grid(instance.row_threads, p.batch * p.heads_q, seed + 1, [&] { instance.sinks(p); }, report);
+  }
+  if (report.error.empty()) {
+    run_grid(instance.threads, instance.tiles(p), seed + 2, [&] { instance.kernel(args); }, report);
+  }
+  if (report.error.empty() && instance.is_fused) {
+    run_grid(instance.row_threads, row_tiles, seed + 3, [&] { instance.finish(p); }, report);
+  }
+  return report.error;
+}
+
 std::string check_backward(BackwardInstance const& instance, Case const& c, Report& report) {
   BackwardProblem p = make_backward(instance, c);
   if (p.q.rows == 0 || p.k.rows == 0) return "";  // the host code launches nothing
   sm90::BackwardArgs const args = arguments(instance, p);
   allow_all(p);
-  BackwardParams const& f = args.p;
-  int64 const row_tiles = sm90::tile_count<kPaddedRows, false>(f);
-  bool ok = launch([&] { instance.prepare(f); }, instance.row_threads, row_tiles, c.seed, report);
-  if (ok && c.sinks) {
-    ok = launch([&] { instance.sinks(f); }, instance.row_threads, f.batch * f.heads_q, c.seed + 1, report);
-  }
-  ok = ok && launch([&] { instance.kernel(args); }, instance.threads, instance.tiles(f), c.seed + 2, report);
-  if (ok && instance.is_fused) {
-    ok = launch([&] { instance.finish(f); }, instance.row_threads, row_tiles, c.seed + 3, report);
-  }
-  if (!ok) return report.error;
+  std::string const wrong_run = run_backward(instance, args, c.seed, report);
+  if (!wrong_run.empty()) return wrong_run;
   Reference const exact = reference(p);
   std::string wrong = compare_sinks(p, exact.dsinks);
   if (wrong.empty() && (instance.of_queries || instance.is_fused)) wrong = compare("dq", p.dq, exact.dq, p);

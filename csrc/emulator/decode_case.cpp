@@ -201,14 +201,6 @@ static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
 }
 
 // ---- the run ---------------------------------------------------------------------------------------------------------
-// A cache as the host code shows it to TMA.
-static Map map_of_pages(void const* data, int64 columns, Strides const& strides, DecodeParams const& p) {
-  return {const_cast<void*>(data),
-          {columns, p.page_size, p.heads_kv, p.pages},
-          {2, strides.row * 2, strides.head * 2, strides.batch * 2},
-          {64, static_cast<int>(p.box_rows), 1, 1}};
-}
-
 static DecodeParams params_of(DecodeProblem& p) {
   DecodeCase const& c = p.c;
   DecodeParams f{};
@@ -282,32 +274,25 @@ static void allow_tensors(DecodeProblem& p) {
   }
 }
 
-static void run_blocks(int64 blocks, int threads, uint32_t seed, std::function<void()> const& kernel, Report& report) {
-  std::vector<int> order(static_cast<size_t>(blocks));
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  for (int block : order) {
-    run_block(threads, block, static_cast<int>(blocks), seed * 77 + static_cast<uint32_t>(block), kernel, report);
-    if (!report.error.empty()) return;
+std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report) {
+  sm90::DecodeArgs args;
+  args.p = p;
+  if (char const* wrong = make_decode_maps(p, args)) return wrong;
+  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, [&] { instance.kernel(args); }, report);
+  if (p.splits > 1 && report.error.empty()) {
+    int const outputs = instance.combine_threads / 32;  // of a block
+    int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;
+    run_grid(instance.combine_threads, blocks, seed, [&] { instance.combine(p); }, report);
   }
-}
-
-void run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report) {
-  sm90::DecodeArgs const args = {map_of_pages(p.k_cache, p.head_dim_qk, p.k_strides, p),
-                                 map_of_pages(p.v_cache, p.head_dim_v, p.v_strides, p), p};
-  run_blocks(p.tiles * p.splits * p.heads_kv, instance.threads, seed, [&] { instance.kernel(args); }, report);
-  if (p.splits == 1 || !report.error.empty()) return;
-  int const outputs = instance.combine_threads / 32;  // of a block
-  int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;
-  run_blocks(blocks, instance.combine_threads, seed, [&] { instance.combine(p); }, report);
+  return report.error;
 }
 
 std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report) {
   DecodeProblem p = make_problem(instance.shape, c);
   if (p.q.rows == 0) return "";  // the host code launches nothing
   allow_tensors(p);
-  run_decode(instance, params_of(p), c.seed, report);
-  return report.error.empty() ? compare(p) : report.error;
+  std::string const wrong = run_decode(instance, params_of(p), c.seed, report);
+  return wrong.empty() ? compare(p) : wrong;
 }
 
 }  // namespace fa::emu

@@ -1,8 +1,8 @@
 """Run the CUDA kernels on a CPU: ``python csrc/emulator/emulate.py [--cases N] [--seed S] [--faults] [--build DIR]``.
 
 Compiles the kernels' own source with g++ against the emulated machine (machine.h) and runs every line of
-``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py, one at a time, each of which has
-to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
+``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and of its siblings, one at a
+time, each of which has to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from fault import Fault
+from faults import FAULTS
+from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
 
 from fastattn.backends.cuda.instances import (
@@ -30,11 +32,12 @@ from fastattn.backends.cuda.instances import (
 )
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
+COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
 DIRECTIONS = {Tile: "forward", KeysTile: "backward", QueriesTile: "backward", DecodeTile: "decode"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
-ALL_FAULTS = [*FAULTS, *DECODE_FAULTS]
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
+AnyLine = Tile | KeysTile | QueriesTile | DecodeTile
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -50,21 +53,18 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-TabledTile = Tile | KeysTile | QueriesTile | DecodeTile
-
-
-def emulated_tiles(csrc: Path) -> list[TabledTile]:
+def emulated_tiles(csrc: Path) -> list[AnyLine]:
     """Every line of the table."""
     return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
 
 
-def compile_instance(tile: TabledTile, csrc: Path, target: Path, *options: str) -> Path:
+def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
     line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
     return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
 
 
-def link(objects: Sequence[Path], target: Path) -> Path:
-    subprocess.run(["g++", *map(str, objects), "-o", str(target)], check=True)
+def link(objects: Sequence[Path], target: Path, *options: str) -> Path:
+    subprocess.run(["g++", *options, *map(str, objects), "-o", str(target)], check=True)
     return target
 
 
@@ -87,12 +87,24 @@ class Emulator:
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(function, items))
 
-    def check_instance(self, tile: TabledTile, cases: int, seed: int) -> tuple[bool, str]:
+    def check_instance(self, tile: AnyLine, cases: int, seed: int) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
         name = "_".join([tile.macro.lower(), *map(str, tile.numbers)])
         compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1")
         result = run(link([compiled, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, result.stdout + result.stderr
+
+    def build_library(self, tiles: Sequence[AnyLine], target: Path) -> Path:
+        """The C interface of these lines on the emulated machine (library.cpp): a shared library for host memory."""
+        folder = self.build / "library"
+        lines = [
+            compile_instance(tile, CSRC, folder / f"{number}.o", "-O1", "-fPIC") for number, tile in enumerate(tiles)
+        ]
+        parts = [
+            compile_object(CSRC / "emulator" / f"{name}.cpp", folder / f"{name}.o", "-O2", "-fPIC")
+            for name in (*COMMON[:-1], "library")
+        ]
+        return link([*lines, *parts], target, "-shared")
 
     def check_fault(self, fault: Fault) -> tuple[bool, str]:
         """Whether the machine reports ``fault``, and how."""

@@ -1,27 +1,14 @@
 """Faults planted in the forward kernel, one at a time. The emulator has to report every one of them.
 
-Each is a piece of source that occurs once, and what takes its place. A fault is tried on one line of
-``instances.inc``: the causal kernel for head dim 128, or the one where it can show.
+A fault is tried on one line of ``instances.inc``: the causal kernel for head dim 128, or the one where it can show.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fault import Fault
 
-BAND_128 = ("FORWARD", 128, 128, 1, 0)
 FULL_128 = ("FORWARD", 128, 128, 0, 0)
 CAPPED_64 = ("FORWARD", 64, 64, 1, 1)
-
-
-@dataclass(frozen=True)
-class Fault:
-    what: str
-    file: str
-    old: str
-    new: str
-    kernel: tuple[str | int, ...] = BAND_128  # the beginning of its line
-    seed: int = 0  # of the first random problem, where few problems show the fault
-
 
 PRODUCER, CONSUMER, SHARED = "sm90/producer.cuh", "sm90/consumer.cuh", "sm90/shared.h"
 FORWARD, SCHEDULE, TRAITS = "sm90/forward.cuh", "sm90/schedule.h", "sm90/traits.h"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults import Fault
+from fault import Fault
 
 DECODE_128 = ("DECODE", 128, 128, 0)
 KERNEL, WORK, COMBINE = "sm90/decode.cuh", "sm90/decode.h", "sm90/combine.cuh"

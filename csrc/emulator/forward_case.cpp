@@ -68,10 +68,10 @@ static sm90::ForwardArgs arguments(ForwardProblem& p) {
   f.out = p.out.data, f.lse = p.lse.data();
   f.has_band = c.left >= 0 || c.right >= 0;
   f.blocks = c.blocks;
-  bool const any_keys = f.key_begin < f.key_end;
-  Map const q = map_of(p.q, 0, p.q.rows, p.shape.block_m), out = map_of(p.out, 0, p.out.rows, 64);
-  return {q, any_keys ? map_of(p.k, f.key_begin, f.key_end, p.shape.block_n) : q,
-          any_keys ? map_of(p.v, f.key_begin, f.key_end, p.shape.block_n) : q, out, f};
+  sm90::ForwardArgs args;
+  args.p = f;
+  make_maps(f, p.shape.block_m, p.shape.block_n, args);
+  return args;
 }
 
 static std::string compare(ForwardProblem& p) {
@@ -110,14 +110,8 @@ std::string check_forward(ForwardInstance const& instance, Case const& c, Report
   allow_global(p.lse.data(), p.lse.size() * sizeof(float));
   allow_global(p.sinks.data(), p.sinks.size() * sizeof(float));
   for (auto const* cu_seqlens : {&p.cu_q, &p.cu_kv}) allow_global(cu_seqlens->data(), cu_seqlens->size() * sizeof(int));
-  std::vector<int> order(static_cast<size_t>(c.blocks));
-  for (int block = 0; block < c.blocks; ++block) order[static_cast<size_t>(block)] = block;
-  std::shuffle(order.begin(), order.end(), std::mt19937(c.seed));
-  for (int block : order) {
-    run_block(instance.threads, block, c.blocks, c.seed * 77 + static_cast<uint32_t>(block),
-              [&] { instance.kernel(args); }, report);
-    if (!report.error.empty()) return report.error;
-  }
+  run_grid(instance.threads, c.blocks, c.seed, [&] { instance.kernel(args); }, report);
+  if (!report.error.empty()) return report.error;
   return compare(p);
 }
 

@@ -33,9 +33,13 @@ struct Report {
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
 
+// A whole grid, block after block in any order, until the first error.
+void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
+
 // Global memory that kernels may load from, and store to once. What TMA loads is bounded by its tensor map.
 void allow_global(void const* begin, size_t bytes);
 void forget_global();
+void trust_kernels();  // with all of global memory, from now on
 
 // ---- what follows is called by the kernel, through emulator/ptx.h ----------------------------------------------------
 struct Map {  // a tiled 4-D tensor map, 128-byte swizzle

@@ -1,4 +1,4 @@
-// The state of the emulated machine, shared by machine.cpp and tensor_core.cpp only.
+// The state of the emulated machine, shared by machine.cpp, tma.cpp and tensor_core.cpp only.
 #pragma once
 #include <ucontext.h>
 
@@ -95,6 +95,7 @@ struct Machine {
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
   std::vector<Region> global;  // what kernels may touch, but for what TMA loads
+  bool is_trusting = false;    // they may touch everything
 };
 
 Machine& machine();
@@ -102,6 +103,8 @@ Warp& my_warp();
 void block_until(std::function<bool()> condition, char const* waiting_for);
 void pause();
 uint8_t* shared_bytes(uint32_t address, int bytes);
+void check_write(uint32_t from, uint32_t bytes, char const* who);
+void complete_bytes(uint32_t mbarrier, int64_t bytes);
 void check_async_read(uint32_t from, uint32_t bytes, char const* who);
 uint32_t swizzled(uint32_t address);
 

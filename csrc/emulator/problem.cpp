@@ -3,6 +3,21 @@
 
 #include <cmath>
 
+namespace fa {
+
+// As host.cu does: a dimension of size 1 is never stepped over, so any valid stride will do for it.
+bool encode(sm90::TensorMap& map, View const& x, int64, int box_rows) {
+  auto const bytes = [](int64 size, int64 stride) { return size == 1 ? 16 : stride * 2; };
+  Strides const& s = x.strides;
+  map = {const_cast<void*>(x.data),
+         {x.columns, x.rows, x.heads, x.batch},
+         {2, bytes(x.rows, s.row), bytes(x.heads, s.head), bytes(x.batch, s.batch)},
+         {64, box_rows, 1, 1}};
+  return true;
+}
+
+}  // namespace fa
+
 namespace fa::emu {
 
 // ---- cases -----------------------------------------------------------------------------------------------------------
@@ -69,14 +84,6 @@ Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first
   auto const address = reinterpret_cast<uintptr_t>(t.storage.data());
   t.data = t.storage.data() + (32 - address % 32) % 32 / 2;
   return t;
-}
-
-Map map_of(Tensor const& t, int64 first_row, int64 end_row, int box_rows) {
-  auto const bytes = [](int64 stride) { return stride * 2; };
-  return {t.data + first_row * t.strides.row,
-          {t.columns, end_row - first_row, t.heads, t.batch},
-          {2, bytes(t.strides.row), bytes(t.strides.head), bytes(t.strides.batch)},
-          {64, box_rows, 1, 1}};
 }
 
 bool sees(Case const& c, int n, int i, int j) {

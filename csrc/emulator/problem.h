@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../params.h"
+#include "../maps.h"
 #include "machine.h"
 
 namespace fa::emu {
@@ -48,7 +48,6 @@ struct Tensor {  // 16-bit, (batch, row, head, column) with strides in elements
 };
 
 Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first, int padding, uint16_t fill);
-Map map_of(Tensor const& t, int64 first_row, int64 end_row, int box_rows);
 
 // Whether query i of sequence n sees key j, by the words of fastattn/spec.py.
 bool sees(Case const& c, int n, int i, int j);

@@ -1,4 +1,4 @@
-"""The command line: ``fastattn info | verify | train | generate | demo``. One file for each command.
+"""The command line: ``fastattn COMMAND``, and one file for each command.
 
 A command's file is light; what it works with is imported when it runs. What a user can cause ends in one sentence on
 stderr and exit code 2; an interrupted command exits with 128 plus the signal's number.
@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from fastattn.cli import config, demo, generate, info, train, verify
+from fastattn.cli import config, demo, evaluate, example, finetune, generate, info, prepare, train, verify
 from fastattn.errors import DataError, InputError, UnsupportedError
 
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
-COMMANDS = (info, verify, train, generate, demo)
+_EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
+COMMANDS = (info, verify, prepare, train, finetune, evaluate, generate, example, demo)
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Flag(NamedTuple):
@@ -71,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
             )  # fmt: skip
 
 
-def given(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, object]:
+def given(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:
     """The settings on the command line, by field."""
     fields = {flag.field for flag in flags}
     return {name: value for name, value in vars(args).items() if name in fields}

@@ -8,8 +8,17 @@ from pathlib import Path
 
 from fastattn.cli import device
 from fastattn.cli.flags import TRAINING, Flag, add_flags, given
+from fastattn.errors import input_error
 
 FLAGS = (
+    Flag(
+        "--objective",
+        "objective",
+        str,
+        "causal",
+        "next tokens (a decoder), masked tokens (an encoder) or spans (both)",
+        ("causal", "masked", "span"),
+    ),
     Flag("--preset", "preset", str, "tiny", "size of the model: tiny, small, base, large, gpt2-124m, gpt2-350m"),
     Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula, for comparison"),
     Flag("--length", "length", int, None, "tokens in a row; the preset's if not given"),
@@ -30,8 +39,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--data", nargs="+", default=argparse.SUPPRESS, metavar="PATH",
-        help="files, folders, patterns (default: the source of Python's standard library)",
+        help="files, folders, patterns, hf:NAME, as they are (default: the source of Python's standard library)",
     )  # fmt: skip
+    parser.add_argument(
+        "--corpus",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="a corpus that fastattn prepare made, instead of --data",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     device.add_flag(parser)
@@ -43,8 +58,18 @@ def given_flags(args: argparse.Namespace) -> dict[str, object]:
     """The settings on the command line, by field of ``RunConfig``."""
     flags = given(args, FLAGS)
     if "data" in args:  # so that --resume finds it from any folder
-        flags["data"] = tuple(str(Path(path).expanduser().absolute()) for path in args.data)
+        flags["data"] = tuple(_findable(path) for path in args.data)
+    if "corpus" in args:
+        flags["corpus"] = _findable(args.corpus)
+        given_too = [name for name in ("data", "vocab_size", "held_out") if name in flags]
+        if given_too:
+            flag = "--" + given_too[0].replace("_", "-")
+            raise input_error("--corpus", f"together with {flag}", "one of them", "Give it to fastattn prepare.")
     return flags
+
+
+def _findable(path: str) -> str:
+    return path if path.startswith("hf:") else str(Path(path).expanduser().absolute())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -103,6 +103,13 @@ def save_pretrained(
     Raises:
         InputError: no form can say what the model is; the message names what is in the way.
         DataError: the folder exists, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from fastattn.models import Decoder, TransformerConfig, save_pretrained
+        >>> model = Decoder(TransformerConfig(vocab_size=100, width=64, layers=2, heads=4, kv_heads=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, f"{folder}/llama")
     """
     from safetensors.torch import save_file
 
@@ -275,6 +282,8 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
             known = _explicit(form.read(fields, tensors))
             reason = _differences(config, known) or _head_reason(form, model, head) or unplaced
             if not reason:
+                if head is None and form.heads:  # their class of a backbone alone has no prefix
+                    tensors = {name.removeprefix(form.prefix): tensor for name, tensor in tensors.items()}
                 return _with_facts(fields, form, model, head), tensors
             reasons.append(f"for {form.model_type}, {reason}")
     todo = "The checkpoints of fastattn train hold any model."

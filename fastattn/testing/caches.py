@@ -258,7 +258,7 @@ def measure_cache(backend: Backend | str, sample: CacheSample) -> list[Row]:
     assert lse.shape == inputs.lse_shape() and lse.dtype == reference.lse_dtype(inputs.q.dtype), "lse"
     assert lse.is_contiguous(), "lse is not contiguous"
     rows = _judge_stored(sample.inputs, inputs)
-    filled = inputs.replace(k=None, v=None, cache_lengths=torch.tensor(sample.case.s_kv, dtype=torch.int32))
+    filled = inputs.replace(k=None, v=None, cache_lengths=sample.inputs.cache_lengths + sample.inputs.new_lengths())
     exact, rounded = (_by_sequence(filled, sample, dtype) for dtype in (torch.float64, inputs.q.dtype))
     for b, (exact_sample, rounded_sample) in enumerate(zip(exact, rounded, strict=True)):
         found = {"out": _rows(out, b, sample.case), "lse": _rows_of_lse(lse, b, sample.case)}

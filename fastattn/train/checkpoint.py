@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastattn.errors import DataError, InputError
 from fastattn.files import new_folder
-from fastattn.models import Decoder, TransformerConfig
-from fastattn.train.tokens import load_tokenizer
+from fastattn.models import Encoder, MaskedLM, TransformerConfig, make_model
+from fastattn.train.tokens import read_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -45,7 +45,7 @@ class Checkpoint:
             raise DataError(f"{self.folder / 'config.json'} does not describe a model of fastattn: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.folder / "tokenizer.json")
+        return read_tokenizer(self.folder / "tokenizer.json")
 
     def trainer_state(self) -> dict[str, Any]:
         state = _read_json(self.folder / "trainer.json")
@@ -53,14 +53,26 @@ class Checkpoint:
             raise DataError(f"{self.folder} is not a checkpoint of fastattn (format {state.get('format')!r}).")
         return state
 
-    def load_model(self, device: torch.device | str = "cpu", attention: str | None = None) -> Decoder:
-        """The model with its weights, in evaluation mode; ``attention`` overrides the config's."""
-        self.trainer_state()
+    def load_model(self, device: torch.device | str = "cpu", attention: str | None = None) -> Any:
+        """The model with its weights, in evaluation mode: of pre-training, or of fine-tuning without a head.
+
+        Args:
+            device: where to put it.
+            attention: overrides the config's.
+
+        Raises:
+            DataError: the checkpoint is damaged, or its model has the head of a task: see ``load_finetuned``.
+        """
+        if "finetune" in self.trainer_state().get("settings", {}):
+            from fastattn.train.finetune import load_writer  # which imports this module
+
+            return load_writer(self, device, attention)
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})
         with torch.device(device):
-            model = Decoder(TransformerConfig.from_dict(fields))
-        self.load_weights(model)
-        return model.eval()
+            model = make_model(TransformerConfig.from_dict(fields))
+            whole = MaskedLM(model) if isinstance(model, Encoder) else model
+        self.load_weights(whole)
+        return whole.eval()
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the stored weights into ``model``."""

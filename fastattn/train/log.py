@@ -15,6 +15,12 @@ from torch import Tensor
 from fastattn.files import saying_why, write_text
 
 
+def aligned(figures: Mapping[str, object]) -> str:
+    """Figures as lines, their values below each other."""
+    width = max(map(len, figures))
+    return "\n".join(f"{name:<{width}}  {'not known yet' if x is None else x}" for name, x in figures.items())
+
+
 class Log:
     """A file of JSON lines; the last line may be torn by a kill."""
 

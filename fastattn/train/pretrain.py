@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastattn.errors import DataError, input_error
-from fastattn.models import Decoder, TransformerConfig, preset
+from fastattn.data.sources import find_sources
+from fastattn.errors import DataError
+from fastattn.models import TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
+from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
-from fastattn.train.optim import OptimConfig
-from fastattn.train.settings import Progress, TrainConfig
-from fastattn.train.tasks import next_token_loss
-from fastattn.train.text import find_files
-from fastattn.train.tokens import Corpus, prepare
-
-# What may differ between a run and its continuation; the rest would make it another run.
-_TRAIN_MAY_CHANGE = (
-    "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
-    "save_every", "keep", "log_every", "micro_batch", "precision",
-)  # fmt: skip
-_MAY_CHANGE = {"attention"} | {f"train.{name}" for name in _TRAIN_MAY_CHANGE}
+from fastattn.train.prepare import prepare
+from fastattn.train.settings import Progress, RunSettings, TrainConfig
+from fastattn.train.tasks import find_objective, preset_for
+from fastattn.train.tokens import Corpus
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(RunSettings):
     """A pre-training run.
 
     Attributes:
-        data: files, folders and patterns of text; empty is the Python standard library's own source.
-        preset: size of the model, a key of ``fastattn.models.PRESETS``.
+        data: files, folders and patterns of text, and ``hf:`` names; empty is the Python standard library's own source.
+        corpus: a folder that ``fastattn prepare`` made, instead of ``data``, ``vocab_size`` and ``held_out``.
+        objective: what is learned: "causal" (a decoder), "masked" (an encoder) or "span" (an encoder-decoder).
+        preset: size of the model, a key of ``fastattn.models.PRESETS``; "tiny" is the tiny one of the objective's kind.
         vocab_size: of the tokenizer, which is learned from the text.
         held_out: part of the documents kept for the held-out loss.
         length: tokens in a row; None is the preset's.
@@ -46,6 +41,8 @@ class RunConfig:
     """
 
     data: tuple[str, ...] = ()
+    objective: str = "causal"
+    corpus: str | None = None
     preset: str = "tiny"
     vocab_size: int = 4096
     held_out: float = 0.05
@@ -57,37 +54,11 @@ class RunConfig:
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """The model's config, with the vocabulary the tokenizer really has."""
-        fields = preset(self.preset, vocab_size).to_dict()
+        fields = preset(preset_for([find_objective(self.objective).kind], self.preset), vocab_size).to_dict()
         fields |= {"window": self.window, "dropout": self.dropout, "attention": self.attention}
         if self.length is not None:
             fields["max_length"] = self.length
         return TransformerConfig.from_dict(fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> RunConfig:
-        train = dict(fields["train"])
-        optim = dict(train["optim"])
-        optim["betas"] = tuple(optim["betas"])
-        train["optim"] = OptimConfig(**optim)
-        return cls(**(fields | {"data": tuple(fields["data"]), "train": TrainConfig(**train)}))
-
-    def changed(self, flags: dict[str, Any]) -> RunConfig:
-        """A copy with fields replaced; ``flags`` has names like "preset", "train.steps", "train.optim.lr"."""
-        optim = {name.removeprefix("train.optim."): x for name, x in flags.items() if name.startswith("train.optim.")}
-        train = {name.removeprefix("train."): x for name, x in flags.items() if name.count(".") == 1}
-        own = {name: x for name, x in flags.items() if "." not in name}
-        train["optim"] = dataclasses.replace(self.train.optim, **optim)
-        return dataclasses.replace(self, **own, train=dataclasses.replace(self.train, **train))
-
-    def value(self, name: str) -> Any:
-        """The field of a name as in ``changed``."""
-        value: Any = self
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
 
 
 @dataclass(frozen=True)
@@ -97,6 +68,7 @@ class Outcome:
     Attributes:
         progress: where it stands.
         corpus: the data.
+        objective: what was learned.
         unigram_entropy: of the held-out tokens, nats per token: what no model that ignores context can beat.
         num_parameters: of the model.
         checkpoint: the newest.
@@ -104,6 +76,7 @@ class Outcome:
 
     progress: Progress
     corpus: Corpus
+    objective: str
     unigram_entropy: float
     num_parameters: int
     checkpoint: Checkpoint
@@ -113,8 +86,12 @@ class Outcome:
         progress, corpus = self.progress, self.corpus.facts
         labels = corpus.tokens["held_out"] - corpus.documents["held_out"]
         held_out = progress.held_out_loss
-        bits = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
+        bits = {}
+        if self.objective == "causal":  # the others do not predict every token
+            per_byte = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
+            bits = {"held-out bits per byte": _rounded(per_byte)}
         return {
+            "objective": self.objective,
             "parameters": self.num_parameters,
             "vocabulary": corpus.vocab_size,
             "documents": corpus.documents["train"],
@@ -128,16 +105,14 @@ class Outcome:
             "held-out loss (nats per token)": _rounded(held_out),
             "unigram entropy of the held-out text (nats per token)": _rounded(self.unigram_entropy),
             "held-out perplexity": _rounded(None if held_out is None else perplexity(held_out)),
-            "held-out bits per byte": _rounded(bits),
+            **bits,
             "files skipped": len(corpus.skipped),
             "checkpoint": str(self.checkpoint.folder),
         }
 
     def summary(self) -> str:
         """The figures as aligned lines, and the first files that could not be used."""
-        figures = self.facts()
-        width = max(map(len, figures))
-        lines = [f"{name:<{width}}  {'not known yet' if value is None else value}" for name, value in figures.items()]
+        lines = [aligned(self.facts())]
         skipped = [f"  skipped {skip['name']}: {skip['reason']}" for skip in self.corpus.facts.skipped]
         return "\n".join(lines + skipped[:10] + [f"  ... and {len(skipped) - 10} more"] * (len(skipped) > 10))
 
@@ -179,7 +154,7 @@ def pretrain(
         trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
     progress = trainer.run()
     entropy = unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
-    return Outcome(progress, corpus, entropy, _num_parameters(trainer.model), find_checkpoint(out))
+    return Outcome(progress, corpus, config.objective, entropy, _num_parameters(trainer.model), find_checkpoint(out))
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -190,23 +165,34 @@ def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
 ) -> tuple[Trainer, Corpus]:
     """The trainer of a new run and its data."""
-    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
-    files = [path for path in find_files(config.data) if not any(path.is_relative_to(name) for name in written)]
-    corpus = prepare(
-        files, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
-    )
-    model_config = config.model_config(corpus.facts.vocab_size)
+    corpus = _corpus(out, config, show_progress)
+    tokenizer = corpus.tokenizer()
+    length = config.model_config(corpus.facts.vocab_size).max_length
+    objective = find_objective(config.objective)(tokenizer, length)  # which may add tokens
     torch.manual_seed(config.train.seed)
-    model = Decoder(model_config).to(device)
-    rows = PackedRows(corpus.split("train"), model_config.max_length, config.train.seed)
-    held_out_rows = PackedRows(corpus.split("held_out"), model_config.max_length)
+    model = objective.model(config.model_config(tokenizer.get_vocab_size())).to(device)
+    rows = objective.rows(PackedRows(corpus.split("train"), length, config.train.seed))
+    held_out_rows = objective.rows(PackedRows(corpus.split("held_out"), length))
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}
     trainer = Trainer(
-        model, corpus.tokenizer(), (rows, held_out_rows), config.train, out, loss=next_token_loss,
-        flops_per_label=model.flops_per_token(model_config.max_length), settings=settings,
-        show_progress=show_progress,
+        model, tokenizer, (rows, held_out_rows), config.train, out, loss=objective.loss,
+        flops_per_label=objective.flops_per_label(model), settings=settings, show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus
+
+
+def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Corpus:
+    if config.corpus is not None:
+        return Corpus.open(Path(config.corpus))
+    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
+    sources = [
+        source
+        for source in find_sources(config.data)
+        if not (isinstance(source, Path) and any(source.is_relative_to(name) for name in written))
+    ]
+    return prepare(
+        sources, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
+    )
 
 
 def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
@@ -221,10 +207,4 @@ def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
     except (KeyError, TypeError) as error:
         path = checkpoint.folder / "trainer.json"
         raise DataError(f"{path} does not hold the settings of a fastattn train run ({error}).") from error
-    wanted = saved.changed(flags)
-    for name in flags.keys() - _MAY_CHANGE:
-        before, after = saved.value(name), wanted.value(name)
-        if before != after:
-            todo = "Leave the flag out when resuming, or start a new --out."
-            raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
-    return wanted
+    return saved.continued(flags)

@@ -1,9 +1,11 @@
-"""What a training run is told and where it stands: ``TrainConfig`` and ``Progress``. No torch, no behaviour."""
+"""What a training run is told, ``TrainConfig`` in a ``RunSettings``, and where it stands, ``Progress``. No torch."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from fastattn.errors import input_error
 from fastattn.train.optim import OptimConfig
@@ -70,6 +72,68 @@ class TrainConfig:
     @property
     def keeps_best(self) -> bool:
         return self.keep_best or self.patience is not None
+
+
+# What may differ between a run and its continuation; the rest would make it another run.
+_MAY_CHANGE = {
+    f"train.{name}"
+    for name in (
+        "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
+        "save_every", "keep", "log_every", "micro_batch", "precision",
+    )
+} | {"attention"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the configs of runs have in common: a field ``train``, and the ways from flags and JSON and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_dict``; raises KeyError or TypeError for fields that are not those of the class."""
+        train = dict(fields["train"])
+        optim = dict(train["optim"])
+        optim["betas"] = tuple(optim["betas"])
+        train["optim"] = OptimConfig(**optim)
+        own = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+        return cls(**(own | {"train": TrainConfig(**train)}))
+
+    def changed(self, flags: Mapping[str, Any]) -> Self:
+        """A copy with fields replaced; ``flags`` has names like "preset", "train.steps", "train.optim.lr"."""
+        before: TrainConfig = self.value("train")
+        optim = {name.removeprefix("train.optim."): x for name, x in flags.items() if name.startswith("train.optim.")}
+        train = {name.removeprefix("train."): x for name, x in flags.items() if name.count(".") == 1}
+        own = {name: x for name, x in flags.items() if "." not in name}
+        train["optim"] = dataclasses.replace(before.optim, **optim)
+        return dataclasses.replace(self, **own, **{"train": dataclasses.replace(before, **train)})
+
+    def value(self, name: str) -> Any:
+        """The field of a name as in ``changed``."""
+        value: Any = self
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    def continued(self, flags: Mapping[str, Any], may_change: set[str] | None = None) -> Self:
+        """A copy for going on with the run: with those of ``flags`` that may change then.
+
+        Args:
+            flags: as in ``changed``.
+            may_change: names of fields that may change besides those of every run.
+
+        Raises:
+            InputError: a flag would make it another run.
+        """
+        wanted = self.changed(flags)
+        for name in flags.keys() - _MAY_CHANGE - (may_change or set()):
+            before, after = self.value(name), wanted.value(name)
+            if before != after:
+                todo = "Leave the flag out when resuming, or start a new --out."
+                raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
+        return wanted
 
 
 @dataclass

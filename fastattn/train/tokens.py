@@ -1,4 +1,4 @@
-"""From documents to a tokenizer and memory-mapped token files, cached by the content of the text.
+"""The tokenizer and the memory-mapped token files of a corpus; ``prepare.py`` makes them.
 
 A corpus is a folder: ``tokenizer.json``, ``corpus.json`` and for each of the splits "train" and "held_out" the tokens
 end to end (``.tokens``, uint16 or uint32) and where each document begins and the last one ends (``.offsets``, int64).
@@ -7,40 +7,46 @@ A document is ``<|start|> text <|end|>``. Special tokens in the text itself are 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
-from fastattn.files import new_folder
-from fastattn.train.text import Document, Skipped, read_documents, text_rank
 
 START, END = "<|start|>", "<|end|>"
 SPLITS = ("train", "held_out")
-_FORMAT = "fastattn-corpus-1"
-_BATCH = 1 << 20  # characters encoded at a time
-_TOKENIZER_SAMPLE = 1 << 26  # characters from which the vocabulary is learned
+FORMAT = "fastattn-corpus-2"
+TOKENIZER_SAMPLE = 1 << 26  # characters from which the vocabulary is learned
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What ``corpus.json`` says."""
+    """What ``corpus.json`` says.
 
+    Attributes:
+        key: of the files and the settings it was made from.
+        fingerprint: of the documents in it.
+        vocab_size: of its tokenizer.
+        documents: in each split, as are the next two.
+        tokens: with the marks around documents.
+        text_bytes: in UTF-8.
+        skipped: files that could not be used.
+        format: of the folder.
+    """
+
+    key: str
     fingerprint: str
     vocab_size: int
     documents: dict[str, int]
     tokens: dict[str, int]
     text_bytes: dict[str, int]
     skipped: list[dict[str, str]]
-    format: str = _FORMAT
+    format: str = FORMAT
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class Corpus:
             facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder} is not a corpus of fastattn ({error}): remove it and run again.") from error
-        if facts.format != _FORMAT:
-            raise DataError(f"{folder} has format {facts.format!r}, not {_FORMAT!r}: remove it and run again.")
+        if facts.format != FORMAT:
+            raise DataError(f"{folder} has format {facts.format!r}, not {FORMAT!r}: remove it and run again.")
         return cls(folder, facts)
 
     def tokenizer(self) -> Tokenizer:
@@ -101,15 +107,21 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read ``tokenizer.json``; raises DataError if it is missing, damaged or not one of fastattn's."""
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json`` of any origin; raises DataError if it is missing or damaged."""
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a readable tokenizer ({error}).") from error
-    if any(tokenizer.token_to_id(token) is None for token in (START, END)):
-        raise DataError(f"{path} has no {START} and {END} tokens: it was not made by fastattn train.")
     tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json``; raises DataError if it is missing, damaged or not one of fastattn's."""
+    tokenizer = read_tokenizer(path)
+    if any(tokenizer.token_to_id(token) is None for token in (START, END)):
+        raise DataError(f"{path} has no {START} and {END} tokens: it was not made by fastattn.")
     return tokenizer
 
 
@@ -136,7 +148,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_first_characters(texts, _TOKENIZER_SAMPLE), trainer)
+    tokenizer.train_from_iterator(_first_characters(texts, TOKENIZER_SAMPLE), trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -147,144 +159,3 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
         yield text[:limit]
         limit -= len(text)
-
-
-@dataclass
-class Survey:
-    """What a first pass over the documents found."""
-
-    fingerprint: str
-    documents: int
-    characters: int
-    lowest_rank: float
-    skipped: list[Skipped]
-
-
-def survey(files: Sequence[Path]) -> Survey:
-    """Read every document once; raises DataError if none holds text."""
-    skipped: list[Skipped] = []
-    found = Survey("", 0, 0, 1.0, skipped)
-    digest = hashlib.sha256()
-    for document in read_documents(files, skipped):
-        found.documents += 1
-        found.characters += len(document.text)
-        found.lowest_rank = min(found.lowest_rank, text_rank(document.text))
-        _add(digest, document)
-    if not found.documents:
-        reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
-        raise DataError(f"The corpus is empty: none of {len(files)} files holds text ({reasons}).")
-    found.fingerprint = digest.hexdigest()
-    return found
-
-
-def _add(digest: hashlib._Hash, document: Document) -> None:
-    data = document.text.encode()
-    digest.update(len(data).to_bytes(8, "little") + data)
-
-
-def prepare(
-    files: Sequence[Path], folder: Path, *, vocab_size: int, held_out: float = 0.05, progress: bool = True
-) -> Corpus:
-    """Tokenise the text of ``files`` into a folder below ``folder``, or find it there from an earlier run.
-
-    Args:
-        files: from ``find_files``.
-        folder: where corpora are kept, each under the hash of its text and of the arguments.
-        vocab_size: as in ``train_tokenizer``, which learns from the training documents.
-        held_out: part of the documents that is held out, chosen by the hash of their text; at least one is.
-        progress: show a progress bar.
-
-    Raises:
-        DataError: no text, only one document, or the disk is full.
-        InputError: ``vocab_size`` or ``held_out`` is out of range.
-    """
-    if not 0.0 < held_out < 1.0:
-        raise input_error("held_out", held_out, "a fraction between 0 and 1", "0.05 holds out one document in twenty.")
-    found = survey(files)
-    key = json.dumps([_FORMAT, found.fingerprint, vocab_size, held_out])
-    path = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    if path.exists():
-        return Corpus.open(path)
-    writer = _Writer(files, found, max(held_out, found.lowest_rank), progress)
-    tokenizer = train_tokenizer(writer.training_texts(), vocab_size)
-    with new_folder(path) as unfinished:
-        writer.write(unfinished, tokenizer)
-    return Corpus.open(path)
-
-
-@dataclass
-class _Writer:
-    """Encodes the documents of a survey."""
-
-    files: Sequence[Path]
-    survey: Survey
-    threshold: float  # documents of this rank or a lower one are held out
-    progress: bool
-    offsets: dict[str, list[int]] = field(default_factory=lambda: {name: [0] for name in SPLITS})
-    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-
-    def training_texts(self) -> Iterator[str]:
-        is_empty = True
-        for document in read_documents(self.files, []):
-            if self._split(document) == "train":
-                is_empty = False
-                yield document.text
-        if is_empty:
-            raise DataError(
-                f"The corpus is too small: {self.survey.documents} document(s), {self.survey.characters} characters, "
-                "of which one must be held out; give more text with --data."
-            )
-
-    def _split(self, document: Document) -> str:
-        return "held_out" if text_rank(document.text) <= self.threshold else "train"
-
-    def write(self, folder: Path, tokenizer: Tokenizer) -> None:
-        vocab_size = tokenizer.get_vocab_size()
-        digest = hashlib.sha256()
-        bar = tqdm(total=self.survey.characters, unit="char", unit_scale=True, desc="tokens", disable=not self.progress)
-        with bar, (folder / "train.tokens").open("wb") as train, (folder / "held_out.tokens").open("wb") as held_out:
-            outputs = {"train": train, "held_out": held_out}
-            for batch in _batches(read_documents(self.files, [])):
-                self._encode(batch, tokenizer, outputs)
-                for document in batch:
-                    _add(digest, document)
-                    bar.update(len(document.text))
-        if digest.hexdigest() != self.survey.fingerprint:
-            raise DataError("The files changed while they were read: run again when nothing writes to them.")
-        for name in SPLITS:
-            np.array(self.offsets[name], np.int64).tofile(folder / f"{name}.offsets")
-        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        facts = CorpusFacts(
-            fingerprint=self.survey.fingerprint,
-            vocab_size=vocab_size,
-            documents={name: len(self.offsets[name]) - 1 for name in SPLITS},
-            tokens={name: self.offsets[name][-1] for name in SPLITS},
-            text_bytes=self.text_bytes,
-            skipped=[asdict(skip) for skip in self.survey.skipped],
-        )
-        (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=1), encoding="utf-8")
-
-    def _encode(self, batch: list[Document], tokenizer: Tokenizer, outputs: Mapping[str, BinaryIO]) -> None:
-        start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
-        dtype = token_dtype(tokenizer.get_vocab_size())
-        encodings = tokenizer.encode_batch([document.text for document in batch])
-        for document, encoding in zip(batch, encodings, strict=True):
-            split = self._split(document)
-            ids = np.array([start, *encoding.ids, end], dtype)
-            outputs[split].write(ids.tobytes())
-            self.offsets[split].append(self.offsets[split][-1] + len(ids))
-            self.text_bytes[split] += len(document.text.encode())
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about ``_BATCH`` characters."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -1,98 +1,13 @@
-"""The CUDA backend's attention to a cache, from torch tensors to the kernels' own source on the emulated machine.
-
-The package packs the struct, the emulator takes it as the GPU would, and the result is judged as every backend's is.
-"""
+"""Attention to a cache by the CUDA backend: what the host decides. test_cuda_emulated_backend.py runs the kernels."""
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
-import shutil
-import subprocess
-from pathlib import Path
-
-import emulate
 import pytest
 import torch
-from torch import Tensor
 
-from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, decode
-from fastattn.backends.cuda.instances import decode_tiles
-from fastattn.cache import CacheInputs, cache_problem
+from fastattn.cache import CacheInputs
 from fastattn.spec import AttentionSpec
-from fastattn.testing import assert_within, make_cache_sample, measure_cache
-from fastattn.testing.caches import CacheCase, cache_grid
-
-CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = ("machine", "tensor_core", "problem", "decode_case", "decode_library")
-ERROR_BYTES = 1000
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
-
-
-class EmulatedBackend(cuda.CudaBackend):
-    """The backend on CPU tensors, its kernels on the emulated machine."""
-
-    multiprocessors = 132
-
-    def __init__(self, library: Path) -> None:
-        self.function = ctypes.CDLL(str(library)).fa_decode
-        self.launched: list[abi.Fields] = []
-
-    def unavailable_reason(self) -> str | None:
-        return None
-
-    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        return decode.attend(self.launch, inputs, spec, self.multiprocessors, stream=0)
-
-    def launch(self, fields: abi.Fields) -> None:
-        self.launched.append(fields)
-        if not (fields["batch"] and fields["seqlen_q"]):  # as the host code does
-            return
-        error = ctypes.create_string_buffer(ERROR_BYTES)
-        failed = self.function(abi.DECODE.pack(fields), error, ctypes.c_longlong(ERROR_BYTES))
-        assert not failed, error.value.decode()
-
-
-@pytest.fixture(scope="session")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> EmulatedBackend:
-    folder = tmp_path_factory.mktemp("decode")
-    options = ("-O1", "-fPIC")
-    objects = [
-        emulate.compile_object(CSRC / "emulator" / f"{name}.cpp", folder / f"{name}.o", *options) for name in SOURCES
-    ]
-    for tile in decode_tiles(CSRC)[:2]:  # without softcap and with it
-        objects.append(emulate.compile_instance(tile, CSRC, folder / f"{tile.label}.o", *options))
-    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(folder / "decode.so")], check=True)
-    return EmulatedBackend(folder / "decode.so")
-
-
-def cases() -> list[CacheCase]:
-    """Those of the grid that the kernels take, in 16 bits, and some that need several splits."""
-    grid = [
-        dataclasses.replace(case, dtype=dtype, id=f"{case.id}, {str(dtype).removeprefix('torch.')}")
-        for i, case in enumerate(cache_grid((torch.float32,)))
-        for dtype in [(torch.bfloat16, torch.float16)[i % 2]]
-        if not (case.fp8 or case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8)
-    ]
-    long = CacheCase("splits", before=(1200, 0, 700), s_q=(2, 2, 2), dtype=torch.bfloat16, sinks=True)
-    changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 600}, {"packed": True, "s_q": (1, 7, 0)})
-    return [*grid, *(dataclasses.replace(long, id=f"splits, {change}", **change) for change in changes)]
-
-
-@needs_compiler
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
-def test_every_case_on_the_emulated_machine(backend: EmulatedBackend, case: CacheCase) -> None:
-    sample = make_cache_sample(case)
-    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
-    assert not backend.unsupported_reasons(problem)
-    backend.launched.clear()
-    assert_within(measure_cache(backend, sample))
-    assert [fields["splits"] > 1 for fields in backend.launched] in ([], [case.id.startswith("splits")])
-
-
-# --- what the host decides ----------------------------------------------------------------------------------------
 
 
 def inputs_of(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import emulate
 import pytest
-from faults import FAULTS, Fault
+from fault import Fault
 
 from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile
 
@@ -30,14 +30,15 @@ def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: Ti
     assert printed.count("ok ") == 2, "both dtypes ran"
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize("fault", emulate.ALL_FAULTS, ids=lambda fault: fault.what)
 def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> None:
     is_reported, printed = emulator.check_fault(fault)
     assert is_reported, printed
 
 
 def test_there_are_enough_faults() -> None:
-    assert len({fault.what for fault in FAULTS}) == len(FAULTS) >= 40
+    assert len(emulate.FAULTS) >= 40 and len(emulate.BACKWARD_FAULTS) >= 30
+    assert len({fault.what for fault in emulate.ALL_FAULTS}) == len(emulate.ALL_FAULTS)
 
 
 def test_a_fault_that_changes_nothing_is_refused(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import gates
 import pytest
 
 from fastattn.backends.cuda.build import BuildError, build, find_ninja
-from fastattn.backends.cuda.instances import Instance, forward_tiles, select
+from fastattn.backends.cuda.instances import Instance, forward_tiles, keys_tiles, queries_tiles, select, select_queries
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CAUSAL_128 = Instance(select(forward_tiles(CSRC), 128, 128, True, False), "bfloat16")
+FUSED_128 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_qk == 128 and tile.fused), "bfloat16")
+SPLIT_192 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_v == 192), "bfloat16")
+QUERIES_128 = Instance(select_queries(queries_tiles(CSRC), 128, 128, False), "bfloat16")
 CLEAN_LOG = "ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 
@@ -46,6 +49,23 @@ def test_a_clean_kernel_passes() -> None:
 )
 def test_each_fault_is_refused(log: str, listing: str, complaint: str) -> None:
     assert complaint in faults(log, listing)
+
+
+@pytest.mark.parametrize(
+    ("instance", "products", "hidden"),
+    [
+        (CAUSAL_128, 2 * (8 + 8), 64),
+        (FUSED_128, 8 + 8 + 4 + 4 + 8, 0),
+        (SPLIT_192, 2 * 12 + 12 + 8, 0),
+        (QUERIES_128, 24, 64),
+    ],
+    ids=lambda x: x.name if isinstance(x, Instance) else str(x),
+)
+def test_what_is_expected_of_each_kind(instance: Instance, products: int, hidden: int) -> None:
+    assert gates.expected_products(instance) == products
+    assert gates.expected_exponentials(instance) == hidden
+    assert gates.faults(instance, gates.facts_of(CLEAN_LOG, sass(64, 0, products))) == []
+    assert gates.faults(instance, gates.facts_of(CLEAN_LOG, sass(64, 0, products - 1)))
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ void set_band(int left, int right, int lower_right, int s_q, int s_kv) {
   band = make_band(left < 0 ? kUnbounded : left, right < 0 ? kUnbounded : right, lower_right, s_q, s_kv);
 }
 int kept(int i, int j) { return keep(band, i, j); }
+void transpose() { band = transposed(band); }
 void tile(int i0, int i1, int* range) { Range r = tile_range(band, i0, i1); range[0] = r.begin; range[1] = r.end; }
 void full(int i0, int i1, int* range) { Range r = full_range(band, i0, i1); range[0] = r.begin; range[1] = r.end; }
 }
@@ -71,6 +72,24 @@ def test_transcription_agrees_with_the_spec(mask: ctypes.CDLL, left: int, right:
                 for i1 in range(i0, s_q + 1):
                     assert range_of(mask.tile, i0, i1) == tile_range(spec, i0, i1, s_q, s_kv), (s_q, s_kv, i0, i1)
                     assert range_of(mask.full, i0, i1) == full_range(spec, i0, i1, s_q, s_kv), (s_q, s_kv, i0, i1)
+
+
+@pytest.mark.parametrize("anchor", ANCHORS)
+@pytest.mark.parametrize("left", SIDES)
+@pytest.mark.parametrize("right", SIDES)
+def test_transposed_band_agrees_with_the_spec(mask: ctypes.CDLL, left: int, right: int, anchor: str) -> None:
+    spec = AttentionSpec(scale=1.0, left=left, right=right, anchor=anchor)
+    for s_q in LENGTHS:
+        for s_kv in LENGTHS:
+            set_band(mask, spec, s_q, s_kv)
+            mask.transpose()
+            for j in range(-1, s_kv + 2):
+                kept = [bool(mask.kept(j, i)) for i in range(-1, s_q + 2)]
+                assert kept == [bool(keep(spec, i, j, s_q, s_kv)) for i in range(-1, s_q + 2)], (s_q, s_kv, j)
+            for j0 in range(s_kv + 1):
+                for j1 in range(j0, s_kv + 1):
+                    expected = tile_range(spec.transposed(), j0, j1, s_kv, s_q)
+                    assert range_of(mask.tile, j0, j1) == expected, (s_q, s_kv, j0, j1)
 
 
 @pytest.mark.parametrize("anchor", ANCHORS)

@@ -17,6 +17,9 @@ FORMS = {
     "grouped": {"kv_heads": 2, "qk_norm": True, "head_dim": 16},
     "gpt2": {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True},
     "window": {"window": 3, "sinks": True, "softcap": 5.0, "tie_embeddings": False},
+    "alibi": {"positions": "alibi", "norm_place": "after"},
+    "relative": {"positions": "relative", "activation": "geglu", "relative_distance": 40},
+    "sines": {"positions": "sinusoidal", "activation": "relu", "norm": "layer", "embedding_scale": 5.0},
 }
 
 
@@ -88,6 +91,58 @@ def test_caches_change_nothing(config):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(config, side):
+    model = make_model(config).eval()
+    tokens = random_tokens()
+    mask = torch.arange(20) < torch.tensor([[20], [13]])
+    mask = mask if side == "right" else mask.flip(1)
+    padded = model(tokens, mask=mask)
+    torch.testing.assert_close(padded[1, mask[1]], model(tokens[1:, mask[1]])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded[0], model(tokens)[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_share_a_cache(config):
+    """Padded on the left, as prompts are in a batch, each row is computed as if alone."""
+    model = make_model(config).eval()
+    tokens = random_tokens()
+    mask = torch.arange(20) >= torch.tensor([[0], [6]])
+    caches = model.make_caches(2, 20)
+    pieces, end = [], 0
+    for part in tokens.split([11, 1, 1, 4, 3], dim=1):
+        end += part.shape[1]
+        pieces.append(model(part, mask=mask[:, :end], caches=caches))
+    found = torch.cat(pieces, dim=1)
+    torch.testing.assert_close(found[0], model(tokens[:1])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1, 6:], model(tokens[1:, 6:])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_hidden_states_make_the_logits(config):
+    model = make_model(config).eval()
+    tokens = random_tokens()
+    hidden = model.hidden(tokens)
+    assert hidden.shape == (2, 20, 32)
+    assert torch.equal(model.logits(hidden), model(tokens))
+
+
+def test_checkpoints_of_the_first_version_fit():
+    """The names of tensors and fields that fastattn train has stored since its first version."""
+    first = {
+        "vocab_size": 61, "width": 32, "layers": 1, "heads": 4, "kv_heads": None, "head_dim": None, "mlp_width": None,
+        "max_length": 24, "norm": "rms", "activation": "swiglu", "positions": "rope", "rope_base": 10000.0,
+        "window": None, "softcap": None, "sinks": True, "qk_norm": True, "bias": False, "tie_embeddings": False,
+        "dropout": 0.0, "attention": "fastattn",
+    }  # fmt: skip
+    block = ["attention_norm", "attention.qkv", "attention.out", "attention.q_norm", "attention.k_norm"]
+    block += ["mlp_norm", "mlp.up", "mlp.down"]
+    names = ["embedding", *(f"blocks.0.{name}" for name in block), "norm", "head"]
+    expected = {f"{name}.weight" for name in names} | {"blocks.0.attention.sinks"}
+    assert Decoder(TransformerConfig.from_dict(first)).state_dict().keys() == expected
+    gpt2 = dataclasses.replace(BASE, **FORMS["gpt2"])
+    assert "position_embedding.weight" in Decoder(gpt2).state_dict()
+
+
 def losses(config, steps):
     """Losses of some steps of training on packed rows with two documents each."""
     model = make_model(config)
@@ -108,7 +163,7 @@ def losses(config, steps):
 
 
 def test_training_is_the_same_with_eager_attention(config):
-    ours, eager = losses(config, 20), losses(dataclasses.replace(config, attention="eager"), 20)
+    ours, eager = losses(config, 30), losses(dataclasses.replace(config, attention="eager"), 30)
     assert ours[-1] < ours[0] - 0.3
     torch.testing.assert_close(ours, eager, atol=2e-4, rtol=2e-4)
 

@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 
+from fastattn.data import find_files
 from fastattn.models import Decoder, TransformerConfig
 from fastattn.train.data import PackedRows
 from fastattn.train.loop import Trainer
+from fastattn.train.prepare import prepare
 from fastattn.train.settings import TrainConfig
 from fastattn.train.tasks import next_token_loss
-from fastattn.train.text import find_files
-from fastattn.train.tokens import prepare
 
 WORDS = ("alpha", "beta", "for x in rows:\n", "    return", "naïve", "→ 日本", "0x1F", "(a, b)", "\n", "gamma")
 

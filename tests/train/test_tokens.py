@@ -6,10 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
+from fastattn.data import find_files, read_documents
+from fastattn.data.formats import pieces
 from fastattn.errors import DataError, InputError
-from fastattn.train import tokens as tokens_module
-from fastattn.train.text import find_files, read_documents
-from fastattn.train.tokens import END, START, Corpus, load_tokenizer, prepare, token_dtype, train_tokenizer
+from fastattn.train import prepare as prepare_module
+from fastattn.train.prepare import prepare
+from fastattn.train.tokens import END, START, Corpus, load_tokenizer, token_dtype, train_tokenizer
 
 
 def documents_of(corpus, split):
@@ -24,7 +26,8 @@ def documents_of(corpus, split):
 
 
 def test_every_document_is_there_once(corpus, texts):
-    written = sorted(document.text for document in read_documents(find_files([str(texts)]), []))
+    documents = [document.text for document in read_documents(find_files([str(texts)]), [])]
+    written = sorted(piece for text in documents for piece in pieces([text], max(256, sum(map(len, documents)) // 64)))
     train, held_out = documents_of(corpus, "train"), documents_of(corpus, "held_out")
     assert sorted(train + held_out) == written
     assert train and held_out and not set(train) & set(held_out)
@@ -54,7 +57,7 @@ def test_training_a_tokenizer_is_deterministic(texts):
 def test_the_cache_goes_by_content(texts, tmp_path, monkeypatch):
     files = find_files([str(texts)])
     first = prepare(files, tmp_path, vocab_size=280, progress=False)
-    monkeypatch.setattr(tokens_module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(prepare_module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
     assert prepare(files, tmp_path, vocab_size=280, progress=False) == first
     monkeypatch.undo()
     assert prepare(files, tmp_path, vocab_size=281, progress=False).folder != first.folder
@@ -99,13 +102,14 @@ def test_a_corpus_of_one_document(tmp_path):
 def test_files_that_change_while_they_are_read(texts, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(texts, copy)
-    real = tokens_module.train_tokenizer
+    real = prepare_module.corpus_key
 
-    def change(*args):
+    def change(*args, **options):
+        found = real(*args, **options)
         (copy / "file01.txt").write_text("changed in between")
-        return real(*args)
+        return found
 
-    monkeypatch.setattr(tokens_module, "train_tokenizer", change)
+    monkeypatch.setattr(prepare_module, "corpus_key", change)
     with pytest.raises(DataError, match="changed while they were read"):
         prepare(find_files([str(copy)]), tmp_path / "c", vocab_size=300, progress=False)
     assert not list((tmp_path / "c").iterdir())
@@ -145,5 +149,5 @@ def test_a_foreign_tokenizer(tmp_path):
     from tokenizers import Tokenizer, models
 
     path.write_text(Tokenizer(models.BPE()).to_str())
-    with pytest.raises(DataError, match="was not made by fastattn train"):
+    with pytest.raises(DataError, match="was not made by fastattn"):
         load_tokenizer(path)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.backends.cuda import abi, backward, build, library, nvrtc
+from fastattn.backends.cuda import abi, backward, build, decode, library, nvrtc
 from fastattn.backends.cuda.instances import (
     DTYPES,
     PADDED_ROWS,
@@ -31,6 +31,7 @@ from fastattn.backends.cuda.instances import (
     select_keys,
     select_queries,
 )
+from fastattn.cache import CacheInputs
 from fastattn.errors import InputError
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -64,6 +65,10 @@ def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
 
 def inputs_of(q: torch.Tensor, k: torch.Tensor, **others: object) -> Inputs:
     return Inputs(q, k, k, max_seqlen_q=q.shape[1], max_seqlen_kv=k.shape[1]).replace(**others)
+
+
+def cache_of(x: torch.Tensor) -> CacheInputs:
+    return CacheInputs(x, x, x, torch.ones(x.shape[0], dtype=torch.int32), max_seqlen_q=x.shape[1])
 
 
 def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
@@ -122,8 +127,9 @@ def gradients_of(
 ) -> Grads:
     inputs = inputs_of(q, q, sinks=sinks)
     out, lse = torch.zeros(inputs.out_shape(), dtype=q.dtype), torch.zeros(inputs.lse_shape())
-    names = [*needs, *(["sinks"] if sinks is not None else [])]
-    return backward.backward(launch, out, None, out, lse, inputs, AttentionSpec(0.125, **spec), names)  # type: ignore[arg-type]
+    names = (*needs, *(("sinks",) if sinks is not None else ()))
+    scalars = AttentionSpec(0.125, **spec)  # type: ignore[arg-type]
+    return backward.backward(backward.BackwardProblem(out, None, out, lse, inputs, scalars, names), launch, stream=0)
 
 
 def launched(q: torch.Tensor, needs: str = "qkv", **more: Any) -> abi.Fields:
@@ -165,9 +171,9 @@ def test_without_a_side_the_gradients_are_zero() -> None:
     for rows_q, rows_kv in ((q, empty), (empty, q)):
         inputs = inputs_of(rows_q, rows_kv, sinks=torch.zeros(1, 2))
         out, lse = torch.zeros(inputs.out_shape()).half(), torch.zeros(inputs.lse_shape())
-        grads = backward.backward(
-            seen.append, out, None, out, lse, inputs, AttentionSpec(1.0), ("q", "k", "v", "sinks")
-        )
+        scalars, needs = AttentionSpec(1.0), ("q", "k", "v", "sinks")
+        problem = backward.BackwardProblem(out, None, out, lse, inputs, scalars, needs)
+        grads = backward.backward(problem, seen.append, stream=0)
         for grad, like in ((grads.dq, rows_q), (grads.dk, rows_kv), (grads.dv, rows_kv)):
             assert grad is not None and grad.shape == like.shape and not grad.any()
     (fields,) = seen  # the sinks of queries without keys still have a gradient
@@ -310,6 +316,8 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
             loaded.forward(fields)
         with pytest.raises(RuntimeError, match="was not launched"):
             gradients_of(q, loaded.backward, "qkv")
+        with pytest.raises(RuntimeError, match="was not launched"):
+            decode.attend(loaded.decode, cache_of(q), AttentionSpec(0.125), 132, stream=0)
     with pytest.raises(RuntimeError, match="another version"):
         loaded.forward({**fields, "version": abi.FORWARD.version + 1})
 

@@ -59,7 +59,8 @@ MAY_IMPORT = {
     },
     "nn": PUBLIC | {"rotary"},
     "models": PUBLIC | {"models"},
-    "train": PUBLIC | {"models", "train", "generate"},
+    "data": PUBLIC | {"data"},
+    "train": PUBLIC | {"data", "models", "train", "generate"},
     "generate": PUBLIC | {"models", "generate", "train"},
     # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
     "integrations": UNDERNEATH

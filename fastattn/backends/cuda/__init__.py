@@ -5,8 +5,9 @@ Not yet run on a GPU, so it serves where it is asked for by name, never by choic
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +43,16 @@ def _kernels() -> library.Library | nvrtc.NvrtcKernels:
     if kernels is None:
         raise RuntimeError(how)
     return kernels
+
+
+@contextlib.contextmanager
+def _current_stream(device: torch.device) -> Iterator[int]:
+    """The stream to launch on, with its device current. Host memory has none: tests run kernels there, emulated."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
 
 
 def delivery() -> str:
@@ -85,8 +96,7 @@ class CudaBackend(Backend):
         q = inputs.q
         out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
         lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
-        with torch.cuda.device(q.device):
-            stream = torch.cuda.current_stream(q.device).cuda_stream
+        with _current_stream(q.device) as stream:
             kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
         return out, lse
 
@@ -101,19 +111,20 @@ class CudaBackend(Backend):
         needs: Sequence[str],
     ) -> Grads:
         kernels = _kernels()
-        with torch.cuda.device(inputs.q.device):
-            return backward.backward(kernels.backward, dout, dlse, out, lse, inputs, spec, needs)
+        problem = backward.BackwardProblem(dout, dlse, out, lse, inputs, spec, tuple(needs))
+        with _current_stream(inputs.q.device) as stream:
+            return backward.backward(problem, kernels.backward, stream)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         kernels, device = _kernels(), inputs.q.device
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+        with _current_stream(device) as stream:
             return decode.attend(kernels.decode, inputs, spec, _multiprocessors(device), stream)
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """How many blocks run at a time: one, where the device is emulated."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 BACKEND = CudaBackend()

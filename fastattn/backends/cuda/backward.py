@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,30 +21,33 @@ from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 
-def backward(
-    launch: Callable[[abi.Fields], None],
-    dout: Tensor,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    inputs: Inputs,
-    spec: AttentionSpec,
-    needs: Sequence[str],
-) -> Grads:
-    """The gradients named in ``needs``, computed by what ``launch`` launches on the current stream."""
-    original, inputs = inputs, abi.readable(inputs)
+@dataclass(frozen=True)
+class BackwardProblem:
+    """What ``Backend.backward`` is given."""
+
+    dout: Tensor
+    dlse: Tensor | None
+    out: Tensor
+    lse: Tensor
+    inputs: Inputs
+    spec: AttentionSpec
+    needs: tuple[str, ...]
+
+
+def backward(problem: BackwardProblem, launch: Callable[[abi.Fields], None], stream: int) -> Grads:
+    """The gradients that the problem needs, by the kernels that ``launch`` launches."""
+    inputs, spec, needs = abi.readable(problem.inputs), problem.spec, problem.needs
     tensors: dict[str, Tensor | None] = {
-        "out": abi.readable_rows(out.contiguous()),
-        "dout": abi.readable_rows(dout),
-        "lse": lse.contiguous(),
-        "dlse": None if dlse is None else dlse.float().contiguous(),
+        "out": abi.readable_rows(problem.out.contiguous()),
+        "dout": abi.readable_rows(problem.dout),
+        "lse": problem.lse.contiguous(),
+        "dlse": None if problem.dlse is None else problem.dlse.float().contiguous(),
         **_results(inputs, needs),
         **_own_tensors(inputs, spec, needs),
     }
-    stream = torch.cuda.current_stream(inputs.q.device).cuda_stream if inputs.q.is_cuda else 0
     if inputs.q.numel():
         launch(abi.backward_fields(inputs, spec, tensors, stream))
-    return _as_grads(original, tensors, needs)
+    return _as_grads(problem.inputs, tensors, needs)
 
 
 def fused_columns(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> int | None:

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from fastattn.data import find_files, read_documents, text_rank
+from fastattn.data.formats import pieces
 from fastattn.errors import DataError
-from fastattn.train.text import find_files, read_documents, text_rank
 
 
 def names(files):
@@ -41,28 +42,28 @@ def test_unusable_files_are_skipped_and_named(tmp_path):
     assert [(os.path.basename(skip.name), skip.reason) for skip in skipped] == [
         ("binary", "binary (it holds zero bytes)"),
         ("empty", "empty"),
-        ("latin", "not UTF-8 (byte 1)"),
+        ("latin", "neither UTF-8 nor Windows-1252; name its encoding with --encoding"),
         ("gone", "cannot be read (No such file or directory)"),
     ]
 
 
-def test_a_long_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
-    lines = [f"line {number} " + "x" * (number % 70) + "\n" for number in range(2000)]
+def test_a_very_long_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
+    lines = [f"line {number} " + "x" * (number % 70) + "\n" for number in range(20_000)]
     path = tmp_path / "long.txt"
     path.write_text("".join(lines))
     documents = list(read_documents([path], []))
-    assert 60 <= len(documents) <= 80
+    assert len(documents) == 1 + sum(map(len, lines)) // 2**18
     assert "".join(document.text for document in documents) == "".join(lines)
-    assert all(document.text.endswith("\n") for document in documents)
+    assert all(document.text.endswith("\n") and len(document.text) <= 2**18 for document in documents)
     assert len({document.name for document in documents}) == len(documents)
 
 
-def test_a_file_without_line_ends_is_cut_too(tmp_path):
-    path = tmp_path / "one-line.txt"
-    path.write_text("y" * 100_000)
-    texts = [document.text for document in read_documents([path], [])]
-    assert "".join(texts) == "y" * 100_000
-    assert len(texts) >= 60
+@pytest.mark.parametrize("chunk", [1, 10, 1000])
+def test_pieces(chunk):
+    text = "a line\n" * 20 + "y" * 50 + "\nend"
+    chunks = [text[start : start + chunk] for start in range(0, len(text), chunk)]
+    found = list(pieces(chunks, 16))
+    assert found == [*["a line\na line\n"] * 10, *["y" * 16] * 3, "yy\nend"] and "".join(found) == text
 
 
 def test_ranks_depend_on_the_text_alone_and_are_spread():

@@ -1,0 +1,394 @@
+"""Faults planted in the backward kernels, one at a time; as faults.py has those of the forward kernel."""
+
+from __future__ import annotations
+
+from fault import Fault
+
+FUSED_64 = ("KEYS", 64, 64, 0, 128, 128, 2, 1)
+FUSED_96 = ("KEYS", 96, 96, 0, 64, 128, 2, 1)
+FUSED_128 = ("KEYS", 128, 128, 0, 64, 128, 2, 1)
+CAPPED_64 = ("KEYS", 64, 64, 1, 128, 128, 2, 1)
+SPLIT_192 = ("KEYS", 192, 128, 0)
+QUERIES_128, QUERIES_256 = ("QUERIES", 128, 128, 0), ("QUERIES", 256, 256, 0)
+
+KEYS, QUERIES, ROWS = "sm90/keys.cuh", "sm90/queries.cuh", "sm90/rows.cuh"
+BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "gradient.h", "mask.h"
+
+BACKWARD_FAULTS = [
+    # What the producers may do when
+    Fault(
+        "backward: Q is loaded without waiting for room", KEYS, "mbarrier_wait(q.empty(), q.parity ^ 1);", "", FUSED_128
+    ),
+    Fault(
+        "backward: Q is loaded with the wrong parity", KEYS, "q.empty(), q.parity ^ 1", "q.empty(), q.parity", FUSED_128
+    ),
+    Fault(
+        "backward: bytes of lse come unannounced",
+        KEYS,
+        "mbarrier_expect(q.full(), C::ROW_BYTES);",
+        "mbarrier_arrive(q.full());",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: bytes of delta are announced twice",
+        KEYS,
+        "mbarrier_expect(dout_full, C::ROW_BYTES);",
+        "mbarrier_expect(dout_full, 2 * C::ROW_BYTES);",
+        FUSED_128,
+    ),
+    Fault("backward: a stage counts consumers, not warps", KEYS, "4 * C::CONSUMERS", "C::CONSUMERS", FUSED_128),
+    Fault(
+        "backward: K is loaded without waiting for room",
+        QUERIES,
+        "mbarrier_wait(k.empty(), k.parity ^ 1);",
+        "",
+        QUERIES_128,
+    ),
+    Fault(
+        "backward: V is loaded with the wrong parity",
+        QUERIES,
+        "v.empty(), v.parity ^ 1",
+        "v.empty(), v.parity",
+        QUERIES_128,
+    ),
+    # What they load
+    Fault("backward: lse of the first rows", KEYS, "lse_log2 + statistics + first", "lse_log2 + statistics", FUSED_128),
+    Fault("backward: delta of the first rows", KEYS, "delta + statistics + first", "delta + statistics", FUSED_128),
+    Fault(
+        "backward: statistics of the first head of the group",
+        KEYS,
+        "padded_row(args.p, tile, head);\n    for",
+        "padded_row(args.p, tile, tile.head * group);\n    for",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: K and V ignore where their sequence begins",
+        KEYS,
+        "row = tile.first_kv + tile.row;",
+        "row = tile.row;",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: dout ignores where its sequence begins",
+        KEYS,
+        "args.dout, dout_full, tile.first_q + first",
+        "args.dout, dout_full, first",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: K and V of the query head's number",
+        QUERIES,
+        "tile.head / static_cast<int>(args.p.heads_q / args.p.heads_kv)",
+        "tile.head",
+        QUERIES_128,
+    ),
+    Fault(
+        "backward: keys that are kept are looked for at row 0",
+        BACKWARD,
+        "tile.first_kv = -static_cast<int>(p.key_begin);",
+        "",
+        FUSED_128,
+    ),
+    # Waits of the kernel of the keys
+    Fault("backward: no wait for K", KEYS, "mbarrier_wait(shared.k_full(), 0);", "", FUSED_128),
+    Fault("backward: no wait for V", KEYS, "mbarrier_wait(shared.v_full(), 0);", "", FUSED_128),
+    Fault("backward: no wait for Q", KEYS, "mbarrier_wait(q.full(), q.parity);\n      clear", "clear", FUSED_128),
+    Fault(
+        "backward: no wait for dout",
+        KEYS,
+        "mbarrier_wait(shared.dout_full(q.stage), q.parity);\n      if",
+        "if",
+        FUSED_128,
+    ),
+    Fault("backward: scores are used before the wait", KEYS, "wgmma_wait<1>(scores);", "", FUSED_128),
+    Fault("backward: dP is used before the wait", KEYS, "wgmma_wait<OF_V ? 1 : 0>(dp);", "", FUSED_128),
+    Fault(
+        "backward: Q is released before its products are done",
+        KEYS,
+        "wgmma_wait<0>(dq);\n          release(q);",
+        "release(q);\n          wgmma_wait<0>(dq);",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: a stage is never released",
+        KEYS,
+        "wgmma_wait<0>(dq);\n          release(q);",
+        "wgmma_wait<0>(dq);\n          q.advance();",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: dout is released before its product is done, dv apart",
+        KEYS,
+        "wgmma_wait<0>(dv);\n        release(q);",
+        "release(q);\n        wgmma_wait<0>(dv);",
+        SPLIT_192,
+    ),
+    Fault(
+        "backward: the consumer of dv never releases",
+        KEYS,
+        "wgmma_wait<0>(dv);\n        release(q);",
+        "wgmma_wait<0>(dv);\n        q.advance();",
+        SPLIT_192,
+    ),
+    Fault(
+        "backward: the consumer of dk releases too early",
+        KEYS,
+        "wgmma_wait<0>(dk);\n          release(q);",
+        "release(q);\n          wgmma_wait<0>(dk);",
+        SPLIT_192,
+    ),
+    # The way of dS to dq
+    Fault(
+        "backward: dS is used before both consumers have staged it",
+        KEYS,
+        "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // dS^T of both is there",
+        "",
+        FUSED_128,
+    ),
+    Fault("backward: no proxy fence after dS", KEYS, "ds);\n          fence_proxy_async();", "ds);", FUSED_128),
+    Fault("backward: dS has one buffer", KEYS, "buffer ^= 1;", "", FUSED_128),
+    Fault("backward: dS is staged without swizzle", FRAGMENT, " ^ swizzle;", ";", FUSED_128),
+    Fault("backward: dS is read as K-major", KEYS, "wgmma_ss<1, 1>", "wgmma_ss<0, 1>", FUSED_128),
+    Fault("backward: K is read as K-major for dq", KEYS, "wgmma_ss<1, 1>", "wgmma_ss<1, 0>", FUSED_128),
+    Fault(
+        "backward: both consumers compute the left columns of dq",
+        KEYS,
+        "consumer * C::BLOCK_N * kRowBytes",
+        "0",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: both consumers compute the upper rows of dq",
+        KEYS,
+        "C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0",
+        "0",
+        FUSED_64,
+    ),
+    Fault(
+        "backward: dq takes the first consumer's dS for both",
+        KEYS,
+        "(key / 64 * (C::BLOCK_M / 64)",
+        "(0 * (C::BLOCK_M / 64)",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: both consumers add to the same sums",
+        KEYS,
+        "consumer * 64 * 64 + this_place()",
+        "this_place()",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: dq of the wrong head's rows",
+        KEYS,
+        "padded_row(args.p, tile, head) + block",
+        "padded_row(args.p, tile, tile.head) + block",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: columns that dq does not have are added",
+        KEYS,
+        "if (C::D_QK % 64 && consumer * 64 + 8 * j >= C::D_QK) continue;",
+        "",
+        FUSED_96,
+    ),
+    Fault("backward: the sums for dq are not cleared", ROWS, "if (!p.dq_sums) return;", "return;", FUSED_128),
+    Fault("backward: dq takes one row of its fragment for both", ROWS, " + row / 8 % 2 * 2;", ";", FUSED_128),
+    Fault("backward: dq ignores the part of the second consumer", ROWS, "part * 64 * 64", "0", FUSED_128),
+    Fault("backward: dq is not scaled", ROWS, "x.x * scale", "x.x", FUSED_128),
+    # Weights and gradients of scores
+    Fault("backward: the gradient of the scores forgets delta", KEYS, "(dp[i] - delta.x)", "dp[i]", FUSED_128),
+    Fault(
+        "backward: statistics are those of the first columns", KEYS, " + this_place().first_column() * 4", "", FUSED_128
+    ),
+    Fault("backward: delta of the first stage", KEYS, "shared.delta(stage), j", "shared.delta(0), j", FUSED_128),
+    Fault("backward: dk of the weights", KEYS, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
+    Fault(
+        "backward: weights in fp32 are not masked", KEYS, "else mask_weights(scores, band, row, column);", "", FUSED_128
+    ),
+    Fault("backward: weights in 16 bits are not masked", KEYS, "mask_packed(p, band, row, column);\n", "", FUSED_128),
+    Fault(
+        "backward: weights that dS takes in 16 bits are not masked",
+        KEYS,
+        "if (C::SLOPED_IN_16_BITS) mask_packed(sloped, band, row, column);\n  else",
+        "if (!C::SLOPED_IN_16_BITS)",
+        FUSED_64,
+    ),
+    Fault("backward: one half of a pair is not masked", GRADIENT, "weights[i] &= 0x0000ffffu;", ";", FUSED_128),
+    Fault(
+        "backward: the mask takes one row for both",
+        GRADIENT,
+        "kept_columns(band, row + 8)};\n  FA_UNROLL\n  for (int i = 0; i < N; ++i) {\n    int",
+        "kept_columns(band, row)};\n  FA_UNROLL\n  for (int i = 0; i < N; ++i) {\n    int",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: the band is not transposed",
+        KEYS,
+        "Band const band = transposed(band_of(args.p, tile));",
+        "Band const band = band_of(args.p, tile);",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: the transposed band keeps its sides",
+        MASK,
+        "{band.right, band.left, -band",
+        "{band.left, band.right, -band",
+        FUSED_128,
+    ),
+    Fault("backward: the transposed band keeps its diagonal", MASK, "-band.diagonal", "band.diagonal", FUSED_128),
+    Fault("backward: softcap has no slope", GRADIENT, "score = p * multiply_add(-t, t, 1.f);", "score = p;", CAPPED_64),
+    Fault(
+        "backward: the kernel of the queries masks nothing",
+        QUERIES,
+        "if (contains(read_blocks(shared.tile()).unmasked, block)) return;",
+        "return;",
+        QUERIES_128,
+    ),
+    Fault("backward: lse of one row for both", QUERIES, "lse_log2 + row + 8 * r", "lse_log2 + row", QUERIES_128),
+    # Rows that count for nothing
+    Fault(
+        "backward: rows past the end of a sequence are not cleared",
+        KEYS,
+        "if (rows >= C::BLOCK_M) return;",
+        "return;",
+        FUSED_128,
+        seed=278,
+    ),
+    Fault(
+        "backward: rows past the end are cleared without a fence",
+        KEYS,
+        "{0, rows});\n  fence_proxy_async();",
+        "{0, rows});",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: unkept rows of K are not cleared",
+        KEYS,
+        "clear_rows<C::BLOCK_N, C::CHUNKS_QK, C::CONSUMERS>(shared.k(), kept);",
+        "",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: unkept rows of V are not cleared",
+        KEYS,
+        "clear_rows<C::BLOCK_N, C::CHUNKS_V, C::CONSUMERS>(shared.v(), kept);",
+        "",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: the kernel of the queries clears nothing",
+        QUERIES,
+        "if (!args.p.cu_seqlens_q) return;",
+        "return;",
+        QUERIES_128,
+    ),
+    # Products and results
+    Fault(
+        "backward: V is released before its product is done",
+        QUERIES,
+        "wgmma_wait<0>(dp);\n    release(v);",
+        "release(v);\n    wgmma_wait<0>(dp);",
+        QUERIES_256,
+    ),
+    Fault(
+        "backward: K is released before its product is done",
+        QUERIES,
+        "wgmma_wait<0>(dq);\n    release(k);",
+        "release(k);\n    wgmma_wait<0>(dq);",
+        QUERIES_128,
+    ),
+    Fault(
+        "backward: dq is staged while other warps read Q",
+        QUERIES,
+        "named_sync(kOwnBarrier + consumer, kWarpgroup);  // all four warps have read their Q",
+        "",
+        QUERIES_128,
+    ),
+    Fault(
+        "backward: no proxy fence before the store of dq",
+        QUERIES,
+        "packed);\n  fence_proxy_async();",
+        "packed);",
+        QUERIES_128,
+    ),
+    Fault(
+        "backward: dk and dv are staged while K and V are read",
+        KEYS,
+        "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more",
+        "",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: dk is stored before all warps have staged it",
+        KEYS,
+        "named_sync(kOwnBarrier + this_place().consumer(), kWarpgroup);",
+        "",
+        FUSED_128,
+    ),
+    Fault("backward: the block ends before dk has arrived", KEYS, "tma_store_wait();", "", FUSED_128),
+    Fault(
+        "backward: the last rows of dk overwrite the next sequence",
+        KEYS,
+        "p.cu_seqlens_q && first + 64 > tile.s_kv",
+        "false",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: the last rows of dq overwrite the next sequence",
+        QUERIES,
+        "p.cu_seqlens_q && first + 64 > tile.s_q",
+        "false",
+        QUERIES_128,
+    ),
+    Fault("backward: dk is not scaled", KEYS, "dk[i] *= scale", "dk[i] *= 1", FUSED_128),
+    # Before and after
+    Fault(
+        "backward: delta forgets the gradient of lse",
+        ROWS,
+        "if (p.dlse) sum -= load_global(p.dlse + of_row);",
+        "",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: delta of half a row",
+        ROWS,
+        "for (int mask = 1; mask < 8; mask *= 2)",
+        "for (int mask = 1; mask < 4; mask *= 2)",
+        FUSED_128,
+    ),
+    Fault("backward: lse stays natural", ROWS, "lse * kLog2E", "lse", FUSED_128),
+    Fault(
+        "backward: statistics of the next sequence",
+        ROWS,
+        "bool const exists = i < tile.s_q;",
+        "bool const exists = true;",
+        FUSED_128,
+    ),
+    Fault("backward: the gradient of a sink has the wrong sign", ROWS, "sum -= exp2", "sum += exp2", FUSED_128),
+    Fault("backward: the gradient of a sink is one warp's", ROWS, "warp < kRowWarps", "warp < 1", FUSED_128),
+    Fault(
+        "backward: padded sequences overlap",
+        BACKWARD,
+        "(begin + n * kPaddedRows) / kPaddedRows",
+        "begin / kPaddedRows",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: keys are looked for among the queries",
+        BACKWARD,
+        "OF_KEYS ? p.cu_seqlens_kv : p.cu_seqlens_q;",
+        "p.cu_seqlens_q;",
+        FUSED_128,
+    ),
+    Fault(
+        "backward: a sequence begins one row late", BACKWARD, "middle) <= padded_row", "middle) < padded_row", FUSED_128
+    ),
+    Fault(
+        "backward: the last pass is as wide as the others",
+        BACKWARD,
+        "smaller(pairs - pass * wanted, wanted)",
+        "wanted",
+        FUSED_128,
+    ),
+]

@@ -1,0 +1,46 @@
+"""``fastattn evaluate``: how good a checkpoint is on a file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fastattn.cli import device
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
+        "perplexity, bits per byte, accuracy, precision, recall, F1, exact match, BLEU, chrF, ROUGE, as they apply."
+    )
+    parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its best, if kept, or newest)"
+    )
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PATH", help="a file of examples; for a pre-trained model any text"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples, or N rows of the text")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    parser.add_argument("--attention", choices=("fastattn", "eager"), help="instead of what the run used")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    device.add_flag(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastattn.errors import input_error
+    from fastattn.files import write_text
+    from fastattn.train import find_checkpoint
+    from fastattn.train.evaluate import evaluate
+
+    if args.limit is not None and args.limit < 1:
+        raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")
+    found = evaluate(
+        find_checkpoint(args.checkpoint, best=True), args.data, device=device.choose(args.device),
+        attention=args.attention, limit=args.limit, show_progress=not args.quiet,
+    )  # fmt: skip
+    print(found.table())
+    if args.json:
+        write_text(args.json, found.to_json())
+    return 0

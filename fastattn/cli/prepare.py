@@ -1,0 +1,93 @@
+"""``fastattn prepare``: from raw files to a corpus that ``fastattn train --corpus`` reads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fastattn.cli.flags import Flag, add_flags, given
+
+FLAGS = (
+    Flag("--encoding", "encoding", str, None, "of the files; UTF-8 or their byte order mark if not given"),
+    Flag("--kind", "kind", str, "auto", "what the text is; auto: by the suffix", ("auto", "prose", "code")),
+    Flag("--quality", "quality", bool, True, "drop documents that break a quality rule (default on)"),
+    Flag("--min-words", "min_words", int, 50, "fewest words of a document of prose"),
+    Flag("--max-words", "max_words", int, 100_000, "most words of a document"),
+    Flag("--duplicates", "duplicates", str, "near", "which duplicates to drop", ("near", "exact", "keep")),
+    Flag(
+        "--mask-personal-data", "personal", str, "auto",
+        "replace e-mail, phone, IP, card and id numbers by <EMAIL> ...; auto: in code e-mail only",
+        ("auto", "all", "none"),
+    ),
+    Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the text"),
+    Flag("--tokenizer", "tokenizer", Path, None, "use this tokenizer.json, or that of this folder, instead"),
+    Flag("--held-out", "held_out", float, 0.05, "part of the documents kept for the held-out loss"),
+    Flag("--max-documents", "max_documents", int, None, "stop reading after this many"),
+)  # fmt: skip
+_CLEANING = ("kind", "quality", "min_words", "max_words", "duplicates", "personal")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = (
+        "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
+        "repair encodings, drop bad and duplicate documents, mask personal data, learn a byte-level BPE and write "
+        "token files. What was dropped and why is printed, and kept in report.json."
+    )
+    parser = commands.add_parser("prepare", help="make a corpus from raw text", description=text)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the corpus")
+    parser.add_argument(
+        "--data", nargs="+", default=(), metavar="PATH",
+        help="files, folders, patterns, hf:NAME (default: the source of Python's standard library)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--field", nargs="+", default=["text"], metavar="NAME",
+        help="fields of JSON objects or columns of tables that are the text; numbers are columns without a header",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="RULE",
+        help="quality rules to turn off, by their names in the report",
+    )
+    parser.add_argument("--raw", action="store_true", help="no cleaning at all: documents as they are")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that clean (default 1)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_flags(parser, FLAGS)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastattn.data import Cleaning, find_sources
+    from fastattn.data.formats import ReadOptions
+    from fastattn.errors import input_error
+    from fastattn.train.prepare import PrepareConfig, prepare_at
+
+    flags = given(args, FLAGS)
+    cleaning = {name: flags.pop(name) for name in _CLEANING if name in flags}
+    if args.raw and (cleaning or args.without):
+        name = next(iter(cleaning), "without")
+        raise input_error("--raw", f"together with --{name.replace('_', '-')}", "one of them", "--raw cleans nothing.")
+    if args.workers < 1:
+        raise input_error("--workers", args.workers, "at least 1", "Give the number of cores to use.")
+    config = PrepareConfig(
+        read=ReadOptions(tuple(args.field), flags.pop("encoding", None)),
+        cleaning=Cleaning.none() if args.raw else Cleaning(without=tuple(args.without), **cleaning),
+        **flags,
+    )
+    sources = find_sources(args.data)
+    corpus = prepare_at(sources, args.out, config, workers=args.workers, progress=not args.quiet)
+    print(_told(args.out, corpus.facts.documents, corpus.facts.tokens, corpus.facts.vocab_size))
+    return 0
+
+
+def _told(folder: Path, documents: dict[str, int], tokens: dict[str, int], vocab_size: int) -> str:
+    from fastattn.data.report import Report
+
+    report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} documents, {tokens[name]:,} tokens" for name in documents]
+    lines = [report.table(), "", *sizes, f"vocabulary: {vocab_size:,}"]
+    return "\n".join(
+        [*lines, f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]
+    )

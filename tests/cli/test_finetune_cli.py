@@ -1,0 +1,196 @@
+"""finetune, evaluate, generate and example through main([...]): what they print, write and refuse."""
+
+import json
+import re
+
+import pytest
+
+from fastattn.cli import finetune, main
+from fastattn.models import PRESETS
+from fastattn.train import find_checkpoint, shipped
+from fastattn.train.downstream import TASKS
+from fastattn.train.examples import FIELDS, read_examples
+from fastattn.train.finetune import FinetuneConfig
+from fastattn.train.stdlib import Docstring, Summary
+
+QUICK = ["--batch", "4", "--vocab-size", "300", "--device", "cpu", "--quiet"]
+PROMPTS = [{"prompt": f"say {word}: ", "response": word.upper()} for word in ("up", "down", "left", "right")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smaller_presets(smaller_tiny):
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("encoder-tiny", "seq2seq-tiny"):
+            patch.setitem(PRESETS, name, PRESETS[name] | {"width": 32, "layers": 1, "heads": 2})
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    rows = [f"{word} number {n}\t{word}" for word in ("up", "down", "left") for n in range(6)]
+    path.write_text("text\tlabel\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    command = ["finetune", "--task", "classify", "--data", data, "--preset", "tiny", "--out", folder, "--steps", "6"]
+    assert main([*map(str, command), "--eval", str(data), "--save-every", "3", *QUICK]) == 0
+    return folder
+
+
+def fails(capsys, arguments, words):
+    """The command ends with code 2 and one sentence on stderr."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 2
+    message = capsys.readouterr().err
+    assert re.search(words, message), message
+    assert message.startswith(f"fastattn {arguments[0]}: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["finetune", "evaluate", "example"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: fastattn" in text
+    if command == "finetune":
+        for task, fields in FIELDS.items():
+            assert re.search(rf"^  {task} +{', '.join(fields.required)}", text, re.M), task
+
+
+def test_the_help_tells_the_true_defaults():
+    config = FinetuneConfig(task="classify", data="x", checkpoint="y")
+    for flag in finetune.FLAGS:
+        assert config.value(flag.field) == flag.default, flag.name
+    assert set(TASKS) == set(FIELDS)
+
+
+def test_finetune_says_how_it_went_and_resumes(out, capsys):
+    assert find_checkpoint(out).trainer_state()["step"] == 6
+    assert main(["finetune", "--out", str(out), "--resume", "--steps", "8", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    for figure in ("steps +8", r"held-out accuracy +[01]\.", r"held-out F1 \(macro\)", "examples +18", "parameters +"):
+        assert re.search(figure, text), figure
+    fails(capsys, ["finetune", "--out", out, "--resume", "--task", "tag"], "--task: got tag; allowed: classify")
+
+
+def test_evaluate_writes_a_table_and_json(out, data, tmp_path, capsys):
+    path = tmp_path / "scores.json"
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--json", str(path), "--quiet"]) == 0
+    text, found = capsys.readouterr().out, json.loads(path.read_text())
+    assert found["task"] == "classify" and found["sizes"] == {"examples": 18}
+    for name, value in found["scores"].items():
+        assert re.search(rf"^{re.escape(name)} +{value:.4f}$", text, re.M), name
+    assert {"loss", "accuracy", "precision (macro)", "recall (macro)", "F1 (micro)"} <= set(found["scores"])
+    limited = ["evaluate", "--checkpoint", str(out), "--data", str(data), "--limit", "5", "--quiet"]
+    assert main(limited) == 0 and re.search("examples +5", capsys.readouterr().out)
+
+
+def test_a_config_file_gives_the_settings(data, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(f'[finetune]\ntask = "classify"\ndata = "{data}"\npreset = "tiny"\nsteps = 2\nmethod = "lora"\n')
+    assert main(["finetune", "--config", str(file), "--out", str(tmp_path / "run"), *QUICK]) == 0
+    state = find_checkpoint(tmp_path / "run").trainer_state()["settings"]["finetune"]
+    assert state["method"] == "lora" and state["data"] == str(data)
+
+
+def test_pre_train_fine_tune_generate(data, tmp_path, capsys):
+    """The whole way of a language model that follows instructions."""
+    corpus = tmp_path / "text"
+    corpus.mkdir()
+    for number in range(8):
+        (corpus / f"{number}.txt").write_text(f"say up: UP and say down: DOWN, number {number}\n" * 5)
+    run, tuned = str(tmp_path / "run"), str(tmp_path / "tuned")
+    command = ["train", "--data", str(corpus), "--out", run, "--steps", "2", "--length", "32", "--eval-rows", "2"]
+    assert main([*command, *QUICK]) == 0
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in PROMPTS))
+    command = ["finetune", "--task", "instruct", "--data", str(path), "--checkpoint", run, "--out", tuned]
+    assert main([*command, "--method", "lora", "--steps", "2", "--eval", str(path), *QUICK]) == 0
+    assert re.search(r"held-out chrF +\d", capsys.readouterr().out)
+    assert main(["generate", "--checkpoint", tuned, "--prompt", "say up: ", "--tokens", "4", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("say up: ")
+
+
+def test_objectives_of_train(tmp_path, capsys):
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"one and two and three, number {number}\n" * 5)
+    for objective, kind in (("masked", "encoder"), ("span", "encoder-decoder")):
+        run = tmp_path / "runs" / objective
+        command = ["train", "--data", tmp_path / "*.txt", "--out", run, "--objective", objective, "--steps", "2"]
+        assert main([*map(str, command), "--length", "32", "--eval-rows", "2", *QUICK]) == 0
+        assert re.search(f"objective +{objective}", capsys.readouterr().out)
+        assert find_checkpoint(run).config().kind == kind
+        assert main(["evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "1.txt"), "--quiet"]) == 0
+    command = ["train", "--data", tmp_path, "--out", tmp_path / "x", "--objective", "span", "--quiet"]
+    fails(
+        capsys, [*command, "--preset", "bert-tiny"],
+        "preset: got 'bert-tiny'; allowed: seq2seq-tiny, .* A model of kind encoder-decoder is needed",
+    )  # fmt: skip
+
+
+def test_errors(out, data, tmp_path, capsys):
+    new = ["finetune", "--out", tmp_path / "new", "--quiet"]
+    whole = [*new, "--task", "classify", "--data", data]
+    fails(capsys, [*new, "--data", data], "--task: got nothing; allowed: a value. A new run needs it")
+    fails(capsys, [*new, "--task", "tag"], "--data: got nothing")
+    fails(capsys, whole, "the start: got none; allowed: one of --checkpoint, --pretrained and --preset")
+    fails(capsys, [*whole, "--preset", "huge"], "preset: got 'huge'; allowed: .*encoder-tiny")
+    fails(capsys, [*whole, "--checkpoint", tmp_path / "no"], "does not exist")
+    fails(capsys, [*whole, "--pretrained", tmp_path / "no"], "tokenizer.json is not a readable tokenizer")
+    fails(capsys, [*new, "--task", "tag", "--data", data, "--preset", "tiny"], "line 2, field 'words': it is missing")
+    fails(capsys, [*new, "--task", "seq2seq", "--data", tmp_path / "no.jsonl", "--preset", "tiny"], "cannot be read")
+    fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "Give one file of examples for classify")
+    fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, "--limit", "0"], "--limit: got 0")
+    fails(capsys, ["evaluate", "--checkpoint", tmp_path / "no", "--data", data], "does not exist")
+    fails(capsys, ["generate", "--checkpoint", out, "--prompt", "x"], "is a model for classify, which writes no text")
+    fails(capsys, ["example", "code", "--out", out], "holds something already: choose another --out")
+    fails(capsys, ["example", "code", "--out", tmp_path / "e", "--steps", "0"], "--steps: got 0")
+
+
+def small_library(monkeypatch, tmp_path):
+    """A few invented items instead of the standard library's, which takes long to read."""
+    packages = ("net", "data", "text")
+    items = [
+        (f"{package}/m{module}.py", package, f"{package} {verb} of thing {n} in module {module}, told at some length")
+        for package in packages for module in range(6) for n, verb in enumerate(("read", "write", "open", "close") * 3)
+    ]  # fmt: skip
+    found = [Docstring(*item) for item in items]
+    functions = [Summary(m, p, "Owner", f"def f_{n}(self):\n    return {n}", t) for n, (m, p, t) in enumerate(items)]
+    files = []
+    for number in range(30):
+        path = tmp_path / "library" / f"m{number}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"def function_{number}(x):\n    return x + {number}\n" * 9)
+        files.append(path)
+    monkeypatch.setattr(shipped, "docstrings", lambda: found)
+    monkeypatch.setattr(shipped, "summaries", lambda: functions)
+    monkeypatch.setattr(shipped, "find_files", lambda: files)
+    monkeypatch.setattr("fastattn.train.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")})
+
+
+@pytest.mark.parametrize("name", sorted(shipped.EXAMPLES))
+def test_examples(name, tmp_path, monkeypatch, capsys):
+    small_library(monkeypatch, tmp_path)
+    figures = tmp_path / "figures.json"
+    command = ["example", name, "--out", str(tmp_path / "out"), "--steps", "2", "--device", "cpu", "--quiet"]
+    assert main([*command, "--json", str(figures)]) == 0
+    text, found = capsys.readouterr().out, json.loads(figures.read_text())
+    assert found == json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["metric"] in found["baseline"] and found["metric"] in found["model"]
+    assert all(count > 0 for count in found["examples"].values())
+    verdict = "better" if found["beats baseline"] else "NOT better"
+    assert f"\n{verdict} than the baseline by {found['metric']}" in text
+    assert re.search(rf"{re.escape(found['metric'])} +{found['baseline'][found['metric']]:.4f} ", text)
+    if name != "code":
+        field = "text" if name == "classify" else "target"
+        train, held_out = (
+            {example.fields[field] for example in read_examples(tmp_path / "out" / "data" / f"{part}.jsonl", task)}
+            for part in ("train", "held_out")
+            for task in ["classify" if name == "classify" else "seq2seq"]
+        )
+        assert train and held_out and not train & held_out

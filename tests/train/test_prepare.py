@@ -1,0 +1,178 @@
+"""From raw files to a corpus: the report beside it, the cache, what is refused, and the command itself."""
+
+import json
+import random
+import re
+
+import pytest
+
+from fastattn.cli import main
+from fastattn.data import Cleaning, find_sources
+from fastattn.data.formats import ReadOptions
+from fastattn.errors import DataError, InputError
+from fastattn.train import prepare as module
+from fastattn.train.prepare import PrepareConfig, prepare_at
+from fastattn.train.tokens import Corpus
+
+WORDS = ["river", "stone", "bridge", "water", "market", "village", "garden", "window", "letter", "music", "winter"]
+WORDS += ["summer", "paper", "table", "kitchen", "doctor", "teacher", "engine", "railway", "picture", "machine"]
+
+
+def record(number):
+    """Prose of a hundred words, different for each number."""
+    source = random.Random(number)
+    lines = (" ".join(source.choices([*WORDS, "the", "and", "with", "of"], k=12)).capitalize() for _ in range(8))
+    return f"Story number {number} of them. " + ". ".join(lines)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    lines = [{"body": record(n)} for n in range(60)] + [{"body": "short"}, {"body": record(3)}]
+    lines[5]["body"] += " Write to bo@example.org."
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"bod')
+    (folder / "b.csv").write_bytes(b"\x00\x01")
+    return folder
+
+
+CONFIG = PrepareConfig(ReadOptions(("body",)), Cleaning(), vocab_size=320, held_out=0.1)
+
+
+def prepared(raw, out, config=CONFIG, **options):
+    return prepare_at(find_sources([str(raw)]), out, config, progress=False, **options)
+
+
+def test_a_corpus_and_its_report(raw, tmp_path):
+    corpus = prepared(raw, tmp_path / "corpus")
+    assert sum(corpus.facts.documents.values()) == 60
+    tokenizer, file = corpus.tokenizer(), corpus.split("train")
+    texts = [tokenizer.decode(file.tokens[a:b].tolist()) for a, b in zip(file.offsets, file.offsets[1:], strict=False)]
+    texts.append(tokenizer.decode(corpus.split("held_out").tokens.tolist()))
+    assert sum(text.count("Write to <EMAIL>.") for text in texts) == 1 and not any("bo@" in text for text in texts)
+    report = json.loads((tmp_path / "corpus" / "report.json").read_text())
+    assert report["dropped"] == {"too-short": 1, "exact-duplicate": 1} and report["masked"] == {"email": 1}
+    assert report["made"]["held_out"] == 0.1 and report["settings"]["duplicates"] == "near"
+    skipped = {skip["name"].rpartition("/")[2]: skip["reason"] for skip in corpus.facts.skipped}
+    assert skipped["a.jsonl"].startswith("1 records, the first at line 63: not JSON") and "b.csv" in skipped
+    assert {path.name for path in corpus.folder.iterdir()} == {
+        "corpus.json", "report.json", "tokenizer.json", "train.tokens", "train.offsets", "held_out.tokens",
+        "held_out.offsets",
+    }  # fmt: skip
+
+
+def test_it_is_made_once(raw, tmp_path, monkeypatch):
+    out = tmp_path / "corpus"
+    first = prepared(raw, out, workers=2)
+    monkeypatch.setattr(module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    assert prepared(raw, out) == first
+    changed = PrepareConfig(CONFIG.read, Cleaning(duplicates="exact"), vocab_size=320, held_out=0.1)
+    with pytest.raises(DataError, match="holds a corpus of other files or settings: remove it, or choose another"):
+        prepared(raw, out, changed)
+    with pytest.raises(DataError, match="exists and is not a corpus of fastattn"):
+        prepared(raw, raw)
+
+
+def test_a_failure_leaves_nothing_and_touches_nobody(raw, tmp_path, monkeypatch):
+    other = tmp_path / ".unfinished-other-1234"
+    other.mkdir()
+    monkeypatch.setattr(module, "train_tokenizer", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(DataError, match="the disk is full"):
+        prepared(raw, tmp_path / "corpus")
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", other.name}
+
+
+def test_a_tokenizer_of_another_corpus(raw, tmp_path):
+    first = prepared(raw, tmp_path / "first")
+    for given in (tmp_path / "first", tmp_path / "first" / "tokenizer.json"):
+        config = PrepareConfig(CONFIG.read, Cleaning(), tokenizer=given, max_documents=20)
+        corpus = prepared(raw, tmp_path / f"by-{given.name}", config)
+        assert corpus.tokenizer().to_str() == first.tokenizer().to_str()
+        assert sum(corpus.facts.documents.values()) == 20
+    with pytest.raises(DataError, match="not a readable tokenizer"):
+        prepared(raw, tmp_path / "x", PrepareConfig(tokenizer=raw))
+
+
+def test_the_vocabulary_is_learned_from_all_over_a_large_corpus(raw, tmp_path, monkeypatch):
+    seen = []
+    real = module.train_tokenizer
+
+    def train(texts, size):
+        seen.extend(texts)
+        return real(seen, size)
+
+    monkeypatch.setattr(module, "train_tokenizer", train)
+    monkeypatch.setattr(module, "TOKENIZER_SAMPLE", 60 * 400 // 4)
+    prepared(raw, tmp_path / "corpus")
+    numbers = [int(re.search(r"number (\d+)", text)[1]) for text in seen]
+    assert 4 <= len(seen) <= 32 and min(numbers) < 20 and max(numbers) > 40
+
+
+def test_refusals(raw, tmp_path):
+    with pytest.raises(DataError, match=r"of 62 documents none was kept \(.*too-short dropped 62.*--without"):
+        prepared(raw, tmp_path / "a", PrepareConfig(CONFIG.read, Cleaning(min_words=5000)))
+    with pytest.raises(
+        DataError, match=r"none of 2 files holds text \(.*a.jsonl: 63 records.*no field 'text' among body"
+    ):
+        prepared(raw, tmp_path / "b", PrepareConfig(cleaning=Cleaning()))
+    (tmp_path / "one.txt").write_text(record(1)[:250])
+    with pytest.raises(DataError, match="too small: 1 document"):
+        prepared(tmp_path / "one.txt", tmp_path / "c", PrepareConfig())
+    with pytest.raises(InputError, match="max_documents: got 1"):
+        PrepareConfig(max_documents=1)
+
+
+def test_copies_alone_cannot_be_split(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "the same\n" * 9)
+    with pytest.raises(DataError, match="too small: 9 document"):
+        prepared(tmp_path / "a.csv", tmp_path / "c", PrepareConfig())
+
+
+def test_the_command_and_training_on_what_it_made(raw, tmp_path, capsys):
+    out = tmp_path / "corpus"
+    command = ["prepare", "--data", str(raw), "--out", str(out), "--field", "body", "--vocab-size", "320", "--quiet"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    for words in (
+        r"documents read +62",
+        r"dropped: too-short +1 ",
+        r"masked: email +1",
+        r"b\.csv: ",
+        r"vocabulary: 320",
+    ):
+        assert re.search(words, text), words
+    assert main(command) == 0 and capsys.readouterr().out == text
+    run = ["train", "--out", str(tmp_path / "run"), "--quiet", "--device", "cpu"]
+    small = ["--batch", "2", "--length", "16", "--eval-rows", "2", "--log-every", "1"]
+    assert main([*run, "--corpus", str(out), "--steps", "2", *small]) == 0
+    assert main([*run, "--resume", "--steps", "3"]) == 0
+    assert not (tmp_path / "run" / "corpus").exists()
+    capsys.readouterr()
+    assert main([*run, "--corpus", str(out), "--vocab-size", "300"]) == 2
+    assert "--corpus: got together with --vocab-size" in capsys.readouterr().err
+
+
+def test_settings_from_a_file(raw, tmp_path, capsys):
+    path = tmp_path / "prepare.toml"
+    path.write_text(
+        f'data = ["{raw}"]\nout = "{tmp_path / "corpus"}"\nfield = ["body"]\nquality = false\nvocab-size = 300\n'
+        'without = ["stop-words"]\nduplicates = "exact"\nmask-personal-data = "none"\nquiet = true\n'
+    )
+    assert main(["prepare", "--config", str(path), "--vocab-size", "310"]) == 0
+    assert "vocabulary: 310" in capsys.readouterr().out
+    assert sum(Corpus.open(tmp_path / "corpus").facts.documents.values()) == 61
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--raw", "--duplicates", "exact"], "--raw: got together with --duplicates"),
+        (["--raw", "--without", "symbols"], "--raw: got together with --without"),
+        (["--workers", "0"], "--workers: got 0"),
+        (["--without", "nice"], "without: got 'nice'; allowed: too-short"),
+        (["--data", "hf:"], "names no data set"),
+    ],
+)
+def test_bad_values(raw, tmp_path, capsys, flags, words):
+    assert main(["prepare", "--data", str(raw), "--out", str(tmp_path / "corpus"), "--quiet", *flags]) == 2
+    assert re.search(words, capsys.readouterr().err)
