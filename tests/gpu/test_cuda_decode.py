@@ -78,7 +78,7 @@ def cases_of(instance: Instance) -> list[CacheCase]:
         CacheCase("long, window", left=1000, page_size=64, **long),
         CacheCase("long, reads only", new=0, **long),
         CacheCase("packed", packed=True, page_size=16, **{**long, "s_q": (1, 70, 0)}),
-        CacheCase("many heads", page_size=16, **{**long, "H_q": 140, "H_kv": 2}),
+        CacheCase("many heads", page_size=16, **{**long, "before": (300, 0, 77), "H_q": 140, "H_kv": 2}),
     ]
     cases += [CacheCase(f"pages of {size}", page_size=size, **long) for size in (1, 2, 8, 24, 100, 128, 256)]
     smaller = {**long, "D_qk": tile.d_qk - 8, "D_v": tile.d_v - 8}
