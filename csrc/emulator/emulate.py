@@ -58,6 +58,13 @@ def emulated_tiles(csrc: Path) -> list[AnyLine]:
     return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
 
 
+def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
+    """Every line, and the variants that docs/measured.md compares with it: dq staged in shared memory."""
+    lines = emulated_tiles(csrc)
+    staged = [tile for tile in lines if isinstance(tile, KeysTile) and tile.fused and not tile.softcap]
+    return [*((tile, ()) for tile in lines), *((tile, ("-DFA_STAGED=1",)) for tile in staged)]
+
+
 def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
     line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
     return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
@@ -87,10 +94,10 @@ class Emulator:
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(function, items))
 
-    def check_instance(self, tile: AnyLine, cases: int, seed: int) -> tuple[bool, str]:
+    def check_instance(self, tile: AnyLine, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
-        name = "_".join([tile.macro.lower(), *map(str, tile.numbers)])
-        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1")
+        name = "_".join([tile.macro.lower(), *map(str, tile.numbers), *options])
+        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1", *options)
         result = run(link([compiled, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, result.stdout + result.stderr
 
@@ -115,7 +122,9 @@ class Emulator:
             next(i for i, line in enumerate(lines) if line[: len(fault.kernel)] == fault.kernel)
         ]
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
-        compiled = compile_instance(tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY")
+        compiled = compile_instance(
+            tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
+        )
         result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
         is_reported = result.returncode == 1 and "FAILED" in result.stdout
         lines = (result.stdout + result.stderr).splitlines()
@@ -150,9 +159,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     options = parser.parse_args()
     emulator = Emulator(options.build, options.jobs)
-    numbered = list(enumerate(emulated_tiles(CSRC)))  # every line has its own problems
+    numbered = list(enumerate(emulated_kernels(CSRC)))  # every kernel has its own problems
     results = emulator.map(
-        lambda line: emulator.check_instance(line[1], options.cases, options.seed + 1000 * line[0]), numbered
+        lambda line: emulator.check_instance(line[1][0], options.cases, options.seed + 1000 * line[0], *line[1][1]),
+        numbered,
     )
     print("".join(text for _, text in results), end="")
     is_good = all(ok for ok, _ in results)

@@ -17,6 +17,7 @@ class Fault:
         old, new: the source, and what is planted instead.
         kernel: the line of ``instances.inc`` on which it is tried: the beginning of it, macro and numbers.
         seed: of the first random problem, where few problems show the fault.
+        options: of the compiler: a variant of the kernel.
     """
 
     what: str
@@ -25,3 +26,4 @@ class Fault:
     new: str
     kernel: tuple[str | int, ...] = BAND_128
     seed: int = 0
+    options: tuple[str, ...] = ()

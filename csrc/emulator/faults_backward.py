@@ -8,6 +8,7 @@ FUSED_64 = ("KEYS", 64, 64, 0, 128, 128, 2, 1)
 FUSED_96 = ("KEYS", 96, 96, 0, 64, 128, 2, 1)
 FUSED_128 = ("KEYS", 128, 128, 0, 64, 128, 2, 1)
 CAPPED_64 = ("KEYS", 64, 64, 1, 128, 128, 2, 1)
+STAGED = ("-DFA_STAGED=1",)
 SPLIT_192 = ("KEYS", 192, 128, 0)
 QUERIES_128, QUERIES_256 = ("QUERIES", 128, 128, 0), ("QUERIES", 256, 256, 0)
 
@@ -174,8 +175,8 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: both consumers add to the same sums",
         KEYS,
-        "consumer * 64 * 64 + this_place()",
-        "this_place()",
+        "row * C::D_QK + consumer * 64 * 64;",
+        "row * C::D_QK;",
         FUSED_128,
     ),
     Fault(
@@ -201,7 +202,13 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: statistics are those of the first columns", KEYS, " + this_place().first_column() * 4", "", FUSED_128
     ),
-    Fault("backward: delta of the first stage", KEYS, "shared.delta(stage), j", "shared.delta(0), j", FUSED_128),
+    Fault(
+        "backward: delta of the first stage",
+        KEYS,
+        "of_columns(shared.delta(stage))",
+        "of_columns(shared.delta(0))",
+        FUSED_128,
+    ),
     Fault("backward: dk of the weights", KEYS, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
     Fault(
         "backward: weights in fp32 are not masked", KEYS, "else mask_weights(scores, band, row, column);", "", FUSED_128
@@ -326,7 +333,13 @@ BACKWARD_FAULTS = [
         "",
         FUSED_128,
     ),
-    Fault("backward: the block ends before dk has arrived", KEYS, "tma_store_wait();", "", FUSED_128),
+    Fault(
+        "backward: the block ends before dk has arrived",
+        KEYS,
+        "tma_store_commit();\n    tma_store_wait();",
+        "tma_store_commit();",
+        FUSED_128,
+    ),
     Fault(
         "backward: the last rows of dk overwrite the next sequence",
         KEYS,
@@ -390,5 +403,38 @@ BACKWARD_FAULTS = [
         "smaller(pairs - pass * wanted, wanted)",
         "wanted",
         FUSED_128,
+    ),
+    # Sums for dq by way of shared memory
+    Fault(
+        "backward: staged dq is added without a fence",
+        KEYS,
+        "fence_proxy_async();\n  named_arrive(kPartStagedBarrier",
+        "named_arrive(kPartStagedBarrier",
+        FUSED_128,
+        options=STAGED,
+    ),
+    Fault(
+        "backward: dq is staged before there is room",
+        KEYS,
+        "if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);",
+        "if (C::STAGED) named_arrive(kPartFreeBarrier + consumer, kWarpgroup + 32);",
+        FUSED_128,
+        options=STAGED,
+    ),
+    Fault(
+        "backward: staged dq is not committed",
+        KEYS,
+        "columns * 64 * 4);\n        tma_store_commit();",
+        "columns * 64 * 4);",
+        FUSED_128,
+        options=STAGED,
+    ),
+    Fault(
+        "backward: the block ends before staged dq has arrived",
+        KEYS,
+        "if (elect_one()) tma_store_wait();",
+        "",
+        FUSED_96,
+        options=STAGED,
     ),
 ]

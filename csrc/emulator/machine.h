@@ -70,7 +70,8 @@ void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4])
 void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier);
 void tma_store(Map const* map, uint32_t from, int const (&at)[4]);
 void tma_store_commit();
-void tma_store_wait(bool only_read);
+void tma_store_wait(bool only_read, int groups_left);
+void bulk_add(float* to, uint32_t from, uint32_t bytes);
 void fence_proxy_async();
 
 struct Wgmma {

@@ -25,6 +25,7 @@ struct Fiber {
   std::string waiting_for;
   std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
   std::vector<size_t> open_stores, stores;  // TMA stores before and after commit
+  std::vector<size_t> store_groups;         // how many were committed at each commit
   uint64_t resume_at = 0;  // round, where it paused
   bool is_wgmma_fenced = false;
   size_t issued = 0, retired = 0;    // wgmmas

@@ -45,8 +45,13 @@ inline void tma_store(const TensorMap* map, uint32 from, int column, int row, in
   emu::tma_store(map, from, {column, row, head, batch});
 }
 inline void tma_store_commit() { emu::tma_store_commit(); }
-inline void tma_store_wait_read() { emu::tma_store_wait(true); }
-inline void tma_store_wait() { emu::tma_store_wait(false); }
+inline void tma_store_wait_read() { emu::tma_store_wait(true, 0); }
+inline void tma_store_wait() { emu::tma_store_wait(false, 0); }
+template <int GROUPS>
+void tma_store_wait_read_but() {
+  emu::tma_store_wait(true, GROUPS);
+}
+inline void bulk_add(float* to, uint32 from, uint32 bytes) { emu::bulk_add(to, from, bytes); }
 inline void fence_proxy_async() { emu::fence_proxy_async(); }
 
 inline bool is_half(Bf16) { return false; }
@@ -142,6 +147,7 @@ struct alignas(16) Float4 {
 struct alignas(8) Packed4 {
   uint32 pair[2];
 };
+inline void store_shared_floats(uint32 to, Float4 v) { emu::store_shared(to, &v, 16); }
 struct alignas(16) Packed8 {
   uint32 pair[4];
 };

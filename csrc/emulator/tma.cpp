@@ -91,15 +91,34 @@ void tma_store_commit() {
   Fiber& self = *machine().running;
   self.stores.insert(self.stores.end(), self.open_stores.begin(), self.open_stores.end());
   self.open_stores.clear();
+  self.store_groups.push_back(self.stores.size());
 }
 
-void tma_store_wait(bool only_read) {
+void bulk_add(float* to, uint32_t from, uint32_t bytes) {
+  Machine& m = machine();
+  if (from % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16) error("a bulk addition that 16 does not divide");
+  if (!may_load(to, bytes)) return;
+  auto const add = [=](std::vector<uint8_t> const& data) {
+    float x;
+    for (size_t i = 0; i < data.size() / 4; ++i) {
+      std::copy_n(data.data() + 4 * i, 4, reinterpret_cast<uint8_t*>(&x));
+      to[i] += x;
+    }
+    ++machine().report->stores;
+  };
+  m.running->open_stores.push_back(m.stores.size());
+  m.stores.push_back({from, std::vector<uint8_t>(bytes), add, false, false});
+}
+
+void tma_store_wait(bool only_read, int groups_left) {
   Fiber const* self = machine().running;
   if (!self->open_stores.empty()) error("a wait for TMA stores that were not committed");
+  int const groups = static_cast<int>(self->store_groups.size()) - groups_left;
+  auto const end = self->stores.begin() + static_cast<long>(groups > 0 ? self->store_groups[groups - 1] : 0);
   block_until(
       [=] {
         auto const& all = machine().stores;
-        return std::all_of(self->stores.begin(), self->stores.end(),
+        return std::all_of(self->stores.begin(), end,
                            [&](size_t i) { return only_read ? all[i].is_read : all[i].is_written; });
       },
       "its TMA stores");

@@ -2,6 +2,10 @@
 #pragma once
 #include "traits.h"
 
+#ifndef FA_STAGED
+#define FA_STAGED 0  // dq of the fused kernel goes to its sums through shared memory, added by TMA, not from registers
+#endif
+
 namespace fa::sm90 {
 
 // dk and dv of BLOCK_N keys; with FUSED also their part of dq. Either two consumers own 64 keys each and both sums, or
@@ -25,11 +29,14 @@ struct KeysTraits {
   // The sums of a block for dq, [BLOCK_M, D]: each consumer computes 64 rows x 64 columns of them, the second one the
   // lower rows if there are 128, else the right columns. Columns past D_QK are those of zeros.
   static constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
+  static constexpr bool STAGED = FUSED && FA_STAGED;
+  static constexpr int PART_BYTES = 64 * 64 * 4, PARTS_BYTES = STAGED ? CONSUMERS * PART_BYTES : 0;
 
   static constexpr int K = 0, V = K + K_BYTES;  // and dk, dv on their way to memory
   static constexpr int Q = V + V_BYTES, DOUT = Q + STAGES * Q_BYTES;
   static constexpr int DS = DOUT + STAGES * DOUT_BYTES;  // two buffers
-  static constexpr int LSE = DS + 2 * DS_BYTES, DELTA = LSE + STAGES * ROW_BYTES, TILE = DELTA + STAGES * ROW_BYTES;
+  static constexpr int PARTS = DS + 2 * DS_BYTES;  // of dq, if staged
+  static constexpr int LSE = PARTS + PARTS_BYTES, DELTA = LSE + STAGES * ROW_BYTES, TILE = DELTA + STAGES * ROW_BYTES;
   static constexpr int BARRIERS = TILE + 48;  // K full, V full; of each stage: Q full, dout full, empty
   static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 + 3 * STAGES);
 

@@ -17,6 +17,9 @@
 
 namespace fa::sm90 {
 
+// Named barriers besides those of fragment.cuh, one for each consumer: its staged part of dq may be written, and is there.
+constexpr int kPartFreeBarrier = 8, kPartStagedBarrier = 10;
+
 template <class C>
 struct KeysShared {  // addresses
   uint32 base;
@@ -25,6 +28,7 @@ struct KeysShared {  // addresses
   FA_DEVICE uint32 q(int stage) const { return base + C::Q + stage * C::Q_BYTES; }
   FA_DEVICE uint32 dout(int stage) const { return base + C::DOUT + stage * C::DOUT_BYTES; }
   FA_DEVICE uint32 ds(int buffer) const { return base + C::DS + buffer * C::DS_BYTES; }
+  FA_DEVICE uint32 part(int consumer) const { return base + C::PARTS + consumer * C::PART_BYTES; }
   FA_DEVICE uint32 lse(int stage) const { return base + C::LSE + stage * C::ROW_BYTES; }
   FA_DEVICE uint32 delta(int stage) const { return base + C::DELTA + stage * C::ROW_BYTES; }
   FA_DEVICE uint32 tile() const { return base + C::TILE; }
@@ -110,10 +114,8 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, KeysShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Where the statistics of this thread's columns are: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes on.
-FA_DEVICE Float2 column_pair(uint32 statistics, int j) {
-  return load_shared_pair(statistics + this_place().first_column() * 4 + j * 32);
-}
+// Where the statistics of this thread's columns begin: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes on.
+FA_DEVICE uint32 of_columns(uint32 statistics) { return statistics + this_place().first_column() * 4; }
 
 // p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
 // band does not keep.
@@ -123,9 +125,10 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, KeysShared<C> const& shared
                            uint32 (&sloped)[C::BLOCK_M / 4]) {
   using T = typename C::Element;
   ScoreScales const scales = scales_of(args.p);
+  uint32 const statistics = of_columns(shared.lse(stage));
   FA_UNROLL
   for (int j = 0; j < C::BLOCK_M / 8; ++j) {
-    Float2 const lse = column_pair(shared.lse(stage), j);
+    Float2 const lse = load_shared_pair(statistics + 32 * j);
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       float* const x = scores + 4 * j + 2 * r;
@@ -149,9 +152,10 @@ template <class C>
 FA_DEVICE void score_gradients(KeysShared<C> const& shared, int stage, float const (&scores)[C::BLOCK_M / 2],
                                uint32 const (&sloped)[C::BLOCK_M / 4], float (&dp)[C::BLOCK_M / 2]) {
   using T = typename C::Element;
+  uint32 const statistics = of_columns(shared.delta(stage));
   FA_UNROLL
   for (int j = 0; j < C::BLOCK_M / 8; ++j) {
-    Float2 const delta = column_pair(shared.delta(stage), j);
+    Float2 const delta = load_shared_pair(statistics + 32 * j);
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       int const i = 4 * j + 2 * r;
@@ -176,18 +180,56 @@ FA_DEVICE void issue_dq(float (&dq)[32], KeysShared<C> const& shared, int consum
   wgmma_commit();
 }
 
-// Adds it to dq_sums: four numbers of each thread beside those of the next.
+// Where it goes in dq_sums.
+template <class C>
+FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int consumer, int head, int block) {
+  int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;
+  return args.p.dq_sums + row * C::D_QK + consumer * 64 * 64;
+}
+
+// Adds it there, or stages it for the thread that does: four numbers of each thread beside those of the next.
 template <class C>
 FA_DEVICE void add_dq(BackwardArgs const& args, KeysShared<C> const& shared, int consumer, int head, int block,
                       float const (&dq)[32]) {
-  Tile const tile = read_tile(shared.tile());
-  int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;
-  float* const to = args.p.dq_sums + row * C::D_QK + consumer * 64 * 64 + this_place().thread % kWarpgroup * 4;
+  int const first = this_place().thread % kWarpgroup * 4;
+  if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);
+  float* const to = part_of_sums<C>(args, read_tile(shared.tile()), consumer, head, block) + first;
   FA_UNROLL
   for (int j = 0; j < 8; ++j) {
     if (C::D_QK % 64 && consumer * 64 + 8 * j >= C::D_QK) continue;
-    add_global(to + j * 512, {dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]});
+    Float4 const four = {dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]};
+    if (C::STAGED) store_shared_floats(shared.part(consumer) + 4 * (first + j * 512), four);
+    else add_global(to + j * 512, four);
   }
+  if (!C::STAGED) return;
+  fence_proxy_async();
+  named_arrive(kPartStagedBarrier + consumer, kWarpgroup + 32);
+}
+
+// Adds staged parts of dq to their sums, by one warp beside the producer.
+template <class C>
+FA_DEVICE void add_staged(BackwardArgs const& args, KeysShared<C> const& shared) {
+  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
+  for (int i = 0; i < group; ++i) {  // what is not needed throughout is read anew: this warp has 24 registers
+    Tile const tile = read_tile(shared.tile());
+    Range const blocks = read_blocks(shared.tile()).all;
+    float* to = part_of_sums<C>(args, tile, 0, tile.head * group + i, blocks.begin);
+    for (int left = blocks.end - blocks.begin; left > 0; --left, to += C::BLOCK_M * C::D_QK) {
+      FA_UNROLL
+      for (int consumer = 0; consumer < C::CONSUMERS; ++consumer) {
+        bool const adds = elect_one();
+        if (adds) tma_store_wait_read_but<C::CONSUMERS - 1>();  // the part before has been read
+        warp_sync();
+        named_arrive(kPartFreeBarrier + consumer, kWarpgroup + 32);
+        named_sync(kPartStagedBarrier + consumer, kWarpgroup + 32);
+        if (!adds) continue;
+        int const columns = C::DQ_BY_ROWS ? C::D_QK : smaller(64, C::D_QK - 64 * consumer);
+        bulk_add(to + consumer * 64 * 64, shared.part(consumer), columns * 64 * 4);
+        tma_store_commit();
+      }
+    }
+  }
+  if (elect_one()) tma_store_wait();
 }
 
 // Sums over all queries that see the tile. OF_K, OF_V: which of the sums this consumer owns; `keys` is the first of its
@@ -318,7 +360,9 @@ FA_DEVICE void differentiate_keys(BackwardArgs const& args) {
   if (read_tile(shared.tile()).row == kNoTile) return;
   if (warpgroup == 0) {
     give_registers<C::PRODUCER_REGISTERS>();
-    if (warp_uniform(thread_index() / 32) == 0 && elect_one()) produce_queries<C>(args, shared);
+    int const warp = warp_uniform(thread_index() / 32);
+    if (warp == 0 && elect_one()) produce_queries<C>(args, shared);
+    if (C::STAGED && warp == 1) add_staged<C>(args, shared);
     return;
   }
   take_registers<C::CONSUMER_REGISTERS>();

@@ -105,6 +105,16 @@ FA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" :
 // This thread's stores have read their shared memory / have reached global memory.
 FA_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 FA_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// The same, but for the GROUPS committed last.
+template <int GROUPS>
+FA_DEVICE void tma_store_wait_read_but() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(GROUPS) : "memory");
+}
+// Adds floats to global memory, in no order; a store in all else. 16 divides addresses and bytes.
+FA_DEVICE void bulk_add(float* to, uint32 from, uint32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
 // Shared memory written by ordinary stores is visible to wgmma and TMA only after this.
 FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -220,6 +230,9 @@ FA_DEVICE Float2 load_shared_pair(uint32 from) {  // 8 bytes, aligned; volatile 
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
+FA_DEVICE void store_shared_floats(uint32 to, Float4 v) {  // 16 bytes, aligned
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
 struct alignas(8) Packed4 {  // 16-bit numbers in pairs
   uint32 pair[2];
 };

@@ -44,6 +44,14 @@ class DecoderCache(KVCache):
 
     source: tuple[Tensor, Tensor, Segments] | None = None
 
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        if self.source is not None:
+            k, v, segment_ids = self.source
+            index = torch.tensor(rows, device=k.device)
+            of_rows = (segment_ids[0], segment_ids[1][index]) if isinstance(segment_ids, tuple) else None
+            self.source = k[index], v[index], of_rows
+
     def reset(self) -> None:
         super().reset()
         self.source = None

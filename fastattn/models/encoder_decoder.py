@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -131,6 +132,7 @@ def _check_memory(memory: Tensor, source_mask: Tensor | None, target: Tensor) ->
         allowed = f"(B, S_s, C) with B = {target.shape[0]}, that of the target"
         todo = "Encode one source for each target; repeat_interleave its rows for several."
         raise input_error("memory", f"shape {tuple(memory.shape)}", allowed, todo)
-    if source_mask is not None and source_mask.shape != memory.shape[:2]:
-        allowed = f"(B, S_s) = {tuple(memory.shape[:2])}"
-        raise input_error("source_mask", f"shape {tuple(source_mask.shape)}", allowed, "Give that of the source.")
+    if source_mask is not None and (source_mask.shape != memory.shape[:2] or source_mask.dtype != torch.bool):
+        given = f"shape {tuple(source_mask.shape)}, {source_mask.dtype}"
+        allowed = f"torch.bool of shape (B, S_s) = {tuple(memory.shape[:2])}"
+        raise input_error("source_mask", given, allowed, "Give that of the source.")

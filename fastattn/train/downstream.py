@@ -200,8 +200,11 @@ class Answer(Task):
         begin = example.fields["answer_start"]
         end = begin + len(example.fields["answer"])
         inside = [n for n, (first, last) in enumerate(context.offsets) if first < end and last > begin]
+        starts = [0]
+        while starts[-1] + room < len(context.ids):
+            starts.append(starts[-1] + max(1, room // 2))
         windows = []
-        for start in range(0, max(1, len(context.ids) - room // 2), max(1, room // 2)):
+        for start in starts:
             feature = self.pair(question, context.ids[start : start + room])
             offsets = [None] * before + context.offsets[start : start + room]
             is_whole = inside and start <= inside[0] and inside[-1] < start + room

@@ -182,7 +182,7 @@ def finetune(
     rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
     fingerprint = _fingerprint([*examples, *held_out])
     settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
-    sample = held_out[: training.eval_rows]
+    sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
         evaluate=None if task.answer_field else lambda model: task.scores(answer_all(task, model, sample), sample),

@@ -270,7 +270,7 @@ def _code(place: _Place) -> Result:
         folders[split].mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folders[split] / f"{number:04d}-{path.name}")
         sizes[split] += 1
-    train = place.training(_training(900, 4, 4e-3))
+    train = place.training(_training(600, 4, 4e-3))
     print(f"run: fastattn train --data {folders['train']} ... ({train.steps} steps)", flush=True)
     config = RunConfig(data=(str(folders["train"]),), preset="tiny", vocab_size=2048, train=train)
     outcome = pretrain(place.out / "run", config, device=place.device, show_progress=place.show_progress)

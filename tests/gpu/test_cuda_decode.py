@@ -1,7 +1,7 @@
 """The CUDA kernels for decoding on a Hopper GPU: every kernel first alone in a process, then over the grid of cases.
 
-Run as a program, ``python tests/gpu/test_cuda_decode.py NAME`` puts one kernel through its cases; a kernel that hangs or
-breaks the context takes only that process with it.
+Run as a program, ``python tests/gpu/test_cuda_decode.py NAME`` puts one kernel through its cases; a kernel that hangs
+or breaks the context takes only that process with it.
 """
 
 from __future__ import annotations

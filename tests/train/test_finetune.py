@@ -176,8 +176,7 @@ def test_resuming_is_bit_for_bit(data, tmp_path, monkeypatch, method):
     ours, theirs = model_of(straight).state_dict(), model_of(resumed).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert straight.scores == resumed.scores
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("straight", "parts")]
-    losses = [[r["loss"] for r in map(json.loads, log) if "loss" in r] for log in logs]
+    losses = [logged(tmp_path / name) for name in ("straight", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
@@ -195,6 +194,32 @@ def stop_after(monkeypatch, steps):
         return real(self, model, batch)
 
     monkeypatch.setattr(Classify, "loss", loss)
+
+
+def logged(folder):
+    return [r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+@pytest.mark.parametrize("objective", ["masked", "span"])
+def test_objectives_train_alike_with_eager_attention(pretrained, tmp_path, objective):
+    losses = []
+    for attention in ("fastattn", "eager"):
+        train = TrainConfig(steps=12, batch=4, eval_rows=2, log_every=1)
+        config = RunConfig(
+            data=(str(pretrained / "text.txt"),), objective=objective, vocab_size=300, attention=attention, train=train
+        )
+        pretrain(tmp_path / attention, config, show_progress=False)
+        losses.append(logged(tmp_path / attention))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0][-1] < losses[0][0] - 0.2
+
+
+@pytest.mark.parametrize("task", ["classify", "instruct"])
+def test_tasks_train_alike_with_eager_attention(data, prompts, tmp_path, task):
+    path = data if task == "classify" else prompts
+    for attention in ("fastattn", "eager"):
+        run(tmp_path / attention, settings(path, task=task, eval=path, attention=attention))
+    losses = [logged(tmp_path / attention) for attention in ("fastattn", "eager")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0] != losses[0][:1] * 10
 
 
 def test_the_held_out_part_depends_on_the_examples_alone(data, tmp_path):
