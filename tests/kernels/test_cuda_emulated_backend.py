@@ -106,7 +106,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
-    wide = {"H_q": 140, "H_kv": 2, "D_qk": 128, "D_v": 104, "page_size": 16}
+    wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
     cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
     return [
         (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
