@@ -11,8 +11,8 @@ namespace fa {
 
 static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands for CUtensorMap");
 
-// Fills in the tensor maps; null, or what went wrong. Boxes of what is read have as many rows as the tile; those of what
-// is written have the 64 rows of a consumer.
+// Fills in the tensor maps; null, or what went wrong. Boxes of what is read have as many rows as the tile; those of
+// what is written have the 64 rows of a consumer.
 using MakeMaps = char const* (*)(ForwardParams const&, int block_m, int block_n, sm90::ForwardArgs&);
 using MakeBackwardMaps = char const* (*)(BackwardParams const&, int block_m, int block_n, sm90::BackwardArgs&);
 using MakeDecodeMaps = char const* (*)(DecodeParams const&, sm90::DecodeArgs&);

@@ -62,6 +62,14 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder in one piece: a kill leaves it whole, or under a name that ``new_folder`` clears away."""
+    with contextlib.suppress(OSError):
+        gone = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _remove(parent: Path, prefix: str) -> None:
     for leftover in parent.glob(glob.escape(prefix) + "*"):
         if leftover.is_dir():

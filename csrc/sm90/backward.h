@@ -82,8 +82,8 @@ FA_DEVICE ScoreScales scales_of(BackwardParams const& p) {
   return {static_cast<float>(p.scale_log2), static_cast<float>(p.cap_scale)};
 }
 
-// The keys of a packed sequence that some query keeps, counted from `first`; rows outside are a neighbour's, or may hold
-// NaN. In a dense batch everything: tensor maps end where keys that are kept do.
+// The keys of a packed sequence that some query keeps, counted from `first`; rows outside are a neighbour's, or may
+// hold NaN. In a dense batch everything: tensor maps end where keys that are kept do.
 FA_DEVICE Range keys_to_keep(BackwardParams const& p, Tile const& tile, int first, int rows) {
   if (!p.cu_seqlens_q) return {0, rows};
   Range const kept = tile_range(band_of(p, tile), 0, tile.s_q);

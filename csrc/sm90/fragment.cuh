@@ -21,7 +21,7 @@ struct Place {  // which part of the fragments this thread holds; asked for anew
 
 FA_DEVICE Place this_place() { return {thread_index() - kWarpgroup}; }
 
-// ---- loads -------------------------------------------------------------------------------------------------------------
+// ---- loads -----------------------------------------------------------------------------------------------------------
 
 // A tile of ROWS rows as CHUNKS boxes of 64 columns, on one barrier.
 template <int ROWS, int CHUNKS>
@@ -40,7 +40,7 @@ FA_DEVICE void release(Ring<STAGES>& ring) {
   ring.advance();
 }
 
-// ---- products; each is one committed group -----------------------------------------------------------------------------
+// ---- products; each is one committed group ---------------------------------------------------------------------------
 
 // d[64, N] = a[64, COLUMNS] b[N, COLUMNS]^T: K-major descriptors in tiles of ROWS_A and ROWS_B rows.
 template <class T, int COLUMNS, int ROWS_A, int ROWS_B, int N>
@@ -63,7 +63,7 @@ FA_DEVICE void add_product(float (&d)[N], uint32 const (&a)[A], uint32 b) {
   wgmma_commit();
 }
 
-// ---- between registers and memory --------------------------------------------------------------------------------------
+// ---- between registers and memory ------------------------------------------------------------------------------------
 template <class T, int N>
 FA_DEVICE void pack_fragment(uint32 (&packed)[N / 2], float const (&x)[N]) {
   FA_UNROLL
@@ -103,8 +103,8 @@ FA_DEVICE void store_fragment(void* to, int64 row_stride, int rows, int columns,
   }
 }
 
-// Zeros in the rows of a tile in shared memory that lie outside of `kept`, by all consumers. Rows that count for nothing
-// may hold NaN, and 0 times NaN is NaN. What follows has to wait for fence_proxy_async and a barrier.
+// Zeros in the rows of a tile in shared memory that lie outside of `kept`, by all consumers. Rows that count for
+// nothing may hold NaN, and 0 times NaN is NaN. What follows has to wait for fence_proxy_async and a barrier.
 template <int ROWS, int CHUNKS, int CONSUMERS>
 FA_DEVICE void clear_rows(uint32 tile, Range kept) {
   constexpr int kPieces = CHUNKS * 8;  // of 16 bytes in a row

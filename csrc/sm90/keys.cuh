@@ -1,7 +1,7 @@
 // The kernel of the keys: dk and dv of a block of keys, and with FUSED what these keys add to dq.
 //
-// K and V stay; Q, dout, lse and delta of one block of queries after the other come by TMA, for all query heads that share
-// the key/value head. Scores are transposed, so that a consumer's weights and score gradients are the operands in
+// K and V stay; Q, dout, lse and delta of one block of queries after the other come by TMA, for all query heads that
+// share the key/value head. Scores are transposed, so that a consumer's weights and score gradients are the operands in
 // registers of its sums:
 //
 //     S^T = K Q^T     P^T = 2^(S^T - lse)     dv += P^T dout
@@ -17,7 +17,8 @@
 
 namespace fa::sm90 {
 
-// Named barriers besides those of fragment.cuh, one for each consumer: its staged part of dq may be written, and is there.
+// Named barriers besides those of fragment.cuh, one for each consumer: its staged part of dq may be written, and is
+// there.
 constexpr int kPartFreeBarrier = 8, kPartStagedBarrier = 10;
 
 template <class C>
@@ -114,7 +115,8 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, KeysShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Where the statistics of this thread's columns begin: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes on.
+// Where the statistics of this thread's columns begin: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes
+// on.
 FA_DEVICE uint32 of_columns(uint32 statistics) { return statistics + this_place().first_column() * 4; }
 
 // p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
@@ -254,11 +256,13 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, KeysShared<C> const& s
       mbarrier_wait(q.full(), q.parity);
       clear_rows_past_end<C>(args, shared, block, q);
       wgmma_fence();
-      multiply_by_rows<T, C::D_QK, C::BLOCK_N, N>(scores, k_major(shared.k() + keys * kRowBytes), k_major(shared.q(q.stage)));
+      multiply_by_rows<T, C::D_QK, C::BLOCK_N, N>(scores, k_major(shared.k() + keys * kRowBytes),
+                                                  k_major(shared.q(q.stage)));
       mbarrier_wait(shared.dout_full(q.stage), q.parity);
       if constexpr (OF_K) {
         wgmma_fence();
-        multiply_by_rows<T, C::D_V, C::BLOCK_N, N>(dp, k_major(shared.v() + keys * kRowBytes), k_major(shared.dout(q.stage)));
+        multiply_by_rows<T, C::D_V, C::BLOCK_N, N>(dp, k_major(shared.v() + keys * kRowBytes),
+                                                   k_major(shared.dout(q.stage)));
         wgmma_wait<1>(scores);
       } else {
         wgmma_wait<0>(scores);

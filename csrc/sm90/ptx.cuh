@@ -112,7 +112,8 @@ FA_DEVICE void tma_store_wait_read_but() {
 }
 // Adds floats to global memory, in no order; a store in all else. 16 divides addresses and bytes.
 FA_DEVICE void bulk_add(float* to, uint32 from, uint32 bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
                : "memory");
 }
 // Shared memory written by ordinary stores is visible to wgmma and TMA only after this.

@@ -60,7 +60,8 @@ FA_DEVICE void produce_keys(BackwardArgs const& args, QueriesShared<C> const& sh
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     int const first = tile.first_kv + block * C::BLOCK_N;
     mbarrier_wait(k.empty(), k.parity ^ 1);
-    load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(k.stage), args.k, k.full(), first, head_kv, tile.map_batch, kEvictLast);
+    load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(k.stage), args.k, k.full(), first, head_kv, tile.map_batch,
+                                        kEvictLast);
     k.advance();
     mbarrier_wait(v.empty(), v.parity ^ 1);
     load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(v.stage), args.v, v.full(), first, head_kv, tile.map_batch, kEvictLast);
@@ -101,6 +102,7 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, QueriesShared<C> const& s
   using T = typename C::Element;
   constexpr int N = C::BLOCK_N;
   Range const blocks = read_blocks(shared.tile()).all;
+  uint32 const rows = consumer * 64 * kRowBytes;
   Ring<C::K_STAGES> k{shared.k_ring()};
   Ring<C::V_STAGES> v{shared.v_ring()};
   float lse[2], delta[2];
@@ -119,10 +121,10 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, QueriesShared<C> const& s
     mbarrier_wait(k.full(), k.parity);
     clear_unkept_keys<C>(args, shared, block, k, v);
     wgmma_fence();
-    multiply_by_rows<T, C::D_QK, C::BLOCK_M, N>(scores, k_major(shared.q() + consumer * 64 * kRowBytes), k_major(shared.k(k.stage)));
+    multiply_by_rows<T, C::D_QK, C::BLOCK_M, N>(scores, k_major(shared.q() + rows), k_major(shared.k(k.stage)));
     mbarrier_wait(v.full(), v.parity);
     wgmma_fence();
-    multiply_by_rows<T, C::D_V, C::BLOCK_M, N>(dp, k_major(shared.dout() + consumer * 64 * kRowBytes), k_major(shared.v(v.stage)));
+    multiply_by_rows<T, C::D_V, C::BLOCK_M, N>(dp, k_major(shared.dout() + rows), k_major(shared.v(v.stage)));
     wgmma_wait<1>(scores);
     weigh_block<C>(args, shared, block, lse, scores);
     if (C::HOLD) {

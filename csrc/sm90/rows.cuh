@@ -54,7 +54,9 @@ FA_DEVICE void prepare_rows(BackwardParams const& p) {
   if (!p.dq_sums) return;
   int const columns = static_cast<int>(p.sum_columns);
   Float4* const sums = reinterpret_cast<Float4*>(p.dq_sums + first_padded * columns);
-  for (int i = thread_index(); i < kPaddedRows * columns / 4; i += kRowThreads) store_global(sums + i, Float4{0.f, 0.f, 0.f, 0.f});
+  for (int i = thread_index(); i < kPaddedRows * columns / 4; i += kRowThreads) {
+    store_global(sums + i, Float4{0.f, 0.f, 0.f, 0.f});
+  }
 }
 
 // The gradient of a sink's logit: minus the sum of its weight times delta, over the rows of one sequence and head.
@@ -85,7 +87,7 @@ FA_DEVICE void differentiate_sink(BackwardParams const& p) {
   store_global(p.dsinks + n * p.heads_q + head, total);
 }
 
-// dq of a tile out of its sums, which lie in the order of the registers of the kernel that made them (keys.cuh, add_dq).
+// dq of a tile out of its sums, in the order of the registers of the kernel that made them (keys.cuh, add_dq).
 // A lane takes eight columns of a row, from four threads of that kernel.
 template <class C>
 FA_DEVICE void finish_rows(BackwardParams const& p) {

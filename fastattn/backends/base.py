@@ -28,7 +28,8 @@ class Capabilities:
         features: members of ``problem.FEATURES`` and, for a backend with ``attend_to_cache``, ``CACHE_FEATURES``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
-        deterministic: repeated runs give the same bits.
+        deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``,
+        deterministic_by_flag: and only there; without it faster kernels serve.
     """
 
     devices: frozenset[str] = frozenset()
@@ -37,6 +38,7 @@ class Capabilities:
     max_head_dim: int | None = None
     min_arch: int = 0
     deterministic: bool = True
+    deterministic_by_flag: bool = False
 
     def __post_init__(self) -> None:
         known = (*FEATURES, *CACHE_FEATURES)

@@ -305,7 +305,13 @@ def flash_attn_with_kvcache(
 def _backend(explanation: Explanation) -> str:
     """The backend of a call that is to be deterministic, backward too."""
     problem = dataclasses.replace(explanation.problem, deterministic=True, needs_grad=True)
-    return dispatch.select(problem, dispatch.requested(None)).name
+    chosen = dispatch.select(problem, dispatch.requested(None))
+    if chosen.capabilities.deterministic_by_flag and not torch.are_deterministic_algorithms_enabled():
+        raise UnsupportedError(
+            f"deterministic=True: the {chosen.name!r} backend repeats bit for bit under "
+            "torch.use_deterministic_algorithms(True) alone. Turn that on, or use another backend."
+        )
+    return chosen.name
 
 
 def _refuse_paging(block_table: Tensor | None) -> None:

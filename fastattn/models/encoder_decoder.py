@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
-from fastattn.models.blocks import DecoderCache, Memory, Model, Stack, check_kind, check_tokens, initialise
+from fastattn.models.blocks import Cache, Memory, Model, Stack, check_kind, check_tokens, initialise
 from fastattn.models.config import TransformerConfig
 from fastattn.nn import KVCache
 
@@ -53,7 +53,7 @@ class EncoderDecoder(Model):
         *,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token that follows each token of the target.
@@ -84,12 +84,12 @@ class EncoderDecoder(Model):
         *,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
         """The final states ``(B, S_t, C)`` of which ``forward`` makes logits; the arguments are the same."""
         check_tokens("target", target)
-        is_known = bool(caches) and all(isinstance(x, DecoderCache) and x.source is not None for x in caches or ())
+        is_known = bool(caches) and all(getattr(x, "source", None) is not None for x in caches or ())
         read = None
         if not is_known:
             if memory is None:

@@ -27,6 +27,7 @@ from fastattn.train.examples import Example, read_examples
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
+from fastattn.train.parallel import ranks
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
@@ -198,7 +199,7 @@ def finetune(
     checkpoint = find_checkpoint(out, best=True)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     scores: dict[str, float] = {}
-    if progress.signal is None:
+    if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
         scores = score(best.task, best.model, held_out, show_progress)
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")

@@ -91,8 +91,11 @@ class Result:
             lines.append(f"{name:<{width}}  {theirs}  {value:9.4f}" + ("  <- counts" if name == self.metric else ""))
         facts: dict[str, object] = {f"examples, {name}": count for name, count in self.examples.items()}
         facts |= {"seconds": round(self.seconds, 1), "checkpoint": self.checkpoint}
-        shown = [f"  {sample['expected']!r}: {sample['answer']!r}" for sample in self.samples]
-        return "\n".join([*lines, "", aligned(facts), "", "expected: answered", *shown])
+        lines += ["", aligned(facts)]
+        if self.samples:
+            lines += ["", "expected: answered"]
+        lines += [f"  {sample['expected']!r}: {sample['answer']!r}" for sample in self.samples]
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self) | {"beats baseline": self.beats_baseline}, indent=1) + "\n"
@@ -191,7 +194,8 @@ def _classify(place: _Place) -> Result:
     )  # fmt: skip
 
 
-_WORDS = 36  # of a function that are read
+_WORDS = 16  # of a function that are read
+_COPIED = 4  # of them that the model first learns to repeat
 
 
 def _summarise(place: _Place) -> Result:
@@ -207,14 +211,14 @@ def _summarise(place: _Place) -> Result:
         "copying",
         FinetuneConfig(
             task="seq2seq", data=place.write("copying", _copies(train, sources[0])), preset="tiny", vocab_size=2048,
-            held_out=0.01, length=64, train=_training(900, 64, 3e-3),
+            held_out=0.01, length=48, train=_training(320, 64, 3e-3),
         ),
     )  # fmt: skip
     outcome = place.finetune(
         "run",
         FinetuneConfig(
-            task="seq2seq", data=data, eval=eval_data, checkpoint=str(copying.checkpoint.folder), length=64,
-            train=_training(500, 64, 2e-3),
+            task="seq2seq", data=data, eval=eval_data, checkpoint=str(copying.checkpoint.folder), length=48,
+            train=_training(600, 64, 2e-3),
         ),
     )  # fmt: skip
     count = _best_count(train)
@@ -236,13 +240,16 @@ def _function_words(item: Summary) -> str:
 
 
 def _copies(train: Sequence[Summary], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Short pieces of the training text, to be copied: what a model needs to learn before it can name anything."""
-    source = random.Random(0)
-    records = []
-    for text in [*sources, *sources, *(item.summary for item in train)]:
+    """Pieces of the training text to be repeated, and functions of which the first words are.
+
+    Repeating what it reads is what a model has to learn before it can name anything in a summary.
+    """
+    draw = random.Random(0)
+    records = [{"source": text, "target": " ".join(text.split()[:_COPIED])} for text in sources]
+    for text in [*sources, *(item.summary for item in train)]:
         parts = text.split()
-        count = source.randint(3, 10)
-        start = source.randrange(max(1, len(parts) - count))
+        count = draw.randint(3, 8)
+        start = draw.randrange(max(1, len(parts) - count))
         piece = " ".join(parts[start : start + count])
         records.append({"source": piece, "target": piece})
     return records

@@ -250,3 +250,14 @@ def test_deterministic_chooses_only_backends_that_are(qkv, monkeypatch):
     with fastattn.use_backend(first), pytest.raises(fastattn.UnsupportedError, match="not deterministic"):
         flash_attn.flash_attn_func(*qkv, deterministic=True)
     dispatch.reasons.cache_clear()
+
+
+def test_deterministic_asks_for_the_flag_where_a_backend_needs_it(qkv, monkeypatch):
+    from fastattn.backends import load
+
+    chosen = load(fastattn.explain(*qkv).chosen)
+    monkeypatch.setattr(chosen, "capabilities", dataclasses.replace(chosen.capabilities, deterministic_by_flag=True))
+    with pytest.raises(fastattn.UnsupportedError, match="use_deterministic_algorithms"):
+        flash_attn.flash_attn_func(*qkv, deterministic=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    flash_attn.flash_attn_func(*qkv, deterministic=True)

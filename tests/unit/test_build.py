@@ -219,7 +219,8 @@ def problem_on_hopper(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16, 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_delivered", lambda: (object(), "for this test"))
-    assert cuda.BACKEND.unsupported_reasons(problem_on_hopper()) == []
+    for facts in ({}, {"needs_grad": True}, {"needs_grad": True, "deterministic": True}):
+        assert cuda.BACKEND.unsupported_reasons(problem_on_hopper(**facts)) == []
     for problem, reason in (
         (problem_on_hopper(device="cpu", arch=0), "device cpu"),
         (problem_on_hopper(arch=80), "compute capability 8.0 (needs 9.0)"),
@@ -228,7 +229,6 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         (problem_on_hopper(head_dim=264), "head dim 264"),
         (problem_on_hopper(head_dim=60), "multiples of 8"),
         (problem_on_hopper(features=frozenset({"bias"})), "no bias"),
-        (problem_on_hopper(deterministic=True), "only under torch.use_deterministic_algorithms"),
     ):
         assert any(reason in found for found in cuda.BACKEND.unsupported_reasons(problem)), reason
 

@@ -69,6 +69,7 @@ class CudaBackend(Backend):
         | {"cache", "append", "paged cache", "rotary"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
+        deterministic_by_flag=True,
     )
 
     def unavailable_reason(self) -> str | None:
@@ -82,8 +83,6 @@ class CudaBackend(Backend):
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
             if size % 8:
                 reasons.append(f"head dim {name} = {size} (multiples of 8)")
-        if problem.deterministic and not torch.are_deterministic_algorithms_enabled():
-            reasons.append("deterministic only under torch.use_deterministic_algorithms(True)")
         return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:

@@ -251,11 +251,11 @@ def _read(
 
 def _pages(store: Tensor, pages: Tensor) -> Tensor:
     """The rows of ``pages`` ``[n, m]`` as ``[n, m * page_size, H_kv, D]``. Pages in a row in memory make a view."""
-    if pages.device.type == "cpu" and pages.shape[0] == 1:
-        first = int(pages[0, 0])
-        in_a_row = pages.shape[1] == 1 or bool((pages[0].diff() == 1).all())
-        if in_a_row and first >= 0 and first + pages.shape[1] <= store.shape[0]:
-            return store[first : first + pages.shape[1]].flatten(0, 1)[None]
+    if pages.device.type == "cpu" and 1 in pages.shape:
+        first, count = int(pages[0, 0]), pages.numel()
+        in_a_row = count == 1 or bool((pages.flatten().diff() == 1).all())
+        if in_a_row and first >= 0 and first + count <= store.shape[0]:
+            return store[first : first + count].unflatten(0, pages.shape).flatten(1, 2)
     found = store.index_select(0, pages.clamp(0, store.shape[0] - 1).flatten())  # numbers not in use may be anything
     return found.unflatten(0, pages.shape).flatten(1, 2)
 
