@@ -17,6 +17,7 @@ template <class C, int CHUNKS>
 FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work const& work, Range const& kept, int block,
                           uint32 to, Ring<C::STAGES>& ring) {
   int const lane = thread_index() % 32, rows = static_cast<int>(p.box_rows), page_size = static_cast<int>(p.page_size);
+  uint64 const l2_hint = work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read it too, or none
   mbarrier_wait(ring.empty(), ring.parity ^ 1);
   if (lane == 0) mbarrier_expect(ring.full(), C::BLOCK_N * CHUNKS * kRowBytes);
   warp_sync();
@@ -30,7 +31,7 @@ FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work cons
     }
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       tma_load(to + (chunk * C::BLOCK_N + at) * kRowBytes, &map, ring.full(), chunk * kChunkColumns, row, work.head_kv,
-               page, kEvictFirst);
+               page, l2_hint);
     }
   }
   ring.advance();
