@@ -104,7 +104,11 @@ DECODE_FAULTS = [
     fault("splits past the first 32 are those again", COMBINE, "(32 * i + lane) * outputs", "lane * outputs"),
     fault("columns past the head dim are written", COMBINE, "4 * piece < p.head_dim_v;", "true;"),
     fault(
-        "a row without keys divides by 0", COMBINE, "total > 0.f ? weights.of[i] / total : 0.f", "weights.of[i] / total"
+        "a row without keys divides by 0",
+        COMBINE,
+        "total > 0.f ? weights.of[i] / total : 0.f",
+        "weights.of[i] / total",
+        41,
     ),
     # Set-up
     fault("a stage counts one warp", KERNEL, "(C::STAGES + stage), 4)", "(C::STAGES + stage), 1)"),
