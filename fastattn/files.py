@@ -6,8 +6,8 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +31,8 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         own = f"{_TEMPORARY}{path.name}-"
         _remove(path.parent, _TEMPORARY if alone else own)
-        folder = Path(tempfile.mkdtemp(prefix=own, dir=path.parent))
+        folder = path.with_name(own + secrets.token_hex(4))
+        folder.mkdir()  # readable by whom the umask lets, unlike one of tempfile
         try:
             yield folder
             for file in folder.iterdir():

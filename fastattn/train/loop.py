@@ -125,7 +125,7 @@ class Trainer:
         self._tensorboard: TensorBoard | None = None
         self._window = Window()
         self._shown: dict[str, str] = {}
-        self._must_stop = False
+        self._must_stop = self._interrupted = False
         self._evaluated_at: int | None = None
         self._draw_after = -math.inf
 
@@ -161,7 +161,7 @@ class Trainer:
                     self._save()
                 bar.set_postfix(self._shown, refresh=False)
                 bar.update()
-            if progress.signal is None and self._evaluated_at != progress.step:
+            if not self._interrupted and self._evaluated_at != progress.step:
                 self._evaluate()
             self._save(is_last=True)
             bar.set_postfix(self._shown)
@@ -172,9 +172,9 @@ class Trainer:
         limit, progress = self.config.max_minutes, self.progress
         is_late = limit is not None and progress.seconds + running >= 60 * limit
         number, late = self.ranks.most(progress.signal or 0, is_late)
-        self._must_stop = bool(number or late)
-        if self._must_stop:
-            progress.signal = int(number) or None
+        self._must_stop, self._interrupted = bool(number or late), bool(number)
+        if number:
+            progress.signal = int(number)
 
     def _is_over(self) -> bool:
         progress, patience = self.progress, self.config.patience
@@ -319,8 +319,8 @@ class Trainer:
         self._log_window()  # refuses a loss that is not finite
         progress = dataclasses.asdict(self.progress)
         del progress["step"], progress["signal"]
-        state = {"progress": progress, "settings": self.settings}
         best = self.progress.best_step if self.config.keeps_best else None
+        state = {"progress": progress, "settings": self.settings, "kept_best": best}
         with self._apart():
             save_checkpoint(
                 self.folder / "checkpoints", self.progress.step, self.model, self.optimizer, state,
