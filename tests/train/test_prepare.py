@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+import tracemalloc
 
 import pytest
 
@@ -107,6 +108,22 @@ def test_the_vocabulary_is_learned_from_all_over_a_large_corpus(raw, tmp_path, m
     prepared(raw, tmp_path / "corpus")
     numbers = [int(re.search(r"number (\d+)", text)[1]) for text in seen]
     assert 4 <= len(seen) <= 32 and min(numbers) < 20 and max(numbers) > 40
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    """Python's own memory at its peak, for a corpus and for one of four times the size."""
+    monkeypatch.setattr(module, "_BATCH", 1 << 15)
+    peaks = []
+    for name, copies in (("small", 1), ("large", 4)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(120 * copies)))
+        first = tmp_path / "small corpus"
+        config = PrepareConfig(vocab_size=300, tokenizer=first if first.exists() else None)
+        tracemalloc.start()
+        prepared(path, tmp_path / f"{name} corpus", config)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0], peaks
 
 
 def test_refusals(raw, tmp_path):
