@@ -212,17 +212,17 @@ def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tu
     q = cache.rotated_queries(inputs, spec).to(dtype)
     dense = Inputs(q, k, v, bias=inputs.bias, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks)
     s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()
-    heads = torch.arange(inputs.heads_q, device=device)[None, :, None, None], inputs.heads_q
+    h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
     if inputs.cu_seqlens_q is None:
         i, b = torch.arange(q.shape[1], device=device)[None, None, :, None], b[:, None, None]
-        return dense, Positions(*heads, i, j[:, None, None], b, b, q.shape[1], s_kv[:, None, None, None])
+        return dense, Positions(h, inputs.heads_q, i, j[:, None, None], b, b, q.shape[1], s_kv[:, None, None, None])
     sequence, i = cache.packed_positions(inputs)
     ends = torch.arange(inputs.batch + 1, device=device, dtype=torch.int32) * reach
     dense = dense.replace(k=k.flatten(0, 1), v=v.flatten(0, 1), cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=ends)
     of_rows = (x[None, None, :, None] for x in (i, sequence, inputs.cu_seqlens_q.diff()[sequence], s_kv[sequence]))
     at_i, of_q, s_q, s_kv = of_rows
     at_j, of_kv = (x.expand(inputs.batch, reach).reshape(1, 1, 1, -1) for x in (j, b))
-    return dense, Positions(*heads, at_i, at_j, of_q, of_kv, s_q, s_kv)
+    return dense, Positions(h, inputs.heads_q, at_i, at_j, of_q, of_kv, s_q, s_kv)
 
 
 def _reach(inputs: CacheInputs) -> int:

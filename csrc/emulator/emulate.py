@@ -1,7 +1,7 @@
 """Run the CUDA kernels on a CPU: ``python csrc/emulator/emulate.py [--cases N] [--seed S] [--faults] [--build DIR]``.
 
 Compiles the kernels' own source with g++ against the emulated machine (machine.h) and runs every line of
-``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and faults_backward.py, one at a
+``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and of its siblings, one at a
 time, each of which has to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
 """
 
@@ -11,22 +11,33 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fault import Fault
 from faults import FAULTS
 from faults_backward import BACKWARD_FAULTS
+from faults_decode import DECODE_FAULTS
 
-from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile, forward_tiles, keys_tiles, queries_tiles
+from fastattn.backends.cuda.instances import (
+    DecodeTile,
+    KeysTile,
+    QueriesTile,
+    Tile,
+    decode_tiles,
+    forward_tiles,
+    keys_tiles,
+    queries_tiles,
+)
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "main")
-COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-Wall", "-Wextra", "-c")
-ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS]
+COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
+DIRECTIONS = {Tile: "forward", KeysTile: "backward", QueriesTile: "backward", DecodeTile: "decode"}
+COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
-AnyLine = Tile | KeysTile | QueriesTile
+AnyLine = Tile | KeysTile | QueriesTile | DecodeTile
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -44,7 +55,7 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
 
 def emulated_tiles(csrc: Path) -> list[AnyLine]:
     """Every line of the table."""
-    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc)]
+    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
 
 
 def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
@@ -55,9 +66,8 @@ def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
 
 
 def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
-    direction = "forward" if isinstance(tile, Tile) else "backward"
     line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
-    return compile_object(csrc / "emulator" / f"{direction}_instance.cpp", target, line, *options)
+    return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
 
 
 def link(objects: Sequence[Path], target: Path, *options: str) -> Path:
@@ -76,13 +86,14 @@ class Emulator:
     def __init__(self, build: Path, jobs: int) -> None:
         self.build = build
         self.jobs = jobs
-        self.common = self.map(
-            lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON
+        self.common = list(
+            self.map(lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON)
         )
 
-    def map(self, function: Callable, items: Sequence) -> list:
+    def map(self, function: Callable, items: Sequence) -> Iterator:
+        """The results in order, each as soon as it is there."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(function, items))
+            yield from pool.map(function, items)
 
     def check_instance(self, tile: AnyLine, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
@@ -154,15 +165,18 @@ def main() -> int:
         lambda line: emulator.check_instance(line[1][0], options.cases, options.seed + 1000 * line[0], *line[1][1]),
         numbered,
     )
-    print("".join(text for _, text in results), end="")
-    is_good = all(ok for ok, _ in results)
+    is_good = True
+    for ok, text in results:
+        print(text, end="", flush=True)
+        is_good = is_good and ok
     if options.faults:
         planted = [fault for fault in ALL_FAULTS if options.only in fault.what]
-        found = emulator.map(lambda fault: emulator.check_fault(fault), planted)
-        for fault, (is_reported, how) in zip(planted, found, strict=True):
-            print(f"{'reported' if is_reported else 'MISSED  '}  {fault.what}: {how[:150]}")
-        print(f"{sum(ok for ok, _ in found)} of {len(planted)} planted faults reported")
-        is_good = is_good and all(ok for ok, _ in found)
+        reported = 0
+        for fault, (ok, how) in zip(planted, emulator.map(emulator.check_fault, planted), strict=True):
+            print(f"{'reported' if ok else 'MISSED  '}  {fault.what}: {how[:150]}", flush=True)
+            reported += ok
+        print(f"{reported} of {len(planted)} planted faults reported")
+        is_good = is_good and reported == len(planted)
     return 0 if is_good else 1
 
 

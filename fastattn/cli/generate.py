@@ -71,12 +71,17 @@ def _add_strategy(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fastattn.generate import Sampling, Texts
     from fastattn.train import find_checkpoint
+    from fastattn.train.marks import Marks
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
     _check(args)
     checkpoint = find_checkpoint(args.checkpoint)
     model = checkpoint.load_model(device.choose(args.device), args.attention)
-    texts = Texts(model, checkpoint.tokenizer(), stop=args.stop)
+    if model.config.kind not in ("decoder", "encoder-decoder"):
+        raise DataError(f"{checkpoint.folder} is an {model.config.kind}, which writes no text: see fastattn evaluate.")
+    tokenizer = checkpoint.tokenizer()
+    start, end = Marks.of(tokenizer).names(tokenizer)
+    texts = Texts(model, tokenizer, start=start, end=end, stop=args.stop)
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}

@@ -104,7 +104,7 @@ class Cached:
             max_length=max_length,
             window=model.config.window,
             device=weight.device,
-            dtype=weight.dtype,
+            dtype=_dtype_of_keys(weight),
         )
         self._rows: dict[int, int] = {}
         self._rows_of_step: list[int] = []
@@ -195,6 +195,12 @@ def checked(name: str, tokens: Tokens) -> list[list[int]]:
             name, given, "(B, S) with S >= 1: at least one token in each row", "Begin with the start token."
         )
     return rows
+
+
+def _dtype_of_keys(weight: Tensor) -> torch.dtype:
+    """What the model's projections will be in: autocast's dtype where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _as_lists(tokens: Tokens) -> list[list[int]]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fastattn.models.blocks import Cache, Stack, check_kind, check_tokens, initialise
 from fastattn.models.config import TransformerConfig
+from fastattn.models.generating import Generates
 from fastattn.nn import KVCache
 
 
-class Decoder(Stack):
+class Decoder(Generates, Stack):
     """A decoder language model: tokens in, logits of each next token out.
 
     Args:

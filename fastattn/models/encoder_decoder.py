@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastattn.errors import input_error
 from fastattn.models.blocks import Cache, Memory, Model, Stack, check_kind, check_tokens, initialise
 from fastattn.models.config import TransformerConfig
+from fastattn.models.generating import Generates
 from fastattn.nn import KVCache
 
 
-class EncoderDecoder(Model):
+class EncoderDecoder(Generates, Model):
     """A source and the beginning of its target in, logits of each next token of the target out.
 
     Args:

@@ -309,16 +309,23 @@ def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> 
         inputs, spec = Inputs(x, x, x, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(1.0, left=s // 2, right=0)
         out, lse = launch.forward(inputs, spec)
         launch.backward(out, None, out, lse, inputs, spec, ("q", "k", "v"))
-        pages = torch.empty(s + 3, 8, 4, head_dim, device="meta", dtype=torch.bfloat16)
-        lengths_of_two, table = (torch.empty(2, *more, device="meta", dtype=torch.int32) for more in ((), (s,)))
-        new = torch.empty(2, 1, 4, head_dim, device="meta", dtype=torch.bfloat16)
-        launch_cache.attend_to_cache(
-            CacheInputs(new, pages, pages, lengths_of_two, new, new, table, max_seqlen_q=1), spec
-        )
+        launch_cache.attend_to_cache(_one_token(s, head_dim), spec)
     found: dict[str, set[int]] = {}
     for name, kernel, _ in _launched:
         found.setdefault(name, set()).add(id(kernel))
     return {name: len(kernels) for name, kernels in found.items()}
+
+
+def _one_token(pages: int, head_dim: int) -> CacheInputs:
+    """A token for each of two sequences, whose caches have ``pages`` of 8 rows; it is turned and appended first."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    cache, new = empty(pages + 3, 8, 4, head_dim), empty(2, 1, 4, head_dim)
+    lengths, table = empty(2, dtype=torch.int32), empty(2, pages, dtype=torch.int32)
+    angles = empty(8 * pages, head_dim // 2, dtype=torch.float32)
+    return CacheInputs(new, cache, cache, lengths, new, new, table, None, angles, angles, max_seqlen_q=1)
 
 
 def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:

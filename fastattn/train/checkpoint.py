@@ -191,9 +191,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
 
 
 def _best(newest: Checkpoint) -> Checkpoint | None:
-    step = newest.trainer_state().get("progress", {}).get("best_step")
+    step = newest.trainer_state().get("kept_best")
     path = newest.folder.with_name(_name(step or 0))
-    return Checkpoint(path) if path.is_dir() else None
+    return Checkpoint(path) if step is not None and path.is_dir() else None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -101,6 +101,10 @@ class Task(ABC):
             tokens, types = [*tokens, *second, self.marks.end], types + [1] * (len(second) + 1)
         return {"tokens": tokens} | ({"token_types": types} if self.has_types else {})
 
+    def is_longest(self, feature: Feature) -> bool:
+        """Whether a row is as long as it can be, as it is where an example was cut."""
+        return max(len(feature.get(name, ())) for name in ("tokens", "source", "target")) >= self.length
+
     def batch(self, examples: Sequence[Example], model: nn.Module) -> ExampleBatch:
         """The first row of each example, on the device of the model."""
         device = next(model.parameters()).device

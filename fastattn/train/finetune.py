@@ -119,7 +119,8 @@ class Outcome:
     Attributes:
         progress: where it stands.
         scores: of the held-out examples by name; empty if the run was stopped before its end.
-        examples: their numbers, "train" and "held out".
+        examples: their numbers, "train" and "held out"; "longest" are the rows of "train" that are as long as a row can
+            be, most of them because the example was cut.
         parameters: their numbers, "all" and "trained".
         checkpoint: the newest, or the best if the run keeps it.
     """
@@ -135,6 +136,7 @@ class Outcome:
         return {
             "examples": self.examples["train"],
             "examples held out": self.examples["held out"],
+            "rows cut to the longest length": self.examples["longest"],
             "parameters": self.parameters["all"],
             "parameters trained": self.parameters["trained"],
             "steps": self.progress.step,
@@ -174,7 +176,7 @@ def finetune(
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
     examples, held_out = _examples(config)
-    task, model = _fresh(config, examples) if resume is None else _unfilled(resume)
+    task, model = _fresh(config, examples) if resume is None else _unfilled(resume, config.attention)
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -204,7 +206,8 @@ def finetune(
         scores = score(best.task, best.model, held_out, show_progress)
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
-        progress, scores, {"train": len(examples), "held out": len(held_out)},
+        progress, scores,
+        {"train": len(examples), "held out": len(held_out), "longest": sum(map(task.is_longest, features))},
         {"all": sum(size for size, _ in sizes), "trained": sum(size for size, is_trained in sizes if is_trained)},
         checkpoint,
     )  # fmt: skip

@@ -319,8 +319,8 @@ class Trainer:
         self._log_window()  # refuses a loss that is not finite
         progress = dataclasses.asdict(self.progress)
         del progress["step"], progress["signal"]
-        state = {"progress": progress, "settings": self.settings}
         best = self.progress.best_step if self.config.keeps_best else None
+        state = {"progress": progress, "settings": self.settings, "kept_best": best}
         with self._apart():
             save_checkpoint(
                 self.folder / "checkpoints", self.progress.step, self.model, self.optimizer, state,

@@ -6,10 +6,11 @@ import torch
 from fastattn.errors import InputError
 from fastattn.generate import Sampling, beam_search, generate
 from fastattn.generate.decode import ENDED
-from fastattn.models import Decoder
+from fastattn.models import Decoder, TransformerConfig
 
 PROMPTS = [[5, 9, 200], [17], [3, 3, 8, 77, 130, 6, 6, 41]]
 SOURCES = [[4, 99, 30, 7], [250], [8, 9]]
+BASE = TransformerConfig(vocab_size=258, width=32, layers=2, heads=4, kv_heads=2, max_length=40)
 CACHES = [{"page_size": None}, {"page_size": 1}, {"page_size": 4}]
 SAMPLINGS = [
     Sampling(0),
@@ -146,3 +147,22 @@ def test_refusals_of_sources(encoder_decoder):
         generate(encoder_decoder, [[0]], 5)
     with pytest.raises(InputError, match="source: got 1 rows; allowed: 2"):
         generate(encoder_decoder, [[0], [0]], 5, source=[[1, 2]])
+
+
+def test_models_generate(model, encoder_decoder):
+    stepped = tokens_of(model, Sampling(0), PROMPTS, 9, stop_token=77)
+    rows = model.generate(PROMPTS, 9, Sampling(0), stop_token=77)
+    assert rows == [[token for token in row if token != ENDED] for row in stepped]
+    best = model.generate(PROMPTS, 9, beams=3, page_size=4)
+    assert best == [beams[0].tokens for beams in beam_search(model, PROMPTS, 9, beams=3)]
+    answers = encoder_decoder.generate([[0]] * 3, 5, Sampling(0), source=SOURCES, use_cache=False)
+    assert answers == tokens_of(encoder_decoder, Sampling(0), [[0]] * 3, 5, source=SOURCES)
+    with pytest.raises(InputError, match="beams: got 3 together with sampling"):
+        model.generate(PROMPTS, 9, Sampling(0), beams=3)
+
+
+def test_under_autocast_the_cache_has_its_dtype():
+    model = Decoder(BASE).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with_cache = model.generate(PROMPTS, 6, Sampling(0))
+        assert [len(row) for row in with_cache] == [6, 6, 6]

@@ -75,4 +75,4 @@ def test_lengths_compile_nothing_anew() -> None:
     """
     found = gates.kernels_for_lengths((1, 2, 15, 16, 17, 100, 128, 1023, 4096), 40, "BHSD")
     trained = {"forward_kernel": 1, "delta_kernel": 1, "dkdv_kernel": 1, "dq_kernel": 1}
-    assert found == trained | {"place_kernel": 1, "decode_kernel": 2, "combine_kernel": 1}
+    assert found == trained | {"append_kernel": 1, "turn_kernel": 1, "decode_kernel": 2, "combine_kernel": 1}

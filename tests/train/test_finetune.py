@@ -230,6 +230,16 @@ def test_the_held_out_part_depends_on_the_examples_alone(data, tmp_path):
     assert run(tmp_path / "b", dataclasses.replace(config, data=turned)).examples == outcome.examples
 
 
+def test_it_says_how_many_examples_were_cut_and_resumes_with_other_attention(tmp_path):
+    records = [{"text": "up " * (40 if n < 3 else 1) + str(n), "label": "ab"[n % 2]} for n in range(9)]
+    path = written(tmp_path / "a.jsonl", records)
+    outcome = run(tmp_path / "run", settings(path, eval=path, length=16, steps=1))
+    assert outcome.examples["longest"] == 3 and outcome.facts()["rows cut to the longest length"] == 3
+    checkpoint = find_checkpoint(tmp_path / "run")
+    config = resumed_config(checkpoint, {"steps": 2, "attention": "eager"})
+    assert run(tmp_path / "run", config, resume=checkpoint).checkpoint.config().attention == "eager"
+
+
 def test_epochs_give_steps(data):
     config = settings(data, steps=None, epochs=2.5)
     assert config.training(24).steps == 15 and settings(data, steps=7).training(24).steps == 7

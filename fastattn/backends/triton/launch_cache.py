@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -28,12 +29,13 @@ from fastattn.backends.triton.arguments import (
 )
 from fastattn.backends.triton.configs import Tile
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
-from fastattn.backends.triton.pages import place_kernel
+from fastattn.backends.triton.pages import append_kernel, turn_kernel
 from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
 from fastattn.spec import AttentionSpec
 
-PLACE_ROWS, COMBINED_PARTS = 16, 32  # of one program; of one step
+BLOCK = 16  # rows that one program puts into their places
+COMBINED_PARTS = 32  # in one step
 LEAST_TILES = 4  # of keys in a part: fewer, and putting the parts together costs more than they save
 
 
@@ -46,49 +48,50 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, tile: Tile | None 
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
     with launch.device_of(out):
         if inputs.k is not None and inputs.v is not None and inputs.k.numel():
-            _place(inputs.k, inputs.k_cache, inputs, spec, scale=inputs.k_scale, to_cache=True, is_turned=True)
-            _place(inputs.v, inputs.v_cache, inputs, spec, scale=inputs.v_scale, to_cache=True)
+            _append(inputs, spec, inputs.k, inputs.v)
         if lse.numel():
-            q = inputs.q
-            if inputs.rotary_cos is not None:
-                q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-                _place(inputs.q, q, inputs, spec, is_turned=True)
-            _decode(inputs.replace(q=q), spec, out, lse, tile)
+            turned = inputs if inputs.rotary_cos is None else inputs.replace(q=_turned_queries(inputs, spec))
+            _decode(turned, spec, out, lse, tile)
     return out, lse
 
 
-def _place(
-    x: Tensor,
-    to: Tensor,
-    inputs: CacheInputs,
-    spec: AttentionSpec,
-    *,
-    scale: Tensor | None = None,
-    to_cache: bool = False,
-    is_turned: bool = False,
-) -> None:
-    """Rows of ``x`` into ``to``, a cache or a tensor like ``x``; ``is_turned``: by the rotary tables, if any."""
-    d = x.shape[-1]
-    rows = inputs.max_seqlen_q if inputs.is_packed or not to_cache else x.shape[1]
-    cos, sin = (inputs.rotary_cos, inputs.rotary_sin) if is_turned else (None, None)
-    place_kernel[inputs.batch * triton.cdiv(rows, PLACE_ROWS), x.shape[-2]](
-        Rows.of(x),
-        Rows.of(_bytes(to)),
-        None if scale is None else PerHead.of(scale),
-        None if cos is None else cos.contiguous(),
-        None if sin is None else sin.contiguous(),
-        _cache(inputs),
-        _terms(inputs),
-        _sizes(inputs, spec),
-        F=Flags(1, 1, 16, 16, packed=inputs.is_packed, paged=inputs.block_table is not None, fp8=inputs.is_fp8),
-        D=d,
-        ROTARY=0 if cos is None else cos.shape[1],
-        INTERLEAVED=inputs.rotary_interleaved,
-        TO_CACHE=to_cache,
-        BLOCK=PLACE_ROWS,
-        BLOCK_D=triton.next_power_of_2(d),
+def _append(inputs: CacheInputs, spec: AttentionSpec, k: Tensor, v: Tensor) -> None:
+    blocks = triton.cdiv(inputs.max_seqlen_q if inputs.is_packed else k.shape[1], BLOCK)
+    caches = (Rows.of(_bytes(inputs.k_cache)), Rows.of(_bytes(inputs.v_cache)))
+    append_kernel[inputs.batch * blocks, inputs.heads_kv](Rows.of(k), Rows.of(v), *caches, **_placing(inputs, spec))
+
+
+def _turned_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
+    q = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
+    blocks = triton.cdiv(inputs.max_seqlen_q, BLOCK)
+    turn_kernel[inputs.batch * blocks, inputs.heads_q](Rows.of(inputs.q), Rows.of(q), **_placing(inputs, spec))
+    return q
+
+
+def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
+    """The arguments that the kernels share which put rows into their places."""
+    cos, sin = inputs.rotary_cos, inputs.rotary_sin
+    d_qk, d_v = inputs.q.shape[-1], inputs.v_cache.shape[-1]
+    return {
+        "cos": None if cos is None else cos.contiguous(),
+        "sin": None if sin is None else sin.contiguous(),
+        "cache": _cache(inputs),
+        "terms": _terms(inputs),
+        "sizes": _sizes(inputs, spec),
+        "F": Flags(
+            d_qk=d_qk,
+            d_v=d_v,
+            block_qk=triton.next_power_of_2(d_qk),
+            block_v=triton.next_power_of_2(d_v),
+            packed=inputs.is_packed,
+            paged=inputs.block_table is not None,
+            fp8=inputs.is_fp8,
+        ),
+        "ROTARY": 0 if cos is None else cos.shape[1],
+        "INTERLEAVED": inputs.rotary_interleaved,
+        "BLOCK": BLOCK,
         **launch.ALWAYS,
-    )
+    }
 
 
 def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, tile: Tile | None) -> None:

@@ -91,30 +91,71 @@ def to_e4m3(x):
 
 
 @triton.jit
-def place_kernel(
-    x, to, scale, cos, sin, cache, terms, sizes, F: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+def append_kernel(
+    k, v, k_cache, v_cache, cos, sin, cache, terms, sizes, F: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows of ``x``, the first ``2 * ROTARY`` dims turned to their positions, go to the cache or to another tensor.
+    """``BLOCK`` new keys, turned to their positions, and values go where the cache of their sequence ends.
 
-    To the cache go new keys and values, to the positions behind those it has, in its dtype; those for which it has no
-    room are dropped. Query rows are only turned. Grid: ``(B * blocks, heads)``.
+    Those for which it has no room are dropped. Grid: ``(B * blocks, H_kv)``.
     """
-    rows = number(cache.new_rows) if TO_CACHE else number(sizes.s_q)
-    blocks = tl.cdiv(number(sizes.s_q) if F.packed else rows, BLOCK)
+    most = number(sizes.s_q) if F.packed else number(cache.new_rows)
+    blocks = tl.cdiv(most, BLOCK)
     b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     begin, band = open_cache(b, cache, terms, sizes, F)
-    if F.packed:
-        rows = band.s_q
+    rows = band.s_q if F.packed else most
     if block * BLOCK >= rows:
         return
-    i, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    first = tl.load(cache.lengths + b) if TO_CACHE else band.diagonal
-    position = tl.maximum(first + i, 0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(cache.lengths + b) + i
     valid = (i < rows) & (position < number(cache.capacity))
-    mask = valid[:, None] & (d < D)[None, :]
-    at = row_pointers(x, b, begin + i, h, 1)[:, None]
-    tile = tl.load(at + d[None, :].to(tl.int64) * number(x.stride_d), mask=mask, other=0.0)  # [BLOCK, BLOCK_D]
+    page, row = located(b, position, valid, cache, F)
+    tile = turned_rows(k, b, begin + i, h, position, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
+    store_cached(k_cache, cache.k_scale, page, row, h, valid, tile, F.d_qk, F.block_qk, F)
+    tile = turned_rows(v, b, begin + i, h, position, valid, cos, sin, F.d_v, F.block_v, 0, INTERLEAVED)
+    store_cached(v_cache, cache.v_scale, page, row, h, valid, tile, F.d_v, F.block_v, F)
+
+
+@triton.jit
+def turn_kernel(
+    q, turned, cos, sin, cache, terms, sizes, F: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK`` query rows, turned to their positions, go to ``turned``. Grid: ``(B * blocks, H_q)``."""
+    blocks = tl.cdiv(number(sizes.s_q), BLOCK)
+    b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    begin, band = open_cache(b, cache, terms, sizes, F)
+    i, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, F.block_qk)
+    position, valid = tl.maximum(band.diagonal + i, 0), i < band.s_q
+    tile = turned_rows(q, b, begin + i, h, position, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
+    at = row_pointers(turned, b, begin + i, h, 1)[:, None] + d[None, :]
+    tl.store(at, tile, mask=valid[:, None] & (d < F.d_qk)[None, :])
+
+
+@triton.jit
+def store_cached(
+    x, scale, page, row, h, valid, tile, D: tl.constexpr, BLOCK_D: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """Store ``tile`` in the rows of head ``h`` of ``x``, divided by their scale if ``x`` is in e4m3."""
+    if F.fp8:
+        tile = tile.to(tl.float32)
+        if scale is not None:
+            tile /= load_scales(scale, page, h, valid)[:, None]
+        tile = to_e4m3(tile)
+    d = tl.arange(0, BLOCK_D)
+    at = row_pointers(x, page, row, h, 1)[:, None] + d[None, :].to(tl.int64) * number(x.stride_d)
+    tl.store(at, tile, mask=valid[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def turned_rows(
+    x, b, i, h, position, valid, cos, sin, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Rows ``i`` of head ``h``, their first ``2 * ROTARY`` dims turned to ``position``: ``[BLOCK, BLOCK_D]``."""
+    d = tl.arange(0, BLOCK_D)
+    at, mask = row_pointers(x, b, i, h, 1)[:, None], valid[:, None] & (d < D)[None, :]
+    tile = tl.load(at + d[None, :].to(tl.int64) * number(x.stride_d), mask=mask, other=0.0)
     if ROTARY:
         other, angle, sign = turned_with(d, ROTARY, INTERLEAVED)
         turned = mask & (d < 2 * ROTARY)[None, :]
@@ -123,17 +164,7 @@ def place_kernel(
         of_cos = tl.load(cos + of_table, mask=turned, other=1.0).to(tl.float32)
         of_sin = tl.load(sin + of_table, mask=turned, other=0.0).to(tl.float32)
         tile = (tile.to(tl.float32) * of_cos + pair * (of_sin * sign[None, :])).to(tile.dtype)
-    if TO_CACHE:
-        page, row = located(b, position, valid, cache, F)
-        if F.fp8:
-            tile = tile.to(tl.float32)
-            if scale is not None:
-                tile /= load_scales(scale, page, h, valid)[:, None]
-            tile = to_e4m3(tile)
-        at = row_pointers(to, page, row, h, 1)
-    else:
-        at = row_pointers(to, b, begin + i, h, 1)
-    tl.store(at[:, None] + d[None, :].to(tl.int64) * number(to.stride_d), tile, mask=mask)
+    return tile
 
 
 @triton.jit
