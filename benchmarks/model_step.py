@@ -23,9 +23,11 @@ from tqdm import tqdm
 import fastattn
 from benchmarks import ceilings, command_line, tables
 from benchmarks.record import Record
+from fastattn import attention_with_kv_cache
 from fastattn.errors import InputError
 from fastattn.generate import Sampling, generate
 from fastattn.models import PRESETS, Decoder, TransformerConfig, preset
+from fastattn.nn import paged
 from fastattn.testing import memory
 from fastattn.testing.peers import eager_attention
 from fastattn.testing.timing import compare, stopwatch
@@ -124,9 +126,25 @@ class Variant:
     def generate(self) -> list[list[int]]:
         """Greedy tokens after a prompt of half the length."""
         prompt = self._batches[0][:, : max(1, self._setting.length // 2)]
-        with mock.patch.object(fastattn, "attention", self._attention), self._setting.autocast():
+        decode = attention_with_kv_cache if self._attention is fastattn.attention else _gathering(self._attention)
+        with mock.patch.object(paged, "attention_with_kv_cache", decode), self._setting.autocast():
             tokens = list(generate(self.model, prompt, self._setting.new_tokens, Sampling(temperature=0)))
         return torch.stack(tokens).tolist()
+
+
+def _gathering(attention: Attention) -> Attention:
+    """``attention`` on a cache as people do it by hand: append, slice what is filled, attend. Rows are alike here."""
+
+    def attend(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, *, causal: bool,
+        block_table: Tensor, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        begin = int(lengths[0])
+        end, rows = begin + k.shape[1], block_table[:, 0].long()
+        k_cache[rows, begin:end], v_cache[rows, begin:end] = k, v
+        return attention(q, k_cache[rows, :end], v_cache[rows, :end], causal=causal)
+
+    return attend
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Tensor:

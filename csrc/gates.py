@@ -21,11 +21,13 @@ from pathlib import Path
 
 from fastattn.backends.cuda.build import BuildError, build, find_nvcc
 from fastattn.backends.cuda.instances import (
+    DecodeTile,
     Instance,
     KeysTile,
     QueriesTile,
     Tile,
     backward_instances,
+    decode_instances,
     forward_instances,
 )
 
@@ -82,13 +84,16 @@ def exponentials(instructions: Sequence[tuple[str, str]]) -> tuple[int, int]:
 
 
 def expected_products(instance: Instance) -> int:
-    """Tensor-core instructions: both products of a forward pass, before the loop or after it, and in it. Those of a
-    backward pass stand in its loop alone, and twice where one consumer sums dv, the other dk."""
+    """Tensor-core instructions.
+
+    Both products of a forward pass and of decoding stand in the loop, and before or after it. Those of a backward pass
+    stand in its loop alone, and twice where one consumer sums dv, the other dk.
+    """
     tile = instance.tile
     if isinstance(tile, KeysTile):
         scores, dp, sums = tile.d_qk // 16, tile.d_v // 16, 2 * tile.block_m // 16
         return scores * (2 if tile.is_split else 1) + dp + sums + (tile.block_n // 16 if tile.fused else 0)
-    assert isinstance(tile, (Tile, QueriesTile))
+    assert isinstance(tile, (Tile, QueriesTile, DecodeTile))
     if isinstance(tile, QueriesTile):
         return (tile.d_qk + tile.d_v + tile.block_n) // 16
     return 2 * (tile.d_qk // 16 + tile.block_n // 16)
@@ -97,7 +102,7 @@ def expected_products(instance: Instance) -> int:
 def expected_exponentials(instance: Instance) -> int:
     """How many a thread has to compute under a product, at least: those of its scores, but those of softcap's tanh."""
     tile = instance.tile
-    if isinstance(tile, Tile):
+    if isinstance(tile, (Tile, DecodeTile)):
         return tile.block_n // 2
     # The kernel of the keys needs no hold, its next product waits for the weights; with softcap there is no hold.
     return tile.block_n // 2 if isinstance(tile, QueriesTile) and not tile.softcap else 0
@@ -150,7 +155,7 @@ def main() -> int:
     options = parser.parse_args()
     instances = [
         instance
-        for instance in [*forward_instances(CSRC), *backward_instances(CSRC)]
+        for instance in [*forward_instances(CSRC), *backward_instances(CSRC), *decode_instances(CSRC)]
         if not options.names or any(name in instance.name for name in options.names)
     ]
     try:

@@ -115,6 +115,35 @@ static char const* launch(BackwardParams const& p) {
   return wrong;
 }
 
+#define FA_DECODE_TRAITS(T, QK, V, SOFTCAP, N, STAGES) sm90::DecodeTraits<sm90::T, QK, V, SOFTCAP != 0, N, STAGES>
+#define FA_EXTERN_DECODE(TRAITS) \
+  extern template char const* launch_decode<TRAITS>(DecodeParams const&, MakeDecodeMaps, cudaStream_t);
+
+extern template char const* launch_combine<sm90::Bf16>(DecodeParams const&, cudaStream_t);
+extern template char const* launch_combine<sm90::F16>(DecodeParams const&, cudaStream_t);
+#define DECODE(...)                                  \
+  FA_EXTERN_DECODE(FA_DECODE_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN_DECODE(FA_DECODE_TRAITS(F16, __VA_ARGS__))
+#include "instances.inc"
+
+static char const* launch_splits(DecodeParams const& p, cudaStream_t stream) {
+#define DECODE(QK, V, SOFTCAP, N, STAGES)                                                                               \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
+    return p.dtype == kFloat16                                                                                          \
+               ? launch_decode<FA_DECODE_TRAITS(F16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream)           \
+               : launch_decode<FA_DECODE_TRAITS(Bf16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream);         \
+  }
+#include "instances.inc"
+  return "no kernel holds these head dims";
+}
+
+static char const* launch(DecodeParams const& p) {
+  auto const stream = static_cast<cudaStream_t>(p.stream);
+  char const* const wrong = launch_splits(p, stream);
+  if (wrong || p.splits == 1) return wrong;
+  return p.dtype == kFloat16 ? launch_combine<sm90::F16>(p, stream) : launch_combine<sm90::Bf16>(p, stream);
+}
+
 static char const* launch(ForwardParams const& p) {
   int multiprocessors = static_cast<int>(p.blocks);
   if (!multiprocessors) {
@@ -160,10 +189,15 @@ FA_EXPORT long long fa_forward_version() { return fa::kForwardVersion; }
 FA_EXPORT long long fa_forward_bytes() { return sizeof(fa::ForwardParams); }
 FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }
 FA_EXPORT long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
+FA_EXPORT long long fa_decode_version() { return fa::kDecodeVersion; }
+FA_EXPORT long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
 
 FA_EXPORT int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {
   return fa::run(params, fa::kForwardVersion, error, error_bytes);
 }
 FA_EXPORT int fa_backward(fa::BackwardParams const* params, char* error, long long error_bytes) {
   return fa::run(params, fa::kBackwardVersion, error, error_bytes);
+}
+FA_EXPORT int fa_decode(fa::DecodeParams const* params, char* error, long long error_bytes) {
+  return fa::run(params, fa::kDecodeVersion, error, error_bytes);
 }

@@ -1,6 +1,8 @@
 // The definitions of launch.h, for the files that hold one kernel each.
 #pragma once
 #include "launch.h"
+#include "sm90/combine.cuh"
+#include "sm90/decode.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/keys.cuh"
 #include "sm90/queries.cuh"
@@ -60,6 +62,21 @@ char const* launch_rows(BackwardParams const& p, cudaStream_t stream) {
     wrong = launch(sm90::sinks_kernel<T>, p, p.batch * p.heads_q, sm90::kRowThreads, bytes, stream);
   }
   return wrong;
+}
+
+template <class C>
+char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream) {
+  sm90::DecodeArgs args;
+  args.p = p;
+  if (char const* wrong = make_maps(p, args)) return wrong;
+  return launch(sm90::decode_kernel<C>, args, p.tiles * p.splits * p.heads_kv, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class T>
+char const* launch_combine(DecodeParams const& p, cudaStream_t stream) {
+  constexpr int kOutputs = sm90::kCombineThreads / 32;  // of a block
+  int64 const blocks = (sm90::rows_of(p) * p.heads_q + kOutputs - 1) / kOutputs;
+  return launch(sm90::combine_kernel<T>, p, blocks, sm90::kCombineThreads, 0, stream);
 }
 
 }  // namespace fa

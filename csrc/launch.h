@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "sm90/backward.h"
+#include "sm90/decode.h"
 
 namespace fa {
 
@@ -14,6 +15,7 @@ static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands 
 // what is written have the 64 rows of a consumer.
 using MakeMaps = char const* (*)(ForwardParams const&, int block_m, int block_n, sm90::ForwardArgs&);
 using MakeBackwardMaps = char const* (*)(BackwardParams const&, int block_m, int block_n, sm90::BackwardArgs&);
+using MakeDecodeMaps = char const* (*)(DecodeParams const&, sm90::DecodeArgs&);
 
 // Null, or what went wrong.
 template <class C>
@@ -30,5 +32,13 @@ char const* launch_queries(BackwardParams const& p, MakeBackwardMaps make_maps, 
 // lse_log2, delta and zeros in dq_sums, which the others need; and dsinks.
 template <class T>
 char const* launch_rows(BackwardParams const& p, cudaStream_t stream);
+
+// out and lse of each split.
+template <class C>
+char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream);
+
+// out and lse out of those of several splits.
+template <class T>
+char const* launch_combine(DecodeParams const& p, cudaStream_t stream);
 
 }  // namespace fa

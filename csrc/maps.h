@@ -2,6 +2,7 @@
 // host.cu through the driver, emulator/library.cpp for the emulated machine.
 #pragma once
 #include "sm90/backward.h"
+#include "sm90/decode.h"
 
 namespace fa {
 
@@ -67,6 +68,18 @@ inline char const* make_backward_maps(BackwardParams const& p, int block_m, int 
   }
   if (p.dv && !encode(args.dv, contiguous(p.dv, p.head_dim_v, p.seqlen_kv, p.heads_kv, batch), p.dtype, 64)) {
     return "the tensor map of dv was refused: check its address";
+  }
+  return nullptr;
+}
+
+// Those of the caches, with pages in the place of the batch: one box never leaves a page.
+inline char const* make_decode_maps(DecodeParams const& p, sm90::DecodeArgs& args) {
+  int const rows = static_cast<int>(p.box_rows);
+  if (!encode(args.k, {p.k_cache, p.head_dim_qk, p.page_size, p.heads_kv, p.pages, p.k_strides}, p.dtype, rows)) {
+    return "the tensor map of k_cache was refused: check its address and strides";
+  }
+  if (!encode(args.v, {p.v_cache, p.head_dim_v, p.page_size, p.heads_kv, p.pages, p.v_strides}, p.dtype, rows)) {
+    return "the tensor map of v_cache was refused: check its address and strides";
   }
   return nullptr;
 }

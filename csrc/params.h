@@ -108,4 +108,44 @@ struct BackwardParams {
   void* stream;
 };
 
+constexpr int64 kDecodeVersion = 1;
+
+// Attention to a cache. Position j of a sequence lies in row j % page_size of page block_table[j / page_size].
+struct DecodeParams {
+  int64 version;  // kDecodeVersion
+  const void* q;
+  const void* k_cache;          // (pages, page_size, H_kv, D)
+  const void* v_cache;
+  void* out;                    // out and lse as in ForwardParams
+  float* lse;
+  float* partial_out;           // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q): out and lse of each split,
+  float* partial_lse;           // null if there is one, whose are the final ones
+  const float* sinks;
+  const int32* cache_lengths;   // (B): positions of each sequence, but for the new ones
+  const int32* block_table;     // null: sequence b owns page b, and has no other
+  const int32* cu_seqlens_q;    // if q is packed, else null
+  Strides q_strides;
+  Strides k_strides, v_strides; // with that of a page in the place of the batch
+  int64 sinks_batch_stride, table_stride;
+  int64 dtype;
+  int64 batch;
+  int64 heads_q, heads_kv;
+  int64 head_dim_qk, head_dim_v;
+  int64 seqlen_q;               // rows of each sequence; packed: of all of them
+  int64 new_keys;               // positions of each sequence past cache_lengths; negative: as many as it has queries
+  int64 pages, page_size;
+  int64 box_rows;               // rows that lie together in memory wherever they begin at a multiple of it; at most 64
+  int64 left, right;            // the anchor is the lower right
+  int64 has_softcap;
+  double scale_log2, cap_scale;
+  // A tile has 64 rows: query heads of one K/V head, times positions. Rows left over do nothing.
+  int64 heads_per_tile, positions_per_tile;
+  int64 tiles;                  // of each K/V head, in the whole batch; packed: at least as many as there are
+  int64 splits;                 // parts into which the keys of a tile are divided, at most kMostSplits
+  int64 device;
+  void* stream;
+};
+
+constexpr int kMostSplits = 128;
+
 }  // namespace fa

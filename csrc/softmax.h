@@ -30,14 +30,20 @@ FA_DEVICE void cap_scores(float (&scores)[N], float cap_scale) {
   for (int i = 0; i < N; ++i) scores[i] = capped(scores[i], cap_scale);
 }
 
-// Scores of keys that a row does not keep become -inf. `row` and `column` are this thread's first.
+// Scores of keys outside of what a thread's two rows keep become -inf. `column` is this thread's first.
 template <int N>
-FA_DEVICE void mask_scores(float (&scores)[N], Band const& band, int row, int column) {
-  Range const kept[2] = {tile_range(band, row, row + 1), tile_range(band, row + 8, row + 9)};
+FA_DEVICE void mask_scores(float (&scores)[N], Range const (&kept)[2], int column) {
   FA_UNROLL
   for (int i = 0; i < N; ++i) {
     if (!contains(kept[i / 2 % 2], column + i / 4 * 8 + i % 2)) scores[i] = negative_infinity();
   }
+}
+
+// The same where the rows are `row` and the one 8 below it.
+template <int N>
+FA_DEVICE void mask_scores(float (&scores)[N], Band const& band, int row, int column) {
+  Range const kept[2] = {tile_range(band, row, row + 1), tile_range(band, row + 8, row + 9)};
+  mask_scores(scores, kept, column);
 }
 
 // Scores become weights 2^(scale_log2 * (score - max)), and `state` takes them in. `rescale` is the factor on

@@ -6,8 +6,8 @@ import contextlib
 import errno
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +31,8 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         own = f"{_TEMPORARY}{path.name}-"
         _remove(path.parent, _TEMPORARY if alone else own)
-        folder = Path(tempfile.mkdtemp(prefix=own, dir=path.parent))
+        folder = path.with_name(own + secrets.token_hex(4))
+        folder.mkdir()  # readable by whom the umask lets, unlike one of tempfile
         try:
             yield folder
             for file in folder.iterdir():
@@ -60,6 +61,14 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder in one piece: a kill leaves it whole, or under a name that ``new_folder`` clears away."""
+    with contextlib.suppress(OSError):
+        gone = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+        os.replace(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _remove(parent: Path, prefix: str) -> None:

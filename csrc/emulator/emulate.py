@@ -1,7 +1,7 @@
 """Run the CUDA kernels on a CPU: ``python csrc/emulator/emulate.py [--cases N] [--seed S] [--faults] [--build DIR]``.
 
 Compiles the kernels' own source with g++ against the emulated machine (machine.h) and runs every line of
-``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and faults_backward.py, one at a
+``instances.inc`` on random problems. ``--faults`` also plants the faults of faults.py and of its siblings, one at a
 time, each of which has to be reported. Exits with 1 if a kernel is wrong or a fault goes unnoticed.
 """
 
@@ -18,15 +18,26 @@ from pathlib import Path
 from fault import Fault
 from faults import FAULTS
 from faults_backward import BACKWARD_FAULTS
+from faults_decode import DECODE_FAULTS
 
-from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile, forward_tiles, keys_tiles, queries_tiles
+from fastattn.backends.cuda.instances import (
+    DecodeTile,
+    KeysTile,
+    QueriesTile,
+    Tile,
+    decode_tiles,
+    forward_tiles,
+    keys_tiles,
+    queries_tiles,
+)
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "main")
-COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-Wall", "-Wextra", "-c")
-ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS]
+COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
+DIRECTIONS = {Tile: "forward", KeysTile: "backward", QueriesTile: "backward", DecodeTile: "decode"}
+COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
-AnyLine = Tile | KeysTile | QueriesTile
+AnyLine = Tile | KeysTile | QueriesTile | DecodeTile
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -44,7 +55,7 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
 
 def emulated_tiles(csrc: Path) -> list[AnyLine]:
     """Every line of the table."""
-    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc)]
+    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
 
 
 def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
@@ -55,9 +66,8 @@ def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
 
 
 def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
-    direction = "forward" if isinstance(tile, Tile) else "backward"
     line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
-    return compile_object(csrc / "emulator" / f"{direction}_instance.cpp", target, line, *options)
+    return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
 
 
 def link(objects: Sequence[Path], target: Path, *options: str) -> Path:

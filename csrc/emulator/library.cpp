@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "backward_case.h"
+#include "decode_case.h"
 #include "forward_case.h"
 
 namespace fa::emu {
@@ -64,6 +65,14 @@ static std::string run(BackwardParams const& p) {
   return wrong;
 }
 
+static std::string run(DecodeParams const& p) {
+  bool const has_softcap = p.has_softcap != 0;
+  auto const* x = find(decode_instances(), p.dtype, p.head_dim_qk, p.head_dim_v, has_softcap,
+                       [&](DecodeInstance const& one) { return one.shape.has_softcap == has_softcap; });
+  Report report;
+  return x ? run_decode(*x, p, 6, report) : "no kernel holds these head dims";
+}
+
 template <class Params>
 static int answer(Params const* params, int64 version, char* error, long long error_bytes) {
   std::string wrong;
@@ -84,10 +93,15 @@ long long fa_forward_version() { return fa::kForwardVersion; }
 long long fa_forward_bytes() { return sizeof(fa::ForwardParams); }
 long long fa_backward_version() { return fa::kBackwardVersion; }
 long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
+long long fa_decode_version() { return fa::kDecodeVersion; }
+long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
 int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {
   return fa::emu::answer(params, fa::kForwardVersion, error, error_bytes);
 }
 int fa_backward(fa::BackwardParams const* params, char* error, long long error_bytes) {
   return fa::emu::answer(params, fa::kBackwardVersion, error, error_bytes);
+}
+int fa_decode(fa::DecodeParams const* params, char* error, long long error_bytes) {
+  return fa::emu::answer(params, fa::kDecodeVersion, error, error_bytes);
 }
 }

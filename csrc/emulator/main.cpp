@@ -4,16 +4,17 @@
 #include <cstdlib>
 
 #include "backward_case.h"
+#include "decode_case.h"
 #include "forward_case.h"
 
 // Whether all instances are right.
-template <class Instance, class Check>
-static bool run(std::vector<Instance> const& instances, Check check, int cases, uint32_t seed) {
+template <class Instance, class MakeCase, class Check>
+static bool run(std::vector<Instance> const& instances, MakeCase make_case, Check check, int cases, uint32_t seed) {
   for (Instance const& instance : instances) {
     auto const start = std::chrono::steady_clock::now();
     fa::emu::Report report;
     for (int i = 0; i < cases; ++i) {
-      fa::emu::Case const c = fa::emu::random_case(instance.shape, seed + static_cast<uint32_t>(i));
+      auto const c = make_case(instance.shape, seed + static_cast<uint32_t>(i));
       std::string const wrong = check(instance, c, report);
       if (wrong.empty()) continue;
       std::printf("FAILED  %s, %s\n%s\n", instance.name.c_str(), fa::emu::describe(c).c_str(), wrong.c_str());
@@ -32,6 +33,8 @@ int main(int count, char** arguments) {
   if (count != 3) return std::fprintf(stderr, "usage: emulate CASES SEED\n"), 2;
   int const cases = std::atoi(arguments[1]);
   uint32_t const seed = static_cast<uint32_t>(std::atoi(arguments[2]));
-  return !run(fa::emu::forward_instances(), fa::emu::check_forward, cases, seed) ||
-         !run(fa::emu::backward_instances(), fa::emu::check_backward, cases, seed);
+  using namespace fa::emu;
+  return !run(forward_instances(), random_case, check_forward, cases, seed) ||
+         !run(backward_instances(), random_case, check_backward, cases, seed) ||
+         !run(decode_instances(), random_decode_case, check_decode, cases, seed);
 }

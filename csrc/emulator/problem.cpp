@@ -2,7 +2,6 @@
 #include "problem.h"
 
 #include <cmath>
-#include <random>
 
 namespace fa {
 
@@ -22,12 +21,6 @@ bool encode(sm90::TensorMap& map, View const& x, int64, int box_rows) {
 namespace fa::emu {
 
 // ---- cases -----------------------------------------------------------------------------------------------------------
-struct Random {
-  std::mt19937 engine;
-  int between(int low, int high) { return low + static_cast<int>(engine() % static_cast<unsigned>(high - low + 1)); }
-  bool one_in(int n) { return engine() % static_cast<unsigned>(n) == 0; }
-};
-
 static int random_length(Random& random, Shape const& shape, int most_blocks) {
   if (random.one_in(12)) return 0;
   if (random.one_in(6)) return random.between(1, 3);

@@ -1,5 +1,6 @@
 // Random problems for the emulator: sizes, strides, masks, tensors. Forward and backward passes share them.
 #pragma once
+#include <random>
 #include <string>
 #include <vector>
 
@@ -7,6 +8,12 @@
 #include "machine.h"
 
 namespace fa::emu {
+
+struct Random {
+  std::mt19937 engine;
+  int between(int low, int high) { return low + static_cast<int>(engine() % static_cast<unsigned>(high - low + 1)); }
+  bool one_in(int n) { return engine() % static_cast<unsigned>(n) == 0; }
+};
 
 struct Shape {  // what a kernel is made for
   int d_qk, d_v, block_m, block_n;

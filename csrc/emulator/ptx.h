@@ -90,13 +90,14 @@ inline void block_sync() { emu::named_barrier(0, 0, true); }
 inline float negative_infinity() { return -INFINITY; }
 inline float positive_infinity() { return INFINITY; }
 inline float joined(float a, float b) { return std::fmin(a, b); }
-inline float shuffle_xor(float x, int mask) {
+inline float shuffle(float x, int lane) {
   uint32 bits;
   std::memcpy(&bits, &x, 4);
-  bits = static_cast<uint32>(emu::meet("shfl", bits).of_lane[(thread_index() % 32) ^ mask][0]);
+  bits = static_cast<uint32>(emu::meet("shfl", bits).of_lane[lane][0]);
   std::memcpy(&x, &bits, 4);
   return x;
 }
+inline float shuffle_xor(float x, int mask) { return shuffle(x, (thread_index() % 32) ^ mask); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exp2_approx(float x) { return std::exp2(x); }
@@ -117,7 +118,7 @@ inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m
   for (int i = 0; i < 4; ++i) pieces[i] = static_cast<uint32>(all.of_lane[lane % 8 * 4 + i][1 + lane / 8]);
   emu::store_shared(row, pieces, 16);
 }
-struct Int4 {
+struct alignas(16) Int4 {
   int x, y, z, w;
 };
 inline void store_shared(uint32 to, Int4 v) { emu::store_shared(to, &v, 16); }
@@ -142,6 +143,9 @@ inline Float2 load_shared_pair(uint32 from) {
 }
 struct alignas(16) Float4 {
   float x, y, z, w;
+};
+struct alignas(8) Packed4 {
+  uint32 pair[2];
 };
 inline void store_shared_floats(uint32 to, Float4 v) { emu::store_shared(to, &v, 16); }
 struct alignas(16) Packed8 {

@@ -35,19 +35,18 @@ FA_DEVICE void clear_unkept_values(ForwardArgs const& args, Shared<C> const& sha
 }
 
 // Everything between the arrival of Q and the finished sums of a tile that keeps at least one block of keys.
-template <class C>
-FA_DEVICE void attend(ForwardArgs const& args, Shared<C> const& shared, TileBlocks const& blocks, int consumer,
-                      Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state) {
+// `mask(scores, block)` puts -inf where a row does not keep a key; `clear(block, v)` puts zeros into the stage of v, once
+// it is full, where a value meets weights of 0 alone. Both are asked about the blocks where that may be.
+template <class C, class Mask, class Clear>
+FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float scale_log2, float cap_scale,
+                      int consumer, Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state,
+                      Mask const& mask, Clear const& clear) {
   float scores[C::BLOCK_N / 2], rescale[2];
   uint32 p[C::BLOCK_N / 4];
-  float const scale_log2 = static_cast<float>(args.p.scale_log2);
 
   auto const finish_scores = [&](int block, bool masked) {
-    if (C::SOFTCAP) cap_scores(scores, static_cast<float>(args.p.cap_scale));
-    if (!masked) return;
-    Tile const tile = read_tile(shared.tile());
-    Place const at = this_place();
-    mask_scores(scores, band_of<C>(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
+    if (C::SOFTCAP) cap_scores(scores, cap_scale);
+    if (masked) mask(scores, block);
   };
 
   int block = blocks.all.end - 1;
@@ -59,7 +58,7 @@ FA_DEVICE void attend(ForwardArgs const& args, Shared<C> const& shared, TileBloc
   finish_scores(block, true);
   softmax_step<true>(scores, state, rescale, scale_log2);
   pack_fragment<typename C::Element>(p, scores);
-  clear_unkept_values<C>(args, shared, block, v);
+  clear(block, v);
 
   while (--block >= blocks.all.begin) {
     if (C::PINGPONG) named_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
@@ -85,7 +84,7 @@ FA_DEVICE void attend(ForwardArgs const& args, Shared<C> const& shared, TileBloc
     for (int i = 0; i < C::D_V / 2; ++i) out[i] *= rescale[i / 2 % 2];
   }
 
-  if (blocks.all.end - blocks.all.begin > 1) clear_unkept_values<C>(args, shared, blocks.all.begin, v);
+  if (blocks.all.end - blocks.all.begin > 1) clear(blocks.all.begin, v);
   mbarrier_wait(v.full(), v.parity);
   wgmma_fence();
   issue_output<C>(out, p, shared, v.stage);
@@ -96,6 +95,19 @@ FA_DEVICE void attend(ForwardArgs const& args, Shared<C> const& shared, TileBloc
   }
   wgmma_wait<0>(out);
   release(v);
+}
+
+template <class C>
+FA_DEVICE void attend_to_tile(ForwardArgs const& args, Shared<C> const& shared, TileBlocks const& blocks, int consumer,
+                              Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state) {
+  auto const mask = [&](float(&scores)[C::BLOCK_N / 2], int block) {
+    Tile const tile = read_tile(shared.tile());
+    Place const at = this_place();
+    mask_scores(scores, band_of<C>(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
+  };
+  auto const clear = [&](int block, Ring<C::STAGES> const& of) { clear_unkept_values<C>(args, shared, block, of); };
+  attend<C>(shared, blocks, static_cast<float>(args.p.scale_log2), static_cast<float>(args.p.cap_scale), consumer, k, v,
+            out, state, mask, clear);
 }
 
 // Normalises out and writes lse. A tile without keys passes state.max = -inf and out = 0.
@@ -169,7 +181,7 @@ FA_DEVICE void consume(ForwardArgs const& args, Shared<C> const& shared, int con
     FA_UNROLL
     for (int i = 0; i < C::D_V / 2; ++i) out[i] = 0.f;
     TileBlocks const blocks = read_blocks(shared.tile());
-    if (blocks.all.begin < blocks.all.end) attend<C>(args, shared, blocks, consumer, k, v, out, state);
+    if (blocks.all.begin < blocks.all.end) attend_to_tile<C>(args, shared, blocks, consumer, k, v, out, state);
     Tile const tile = read_tile(shared.tile());
     finish_rows<C>(args, tile, state, out);
     write_rows<C>(args, shared, tile, consumer, out);

@@ -154,6 +154,7 @@ FA_DEVICE float positive_infinity() { return __uint_as_float(0x7f800000u); }
 // Negative if one of the two is: their bits, joined.
 FA_DEVICE float joined(float a, float b) { return __uint_as_float(__float_as_uint(a) | __float_as_uint(b)); }
 FA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+FA_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 FA_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 FA_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 FA_DEVICE float exp2_approx(float x) {
@@ -200,7 +201,7 @@ FA_DEVICE void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint3
                "r"(m3)
                : "memory");
 }
-struct Int4 {
+struct alignas(16) Int4 {
   int x, y, z, w;
 };
 FA_DEVICE void store_shared(uint32 to, Int4 v) {  // 16 bytes, aligned
@@ -233,7 +234,10 @@ struct alignas(16) Float4 {
 FA_DEVICE void store_shared_floats(uint32 to, Float4 v) {  // 16 bytes, aligned
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
-struct alignas(16) Packed8 {  // eight 16-bit numbers in pairs
+struct alignas(8) Packed4 {  // 16-bit numbers in pairs
+  uint32 pair[2];
+};
+struct alignas(16) Packed8 {
   uint32 pair[4];
 };
 // Adds to four numbers in global memory, each at once but not the four together; the order of additions is open.

@@ -145,7 +145,8 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
         with _plotting(report):
             from fastattn.train.plots import plot_losses
 
-            plot_losses(Log(folder / "log.jsonl").records(), entropy, report.folder / "loss.png")
+            levels = {"unigram entropy of the text": entropy}
+            plot_losses(Log(folder / "log.jsonl").records(), levels, report.folder / "loss.png")
             report.text.append("![loss](loss.png)")
     return outcome
 

@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.train import find_checkpoint
     from fastattn.train.finetune import FinetuneConfig, finetune, resumed_config
+    from fastattn.train.parallel import joined, ranks
 
     flags = given(args, FLAGS) | {name: value for name, value in vars(args).items() if name == "task"}
     for name in _PATHS:  # so that --resume finds them from any folder
         if name in args:
             flags[name] = str(Path(getattr(args, name)).expanduser().absolute())
-    target = device.choose(args.device)
     if args.resume:
         checkpoint = find_checkpoint(args.out)
         config = resumed_config(checkpoint, flags)
@@ -99,7 +99,10 @@ def run(args: argparse.Namespace) -> int:
             name: flags.pop(name) for name in ("task", "data", "checkpoint", "pretrained", "preset") if name in flags
         }
         config = FinetuneConfig(**start).changed(flags)
-    outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
+    with joined(device.choose(args.device)) as target:
+        outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
+        if not ranks().leads:
+            return 0
     print(outcome.summary())
     if outcome.progress.signal is None:
         return 0

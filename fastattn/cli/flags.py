@@ -46,8 +46,18 @@ TRAINING = (
     Flag("--keep-best", "train.keep_best", bool, False, "keep the checkpoint of the best evaluation, too"),
     Flag("--save-every", "train.save_every", int, 100, "steps between checkpoints"),
     Flag("--keep", "train.keep", int, 2, "newest checkpoints kept"),
+    Flag("--compile", "train.compile", bool, False, "let torch.compile make kernels; the first step is slow"),
+    Flag(
+        "--checkpoint-activations", "train.recompute", bool, False,
+        "save memory: compute activations again in the backward pass, but for those of attention",
+    ),
+    Flag(
+        "--parallel", "train.parallel", str, "auto", "how the processes of torchrun share the work",
+        ("auto", "ddp", "fsdp"),
+    ),
+    Flag("--tensorboard", "train.tensorboard", bool, False, "also log for TensorBoard, to OUT/tensorboard"),
     Flag("--log-every", "train.log_every", int, 10, "steps between lines of the log"),
-)
+)  # fmt: skip
 
 
 def with_defaults(flags: Iterable[Flag], defaults: Mapping[str, object]) -> tuple[Flag, ...]:

@@ -1,41 +1,150 @@
-"""``fastattn generate``: text from a checkpoint, as it is generated."""
+"""``fastattn generate``: text from a checkpoint, as it is generated; or for a whole file of prompts."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from fastattn.cli import device
+from fastattn.errors import DataError, input_error
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "Continue a prompt with a model that fastattn train has made, printing the text as it comes."
+    text = (
+        "Continue a prompt with a model that fastattn has trained, printing the text as it comes. With --prompts, "
+        "continue many at a time and write a JSON line for each."
+    )
     parser = commands.add_parser("generate", help="generate text from a checkpoint", description=text)
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its newest), or one checkpoint"
     )
     parser.add_argument("--prompt", default="", metavar="TEXT", help="beginning of the text (default: none)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same text each time")
-    parser.add_argument("--attention", choices=("fastattn", "eager"), help="instead of what the run used")
+    _add_strategy(parser)
+    many = parser.add_argument_group("many prompts")
+    many.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='a prompt in each line, or .jsonl lines with a "prompt", or a folder of files',
+    )
+    many.add_argument(
+        "--out", type=Path, metavar="FILE", help="of results, resumed if it exists (default: FILE.out.jsonl)"
+    )
+    many.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default 8)")
+    many.add_argument("--pages", type=int, metavar="N", help="pages of the cache (default: what --batch could need)")
+    parser.add_argument(
+        "--page-size", type=int, metavar="N", help="tokens in a page of the cache (default: not paged; 16)"
+    )
     parser.add_argument("--no-cache", action="store_true", help="compute every token anew: slower, the same text")
+    parser.add_argument("--attention", choices=("fastattn", "eager"), help="instead of what the run used")
     device.add_flag(parser)
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
-    from fastattn.generate import Sampling, stream_text
-    from fastattn.train import find_checkpoint
+def _add_strategy(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how tokens are chosen")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="make tokens of the text so far unlikelier"
+    )
+    group.add_argument("--beams", type=int, metavar="N", help="beam search for the likeliest text, instead of drawing")
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 favours long beams (default 1)",
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="the same text each time")
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+
+def run(args: argparse.Namespace) -> int:
+    from fastattn.generate import Sampling, Texts
+    from fastattn.train import find_checkpoint
+    from fastattn.train.marks import Marks
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
+    _check(args)
     checkpoint = find_checkpoint(args.checkpoint)
     model = checkpoint.load_model(device.choose(args.device), args.attention)
-    pieces = stream_text(model, checkpoint.tokenizer(), args.prompt, args.tokens, sampling, use_cache=not args.no_cache)
+    if model.config.kind not in ("decoder", "encoder-decoder"):
+        raise DataError(f"{checkpoint.folder} is an {model.config.kind}, which writes no text: see fastattn evaluate.")
+    tokenizer = checkpoint.tokenizer()
+    start, end = Marks.of(tokenizer).names(tokenizer)
+    texts = Texts(model, tokenizer, start=start, end=end, stop=args.stop)
+    if args.prompts is not None:
+        return _continue_all(args, texts, sampling)
+    cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}
+    if args.beams:
+        print(args.prompt + texts.best(args.prompt, args.tokens, beams=args.beams,
+                                       length_penalty=args.length_penalty, **cache))  # fmt: skip
+        return 0
+    pieces = texts.stream(args.prompt, args.tokens, sampling, **cache)
     print(args.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.page_size is not None and args.page_size < 1:
+        raise input_error("--page-size", args.page_size, "a positive int", "16 is usual.")
+    if args.prompts is None:
+        if args.out is not None or args.pages is not None:
+            raise input_error("--out, --pages", "a value", "none without --prompts", "One text is printed.")
+        return
+    for name, value in (("--prompt", args.prompt), ("--beams", args.beams), ("--no-cache", args.no_cache)):
+        if value:
+            raise input_error(name, value, "nothing with --prompts", "Leave one of the two out.")
+
+
+def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
+    """Continuous batching of a file of prompts."""
+    import dataclasses
+
+    from tqdm import tqdm
+
+    from fastattn.generate.prompts import Results, read_prompts
+
+    prompts = read_prompts(args.prompts)
+    out = args.out or args.prompts.with_name(args.prompts.name + ".out.jsonl")
+    settings = {**dataclasses.asdict(sampling), "tokens": args.tokens, "stop": args.stop}
+    results = Results(out, {**settings, "checkpoint": str(args.checkpoint), "prompts": str(args.prompts)})
+    todo = [(index, prompt) for index, prompt in enumerate(prompts) if prompt.id not in results.done]
+    longest = texts.model.config.longest
+    for _, prompt in todo:
+        if (length := len(texts.encode(prompt.text))) > longest:
+            what = f"the prompt {prompt.id!r} has {length} tokens, the model's max_length is {longest}"
+            raise DataError(f"{args.prompts}: {what}. Shorten it.")
+    made = 0
+    with results.writing() as add, tqdm(total=len(prompts), initial=len(results.done), unit="prompt") as bar:
+        if todo:
+            found = texts.complete(
+                [prompt.text for _, prompt in todo],
+                args.tokens,
+                sampling,
+                rows=[index for index, _ in todo],
+                batch=args.batch,
+                page_size=args.page_size or 16,
+                num_pages=args.pages,
+            )
+            for done in found:
+                prompt = todo[done.index][1]
+                add({"id": prompt.id, "prompt": prompt.text, "text": done.text, "tokens": done.tokens,
+                     "reason": done.reason})  # fmt: skip
+                made += done.tokens
+                bar.set_postfix(tokens=made)
+                bar.update()
+    print(f"{len(prompts)} texts in {out}")
     return 0

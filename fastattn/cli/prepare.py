@@ -29,6 +29,8 @@ _CLEANING = ("kind", "quality", "min_words", "max_words", "duplicates", "persona
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from fastattn.data.quality import RULES
+
     text = (
         "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
         "repair encodings, drop bad and duplicate documents, mask personal data, learn a byte-level BPE and write "
@@ -45,11 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="fields of JSON objects or columns of tables that are the text; numbers are columns without a header",
     )  # fmt: skip
     parser.add_argument(
-        "--without",
-        nargs="+",
-        default=[],
-        metavar="RULE",
-        help="quality rules to turn off, by their names in the report",
+        "--without", nargs="+", default=[], metavar="RULE", help=f"quality rules to turn off: {', '.join(RULES)}"
     )
     parser.add_argument("--raw", action="store_true", help="no cleaning at all: documents as they are")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that clean (default 1)")
@@ -88,6 +86,7 @@ def _told(folder: Path, documents: dict[str, int], tokens: dict[str, int], vocab
     report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} documents, {tokens[name]:,} tokens" for name in documents]
     lines = [report.table(), "", *sizes, f"vocabulary: {vocab_size:,}"]
-    return "\n".join(
-        [*lines, f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]
-    )
+    if report.settings["steps"] and "mojibake" not in report.settings["steps"]:
+        lines.append("mojibake was not repaired: the package 'ftfy' is missing, pip install 'fastattn[data]'")
+    lines += [f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]
+    return "\n".join(lines)

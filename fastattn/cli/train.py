@@ -74,12 +74,15 @@ def _findable(path: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.train import RunConfig, find_checkpoint, pretrain, resumed_config
+    from fastattn.train.parallel import joined, ranks
 
     flags = given_flags(args)
-    target = device.choose(args.device)
-    checkpoint = find_checkpoint(args.out) if args.resume else None
-    config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
-    outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
+    with joined(device.choose(args.device)) as target:
+        checkpoint = find_checkpoint(args.out) if args.resume else None
+        config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
+        outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
+        if not ranks().leads:
+            return 0
     print(outcome.summary())
     if outcome.progress.signal is None:
         return 0

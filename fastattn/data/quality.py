@@ -55,8 +55,11 @@ class Text:
     def repeated_part(self, n: int) -> float:
         """Part of the characters in the most frequent run of ``n`` words, if it occurs more than once."""
         runs = Counter(zip(*(self.words[i:] for i in range(n)), strict=False))
-        run, count = max(runs.items(), key=lambda item: (item[1], sum(map(len, item[0]))), default=((), 0))
-        return count * sum(map(len, run)) / max(self.word_characters, 1) if count > 1 else 0.0
+        most = max(runs.values(), default=0)
+        if most < 2:
+            return 0.0
+        longest = max(sum(map(len, run)) for run, count in runs.items() if count == most)
+        return most * longest / self.word_characters
 
     def covered_by_repeats(self, n: int) -> float:
         """Part of the characters in any run of ``n`` words that occurred before, each character counted once."""

@@ -1,202 +1,135 @@
-"""Decoding: from a model and a prompt to tokens, one at a time, and to text that is valid UTF-8 at every moment."""
+"""Decoding: from a model and prompts to tokens, one step at a time for all of them."""
 
 from __future__ import annotations
 
-import codecs
-import functools
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn.errors import input_error
-from fastattn.models import Decoder
+from fastattn.generate.sampling import Draws, Sampling
+from fastattn.generate.sequences import Cached, Model, Recomputed, Sequences, Tokens, checked, encoded
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: temperature, then top-k, then top-p.
-
-    Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token (greedy).
-        top_k: keep this many likeliest tokens; None is all.
-        top_p: keep the fewest likeliest tokens whose probabilities reach this (nucleus); None is all.
-        seed: of the draws; None draws from torch's generator.
-
-    Raises:
-        InputError: a value is out of range.
-
-    Source:
-        Holtzman et al., "The curious case of neural text degeneration", 2020 (top-p).
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise input_error("temperature", self.temperature, "a number >= 0", "0 takes the likeliest token.")
-        if self.top_k is not None and self.top_k < 1:
-            raise input_error("top_k", self.top_k, "an int >= 1, or None", "None keeps every token.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise input_error("top_p", self.top_p, "a probability in (0, 1], or None", "None keeps every token.")
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """``(B, V)`` probabilities from ``(B, V)`` logits; for ``temperature`` > 0."""
-        logits = logits.float() / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        p = logits.softmax(dim=-1)
-        if self.top_p is not None:
-            ordered, order = p.sort(dim=-1, descending=True)
-            before = ordered.cumsum(dim=-1) - ordered  # the likeliest token has 0 before it and always stays
-            p = p.scatter(-1, order, ordered.masked_fill(before >= self.top_p, 0.0))
-        return p / p.sum(dim=-1, keepdim=True)
-
-    def choose(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        """``(B,)`` tokens from ``(B, V)`` logits."""
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+ENDED = -1  # yielded for rows that have ended
+StopTokens = int | Sequence[int] | None
 
 
 def generate(
-    model: Decoder,
-    tokens: Tensor,
+    model: Model,
+    tokens: Tokens,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
-    stop_token: int | None = None,
+    source: Tokens | None = None,
+    stop_token: StopTokens = None,
     use_cache: bool = True,
+    page_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens that follow ``tokens``, one step at a time.
 
     Args:
-        model: on the device of ``tokens``; used in evaluation mode.
-        tokens: ``(B, S)`` prompts of one length, ``S >= 1``.
-        max_new_tokens: most steps. The model's ``max_length`` ends generation too.
+        model: used in evaluation mode.
+        tokens: prompts, ``(B, S)`` or rows of different lengths; of an encoder-decoder, the beginnings of the targets.
+        max_new_tokens: most steps. The model's ``max_length`` ends a row too.
         sampling: how to choose; None is ``Sampling()``.
-        stop_token: ends generation when every row has produced it; it is the last thing a row yields that counts.
+        source: what an encoder-decoder reads, a row for each prompt.
+        stop_token: one or several that end a row; it is the last thing that the row yields.
         use_cache: keep keys and values of earlier tokens instead of computing them again: the same tokens, faster.
+        page_size: keep them in pages of so many tokens; None keeps each row in one piece.
 
     Yields:
-        ``(B,)`` tokens.
+        ``(B,)`` tokens on the model's device, -1 for rows that have ended. Without ``stop_token`` no step waits for the
+        device.
 
     Raises:
-        InputError: an empty or too long prompt, or no tokens asked for.
+        InputError: an empty or too long prompt, no tokens asked for, or a source where none belongs.
 
     Example:
         >>> import torch
         >>> from fastattn.generate import Sampling, generate
         >>> from fastattn.models import Decoder, preset
         >>> model = Decoder(preset("tiny", vocab_size=300))
-        >>> prompt = torch.tensor([[1, 2, 3]])
-        >>> len(list(generate(model, prompt, 5, Sampling(temperature=0))))
-        5
+        >>> steps = generate(model, [[1, 2, 3], [4]], 5, Sampling(temperature=0))
+        >>> torch.stack(list(steps), dim=1).shape
+        torch.Size([2, 5])
     """
-    if tokens.dim() != 2 or tokens.shape[1] < 1:
-        raise input_error("tokens", f"shape {tuple(tokens.shape)}", "(B, S) with S >= 1", "Begin with the start token.")
-    if max_new_tokens < 1:
-        raise input_error("max_new_tokens", max_new_tokens, "a positive int", "Ask for at least one token.")
-    longest = model.config.max_length
-    if tokens.shape[1] > longest:
-        given = f"a prompt of {tokens.shape[1]} tokens"
-        raise input_error("tokens", given, f"at most max_length = {longest}", "Shorten the prompt.")
-    return _steps(model, tokens, max_new_tokens, sampling or Sampling(), stop_token, use_cache)
+    rows = checked("tokens", tokens)
+    check_lengths(model, rows, max_new_tokens)
+    with evaluating(model), torch.no_grad():
+        read = encoded(model, source)
+    if read is not None and len(read.states) != len(rows):
+        raise input_error("source", f"{len(read.states)} rows", f"{len(rows)}, one for each of tokens", "Repeat them.")
+    longest = min(max(len(row) for row in rows) + max_new_tokens - 1, model.config.longest)
+    sequences: Sequences = Recomputed(model, read)
+    if use_cache:
+        sequences = Cached(model, len(rows), longest, page_size=page_size, source=read)
+    return _steps(model, sequences, rows, max_new_tokens, sampling or Sampling(), as_set(stop_token))
 
 
 def _steps(
-    model: Decoder, tokens: Tensor, max_new_tokens: int, sampling: Sampling, stop_token: int | None, use_cache: bool
+    model: Model, sequences: Sequences, rows: list[list[int]], steps: int, sampling: Sampling, stops: frozenset[int]
 ) -> Iterator[Tensor]:
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
-    # The last token yielded is never an input, so max_length inputs give one more token than they are.
-    steps = min(max_new_tokens, model.config.max_length - tokens.shape[1] + 1)
-    caches = model.make_caches(tokens.shape[0], tokens.shape[1] + steps - 1) if use_cache else None
-    done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    draws, device = Draws(sampling.seed), model.embedding.weight.device
+    names = {row: sequences.add(row) for row in range(len(rows))}
+    left = {row: model.config.longest - len(tokens) for row, tokens in enumerate(rows)}  # tokens it can still be fed
+    seen = seen_tokens(rows, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
+    with evaluating(model), torch.no_grad():
+        logits = sequences.feed(list(names.values()), rows)
+    for step in range(steps):
+        active = torch.tensor(list(names)).to(device, non_blocking=True)
+        with torch.no_grad():
+            chosen = sampling.choose(logits, draws(list(names), device), None if seen is None else seen[active])
+            if seen is not None:
+                seen[active, chosen] = True
+        yield torch.full((len(rows),), ENDED, device=device).index_put((active,), chosen)
+        ended = [row for row in names if left[row] == 0]
+        left = {row: count - 1 for row, count in left.items()}
+        if stops:
+            ended += [row for row, token in zip(names, chosen.tolist(), strict=True) if token in stops]
+        if ended:
+            kept = [n for n, row in enumerate(names) if row not in ended]
+            chosen = chosen[torch.tensor(kept, dtype=torch.int64).to(device, non_blocking=True)]
+            for row in set(ended):
+                sequences.free(names.pop(row))
+        if not names or step == steps - 1:
+            return
+        with evaluating(model), torch.no_grad():
+            logits = sequences.feed(list(names.values()), chosen)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
     was_training = model.training
     model.eval()
     try:
-        for _ in range(steps):
-            with torch.no_grad():
-                unseen = tokens[:, caches[0].length :] if caches else tokens
-                chosen = sampling.choose(model(unseen, caches=caches)[:, -1], generator)
-            yield chosen
-            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-            if stop_token is not None:
-                done |= chosen == stop_token
-                if bool(done.all()):
-                    return
+        yield
     finally:
         model.train(was_training)
 
 
-def stream_text(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int,
-    sampling: Sampling | None = None,
-    *,
-    start: str = "<|start|>",
-    end: str = "<|end|>",
-    use_cache: bool = True,
-) -> Iterator[str]:
-    """Continue ``prompt``, piece by piece as the text is generated.
-
-    Args:
-        model: a trained decoder.
-        tokenizer: the byte-level one it was trained with.
-        prompt: the beginning of a document; "" lets the model begin.
-        max_new_tokens: as in ``generate``.
-        sampling: as in ``generate``.
-        start: token that begins a document.
-        end: token that ends one, and generation.
-        use_cache: as in ``generate``.
-
-    Yields:
-        pieces of text, each whole characters. Bytes that are not UTF-8 become U+FFFD.
-
-    Raises:
-        InputError: as in ``generate``.
-    """
-    first, last = tokenizer.token_to_id(start), tokenizer.token_to_id(end)
-    ids = [first, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    tokens = torch.tensor([ids], device=model.embedding.weight.device)
-    chosen = generate(model, tokens, max_new_tokens, sampling, stop_token=last, use_cache=use_cache)
-    return decode_stream(tokenizer, (int(token) for token in chosen), special=(first, last))
+def check_lengths(model: Model, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError unless the prompts fit into the model, and a token is asked for."""
+    if max_new_tokens < 1:
+        raise input_error("max_new_tokens", max_new_tokens, "a positive int", "Ask for at least one token.")
+    length, longest = max(len(row) for row in rows), model.config.longest
+    if length > longest:
+        allowed = f"at most max_length = {longest}"
+        raise input_error("tokens", f"a prompt of {length} tokens", allowed, "Shorten the prompt.")
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int], special: Sequence[int | None] = ()) -> Iterator[str]:
-    """Text of byte-level tokens as they come. A character whose bytes are spread over tokens waits for the last.
-
-    Args:
-        tokenizer: byte-level.
-        tokens: ids.
-        special: ids without text.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    table = _bytes_of_characters()
-    for token in tokens:
-        if token in special:
-            continue
-        text = decoder.decode(bytes(table[character] for character in tokenizer.id_to_token(token) or ""))
-        if text:
-            yield text
-    rest = decoder.decode(b"", final=True)
-    if rest:
-        yield rest
+def as_set(stop_token: StopTokens) -> frozenset[int]:
+    """The tokens that end a text."""
+    if stop_token is None:
+        return frozenset()
+    return frozenset([stop_token] if isinstance(stop_token, int) else stop_token)
 
 
-@functools.lru_cache(maxsize=1)
-def _bytes_of_characters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: itself where it is one, else from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+def seen_tokens(rows: Sequence[Sequence[int]], vocabulary: int, device: torch.device) -> Tensor:
+    """``(B, V)``: True for the tokens that stand in a row."""
+    seen = torch.zeros(len(rows), vocabulary, dtype=torch.bool)
+    for row, tokens in zip(seen, rows, strict=True):
+        row[torch.tensor(tokens)] = True
+    return seen.to(device)

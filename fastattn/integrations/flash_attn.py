@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, rng
+from fastattn.decoding import attention_with_kv_cache
 from fastattn.dispatch import Explanation
 from fastattn.errors import UnsupportedError, input_error
-from fastattn.functional import attention, attention_varlen, band, explain, explain_varlen
+from fastattn.functional import attention, attention_varlen, explain, explain_varlen
 from fastattn.inspection import attention_weights
 from fastattn.nn.rotary import apply_rotary
-from fastattn.spec import AttentionSpec, distance, keep
 
 __all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -240,7 +240,8 @@ def flash_attn_with_kvcache(
         cache_seqlens: how many tokens each cache row holds before the call: an int or int32 ``(B,)``. None: all.
         cache_batch_idx: int32 ``(B,)``, the cache row of each batch entry; None is ``0 .. B - 1``.
         cache_leftpad: int32 ``(B,)``, the first token of each cache row that counts.
-        block_table: must be None: the cache is not paged.
+        block_table: int32 ``(B, max_pages)``: the caches are ``(num_pages, page_size, H_kv, D)``, with pages of any
+            size, and these are each sequence's.
         softmax_scale: as in ``flash_attn_func``.
         causal: query row ``i`` sees keys up to ``length - S_q + i``, ``length`` including the appended tokens.
         window_size: as in ``flash_attn_func``.
@@ -256,7 +257,6 @@ def flash_attn_with_kvcache(
 
     Raises:
         InputError: an argument is wrong, or the new tokens do not fit into the cache.
-        UnsupportedError: a paged cache is asked for.
 
     Example:
         >>> import torch
@@ -269,33 +269,29 @@ def flash_attn_with_kvcache(
         >>> bool((k_cache[1, 60] == k[1, 0]).all())
         True
     """
-    _refuse_paging(block_table)
-    before = _cache_lengths(q, k_cache, k, v, cache_seqlens)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    before = _cache_lengths(q, capacity, k, v, cache_seqlens)
     if rotary_cos is not None or rotary_sin is not None:
         q, k = _rotated(q, k, rotary_cos, rotary_sin, before, causal or window_size != (-1, -1), rotary_interleaved)
-    rows = torch.arange(q.shape[0], device=q.device) if cache_batch_idx is None else cache_batch_idx.long()
-    if k is not None and v is not None:
-        at = before[:, None] + torch.arange(k.shape[1], device=q.device)
-        k_cache[rows[:, None], at], v_cache[rows[:, None], at] = k, v
-        before = before + k.shape[1]
-    if cache_batch_idx is not None:
-        k_cache, v_cache = k_cache[rows], v_cache[rows]
-    if not isinstance(cache_seqlens, Tensor) and cache_leftpad is None:  # one length, so no mask is needed
-        length = k_cache.shape[1] if cache_seqlens is None else cache_seqlens + (0 if k is None else k.shape[1])
-        k_cache, v_cache, mask, bias = k_cache[:, :length], v_cache[:, :length], None, None
-    else:
-        mask, bias = _ragged(q, k_cache, before, cache_leftpad, band(causal, window_size), alibi_slopes)
-        causal, window_size, alibi_slopes = False, (-1, -1), None
-    out, lse = attention(
+    if cache_batch_idx is not None and block_table is None:
+        block_table = cache_batch_idx.int()[:, None]  # a row of a contiguous cache is one page
+    bias = None
+    if cache_leftpad is not None:
+        is_text = torch.arange(capacity, device=q.device) >= cache_leftpad[:, None]
+        bias = torch.where(is_text, 0.0, float("-inf"))[:, None, None].to(q.dtype)
+    out, lse = attention_with_kv_cache(
         q,
         k_cache,
         v_cache,
+        before.int(),
+        k,
+        v,
+        block_table=block_table,
         causal=causal,
         window=window_size,
         scale=softmax_scale,
         softcap=softcap,
         bias=bias,
-        mask=mask,
         alibi_slopes=alibi_slopes,
         return_lse=True,
     )
@@ -317,34 +313,13 @@ def _backend(explanation: Explanation) -> str:
 def _refuse_paging(block_table: Tensor | None) -> None:
     if block_table is not None:
         raise UnsupportedError(
-            "block_table: keys and values are read from contiguous rows, a paged cache is not supported. "
-            "Gather the pages first, or use a cache of shape (B, S_cache, H_kv, D)."
+            "block_table: flash_attn_varlen_func reads packed keys and values here, not a paged cache. Call "
+            "flash_attn_with_kvcache, or fastattn.attention_with_kv_cache with cu_seqlens_q."
         )
 
 
-def _ragged(
-    q: Tensor,
-    k_cache: Tensor,
-    lengths: Tensor,
-    leftpad: Tensor | None,
-    left_right: tuple[int | None, int | None],
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """``(mask, bias)``: band, lengths and ALiBi where each row of the cache has a length of its own."""
-    spec = AttentionSpec(1.0, None, *left_right)
-    i = torch.arange(q.shape[1], device=q.device)[:, None]
-    j = torch.arange(k_cache.shape[1], device=q.device)
-    lengths = lengths[:, None, None, None]
-    mask = keep(spec, i, j, q.shape[1], lengths)  # [B, 1, S_q, S_cache]
-    if leftpad is not None:
-        mask = mask & (j >= leftpad[:, None, None, None])
-    if alibi_slopes is None:
-        return mask, None
-    return mask, -alibi_slopes.float()[..., None, None] * distance(spec, i, j, q.shape[1], lengths)
-
-
 def _cache_lengths(
-    q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
+    q: Tensor, capacity: int, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
 ) -> Tensor:
     """``(B,)`` int64: how many tokens each row of the cache holds, checked where that costs nothing."""
     if (k is None) != (v is None):
@@ -353,15 +328,15 @@ def _cache_lengths(
         if k is not None:
             todo = "It says where to write."
             raise input_error("cache_seqlens", None, "an int or an int32 tensor when k and v are given", todo)
-        cache_seqlens = k_cache.shape[1]
+        cache_seqlens = capacity
     is_known = not isinstance(cache_seqlens, Tensor) or cache_seqlens.device.type == "cpu"
     lengths = torch.as_tensor(cache_seqlens, dtype=torch.int64)
     if isinstance(cache_seqlens, Tensor) and lengths.shape != q.shape[:1]:
         given = f"shape {tuple(lengths.shape)}"
         raise input_error("cache_seqlens", given, f"({q.shape[0]},), one for each batch entry", "Or an int for all.")
-    room = k_cache.shape[1] - (0 if k is None else k.shape[1])
+    room = capacity - (0 if k is None else k.shape[1])
     if is_known and bool(((lengths < 0) | (lengths > room)).any()):
-        allowed = f"0 to {room}, what leaves room in a cache of {k_cache.shape[1]}"
+        allowed = f"0 to {room}, what leaves room in a cache of {capacity}"
         raise input_error("cache_seqlens", lengths.tolist(), allowed, "Make the cache longer.")
     return lengths.to(q.device).expand(q.shape[0])
 
@@ -383,12 +358,6 @@ def _rotated(
     def rotate(x: Tensor, advances: bool) -> Tensor:
         steps = torch.arange(x.shape[1], device=x.device) if advances else torch.zeros(x.shape[1], device=x.device)
         at = begin[:, None] + steps.long()
-        turned, kept = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-        if interleaved:  # apply_rotary pairs halves
-            turned = torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
-        turned = apply_rotary(turned, cos[at], sin[at])
-        if interleaved:
-            turned = torch.stack(turned.chunk(2, dim=-1), dim=-1).flatten(-2)
-        return torch.cat([turned, kept], dim=-1).to(x.dtype)
+        return apply_rotary(x, cos[at], sin[at], interleaved)
 
     return rotate(q, advances), rotate(k, True)

@@ -16,7 +16,7 @@ import fastattn
 from fastattn.errors import input_error
 from fastattn.models.config import GATED, Kind, TransformerConfig
 from fastattn.models.positions import RelativeBias, alibi_slopes, sinusoidal
-from fastattn.nn import KVCache
+from fastattn.nn import KVCache, PagedLayer
 from fastattn.nn.rotary import apply_rotary, rotary_tables
 
 Segments = Tensor | tuple[Tensor, Tensor] | None
@@ -44,9 +44,20 @@ class DecoderCache(KVCache):
 
     source: tuple[Tensor, Tensor, Segments] | None = None
 
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        if self.source is not None:
+            k, v, segment_ids = self.source
+            index = torch.tensor(rows, device=k.device)
+            of_rows = (segment_ids[0], segment_ids[1][index]) if isinstance(segment_ids, tuple) else None
+            self.source = k[index], v[index], of_rows
+
     def reset(self) -> None:
         super().reset()
         self.source = None
+
+
+Cache = KVCache | PagedLayer
 
 
 class Attention(nn.Module):
@@ -67,14 +78,16 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.backend = "eager" if config.attention == "eager" else None
 
-    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, cache: Cache | None = None) -> Tensor:
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.qkv(x).unflatten(-1, (sum(sizes), self.head_dim)).split(sizes, dim=2)  # [B, S, H, D] each
         q, k = self.q_norm(q), self.k_norm(k)
         if rows.rotary is not None:
             q, k = apply_rotary(q, *rows.rotary), apply_rotary(k, *rows.rotary)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        if cache is not None and rows.segment_ids is None:
+            return self.out(self._attend_to_cache(q, k, v, rows, cache).flatten(2))
+        if isinstance(cache, KVCache):
+            k, v = cache.append(k, v)  # a mask of padding: read back as one tensor
         out = fastattn.attention(
             q,
             k,
@@ -93,6 +106,21 @@ class Attention(nn.Module):
         assert isinstance(out, Tensor)  # no lse was asked for
         return self.out(out.flatten(2))
 
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: Cache) -> Tensor:
+        return cache.attend(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            window=self.window,
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=rows.bias,
+            alibi_slopes=rows.alibi_slopes,
+            sinks=self.sinks,
+            backend=self.backend,
+        )
+
 
 class CrossAttention(nn.Module):
     """Attention from the tokens of a decoder to the states of an encoder."""
@@ -107,7 +135,7 @@ class CrossAttention(nn.Module):
         self.dropout = config.dropout
         self.backend = "eager" if config.attention == "eager" else None
 
-    def forward(self, x: Tensor, memory: Memory | None, cache: DecoderCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory | None, cache: DecoderCache | PagedLayer | None = None) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
         source = cache.source if cache is not None else None
         if source is None:
@@ -170,11 +198,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.norm_after = config.norm_place == "after"
 
-    def forward(self, x: Tensor, rows: Rows, cache: KVCache | None = None, memory: Memory | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows, cache: Cache | None = None, memory: Memory | None = None) -> Tensor:
         x = self._add(x, self.attention_norm, lambda x: self.attention(x, rows, cache))
         if self.cross_attention is not None and self.cross_norm is not None:
             cross = self.cross_attention
-            of_source = cache if isinstance(cache, DecoderCache) else None
+            of_source = cache if isinstance(cache, DecoderCache | PagedLayer) else None
             x = self._add(x, self.cross_norm, lambda x: cross(x, memory, of_source))
         return self._add(x, self.mlp_norm, self.mlp)
 
@@ -231,15 +259,15 @@ class Stack(Model):
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Memory | None = None,
     ) -> Tensor:
         """Final states ``(B, S, C)`` of tokens with embeddings ``x`` ``(B, S, C)``; the rest as in the models."""
-        past = caches[0].length if caches else 0
-        self._check(x.shape[:2], past, segment_ids, mask, caches)
+        past, length, given = extent(x, caches)
+        self._check(x.shape[0], length, segment_ids, mask, caches)
         if positions is None:
-            positions = count_positions(mask, past, x.shape[1], x.device)
-        rows = self._rows(x, past, positions, segment_ids, mask)
+            positions = count_positions(mask, past, x.shape[1], x.device) if given is None else given
+        rows = self._rows(x, (past, length, given), positions, segment_ids, mask)
         x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
@@ -250,9 +278,16 @@ class Stack(Model):
             x = block(x, rows, caches[layer] if caches else None, memory)
         return self.norm(x)
 
-    def _rows(self, x: Tensor, past: int, positions: Tensor, segment_ids: Tensor | None, mask: Tensor | None) -> Rows:
+    def _rows(
+        self,
+        x: Tensor,
+        extent: tuple[int, int, Tensor | None],
+        positions: Tensor,
+        segment_ids: Tensor | None,
+        mask: Tensor | None,
+    ) -> Rows:
         """What the attention of every layer is told."""
-        config, length = self.config, x.shape[1]
+        config, (past, length, places) = self.config, extent
         rotary = None
         if config.positions == "rope":
             dtype = torch.promote_types(x.dtype, torch.float32)
@@ -263,24 +298,27 @@ class Stack(Model):
             every = segments_of(mask) if segment_ids is None else segment_ids.masked_fill(~mask, PADDING)
             segments = (every[:, past:], every) if past else every
         slopes = alibi_slopes(config.heads, x.device) if config.positions == "alibi" else None
-        bias = None if self.relative is None else self.relative(length, past + length)
+        bias = None
+        if self.relative is not None:
+            bias = self.relative(torch.arange(past, length, device=x.device) if places is None else places, length)
         return Rows(segments, rotary, slopes, bias)
 
     def _check(
         self,
-        sizes: Sequence[int],
-        past: int,
+        batch: int,
+        length: int,
         segment_ids: Tensor | None,
         mask: Tensor | None,
-        caches: Sequence[KVCache] | None,
+        caches: Sequence[Cache] | None,
     ) -> None:
-        batch, length = sizes[0], past + sizes[1]
         if length > self.config.longest:
             allowed = f"at most max_length = {self.config.longest}"
             raise input_error("tokens", f"{length} in a row", allowed, "Shorten the text, or train a longer model.")
         if caches and segment_ids is not None:
             todo = "A cache holds one document for each row; generate without segments."
             raise input_error("segment_ids", "a tensor together with caches", "one of the two", todo)
+        if caches and isinstance(caches[0], PagedLayer) and mask is not None:
+            raise input_error("mask", "a tensor together with pages", "None", "Their sequences have no padding.")
         if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, length)):
             given = f"shape {tuple(mask.shape)}, {mask.dtype}"
             todo = "True is a token, False padding; with caches it covers the tokens in them too."
@@ -335,6 +373,15 @@ def check_tokens(name: str, tokens: Tensor) -> None:
     if tokens.dim() != 2 or tokens.is_floating_point():
         given = f"shape {tuple(tokens.shape)}, {tokens.dtype}"
         raise input_error(name, given, "(B, S), int64", f"Add the batch: {name}[None].")
+
+
+def extent(x: Tensor, caches: Sequence[Cache] | None) -> tuple[int, int, Tensor | None]:
+    """Tokens of a row before these and with these, and the positions of these where their cache has decided on them."""
+    first = caches[0] if caches else None
+    if isinstance(first, PagedLayer):
+        return 0, first.longest, first.positions
+    past = first.length if first is not None else 0
+    return past, past + x.shape[1], None
 
 
 def count_positions(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.models.blocks import Stack, check_kind, check_tokens, initialise
+from fastattn.models.blocks import Cache, Stack, check_kind, check_tokens, initialise
 from fastattn.models.config import TransformerConfig
+from fastattn.models.generating import Generates
 from fastattn.nn import KVCache
 
 
-class Decoder(Stack):
+class Decoder(Generates, Stack):
     """A decoder language model: tokens in, logits of each next token out.
 
     Args:
@@ -47,7 +48,7 @@ class Decoder(Stack):
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
     ) -> Tensor:
         """Logits of the token that follows each token.
 
@@ -58,7 +59,8 @@ class Decoder(Stack):
             segment_ids: ``(B, S)``: tokens attend inside their own document. None is one document to a row.
             mask: ``(B, S)``, True = a token, False = padding, on either side; with caches ``(B, length + S)``, of the
                 tokens in them too. None is no padding.
-            caches: from ``make_caches``, one for each layer; the tokens are appended to them.
+            caches: one for each layer, from ``make_caches`` or the layers of a ``PagedKVCache``'s step; the tokens are
+                appended to them.
 
         Returns:
             ``(B, S, V)``.
@@ -76,7 +78,7 @@ class Decoder(Stack):
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
     ) -> Tensor:
         """The final states ``(B, S, C)`` of which ``forward`` makes logits; the arguments are the same."""
         check_tokens("tokens", tokens)

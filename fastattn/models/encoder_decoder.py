@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
-from fastattn.models.blocks import DecoderCache, Memory, Model, Stack, check_kind, check_tokens, initialise
+from fastattn.models.blocks import Cache, Memory, Model, Stack, check_kind, check_tokens, initialise
 from fastattn.models.config import TransformerConfig
+from fastattn.models.generating import Generates
 from fastattn.nn import KVCache
 
 
-class EncoderDecoder(Model):
+class EncoderDecoder(Generates, Model):
     """A source and the beginning of its target in, logits of each next token of the target out.
 
     Args:
@@ -52,7 +54,7 @@ class EncoderDecoder(Model):
         *,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
         """Logits of the token that follows each token of the target.
@@ -83,12 +85,12 @@ class EncoderDecoder(Model):
         *,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
-        caches: Sequence[KVCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         memory: Tensor | None = None,
     ) -> Tensor:
         """The final states ``(B, S_t, C)`` of which ``forward`` makes logits; the arguments are the same."""
         check_tokens("target", target)
-        is_known = bool(caches) and all(isinstance(x, DecoderCache) and x.source is not None for x in caches or ())
+        is_known = bool(caches) and all(getattr(x, "source", None) is not None for x in caches or ())
         read = None
         if not is_known:
             if memory is None:
@@ -131,6 +133,7 @@ def _check_memory(memory: Tensor, source_mask: Tensor | None, target: Tensor) ->
         allowed = f"(B, S_s, C) with B = {target.shape[0]}, that of the target"
         todo = "Encode one source for each target; repeat_interleave its rows for several."
         raise input_error("memory", f"shape {tuple(memory.shape)}", allowed, todo)
-    if source_mask is not None and source_mask.shape != memory.shape[:2]:
-        allowed = f"(B, S_s) = {tuple(memory.shape[:2])}"
-        raise input_error("source_mask", f"shape {tuple(source_mask.shape)}", allowed, "Give that of the source.")
+    if source_mask is not None and (source_mask.shape != memory.shape[:2] or source_mask.dtype != torch.bool):
+        given = f"shape {tuple(source_mask.shape)}, {source_mask.dtype}"
+        allowed = f"torch.bool of shape (B, S_s) = {tuple(memory.shape[:2])}"
+        raise input_error("source_mask", given, allowed, "Give that of the source.")

@@ -79,9 +79,9 @@ class RelativeBias(nn.Module):
         self.buckets, self.longest, self.causal = config.relative_buckets, config.relative_distance, causal
         self.embedding = nn.Embedding(self.buckets, config.heads)
 
-    def forward(self, s_q: int, s_kv: int) -> Tensor:
-        """The bias of the last ``s_q`` of ``s_kv`` tokens ``(1, H_q, S_q, S_kv)``."""
-        j = torch.arange(s_kv, device=self.embedding.weight.device)
-        distance = j[None, :] - j[s_kv - s_q :, None]
+    def forward(self, positions: Tensor, s_kv: int) -> Tensor:
+        """The bias ``(1|B, H_q, S_q, S_kv)`` of queries at ``positions``, ``(S_q,)`` or ``(B, S_q)``."""
+        j = torch.arange(s_kv, device=positions.device)
+        distance = j - torch.atleast_2d(positions)[..., None]  # [1|B, S_q, S_kv]
         classes = relative_buckets(distance, self.buckets, self.longest, self.causal)
-        return self.embedding(classes).permute(2, 0, 1)[None]
+        return self.embedding(classes).permute(0, 3, 1, 2)

@@ -45,6 +45,7 @@ class CacheStep:
         block_table: ``(n, max_pages)`` int32.
         cu_seqlens_q: ``(n + 1,)`` int32 if packed, else None.
         max_seqlen_q: most new tokens of a sequence.
+        max_length: tokens that the longest sequence has with its new ones, when the step was made.
     """
 
     layers: tuple[PagedLayer, ...]
@@ -55,12 +56,14 @@ class CacheStep:
     block_table: Tensor
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int
+    max_length: int
 
 
 class PagedLayer:
     """A layer's pages during a step. Models call ``attend``."""
 
     def __init__(self, cache: PagedKVCache, index: int) -> None:
+        self.cache, self.index = cache, index
         self.keys, self.values = cache.keys[index], cache.values[index]
         self.k_scale, self.v_scale = (x if x is None else x[index] for x in (cache.k_scale, cache.v_scale))
         self.step: CacheStep | None = None
@@ -69,6 +72,20 @@ class PagedLayer:
     def positions(self) -> Tensor:
         """Of the new tokens."""
         return self._step().positions
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest sequence has with its new ones."""
+        return self._step().max_length
+
+    @property
+    def source(self) -> Any:
+        """What cross-attention keeps from one step to the next; see ``PagedKVCache.sources``."""
+        return self.cache.sources[self.index]
+
+    @source.setter
+    def source(self, source: Any) -> None:
+        self.cache.sources[self.index] = source
 
     def attend(
         self,
@@ -199,6 +216,9 @@ class PagedKVCache:
         self._users = [0] * num_pages
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
+        # For each layer of a decoder with an encoder, the keys and values of its states, a row for each sequence of
+        # the steps that follow; None until the model has computed them. Emptied by whoever changes the rows.
+        self.sources: list[Any] = [None] * layers
 
     @property
     def num_pages(self) -> int:
@@ -419,7 +439,8 @@ class PagedKVCache:
         at, lengths, block_table, cu = (x if x is None else x.to(self.keys.device, non_blocking=True) for x in tensors)
         assert at is not None and lengths is not None and block_table is not None
         layers = tuple(PagedLayer(self, index) for index in range(self.keys.shape[0]))
-        step = CacheStep(layers, sequences, new, at, lengths, block_table, cu, max(new))
+        longest = max(have + tokens for have, tokens in zip(before, new, strict=True))
+        step = CacheStep(layers, sequences, new, at, lengths, block_table, cu, max(new), longest)
         for layer in layers:
             layer.step = step
         return step

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from fastattn.cache import FP8, CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -51,9 +52,14 @@ TARGETS = {
 DEFAULT_SHARED_LIMITS = {"cuda": 101376, "hip": 65536}
 # In fp32 without tensor cores a thread holds whole rows of q and dout. These spill with every tile that was tried.
 MAY_SPILL = {("default", "dq", 32, 128), ("default", "dq", 32, 256)}
-KERNELS = ("forward", "dkdv", "dq", "dbias")
+KERNELS = ("forward", "dkdv", "dq", "dbias", "decode")
 COMBINATIONS = (
     "plain", "causal", "packed causal", "bias", "mask", "softcap alibi sinks", "segments causal", "dropout causal"
+)  # fmt: skip
+# "tokens": many query rows, which fill the tile; else there is one in each sequence.
+DECODING = (
+    "causal", "tokens causal", "paged causal", "tokens paged e4m3 causal", "paged e4m3 causal", "bias causal",
+    "tokens paged packed softcap alibi sinks causal",
 )  # fmt: skip
 # Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
 BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
@@ -107,7 +113,8 @@ def combinations_of(kernel: str) -> list[str]:
 
     plain = kernel.removesuffix(" heavy")
     if plain == kernel:
-        return ["bias" if kernel == "dbias" else "causal"]
+        usual = {"dbias": ["bias"], "decode": ["paged causal", "tokens paged e4m3 causal"]}
+        return usual.get(kernel, ["causal"])
     return [c for c in ("mask", "bias", "dropout causal") if configs.HEAVY[plain] & set(c.split())]
 
 
@@ -129,6 +136,8 @@ def builds(quick: bool = False) -> list[Build]:
                 found.add(Build(row, target, plain, combination, bits, head_dim))
     for row, combination, kernel in itertools.product(TARGETS, COMBINATIONS, KERNELS[:3]):
         found.add(Build(row, row, kernel, combination, 16, 128))
+    for row, combination in itertools.product(TARGETS, DECODING):
+        found.add(Build(row, row, "decode", combination, 16, 128))
     for (d_qk, d_v), kernel in itertools.product(BETWEEN_ROWS, KERNELS[:3]):
         found.add(Build("sm_90", "sm_90", kernel, "causal", 16, d_qk, head_dim_v=d_v))
     if quick:
@@ -158,7 +167,7 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
     if figures.shared > limit:
         wrong.append(f"{figures.shared} bytes of shared memory, at most {limit}")
     if build.bits == 16 and not figures.tensor_core:
-        wrong.append(f"no {target.tensor_core}: tensor cores are not used")
+        wrong.append(f"no {_tensor_core(build)}: tensor cores are not used")
     if expected is None:
         return wrong
     for name in FIGURES:
@@ -166,6 +175,12 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
         if abs(now - was) > TOLERANCE[name] and list(figures.tile) == expected["tile"]:
             wrong.append(f"{name} was {was}, is {now}")
     return wrong
+
+
+def _tensor_core(build: Build) -> str:
+    """The instructions to look for. The few rows of decoding fill those of every generation, not the widest."""
+    wanted = TARGETS[build.target].tensor_core
+    return f"{wanted}|HMMA" if build.kernel == "decode" and wanted == "HGMMA" else wanted
 
 
 def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
@@ -199,7 +214,7 @@ def as_expected(results: Iterable[tuple[Build, Figures]]) -> dict[str, dict[str,
 
 
 def kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
-    """How many kernels forward and backward compile, by name, when they see all of ``lengths``: each one once."""
+    """How many kernels are compiled, by name, for forward, backward and decoding at all of ``lengths``."""
     with _compilers(1) as pool:
         return pool.submit(_kernels_for_lengths, lengths, head_dim, layout).result()
 
@@ -260,29 +275,32 @@ def _start_compiler(cache: str) -> None:
 
 def _compile(build: Build) -> Figures:
     global _target
-    from fastattn.backends.triton import configs, launch
+    from fastattn.backends.triton import configs, launch, launch_cache
 
     _target = TARGETS[build.target]
-    launch._target.cache_clear()
+    launch.target.cache_clear()
     _launched.clear()
-    inputs, spec = _problem(build)
     features = frozenset(build.combination.split())
     tile = configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, features))
     try:
-        if build.kernel == "forward":
-            launch.forward(inputs, spec, tile)
+        if build.kernel == "decode":
+            launch_cache.attend_to_cache(*_cache_problem(build), tile)
+        elif build.kernel == "forward":
+            launch.forward(*_problem(build), tile)
         else:
+            inputs, spec = _problem(build)
             out, lse = (torch.empty(s, device="meta") for s in (inputs.out_shape(), inputs.lse_shape()))
             out = out.to(inputs.q.dtype)
             getattr(launch.Backward.of(out, None, out, lse, inputs, spec), build.kernel)(tile)
         _, kernel, seconds = next(k for k in reversed(_launched) if k[0] == f"{build.kernel}_kernel")
-        return dataclasses.replace(_read(kernel, _target), tile=tuple(tile), seconds=round(seconds, 2))
+        figures = _read(kernel, _target, _tensor_core(build))
+        return dataclasses.replace(figures, tile=tuple(tile), seconds=round(seconds, 2))
     except Exception as error:  # whatever the compiler raises is the finding
         return Figures(tile=tuple(tile), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}")
 
 
 def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
-    from fastattn.backends.triton import launch
+    from fastattn.backends.triton import launch, launch_cache
 
     for s in lengths:
         shape = (2, s, 4, head_dim) if layout == "BSHD" else (2, 4, s, head_dim)
@@ -291,10 +309,23 @@ def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> 
         inputs, spec = Inputs(x, x, x, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(1.0, left=s // 2, right=0)
         out, lse = launch.forward(inputs, spec)
         launch.backward(out, None, out, lse, inputs, spec, ("q", "k", "v"))
+        launch_cache.attend_to_cache(_one_token(s, head_dim), spec)
     found: dict[str, set[int]] = {}
     for name, kernel, _ in _launched:
         found.setdefault(name, set()).add(id(kernel))
     return {name: len(kernels) for name, kernels in found.items()}
+
+
+def _one_token(pages: int, head_dim: int) -> CacheInputs:
+    """A token for each of two sequences, whose caches have ``pages`` of 8 rows; it is turned and appended first."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    cache, new = empty(pages + 3, 8, 4, head_dim), empty(2, 1, 4, head_dim)
+    lengths, table = empty(2, dtype=torch.int32), empty(2, pages, dtype=torch.int32)
+    angles = empty(8 * pages, head_dim // 2, dtype=torch.float32)
+    return CacheInputs(new, cache, cache, lengths, new, new, table, None, angles, angles, max_seqlen_q=1)
 
 
 def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
@@ -333,7 +364,37 @@ def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
     return inputs, spec
 
 
-def _read(kernel: Any, target: Target) -> Figures:
+def _cache_problem(build: Build) -> tuple[CacheInputs, AttentionSpec]:
+    """Grouped heads, caches for 32k tokens each, no memory."""
+    batch, s, heads_q, heads_kv, page_size, d = 2, 32768, 32, 4, 16, build.head_dim
+    features = build.combination.split()
+    dtype = torch.bfloat16 if build.bits == 16 else torch.float32
+    s_q = 64 if "tokens" in features else 1
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    terms: dict[str, Any] = {}
+    if "packed" in features:
+        terms["cu_seqlens_q"] = empty(batch + 1, dtype=torch.int32)
+    if "paged" in features:
+        terms["block_table"] = empty(batch, s // page_size, dtype=torch.int32)
+    if "e4m3" in features:
+        terms["k_scale"] = terms["v_scale"] = empty(1, heads_kv, dtype=torch.float32)
+    if "bias" in features:
+        terms["bias"] = empty(1, heads_q, s_q, s)
+    if "alibi" in features:
+        terms["alibi_slopes"] = empty(1, heads_q, dtype=torch.float32)
+    if "sinks" in features:
+        terms["sinks"] = empty(1, heads_q)
+    pages = (batch * s // page_size, page_size) if "paged" in features else (batch, s)
+    cache = empty(*pages, heads_kv, d, dtype=FP8 if "e4m3" in features else dtype)
+    q = empty(batch * s_q, heads_q, d) if "packed" in features else empty(batch, s_q, heads_q, d)
+    spec = AttentionSpec(d**-0.5, 30.0 if "softcap" in features else None, right=0)
+    return CacheInputs(q, cache, cache, empty(batch, dtype=torch.int32), **terms, max_seqlen_q=s_q), spec
+
+
+def _read(kernel: Any, target: Target, tensor_core: str) -> Figures:
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in _HIP}  # type: ignore[index]
@@ -349,7 +410,7 @@ def _read(kernel: Any, target: Target) -> Figures:
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())  # type: ignore[union-attr]
-    return Figures(registers, stack, kernel.metadata.shared, len(re.findall(rf"\b({target.tensor_core})", code)))
+    return Figures(registers, stack, kernel.metadata.shared, len(re.findall(rf"\b({tensor_core})", code)))
 
 
 _HIP = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")

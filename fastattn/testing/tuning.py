@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastattn.backends.triton import table
+from fastattn.cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -19,7 +20,7 @@ Key = tuple[str, str, int, int]
 Tile = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
-KERNELS = ("forward", "forward heavy", "dkdv", "dkdv heavy", "dq", "dbias")
+KERNELS = ("forward", "forward heavy", "dkdv", "dkdv heavy", "dq", "dbias", "decode")
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HEADS = 16384, 16
 
@@ -64,8 +65,12 @@ def row_of(key: Key) -> Tile:
 
 def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
     """The tiles worth measuring, that of the table among them."""
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
     rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("dkdv") else ((64, 128), (32, 64, 128))
-    if bits == 32:
+    if kernel == "decode":
+        rows, columns = now[:1], (32, 64, 128)  # one query row in each sequence is what is measured
+    elif bits == 32:
         rows, columns = (16, 32, 64), (32, 64)
     stages = (1,) if kernel == "dbias" else (1, 2, 3)
     found = list(itertools.product(rows, columns, (4, 8), stages))
@@ -73,7 +78,10 @@ def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
 
 
 def measured(key: Key, tiles: Iterable[Tile], timer: Timer, device: torch.device) -> Iterator[Measured]:
-    """Time each of ``tiles`` on a causal problem of 16k tokens; with a bias for ``dbias``, dropout for heavy rows."""
+    """Time each of ``tiles`` on a causal problem of 16k tokens: with a bias for ``dbias``, dropout for heavy rows.
+
+    Decoding has caches of 16k positions for four sequences, in pages.
+    """
     from fastattn.backends.triton import configs
 
     work = _work(key, device)
@@ -117,6 +125,8 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
 
     _, kernel, bits, d = key
     is_heavy, kernel = kernel.endswith(" heavy"), kernel.removesuffix(" heavy")
+    if kernel == "decode":
+        return _decoding(d, torch.bfloat16 if bits == 16 else torch.float32, device)
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     tokens, heads = (TOKENS, HEADS) if device.type == "cuda" else (32, 1)
     batch = 4 if device.type == "cuda" else 1
@@ -130,3 +140,17 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
         return lambda tile: launch.forward(inputs, spec, tile)  # type: ignore[arg-type]
     out, lse = launch.forward(inputs, spec)
     return getattr(launch.Backward.of(dout, None, out, lse, inputs, spec), kernel)
+
+
+def _decoding(d: int, dtype: torch.dtype, device: torch.device) -> Callable[[tuple[int, ...]], object]:
+    from fastattn.backends.triton import launch_cache
+
+    batch, page_size = 4, 16
+    pages = (TOKENS if device.type == "cuda" else 32) // page_size
+    shape = (batch * pages, page_size, 4, d)
+    k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
+    lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
+    q = torch.randn(batch, 1, HEADS, d, device=device, dtype=dtype)
+    inputs = CacheInputs(q, k, v, lengths, block_table=table, max_seqlen_q=1)
+    return lambda tile: launch_cache.attend_to_cache(inputs, AttentionSpec(d**-0.5, right=0), tile)  # type: ignore[arg-type]

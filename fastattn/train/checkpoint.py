@@ -6,22 +6,23 @@ with one that is damaged or not ours, a ``DataError`` says in a sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import DataError, InputError
-from fastattn.files import new_folder
+from fastattn.files import new_folder, remove_folder
 from fastattn.models import Encoder, MaskedLM, TransformerConfig, make_model
+from fastattn.train.parallel import ALONE, Ranks, is_sharded, load_parts, save_parts
 from fastattn.train.tokens import read_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"
@@ -75,30 +76,43 @@ class Checkpoint:
         return whole.eval()
 
     def load_weights(self, model: nn.Module) -> None:
-        """Copy the stored weights into ``model``."""
-        stored = _read_tensors(self.folder / "model.safetensors")
-        _check_names(self.folder / "model.safetensors", stored, model.state_dict())
-        model.load_state_dict(stored)
+        """Copy the stored weights into ``model``, of which several processes may hold parts."""
+        path = self.folder / "model.safetensors"
+        wanted = model.state_dict()
+        _check_names(path, _shapes(path), wanted)
+        if is_sharded(model):
+            load_parts(self.folder, wanted)
+        else:
+            model.load_state_dict(_read_tensors(path))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Copy the stored state into ``optimizer``, which serves ``model``."""
         path = self.folder / "optimizer.safetensors"
-        stored = _read_tensors(path)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                suffix = ":" + names[id(parameter)]
-                keys = [key for key in stored if key.endswith(suffix)]
-                state = {key.removesuffix(suffix): stored.pop(key) for key in keys}
-                if any(x.dim() and x.shape != parameter.shape for x in state.values()):
-                    raise DataError(f"{path} does not belong to this model (parameter {names[id(parameter)]}).")
-                if not state:
-                    continue  # it has never had a gradient
-                # AdamW keeps its step counts in host memory unless it is fused or capturable.
-                on_device = {k: v.to(parameter.device) for k, v in state.items() if v.dim() or group.get("fused")}
-                optimizer.state[parameter] = state | on_device
-        if stored or not optimizer.state:
-            raise DataError(f"{path} does not belong to this model (parameter {next(iter(stored), 'names differ')}).")
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        shapes = _shapes(path)
+        for key, shape in shapes.items():
+            name = key.partition(":")[2]
+            if name not in named or shape not in ((1,), tuple(named[name].shape)):
+                raise DataError(f"{path} does not belong to this model (parameter {name or key}).")
+        if not shapes:
+            raise DataError(f"{path} does not belong to this model (it holds no state).")
+        moments = {key for key in shapes if not key.startswith("step:")}
+        if is_sharded(model):
+            stored = {
+                k: torch.zeros_like(named[k.partition(":")[2]]) if k in moments else torch.zeros(1) for k in shapes
+            }
+            load_parts(self.folder, stored)
+        else:
+            stored = _read_tensors(path)
+        fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+        for key, value in stored.items():
+            kind, _, name = key.partition(":")
+            parameter = named[name]
+            if key in moments:
+                optimizer.state[parameter][kind] = value.detach().to(parameter.device)
+            else:  # AdamW keeps its step counts in host memory unless it is fused
+                where = parameter.device if id(parameter) in fused else "cpu"
+                optimizer.state[parameter][kind] = value.reshape(()).to(where)
 
 
 def save_checkpoint(
@@ -112,24 +126,35 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     keep: int = 2,
     keep_also: int | None = None,
+    processes: Ranks = ALONE,
 ) -> Checkpoint:
     """Write ``folder/step-<step>`` in one piece, then remove all but the newest ``keep`` and step ``keep_also``.
+
+    All ``processes`` take part; the first one writes, and where each holds a part of the model, each writes its part.
 
     Raises:
         DataError: the disk is full or cannot be written; the earlier checkpoints are intact.
     """
     path = folder / _name(step)
-    if not path.exists():
-        with new_folder(path) as unfinished:
-            (unfinished / "model.safetensors").write_bytes(save(_contiguous(model.state_dict())))
-            (unfinished / "optimizer.safetensors").write_bytes(save(_optimizer_tensors(optimizer, model)))
-            if tokenizer is not None:
-                (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            _write_json(unfinished / "config.json", model_config)
-            _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
+    if not processes.from_first(path.exists()):
+        with new_folder(path) if processes.leads else contextlib.nullcontext(path) as here:
+            unfinished = processes.from_first(here)
+            for name, tensors in (("model", model.state_dict()), ("optimizer", _optimizer_tensors(optimizer, model))):
+                if is_sharded(model):
+                    save_parts(unfinished / name, tensors, processes)
+                elif processes.leads:
+                    (unfinished / f"{name}.safetensors").write_bytes(save(_contiguous(tensors)))
+            if processes.leads:
+                if tokenizer is not None:
+                    (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+                _write_json(unfinished / "config.json", model_config)
+                _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
+        processes.wait()
+    if not processes.leads:
+        return Checkpoint(path)
     for old in sorted_steps(folder)[:-keep]:
         if keep_also is None or old.name != _name(keep_also):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
     return Checkpoint(path)
 
 
@@ -166,9 +191,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
 
 
 def _best(newest: Checkpoint) -> Checkpoint | None:
-    step = newest.trainer_state().get("progress", {}).get("best_step")
+    step = newest.trainer_state().get("kept_best")
     path = newest.folder.with_name(_name(step or 0))
-    return Checkpoint(path) if path.is_dir() else None
+    return Checkpoint(path) if step is not None and path.is_dir() else None
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,13 +201,12 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state under names like ``exp_avg:blocks.0.mlp.up.weight``."""
-    named = {
-        f"{key}:{name}": torch.as_tensor(value)
+    """The optimizer's state under names like ``exp_avg:blocks.0.mlp.up.weight``; numbers have one dimension."""
+    return {
+        f"{key}:{name}": torch.atleast_1d(torch.as_tensor(value))
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-    return _contiguous(named)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -192,8 +216,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
 
 
-def _check_names(path: Path, stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    odd = sorted(stored.keys() ^ wanted.keys()) or [n for n in wanted if stored[n].shape != wanted[n].shape]
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors in a file and their shapes, without reading them."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
+
+
+def _check_names(path: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, Tensor]) -> None:
+    odd = sorted(stored.keys() ^ wanted.keys()) or [n for n in wanted if stored[n] != tuple(wanted[n].shape)]
     if odd:
         raise DataError(f"{path} does not fit config.json beside it: {len(odd)} tensors differ, the first {odd[0]!r}.")
 

@@ -5,7 +5,7 @@ model's answers are read, and how they are scored. What fields an example has st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.generate import Sampling, generate
+from fastattn.generate.decode import ENDED
 from fastattn.models import SequenceClassifier, SpanExtractor, TokenClassifier, TransformerConfig
 from fastattn.train.data import IGNORED
 from fastattn.train.example_rows import ExampleBatch, Feature, padded
@@ -98,6 +100,10 @@ class Task(ABC):
         if second:
             tokens, types = [*tokens, *second, self.marks.end], types + [1] * (len(second) + 1)
         return {"tokens": tokens} | ({"token_types": types} if self.has_types else {})
+
+    def is_longest(self, feature: Feature) -> bool:
+        """Whether a row is as long as it can be, as it is where an example was cut."""
+        return max(len(feature.get(name, ())) for name in ("tokens", "source", "target")) >= self.length
 
     def batch(self, examples: Sequence[Example], model: nn.Module) -> ExampleBatch:
         """The first row of each example, on the device of the model."""
@@ -200,8 +206,11 @@ class Answer(Task):
         begin = example.fields["answer_start"]
         end = begin + len(example.fields["answer"])
         inside = [n for n, (first, last) in enumerate(context.offsets) if first < end and last > begin]
+        starts = [0]
+        while starts[-1] + room < len(context.ids):
+            starts.append(starts[-1] + max(1, room // 2))
         windows = []
-        for start in range(0, max(1, len(context.ids) - room // 2), max(1, room // 2)):
+        for start in starts:
             feature = self.pair(question, context.ids[start : start + room])
             offsets = [None] * before + context.offsets[start : start + room]
             is_whole = inside and start <= inside[0] and inside[-1] < start + room
@@ -244,17 +253,12 @@ class _Writing(Task):
     def add_head(self, backbone: Any) -> nn.Module:
         return backbone
 
-    def texts(self, begin: Tensor, logits: Callable[[Tensor], Tensor]) -> list[str]:
+    def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[str]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        found: list[Tensor] = []
-        new, done = begin, torch.zeros(len(begin), dtype=torch.bool, device=begin.device)
-        while len(found) < self.length - begin.shape[1] and not bool(done.all()):
-            new = logits(new)[:, -1:].argmax(dim=-1)
-            done |= new[:, 0] == self.marks.end
-            found.append(new[:, 0])
-        rows = torch.stack(found, dim=1).tolist()
-        ends = [row.index(self.marks.end) if self.marks.end in row else len(row) for row in rows]
-        return [self.tokenizer.decode(row[:end]) for row, end in zip(rows, ends, strict=True)]
+        sampling, end = Sampling(temperature=0), self.marks.end
+        steps = generate(model, begin, self.length, sampling, source=source, stop_token=end)
+        rows = torch.stack(list(steps), dim=1).tolist()
+        return [self.tokenizer.decode([token for token in row if token not in (end, ENDED)]) for row in rows]
 
     def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         return text_scores(answers, [example.fields[self.answer_field] for example in examples])
@@ -276,12 +280,8 @@ class Seq2Seq(_Writing):
         return target_loss(model, batch)
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
-        batch = self.batch(examples, model)
-        begin = torch.full((len(examples), 1), self.marks.target, device=batch["source"].device)
-        mask = batch.get("source_mask")
-        memory = model.encode(batch["source"], mask)
-        caches = model.make_caches(len(examples), self.length)
-        return self.texts(begin, lambda new: model(None, new, memory=memory, source_mask=mask, caches=caches))
+        sources = [self.features(example)[0]["source"] for example in examples]
+        return self.write(model, [[self.marks.target] for _ in sources], sources)
 
 
 class Instruct(_Writing):
@@ -304,13 +304,7 @@ class Instruct(_Writing):
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
-        return [self._answer(model, example) for example in examples]
-
-    def _answer(self, model: Any, example: Example) -> str:
-        prompt = self.prompt(example)[-(self.length // 2) :]
-        caches = model.make_caches(1, self.length)
-        begin = torch.tensor([prompt], device=next(model.parameters()).device)
-        return self.texts(begin, lambda new: model(new, caches=caches))[0]
+        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Tag, Answer, Seq2Seq, Instruct)}

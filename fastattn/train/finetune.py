@@ -27,6 +27,7 @@ from fastattn.train.examples import Example, read_examples
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
+from fastattn.train.parallel import ranks
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
@@ -118,7 +119,8 @@ class Outcome:
     Attributes:
         progress: where it stands.
         scores: of the held-out examples by name; empty if the run was stopped before its end.
-        examples: their numbers, "train" and "held out".
+        examples: their numbers, "train" and "held out"; "longest" are the rows of "train" that are as long as a row can
+            be, most of them because the example was cut.
         parameters: their numbers, "all" and "trained".
         checkpoint: the newest, or the best if the run keeps it.
     """
@@ -134,6 +136,7 @@ class Outcome:
         return {
             "examples": self.examples["train"],
             "examples held out": self.examples["held out"],
+            "rows cut to the longest length": self.examples["longest"],
             "parameters": self.parameters["all"],
             "parameters trained": self.parameters["trained"],
             "steps": self.progress.step,
@@ -173,7 +176,7 @@ def finetune(
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
     examples, held_out = _examples(config)
-    task, model = _fresh(config, examples) if resume is None else _unfilled(resume)
+    task, model = _fresh(config, examples) if resume is None else _unfilled(resume, config.attention)
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -182,7 +185,7 @@ def finetune(
     rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
     fingerprint = _fingerprint([*examples, *held_out])
     settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
-    sample = held_out[: training.eval_rows]
+    sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
         evaluate=None if task.answer_field else lambda model: task.scores(answer_all(task, model, sample), sample),
@@ -198,12 +201,13 @@ def finetune(
     checkpoint = find_checkpoint(out, best=True)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     scores: dict[str, float] = {}
-    if progress.signal is None:
+    if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
         scores = score(best.task, best.model, held_out, show_progress)
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
-        progress, scores, {"train": len(examples), "held out": len(held_out)},
+        progress, scores,
+        {"train": len(examples), "held out": len(held_out), "longest": sum(map(task.is_longest, features))},
         {"all": sum(size for size, _ in sizes), "trained": sum(size for size, is_trained in sizes if is_trained)},
         checkpoint,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.train.parallel import whole
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,4 @@ def update(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, clip
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return whole(norm)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def plot_losses(records: list[dict[str, float]], unigram_entropy: float, path: Path) -> None:
-    """Draw training and held-out loss over steps, with the unigram entropy of the text, to a PNG.
+def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], path: Path) -> None:
+    """Draw training and held-out loss over steps to a PNG, in one piece.
 
     Args:
         records: of a run's log.
-        unigram_entropy: nats per token.
+        levels: what to compare with: losses by name, drawn as lines across.
         path: of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -23,8 +25,11 @@ def plot_losses(records: list[dict[str, float]], unigram_entropy: float, path: P
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.axhline(unigram_entropy, color="gray", linestyle="--", label="unigram entropy of the text")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="fastattn: training on text")
+    for name, level in levels.items():
+        axes.axhline(level, color="gray", linestyle="--", label=name)
+    axes.set(xlabel="step", ylabel="loss (nats per label)", title="fastattn: training")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    temporary = path.with_name(f".unfinished-{path.name}")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)

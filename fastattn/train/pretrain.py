@@ -16,6 +16,7 @@ from fastattn.train.data import PackedRows
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.metrics import bits_per_byte, perplexity, unigram_entropy
+from fastattn.train.parallel import ranks
 from fastattn.train.prepare import prepare
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import find_objective, preset_for
@@ -153,7 +154,7 @@ def pretrain(
     else:
         trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
     progress = trainer.run()
-    entropy = unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
+    entropy = _entropy(corpus)
     return Outcome(progress, corpus, config.objective, entropy, _num_parameters(trainer.model), find_checkpoint(out))
 
 
@@ -176,9 +177,14 @@ def make_trainer(
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}
     trainer = Trainer(
         model, tokenizer, (rows, held_out_rows), config.train, out, loss=objective.loss,
-        flops_per_label=objective.flops_per_label(model), settings=settings, show_progress=show_progress,
+        flops_per_label=objective.flops_per_label(model), levels={"unigram entropy of the text": _entropy(corpus)},
+        settings=settings, show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus
+
+
+def _entropy(corpus: Corpus) -> float:
+    return unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
 
 
 def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Corpus:
@@ -190,9 +196,9 @@ def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Corpus:
         for source in find_sources(config.data)
         if not (isinstance(source, Path) and any(source.is_relative_to(name) for name in written))
     ]
-    return prepare(
-        sources, out / "corpus", vocab_size=config.vocab_size, held_out=config.held_out, progress=show_progress
-    )
+    options: dict[str, Any] = {"vocab_size": config.vocab_size, "held_out": config.held_out}
+    with ranks().first_alone():
+        return prepare(sources, out / "corpus", **options, progress=show_progress and ranks().leads)
 
 
 def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:

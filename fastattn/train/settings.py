@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from fastattn.errors import input_error
 from fastattn.train.optim import OptimConfig
+from fastattn.train.parallel import Parallel
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -21,7 +22,7 @@ class TrainConfig:
         steps: updates of the weights in all.
         max_minutes: stop earlier when the run has taken this long, over all its parts; None is no limit.
         batch: rows in each update.
-        micro_batch: rows computed at once, their gradients added up; None is ``batch``.
+        micro_batch: rows that a process computes at once, their gradients added up; None is its part of ``batch``.
         seed: of the initial weights, the order of the data and dropout.
         eval_every: steps between evaluations; there is one at the end, too.
         eval_rows: rows of a held-out loss, evenly spaced over the held-out text.
@@ -33,6 +34,10 @@ class TrainConfig:
         keep: newest checkpoints kept.
         log_every: steps between lines of the log, which hold means over them; a checkpoint adds one.
         precision: "bfloat16" autocasts; "auto" does so on a GPU.
+        compile: let ``torch.compile`` make kernels of the model; the first step then takes a minute or so.
+        recompute: compute activations again in the backward pass, but for those of attention, to save memory.
+        parallel: how several processes share the work: "ddp" or "fsdp"; "auto" is "fsdp" if the model is too large.
+        tensorboard: also write the log for TensorBoard, into ``tensorboard/``.
         optim: the optimizer.
     """
 
@@ -51,6 +56,10 @@ class TrainConfig:
     keep: int = 2
     log_every: int = 10
     precision: Precision = "auto"
+    compile: bool = False
+    recompute: bool = False
+    parallel: Parallel = "auto"
+    tensorboard: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -68,6 +77,9 @@ class TrainConfig:
         if self.precision not in get_args(Precision):
             names = ", ".join(get_args(Precision))
             raise input_error("precision", repr(self.precision), names, "auto is bfloat16 on a GPU, else float32.")
+        if self.parallel not in get_args(Parallel):
+            names = ", ".join(get_args(Parallel))
+            raise input_error("parallel", repr(self.parallel), names, "auto is fsdp if the model is too large for ddp.")
 
     @property
     def keeps_best(self) -> bool:
@@ -79,7 +91,8 @@ _MAY_CHANGE = {
     f"train.{name}"
     for name in (
         "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
-        "save_every", "keep", "log_every", "micro_batch", "precision",
+        "save_every", "keep", "log_every", "micro_batch", "precision", "compile", "recompute", "parallel",
+        "tensorboard",
     )
 } | {"attention"}  # fmt: skip
 

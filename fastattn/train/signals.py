@@ -12,9 +12,10 @@ from fastattn.train.settings import Progress
 
 
 @contextlib.contextmanager
-def stop_signals(progress: Progress) -> Iterator[None]:
+def stop_signals(progress: Progress, *, alone: bool = True) -> Iterator[None]:
     """Note the first SIGINT or SIGTERM in ``progress`` for the loop to stop at a step's end; a second one acts at once.
 
+    With ``alone=False`` it does not: ``torchrun`` passes on a signal that its processes may have had already.
     Outside the main thread signals cannot be caught, and are left alone.
     """
     before: dict[int, Any] = {}
@@ -25,7 +26,8 @@ def stop_signals(progress: Progress) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         progress.signal = number
-        restore()
+        if alone:
+            restore()
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

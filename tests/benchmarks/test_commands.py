@@ -72,6 +72,17 @@ def test_model(tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_decode(tmp_path, capsys):
+    path = tmp_path / "decode.json"
+    assert main(["decode", *QUICK, "--out", str(path)]) == 0
+    rows = read(path)["results"]
+    assert {(row["cache"], row["dtype"]) for row in rows} >= {("contiguous", "fp32"), ("pages of 16", "bf16")}
+    assert any("ragged" in row["what"] for row in rows)
+    assert all(row["read"].endswith("GB/s") and row["vs gather + sdpa"].endswith("×") for row in rows[:-1])
+    assert rows[-1]["what"].startswith("generation, 16 new tokens") and "100% the same tokens" in rows[-1]["error"]
+    assert "sdpa, gathered before" in capsys.readouterr().out
+
+
 def test_overhead(tmp_path, capsys):
     path = tmp_path / "overhead.json"
     assert main(["overhead", *QUICK, "--out", str(path)]) == 0

@@ -11,3 +11,9 @@ def smaller_tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "tiny", PRESETS["tiny"] | sizes)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_loss_curves(monkeypatch):
+    """Drawing takes longer than these runs do; what draws is tested by itself."""
+    monkeypatch.setattr("fastattn.train.loop.plot_losses", lambda *_: None)

@@ -148,6 +148,43 @@ def test_generate_streams(out, capsys, monkeypatch):
     assert main([*command, "--attention", "eager", "--temperature", "0"]) == 0
 
 
+def test_generate_by_beams_and_with_every_rule(out, capsys):
+    command = ["generate", "--checkpoint", str(out), "--prompt", "def f", "--tokens", "9", "--device", "cpu"]
+    assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--page-size", "2"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("def f")
+    assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--no-cache"]) == 0
+    assert capsys.readouterr().out == first
+    rules = ["--min-p", "0.01", "--repetition-penalty", "1.2", "--top-k", "50", "--seed", "1", "--page-size", "4"]
+    assert main([*command, *rules]) == 0
+    text = capsys.readouterr().out
+    stop = text[len("def f") + 2 :][:1]
+    assert main([*command, *rules, "--stop", stop]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == text[: text.index(stop, len("def f"))].rstrip("\n")
+
+
+def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"def f{n}\n" for n in range(5)))
+    command = ["generate", "--checkpoint", str(out), "--prompts", str(prompts), "--tokens", "6", "--seed", "3"]
+    command += ["--device", "cpu", "--batch", "2", "--page-size", "4"]
+    assert main(command) == 0
+    assert "5 texts in" in capsys.readouterr().out
+    path = tmp_path / "prompts.txt.out.jsonl"
+    whole = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {row["id"]: row for row in whole[1:]}
+    assert sorted(rows) == ["1", "2", "3", "4", "5"] and rows["2"]["prompt"] == "def f1"
+    assert all(0 < row["tokens"] <= 6 for row in rows.values())
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole[:3]) + '{"id": "cut o')
+    assert main(command) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["id"]: row for row in again[1:]} == rows  # the same draws as if nothing had happened
+    assert main(command) == 0  # nothing left to do
+    fails(capsys, [*command, "--temperature", "0.1"], r"made with other settings \(temperature\)")
+    prompts.write_text("x = 1 " * 60)
+    fails(capsys, [*command, "--out", tmp_path / "o"], r"the prompt '1' has \d+ tokens, the model's max_length is 16")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -183,6 +220,14 @@ def test_an_lr_that_blows_up(texts, tmp_path, capsys):
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--top-p", "2"], "top_p: got 2.0"),
         (["--tokens", "0"], "max_new_tokens: got 0"),
+        (["--min-p", "2"], "min_p: got 2.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty: got 0.0"),
+        (["--beams", "-1"], "beams: got -1"),
+        (["--stop", ""], "stop: got"),
+        (["--page-size", "0"], "--page-size: got 0"),
+        (["--out", "x.jsonl"], "--out, --pages: got a value; allowed: none without --prompts"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "nowhere.txt", "--beams", "3"], "--beams: got 3; allowed: nothing with --prompts"),
         (["--prompt", "x = 1\n" * 60], r"a prompt of \d+ tokens; allowed: at most max_length = 16"),
     ],
 )

@@ -1,17 +1,20 @@
 """finetune, evaluate, generate and example through main([...]): what they print, write and refuse."""
 
+import dataclasses
 import json
 import re
 
 import pytest
+from tokenizers import Tokenizer
 
 from fastattn.cli import finetune, main
-from fastattn.models import PRESETS
+from fastattn.models import PRESETS, make_model, preset, save_pretrained
 from fastattn.train import find_checkpoint, shipped
 from fastattn.train.downstream import TASKS
 from fastattn.train.examples import FIELDS, read_examples
 from fastattn.train.finetune import FinetuneConfig
 from fastattn.train.stdlib import Docstring, Summary
+from fastattn.train.tokens import train_tokenizer
 
 QUICK = ["--batch", "4", "--vocab-size", "300", "--device", "cpu", "--quiet"]
 PROMPTS = [{"prompt": f"say {word}: ", "response": word.upper()} for word in ("up", "down", "left", "right")]
@@ -20,7 +23,7 @@ PROMPTS = [{"prompt": f"say {word}: ", "response": word.upper()} for word in ("u
 @pytest.fixture(autouse=True, scope="module")
 def smaller_presets(smaller_tiny):
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("encoder-tiny", "seq2seq-tiny"):
+        for name in ("encoder-tiny", "seq2seq-mini", "seq2seq-tiny"):
             patch.setitem(PRESETS, name, PRESETS[name] | {"width": 32, "layers": 1, "heads": 2})
         yield
 
@@ -116,6 +119,23 @@ def test_pre_train_fine_tune_generate(data, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("say up: ")
 
 
+def test_a_pretrained_gpt2_learns_to_follow_instructions_and_generates(tmp_path, capsys):
+    tokenizer = train_tokenizer([record["prompt"] + record["response"] for record in PROMPTS], 300)
+    text = tokenizer.to_str().replace("<|start|>", "<|endoftext|>").replace("<|end|>", "<|unused|>")
+    model = make_model(dataclasses.replace(preset("gpt2-124m", 300), width=32, layers=1, heads=2, max_length=48))
+    save_pretrained(model, tmp_path / "gpt2", tokenizer=Tokenizer.from_str(text))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in PROMPTS))
+    command = ["finetune", "--task", "instruct", "--data", path, "--pretrained", tmp_path / "gpt2", "--eval", path]
+    tuned = str(tmp_path / "tuned")
+    flags = ["--steps", "120", "--lr", "1e-2", "--batch", "4", "--device", "cpu", "--quiet", "--save-every", "1000"]
+    assert main([*map(str, command), "--out", tuned, *flags]) == 0
+    assert re.search(r"held-out exact match +1\.0", capsys.readouterr().out)
+    command = ["generate", "--checkpoint", tuned, "--prompt", "say left: ", "--temperature", "0", "--device", "cpu"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == "say left: LEFT\n"
+
+
 def test_objectives_of_train(tmp_path, capsys):
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"one and two and three, number {number}\n" * 5)
@@ -126,10 +146,11 @@ def test_objectives_of_train(tmp_path, capsys):
         assert re.search(f"objective +{objective}", capsys.readouterr().out)
         assert find_checkpoint(run).config().kind == kind
         assert main(["evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "1.txt"), "--quiet"]) == 0
+    fails(capsys, ["generate", "--checkpoint", tmp_path / "runs" / "masked"], "is an encoder, which writes no text")
     command = ["train", "--data", tmp_path, "--out", tmp_path / "x", "--objective", "span", "--quiet"]
     fails(
         capsys, [*command, "--preset", "bert-tiny"],
-        "preset: got 'bert-tiny'; allowed: seq2seq-tiny, .* A model of kind encoder-decoder is needed",
+        "preset: got 'bert-tiny'; allowed: seq2seq-mini, .* A model of kind encoder-decoder is needed",
     )  # fmt: skip
 
 

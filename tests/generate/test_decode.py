@@ -1,58 +1,70 @@
-"""Decoding: the same tokens with and without cache, sampling as defined, whole characters while streaming."""
-
-import dataclasses
+"""Decoding: the same tokens with and without cache, for every form of model and kind of cache."""
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastattn.errors import InputError
-from fastattn.generate import Sampling, decode_stream, generate, stream_text
+from fastattn.generate import Sampling, beam_search, generate
+from fastattn.generate.decode import ENDED
 from fastattn.models import Decoder, TransformerConfig
 
-CONFIG = TransformerConfig(vocab_size=258, width=32, layers=2, heads=4, kv_heads=2, max_length=40, window=12)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(3)
-    model = Decoder(CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """Every byte a token of its own, with the ids of fastattn's two marks before them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|start|>": 0, "<|end|>": 1} | {character: 2 + n for n, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+PROMPTS = [[5, 9, 200], [17], [3, 3, 8, 77, 130, 6, 6, 41]]
+SOURCES = [[4, 99, 30, 7], [250], [8, 9]]
+BASE = TransformerConfig(vocab_size=258, width=32, layers=2, heads=4, kv_heads=2, max_length=40)
+CACHES = [{"page_size": None}, {"page_size": 1}, {"page_size": 4}]
+SAMPLINGS = [
+    Sampling(0),
+    Sampling(1.0, seed=7),
+    Sampling(0.9, top_k=20, top_p=0.9, seed=1, min_p=0.01, repetition_penalty=1.3),
+]
 
 
 def tokens_of(model, sampling, prompt=((5, 9, 200),), count=20, **options):
-    return torch.stack(list(generate(model, torch.tensor(prompt), count, sampling, **options)), dim=1).tolist()
+    return torch.stack(list(generate(model, prompt, count, sampling, **options)), dim=1).tolist()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0, seed=7), Sampling(0.9, top_k=20, top_p=0.9, seed=1)])
-def test_the_cache_changes_no_token(model, sampling):
-    prompts = ((5, 9, 200), (17, 3, 3))
-    with_cache = tokens_of(model, sampling, prompts, 30)
-    assert with_cache == tokens_of(model, sampling, prompts, 30, use_cache=False)
-    assert len({tuple(row) for row in with_cache}) == 2
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn", "everything"])
+def test_the_cache_changes_no_token(decoder, cache, sampling):
+    with_cache = tokens_of(decoder, sampling, PROMPTS, 16, **cache)
+    assert with_cache == tokens_of(decoder, sampling, PROMPTS, 16, use_cache=False)
+    assert len({tuple(row) for row in with_cache}) == 3
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("targets", [[[0]] * 3, [[0], [0, 5, 6], [0, 7]]], ids=["one start", "beginnings"])
+def test_the_cache_changes_no_token_of_an_encoder_decoder(encoder_decoder, cache, targets):
+    for sampling in SAMPLINGS[:2]:
+        with_cache = tokens_of(encoder_decoder, sampling, targets, 8, source=SOURCES, **cache)
+        assert with_cache == tokens_of(encoder_decoder, sampling, targets, 8, source=SOURCES, use_cache=False)
+        assert len({tuple(row) for row in with_cache}) == 3
+
+
+def test_rows_are_what_they_would_be_alone(decoder):
+    for sampling in SAMPLINGS[1:]:
+        together = tokens_of(decoder, sampling, PROMPTS, 8)
+        for n, prompt in enumerate(PROMPTS):
+            seed = None if sampling.seed is None else sampling.seed + n
+            alone = Sampling(**{**vars(sampling), "seed": seed})
+            assert tokens_of(decoder, alone, [prompt], 8) == [together[n]]
+
+
+def test_sources_are_read_with_their_own_lengths(encoder_decoder):
+    together = tokens_of(encoder_decoder, Sampling(0), [[0]] * 3, 8, source=SOURCES)
+    for n, source in enumerate(SOURCES):
+        assert tokens_of(encoder_decoder, Sampling(0), [[0]], 8, source=[source]) == [together[n]]
 
 
 def test_the_cache_computes_only_new_tokens(model, monkeypatch):
-    lengths = []
+    shapes, hidden = [], Decoder.hidden
     monkeypatch.setattr(
-        model, "forward", lambda x, caches: lengths.append(x.shape[1]) or Decoder.forward(model, x, caches=caches)
+        model, "hidden", lambda x, caches: shapes.append(tuple(x.shape)) or hidden(model, x, caches=caches)
     )
     tokens_of(model, Sampling(0), count=4)
-    assert lengths == [3, 1, 1, 1]
+    assert shapes == [(1, 3), (1, 1), (1, 1), (1, 1)]
+    shapes.clear()
+    tokens_of(model, Sampling(0), PROMPTS, count=3)
+    assert shapes == [(1, 12), (3, 1), (3, 1)]
 
 
 def test_seeds(model):
@@ -65,96 +77,92 @@ def test_seeds(model):
 
 
 def test_greedy_takes_the_likeliest(model):
-    logits = model.eval()(torch.tensor([[5, 9, 200]]))[0, -1]
+    logits = model(torch.tensor([[5, 9, 200]]))[0, -1]
     assert tokens_of(model, Sampling(0), count=1) == [[int(logits.argmax())]]
 
 
-def test_sampling_by_hand():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
-    p = logits.softmax(-1)
-    torch.testing.assert_close(Sampling(1.0).probabilities(logits), p)
-    torch.testing.assert_close(Sampling(0.5).probabilities(logits), (2 * logits).softmax(-1))
-    two = torch.tensor([[p[0, 0], p[0, 1], 0.0, 0.0]]) / (p[0, 0] + p[0, 1])
-    torch.testing.assert_close(Sampling(1.0, top_k=2).probabilities(logits), two)
-    assert p[0, 0] < 0.7 < p[0, 0] + p[0, 1]  # so the nucleus of 0.7 has two tokens
-    torch.testing.assert_close(Sampling(1.0, top_p=0.7).probabilities(logits), two)
-    one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(Sampling(1.0, top_p=0.1).probabilities(logits), one)
-    torch.testing.assert_close(Sampling(1.0, top_k=9, top_p=1.0).probabilities(logits), p)
+def test_a_repetition_penalty_ends_repetition(model):
+    plain = tokens_of(model, Sampling(0), count=30)[0]
+    assert len(set(plain)) < 30
+    new = tokens_of(model, Sampling(0, repetition_penalty=1e6), count=30)[0]
+    assert len({5, 9, 200, *new}) == 33
 
 
-def test_draws_follow_the_probabilities():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20000, -1)
-    drawn = Sampling(1.0).choose(logits, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    torch.testing.assert_close(drawn, logits[0].softmax(-1), atol=0.015, rtol=0)
-
-
-def test_generation_ends_at_the_stop_token_or_the_context(model):
-    greedy = tokens_of(model, Sampling(0), count=10)[0]
-    stop = greedy[4]
-    assert tokens_of(model, Sampling(0), count=10, stop_token=stop)[0] == greedy[: greedy.index(stop) + 1]
-    assert len(tokens_of(model, Sampling(0), count=500)[0]) == 40 - 3 + 1
-    assert len(tokens_of(model, Sampling(0), count=500, use_cache=False)[0]) == 40 - 3 + 1
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"page_size": 2}], ids=str)
+def test_rows_end_at_a_stop_token_or_the_context(model, options):
+    greedy = tokens_of(model, Sampling(0), PROMPTS, 20, **options)
+    stop = greedy[0][4]
+    ended = tokens_of(model, Sampling(0), PROMPTS, 20, stop_token=stop, **options)
+    for row, all_of_it in zip(ended, greedy, strict=True):
+        kept = all_of_it[: all_of_it.index(stop) + 1] if stop in all_of_it else all_of_it
+        padding = [ENDED] * (max(len(r) - r.count(ENDED) for r in ended) - len(kept))
+        assert row == kept + padding
+    several = tokens_of(model, Sampling(0), PROMPTS[:1], 20, stop_token=[stop, greedy[0][1]], **options)
+    assert len(several[0]) == 2
+    full = tokens_of(model, Sampling(0), PROMPTS, 500, **options)
+    assert [len(row) - row.count(ENDED) for row in full] == [40 - len(prompt) + 1 for prompt in PROMPTS]
 
 
 def test_generation_leaves_the_model_as_it_was(model):
     model.train()
-    stream = generate(model, torch.tensor([[1]]), 5)
+    stream = generate(model, [[1]], 5)
     next(stream)
+    assert model.training  # while the caller has the token, too
     stream.close()
     assert model.training
     model.eval()
 
 
-@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 🎉🧵 ok", "a\n\tb\u00a0c"])
-def test_streaming_gives_whole_characters(tokenizer, text):
-    ids = tokenizer.encode(text).ids
-    pieces = list(decode_stream(tokenizer, iter([0, *ids, 1]), special=(0, 1)))
-    assert "".join(pieces) == text
-    assert len(pieces) == len(text)  # one piece for each character, though bytes are tokens here
-    assert "\ufffd" not in "".join(pieces)
+def test_a_window_keeps_a_cache_of_its_own_length(model):
+    from fastattn.generate.sequences import Cached
 
-
-def test_bytes_that_are_no_text_do_not_stop_the_stream(tokenizer):
-    emoji = tokenizer.encode("🎉").ids
-    ids = [*emoji[:2], *tokenizer.encode("x").ids, *emoji[:3]]
-    assert "".join(decode_stream(tokenizer, iter(ids))) == "\ufffdx\ufffd"
-
-
-def test_every_byte_has_its_character(tokenizer):
-    data = bytes(range(256)).decode("latin-1")
-    assert "".join(decode_stream(tokenizer, iter(tokenizer.encode(data).ids))) == data
-
-
-def test_stream_text_continues_a_prompt(model, tokenizer):
-    pieces = list(stream_text(model, tokenizer, "ab", 12, Sampling(0)))
-    ids = [0, *tokenizer.encode("ab").ids]
-    chosen = [int(t) for t in generate(model, torch.tensor([ids]), 12, Sampling(0), stop_token=1)]
-    assert "".join(pieces) == tokenizer.decode([token for token in chosen if token > 1])
-    assert list(stream_text(model, tokenizer, "", 3, Sampling(0))) != []
+    sequences = Cached(model, 1, 40, page_size=4, num_pages=5)
+    name = sequences.add()
+    with torch.no_grad():
+        sequences.feed([name], [[7]])
+        for token in range(39):
+            sequences.feed([name], torch.tensor([token]))
+    assert sequences.cache.length(name) == 40 and sequences.cache.pages(name)[0] is None
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model: Sampling(-1.0), "temperature: got -1.0"),
-        (lambda model: Sampling(top_k=0), "top_k: got 0"),
-        (lambda model: Sampling(top_p=0.0), "top_p: got 0.0"),
-        (lambda model: generate(model, torch.zeros(1, 0, dtype=torch.long), 5), "S >= 1"),
-        (
-            lambda model: generate(model, torch.zeros(1, 41, dtype=torch.long), 5),
-            "a prompt of 41 tokens; allowed: at most",
-        ),
-        (lambda model: generate(model, torch.zeros(1, 4, dtype=torch.long), 0), "max_new_tokens: got 0"),
+        (lambda m: generate(m, torch.zeros(1, 0, dtype=torch.long), 5), "S >= 1"),
+        (lambda m: generate(m, torch.zeros(3), 5), r"tokens: got shape \(3,\)"),
+        (lambda m: generate(m, [[1], []], 5), r"tokens: got rows of \[1, 0\] tokens"),
+        (lambda m: generate(m, [[0] * 41], 5), "a prompt of 41 tokens; allowed: at most"),
+        (lambda m: generate(m, [[1]], 0), "max_new_tokens: got 0"),
+        (lambda m: generate(m, [[1]], 5, source=[[1]]), "source: got tokens; allowed: None for a decoder"),
+        (lambda m: beam_search(m, [[1]], 5, beams=0), "beams: got 0"),
     ],
 )
 def test_refusals(model, call, words):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=words):
         call(model)
-    assert words in str(error.value)
 
 
-def test_learned_positions_work_with_the_cache():
-    torch.manual_seed(1)
-    model = Decoder(dataclasses.replace(CONFIG, positions="learned"))
-    assert tokens_of(model, Sampling(0)) == tokens_of(model, Sampling(0), use_cache=False)
+def test_refusals_of_sources(encoder_decoder):
+    with pytest.raises(InputError, match="source: got None"):
+        generate(encoder_decoder, [[0]], 5)
+    with pytest.raises(InputError, match="source: got 1 rows; allowed: 2"):
+        generate(encoder_decoder, [[0], [0]], 5, source=[[1, 2]])
+
+
+def test_models_generate(model, encoder_decoder):
+    stepped = tokens_of(model, Sampling(0), PROMPTS, 9, stop_token=77)
+    rows = model.generate(PROMPTS, 9, Sampling(0), stop_token=77)
+    assert rows == [[token for token in row if token != ENDED] for row in stepped]
+    best = model.generate(PROMPTS, 9, beams=3, page_size=4)
+    assert best == [beams[0].tokens for beams in beam_search(model, PROMPTS, 9, beams=3)]
+    answers = encoder_decoder.generate([[0]] * 3, 5, Sampling(0), source=SOURCES, use_cache=False)
+    assert answers == tokens_of(encoder_decoder, Sampling(0), [[0]] * 3, 5, source=SOURCES)
+    with pytest.raises(InputError, match="beams: got 3 together with sampling"):
+        model.generate(PROMPTS, 9, Sampling(0), beams=3)
+
+
+def test_under_autocast_the_cache_has_its_dtype():
+    model = Decoder(BASE).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with_cache = model.generate(PROMPTS, 6, Sampling(0))
+        assert [len(row) for row in with_cache] == [6, 6, 6]

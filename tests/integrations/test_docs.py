@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["flash_attn.md", "long_context.md", "models.md", "torch_mha.md", "transformers.md"]
+PAGES = ["decoding.md", "flash_attn.md", "long_context.md", "models.md", "torch_mha.md", "transformers.md"]
 MODULES = [
     "fastattn.inspection",
     "fastattn.integrations.context_parallel",

@@ -141,6 +141,18 @@ def test_kvcache(options, s_new, lengths):
     torch.testing.assert_close((out, lse), expected)
 
 
+def test_kvcache_in_pages():
+    k_pages, v_pages = draw(6, 4, H_KV, D, seed=1), draw(6, 4, H_KV, D, seed=2)
+    table, lengths = torch.tensor([[5, 0], [2, 3]], dtype=torch.int32), torch.tensor([3, 6], dtype=torch.int32)
+    q, k, v = draw(B, 2, H_Q, D), draw(B, 2, H_KV, D, seed=3), draw(B, 2, H_KV, D, seed=4)
+    out = flash_attn.flash_attn_with_kvcache(
+        q, k_pages, v_pages, k, v, cache_seqlens=lengths, block_table=table, causal=True
+    )
+    assert torch.equal(k_pages[5, 3], k[0, 0]) and torch.equal(k_pages[0, 0], k[0, 1])
+    gathered = (x[table.long()].flatten(1, 2) for x in (k_pages, v_pages))
+    torch.testing.assert_close(out, by_hand(q, *gathered, lengths=lengths + 2, causal=True)[0])
+
+
 def test_kvcache_rows_left_padding_and_full_length():
     q, k_cache, v_cache = draw(B, 1, H_Q, D), draw(5, S_KV, H_KV, D, seed=1), draw(5, S_KV, H_KV, D, seed=2)
     rows, k, v = torch.tensor([4, 1], dtype=torch.int32), draw(B, 1, H_KV, D, seed=3), draw(B, 1, H_KV, D, seed=4)
@@ -210,8 +222,6 @@ def test_what_is_refused(qkv):
     q, k, v = qkv
     table = torch.zeros(1, 1, dtype=torch.int32)
     cu = torch.tensor([0, S_Q], dtype=torch.int32)
-    with pytest.raises(fastattn.UnsupportedError, match="paged"):
-        flash_attn.flash_attn_with_kvcache(q, k, v, block_table=table)
     with pytest.raises(fastattn.UnsupportedError, match="paged"):
         flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, S_Q, S_Q, block_table=table)
     with pytest.raises(fastattn.UnsupportedError, match="S_dmask"):

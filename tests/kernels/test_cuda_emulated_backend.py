@@ -5,6 +5,7 @@ Judged by the rule of every backend, alone and with the other pass on another ba
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 from fastattn.backends import cuda, load
-from fastattn.backends.cuda import library
-from fastattn.backends.cuda.instances import forward_tiles, keys_tiles, queries_tiles
+from fastattn.backends.cuda import decode, library
+from fastattn.backends.cuda.instances import decode_tiles, forward_tiles, keys_tiles, queries_tiles
+from fastattn.cache import cache_problem
 from fastattn.problem import Problem
+from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.inputs import Sample, make
 from fastattn.testing.tolerance import assert_within, measure, run
@@ -49,7 +52,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The backend's kernels come from a library on the emulated machine."""
     folder = tmp_path_factory.mktemp("emulated")
-    lines = [*(tile for tile in forward_tiles() if tile.band), *keys_tiles(), *queries_tiles()]
+    lines = [*(tile for tile in forward_tiles() if tile.band), *keys_tiles(), *queries_tiles(), *decode_tiles()]
     tiles = [tile for tile in lines if tile.d_qk == MAX_HEAD_DIM]
     path = emulate.Emulator(folder, jobs=1).build_library(tiles, folder / "libfastattn.so")
     kernels = library.Library(path)
@@ -93,3 +96,33 @@ def test_the_other_pass_elsewhere(direction: str, others: str) -> None:
         sample = served(Case("cross", dtype=torch.bfloat16, **changes))
         forward, backward = (cuda.BACKEND, others) if direction == "forward here" else (others, cuda.BACKEND)
         assert_within(measure(forward, sample, backward))
+
+
+# --- attention to a cache -----------------------------------------------------------------------------------------
+
+
+def cache_cases() -> list[tuple[CacheCase, int]]:
+    """What the kernels take of the grid, in 16 bits, some with one split and some with several; and longer caches."""
+    cases = [
+        case
+        for case in cache_grid((torch.float32,))
+        if not (case.fp8 or case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8)
+    ]
+    long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
+    changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
+    cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
+    wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
+    cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
+    return [
+        (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
+        for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("case", "splits"), cache_cases(), ids=lambda x: getattr(x, "id", f"{x} splits"))
+def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = make_cache_sample(case)
+    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    assert not cuda.BACKEND.unsupported_reasons(problem)
+    monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
+    assert_within(measure_cache(cuda.BACKEND, sample))

@@ -9,18 +9,20 @@ import emulate
 import pytest
 from fault import Fault
 
-from fastattn.backends.cuda.instances import KeysTile, QueriesTile, Tile
+from fastattn.backends.cuda.instances import DecodeTile, Tile
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CASES = 2  # for each kernel and dtype; `make emulate` runs more
-# One line of each form of the backward pass, and every third of its faults: `make emulate` runs and plants all.
+# One line of each form of the backward pass, and every third of its faults and of decoding's: `make emulate` runs and
+# plants all.
 BACKWARD_DIMS = ((64, 64), (96, 96), (192, 128), (256, 256))
 TILES = [
     tile
     for tile in emulate.emulated_tiles(CSRC)
-    if isinstance(tile, Tile) or (tile.softcap == (tile.d_qk != 96) and (tile.d_qk, tile.d_v) in BACKWARD_DIMS)
+    if isinstance(tile, (Tile, DecodeTile))
+    or (tile.softcap == (tile.d_qk != 96) and (tile.d_qk, tile.d_v) in BACKWARD_DIMS)
 ]
-PLANTED = [*emulate.FAULTS, *emulate.BACKWARD_FAULTS[::3]]
+PLANTED = [*emulate.FAULTS, *emulate.BACKWARD_FAULTS[::3], *emulate.DECODE_FAULTS[::3]]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
 
@@ -31,7 +33,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "_".join([tile.macro.lower(), *map(str, tile.numbers)]))
-def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: Tile | KeysTile | QueriesTile) -> None:
+def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: emulate.AnyLine) -> None:
     is_right, printed = emulator.check_instance(tile, CASES, seed=1000 * TILES.index(tile))
     assert is_right, printed
     assert printed.count("ok ") == 2, "both dtypes ran"
@@ -44,7 +46,7 @@ def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> 
 
 
 def test_there_are_enough_faults() -> None:
-    assert len(emulate.FAULTS) >= 40 and len(emulate.BACKWARD_FAULTS) >= 30
+    assert len(emulate.FAULTS) >= 40 and len(emulate.BACKWARD_FAULTS) >= 30 and len(emulate.DECODE_FAULTS) >= 40
     assert len({fault.what for fault in emulate.ALL_FAULTS}) == len(emulate.ALL_FAULTS)
 
 

@@ -15,7 +15,7 @@ from fastattn.backends.triton.arguments import UNBOUNDED, Flags, Sizes, coded  #
 from fastattn.backends.triton.tile import full_range, keep, open_band, tile_range, transposed  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
 
-LENGTH = 5  # lengths 0 .. 4, positions 0 .. 7
+SIZE = 8  # lengths 0 .. 7 and positions 0 .. 7: every combination of four
 BANDS = [
     AttentionSpec(1.0, left=left, right=right, anchor=anchor)
     for left, right, anchor in itertools.product((None, 0, 1, 3), (None, 0, 2), definition.ANCHORS)
@@ -24,19 +24,20 @@ BANDS = [
 
 @triton.jit
 def transcriptions(
-    kept, ranges, s_q0, s_kv0, left, right, lower_right, first, F: tl.constexpr, TRANSPOSED: tl.constexpr
+    kept, ranges, s_q0, s_kv0, left, right, lower_right, first, F: tl.constexpr, TRANSPOSED: tl.constexpr,
+    LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """For lengths ``s_q0 + program_id(0)`` and ``s_kv0 + program_id(1)``: keep at 8 x 8 positions, ranges at 8 x 8."""
-    s_q, s_kv = s_q0 + tl.program_id(0), s_kv0 + tl.program_id(1)
-    sizes = Sizes(2 * s_q + 3, 2 * s_kv + 3, 5, 5, left, right, lower_right, 3, 1.0, 1.0, 1.0)
-    _begin_q, _begin_kv, band = open_band(s_q, None, sizes, F)
+    """Of lengths from ``s_q0`` and ``s_kv0`` on, LENGTHS each: keep at 8 x 8 positions, ranges between these."""
+    a, b = tl.arange(0, LENGTHS)[:, None, None, None], tl.arange(0, LENGTHS)[None, :, None, None]
+    x, y = tl.arange(0, 8)[None, None, :, None], tl.arange(0, 8)[None, None, None, :]
+    sizes = Sizes(2 * (s_q0 + a) + 3, 2 * (s_kv0 + b) + 3, 5, 5, left, right, lower_right, 3, 1.0, 1.0, 1.0)
+    _begin_q, _begin_kv, band = open_band(s_q0 + a, None, sizes, F)
     LEFT: tl.constexpr = F.right if TRANSPOSED else F.left
     RIGHT: tl.constexpr = F.left if TRANSPOSED else F.right
     if TRANSPOSED:
         band = transposed(band)
-    x, y = tl.arange(0, 8), tl.arange(0, 8)
-    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 64 + x[:, None] * 8 + y[None, :]
-    i, j = first + x[:, None], first + y[None, :]
+    at = (a * LENGTHS + b) * 64 + x * 8 + y
+    i, j = first + x, first + y
     tl.store(kept + at, keep(i, j, band, LEFT, RIGHT).to(tl.int8))
     begin, end = tile_range(i, j, band, LEFT, RIGHT)
     full_begin, full_end = full_range(i, j, band, LEFT, RIGHT)
@@ -54,8 +55,8 @@ def transcribed(
     left, right = (coded(UNBOUNDED if side is None else side) for side in (spec.left, spec.right))
     lower_right = coded(int(spec.anchor == "lower_right"))
     flags = Flags(16, 16, 16, 16, left=spec.left is not None, right=spec.right is not None)
-    transcriptions[lengths, lengths](
-        kept, ranges, s_q, s_kv, left, right, lower_right, first, F=flags, TRANSPOSED=is_transposed
+    transcriptions[(1,)](
+        kept, ranges, s_q, s_kv, left, right, lower_right, first, F=flags, TRANSPOSED=is_transposed, LENGTHS=lengths
     )
     return kept, ranges
 
@@ -71,9 +72,9 @@ def _overflow_is_an_error(overflow_is_an_error: None) -> None: ...
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])
 def test_every_small_problem(is_transposed: bool) -> None:
     for spec in BANDS:
-        kept, ranges = transcribed(spec, 0, 0, LENGTH, 0, is_transposed)
+        kept, ranges = transcribed(spec, 0, 0, SIZE, 0, is_transposed)
         meaning = seen_from_keys(spec, is_transposed)
-        for a, b in itertools.product(range(LENGTH), repeat=2):
+        for a, b in itertools.product(range(SIZE), repeat=2):
             s_rows, s_columns = (b, a) if is_transposed else (a, b)
             for x, y in itertools.product(range(8), repeat=2):
                 where = (spec, a, b, x, y)
@@ -107,6 +108,6 @@ def test_the_longest_sequences_do_not_overflow(spec: AttentionSpec, is_transpose
 def test_a_wrong_transcription_is_found() -> None:
     """The enumeration can fail: with the band off by one it does."""
     right = AttentionSpec(1.0, left=None, right=0)
-    kept, _ = transcribed(AttentionSpec(1.0, left=None, right=1), 0, 0, LENGTH, 0, False)
+    kept, _ = transcribed(AttentionSpec(1.0, left=None, right=1), 0, 0, SIZE, 0, False)
     a, b, x, y = torch.meshgrid(*(torch.arange(n) for n in kept.shape), indexing="ij")
     assert not torch.equal(kept.bool(), definition.keep(right, x, y, a, b))

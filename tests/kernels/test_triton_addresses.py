@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from fastattn.backends import load
 from fastattn.backends.triton import launch
+from fastattn.cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -59,18 +60,33 @@ def assert_far_is_near(near: Inputs, dout: Tensor, spec: AttentionSpec, strides:
         assert (found is right is None) or torch.equal(found, right)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("strides", [(FAR, 64, 16, 1), (128, 16, FAR, 1)], ids=["batch", "heads"])
-def test_batch_entries_and_heads_far_apart(strides: tuple[int, ...]) -> None:
-    q, k, v, dout = (torch.randn(4, 5, 4, 16, dtype=torch.float16) for _ in range(4))
+@pytest.mark.parametrize(
+    ("batch", "heads", "strides"), [(4, 1, (FAR, 16, 16, 1)), (1, 4, (80, 16, FAR, 1))], ids=["batch", "heads"]
+)
+def test_batch_entries_and_heads_far_apart(batch: int, heads: int, strides: tuple[int, ...]) -> None:
+    q, k, v, dout = (torch.randn(batch, 5, heads, 16, dtype=torch.float16) for _ in range(4))
     near = Inputs(q, k, v, max_seqlen_q=5, max_seqlen_kv=5)
     assert_far_is_near(near, dout, AttentionSpec(0.25), dict.fromkeys(("q", "k", "v", "dout"), strides))
 
 
 @pytest.mark.parametrize("term", ["bias", "mask"])
 def test_scores_far_apart(term: str) -> None:
-    q, dout, scores = torch.randn(4, 5, 2, 16), torch.randn(4, 5, 2, 16), torch.randn(4, 2, 5, 5)
+    q, dout, scores = torch.randn(4, 5, 1, 16), torch.randn(4, 5, 1, 16), torch.randn(4, 1, 5, 5)
     near = Inputs(q, q, q, **{term: scores if term == "bias" else scores > 0}, max_seqlen_q=5, max_seqlen_kv=5)
-    assert_far_is_near(near, dout, AttentionSpec(0.25), {term: (FAR, 64, 8, 1)})
+    assert_far_is_near(near, dout, AttentionSpec(0.25), {term: (FAR, 40, 8, 1)})
+
+
+@pytest.mark.parametrize("strides", [(FAR, 64, 16, 1), (256, FAR // 4, 16, 1), (16, 64, FAR, 1)], ids=str)
+def test_pages_far_apart(strides: tuple[int, ...]) -> None:
+    """Of a cache; new rows are stored there too."""
+    k_cache, v_cache, new = torch.randn(4, 16, 4, 16), torch.randn(4, 16, 4, 16), torch.randn(2, 1, 4, 16)
+    lengths, table = torch.tensor([20, 31], dtype=torch.int32), torch.tensor([[1, 3], [2, 0]], dtype=torch.int32)
+    results = []
+    for caches in ((k_cache, v_cache), (spread(k_cache, strides), spread(v_cache, strides))):
+        inputs = CacheInputs(new, *caches, lengths, new, new, table, max_seqlen_q=1)
+        results.append([*load("triton").attend_to_cache(inputs, AttentionSpec(0.25, right=0)), *caches])
+        assert torch.equal(caches[0][3, 4], new[0, 0]) and torch.equal(caches[1][0, 15], new[1, 0])
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(("s_q", "s_kv"), [(6, 600), (600, 6)], ids=["keys", "queries"])

@@ -18,8 +18,9 @@ from fastattn.backends.triton.tile import open_head, survivors, tanh  # noqa: E4
 from fastattn.problem import Inputs  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
 
-GRID = testing.grid((torch.float32, torch.float16, torch.bfloat16))
-QUICK = testing.grid((torch.float32,), quick=True)
+# bf16 is computed in fp32 here, so that what it adds is loads and stores
+GRID = testing.grid((torch.float32, torch.float16)) + testing.grid((torch.bfloat16,), quick=True)
+EVERYTHING = [case for case in GRID if case.id in ("everything [float32]", "everything, packed [float32]")]
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.id)
@@ -35,16 +36,16 @@ def test_head_dims(dims: tuple[int, int]) -> None:
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
 
 
-@pytest.mark.parametrize("case", [c for c in QUICK if c.group in ("together", "packed")], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", EVERYTHING, ids=lambda case: case.id)
 @pytest.mark.parametrize("pair", [("triton", "eager"), ("eager", "triton")], ids=" then ".join)
 def test_forward_and_backward_of_different_backends(case: testing.Case, pair: tuple[str, str]) -> None:
     testing.assert_within(testing.measure(pair[0], testing.make(case), pair[1]))
 
 
-@pytest.mark.parametrize("tile", [configs.Tile(16, 64, 4, 1), configs.Tile(32, 32, 4, 1)], ids=str)
 @pytest.mark.parametrize("name", ["everything [float32]", "everything, packed [float32]", "segments, causal [float32]"])
-def test_the_tile_does_not_matter(name: str, tile: configs.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configs, "INTERPRETED", tile)
+def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest there is: many blocks of rows, and many of columns."""
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Tile(16, 32, 4, 1))
     configs.tile_for.cache_clear()
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastattn.errors import InputError
 from fastattn.models import EncoderDecoder, TransformerConfig, blocks
+from fastattn.models.positions import sinusoidal
 
 BASE = TransformerConfig(61, 32, 2, 4, max_length=24, kind="encoder-decoder", decoder_layers=3)
 FORMS = {
@@ -109,6 +110,20 @@ def test_caches_change_nothing(config, monkeypatch):
         computed.clear()
 
 
+@torch.no_grad()
+def test_caches_whose_rows_change_places(config):
+    """As beams do: the keys and values of the source go with the row."""
+    model = randomised(config).eval()
+    source, target = random_pair()
+    whole = model(source, target, source_mask=SOURCE_MASK)
+    caches = model.make_caches(2, 12)
+    model(source, target[:, :7], source_mask=SOURCE_MASK, caches=caches)
+    for cache in caches:
+        cache.select([1, 0])
+    found = model(None, target.flip(0)[:, 7:], caches=caches)
+    torch.testing.assert_close(found, whole.flip(0)[:, 7:], atol=1e-4, rtol=1e-4)
+
+
 def test_eager_and_fastattn_agree(config):
     model = randomised(config)
     eager = EncoderDecoder(dataclasses.replace(config, attention="eager"))
@@ -167,8 +182,9 @@ def test_the_first_loss_is_that_of_guessing(config):
         (lambda m, s, t: m(s, t, source_mask=SOURCE_MASK.int()), "mask: got shape (2, 9), torch.int32"),
         (
             lambda m, s, t: m(None, t, memory=m.encode(s), source_mask=SOURCE_MASK[:, :4]),
-            "source_mask: got shape (2, 4); allowed: (B, S_s) = (2, 9)",
+            "source_mask: got shape (2, 4), torch.bool; allowed: torch.bool of shape (B, S_s) = (2, 9)",
         ),
+        (lambda m, s, t: m(None, t, memory=m.encode(s), source_mask=SOURCE_MASK.int()), "(2, 9), torch.int32; allowed"),
         (lambda m, s, t: m(s, t.repeat(1, 3)), "36 in a row; allowed: at most max_length = 24"),
     ],
 )
@@ -176,3 +192,53 @@ def test_refusals(call, words):
     with pytest.raises(InputError) as error:
         call(EncoderDecoder(BASE), *random_pair())
     assert words in str(error.value)
+
+
+def torchs_layer(cls, **sizes):
+    return cls(32, 4, 128, dropout=0.0, activation="relu", batch_first=True, **sizes)
+
+
+def copy_attention(mine, other, is_cross=False):
+    q, k, v = other.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = other.in_proj_bias.chunk(3)
+    if is_cross:
+        parts = {"q.weight": q, "q.bias": b_q, "kv.weight": torch.cat([k, v]), "kv.bias": torch.cat([b_k, b_v])}
+    else:
+        parts = {"qkv.weight": other.in_proj_weight, "qkv.bias": other.in_proj_bias}
+    mine.load_state_dict(parts | {f"out.{name}": x for name, x in other.out_proj.state_dict().items()})
+
+
+def copy_layer(block, layer):
+    copy_attention(block.attention, layer.self_attn)
+    pairs = [(block.attention_norm, layer.norm1), (block.mlp.up, layer.linear1), (block.mlp.down, layer.linear2)]
+    if block.cross_attention is not None:
+        copy_attention(block.cross_attention, layer.multihead_attn, is_cross=True)
+        pairs += [(block.cross_norm, layer.norm2), (block.mlp_norm, layer.norm3)]
+    else:
+        pairs += [(block.mlp_norm, layer.norm2)]
+    for mine, other in pairs:
+        mine.load_state_dict(other.state_dict())
+
+
+@torch.no_grad()
+def test_the_original_form_agrees_with_torchs_layers():
+    torch.manual_seed(0)
+    model = randomised(dataclasses.replace(BASE, **FORMS["original"])).eval()
+    layers = [torchs_layer(torch.nn.TransformerEncoderLayer).eval() for _ in range(2)]
+    more = [torchs_layer(torch.nn.TransformerDecoderLayer).eval() for _ in range(3)]
+    for layer in (*layers, *more):
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    for block, layer in zip((*model.encoder.blocks, *model.decoder.blocks), (*layers, *more), strict=True):
+        copy_layer(block, layer)
+    source, target = random_pair()
+    embed = model.embedding
+    x = embed(source) * 32**0.5 + sinusoidal(torch.arange(9), 32)
+    for layer in layers:
+        x = layer(x, src_key_padding_mask=~SOURCE_MASK)
+    y = embed(target) * 32**0.5 + sinusoidal(torch.arange(12), 32)
+    later = torch.nn.Transformer.generate_square_subsequent_mask(12)
+    for layer in more:
+        y = layer(y, x, tgt_mask=later, memory_key_padding_mask=~SOURCE_MASK)
+    found = model(source, target, source_mask=SOURCE_MASK)
+    torch.testing.assert_close(found, y @ embed.weight.T, atol=1e-4, rtol=1e-4)

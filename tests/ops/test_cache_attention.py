@@ -47,7 +47,7 @@ def test_portable_as_on_a_device(case):
 @by_id([case for case in GRID if case.dtype in (torch.float32, torch.bfloat16) and case.s_q])
 def test_small_pieces_and_groups(case, monkeypatch):
     """Every cut of the work, in problems too small to need one."""
-    for name, value in (("PIECE", 64), ("SMALL", 600), ("MANY_ROWS", 3)):
+    for name, value in (("PIECE", 64), ("SMALL", 600), ("MANY_ROWS", 3), ("FOLD", 5)):
         monkeypatch.setattr(decode, name, value)
     assert_within(measure_cache(load("portable"), make_cache_sample(case)))
 
@@ -314,3 +314,16 @@ def test_inputs_name_every_tensor():
     """The operators take the fields in order: a new field must stand among the tensors or the two scalars."""
     names = [field.name for field in dataclasses.fields(CacheInputs)]
     assert names[-2:] == ["max_seqlen_q", "rotary_interleaved"] and tuple(names[:-2]) == CACHE_TENSORS
+
+
+@pytest.mark.parametrize("magnitude", [0.01, 1.0, 30.0])
+def test_the_error_of_e4m3_is_what_is_stated(magnitude):
+    """Against fp64 on the numbers before rounding: out is off by less than 5 % of its size (docs/decoding.md)."""
+    q, k, v = torch.randn(2, 1, 8, 64), torch.randn(2, 300, 2, 64), magnitude * torch.randn(2, 300, 2, 64)
+    lengths, empty = torch.tensor([0, 0], dtype=torch.int32), torch.zeros(2, 320, 2, 64)
+    scales = {"k_scale": k.abs().amax((0, 1, 3)) / 448, "v_scale": v.abs().amax((0, 1, 3)) / 448}
+    caches = [empty.to(torch.float8_e4m3fn), empty.to(torch.float8_e4m3fn)]
+    found = fastattn.attention_with_kv_cache(q, *caches, lengths, k, v, **scales)
+    exact = fastattn.attention(q.double(), k.double(), v.double(), causal=True)
+    error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.05

@@ -176,8 +176,7 @@ def test_resuming_is_bit_for_bit(data, tmp_path, monkeypatch, method):
     ours, theirs = model_of(straight).state_dict(), model_of(resumed).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert straight.scores == resumed.scores
-    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("straight", "parts")]
-    losses = [[r["loss"] for r in map(json.loads, log) if "loss" in r] for log in logs]
+    losses = [logged(tmp_path / name) for name in ("straight", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
@@ -197,12 +196,48 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Classify, "loss", loss)
 
 
+def logged(folder):
+    return [r["loss"] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+@pytest.mark.parametrize("objective", ["masked", "span"])
+def test_objectives_train_alike_with_eager_attention(pretrained, tmp_path, objective):
+    losses = []
+    for attention in ("fastattn", "eager"):
+        train = TrainConfig(steps=12, batch=4, eval_rows=2, log_every=1)
+        config = RunConfig(
+            data=(str(pretrained / "text.txt"),), objective=objective, vocab_size=300, attention=attention, train=train
+        )
+        pretrain(tmp_path / attention, config, show_progress=False)
+        losses.append(logged(tmp_path / attention))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0][-1] < losses[0][0] - 0.2
+
+
+@pytest.mark.parametrize("task", ["classify", "instruct"])
+def test_tasks_train_alike_with_eager_attention(data, prompts, tmp_path, task):
+    path = data if task == "classify" else prompts
+    for attention in ("fastattn", "eager"):
+        run(tmp_path / attention, settings(path, task=task, eval=path, attention=attention))
+    losses = [logged(tmp_path / attention) for attention in ("fastattn", "eager")]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0] != losses[0][:1] * 10
+
+
 def test_the_held_out_part_depends_on_the_examples_alone(data, tmp_path):
     config = settings(data, held_out=0.3, steps=1)
     outcome = run(tmp_path / "a", config)
     assert outcome.examples["train"] + outcome.examples["held out"] == 24 and 1 < outcome.examples["held out"] < 14
     turned = written(tmp_path / "turned.jsonl", RECORDS[::-1])
     assert run(tmp_path / "b", dataclasses.replace(config, data=turned)).examples == outcome.examples
+
+
+def test_it_says_how_many_examples_were_cut_and_resumes_with_other_attention(tmp_path):
+    records = [{"text": "up " * (40 if n < 3 else 1) + str(n), "label": "ab"[n % 2]} for n in range(9)]
+    path = written(tmp_path / "a.jsonl", records)
+    outcome = run(tmp_path / "run", settings(path, eval=path, length=16, steps=1))
+    assert outcome.examples["longest"] == 3 and outcome.facts()["rows cut to the longest length"] == 3
+    checkpoint = find_checkpoint(tmp_path / "run")
+    config = resumed_config(checkpoint, {"steps": 2, "attention": "eager"})
+    assert run(tmp_path / "run", config, resume=checkpoint).checkpoint.config().attention == "eager"
 
 
 def test_epochs_give_steps(data):

@@ -36,7 +36,7 @@ def test_the_peak_of_a_cpu_is_not_known():
 
 def test_the_loss_curve_is_a_png(tmp_path):
     records = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "lr": 1.0}, {"step": 2, "held_out_loss": 4.5}]
-    plot_losses(records, 4.8, tmp_path / "loss.png")
+    plot_losses(records, {"unigram entropy": 4.8}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fastattn.errors import InputError
-from fastattn.train.data import IGNORED
+from fastattn.train.data import IGNORED, Batch, PackedRows
 from fastattn.train.objectives import corrupt_spans, mask_tokens, span_counts
+from fastattn.train.tasks import OBJECTIVES, find_objective, preset_for
+from fastattn.train.tokens import END, START, TokenFile
 
 MASK, SPECIAL, VOCAB = 500, (0, 1), 500
 ROW = np.random.default_rng(1).integers(2, VOCAB, 200_000)
@@ -87,3 +90,64 @@ def test_spans_have_the_proportions_of_t5():
 def test_refusals(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+@pytest.fixture(scope="module")
+def packed(corpus):
+    return PackedRows(corpus.split("train"), 24, seed=3)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_rows_of_an_objective_are_a_function_of_seed_and_row(corpus, packed, name):
+    rows = find_objective(name)(corpus.tokenizer(), 24).rows(packed)
+    again = find_objective(name)(corpus.tokenizer(), 24).rows(packed)
+
+    def labels(batch):
+        return (batch.labels if isinstance(batch, Batch) else batch["labels"]).tolist()
+
+    whole = labels(rows.batch(7, 4))
+    assert whole == labels(again.batch(7, 4)) != labels(rows.batch(7 + packed.num_rows, 4))
+    assert labels(rows.batch(14, 2)) + labels(rows.batch(15, 2)) == whole
+    one, two = ([labels(batch) for batch in rows.sample(6, 4)] for _ in range(2))
+    assert one == two and [len(part) for part in one] == [4, 2]
+
+
+def test_a_row_is_hidden_anew_in_each_epoch(corpus):
+    """A single row, so that both epochs have the same."""
+    tokenizer = corpus.tokenizer()
+    tokens = np.array([tokenizer.token_to_id(START), *range(10, 40), tokenizer.token_to_id(END)], np.uint16)
+    file = TokenFile(tokens, np.array([0, len(tokens)]))
+    rows = find_objective("masked")(tokenizer, 32).rows(PackedRows(file, 32, seed=0))
+    seen = {tuple(rows.batch(step, 1).labels[0].tolist()) for step in range(20)}
+    assert len(seen) > 15
+    assert {label for row in seen for label in row} <= {IGNORED, *range(10, 40)}
+
+
+def test_masked_rows_keep_what_is_not_hidden(corpus, packed):
+    tokenizer = corpus.tokenizer()
+    rows = find_objective("masked")(tokenizer, 24).rows(packed)
+    plain, hidden = packed.batch(2, 8), rows.batch(2, 8)
+    assert tokenizer.get_vocab_size() == corpus.facts.vocab_size + 1
+    kept = hidden.labels == IGNORED
+    assert torch.equal(hidden.tokens[kept], plain.tokens[kept])
+    assert torch.equal(hidden.labels[~kept], plain.tokens[~kept])
+    assert torch.equal(hidden.segment_ids, plain.segment_ids) and torch.equal(hidden.positions, plain.positions)
+
+
+def test_padding_takes_no_part_in_spans(corpus):
+    tokenizer = corpus.tokenizer()
+    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+    file = TokenFile(np.array([start, *range(10, 20), end], np.uint16), np.array([0, 12]))
+    (batch,) = find_objective("span")(tokenizer, 32).rows(PackedRows(file, 32)).sample(1, 1)
+    hidden, spans = span_counts(12)
+    assert batch["source"].shape == (1, 12 - hidden + spans) and batch["labels"].shape == (1, hidden + spans + 1)
+    assert batch["target"][0, 0] == start and torch.equal(batch["target"][0, 1:], batch["labels"][0, :-1])
+
+
+def test_presets_of_objectives():
+    assert preset_for(["encoder"], "tiny") == "encoder-tiny" and preset_for(["decoder"], "tiny") == "tiny"
+    assert preset_for(["encoder", "decoder"], "gpt2-124m") == "gpt2-124m"
+    with pytest.raises(InputError, match="preset: got 't5-small'"):
+        preset_for(["encoder"], "t5-small")
+    with pytest.raises(InputError, match="objective: got 'denoise'; allowed: causal, masked, span"):
+        find_objective("denoise")

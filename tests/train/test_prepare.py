@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 
 import pytest
 
@@ -150,6 +151,13 @@ def test_the_command_and_training_on_what_it_made(raw, tmp_path, capsys):
     capsys.readouterr()
     assert main([*run, "--corpus", str(out), "--vocab-size", "300"]) == 2
     assert "--corpus: got together with --vocab-size" in capsys.readouterr().err
+
+
+def test_a_missing_ftfy_is_said(raw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    command = ["prepare", "--data", str(raw), "--out", str(tmp_path / "corpus"), "--field", "body", "--quiet"]
+    assert main([*command, "--vocab-size", "300"]) == 0
+    assert "mojibake was not repaired: the package 'ftfy' is missing" in capsys.readouterr().out
 
 
 def test_settings_from_a_file(raw, tmp_path, capsys):

@@ -16,19 +16,22 @@ import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.backends.cuda import abi, backward, build, library, nvrtc
+from fastattn.backends.cuda import abi, backward, build, decode, library, nvrtc
 from fastattn.backends.cuda.instances import (
     DTYPES,
     PADDED_ROWS,
     Instance,
+    decode_tiles,
     forward_tiles,
     keys_tiles,
     library_instances,
     queries_tiles,
     select,
+    select_decode,
     select_keys,
     select_queries,
 )
+from fastattn.cache import CacheInputs
 from fastattn.errors import InputError
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -42,9 +45,9 @@ BROKEN_NVCC = "#!/bin/sh\necho 'nvcc fatal: no host compiler' >&2\nexit 1\n"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile csrc/params.h")
-@pytest.mark.parametrize("name", ["Forward", "Backward"])
+@pytest.mark.parametrize("name", ["Forward", "Backward", "Decode"])
 def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
-    struct = {"Forward": abi.FORWARD, "Backward": abi.BACKWARD}[name]
+    struct = {"Forward": abi.FORWARD, "Backward": abi.BACKWARD, "Decode": abi.DECODE}[name]
     members = [re.sub(r"^(q|k|v|dout)_(batch|row|head)_stride$", r"\1_strides.\2", field) for field in struct.names]
     offsets = "\n".join(f'  printf("%zu ", offsetof(fa::{name}Params, {member}));' for member in members)
     source = tmp_path / "offsets.cpp"
@@ -62,6 +65,10 @@ def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
 
 def inputs_of(q: torch.Tensor, k: torch.Tensor, **others: object) -> Inputs:
     return Inputs(q, k, k, max_seqlen_q=q.shape[1], max_seqlen_kv=k.shape[1]).replace(**others)
+
+
+def cache_of(x: torch.Tensor) -> CacheInputs:
+    return CacheInputs(x, x, x, torch.ones(x.shape[0], dtype=torch.int32), max_seqlen_q=x.shape[1])
 
 
 def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
@@ -187,8 +194,8 @@ def test_every_head_dim_has_the_smallest_kernel_that_holds_it() -> None:
     assert len({Instance(tile, dtype).name for tile in tiles for dtype in DTYPES}) == 2 * len(tiles)
 
 
-def test_every_head_dim_has_a_kernel_for_each_gradient() -> None:
-    keys, queries = keys_tiles(CSRC), queries_tiles(CSRC)
+def test_every_head_dim_has_a_kernel_for_each_gradient_and_for_decoding() -> None:
+    keys, queries, of_cache = keys_tiles(CSRC), queries_tiles(CSRC), decode_tiles(CSRC)
     for d_qk in range(8, 257, 8):
         for d_v in range(8, 257, 8):
             for softcap in (False, True):
@@ -200,6 +207,7 @@ def test_every_head_dim_has_a_kernel_for_each_gradient() -> None:
                 assert (alone.d_qk, alone.d_v) == (of_queries.d_qk, of_queries.d_v)
                 fused = select_keys(keys, d_qk, d_v, softcap, True)
                 assert (fused is not None) == (max(d_qk, d_v) <= 128)
+                assert select_decode(of_cache, d_qk, d_v, softcap).softcap == softcap
     names = [instance.name for instance in library_instances(CSRC)]
     assert len(set(names)) == len(names)
 
@@ -296,6 +304,7 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
         "KEYS(64, 64, 0, 128, 128, 2, 1)",
         "KEYS(64, 64, 0, 128, 128, 2, 0)",
         "QUERIES(64, 64, 0",
+        "DECODE(64, 64, 0",
     )
     (csrc / "instances.inc").write_text("".join(x for x in table if not x[0].isupper() or x.startswith(kept)))
     build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, library_instances(csrc))
@@ -307,6 +316,8 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
             loaded.forward(fields)
         with pytest.raises(RuntimeError, match="was not launched"):
             gradients_of(q, loaded.backward, "qkv")
+        with pytest.raises(RuntimeError, match="was not launched"):
+            decode.attend(loaded.decode, cache_of(q), AttentionSpec(0.125), 132, stream=0)
     with pytest.raises(RuntimeError, match="another version"):
         loaded.forward({**fields, "version": abi.FORWARD.version + 1})
 

@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "version",
     },
     "nn": PUBLIC | {"rotary"},
-    "models": PUBLIC | {"models"},
+    "models": PUBLIC | {"generate", "models"},  # generate for model.generate alone, imported when it is called
     "data": PUBLIC | {"data"},
     "train": PUBLIC | {"data", "models", "train", "generate"},
     "generate": PUBLIC | {"models", "generate", "train"},

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities
-from fastattn.backends.cuda import abi, backward, library, nvrtc
+from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
+from fastattn.cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
@@ -64,7 +65,8 @@ class CudaBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
-        features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"}),
+        features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
+        | {"cache", "append", "paged cache", "rotary"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
         deterministic_by_flag=True,
@@ -111,6 +113,17 @@ class CudaBackend(Backend):
         problem = backward.BackwardProblem(dout, dlse, out, lse, inputs, spec, tuple(needs))
         with _current_stream(inputs.q.device) as stream:
             return backward.backward(problem, kernels.backward, stream)
+
+    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        kernels, device = _kernels(), inputs.q.device
+        with _current_stream(device) as stream:
+            return decode.attend(kernels.decode, inputs, spec, _multiprocessors(device), stream)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many blocks run at a time: one, where the device is emulated."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 BACKEND = CudaBackend()

@@ -1,6 +1,6 @@
 """The flat structs of ``csrc/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
-``FORWARD`` and ``BACKWARD`` name their fields in order; tests/unit/test_build.py holds them against the C++ structs.
+``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/unit/test_build.py holds them against C++.
 Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
 some query keeps, the padding of the backward pass's own tensors.
 """
@@ -65,6 +65,15 @@ BACKWARD = Abi(1, (
     "scale", "scale_log2", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
+DECODE = Abi(1, (
+    "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
+    "block_table", "cu_seqlens_q", "q_batch_stride", "q_row_stride", "q_head_stride",
+    "k_batch_stride", "k_row_stride", "k_head_stride", "v_batch_stride", "v_row_stride", "v_head_stride",
+    "sinks_batch_stride", "table_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v",
+    "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "scale_log2", "cap_scale",
+    "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
+))  # fmt: skip
+
 
 def forward_fields(inputs: Inputs, spec: AttentionSpec, out: Tensor, lse: Tensor, stream: int) -> Fields:
     """The fields of one forward pass. ``inputs`` must be as ``prepared`` leaves them."""
@@ -93,9 +102,9 @@ def backward_fields(inputs: Inputs, spec: AttentionSpec, tensors: dict[str, Tens
     is_dense = not inputs.is_packed
     return {
         **_common_fields(inputs, spec, stream),
-        **{name: _address(x) for name, x in tensors.items()},
+        **{name: address(x) for name, x in tensors.items()},
         "version": BACKWARD.version,
-        "sinks": _address(inputs.sinks if tensors["dsinks"] is not None else None),
+        "sinks": address(inputs.sinks if tensors["dsinks"] is not None else None),
         "dout_batch_stride": dout.stride(0) if is_dense else 0,
         "dout_row_stride": dout.stride(-3),
         "dout_head_stride": dout.stride(-2),
@@ -119,9 +128,9 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
         "q": q.data_ptr(),
         "k": k.data_ptr(),
         "v": v.data_ptr(),
-        "sinks": _address(inputs.sinks),
-        "cu_seqlens_q": _address(inputs.cu_seqlens_q),
-        "cu_seqlens_kv": _address(inputs.cu_seqlens_kv),
+        "sinks": address(inputs.sinks),
+        "cu_seqlens_q": address(inputs.cu_seqlens_q),
+        "cu_seqlens_kv": address(inputs.cu_seqlens_kv),
         "sinks_batch_stride": inputs.heads_q if inputs.sinks is not None and inputs.sinks.shape[0] > 1 else 0,
         "dtype": int(q.dtype == torch.float16),
         "batch": inputs.batch,
@@ -133,12 +142,8 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
         "seqlen_kv": seqlen_kv,
         "key_begin": key_begin,
         "key_end": key_end,
-        "left": UNBOUNDED if spec.left is None else min(spec.left, UNBOUNDED),
-        "right": UNBOUNDED if spec.right is None else min(spec.right, UNBOUNDED),
         "lower_right": int(spec.anchor == "lower_right"),
-        "has_softcap": int(spec.softcap is not None),
-        "scale_log2": (spec.scale if spec.softcap is None else spec.softcap) * LOG2E,
-        "cap_scale": 0.0 if spec.softcap is None else spec.scale / spec.softcap,
+        **spec_fields(spec),
         "heads_per_pass": heads_per_pass(inputs),
         "device": q.device.index or 0,
         "stream": stream,
@@ -147,6 +152,17 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
         fields[f"{name}_batch_stride"] = x.stride(0) if is_dense else 0
         fields[f"{name}_row_stride"], fields[f"{name}_head_stride"] = x.stride(-3), x.stride(-2)
     return fields
+
+
+def spec_fields(spec: AttentionSpec) -> Fields:
+    """Those that every pass has, but for the anchor."""
+    return {
+        "left": UNBOUNDED if spec.left is None else min(spec.left, UNBOUNDED),
+        "right": UNBOUNDED if spec.right is None else min(spec.right, UNBOUNDED),
+        "has_softcap": int(spec.softcap is not None),
+        "scale_log2": (spec.scale if spec.softcap is None else spec.softcap) * LOG2E,
+        "cap_scale": 0.0 if spec.softcap is None else spec.scale / spec.softcap,
+    }
 
 
 def heads_per_pass(inputs: Inputs) -> int:
@@ -182,11 +198,18 @@ def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec
     Its kernels take the maximum before they scale, so a negative scale moves into q, and so does one too small for
     fp32.
     """
-    inputs, scale = readable(inputs), spec.scale
-    if spec.softcap is None and scale < torch.finfo(torch.float32).tiny:
-        sign = -1.0 if scale <= -torch.finfo(torch.float32).tiny else 0.0
-        inputs, scale = inputs.replace(q=inputs.q * sign), -scale if sign else 1.0
-    return inputs, AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+    inputs = readable(inputs)
+    q, scale = with_positive_scale(inputs.q, spec)
+    return inputs.replace(q=q), AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+
+
+def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:
+    """q and the scale, or what gives the same scores with a scale that is positive in fp32."""
+    tiny = torch.finfo(torch.float32).tiny
+    if spec.softcap is not None or spec.scale >= tiny:
+        return q, spec.scale
+    sign = -1.0 if spec.scale <= -tiny else 0.0
+    return q * sign, -spec.scale if sign else 1.0
 
 
 def readable(inputs: Inputs) -> Inputs:
@@ -206,5 +229,5 @@ def readable_rows(x: Tensor) -> Tensor:
     return x if is_readable else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()

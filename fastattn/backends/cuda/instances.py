@@ -171,9 +171,64 @@ class RowsTile:
         return f"fa::sm90::{tag}" if self.after is None else self.after.traits(tag)
 
 
-AnyTile = Tile | KeysTile | QueriesTile | RowsTile
-TABLED = TypeVar("TABLED", Tile, KeysTile, QueriesTile)
+@dataclass(frozen=True)
+class DecodeTile:
+    """A DECODE line: 64 query rows, or query heads of one K/V head, against a cache."""
+
+    d_qk: int
+    d_v: int
+    softcap: int
+    block_n: int
+    stages: int
+
+    macro: ClassVar[str] = "DECODE"
+    header: ClassVar[str] = "sm90/decode.cuh"
+    arguments: ClassVar[str] = "DecodeArgs"
+    function: ClassVar[str] = "decode"
+    launcher: ClassVar[str] = "launch_decode"
+    launcher_arguments: ClassVar[str] = "fa::DecodeParams const&, fa::MakeDecodeMaps, cudaStream_t"
+    threads: ClassVar[int] = 256
+    block_m: ClassVar[int] = 64
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return astuple(self)
+
+    @property
+    def label(self) -> str:
+        form = "softcap" if self.softcap else "plain"
+        return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
+
+    def traits(self, tag: str) -> str:
+        """The C++ type that stands for it: csrc/sm90/decode.h."""
+        sizes = f"{self.block_n}, {self.stages}"
+        return f"fa::sm90::DecodeTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
+
+    def serves(self, d_qk: int, d_v: int, softcap: bool) -> bool:
+        return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap
+
+
+@dataclass(frozen=True)
+class CombineTile:
+    """The kernel that puts splits together."""
+
+    header: ClassVar[str] = "sm90/combine.cuh"
+    arguments: ClassVar[str] = "DecodeParams"
+    macro: ClassVar[str] = "COMBINE"
+    function: ClassVar[str] = "combine"
+    label: ClassVar[str] = "splits"
+    launcher: ClassVar[str] = "launch_combine"
+    launcher_arguments: ClassVar[str] = "fa::DecodeParams const&, cudaStream_t"
+    threads: ClassVar[int] = 128
+
+    def traits(self, tag: str) -> str:
+        return f"fa::sm90::{tag}"
+
+
+AnyTile = Tile | KeysTile | QueriesTile | RowsTile | DecodeTile | CombineTile
+TABLED = TypeVar("TABLED", Tile, KeysTile, QueriesTile, DecodeTile)
 PREPARE, SINKS = RowsTile("prepare_rows"), RowsTile("differentiate_sink")
+COMBINE = CombineTile()
 
 
 @dataclass(frozen=True)
@@ -215,6 +270,10 @@ def queries_tiles(folder: Path | None = None) -> list[QueriesTile]:
     return _lines(QueriesTile, folder)
 
 
+def decode_tiles(folder: Path | None = None) -> list[DecodeTile]:
+    return _lines(DecodeTile, folder)
+
+
 def forward_instances(folder: Path | None = None) -> list[Instance]:
     return [Instance(tile, dtype) for tile in forward_tiles(folder) for dtype in DTYPES]
 
@@ -225,10 +284,14 @@ def backward_instances(folder: Path | None = None) -> list[Instance]:
     return [Instance(tile, dtype) for tile in tiles for dtype in DTYPES]
 
 
+def decode_instances(folder: Path | None = None) -> list[Instance]:
+    return [Instance(tile, dtype) for tile in decode_tiles(folder) for dtype in DTYPES]
+
+
 def library_instances(folder: Path | None = None) -> list[Instance]:
     """One for each file of the library: what ``launcher`` is instantiated for."""
-    rows = [Instance(PREPARE, dtype) for dtype in DTYPES]
-    return [*forward_instances(folder), *backward_instances(folder), *rows]
+    small = [Instance(tile, dtype) for tile in (PREPARE, COMBINE) for dtype in DTYPES]
+    return [*forward_instances(folder), *backward_instances(folder), *decode_instances(folder), *small]
 
 
 def select(tiles: list[Tile], d_qk: int, d_v: int, band: bool, softcap: bool) -> Tile:
@@ -242,4 +305,8 @@ def select_keys(tiles: list[KeysTile], d_qk: int, d_v: int, softcap: bool, fused
 
 
 def select_queries(tiles: list[QueriesTile], d_qk: int, d_v: int, softcap: bool) -> QueriesTile:
+    return next(tile for tile in tiles if tile.serves(d_qk, d_v, softcap))
+
+
+def select_decode(tiles: list[DecodeTile], d_qk: int, d_v: int, softcap: bool) -> DecodeTile:
     return next(tile for tile in tiles if tile.serves(d_qk, d_v, softcap))

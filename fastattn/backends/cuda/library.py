@@ -24,6 +24,7 @@ class Library:
         self._path = path
         self._forward = self._function("forward", abi.FORWARD)
         self._backward = self._function("backward", abi.BACKWARD)
+        self._decode = self._function("decode", abi.DECODE)
 
     def _function(self, name: str, struct: abi.Abi) -> Callable[[bytes, ctypes.Array[ctypes.c_char], int], int]:
         try:
@@ -49,6 +50,10 @@ class Library:
     def backward(self, fields: abi.Fields) -> None:
         """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
         self._launch(self._backward, abi.BACKWARD.pack(fields))
+
+    def decode(self, fields: abi.Fields) -> None:
+        """Launch attention to a cache, and the combination of its splits. Raises as ``forward`` does."""
+        self._launch(self._decode, abi.DECODE.pack(fields))
 
     def _launch(self, function: Callable[[bytes, ctypes.Array[ctypes.c_char], int], int], packed: bytes) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)

@@ -17,17 +17,21 @@ from pathlib import Path
 
 from fastattn.backends.cuda import abi, driver
 from fastattn.backends.cuda.instances import (
+    COMBINE,
     DTYPES,
     PADDED_ROWS,
     PREPARE,
     SINKS,
     AnyTile,
+    CombineTile,
     Instance,
     RowsTile,
+    decode_tiles,
     forward_tiles,
     keys_tiles,
     queries_tiles,
     select,
+    select_decode,
     select_keys,
     select_queries,
     source_folder,
@@ -77,7 +81,7 @@ def version() -> str:
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
     tile = instance.tile
-    namespace = "fa" if isinstance(tile, RowsTile) else "fa::sm90"
+    namespace = "fa" if isinstance(tile, (RowsTile, CombineTile)) else "fa::sm90"
     call = "fa::sm90::differentiate_sink" if tile == SINKS else f"fa::sm90::{tile.function}<Traits>"
     return (
         f'#include "{tile.header}"\n'
@@ -150,11 +154,12 @@ def cached_kernel(instance: Instance) -> bytes:
 
 
 class NvrtcKernels:
-    """Both passes, as csrc/host.cu has them, through kernels compiled here, each when it is first needed."""
+    """All passes, as csrc/host.cu has them, through kernels compiled here, each when it is first needed."""
 
     def __init__(self) -> None:
         load()
         self._forward, self._keys, self._queries = forward_tiles(), keys_tiles(), queries_tiles()
+        self._decode = decode_tiles()
         self._functions: dict[tuple[int, Instance], ctypes.c_void_p] = {}
 
     def forward(self, fields: abi.Fields) -> None:
@@ -196,6 +201,19 @@ class NvrtcKernels:
             views = backward_views(given, queries.block_m, queries.block_n)
             self._launch(queries, given, views, packed, tiles_of(given, "q", queries.block_m))
 
+    def decode(self, fields: abi.Fields) -> None:
+        """Launch attention to a cache, and the combination of its splits. Raises as ``forward`` does."""
+        given = {name: int(value) for name, value in fields.items()}
+        if not (given["batch"] and given["seqlen_q"]):
+            return
+        packed = abi.DECODE.pack(fields)
+        tile = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
+        views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
+        self._launch(tile, given, views, packed, given["tiles"] * given["splits"] * given["heads_kv"])
+        if given["splits"] > 1:
+            outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
+            self._launch(COMBINE, given, [], packed, -(-outputs // (COMBINE.threads // 32)))
+
     def _launch(self, tile: AnyTile, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
         function = self._function(given["device"], Instance(tile, DTYPES[given["dtype"]]))
         buffer, address = aligned_arguments(given["dtype"], views, packed)
@@ -221,6 +239,8 @@ class View:
 
 def shared_bytes(tile: AnyTile) -> int:
     """Of a block. The large kernels get all that there is: one block runs on each multiprocessor in any case."""
+    if isinstance(tile, CombineTile):
+        return 0
     return ROW_SHARED_BYTES if isinstance(tile, RowsTile) else SHARED_BYTES
 
 
@@ -249,6 +269,13 @@ def result_view(given: dict[str, int], name: str, side: str, columns: str) -> Vi
     width, rows, heads = given[columns], given[f"seqlen_{side}"], given[f"heads_{side}"]
     strides = (2 * heads * width, 2 * width, 2 * rows * heads * width)
     return View(given[name], (width, rows, heads, _batch(given)), strides, 64)
+
+
+def cache_view(given: dict[str, int], name: str, columns: str) -> View:
+    """A cache, with pages in the place of the batch. One box never leaves a page."""
+    row, head, page = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
+    sizes = (given[columns], given["page_size"], given["heads_kv"], given["pages"])
+    return View(given[f"{name}_cache"], sizes, (row, head, page), given["box_rows"])
 
 
 def input_views(given: dict[str, int], block_m: int, block_n: int) -> list[View]:

@@ -27,11 +27,13 @@ from fastattn.cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
 
+Part = tuple[Tensor, Tensor]  # out [p, n, H_kv, R, D] and lse [p, n, H_kv, R] of p parts of the keys
 Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
 
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 19  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
+FOLD = 256  # keys of a view that torch's kernel is given at a time, all heads of them before the next
 WASTE = 1.25  # or up to this many times what the shortest reads alone
 
 
@@ -40,26 +42,21 @@ class Group:
     """Sequences that are read together.
 
     Attributes:
-        sequences: their indices, ascending.
+        index: their indices, ascending; a slice where they follow each other, so that it makes views.
+        count: how many they are.
         rows: query rows of each, or the most that one has.
         s_q, s_kv: their lengths, ints that all share or ``[n, 1, 1, 1]``.
         span: positions that some query row keeps.
         full: positions that every query row keeps.
     """
 
-    sequences: Tensor
+    index: Tensor | slice
+    count: int
     rows: int
     s_q: Tensor | int
     s_kv: Tensor | int
     span: tuple[int, int]
     full: tuple[int, int]
-
-    def index(self) -> Tensor | slice:
-        """The sequences as an index that makes a view, where they follow each other."""
-        if self.sequences.device.type != "cpu":
-            return self.sequences
-        first, last = int(self.sequences[0]), int(self.sequences[-1])
-        return slice(first, last + 1) if last - first + 1 == len(self.sequences) else self.sequences
 
 
 def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
@@ -74,6 +71,10 @@ def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[
 
 def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
     s_q, s_kv = inputs.host_lengths()
+    groups = list(_groups(inputs, spec, s_q, s_kv))
+    if not inputs.is_packed and len(groups) == 1 and groups[0].count == inputs.batch:
+        out, lse = _attend_group(inputs, spec, groups[0], inputs.q)
+        return out.to(inputs.q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
     first = [b * inputs.max_seqlen_q for b in range(inputs.batch)]
     if inputs.cu_seqlens_q is not None:
         first = inputs.cu_seqlens_q.tolist()[:-1]
@@ -86,8 +87,8 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tupl
             out_part, lse_part = _prompt(inputs, spec, forward, (b, s_kv[b]), q[rows])
             out[rows], lse[rows] = out_part[0], lse_part[0].transpose(0, 1)
     starts = torch.tensor(first)
-    for group in _groups(inputs, spec, s_q, s_kv):
-        at = starts[group.sequences][:, None] + torch.arange(group.rows)
+    for group in groups:
+        at = starts[group.index][:, None] + torch.arange(group.rows)
         out_part, lse_part = _attend_group(inputs, spec, group, q[at])
         out[at], lse[at] = out_part.to(out.dtype), lse_part
     return out.view(inputs.out_shape()), _as_lse(lse, inputs)
@@ -97,7 +98,8 @@ def _on_device(inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor
     """Everything as one group: query rows padded to the longest sequence, and no length looked at."""
     b = torch.arange(inputs.batch, device=inputs.q.device)
     s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()[:, None, None, None]
-    group = Group(b, inputs.max_seqlen_q, inputs.max_seqlen_q, s_kv, (0, inputs.capacity), (0, 0))
+    rows_q = inputs.max_seqlen_q
+    group = Group(b, inputs.batch, rows_q, rows_q, s_kv, (0, inputs.capacity), (0, 0))
     if inputs.cu_seqlens_q is None:
         out, lse = _attend_group(inputs, spec, group, inputs.q)
         return out.to(inputs.q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
@@ -168,7 +170,9 @@ def _group(
     full = [full_range(spec, 0, rows, rows, length) for length in lengths]
     of_all = max(begin for begin, _ in full), min(end for _, end in full)
     length = lengths[0] if len(set(lengths)) == 1 else torch.tensor(lengths)[:, None, None, None]
-    return Group(torch.tensor(members), rows, rows, length, (min(begins), max(ends)), of_all)
+    in_a_row = members[-1] - members[0] + 1 == len(members)
+    index = slice(members[0], members[-1] + 1) if in_a_row else torch.tensor(members)
+    return Group(index, len(members), rows, rows, length, (min(begins), max(ends)), of_all)
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
@@ -179,10 +183,10 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
     dtype = _compute_dtype(inputs)
     n, rows = q.shape[:2]
     q = q.to(dtype).unflatten(2, (inputs.heads_kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [n, H_kv, G * rows, D]
-    parts = []
+    parts: list[Part] = []
     for span in _pieces(inputs, group):
-        k = _read(inputs.k_cache, inputs.k_scale, inputs, group.index(), span, dtype)
-        v = _read(inputs.v_cache, inputs.v_scale, inputs, group.index(), span, dtype)
+        k = _read(inputs.k_cache, inputs.k_scale, inputs, group.index, span, dtype)
+        v = _read(inputs.v_cache, inputs.v_scale, inputs, group.index, span, dtype)
         kept = None
         if not (group.full[0] <= span[0] and span[1] <= group.full[1]):
             kept = _kept(group, spec, span, q.device)
@@ -196,11 +200,11 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
 
 
 def _pieces(inputs: CacheInputs, group: Group) -> Iterator[tuple[int, int]]:
-    """Spans of positions, each in one page or of whole pages."""
+    """Spans of positions, each in one page, or ending with one but for the last."""
     begin, end = group.span
     width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
-    size, page_size = max(64, PIECE // (len(group.sequences) * width)), inputs.page_size
-    if inputs.block_table is None and _is_view(inputs) and isinstance(group.index(), slice):
+    size, page_size = max(64, PIECE // (group.count * width)), inputs.page_size
+    if inputs.block_table is None and _is_view(inputs) and isinstance(group.index, slice):
         size = end - begin
     if inputs.block_table is None or page_size > size:
         while begin < end:
@@ -210,8 +214,8 @@ def _pieces(inputs: CacheInputs, group: Group) -> Iterator[tuple[int, int]]:
             yield begin, stop
             begin = stop
         return
-    step, begin = size // page_size * page_size, begin // page_size * page_size
-    yield from ((at, min(at + step, -(-end // page_size) * page_size)) for at in range(begin, end, step))
+    step, first = size // page_size * page_size, begin // page_size * page_size
+    yield from ((max(at, begin), min(at + step, end)) for at in range(first, end, step))
 
 
 def _is_view(inputs: CacheInputs) -> bool:
@@ -251,11 +255,11 @@ def _read(
 
 def _pages(store: Tensor, pages: Tensor) -> Tensor:
     """The rows of ``pages`` ``[n, m]`` as ``[n, m * page_size, H_kv, D]``. Pages in a row in memory make a view."""
-    if pages.device.type == "cpu" and pages.shape[0] == 1:
-        first = int(pages[0, 0])
-        in_a_row = pages.shape[1] == 1 or bool((pages[0].diff() == 1).all())
-        if in_a_row and first >= 0 and first + pages.shape[1] <= store.shape[0]:
-            return store[first : first + pages.shape[1]].flatten(0, 1)[None]
+    if pages.device.type == "cpu" and 1 in pages.shape:
+        first, count = int(pages[0, 0]), pages.numel()
+        in_a_row = count == 1 or bool((pages.flatten().diff() == 1).all())
+        if in_a_row and first >= 0 and first + count <= store.shape[0]:
+            return store[first : first + count].unflatten(0, pages.shape).flatten(1, 2)
     found = store.index_select(0, pages.clamp(0, store.shape[0] - 1).flatten())  # numbers not in use may be anything
     return found.unflatten(0, pages.shape).flatten(1, 2)
 
@@ -264,7 +268,7 @@ def _kept(group: Group, spec: AttentionSpec, span: tuple[int, int], device: torc
     """``[n, 1, rows, C]``."""
     i = torch.arange(group.rows, device=device)[None, None, :, None]
     kept = keep(spec, i, torch.arange(*span, device=device), group.s_q, group.s_kv)
-    return kept.expand(len(group.sequences), -1, -1, -1)
+    return kept.expand(group.count, -1, -1, -1)
 
 
 def _mask(
@@ -278,13 +282,13 @@ def _mask(
     """What is added to the scores ``[1|n, 1|H_q, 1|rows, 1|C]``, ``kept`` included."""
     result = None
     if inputs.bias is not None:
-        result = inputs.bias[group.index()] if inputs.bias.shape[0] > 1 else inputs.bias
+        result = inputs.bias[group.index] if inputs.bias.shape[0] > 1 else inputs.bias
         result = result.to(dtype)
         if result.shape[3] > 1:
             result = result[..., span[0] : span[1]]
             result = pad(result, (0, span[1] - span[0] - result.shape[3]))
     if inputs.alibi_slopes is not None:
-        slopes = inputs.alibi_slopes if inputs.alibi_slopes.shape[0] == 1 else inputs.alibi_slopes[group.index()]
+        slopes = inputs.alibi_slopes if inputs.alibi_slopes.shape[0] == 1 else inputs.alibi_slopes[group.index]
         i = torch.arange(group.rows, device=slopes.device)[None, None, :, None]
         away = distance(spec, i, torch.arange(*span, device=slopes.device), group.s_q, group.s_kv)
         alibi = -slopes.to(dtype)[:, :, None, None] * away.to(dtype)
@@ -305,10 +309,13 @@ def _as_rows(mask: Tensor | None, inputs: CacheInputs, sizes: tuple[int, int, in
     return mask.expand(n, -1, rows, keys).reshape(n, inputs.heads_kv, group * rows, keys)
 
 
-def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys."""
+def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Part:
+    """The results of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys."""
     if q.device.type == "cpu" and spec.softcap is None:
-        return flash.attend(q, k, v, mask, spec.scale)
+        if mask is None and k.shape[0] == 1 and k.shape[2] >= 2 * FOLD:
+            return _attend_folded(q, k, v, spec)
+        out, lse = flash.attend(q, k, v, mask, spec.scale)
+        return out[None], lse[None]
     scores = spec.scale * (q @ k.transpose(-1, -2))
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -318,16 +325,29 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: At
     base = torch.where(largest == terms.NEVER, 0, largest)
     p = torch.exp(scores - base)
     total = p.sum(-1, keepdim=True)
-    return (p @ v) / torch.where(total == 0, 1, total), (base + total.log())[..., 0]
+    return ((p @ v) / torch.where(total == 0, 1, total))[None], (base + total.log())[None, ..., 0]
 
 
-def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(parts) == 1:
-        return parts[0]
-    lses = torch.stack([lse for _, lse in parts])
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part:
+    """One sequence as a batch of parts: of each the kernel takes all heads, which lie side by side in memory."""
+    count = k.shape[2] // FOLD
+    whole, rest = count * FOLD, k.shape[2] % FOLD
+    k_parts, v_parts = (x[0, :, :whole].unflatten(1, (count, FOLD)).transpose(0, 1) for x in (k, v))
+    out, lse = flash.attend(q.expand(count, -1, -1, -1), k_parts, v_parts, None, spec.scale)
+    if rest:
+        last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
+        out, lse = torch.cat([out, last[0]]), torch.cat([lse, last[1]])
+    return out[:, None], lse[:, None]
+
+
+def _joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """``[n, H_kv, R, D]`` and ``[n, H_kv, R]`` of all keys."""
+    outs, lses = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+    if len(lses) == 1:
+        return outs[0], lses[0]
     lse = lses.logsumexp(0)
     weight = torch.exp(lses - torch.where(lse == terms.NEVER, 0, lse))
-    return (torch.stack([out for out, _ in parts]) * weight[..., None]).sum(0), lse
+    return (outs * weight[..., None]).sum(0), lse
 
 
 # --- forms --------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastattn.backends import evidence
 from fastattn.backends.base import Backend, Capabilities, capability_reasons
-from fastattn.problem import Grads, Inputs, Problem
+from fastattn.cache import CacheInputs
+from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
 
@@ -25,6 +26,7 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
+        features=frozenset(FEATURES + CACHE_FEATURES),
         max_head_dim=256,
         min_arch=80,
     )
@@ -67,6 +69,11 @@ class TritonBackend(Backend):
         from fastattn.backends.triton import launch
 
         return launch.backward(dout, dlse, out, lse, inputs, spec, needs)
+
+    def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        from fastattn.backends.triton import launch_cache
+
+        return launch_cache.attend_to_cache(inputs, spec)
 
 
 @functools.cache

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
 
@@ -27,6 +29,18 @@ class Rows(NamedTuple):
     stride_h: Any
     stride_d: Any
 
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
+        return cls(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
+
+    def vector(self) -> int:
+        """8 if all rows begin at a multiple of 8 elements, and of 16 bytes; else 1."""
+        x = self.ptr
+        strides = x.stride()[1:-1] if x.dim() == 4 and x.shape[0] == 1 else x.stride()[:-1]
+        aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+        return 8 if aligned else 1
+
 
 class Scores(NamedTuple):
     """A ``(B, H_q, S_q, S_kv)`` tensor; the stride of a dimension that broadcasts is 0."""
@@ -37,6 +51,11 @@ class Scores(NamedTuple):
     stride_q: Any
     stride_kv: Any
 
+    @classmethod
+    def of(cls, x: Tensor) -> Scores:
+        strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return cls(x, *map(coded, strides))
+
 
 class PerRow(NamedTuple):
     """A number for each query row: ``(B, H_q, S_q)``; packed ``(H_q, T)`` with ``stride_b`` 0."""
@@ -45,28 +64,40 @@ class PerRow(NamedTuple):
     stride_b: Any
     stride_h: Any
 
+    @classmethod
+    def of(cls, x: Tensor) -> PerRow:
+        return cls(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
+
 
 class PerHead(NamedTuple):
-    """A number for each head: ``(B, H_q)``."""
+    """A number for each head: ``(1|B, H_q)``; of a cache, for each head of each page."""
 
     ptr: Any
     stride_b: Any
     stride_h: Any
 
+    @classmethod
+    def of(cls, x: Tensor) -> PerHead:
+        return cls(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
+
 
 class PerToken(NamedTuple):
-    """A number for each token: ``(B, S)``."""
+    """A number for each token: ``(1|B, S)``."""
 
     ptr: Any
     stride_b: Any
     stride_s: Any
+
+    @classmethod
+    def of(cls, x: Tensor) -> PerToken:
+        return cls(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
 
 
 class Terms(NamedTuple):
     """The optional tensors; None where not given.
 
     ``segment_tiles`` holds, for each block of rows of the kernel at hand, the range of tiles that share a segment
-    with it, and inside it the range of those that need no mask: ``(B, blocks, 4)`` int32, see ``segments.py``.
+    with it, and inside it the range of those that need no mask: ``(B, blocks, 4)`` int32, see ``prescan.py``.
     """
 
     bias: Any = None
@@ -105,6 +136,37 @@ class Schedule(NamedTuple):
     heads_together: Any
 
 
+class Cache(NamedTuple):
+    """Where the keys and values of a cache lie; all ints are coded.
+
+    A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
+    query rows. Its pages stand in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
+    of e4m3 caches are None where they are 1.
+    """
+
+    lengths: Any
+    new_rows: Any
+    new_queries: Any
+    capacity: Any
+    page_size: Any
+    block_table: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+class Parts(NamedTuple):
+    """How the programs of the decoding kernel share the work. Ints are coded.
+
+    For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
+    ``parts``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    """
+
+    blocks: Any
+    parts: Any
+    stride_out: Any
+    stride_lse: Any
+
+
 @dataclass(frozen=True)
 class Flags:
     """What a kernel is compiled for, besides the dtypes and the tile.
@@ -120,6 +182,8 @@ class Flags:
         precise: q, k and v are fp32.
         precision: of products of fp32 operands, "ieee" or "tf32".
         upcast: compute with fp32 operands: the interpreter has no bf16 arithmetic.
+        paged: keys and values lie in pages of a block table.
+        fp8: they are e4m3.
     """
 
     d_qk: int
@@ -142,6 +206,8 @@ class Flags:
     precise: bool = False
     precision: str = "ieee"
     upcast: bool = False
+    paged: bool = False
+    fp8: bool = False
 
     @property
     def vector_out(self) -> int:

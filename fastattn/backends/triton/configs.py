@@ -3,10 +3,12 @@
 How many kernels get compiled: one for each dtype, pair of head dims and set of features in use
 (``arguments.Flags``), and nothing else. So a program that trains one causal model compiles four (forward, delta, dkdv,
 dq), one that only runs it one. On top come dbias, dsinks, and for masks and segments the one or two small kernels of
-``prescan.py``. Each takes one to seven seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch
-and head counts are run-time arguments: they compile nothing anew, as ``tests/kernels/test_gates.py`` holds. Two facts
-about memory double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether
-those of bias or mask do.
+``prescan.py``. Decoding compiles one kernel for each height of its tile that is asked for (16, 32 or 64 packed rows of
+queries), twice if keys are cut into parts, with one that combines them, and one that stores new rows. Each takes a
+few seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch and head counts, page sizes and
+the number of parts are run-time arguments: they compile nothing anew, as ``tests/kernels/test_gates.py`` holds. Two
+facts about memory double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and
+whether those of bias or mask do.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ HEAVY: dict[str, frozenset[str]] = {
     "dkdv": frozenset({"mask", "bias", "softcap", "dropout"}),
     "dq": frozenset(),
     "dbias": frozenset(),
+    "decode": frozenset(),
 }
 DEFAULT = "default"
 
 
 class Tile(NamedTuple):
-    """``BLOCK_M`` query rows and ``BLOCK_N`` key rows; ``BLOCK_N`` is a multiple of 32, as dropout needs."""
+    """``BLOCK_M`` query rows and ``BLOCK_N`` key rows; ``BLOCK_N`` is a multiple of 32, as dropout needs.
+
+    Of decoding ``block_m`` is the most rows: fewer take a smaller power of two.
+    """
 
     block_m: int
     block_n: int

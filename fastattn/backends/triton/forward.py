@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.tile import (
-    LN2,
     LOG2E,
     factor_of,
     finish,
@@ -19,6 +18,7 @@ from fastattn.backends.triton.tile import (
     per_row,
     rows_of,
     scheduled,
+    softmax_end,
     softmax_step,
     store_rows,
     survivors,
@@ -75,11 +75,9 @@ def forward_kernel(
         v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
-    is_empty = total == 0.0
-    norm = 1.0 / tl.where(is_empty, 1.0, total)
+    norm, logsumexp = softmax_end(m, total)
     if F.dropout:
         norm *= sizes.dropout_scale
-    logsumexp = tl.where(is_empty, float("-inf"), m * LN2 + tl.log(tl.where(is_empty, 1.0, total)))
     out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, BLOCK_V)
     tl.store(per_row(lse, head) + i, logsumexp, mask=i < head.band.s_q)

@@ -34,6 +34,7 @@ from fastattn.backends.triton.configs import Tile
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
+from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
 from fastattn.problem import Grads, Inputs, used_features
 from fastattn.spec import AttentionSpec
@@ -43,6 +44,7 @@ MAX_ROW_STRIDE = 1 << 22
 # Tiles of the small kernels.
 DELTA_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+ALWAYS = {"enable_fp_fusion": True}  # compiler options; the default of this one changes between versions of Triton
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Call:
             raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
         features = frozenset(used_features(inputs, spec))
-        call = cls(inputs, q, k, v, _terms(inputs), _sizes(inputs, spec), _flags(inputs, spec, (q, k, v)), features)
+        sizes = sizes_of(spec, inputs.max_seqlen_q, inputs.max_seqlen_kv, inputs.heads_q, inputs.heads_kv)
+        call = cls(inputs, q, k, v, _terms(inputs), sizes, _flags(inputs, spec, (q, k, v)), features)
         return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
 
     def _without_unused_keys(self, spec: AttentionSpec) -> Call:
@@ -93,7 +96,9 @@ class Call:
             at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
             grid = (x.batch * triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
             looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
-            used_keys_kernel[grid](at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK)
+            used_keys_kernel[grid](
+                at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK, **ALWAYS
+            )
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
         return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
 
@@ -103,7 +108,7 @@ class Call:
 
     def tile(self, kernel: str) -> Tile:
         head_dim = max(self.flags.d_qk, self.flags.d_v)
-        return configs.tile_for(_target(self.inputs.q.device)[1], kernel, self.bits, head_dim, self.features)
+        return configs.tile_for(target(self.inputs.q.device)[1], kernel, self.bits, head_dim, self.features)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
@@ -127,7 +132,7 @@ class Call:
         found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
         segment_tiles_kernel[(batch * blocks,)](
             sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
-            BLOCK=block, BLOCK_OTHER=block_other,
+            BLOCK=block, BLOCK_OTHER=block_other, **ALWAYS,
         )  # fmt: skip
         return self.terms._replace(segment_tiles=found_at)
 
@@ -138,7 +143,7 @@ def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tu
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
     if lse.numel() == 0:
         return out, lse
-    with _device_of(out):
+    with device_of(out):
         call = Call.of(inputs, spec)
         tile = tile or call.tile("forward")
         grid, schedule = call.schedule(inputs.max_seqlen_q, tile.block_m, inputs.batch * inputs.heads_q)
@@ -148,11 +153,11 @@ def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tu
             call.k,
             call.v,
             _rows(out),
-            _per_row(lse),
+            PerRow.of(lse),
             terms,
             call.sizes,
             schedule,
-            **_compiled(call.inputs.q.device, call.flags, tile),
+            **compiled(call.inputs.q.device, call.flags, tile),
         )
     return out, lse
 
@@ -167,7 +172,7 @@ def backward(
     needs: Sequence[str],
 ) -> Grads:
     """The gradients named in ``needs``."""
-    with _device_of(out):
+    with device_of(out):
         pass_ = Backward.of(dout, dlse, out, lse, inputs, spec)
         dk, dv = pass_.dkdv() if "k" in needs or "v" in needs else (None, None)
         return Grads(
@@ -193,13 +198,13 @@ class Backward:
         cls, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
     ) -> Backward:
         call, incoming = Call.of(inputs, spec), _rows(dout)
-        vector = min(call.flags.vector, _vector(incoming))
+        vector = min(call.flags.vector, incoming.vector())
         contiguous = call.flags.contiguous and dout.stride(-1) == 1
         call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
         lse2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
-        self = cls(call, incoming, _per_row(lse2), _per_row(delta))
+        self = cls(call, incoming, PerRow.of(lse2), PerRow.of(delta))
         if delta.numel():
-            self._fill(_rows(out), _per_row(lse.contiguous()), None if dlse is None else _per_row(dlse.contiguous()))
+            self._fill(_rows(out), PerRow.of(lse.contiguous()), None if dlse is None else PerRow.of(dlse.contiguous()))
         return self
 
     def _fill(self, out: Rows, lse: PerRow, dlse: PerRow | None) -> None:
@@ -210,7 +215,7 @@ class Backward:
             d_v=full.d_v,
             block_qk=full.block_v,
             block_v=full.block_v,
-            vector=min(full.vector, _vector(out)),
+            vector=min(full.vector, out.vector()),
             contiguous=full.contiguous and out.ptr.stride(-1) == 1,
             packed=full.packed,
             upcast=full.upcast,
@@ -227,6 +232,7 @@ class Backward:
             schedule,
             F=flags,
             BLOCK_M=DELTA_ROWS,
+            **ALWAYS,
         )
 
     def dkdv(self, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
@@ -238,7 +244,7 @@ class Backward:
             terms = call.with_segment_tiles("kv", tile.block_n, tile.block_m)
             dkdv_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse2, self.delta, terms, call.sizes,
-                schedule, **_compiled(call.inputs.q.device, call.flags, tile),
+                schedule, **compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dk, dv
 
@@ -251,7 +257,7 @@ class Backward:
             terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
             dq_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dq), self.lse2, self.delta, terms, call.sizes, schedule,
-                **_compiled(call.inputs.q.device, call.flags, tile),
+                **compiled(call.inputs.q.device, call.flags, tile),
             )  # fmt: skip
         return dq
 
@@ -269,7 +275,7 @@ class Backward:
         dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse2, self.delta, terms, call.sizes,
             coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), SUM_ROWS=sum_rows,
-            SUM_COLUMNS=sum_columns, **_compiled(call.inputs.q.device, call.flags, tile),
+            SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
@@ -282,7 +288,7 @@ class Backward:
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
             dsinks_kernel[x.batch, x.heads_q](
-                self.lse2, self.delta, _per_head(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS
+                self.lse2, self.delta, PerHead.of(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS, **ALWAYS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
 
@@ -292,25 +298,16 @@ class Backward:
 
 def _rows(x: Tensor) -> Rows:
     """``x`` as ``Rows``, whose tensor it may have to copy if its rows lie very far apart."""
-    if x.stride(-1) >= MAX_ROW_STRIDE or x.stride(-3) >= MAX_ROW_STRIDE:
-        x = x.contiguous()
-    stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
-    return Rows(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
-
-
-def _vector(x: Rows) -> int:
-    """8 if all rows begin at a multiple of 8 elements, and of 16 bytes."""
-    t = x.ptr
-    strides = t.stride()[1:-1] if t.dim() == 4 and t.shape[0] == 1 else t.stride()[:-1]
-    aligned = t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
-    return 8 if aligned else 1
+    is_far = x.stride(-1) >= MAX_ROW_STRIDE or x.stride(-3) >= MAX_ROW_STRIDE
+    return Rows.of(x.contiguous() if is_far else x)
 
 
 def _scores(x: Tensor) -> Scores:
-    if x.stride(2) >= MAX_ROW_STRIDE or x.stride(3) >= MAX_ROW_STRIDE:
-        x = x.contiguous()
-    strides = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return Scores(x, *map(coded, strides))
+    return Scores.of(x.contiguous() if max(x.stride(2), x.stride(3)) >= MAX_ROW_STRIDE else x)
+
+
+def _per_token(x: Tensor) -> PerToken:
+    return PerToken.of(x.contiguous() if x.shape[1] * x.stride(1) >= 1 << 31 else x)
 
 
 def _scores_vector(x: Tensor | None, s_kv: int) -> int:
@@ -322,20 +319,6 @@ def _scores_vector(x: Tensor | None, s_kv: int) -> int:
     return 8 if aligned and strides[-1] == 1 else 1
 
 
-def _per_row(x: Tensor) -> PerRow:
-    return PerRow(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
-
-
-def _per_head(x: Tensor) -> PerHead:
-    return PerHead(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
-
-
-def _per_token(x: Tensor) -> PerToken:
-    if x.shape[1] * x.stride(1) >= 1 << 31:
-        x = x.contiguous()
-    return PerToken(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
-
-
 def _terms(inputs: Inputs) -> Terms:
     def optional(describe: Callable[[Tensor], Any], x: Tensor | None) -> Any:
         return None if x is None else describe(x)
@@ -344,8 +327,8 @@ def _terms(inputs: Inputs) -> Terms:
     return Terms(
         bias=optional(_scores, inputs.bias),
         mask=optional(_scores, mask),
-        alibi_slopes=optional(_per_head, inputs.alibi_slopes),
-        sinks=optional(_per_head, inputs.sinks),
+        alibi_slopes=optional(PerHead.of, inputs.alibi_slopes),
+        sinks=optional(PerHead.of, inputs.sinks),
         segment_ids_q=optional(_per_token, inputs.segment_ids_q),
         segment_ids_kv=optional(_per_token, inputs.segment_ids_kv),
         cu_seqlens_q=inputs.cu_seqlens_q,
@@ -354,15 +337,15 @@ def _terms(inputs: Inputs) -> Terms:
     )
 
 
-def _sizes(inputs: Inputs, spec: AttentionSpec) -> Sizes:
+def sizes_of(spec: AttentionSpec, s_q: int, s_kv: int, heads_q: int, heads_kv: int) -> Sizes:
     def bounded(side: int | None) -> int:
         return coded(arguments.UNBOUNDED if side is None else min(side, arguments.UNBOUNDED))
 
     return Sizes(
-        s_q=coded(inputs.max_seqlen_q),
-        s_kv=coded(inputs.max_seqlen_kv),
-        heads_q=coded(inputs.heads_q),
-        group=coded(inputs.heads_q // inputs.heads_kv),
+        s_q=coded(s_q),
+        s_kv=coded(s_kv),
+        heads_q=coded(heads_q),
+        group=coded(heads_q // heads_kv),
         left=bounded(spec.left),
         right=bounded(spec.right),
         lower_right=coded(int(spec.anchor == "lower_right")),
@@ -373,15 +356,16 @@ def _sizes(inputs: Inputs, spec: AttentionSpec) -> Sizes:
     )
 
 
-def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
-    d_qk, d_v = inputs.q.shape[-1], inputs.v.shape[-1]
+def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -> Flags:
+    """What attention to given keys and attention to a cache are compiled for alike; ``rows`` are those of q, k, v."""
+    d_qk, d_v = rows[0].ptr.shape[-1], rows[2].ptr.shape[-1]
     finished = spec.softcap is not None or inputs.bias is not None or inputs.alibi_slopes is not None
     return Flags(
         d_qk=d_qk,
         d_v=d_v,
         block_qk=max(16, triton.next_power_of_2(d_qk)),
         block_v=max(16, triton.next_power_of_2(d_v)),
-        vector=min(_vector(x) for x in rows),
+        vector=min(x.vector() for x in rows),
         contiguous=all(x.ptr.stride(-1) == 1 for x in rows),
         packed=inputs.is_packed,
         left=spec.left is not None,
@@ -389,10 +373,7 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
         softcap=spec.softcap is not None,
         alibi=inputs.alibi_slopes is not None,
         sinks=inputs.sinks is not None,
-        segments=inputs.segment_ids_q is not None,
-        dropout=spec.dropout_p > 0,
-        bias=_scores_vector(inputs.bias, inputs.max_seqlen_kv),
-        mask=_scores_vector(inputs.mask, inputs.max_seqlen_kv),
+        bias=int(inputs.bias is not None),
         plain=not finished and spec.scale > 0,
         precise=inputs.q.dtype == torch.float32,
         precision="tf32" if _tf32() else "ieee",
@@ -400,16 +381,26 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: Sequence[Rows]) -> Flags:
     )
 
 
-def _compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:
+def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -> Flags:
+    return dataclasses.replace(
+        flags_of(inputs, spec, rows),
+        segments=inputs.segment_ids_q is not None,
+        dropout=spec.dropout_p > 0,
+        bias=_scores_vector(inputs.bias, inputs.max_seqlen_kv),
+        mask=_scores_vector(inputs.mask, inputs.max_seqlen_kv),
+    )
+
+
+def compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:
     options = {
         "F": flags,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,  # its default changes between versions of Triton
+        **ALWAYS,
     }
-    if _target(device)[0] == "cuda":
+    if target(device)[0] == "cuda":
         options["maxnreg"] = 255  # else ptxas sometimes aims at more threads, and spills by the kilobyte
     return options
 
@@ -417,7 +408,7 @@ def _compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:
 # --- machine ------------------------------------------------------------------------------------------------------
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on the device of ``x``, which need not be the current one."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
@@ -428,13 +419,13 @@ def _tf32() -> bool:
 
 
 @functools.cache
-def _target(device: torch.device) -> tuple[str, str]:
+def target(device: torch.device) -> tuple[str, str]:
     """``(backend of Triton, architecture as the table names it)``."""
     if INTERPRETED:
         return "interpreter", "interpreter"
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        target = triton.runtime.driver.active.get_current_target()
-    return target.backend, configs.arch_name(target.backend, target.arch)
+        found = triton.runtime.driver.active.get_current_target()
+    return found.backend, configs.arch_name(found.backend, found.arch)
 
 
 @functools.cache

@@ -121,6 +121,12 @@ def open_band(b, terms, sizes, F: tl.constexpr):
 def open_head(b, h, terms, sizes, F: tl.constexpr):
     """The ``Head`` for query head ``h`` of sequence ``b``."""
     begin_q, begin_kv, band = open_band(b, terms, sizes, F)
+    return head_in(b, h, begin_q, begin_kv, band, terms, sizes, F)
+
+
+@triton.jit
+def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
+    """The ``Head`` for query head ``h`` of a sequence whose band is known; ``h`` may be a column of heads."""
     bias, mask, slope, ids_q, ids_kv = 0, 0, 0, 0, 0
     seed, offset, dropout_head, threshold = 0, 0, 0, 0
     if F.bias:
@@ -368,6 +374,14 @@ def softmax_step(scores, factor, m, total):
     p = tl.exp2(scores * factor - finite[:, None])
     alpha = tl.exp2(m - finite)
     return p, m_new, total * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def softmax_end(m, total):
+    """``(norm, logsumexp)`` of finished rows: what to multiply sums with, and the natural logarithm."""
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    return 1.0 / total, tl.where(is_empty, float("-inf"), m * LN2 + tl.log(total))
 
 
 @triton.jit

@@ -1,0 +1,298 @@
+// Random decoding problems and their check. The reference is written from the docstring of fastattn/spec.py alone: it
+// loops over pairs in double precision and shares no code with the kernels.
+//
+// Every row of the caches that no query sees is NaN, and so are all other pages. Block table entries of pages without a
+// row that some query sees are junk, and the machine reports a kernel that reads them.
+#include "decode_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace fa::emu {
+
+std::vector<DecodeInstance>& decode_instances() {
+  static std::vector<DecodeInstance> all;
+  return all;
+}
+
+// ---- cases -----------------------------------------------------------------------------------------------------------
+static int random_queries(Random& random, int group) {
+  if (random.one_in(2)) return 1;
+  return random.between(1, random.one_in(4) ? 1 + 150 / group : 6);
+}
+
+static int random_keys(Random& random, int page_size) {
+  if (random.one_in(10)) return 0;
+  if (random.one_in(6)) return random.between(1, 5);
+  if (random.one_in(4)) return std::min(1024, (random.between(1, 600) + page_size - 1) / page_size * page_size);
+  return random.between(1, random.one_in(4) ? 1100 : 400);
+}
+
+DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
+  static int const kPageSizes[] = {1, 2, 4, 8, 16, 24, 64, 72, 100, 128, 256};
+  Random random{std::mt19937(seed)};
+  DecodeCase c{};
+  c.seed = seed;
+  c.batch = random.between(1, 4);
+  c.heads_kv = random.between(1, 2);
+  c.group = random.one_in(3) ? 1 : random.one_in(12) ? random.between(65, 70) : random.between(2, 9);
+  c.d_qk = random.one_in(2) ? shape.d_qk : random.between(1, shape.d_qk / 8) * 8;
+  c.d_v = random.one_in(2) ? shape.d_v : random.between(1, shape.d_v / 8) * 8;
+  c.is_packed = random.one_in(2);
+  bool const is_contiguous = random.one_in(3);
+  c.has_table = !is_contiguous || random.one_in(3);
+  c.page_size = kPageSizes[random.between(0, 10)];
+  int const s_q = random_queries(random, c.group);
+  for (int n = 0; n < c.batch; ++n) {
+    c.s_q.push_back(!c.is_packed ? s_q : random.one_in(5) ? 0 : random_queries(random, c.group));
+    c.s_kv.push_back(random_keys(random, c.page_size));
+  }
+  if (random.one_in(2)) {  // appended in the same call
+    c.new_keys = c.is_packed ? -1 : random.one_in(2) ? s_q : random.between(1, s_q);
+    for (int n = 0; n < c.batch; ++n) c.s_kv[n] = std::max(c.s_kv[n], c.is_packed ? c.s_q[n] : c.new_keys);
+  }
+  bool const has_many_splits = random.one_in(15);  // more than a warp has lanes, and keys for them
+  if (has_many_splits) c.s_kv[0] = 64 * random.between(33, 45);
+  int const longest = std::max(1, *std::max_element(c.s_kv.begin(), c.s_kv.end()));
+  if (is_contiguous) c.page_size = longest + (random.one_in(2) ? 0 : random.between(1, 100));
+  c.max_pages = is_contiguous ? 1 : (longest + c.page_size - 1) / c.page_size + random.between(0, 2);
+  c.spare = random.between(0, 2);
+  c.heads_first = random.one_in(2);
+  c.padding = random.between(0, 2);
+  c.left = random.one_in(3) ? random.between(0, random.one_in(2) ? 4 : 500) : -1;
+  c.right = random.one_in(4) ? -1 : random.one_in(4) ? random.between(1, 100) : 0;
+  c.scale = random.between(1, 4) / std::sqrt(c.d_qk);
+  c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
+  c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
+  c.splits = has_many_splits ? random.between(33, kMostSplits) : random.one_in(3) ? 1 : random.between(2, 9);
+  return c;
+}
+
+std::string describe(DecodeCase const& c) {
+  std::string lengths;
+  for (int n = 0; n < c.batch; ++n) lengths += " " + std::to_string(c.s_q[n]) + "x" + std::to_string(c.s_kv[n]);
+  return "seed " + std::to_string(c.seed) + (c.is_packed ? " packed" : " dense") + ", S_q x S_kv" + lengths + ", new " +
+         std::to_string(c.new_keys) + ", H_kv " + std::to_string(c.heads_kv) + " G " + std::to_string(c.group) + ", D " +
+         std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " + std::to_string(c.max_pages) + " pages of " +
+         std::to_string(c.page_size) + (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) +
+         ", " + std::to_string(c.right) + "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " +
+         std::to_string(c.sinks) + ", splits " + std::to_string(c.splits);
+}
+
+// ---- the problem -----------------------------------------------------------------------------------------------------
+struct DecodeProblem {
+  Shape shape;
+  DecodeCase const& c;
+  Tensor q, k, v, out;  // q and out: all sequences one after the other, dense ones too
+  std::vector<float> lse, partial_out, partial_lse, sinks;
+  std::vector<int> first_q, lengths, table;
+  std::vector<bool> is_kept;  // entries of the table
+
+  float const* value;  // of a 16-bit number
+  uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
+  int page_of(int n, int j) const { return table[n * c.max_pages + j / c.page_size]; }
+};
+
+static bool sees(DecodeCase const& c, int n, int i, int j) {
+  int const beyond = j - (i + c.s_kv[n] - c.s_q[n]);
+  return (c.left < 0 || beyond >= -c.left) && (c.right < 0 || beyond <= c.right);
+}
+
+static bool is_seen(DecodeCase const& c, int n, int j) {
+  for (int i = 0; i < c.s_q[n]; ++i) if (sees(c, n, i, j)) return true;
+  return false;
+}
+
+// Pages in random order, where some query sees a row of them; junk elsewhere.
+static void fill_table(DecodeProblem& p, std::mt19937& engine) {
+  DecodeCase const& c = p.c;
+  int const pages = c.batch * c.max_pages + c.spare;
+  std::vector<int> order(static_cast<size_t>(pages));
+  std::iota(order.begin(), order.end(), 0);
+  if (c.has_table) std::shuffle(order.begin(), order.end(), engine);
+  p.table.assign(order.begin(), order.begin() + c.batch * c.max_pages);
+  p.is_kept.assign(p.table.size(), false);
+  for (int n = 0; n < c.batch; ++n) {
+    for (int j = 0; j < c.s_kv[n]; ++j) {
+      if (is_seen(c, n, j)) p.is_kept[static_cast<size_t>(n * c.max_pages + j / c.page_size)] = true;
+    }
+  }
+  for (size_t i = 0; c.has_table && i < p.table.size(); ++i) {
+    int const junk[] = {-1, 1 << 30, order[0]};
+    if (!p.is_kept[i]) p.table[i] = junk[engine() % 3];
+  }
+}
+
+static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
+  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(shape.is_half)};
+  for (int n = 0; n < c.batch; ++n) {
+    p.first_q.push_back(p.first_q[n] + c.s_q[n]);
+    p.lengths.push_back(c.s_kv[n] - (c.new_keys < 0 ? c.s_q[n] : c.new_keys));
+  }
+  int const heads_q = c.heads_kv * c.group, rows = p.first_q.back(), pages = c.batch * c.max_pages + c.spare;
+  uint16_t const nan = p.encode(NAN);
+  std::mt19937 engine(c.seed + 1);
+  fill_table(p, engine);
+  p.q = make_tensor(1, rows, heads_q, c.d_qk, c.is_packed && c.heads_first, c.padding, nan);
+  p.k = make_tensor(pages, c.page_size, c.heads_kv, c.d_qk, c.heads_first, c.padding, nan);
+  p.v = make_tensor(pages, c.page_size, c.heads_kv, c.d_v, c.heads_first, c.padding, nan);
+  p.out = make_tensor(1, rows, heads_q, c.d_v, false, 0, nan);
+  size_t const outputs = static_cast<size_t>(rows) * static_cast<size_t>(heads_q);
+  p.lse.assign(outputs, NAN);
+  p.partial_lse.assign(outputs * static_cast<size_t>(c.splits), NAN);
+  p.partial_out.assign(p.partial_lse.size() * static_cast<size_t>(c.d_v), NAN);
+  std::normal_distribution<double> normal;
+  auto const fill = [&](Tensor& t, int b, int row) {
+    for (int h = 0; h < t.heads; ++h)
+      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(normal(engine));
+  };
+  for (int row = 0; row < rows; ++row) fill(p.q, 0, row);
+  for (int n = 0; n < c.batch; ++n) {
+    for (int j = 0; j < c.s_kv[n]; ++j) {  // rows that nobody sees stay NaN
+      if (is_seen(c, n, j)) fill(p.k, p.page_of(n, j), j % c.page_size), fill(p.v, p.page_of(n, j), j % c.page_size);
+    }
+  }
+  for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i) p.sinks.push_back(float(2 * normal(engine)));
+  return p;
+}
+
+// ---- the reference ---------------------------------------------------------------------------------------------------
+struct CacheRow {
+  std::vector<double> out, tolerance;
+  double lse;
+};
+
+// One row of the definition, with what rounding P and out to 16 bits may change at most.
+static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
+  DecodeCase const& c = p.c;
+  double const sink = c.sinks ? p.sinks[static_cast<size_t>((c.sinks == 2 ? n * p.q.heads : 0) + h)] : -INFINITY;
+  std::vector<double> weights(static_cast<size_t>(c.s_kv[n]), -INFINITY);  // first scores
+  double top = sink, sum = 0;
+  for (int j = 0; j < c.s_kv[n]; ++j) {
+    if (!sees(c, n, i, j)) continue;
+    double s = 0;
+    uint16_t const* q = &p.q.at(0, p.first_q[n] + i, h, 0);
+    uint16_t const* k = &p.k.at(p.page_of(n, j), j % c.page_size, h / c.group, 0);
+    for (int d = 0; d < c.d_qk; ++d) s += double{p.value[q[d]]} * p.value[k[d]];
+    weights[j] = c.softcap > 0 ? c.softcap * std::tanh(c.scale * s / c.softcap) : c.scale * s;
+    top = std::max(top, weights[j]);
+  }
+  for (double& weight : weights) sum += weight = weight > -INFINITY ? std::exp(weight - top) : 0;
+  if (sink > -INFINITY) sum += std::exp(sink - top);
+  size_t const columns = static_cast<size_t>(c.d_v);
+  CacheRow row{std::vector<double>(columns), std::vector<double>(columns), sum > 0 ? top + std::log(sum) : -INFINITY};
+  std::vector<double> spread(columns), total(columns);  // sums of weight |v| and |v|
+  for (int j = 0; j < c.s_kv[n]; ++j) {
+    if (!sees(c, n, i, j)) continue;
+    uint16_t const* v = &p.v.at(p.page_of(n, j), j % c.page_size, h / c.group, 0);
+    for (int d = 0; d < c.d_v; ++d) {
+      double const x = p.value[v[d]], weight = weights[j] / sum;
+      row.out[d] += weight * x;
+      spread[d] += weight * std::fabs(x);
+      total[d] += std::fabs(x);
+    }
+  }
+  double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 0;
+  for (int d = 0; d < c.d_v; ++d) {
+    row.tolerance[d] = half_ulp * (spread[d] + std::fabs(row.out[d])) + smallest * (1 + total[d]) + 2e-5 * spread[d];
+  }
+  return row;
+}
+
+// ---- the run ---------------------------------------------------------------------------------------------------------
+static DecodeParams params_of(DecodeProblem& p) {
+  DecodeCase const& c = p.c;
+  DecodeParams f{};
+  f.version = kDecodeVersion;
+  f.q = p.q.data, f.k_cache = p.k.data, f.v_cache = p.v.data, f.out = p.out.data, f.lse = p.lse.data();
+  f.partial_out = c.splits > 1 ? p.partial_out.data() : nullptr;
+  f.partial_lse = c.splits > 1 ? p.partial_lse.data() : nullptr;
+  f.sinks = c.sinks ? p.sinks.data() : nullptr;
+  f.cache_lengths = p.lengths.data();
+  f.block_table = c.has_table ? p.table.data() : nullptr;
+  f.cu_seqlens_q = c.is_packed ? p.first_q.data() : nullptr;
+  f.q_strides = p.q.strides, f.k_strides = p.k.strides, f.v_strides = p.v.strides;
+  f.q_strides.batch = c.is_packed ? 0 : c.s_q[0] * p.q.strides.row;
+  f.sinks_batch_stride = c.sinks == 2 ? p.q.heads : 0;
+  f.table_stride = c.max_pages;
+  f.dtype = p.shape.is_half ? kFloat16 : kBfloat16;
+  f.batch = c.batch, f.heads_q = p.q.heads, f.heads_kv = c.heads_kv;
+  f.head_dim_qk = c.d_qk, f.head_dim_v = c.d_v;
+  f.seqlen_q = c.is_packed ? p.q.rows : c.s_q[0];
+  f.new_keys = c.new_keys;
+  f.pages = p.k.batch, f.page_size = c.page_size;
+  f.box_rows = c.max_pages == 1 ? 64 : std::gcd(c.page_size, 64);
+  f.left = c.left < 0 ? kUnbounded : c.left, f.right = c.right < 0 ? kUnbounded : c.right;
+  f.has_softcap = c.softcap > 0;
+  double const log2e = 1.4426950408889634;
+  f.scale_log2 = (c.softcap > 0 ? c.softcap : c.scale) * log2e;
+  f.cap_scale = c.softcap > 0 ? c.scale / c.softcap : 0;
+  f.heads_per_tile = std::min(c.group, 64);
+  f.positions_per_tile = 64 / f.heads_per_tile;
+  int64 const parts_of_group = (c.group + f.heads_per_tile - 1) / f.heads_per_tile, positions = f.positions_per_tile;
+  f.tiles = parts_of_group * (c.is_packed ? p.q.rows / positions + c.batch
+                                          : c.batch * ((c.s_q[0] + positions - 1) / positions));
+  f.splits = c.splits;
+  return f;
+}
+
+static std::string compare(DecodeProblem& p) {
+  DecodeCase const& c = p.c;
+  for (int n = 0; n < c.batch; ++n) {
+    for (int h = 0; h < p.q.heads; ++h) {
+      for (int i = 0; i < c.s_q[n]; ++i) {
+        CacheRow const row = reference_row(p, n, h, i);
+        std::string const where = "n " + std::to_string(n) + " h " + std::to_string(h) + " i " + std::to_string(i);
+        int const at = c.is_packed ? h * p.q.rows + p.first_q[n] + i : (n * p.q.heads + h) * c.s_q[n] + i;
+        double const lse = p.lse[static_cast<size_t>(at)];
+        if (!(std::isinf(row.lse) ? lse == row.lse : std::fabs(lse - row.lse) < 1e-4)) {
+          return "lse of " + where + ": " + std::to_string(lse) + ", should be " + std::to_string(row.lse);
+        }
+        for (int d = 0; d < c.d_v; ++d) {
+          double const got = p.value[p.out.at(0, p.first_q[n] + i, h, d)];
+          if (!(std::fabs(got - row.out[d]) <= row.tolerance[d])) {
+            return "out of " + where + " d " + std::to_string(d) + ": " + std::to_string(got) + ", should be " +
+                   std::to_string(row.out[d]) + " to within " + std::to_string(row.tolerance[d]);
+          }
+        }
+      }
+    }
+  }
+  return "";
+}
+
+// Everything that kernels may touch but by TMA; of the block table only what they have to read.
+static void allow_tensors(DecodeProblem& p) {
+  auto const allow = [](auto const& x) { allow_global(x.data(), x.size() * sizeof(x[0])); };
+  forget_global();
+  allow(p.q.storage), allow(p.out.storage), allow(p.lse), allow(p.partial_out), allow(p.partial_lse), allow(p.sinks);
+  allow(p.lengths), allow(p.first_q);
+  for (size_t i = 0, end; i < p.table.size(); i = end + 1) {
+    for (end = i; end < p.table.size() && p.is_kept[end];) ++end;
+    if (end > i) allow_global(p.table.data() + i, (end - i) * sizeof(int));
+  }
+}
+
+std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report) {
+  sm90::DecodeArgs args;
+  args.p = p;
+  if (char const* wrong = make_decode_maps(p, args)) return wrong;
+  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, [&] { instance.kernel(args); }, report);
+  if (p.splits > 1 && report.error.empty()) {
+    int const outputs = instance.combine_threads / 32;  // of a block
+    int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;
+    run_grid(instance.combine_threads, blocks, seed, [&] { instance.combine(p); }, report);
+  }
+  return report.error;
+}
+
+std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report) {
+  DecodeProblem p = make_problem(instance.shape, c);
+  if (p.q.rows == 0) return "";  // the host code launches nothing
+  allow_tensors(p);
+  std::string const wrong = run_decode(instance, params_of(p), c.seed, report);
+  return wrong.empty() ? compare(p) : wrong;
+}
+
+}  // namespace fa::emu

@@ -1,0 +1,212 @@
+// The decode kernel for Hopper: a few queries against a long cache of keys and values, contiguous or in pages.
+//
+// One warp brings K and V by TMA, through as many stages as shared memory holds: the kernel is as fast as memory. One
+// consumer warpgroup computes as in the forward kernel, with rows that are query heads of one K/V head times positions.
+// A split writes its own out and lse; combine.cuh puts them together. One split writes the final ones.
+#pragma once
+#include "consumer.cuh"
+#include "decode.h"
+
+namespace fa::sm90 {
+
+// ---- producer: one warp ------------------------------------------------------------------------------------------------
+
+// A block of keys or values in boxes, which lie in one page each. Every lane looks up the pages of its boxes. Boxes of
+// which no row is kept come from beyond the last page: as zeros, and their page is not looked up.
+template <class C, int CHUNKS>
+FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work const& work, Range const& kept, int block,
+                          uint32 to, Ring<C::STAGES>& ring) {
+  int const lane = thread_index() % 32, rows = static_cast<int>(p.box_rows), page_size = static_cast<int>(p.page_size);
+  uint64 const l2_hint = work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read it too, or none
+  mbarrier_wait(ring.empty(), ring.parity ^ 1);
+  if (lane == 0) mbarrier_expect(ring.full(), C::BLOCK_N * CHUNKS * kRowBytes);
+  warp_sync();
+  for (int at = lane * rows; at < C::BLOCK_N; at += 32 * rows) {
+    int const key = block * C::BLOCK_N + at;
+    int page = static_cast<int>(p.pages), row = 0;
+    if (key < kept.end && key + rows > kept.begin) {
+      int const entry = key / page_size;
+      row = key - entry * page_size;
+      page = p.block_table ? load_global(p.block_table + work.sequence * p.table_stride + entry) : work.sequence;
+    }
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      tma_load(to + (chunk * C::BLOCK_N + at) * kRowBytes, &map, ring.full(), chunk * kChunkColumns, row, work.head_kv,
+               page, l2_hint);
+    }
+  }
+  ring.advance();
+}
+
+template <class C>
+FA_DEVICE void produce(DecodeArgs const& args, Shared<C> const& shared, Work const& work) {
+  Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
+  Range const blocks = blocks_of<C>(args.p, work).all, kept = kept_keys(args.p, work);
+  auto const load_k = [&](int block) {
+    load_block<C, C::CHUNKS_QK>(args.p, args.k, work, kept, block, shared.k(k.stage), k);
+  };
+  auto const load_v = [&](int block) {
+    load_block<C, C::CHUNKS_V>(args.p, args.v, work, kept, block, shared.v(v.stage), v);
+  };
+  if (blocks.begin == blocks.end) return;
+  load_k(blocks.end - 1);
+  for (int block = blocks.end - 2; block >= blocks.begin; --block) {
+    load_k(block);
+    load_v(block + 1);
+  }
+  load_v(blocks.begin);
+}
+
+// ---- consumer: one warpgroup -------------------------------------------------------------------------------------------
+
+// Where a row of the tile lies: row = position * heads_per_tile + head.
+struct Query {
+  int position, head;
+  bool exists;
+};
+
+FA_DEVICE Query query_of(DecodeParams const& p, Work const& work, int row) {
+  int const heads = static_cast<int>(p.heads_per_tile), position = row / heads;
+  Query const query = {work.position + position, work.first_head + row - position * heads, true};
+  return {query.position, query.head, query.position < positions_of(p, work).end && query.head < work.end_head};
+}
+
+// q into shared memory, swizzled as TMA would; zeros where there is no row or column.
+template <class C>
+FA_DEVICE void load_queries(DecodeParams const& p, Shared<C> const& shared, Work const& work) {
+  constexpr int kPieces = C::CHUNKS_QK * 8;  // of 16 bytes in a row
+  for (int i = this_place().thread; i < C::BLOCK_M * kPieces; i += kWarpgroup) {
+    int const row = i / kPieces, piece = i % kPieces;
+    Query const query = query_of(p, work, row);
+    Int4 x = {0, 0, 0, 0};
+    if (query.exists && piece * 8 < p.head_dim_qk) {
+      int64 const first = p.cu_seqlens_q ? work.first_q * p.q_strides.row : work.sequence * p.q_strides.batch;
+      int64 const at = first + query.position * p.q_strides.row + query.head * p.q_strides.head + piece * 8;
+      x = load_global(reinterpret_cast<Int4 const*>(static_cast<uint16 const*>(p.q) + at));
+    }
+    store_shared(shared.q() + (piece / 8 * C::BLOCK_M + row) * kRowBytes + (piece % 8 * 16 ^ row % 8 * 16), x);
+  }
+  fence_proxy_async();
+  named_sync(kOwnBarrier, kWarpgroup);
+}
+
+// Values outside of what the tile keeps meet weights of 0 alone, and may be NaN.
+template <class C>
+FA_DEVICE void clear_unkept_values(Shared<C> const& shared, Range const& kept, int block, Ring<C::STAGES> const& v) {
+  Range const keys = keys_of<C>(block);
+  if (contains(kept, keys)) return;
+  mbarrier_wait(v.full(), v.parity);
+  clear_rows<C::BLOCK_N, C::CHUNKS_V, C::CONSUMERS>(shared.v(v.stage),
+                                                    {kept.begin - keys.begin, kept.end - keys.begin});
+  fence_proxy_async();
+  named_sync(kOwnBarrier, kWarpgroup);
+}
+
+template <class C>
+FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, Work const& work,
+                               TileBlocks const& blocks, float (&out)[C::D_V / 2], RowState& state) {
+  Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
+  auto const mask = [&](float(&scores)[C::BLOCK_N / 2], int block) {
+    Band const band = band_of(p, work);
+    Place const at = this_place();
+    int const upper = query_of(p, work, at.first_row()).position, lower = query_of(p, work, at.first_row() + 8).position;
+    Range const kept[2] = {tile_range(band, upper, upper + 1), tile_range(band, lower, lower + 1)};
+    mask_scores(scores, kept, block * C::BLOCK_N + at.first_column());
+  };
+  auto const clear = [&](int block, Ring<C::STAGES> const& of) {
+    clear_unkept_values<C>(shared, kept_keys(p, work), block, of);
+  };
+  attend<C>(shared, blocks, static_cast<float>(p.scale_log2), static_cast<float>(p.cap_scale), 0, k, v, out, state,
+            mask, clear);
+}
+
+// Writes one row of a thread's fragment, the upper (0) or the lower (1), times `factor`.
+template <class C>
+FA_DEVICE void write_row(DecodeParams const& p, int64 row, int lower, float factor, int64 split,
+                         float const (&out)[C::D_V / 2]) {
+  int64 const first = row * p.head_dim_v + this_place().first_column();
+  FA_UNROLL
+  for (int j = 0; j < C::D_V / 8; ++j) {
+    if (8 * j >= p.head_dim_v) continue;
+    float const x = out[4 * j + 2 * lower] * factor, y = out[4 * j + 2 * lower + 1] * factor;
+    if (p.splits > 1) {
+      float* const to = p.partial_out + split * (p.heads_q * p.head_dim_v * rows_of(p)) + first + 8 * j;
+      store_global(reinterpret_cast<Float2*>(to), Float2{x, y});
+    } else {
+      uint16* const to = static_cast<uint16*>(p.out) + first + 8 * j;
+      store_global(reinterpret_cast<uint32*>(to), pack(typename C::Element{}, x, y));
+    }
+  }
+}
+
+// out and lse of the tile, or of its split. The first split counts the sink; a later one without keys says so by its lse
+// alone.
+template <class C>
+FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys, RowState const& state,
+                          float const (&out)[C::D_V / 2]) {
+  Place const at = this_place();
+  FA_UNROLL
+  for (int lower = 0; lower < 2; ++lower) {
+    Query const query = query_of(p, work, at.first_row() + 8 * lower);
+    if (!query.exists) continue;
+    bool const has_sink = p.sinks && work.split == 0;
+    float const sink = has_sink ? load_global(p.sinks + work.sequence * p.sinks_batch_stride + query.head)
+                                : negative_infinity();
+    FinishedRow const finished =
+        finish_row(state.max[lower], state.sum[lower], static_cast<float>(p.scale_log2), sink);
+    int64 const row = (work.first_q + query.position) * p.heads_q + query.head;
+    if (at.lane() % 4 == 0) {
+      if (p.splits > 1) store_global(p.partial_lse + work.split * (p.heads_q * rows_of(p)) + row, finished.lse);
+      else store_global(p.lse + lse_index(p, work.first_q + query.position, query.head), finished.lse);
+    }
+    if (any_keys || work.split == 0) write_row<C>(p, row, lower, finished.factor, work.split, out);
+  }
+}
+
+template <class C>
+FA_DEVICE void consume(DecodeArgs const& args, Shared<C> const& shared, Work const& work) {
+  float out[C::D_V / 2];
+  RowState state{{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
+  FA_UNROLL
+  for (int i = 0; i < C::D_V / 2; ++i) out[i] = 0.f;
+  TileBlocks const blocks = blocks_of<C>(args.p, work);
+  bool const any_keys = blocks.all.begin < blocks.all.end;
+  if (any_keys) {
+    load_queries<C>(args.p, shared, work);
+    attend_to_cache<C>(args.p, shared, work, blocks, out, state);
+  }
+  write_tile<C>(args.p, work, any_keys, state, out);
+}
+
+// ---- the kernel --------------------------------------------------------------------------------------------------------
+template <class C>
+FA_DEVICE void init_barriers(DecodeArgs const& args, Shared<C> const& shared) {
+  for (int stage = 0; stage < C::STAGES; ++stage) {
+    for (uint32 ring : {shared.k_ring(), shared.v_ring()}) {
+      mbarrier_init(ring + 8 * stage, 1);
+      mbarrier_init(ring + 8 * (C::STAGES + stage), 4);  // one lane of each warp
+    }
+  }
+  mbarrier_fence_init();
+  tma_prefetch(&args.k);
+  tma_prefetch(&args.v);
+}
+
+template <class C>
+FA_DEVICE void decode(DecodeArgs const& args) {
+  Shared<C> const shared{shared_base()};
+  Work const work = find_work(args.p, block_index());
+  if (work.position >= work.s_q) return;
+  if (thread_index() == 0) init_barriers<C>(args, shared);
+  block_sync();
+  int const warp = warp_uniform(thread_index() / 32);
+  if (warp >= 4) consume<C>(args, shared, work);
+  else if (warp == 0) produce<C>(args, shared, work);
+}
+
+template <class C>
+FA_GLOBAL(C::THREADS)
+decode_kernel(FA_KERNEL_ARGUMENT DecodeArgs args) {
+  decode<C>(args);
+}
+
+}  // namespace fa::sm90

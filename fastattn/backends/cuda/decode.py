@@ -1,0 +1,164 @@
+"""Attention to a cache with the CUDA kernels: into how many splits, the struct of csrc/params.h, what the splits write.
+
+New keys and values are stored, and queries turned to their positions, by the shared steps of ``fastattn.cache``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn import cache
+from fastattn.backends.cuda import abi
+from fastattn.cache import CacheInputs
+from fastattn.errors import input_error
+from fastattn.spec import AttentionSpec
+
+TILE_ROWS = 64
+MOST_SPLITS = 128  # kMostSplits of csrc/params.h
+LEAST_KEYS = 256  # of a split: kLeastKeys of csrc/sm90/decode.h
+# What else a split costs, in the time that a multiprocessor takes for one key: beginning it, and combining it all.
+BLOCK_KEYS, COMBINE_KEYS = 192, 256
+
+
+def attend(
+    launch: Callable[[abi.Fields], None], inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, the new keys and values being stored."""
+    q = cache.rotated_queries(inputs, spec)
+    cache.append(inputs)
+    q, scale = abi.with_positive_scale(q, spec)
+    spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+    inputs = readable(inputs.replace(q=q))
+    rows, device = math.prod(q.shape[:-2]), q.device
+    tiling = Tiling.of(inputs)
+    splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
+    tensors: dict[str, Tensor | None] = {
+        "out": torch.empty(inputs.out_shape(), dtype=q.dtype, device=device),
+        "lse": torch.empty(inputs.lse_shape(), dtype=torch.float32, device=device),
+        "partial_out": None,
+        "partial_lse": None,
+    }
+    if splits > 1:
+        outputs, columns = (splits, rows, inputs.heads_q), inputs.v_cache.shape[-1]
+        tensors["partial_out"] = torch.empty(*outputs, columns, dtype=torch.float32, device=device)
+        tensors["partial_lse"] = torch.empty(outputs, dtype=torch.float32, device=device)
+    if rows:
+        launch(decode_fields(inputs, spec, tensors, tiling, splits, stream))
+    out, lse = tensors["out"], tensors["lse"]
+    assert out is not None and lse is not None
+    return out, lse
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How query heads and positions fill tiles of 64 rows. Each K/V head has ``tiles`` of them."""
+
+    heads: int
+    positions: int
+    tiles: int
+
+    @classmethod
+    def of(cls, inputs: CacheInputs) -> Tiling:
+        group = inputs.heads_q // inputs.heads_kv
+        heads = min(group, TILE_ROWS)
+        positions = TILE_ROWS // heads
+        if inputs.is_packed:  # the lengths are not known here: each sequence may leave its last tile in part empty
+            tiles = inputs.q.shape[0] // positions + inputs.batch
+        else:
+            tiles = inputs.batch * -(-inputs.q.shape[1] // positions)
+        return cls(heads, positions, tiles * -(-group // heads))
+
+
+@functools.lru_cache(maxsize=4096)
+def split_count(tiles: int, keys: int, multiprocessors: int) -> int:
+    """The number of parts of the keys that takes the least time.
+
+    Tiles times splits run in waves, one block on each multiprocessor at a time.
+    """
+
+    def time(splits: int) -> float:
+        waves = -(-tiles * splits // multiprocessors)
+        return waves * (keys / splits + BLOCK_KEYS) + (COMBINE_KEYS if splits > 1 else 0)
+
+    return min(range(1, min(MOST_SPLITS, max(1, keys // LEAST_KEYS)) + 1), key=time)
+
+
+def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
+    """The most keys that the rows of a tile keep: what the host knows of the lengths."""
+    if spec.left is None or spec.right is None:
+        return inputs.capacity
+    return min(inputs.capacity, spec.left + spec.right + tiling.positions)
+
+
+def readable(inputs: CacheInputs) -> CacheInputs:
+    """The same tensors where kernels can read them (so the usual layouts of caches), copies where they cannot."""
+    q, k_cache, v_cache = (abi.readable_rows(x) for x in (inputs.q, inputs.k_cache, inputs.v_cache))
+    cu_seqlens_q = None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.contiguous()
+    return inputs.replace(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cache_lengths=inputs.cache_lengths.contiguous(),
+        block_table=None if inputs.block_table is None else inputs.block_table.contiguous(),
+        cu_seqlens_q=cu_seqlens_q,
+        sinks=None if inputs.sinks is None else inputs.sinks.float().contiguous(),
+    )
+
+
+def decode_fields(
+    inputs: CacheInputs,
+    spec: AttentionSpec,
+    tensors: dict[str, Tensor | None],
+    tiling: Tiling,
+    splits: int,
+    stream: int,
+) -> abi.Fields:
+    """The fields of one call. ``inputs`` must be as ``readable`` leaves them; ``tensors`` are what kernels write."""
+    q, table = inputs.q, inputs.block_table
+    if max(inputs.capacity, q.shape[-3]) >= abi.UNBOUNDED:
+        given = f"room for {inputs.capacity} positions"
+        todo = "Positions in the CUDA kernels have 32 bits."
+        raise input_error("k_cache", given, f"fewer than {abi.UNBOUNDED}", todo)
+    has_one_page = table is None or table.shape[1] == 1
+    return {
+        **abi.spec_fields(spec),
+        **{name: abi.address(x) for name, x in tensors.items()},
+        **{name: abi.address(getattr(inputs, name)) for name in _READ},
+        **_strides("q", q, is_packed=inputs.is_packed),
+        **_strides("k", inputs.k_cache),
+        **_strides("v", inputs.v_cache),
+        "version": abi.DECODE.version,
+        "sinks_batch_stride": inputs.heads_q if inputs.sinks is not None and inputs.sinks.shape[0] > 1 else 0,
+        "table_stride": 0 if table is None else table.stride(0),
+        "dtype": int(q.dtype == torch.float16),
+        "batch": inputs.batch,
+        "heads_q": inputs.heads_q,
+        "heads_kv": inputs.heads_kv,
+        "head_dim_qk": q.shape[-1],
+        "head_dim_v": inputs.v_cache.shape[-1],
+        "seqlen_q": q.shape[-3],
+        "new_keys": 0 if inputs.k is None else -1 if inputs.is_packed else inputs.k.shape[1],
+        "pages": inputs.k_cache.shape[0],
+        "page_size": inputs.page_size,
+        "box_rows": TILE_ROWS if has_one_page else math.gcd(inputs.page_size, TILE_ROWS),
+        "heads_per_tile": tiling.heads,
+        "positions_per_tile": tiling.positions,
+        "tiles": tiling.tiles,
+        "splits": splits,
+        "device": q.device.index or 0,
+        "stream": stream,
+    }
+
+
+_READ = ("q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q")
+
+
+def _strides(name: str, x: Tensor, is_packed: bool = False) -> abi.Fields:
+    batch = 0 if is_packed else x.stride(0)
+    return {f"{name}_batch_stride": batch, f"{name}_row_stride": x.stride(-3), f"{name}_head_stride": x.stride(-2)}

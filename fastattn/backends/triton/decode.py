@@ -1,0 +1,114 @@
+"""The decoding kernels: attention to a cache, cut into parts along the keys, and what puts the parts together."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.backends.triton.pages import cached_rows, located, open_cache, row_pointers
+from fastattn.backends.triton.tile import (
+    LOG2E,
+    factor_of,
+    finish,
+    full_range,
+    head_in,
+    kept_tile,
+    load_per_head,
+    number,
+    softmax_end,
+    softmax_step,
+    tile_range,
+)
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, out, lse, cache, terms, sizes, parts, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """``out`` and ``lse`` of ``BLOCK_M`` query rows of one key/value head, over one part of the keys they keep.
+
+    The query heads of a group share the tile, and so each load of keys and values: with ``G = H_q // H_kv``, row ``r``
+    is query row ``r // G`` of the group's head ``r % G``. Blocks of rows that share keys run next to each other.
+    """
+    BLOCK_QK: tl.constexpr = F.block_qk
+    BLOCK_V: tl.constexpr = F.block_v
+    group, blocks, part_count = number(sizes.group), number(parts.blocks), number(parts.parts)
+    heads_kv = number(sizes.heads_q) // group
+    pid = tl.program_id(0)
+    part, of = pid // blocks % part_count, pid // blocks // part_count
+    b, h_kv = of // heads_kv, of % heads_kv
+    begin_q, band = open_cache(b, cache, terms, sizes, F)
+    r0 = pid % blocks * BLOCK_M
+    if r0 >= band.s_q * group:
+        return
+
+    r, d_qk, d_v = r0 + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
+    i, h, i0 = r // group, h_kv * group + r % group, r0 // group
+    i1 = tl.minimum((r0 + BLOCK_M - 1) // group + 1, band.s_q)
+    is_row = i < band.s_q
+    head = head_in(b, h[:, None], begin_q, 0, band, terms, sizes, F)
+    at = row_pointers(q, b, begin_q + i, h, F.vector)[:, None] + d_qk[None, :].to(tl.int64) * number(q.stride_d)
+    q_tile = tl.load(at, mask=is_row[:, None] & (d_qk < F.d_qk)[None, :], other=0.0)
+    if F.upcast:
+        q_tile = q_tile.to(tl.float32)
+    factor = factor_of(head, F)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if F.sinks:  # the running sum of the first part begins with the sink
+        m = tl.where(part == 0, load_per_head(terms.sinks, b, h) * LOG2E, m)
+        total = tl.where(m == float("-inf"), 0.0, 1.0)
+
+    low, high = tile_range(i0, i1, band, F.left, F.right)
+    full_low, full_high = full_range(i0, i1, band, F.left, F.right)
+    begin, end = low // BLOCK_N, tl.cdiv(high, BLOCK_N)
+    tiles_of_part = tl.cdiv(end - begin, part_count)
+    begin += part * tiles_of_part
+    for tile in tl.range(begin, tl.minimum(begin + tiles_of_part, end)):
+        j0 = tile * BLOCK_N
+        j = j0 + tl.arange(0, BLOCK_N)
+        valid = (j >= low) & (j < high)
+        page, row = located(b, j, valid, cache, F)
+        k_tile = cached_rows(k, cache.k_scale, page, row, h_kv, valid, F.d_qk, BLOCK_QK, q_tile.dtype, F)
+        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+        scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
+        if (j0 < full_low) | (j0 + BLOCK_N > full_high):
+            scores = tl.where(kept_tile(head, i[:, None], j[None, :], i0, j0, False, F), scores, float("-inf"))
+        p, m, total, alpha = softmax_step(scores, factor, m, total)
+        v_tile = cached_rows(v, cache.v_scale, page, row, h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
+
+    norm, logsumexp = softmax_end(m, total)
+    at = row_pointers(out, b, begin_q + i, h, F.vector_out) + part.to(tl.int64) * number(parts.stride_out)
+    result = (acc * norm[:, None]).to(at.dtype.element_ty)
+    tl.store(at[:, None] + d_v[None, :], result, mask=is_row[:, None] & (d_v < F.d_v)[None, :])
+    at = row_pointers(lse, b, begin_q + i, h, 1) + part.to(tl.int64) * number(parts.stride_lse)
+    tl.store(at, logsumexp, mask=is_row)
+
+
+@triton.jit
+def combine_kernel(
+    of_parts, lse_of_parts, out, lse, parts, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):  # fmt: skip
+    """``out`` and ``lse`` of one row, which are those of its parts weighted by their ``lse``.
+
+    Rows are counted over (sequence, query, head), as they lie in ``out``; ``lse`` is ``(B, H_q, s_q)``. Grid: rows.
+    """
+    parts, rows, s_q, heads = number(parts), number(rows), number(s_q), number(heads)
+    n, d, first = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, 1)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    m, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    for begin in tl.range(0, parts, BLOCK_PARTS):
+        part = begin + tl.arange(0, BLOCK_PARTS)
+        at, is_part = part.to(tl.int64) * rows + n, part < parts
+        scores = tl.load(lse_of_parts + at, mask=is_part, other=float("-inf"))[None, :] * LOG2E  # [1, BLOCK_PARTS]
+        weight, m, total, alpha = softmax_step(scores, 1.0, m, total)
+        mask = is_part[:, None] & (d < D)[None, :]
+        tile = tl.load(of_parts + at[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_PARTS, BLOCK_D]
+        acc = acc * alpha + tl.sum(tl.trans(weight) * tile, 0)
+
+    norm, logsumexp = softmax_end(m, total)
+    tl.store(out + n.to(tl.int64) * D + d, (acc * norm).to(out.dtype.element_ty), mask=d < D)
+    i, h = n // heads, n % heads
+    tl.store(lse + (i // s_q * heads + h) * s_q + i % s_q + first, logsumexp)

@@ -1,0 +1,156 @@
+"""Text: whole characters while streaming, stop strings wherever they are cut, files of prompts and results."""
+
+import json
+
+import pytest
+
+from fastattn.errors import DataError, InputError
+from fastattn.generate import Sampling, Texts, decode_stream, generate, stream_text
+from fastattn.generate.prompts import Results, read_prompts
+from fastattn.generate.text import until
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 🎉🧵 ok", "a\n\tb\u00a0c"])
+def test_streaming_gives_whole_characters(tokenizer, text):
+    ids = tokenizer.encode(text).ids
+    pieces = list(decode_stream(tokenizer, iter([0, *ids, 1]), special=(0, 1)))
+    assert "".join(pieces) == text
+    assert len(pieces) == len(text)  # one piece for each character, though bytes are tokens here
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_bytes_that_are_no_text_do_not_stop_the_stream(tokenizer):
+    emoji = tokenizer.encode("🎉").ids
+    ids = [*emoji[:2], *tokenizer.encode("x").ids, *emoji[:3]]
+    assert "".join(decode_stream(tokenizer, iter(ids))) == "\ufffdx\ufffd"
+
+
+def test_every_byte_has_its_character(tokenizer):
+    data = bytes(range(256)).decode("latin-1")
+    assert "".join(decode_stream(tokenizer, iter(tokenizer.encode(data).ids))) == data
+
+
+def test_stream_text_continues_a_prompt(model, tokenizer):
+    pieces = list(stream_text(model, tokenizer, "ab", 12, Sampling(0)))
+    ids = [0, *tokenizer.encode("ab").ids]
+    chosen = [int(t) for t in generate(model, [ids], 12, Sampling(0), stop_token=1)]
+    assert "".join(pieces) == tokenizer.decode([token for token in chosen if token > 1])
+    assert list(stream_text(model, tokenizer, "", 3, Sampling(9.0, seed=4))) != []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three", ["two"], "one "),
+        ("one two three", ["three", "two"], "one "),
+        ("aababaab", ["abaa"], "aab"),
+        ("aaab", ["aab"], "a"),
+        ("no end", ["ends"], "no end"),
+        ("stop", ["stop"], ""),
+        ("x\n\ny", ["\n\n"], "x"),
+        ("free", [], "free"),
+    ],
+)
+def test_stop_strings_however_the_text_is_cut(text, stop, expected, size):
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    assert "".join(until(iter(pieces), stop)) == expected
+
+
+def test_what_cannot_become_a_stop_string_is_not_held_back():
+    assert list(until(iter(["ab", "cd", "e\n", "f"]), ["\n\n"])) == ["ab", "cd", "e", "\nf"]
+
+
+def test_stop_strings_end_generation(model, tokenizer):
+    text = "".join(stream_text(model, tokenizer, "ab", 30, Sampling(1.0, seed=2)))
+    stop = text[10:12]
+    expected = text[: text.index(stop)]
+    assert "".join(stream_text(model, tokenizer, "ab", 30, Sampling(1.0, seed=2), stop=[stop])) == expected
+    texts = Texts(model, tokenizer, stop=[stop])
+    done = next(texts.complete(["ab"], 30, Sampling(1.0, seed=2)))
+    assert done.text == expected and done.reason == "stop" and done.tokens < 30
+
+
+def test_all_ways_agree(model, tokenizer):
+    texts, prompts = Texts(model, tokenizer), ["ab", "", "xyz"]
+    streamed = ["".join(texts.stream(prompt, 8, Sampling(0))) for prompt in prompts]
+    assert [done.text for done in sorted(texts.complete(prompts, 8, Sampling(0)), key=lambda d: d.index)] == streamed
+    assert [texts.best(prompt, 8, beams=1) for prompt in prompts] == streamed
+
+
+def test_an_encoder_decoder_answers(encoder_decoder, tokenizer):
+    texts = Texts(encoder_decoder, tokenizer)
+    answer = "".join(texts.stream("ab", 8, Sampling(0)))
+    chosen = generate(encoder_decoder, [[0]], 8, Sampling(0), source=[texts.encode("ab")], stop_token=1)
+    assert answer == texts.decode([int(token) for token in chosen])
+    assert answer == texts.best("ab", 8, beams=1)
+
+
+def test_refusals(model, tokenizer):
+    with pytest.raises(InputError, match="stop: got"):
+        Texts(model, tokenizer, stop=["a", ""])
+    with pytest.raises(InputError, match="start: got '<s>'"):
+        Texts(model, tokenizer, start="<s>")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    assert [(p.id, p.text) for p in read_prompts(tmp_path / "a.txt")] == [("1", "one"), ("3", " two ")]
+    (tmp_path / "b.jsonl").write_text('{"prompt": "x\\ny"}\n{"prompt": "z", "id": 7}\n')
+    assert [(p.id, p.text) for p in read_prompts(tmp_path / "b.jsonl")] == [("1", "x\ny"), ("7", "z")]
+    folder = tmp_path / "folder"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "q.md").write_text("one\ntwo")
+    (folder / ".hidden").write_text("no")
+    assert [(p.id, p.text) for p in read_prompts(folder)] == [("deep/q.md", "one\ntwo")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"\n \n", "no prompts"),
+        ("a.txt", b"caf\xe9", "byte 3 is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"pro', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}', r'a.jsonl:1: no "prompt"'),
+        ("a.jsonl", b'["x"]', r'a.jsonl:1: no "prompt"'),
+        ("a.jsonl", b'{"prompt": "x", "id": 1}\n{"prompt": "y", "id": "1"}', "two prompts have the id '1'"),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_prompts(tmp_path / name)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_results_are_resumed_after_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with Results(path, {"seed": 1}).writing() as add:
+        add({"id": "a", "text": "é\n"})
+        add({"id": "b", "text": "x"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])  # killed while writing
+    again = Results(path, {"seed": 1})
+    assert again.done == {"a"}
+    with again.writing() as add:
+        add({"id": "b", "text": "x"})
+    assert path.read_bytes() == whole
+    assert [json.loads(line).get("id") for line in path.read_text().splitlines()] == [None, "a", "b"]
+
+
+def test_results_of_other_settings_or_another_file_are_left_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    Results(path, {"seed": 1, "tokens": 5})
+    with pytest.raises(DataError, match=r"other settings \(seed\)"):
+        Results(path, {"seed": 2, "tokens": 5})
+    path.write_text("my notes\n")
+    with pytest.raises(DataError, match="no file of results"):
+        Results(path, {"seed": 1})
+    assert path.read_text() == "my notes\n"
