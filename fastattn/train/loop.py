@@ -116,9 +116,9 @@ class Trainer:
         self.device = next(model.parameters()).device
         if config.recompute:
             recompute_blocks(model)
-        if config.compile:
-            model.compile()
         self._runner = spread(model, config.parallel, self.ranks)  # what the loss of training calls
+        if config.compile:
+            model.compile()  # in place, so the names of weights stay; after FSDP has put its hooks there
         self.optimizer = make_optimizer(model, config.optim)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl", self.ranks.leads)

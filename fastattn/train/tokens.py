@@ -60,11 +60,12 @@ class Corpus:
     def open(cls, folder: Path) -> Corpus:
         """Open a corpus folder; raises DataError if it is not one or is damaged."""
         try:
-            facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise DataError(f"{folder} has format {content['format']!r}, not {FORMAT!r}: remove it and run again.")
+            facts = CorpusFacts(**content)
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(f"{folder} is not a corpus of fastattn ({error}): remove it and run again.") from error
-        if facts.format != FORMAT:
-            raise DataError(f"{folder} has format {facts.format!r}, not {FORMAT!r}: remove it and run again.")
         return cls(folder, facts)
 
     def tokenizer(self) -> Tokenizer:

@@ -4,11 +4,12 @@ import json
 import random
 import re
 import sys
+import tracemalloc
 
 import pytest
 
 from fastattn.cli import main
-from fastattn.data import Cleaning, find_sources
+from fastattn.data import Cleaning, find_sources, formats
 from fastattn.data.formats import ReadOptions
 from fastattn.errors import DataError, InputError
 from fastattn.train import prepare as module
@@ -107,6 +108,23 @@ def test_the_vocabulary_is_learned_from_all_over_a_large_corpus(raw, tmp_path, m
     prepared(raw, tmp_path / "corpus")
     numbers = [int(re.search(r"number (\d+)", text)[1]) for text in seen]
     assert 4 <= len(seen) <= 32 and min(numbers) < 20 and max(numbers) > 40
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    """Python's own memory at its peak is the same for a corpus of six times the size."""
+    monkeypatch.setattr(module, "_BATCH", 1 << 15)
+    monkeypatch.setattr(formats, "_CHUNK", 1 << 14)
+    (tmp_path / "words.txt").write_text("some words " * 99)
+    tokenizer = prepared(tmp_path / "words.txt", tmp_path / "words", PrepareConfig(vocab_size=300)).folder
+    peaks = []
+    for documents in (120, 720):
+        path = tmp_path / f"{documents}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{n} " + "word " * 400}) + "\n" for n in range(documents)))
+        tracemalloc.start()
+        prepared(path, tmp_path / str(documents), PrepareConfig(tokenizer=tokenizer))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_refusals(raw, tmp_path):
