@@ -409,13 +409,17 @@ def _check_pages(
             begin, end = (min(begin, have), s_kv) if begin < end else (have, s_kv)
         lows.append(begin // inputs.page_size)
         highs.append(-(-end // inputs.page_size))
-    if not lows or max(highs) <= 0:
+    last = max(highs, default=0)
+    if last <= 0:
         return
-    entry = torch.arange(max(highs))
+    lowest, highest = table[:, :last].aminmax() if min(lows) == 0 and len(set(highs)) == 1 else (None, None)
+    pages = inputs.k_cache.shape[0]
+    if lowest is not None and highest is not None and int(lowest) >= 0 and int(highest) < pages:
+        return  # the usual case: every entry looked at is in use
+    entry, entries = torch.arange(last), table[:, :last]
     low, high = torch.tensor(lows)[:, None], torch.tensor(highs)[:, None]
-    entries = table[:, : max(highs)]
-    wrong = ((entries < 0) | (entries >= inputs.k_cache.shape[0])) & (entry >= low) & (entry < high)
+    wrong = ((entries < 0) | (entries >= pages)) & (entry >= low) & (entry < high)
     if bool(wrong.any()):
         b, n = wrong.nonzero()[0].tolist()
-        given, allowed = f"page {int(entries[b, n])} at [{b}, {n}]", f"0 to {inputs.k_cache.shape[0] - 1}"
+        given, allowed = f"page {int(entries[b, n])} at [{b}, {n}]", f"0 to {pages - 1}"
         raise input_error("block_table", given, allowed, f"Sequence {b} has {lengths[2][b]} positions, all in pages.")

@@ -43,7 +43,7 @@ emu::BackwardInstance instance_of() {
 
 struct Register {
   Register(emu::BackwardInstance made, bool is_half, char const* kind, char const* line) {
-    made.name = std::string(kind) + (is_half ? "f16," : "bf16,") + line + ">";
+    made.name = std::string(kind) + (is_half ? "f16," : "bf16,") + line + (FA_STAGED ? ", staged>" : ">");
     made.shape.is_half = is_half;
     made.row_threads = sm90::kRowThreads;
     emu::backward_instances().push_back(made);

@@ -152,7 +152,7 @@ def plant(fault: Fault, folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the CUDA kernels on a CPU.")
-    parser.add_argument("--cases", type=int, default=5, help="random problems for each kernel (default: 5)")
+    parser.add_argument("--cases", type=int, default=3, help="random problems for each kernel (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem (default: 0)")
     parser.add_argument("--faults", action="store_true", help="also plant the faults of faults.py")
     parser.add_argument("--only", default="", help="plant only faults whose description holds this")

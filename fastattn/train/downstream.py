@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
-from fastattn.generate import Sampling, generate
+from fastattn.generate import Sampling, beam_search, generate
 from fastattn.generate.decode import ENDED
 from fastattn.models import SequenceClassifier, SpanExtractor, TokenClassifier, TransformerConfig
 from fastattn.train.data import IGNORED
@@ -23,6 +23,7 @@ from fastattn.train.marks import Marks
 from fastattn.train.metrics import answer_scores, label_scores, text_scores
 from fastattn.train.tasks import cross_entropy, target_loss
 
+_BEAMS = 4  # as in Vaswani et al., 2017
 _LONGEST_ANSWER = 30  # tokens, as in the papers on extractive question answering
 
 
@@ -253,19 +254,16 @@ class _Writing(Task):
     def add_head(self, backbone: Any) -> nn.Module:
         return backbone
 
-    def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[str]:
-        """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        sampling, end = Sampling(temperature=0), self.marks.end
-        steps = generate(model, begin, self.length, sampling, source=source, stop_token=end)
-        rows = torch.stack(list(steps), dim=1).tolist()
-        return [self.tokenizer.decode([token for token in row if token not in (end, ENDED)]) for row in rows]
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of what was generated."""
+        return self.tokenizer.decode([token for token in tokens if token not in (self.marks.end, ENDED)])
 
     def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
         return text_scores(answers, [example.fields[self.answer_field] for example in examples])
 
 
 class Seq2Seq(_Writing):
-    """A text for a text: translation, summarisation."""
+    """A text for a text: translation, summarisation. The answer is the best that a small beam search finds."""
 
     name = "seq2seq"
     kinds = ("encoder-decoder",)
@@ -281,11 +279,13 @@ class Seq2Seq(_Writing):
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
         sources = [self.features(example)[0]["source"] for example in examples]
-        return self.write(model, [[self.marks.target] for _ in sources], sources)
+        begin = [[self.marks.target] for _ in sources]
+        found = beam_search(model, begin, self.length, beams=_BEAMS, source=sources, stop_token=self.marks.end)
+        return [self.text(best[0].tokens) for best in found]
 
 
 class Instruct(_Writing):
-    """A response to a prompt, right after it: learned from the tokens of the response alone."""
+    """A response to a prompt, right after it: learned from the tokens of the response alone, and written greedily."""
 
     name = "instruct"
     kinds = ("decoder",)
@@ -304,7 +304,9 @@ class Instruct(_Writing):
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
-        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])
+        prompts = [self.prompt(example)[-(self.length // 2) :] for example in examples]
+        steps = generate(model, prompts, self.length, Sampling(temperature=0), stop_token=self.marks.end)
+        return [self.text(row) for row in torch.stack(list(steps), dim=1).tolist()]
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classify, Tag, Answer, Seq2Seq, Instruct)}

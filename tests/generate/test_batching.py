@@ -1,5 +1,7 @@
 """Continuous batching: each prompt as it would be alone, whatever enters, leaves or is put off beside it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fastattn.nn import PagedKVCache
 PROMPTS = [[5, 9, 200], [17], [3, 3, 8, 77, 130, 6, 6, 41], [100], [40, 41], [7] * 12, [255, 1]]
 
 
+@functools.cache
 def alone(model, count, sampling, n, stop=None):
     seeded = Sampling(**{**vars(sampling), "seed": None if sampling.seed is None else sampling.seed + n})
     tokens = [int(step) for step in generate(model, [PROMPTS[n]], count, seeded, stop_token=stop)]

@@ -1,5 +1,6 @@
 """Beam search: against trying every continuation, and the same with and without cache."""
 
+import functools
 import itertools
 
 import pytest
@@ -20,27 +21,31 @@ def small():
     return model
 
 
+@functools.cache
 @torch.no_grad()
-def every_text(model, prompt, length, stop, penalty):
-    """All continuations up to ``length`` that stop or are full, with their scores, best first."""
-    scored = []
+def every_text(model, prompt, length, stop):
+    """All continuations up to ``length`` that stop or are full, with their log-probabilities."""
+    found = []
     for n in range(1, length + 1):
-        for new in itertools.product(range(5), repeat=n):
-            if stop in new[:-1] or (n < length and new[-1] != stop):
-                continue
-            log_p = model(torch.tensor([[*prompt, *new]]))[0].log_softmax(-1)
-            total = sum(float(log_p[len(prompt) - 1 + at, token]) for at, token in enumerate(new))
-            scored.append((total / n**penalty, list(new)))
-    return sorted(scored, reverse=True)
+        texts = [
+            new
+            for new in itertools.product(range(5), repeat=n)
+            if stop not in new[:-1] and (n == length or new[-1] == stop)
+        ]
+        log_p = model(torch.tensor([[*prompt, *new] for new in texts]))[:, len(prompt) - 1 : -1].log_softmax(-1)
+        totals = log_p.gather(-1, torch.tensor(texts)[..., None]).sum((1, 2)).tolist()
+        found += zip(totals, map(list, texts), strict=True)
+    return found
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("options", [{}, {"page_size": 2}, {"use_cache": False}], ids=str)
 def test_wide_enough_beams_find_the_best(small, options, penalty):
-    prompts, stop = [[1, 2], [4, 0, 3]], 3
-    found = beam_search(small, prompts, 4, beams=125, length_penalty=penalty, stop_token=stop, **options)
+    prompts, stop = [(1, 2), (4, 0, 3)], 3
+    found = beam_search(small, prompts, 4, beams=64, length_penalty=penalty, stop_token=stop, **options)
     for prompt, beams in zip(prompts, found, strict=True):
-        best = every_text(small, prompt, 4, stop, penalty)[:5]
+        every = every_text(small, prompt, 4, stop)
+        best = sorted(((total / len(new) ** penalty, new) for total, new in every), reverse=True)[:5]
         assert [beam.tokens for beam in beams[:5]] == [new for _, new in best]
         assert [beam.score for beam in beams[:5]] == pytest.approx([score for score, _ in best], abs=1e-5)
 

@@ -12,7 +12,7 @@ from fault import Fault
 from fastattn.backends.cuda.instances import DecodeTile, Tile
 
 CSRC = Path(__file__).parents[2] / "csrc"
-CASES = 3  # for each kernel and dtype; `make emulate` runs more
+CASES = 2  # for each kernel and dtype; `make emulate` runs more
 # One line of each form of the backward pass, and every third of its faults and of decoding's: `make emulate` runs and
 # plants all.
 BACKWARD_DIMS = ((64, 64), (96, 96), (192, 128), (256, 256))
