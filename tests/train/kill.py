@@ -35,15 +35,20 @@ def finish(process):
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
-def seconds_to_first_checkpoint(out):
+def newest(out):
+    return max((int(path.name[5:]) for path in sorted_steps(out / "checkpoints")), default=0)
+
+
+def seconds_until(out, step):
+    """How long it takes until there is a checkpoint of ``step`` or a later one."""
     began = time.monotonic()
-    while not sorted_steps(out / "checkpoints"):
+    while newest(out) < step:
+        assert time.monotonic() < began + 60, "the training process does not get on"
         time.sleep(0.002)
     return time.monotonic() - began
 
 
-def kill(process, seconds):
-    time.sleep(seconds)
+def kill(process):
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL, "it had ended before it was killed"
 
@@ -55,7 +60,7 @@ def check(out):
         assert load_file(path / "optimizer.safetensors")
     if steps:
         find_checkpoint(out).load_model()
-    return int(steps[-1].name[5:]) if steps else 0
+    return newest(out)
 
 
 def run(texts, folder, kills, steps):
@@ -63,14 +68,20 @@ def run(texts, folder, kills, steps):
     loop.plot_losses = lambda *_: None  # which takes longer than the steps between kills
     source = random.Random()
     straight = start(texts, folder / "straight", steps)
-    begins = seconds_to_first_checkpoint(folder / "straight")
+    begins = seconds_until(folder / "straight", 1)
     finish(straight)
-    reached = [0]
-    for _ in range(kills):
-        longest = 2.5 if reached[-1] < 0.7 * steps else 0.8  # so that it does not end before the last kill
-        kill(start(texts, folder / "killed", steps), source.uniform(0, longest * begins))
-        reached.append(check(folder / "killed"))
-    finish(start(texts, folder / "killed", steps))
+    out, reached = folder / "killed", [0]
+    for number in range(kills):
+        process = start(texts, out, steps)
+        if number % 2:  # while it begins, or soon after
+            time.sleep(source.uniform(0, begins))
+        else:  # at work
+            begins = seconds_until(out, reached[-1] + 1)
+            seconds_until(out, reached[-1] + source.randint(1, steps // kills))
+            time.sleep(source.uniform(0, 0.03))
+        kill(process)
+        reached.append(check(out))
+    finish(start(texts, out, steps))
     print("killed at steps", *reached[1:])
 
 

@@ -10,7 +10,7 @@ import torch
 from fastattn.train.checkpoint import find_checkpoint
 from fastattn.train.log import Log
 
-KILLS, STEPS = 20, 300
+KILLS, STEPS = 20, 200
 
 
 def test_kill_9_loses_nothing(texts, tmp_path):
