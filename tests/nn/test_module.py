@@ -247,9 +247,3 @@ def test_averaged_weights_take_the_memory_of_one_head(training):
         same_out, weights = module(x, x, x, average_attn_weights=False)
     torch.testing.assert_close(mean, weights.mean(1))
     torch.testing.assert_close(out, same_out, rtol=0, atol=0)
-
-
-def test_return_weights_says_what_it_takes():
-    q = tokens(N, S, H, 8)
-    with pytest.raises(InputError, match="return_weights: got 'max'"):
-        fastattn.attention(q, q, q, return_weights="max")

@@ -14,7 +14,7 @@ PAIRS = [pair for pair in itertools.product(BACKENDS, BACKENDS) if pair[0] != pa
 CASES = grid([torch.float32, torch.bfloat16], quick=True)
 
 
-@pytest.mark.parametrize(("forward", "backward"), PAIRS, ids="->".join)
+@pytest.mark.parametrize(("forward", "backward"), PAIRS, ids=["->".join(pair) for pair in PAIRS])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_one_forward_and_another_backward(case, forward, backward):
     sample = make(case, seed=1)
@@ -31,8 +31,8 @@ def test_backends_drop_the_same_elements(name):
     q, k = torch.randn(2, 48, 4, 32), torch.randn(2, 40, 2, 32)
     v = torch.eye(40).expand(2, 2, 40, 40).transpose(1, 2)
     state = torch.tensor([123456789012, 3])
-    if load(name).unsupported_reasons(fastattn.explain(q, k, v, dropout_p=0.4).problem):
-        pytest.skip("cannot")
+    if reasons := load(name).unsupported_reasons(fastattn.explain(q, k, v, dropout_p=0.4).problem):
+        pytest.skip("; ".join(reasons))
     found, expected = (
         fastattn.attention(q, k, v, dropout_p=0.4, rng_state=state, backend=backend) for backend in (name, "eager")
     )

@@ -47,6 +47,14 @@ def test_resuming_is_bit_for_bit(make_trainer, tmp_path):
     assert logged(straight, "held_out_loss") == logged(second, "held_out_loss")
 
 
+@pytest.fixture
+def default_sigint():
+    """Python's own handler, also where the tests were started with SIGINT ignored, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def stop_after(trainer, steps):
     """Send the process a SIGINT while it is in step number ``steps``."""
     real = trainer.loss
@@ -62,6 +70,7 @@ def stop_after(trainer, steps):
     trainer.loss = loss
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_ctrl_c_finishes_the_step_and_saves(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, save_every=1000)
     stop_after(trainer, 3)
@@ -71,6 +80,7 @@ def test_ctrl_c_finishes_the_step_and_saves(make_trainer, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_a_second_ctrl_c_acts_at_once(make_trainer, tmp_path):
     def loss(model, batch):
         signal.raise_signal(signal.SIGINT)

@@ -51,6 +51,7 @@ def unchecked(dropout_p=0.0, **fields):
 
 # call, argument, given, allowed
 WRONG = [
+    (dense(return_weights="max"), "return_weights", "'max'", 'True, False or "mean"'),
     # q, k, v
     (dense(q=None), "q", "NoneType", "a torch.Tensor"),
     (dense(k=[1.0]), "k", "list", "a torch.Tensor"),
