@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
             failed[build.name] = wrong
     for name in sorted(failed):
         print(f"FAILED {name}: {'; '.join(failed[name])}")
+    slowest, figures = max(results, key=lambda result: result[1].seconds)
+    print(f"The slowest to compile: {slowest.name}, {figures.seconds:.1f} s.")
     print(f"{len(results) - len(failed)} of {len(results)} builds pass, Triton {triton.__version__}")
     if not expected:
         print(f"There are no expected figures for this version; --update writes {expected_file.name}.")

@@ -32,6 +32,7 @@ def test_the_main_shapes_compile_clean() -> None:
         ({"stack": 8}, "spilled"),
         ({"shared": 232449}, "shared memory"),
         ({"tensor_core": 0}, "HGMMA"),
+        ({"tile": (128, 64, 16, 2)}, "registers in a block"),
         ({"error": "CompilationError: no"}, "CompilationError"),
     ],
 )

@@ -210,6 +210,11 @@ class Flags:
     fp8: bool = False
 
     @property
+    def in_chunks(self) -> bool:
+        """Whether dq and dbias multiply along a part of the head dim at a time: see ``dot_in_chunks``."""
+        return self.precise and self.precision == "ieee"
+
+    @property
     def vector_out(self) -> int:
         """``vector`` of contiguous tensors with these head dims."""
         return 8 if self.d_qk % 8 == 0 and self.d_v % 8 == 0 else 1

@@ -22,6 +22,7 @@ from fastattn.backends.triton.tile import (
     factor_of,
     finish,
     kept_tile,
+    load_chunk,
     load_rows,
     number,
     open_band,
@@ -156,6 +157,25 @@ def dkdv_kernel(
 
 
 @triton.jit
+def dot_in_chunks(
+    a_rows, i0, end, b_rows, j0, low, high, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """``a @ b^T`` of rows ``i0 .. end`` of ``a`` and rows ``j0 ..`` of ``b``, zero outside ``low .. high``.
+
+    It goes along the head dim in steps. Without tensor cores a thread multiplies from its registers alone, and they
+    do not hold whole rows.
+    """
+    CHUNK: tl.constexpr = min(BLOCK_D, 32)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d in tl.range(0, BLOCK_D, CHUNK):  # at run time: once unrolled, all steps would be loaded at once
+        a = load_chunk(a_rows, i0, 0, end, d, D, BLOCK_M, CHUNK)
+        b = load_chunk(b_rows, j0, low, high, d, D, BLOCK_N, CHUNK)
+        product = tl.dot(a, tl.trans(b), product, input_precision=F.precision)
+    return product
+
+
+@triton.jit
 def dq_kernel(
     q, k, v, dout, dq, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -175,8 +195,9 @@ def dq_kernel(
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-    dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+    if not F.in_chunks:
+        q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+        dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
@@ -186,14 +207,21 @@ def dq_kernel(
     for tile in tl.range(begin, end):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+        if F.in_chunks:
+            raw = dot_in_chunks(q_rows, i0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
+        else:
+            k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         p, spared, t = probabilities(
             raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, (tile >= full_begin) & (tile < full_end),
             False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
+        if F.in_chunks:
+            dp = dot_in_chunks(dout_rows, i0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
+            k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        else:
+            v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.backward import load_statistics, probabilities, score_gradients
+from fastattn.backends.triton.backward import dot_in_chunks, load_statistics, probabilities, score_gradients
 from fastattn.backends.triton.tile import (
     LOG2E,
     load_per_head,
@@ -51,19 +51,26 @@ def dbias_kernel(
         if (column_block >= begin) & (column_block < end):
             q_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous)
             k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-            q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-            k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, head.band.s_q)
+            s_q = head.band.s_q
+            if F.in_chunks:
+                raw = dot_in_chunks(q_rows, i0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
+            else:
+                q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+                k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+                raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+            of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, s_q)
             is_full = (column_block >= full_begin) & (column_block < full_end)
             p, spared, t = probabilities(
                 raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
             )  # fmt: skip
             dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
             v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-            dout_tile = load_rows(dout_rows, i0, 0, head.band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
-            v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
-            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
+            if F.in_chunks:
+                dp = dot_in_chunks(dout_rows, i0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
+            else:
+                dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+                v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+                dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
             dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
             acc += dt
 

@@ -260,6 +260,15 @@ def load_rows(
 
 
 @triton.jit
+def load_chunk(rows, i0, low, high, d0, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Elements ``d0 .. d0 + CHUNK`` of rows ``i0 .. i0 + BLOCK``, zero outside ``low .. high`` and past D."""
+    of_chunk = RowsOfHead(rows.ptr + d0 * rows.stride_d, rows.stride_s, rows.stride_d)
+    i, d = i0 + tl.arange(0, BLOCK), d0 + tl.arange(0, CHUNK)
+    valid = ((i >= low) & (i < high))[:, None] & (d < D)[None, :]
+    return tl.load(pointers(of_chunk, i0, BLOCK, CHUNK), mask=valid, other=0.0)
+
+
+@triton.jit
 def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store the rows of ``tile`` before ``high``."""
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
