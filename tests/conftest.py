@@ -14,6 +14,11 @@ import fastattn
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("benchmark"):  # the tests of a GPU run without it
+        config.option.benchmark_disable = True
+
+
 def pytest_report_header() -> list[str]:
     try:
         import triton

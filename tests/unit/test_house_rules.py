@@ -223,3 +223,12 @@ def test_public_names_are_documented_and_have_no_kwargs(name, value):
 @pytest.mark.parametrize("path", [path for path in PYTHON if path.is_relative_to(PACKAGE)], ids=name_of)
 def test_modules_say_what_lives_in_them(path):
     assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"
+
+
+def test_make_runs_every_test_that_needs_a_gpu():
+    """It names their folders and files, since others import what a machine with a GPU may not have."""
+    (line,) = (line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "-m gpu" in line)
+    named = {ROOT / word for word in line.split() if word.startswith("tests")}
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text("utf-8")]
+    assert marked and all(path.exists() for path in named)
+    assert [path for path in marked if not named & {path, *path.parents}] == []
