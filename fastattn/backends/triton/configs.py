@@ -5,7 +5,7 @@ How many kernels get compiled: one for each dtype, pair of head dims and set of 
 dq), one that only runs it one. On top come dbias, dsinks, and for masks and segments the one or two small kernels of
 ``prescan.py``. Decoding compiles one kernel for each height of its tile that is asked for (16, 32 or 64 packed rows of
 queries), twice if keys are cut into parts, with one that combines them, and one that stores new rows. Each takes
-1 to 4 seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch and head counts, page sizes and
+1 to 5 seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch and head counts, page sizes and
 the number of parts are run-time arguments: they compile nothing anew, as ``tests/kernels/test_gates.py`` holds. Two
 facts about memory double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and
 whether those of bias or mask do.
