@@ -64,11 +64,10 @@ class Case:
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     on_gpu = device.type == "cuda"
     dtypes = ("bf16",) if on_gpu else ("fp32", "bf16")
-    shapes = [(1, 32, 8, 128), (8, 32, 8, 128)] if on_gpu else [(1, 8, 8, 64), (4, 8, 8, 64), (4, 8, 2, 128)]
+    shapes = [(1, 32, 8, 128), (8, 32, 8, 128)] if on_gpu else [(1, 8, 8, 128), (4, 8, 2, 128)]
     for dtype in dtypes:
         for batch, heads_q, heads_kv, head_dim in shapes:
-            for length in (8192, 131072) if on_gpu else (2048,):
-                length = 128 if quick else length
+            for length in (128,) if quick else (8192, 131072) if on_gpu else (1024, 8192):
                 for page_size in (None, 1, 8, 16, 128, 256) if on_gpu else (None, 1, 16, 256):
                     yield Case(batch, heads_q, heads_kv, head_dim, length, dtype, page_size)
                 if batch > 1:
