@@ -26,7 +26,7 @@ from fastattn.data import Cleaning, Document, Report, clean_documents, read_docu
 from fastattn.data.formats import LONGEST_PIECE, ReadOptions, pieces
 from fastattn.data.sources import Source
 from fastattn.errors import DataError, input_error
-from fastattn.files import new_folder
+from fastattn.files import new_folder, only_writer
 from fastattn.train.tokens import (
     END,
     FORMAT,
@@ -102,7 +102,7 @@ def prepare(
         progress: show progress bars.
 
     Raises:
-        DataError: no text, only one document, or the disk is full.
+        DataError: no text, only one document, the disk is full, or another process is making this very corpus.
         InputError: ``vocab_size`` or ``held_out`` is out of range.
     """
     config = PrepareConfig(vocab_size=vocab_size, held_out=held_out)
@@ -125,7 +125,7 @@ def prepare_at(
         progress: show progress bars.
 
     Raises:
-        DataError: ``path`` holds something else, and as in ``prepare``.
+        DataError: ``path`` holds something else, another process is making it, and as in ``prepare``.
     """
     stamps = _stamps(sources)
     key = corpus_key(sources, config, progress=progress)
@@ -209,7 +209,7 @@ def _make(
     progress: bool = True,
 ) -> Corpus:
     report = Report()
-    with new_folder(path, alone=False) as folder:
+    with only_writer(path), new_folder(path, alone=False) as folder:
         work = folder / "work"
         work.mkdir()
         spool = _Spool(work / "spool")

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import subprocess
 import sys
 import tracemalloc
 
@@ -82,6 +83,36 @@ def test_a_failure_leaves_nothing_and_touches_nobody(raw, tmp_path, monkeypatch)
     with pytest.raises(DataError, match="the disk is full"):
         prepared(raw, tmp_path / "corpus")
     assert {path.name for path in tmp_path.iterdir()} == {"raw", other.name}
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from fastattn.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(raw, tmp_path):
+    out = tmp_path / "corpus"
+    leftover = tmp_path / ".unfinished-corpus-00000000"  # what the other process has written so far
+    leftover.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(DataError, match=r"Another process is writing .*corpus: wait until it is done, or choose"):
+            prepared(raw, out)
+        assert leftover.exists() and not out.exists()
+        prepared(raw, tmp_path / "elsewhere")
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    prepared(raw, out)
+    assert Corpus.open(out).facts.documents["train"] > 0
+    assert not leftover.exists()
 
 
 def test_a_tokenizer_of_another_corpus(raw, tmp_path):
