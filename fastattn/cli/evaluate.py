@@ -11,7 +11,8 @@ from fastattn.cli import device
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
-        "perplexity, bits per byte, accuracy, precision, recall, F1, exact match, BLEU, chrF, ROUGE, as they apply."
+        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), exact match, BLEU, chrF, "
+        "ROUGE, as they apply."
     )
     parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
     parser.add_argument(

@@ -298,7 +298,7 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
         return tokenizer, make_model(config.adjusted(sizes))
     if config.pretrained is not None:
-        folder = Path(config.pretrained)
+        folder = _pretrained_folder(config.pretrained)
         tokenizer = read_tokenizer(folder / "tokenizer.json")
         found: Any = from_pretrained(folder)
     else:
@@ -309,6 +309,18 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())
     return tokenizer, fresh
+
+
+def _pretrained_folder(given: str) -> Path:
+    """The folder of a model in Hugging Face's format; raises DataError with what to do if it is none."""
+    folder = Path(given)
+    if not folder.is_dir():
+        todo = f"fastattn downloads nothing itself; fetch a model with: hf download {given} --local-dir {folder.name}"
+        raise DataError(f"There is no folder {given!r}: {todo}")
+    if not (folder / "tokenizer.json").is_file():
+        todo = f"AutoTokenizer.from_pretrained({given!r}).save_pretrained({given!r}) of transformers writes it"
+        raise DataError(f"{given} holds no tokenizer.json: {todo}.")
+    return folder
 
 
 def _config_of(model: Any) -> TransformerConfig:

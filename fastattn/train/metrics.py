@@ -6,7 +6,7 @@ The scores of predictions need ``pip install 'fastattn[eval]'``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,56 @@ def label_scores(predicted: Sequence[int], expected: Sequence[int], num_labels: 
         for name, score in scores.items():
             found[f"{name} ({average})"] = float(score(*pair, num_classes=count, average=average))
     return found
+
+
+def is_bio(labels: Iterable[str]) -> bool:
+    """Whether the labels are those of entities: "O", and "B-..." or "I-...", or bare "B" and "I"."""
+    marks = {label.partition("-")[0] for label in labels}
+    return bool(marks & {"B", "I"}) and marks <= {"B", "I", "O"}
+
+
+def entities(labels: Iterable[str]) -> set[tuple[str, int, int]]:
+    """Kind, first word and the word after the last of each entity that BIO labels mark.
+
+    "B-x" begins an entity, and so does "I-x" after anything but an "x" (as in CoNLL's older files, IOB1).
+
+    Example:
+        >>> from fastattn.train.metrics import entities
+        >>> sorted(entities(["B-person", "I-person", "O", "B-place"]))
+        [('person', 0, 2), ('place', 3, 4)]
+    """
+    found = set()
+    begin, kind = 0, None
+    for place, label in enumerate([*labels, "O"]):
+        mark, _, name = label.partition("-")
+        if mark == "I" and name == kind:
+            continue
+        if kind is not None:
+            found.add((kind, begin, place))
+        begin, kind = place, None if mark == "O" else name
+    return found
+
+
+def entity_scores(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of whole entities, each right if kind, begin and end are, in [0, 1].
+
+    Args:
+        predicted: BIO labels of each text.
+        expected: as many for each.
+
+    Source:
+        Tjong Kim Sang and De Meulder, "Introduction to the CoNLL-2003 shared task", 2003.
+    """
+    given, wanted = (
+        {(text, *entity) for text, labels in enumerate(texts) for entity in entities(labels)}
+        for texts in (predicted, expected)
+    )
+    right = len(given & wanted)
+    return {
+        "entity precision": right / max(len(given), 1),
+        "entity recall": right / max(len(wanted), 1),
+        "entity F1": 2 * right / max(len(given) + len(wanted), 1),
+    }
 
 
 def text_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, float]:

@@ -125,6 +125,19 @@ def test_words_that_do_not_fit_count_as_wrong(tokenizer):
     assert scores["accuracy"] == pytest.approx(sum(name is not None for name in answer) / 20)
 
 
+def test_entities_are_scored_where_the_labels_mark_them(tokenizer):
+    fields = {"words": ["Ada", "Lovelace", "saw", "Paris"], "labels": ["B-per", "I-per", "O", "B-loc"]}
+    example = Example("line 1", fields)
+    config = preset("encoder-tiny", 400)
+    task = TASKS["tag"](tokenizer, config, label_names(TASKS["tag"], [example]))
+    scores = task.scores([["B-per", "I-per", "O", None]], [example])  # the last word did not fit
+    assert scores["entity precision"] == 1.0 and scores["entity recall"] == 0.5
+    assert scores["entity F1"] == pytest.approx(2 / 3) and scores["accuracy"] == pytest.approx(3 / 4)
+    plain, _ = make_task("tag", tokenizer)
+    example = Example("line 1", RECORDS["tag"][0])
+    assert "entity F1" not in plain.scores([example.fields["labels"]], [example])
+
+
 def test_long_contexts_are_read_in_windows_that_hold_every_answer(tokenizer):
     task, _ = make_task("qa", tokenizer)
     words = [f"word{number}" for number in range(60)]
