@@ -163,7 +163,7 @@ class Tag(Task):
     def features(self, example: Example) -> list[Feature]:
         tokens, labels = self.marks.opening(), [IGNORED] * len(self.marks.opening())
         for word, label in zip(example.fields["words"], example.fields["labels"], strict=True):
-            ids = self.ids(" " + word)
+            ids = self.ids(" " + word) or [self.marks.end]  # a word that the tokenizer drops has a place, too
             tokens += ids
             labels += [self.number(example, label), *[IGNORED] * (len(ids) - 1)][: len(ids)]
         tokens, labels = [*tokens[: self.length - 1], self.marks.end], [*labels[: self.length - 1], IGNORED]

@@ -31,7 +31,7 @@ from fastattn.train.parallel import ranks
 from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
-from fastattn.train.tokens import read_tokenizer, train_tokenizer
+from fastattn.train.tokens import load_tokenizer, train_tokenizer
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
@@ -299,7 +299,7 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
         return tokenizer, make_model(config.adjusted(sizes))
     if config.pretrained is not None:
         folder = _pretrained_folder(config.pretrained)
-        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
         found: Any = from_pretrained(folder)
     else:
         checkpoint = find_checkpoint(Path(str(config.checkpoint)))
