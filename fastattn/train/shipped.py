@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 import time
 from collections import Counter
@@ -37,12 +36,15 @@ from fastattn.train.stdlib import (
     docstrings,
     held_out_files,
     largest_packages,
+    sentences,
     split_by_module,
     summaries,
     words,
 )
+from fastattn.train.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
 
 Records = Sequence[dict[str, str]]
+_LENGTH = 48  # tokens of a function or a summary that are read
 
 
 @dataclass(frozen=True)
@@ -199,61 +201,44 @@ def _classify(place: _Place) -> Result:
     )  # fmt: skip
 
 
-_WORDS = 16  # of a function that are read
-
-
 def _summarise(place: _Place) -> Result:
     """A function's docstring from its words."""
     train, held_out = split_by_module(summaries())
-    sources = [[_function_words(item) for item in part] for part in (train, held_out)]
-    records = [
-        [{"source": source, "target": item.summary} for source, item in zip(of, part, strict=True)]
-        for of, part in zip(sources, (train, held_out), strict=True)
-    ]
-    data, eval_data = place.write("train", records[0]), place.write("held_out", records[1])
+    known = {item.module for item in held_out}, {words(item.summary) for item in held_out}
+    prose = [item for item in sentences() if item.module not in known[0] and words(item.text) not in known[1]]
+    rows, variants = summary_rows(train), summary_rows(train, variants=4)
+    texts = [*(row["source"] for row in rows), *(row["target"] for row in rows), *(item.text for item in prose)]
     copying = place.finetune(
         "copying",
         FinetuneConfig(
-            task="seq2seq", data=place.write("copying", _copies(train, sources[0])), preset="mini", vocab_size=2048,
-            held_out=0.01, length=48, train=_training(340, 64, 3e-3, final_lr=0.3),
+            task="seq2seq", data=place.write("copying", copied_rows(texts)), preset="mini", vocab_size=2048,
+            held_out=0.005, length=_LENGTH, train=_training(700, 64, 3e-3, final_lr=0.3),
         ),
     )  # fmt: skip
+    writing = place.finetune(
+        "writing",
+        FinetuneConfig(
+            task="seq2seq", data=place.write("sentences", [*sentence_rows(prose, train), *variants]), held_out=0.005,
+            checkpoint=str(copying.checkpoint.folder), length=_LENGTH, train=_training(1200, 64, 3e-3, final_lr=0.3),
+        ),
+    )  # fmt: skip
+    data, eval_data = place.write("train", variants), place.write("held_out", summary_rows(held_out))
     outcome = place.finetune(
         "run",
         FinetuneConfig(
-            task="seq2seq", data=data, eval=eval_data, checkpoint=str(copying.checkpoint.folder), length=48,
-            train=_training(550, 64, 3e-3),
+            task="seq2seq", data=data, eval=eval_data, checkpoint=str(writing.checkpoint.folder), length=_LENGTH,
+            train=_training(350, 64, 3e-3),
         ),
     )  # fmt: skip
     count = _best_count(train)
-    copied = [" ".join(words(item.source)[1 : 1 + count]) for item in held_out]
-    baseline = text_scores(copied, [item.summary for item in held_out])
+    baseline = text_scores([first_words(item, count) for item in held_out], [item.summary for item in held_out])
     return _judged(
         place, outcome.checkpoint, "summarise", outcome.scores, baseline,
         question="What is the first line of a function's docstring?",
         baseline_is=f"the first {count} words of the function, the number that is best on the training functions",
-        metric="ROUGE-L", examples={"train": len(train), "held out": len(held_out)},
+        metric="ROUGE-L", examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "target", place),
     )  # fmt: skip
-
-
-def _function_words(item: Summary) -> str:
-    """The first words of a function from its name on, and where it is defined."""
-    where = [*words(item.owner), *words(item.module.removesuffix(".py"))]
-    return " ".join([*words(item.source)[1 : 1 + _WORDS], "in", *where])
-
-
-def _copies(train: Sequence[Summary], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Pieces of the training text to be repeated: what a model has to learn before it can name anything it reads."""
-    draw = random.Random(0)
-    records = []
-    for text in [*sources, *sources, *sources, *(item.summary for item in train)]:
-        parts = text.split()
-        count = draw.randint(3, 10)
-        start = draw.randrange(max(1, len(parts) - count))
-        piece = " ".join(parts[start : start + count])
-        records.append({"source": piece, "target": piece})
-    return records
 
 
 def _best_count(train: Sequence[Summary]) -> int:
@@ -262,7 +247,7 @@ def _best_count(train: Sequence[Summary]) -> int:
     expected = [item.summary for item in some]
 
     def rouge(count: int) -> float:
-        return text_scores([" ".join(words(item.source)[1 : 1 + count]) for item in some], expected)["ROUGE-L"]
+        return text_scores([first_words(item, count) for item in some], expected)["ROUGE-L"]
 
     return max(range(3, 13), key=rouge)
 

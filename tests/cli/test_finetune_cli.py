@@ -13,7 +13,7 @@ from fastattn.train import find_checkpoint, shipped
 from fastattn.train.downstream import TASKS
 from fastattn.train.examples import FIELDS, read_examples
 from fastattn.train.finetune import FinetuneConfig
-from fastattn.train.stdlib import Docstring, Summary
+from fastattn.train.stdlib import Docstring, Sentence, Summary
 from fastattn.train.tokens import train_tokenizer
 
 QUICK = ["--batch", "4", "--vocab-size", "300", "--device", "cpu", "--quiet"]
@@ -195,6 +195,8 @@ def small_library(monkeypatch, tmp_path):
         files.append(path)
     monkeypatch.setattr(shipped, "docstrings", lambda: found)
     monkeypatch.setattr(shipped, "summaries", lambda: functions)
+    prose = [Sentence(m, p, f"About {t}.") for m, p, t in items]
+    monkeypatch.setattr(shipped, "sentences", lambda: prose)
     monkeypatch.setattr(shipped, "find_files", lambda: files)
     monkeypatch.setattr("fastattn.train.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")})
 
