@@ -65,7 +65,7 @@ class Checkpoint:
             DataError: the checkpoint is damaged, or its model has the head of a task: see ``load_finetuned``.
         """
         if "finetune" in self.trainer_state().get("settings", {}):
-            from fastattn.train.finetune import load_writer  # which imports this module
+            from fastattn.finetune.run import load_writer  # which imports this module
 
             return load_writer(self, device, attention)
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})

@@ -1,6 +1,6 @@
 """What a model is pre-trained to do: for each objective its model, its rows and its loss. No loop, no data reading.
 
-A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``downstream.py``.
+A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``fastattn.finetune``.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastattn.cli import finetune, main
+from fastattn.examples import shipped
+from fastattn.examples.stdlib import Docstring, Sentence, Summary
+from fastattn.finetune.examples import FIELDS, read_examples
+from fastattn.finetune.run import FinetuneConfig
+from fastattn.finetune.tasks import TASKS
 from fastattn.models import PRESETS, make_model, preset, save_pretrained
-from fastattn.train import find_checkpoint, shipped
-from fastattn.train.downstream import TASKS
-from fastattn.train.examples import FIELDS, read_examples
-from fastattn.train.finetune import FinetuneConfig
-from fastattn.train.stdlib import Docstring, Sentence, Summary
+from fastattn.train import find_checkpoint
 from fastattn.train.tokens import train_tokenizer
 
 QUICK = ["--batch", "4", "--vocab-size", "300", "--device", "cpu", "--quiet"]
@@ -198,7 +199,7 @@ def small_library(monkeypatch, tmp_path):
     prose = [Sentence(m, p, f"About {t}.") for m, p, t in items]
     monkeypatch.setattr(shipped, "sentences", lambda: prose)
     monkeypatch.setattr(shipped, "find_files", lambda: files)
-    monkeypatch.setattr("fastattn.train.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")})
+    monkeypatch.setattr("fastattn.examples.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")})
 
 
 @pytest.mark.parametrize("name", sorted(shipped.EXAMPLES))

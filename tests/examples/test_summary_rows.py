@@ -1,7 +1,7 @@
 """The rows that the example ``summarise`` learns from."""
 
-from fastattn.train.stdlib import Sentence, Summary
-from fastattn.train.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.examples.stdlib import Sentence, Summary
+from fastattn.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
 
 SOURCE = "async def get_rowCount(self, deep=False):\n    return len(self.rows)"
 ITEM = Summary("pack/table.py", "pack", "TableReader", SOURCE, "Return the number of rows.")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastattn.train import stdlib
-from fastattn.train.stdlib import (
+from fastattn.examples import stdlib
+from fastattn.examples.stdlib import (
     docstrings,
     held_out_files,
     largest_packages,

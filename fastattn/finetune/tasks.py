@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.finetune.examples import Example
+from fastattn.finetune.scores import answer_scores, entity_scores, is_bio, label_scores, text_scores
 from fastattn.generate import Sampling, generate
 from fastattn.generate.decode import ENDED
 from fastattn.models import SequenceClassifier, SpanExtractor, TokenClassifier, TransformerConfig
 from fastattn.train.data import IGNORED
 from fastattn.train.example_rows import ExampleBatch, Feature, padded
-from fastattn.train.examples import Example
 from fastattn.train.marks import Marks
-from fastattn.train.metrics import answer_scores, entity_scores, is_bio, label_scores, text_scores
 from fastattn.train.tasks import cross_entropy, target_loss
 
 _LONGEST_ANSWER = 30  # tokens, as in the papers on extractive question answering

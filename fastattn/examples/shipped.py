@@ -20,18 +20,7 @@ import torch
 
 from fastattn.data import find_files
 from fastattn.errors import DataError, input_error
-from fastattn.files import write_text
-from fastattn.train.checkpoint import Checkpoint
-from fastattn.train.evaluate import evaluate
-from fastattn.train.examples import read_examples
-from fastattn.train.finetune import FinetuneConfig, Outcome, finetune, load_finetuned
-from fastattn.train.log import aligned
-from fastattn.train.metrics import label_scores, text_scores, unigram_entropy
-from fastattn.train.optim import OptimConfig
-from fastattn.train.pretrain import RunConfig, pretrain
-from fastattn.train.scoring import answer_all
-from fastattn.train.settings import TrainConfig
-from fastattn.train.stdlib import (
+from fastattn.examples.stdlib import (
     Summary,
     docstrings,
     held_out_files,
@@ -41,7 +30,19 @@ from fastattn.train.stdlib import (
     summaries,
     words,
 )
-from fastattn.train.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.files import write_text
+from fastattn.finetune.evaluate import evaluate
+from fastattn.finetune.examples import read_examples
+from fastattn.finetune.run import FinetuneConfig, Outcome, finetune, load_finetuned
+from fastattn.finetune.scores import label_scores, text_scores
+from fastattn.finetune.scoring import answer_all
+from fastattn.train.checkpoint import Checkpoint
+from fastattn.train.log import aligned
+from fastattn.train.metrics import unigram_entropy
+from fastattn.train.optim import OptimConfig
+from fastattn.train.pretrain import RunConfig, pretrain
+from fastattn.train.settings import TrainConfig
 
 Records = Sequence[dict[str, str]]
 _LENGTH = 48  # tokens of a function or a summary that are read

@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fastattn.train.stdlib import Sentence, Summary, words
+from fastattn.examples.stdlib import Sentence, Summary, words
 
 Record = dict[str, str]
 _WORDS = 16  # of a function that are read

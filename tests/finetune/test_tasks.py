@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fastattn.errors import DataError, InputError
+from fastattn.finetune.evaluate import evaluate
+from fastattn.finetune.examples import Example
+from fastattn.finetune.run import FinetuneConfig, finetune
+from fastattn.finetune.tasks import TASKS, label_names
 from fastattn.models import PRESETS, make_model, preset
 from fastattn.train.data import IGNORED
-from fastattn.train.downstream import TASKS, label_names
-from fastattn.train.evaluate import evaluate
 from fastattn.train.example_rows import ExampleRows, padded
-from fastattn.train.examples import Example
-from fastattn.train.finetune import FinetuneConfig, finetune
 from fastattn.train.optim import OptimConfig
 from fastattn.train.settings import TrainConfig
 from fastattn.train.tokens import train_tokenizer
@@ -53,7 +53,7 @@ def tokenizer():
 
 
 def examples_of(task):
-    from fastattn.train.examples import _checked
+    from fastattn.finetune.examples import _checked
 
     return [_checked(Example(f"line {n}", record), task) for n, record in enumerate(RECORDS[task], 1)]
 

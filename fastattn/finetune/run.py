@@ -18,17 +18,17 @@ from torch import nn
 from fastattn.data import text_rank
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
+from fastattn.finetune.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
+from fastattn.finetune.examples import Example, read_examples
+from fastattn.finetune.scoring import answer_all, score
+from fastattn.finetune.tasks import TASKS, Task, label_names
 from fastattn.models import TransformerConfig, from_pretrained, make_model, preset
-from fastattn.train.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
-from fastattn.train.downstream import TASKS, Task, label_names
 from fastattn.train.example_rows import ExampleRows
-from fastattn.train.examples import Example, read_examples
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
 from fastattn.train.parallel import ranks
-from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
 from fastattn.train.tokens import load_tokenizer, train_tokenizer
@@ -41,8 +41,8 @@ class FinetuneConfig(RunSettings):
     """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
 
     Attributes:
-        task: a key of ``fastattn.train.downstream.TASKS``.
-        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.train.examples``.
+        task: a key of ``fastattn.finetune.tasks.TASKS``.
+        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
