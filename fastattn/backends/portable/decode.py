@@ -33,8 +33,9 @@ Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 19  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
-FOLD = 256  # keys of a view that torch's kernel is given at a time, all heads of them before the next
 WASTE = 1.25  # or up to this many times what the shortest reads alone
+LONG = 1 << 21  # elements of a sequence's keys from which on a view is read in the order in which it lies in memory,
+FOLD = 512  # this many keys of all heads at a time: head after head would touch every page of memory once for each
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Group:
 def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``; ``forward`` is the backend's for dense problems."""
     cache.append(inputs)
-    inputs = inputs.replace(q=cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
+    if inputs.rotary_cos is not None:
+        inputs = inputs.replace(q=cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
     if inputs.q.numel() == 0:
         return inputs.q.new_zeros(inputs.out_shape()), _empty_lse(inputs)
     out, lse = _on_host(inputs, spec, forward) if inputs.q.device.type == "cpu" else _on_device(inputs, spec)
@@ -182,7 +184,7 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
     """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``, without sinks."""
     dtype = _compute_dtype(inputs)
     n, rows = q.shape[:2]
-    q = q.to(dtype).unflatten(2, (inputs.heads_kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [n, H_kv, G * rows, D]
+    q = _grouped(q.to(dtype), inputs.heads_kv)
     parts: list[Part] = []
     for span in _pieces(inputs, group):
         k = _read(inputs.k_cache, inputs.k_scale, inputs, group.index, span, dtype)
@@ -195,8 +197,21 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
         mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, (n, rows, span[1] - span[0]))
         parts.append(_attend_piece(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec))
     out, lse = _joined(parts)
-    out = out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    return out, lse.unflatten(2, (-1, rows)).permute(0, 3, 1, 2).flatten(2, 3)
+    return _by_rows(out, rows), _by_rows(lse, rows)
+
+
+def _grouped(q: Tensor, heads_kv: int) -> Tensor:
+    """``[n, rows, H_q, D]`` -> ``[n, H_kv, G * rows, D]``: all that read the same keys are rows of one product."""
+    if q.shape[1] == 1:
+        return q.reshape(q.shape[0], heads_kv, -1, q.shape[3])
+    return q.unflatten(2, (heads_kv, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _by_rows(x: Tensor, rows: int) -> Tensor:
+    """``[n, H_kv, G * rows, ...]`` -> ``[n, rows, H_q, ...]``."""
+    if rows == 1:
+        return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
+    return x.unflatten(2, (-1, rows)).movedim(3, 1).flatten(2, 3)
 
 
 def _pieces(inputs: CacheInputs, group: Group) -> Iterator[tuple[int, int]]:
@@ -312,7 +327,7 @@ def _as_rows(mask: Tensor | None, inputs: CacheInputs, sizes: tuple[int, int, in
 def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Part:
     """The results of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys."""
     if q.device.type == "cpu" and spec.softcap is None:
-        if mask is None and k.shape[0] == 1 and k.shape[2] >= 2 * FOLD:
+        if mask is None and k[0].numel() >= LONG and k.shape[2] >= 2 * FOLD:
             return _attend_folded(q, k, v, spec)
         out, lse = flash.attend(q, k, v, mask, spec.scale)
         return out[None], lse[None]
@@ -329,15 +344,17 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: At
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part:
-    """One sequence as a batch of parts: of each the kernel takes all heads, which lie side by side in memory."""
-    count = k.shape[2] // FOLD
-    whole, rest = count * FOLD, k.shape[2] % FOLD
-    k_parts, v_parts = (x[0, :, :whole].unflatten(1, (count, FOLD)).transpose(0, 1) for x in (k, v))
-    out, lse = flash.attend(q.expand(count, -1, -1, -1), k_parts, v_parts, None, spec.scale)
-    if rest:
-        last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
-        out, lse = torch.cat([out, last[0]]), torch.cat([lse, last[1]])
-    return out[:, None], lse[:, None]
+    """Each sequence as a batch of parts, of which the kernel takes all heads, which lie side by side in memory."""
+    whole = k.shape[2] // FOLD * FOLD
+    sequences = []
+    for n in range(k.shape[0]):
+        k_parts, v_parts = (x[n, :, :whole].unflatten(1, (-1, FOLD)).transpose(0, 1) for x in (k, v))
+        sequences.append(flash.attend(q[n].expand(k_parts.shape[0], -1, -1, -1), k_parts, v_parts, None, spec.scale))
+    out, lse = (torch.stack(x, 1) for x in zip(*sequences, strict=True))
+    if whole == k.shape[2]:
+        return out, lse
+    last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
+    return torch.cat([out, last[0][None]]), torch.cat([lse, last[1][None]])
 
 
 def _joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
