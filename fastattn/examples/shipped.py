@@ -45,7 +45,6 @@ from fastattn.train.pretrain import RunConfig, pretrain
 from fastattn.train.settings import TrainConfig
 
 Records = Sequence[dict[str, str]]
-_LENGTH = 48  # tokens of a function or a summary that are read
 
 
 @dataclass(frozen=True)
@@ -207,30 +206,16 @@ def _summarise(place: _Place) -> Result:
     train, held_out = split_by_module(summaries())
     known = {item.module for item in held_out}, {words(item.summary) for item in held_out}
     prose = [item for item in sentences() if item.module not in known[0] and words(item.text) not in known[1]]
-    rows, variants = summary_rows(train), summary_rows(train, variants=4)
+    rows = summary_rows(train)
     texts = [*(row["source"] for row in rows), *(row["target"] for row in rows), *(item.text for item in prose)]
-    copying = place.finetune(
-        "copying",
-        FinetuneConfig(
-            task="seq2seq", data=place.write("copying", copied_rows(texts)), preset="mini", vocab_size=2048,
-            held_out=0.005, length=_LENGTH, train=_training(700, 64, 3e-3, final_lr=0.3),
-        ),
-    )  # fmt: skip
-    writing = place.finetune(
-        "writing",
-        FinetuneConfig(
-            task="seq2seq", data=place.write("sentences", [*sentence_rows(prose, train), *variants]), held_out=0.005,
-            checkpoint=str(copying.checkpoint.folder), length=_LENGTH, train=_training(1200, 64, 3e-3, final_lr=0.3),
-        ),
-    )  # fmt: skip
-    data, eval_data = place.write("train", variants), place.write("held_out", summary_rows(held_out))
+    data = place.write("copying", copied_rows(texts))
+    copying = place.finetune("copying", _seq2seq(data, 550, 0.3, preset="mini"))
+    data = place.write("writing", [*sentence_rows(prose * 2, train), *summary_rows(train, variants=2)])
+    writing = place.finetune("writing", _seq2seq(data, 2000, 0.3, checkpoint=str(copying.checkpoint.folder)))
+    data, eval_data = place.write("train", summary_rows(train, 4)), place.write("held_out", summary_rows(held_out))
     outcome = place.finetune(
-        "run",
-        FinetuneConfig(
-            task="seq2seq", data=data, eval=eval_data, checkpoint=str(writing.checkpoint.folder), length=_LENGTH,
-            train=_training(350, 64, 3e-3),
-        ),
-    )  # fmt: skip
+        "run", _seq2seq(data, 300, 0.05, checkpoint=str(writing.checkpoint.folder), eval_data=eval_data)
+    )
     count = _best_count(train)
     baseline = text_scores([first_words(item, count) for item in held_out], [item.summary for item in held_out])
     return _judged(
@@ -239,6 +224,17 @@ def _summarise(place: _Place) -> Result:
         baseline_is=f"the first {count} words of the function, the number that is best on the training functions",
         metric="ROUGE-L", examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "target", place),
+    )  # fmt: skip
+
+
+def _seq2seq(
+    data: str, steps: int, final_lr: float, *, preset: str | None = None, checkpoint: str | None = None,
+    eval_data: str | None = None,
+) -> FinetuneConfig:  # fmt: skip
+    """One of the runs of ``_summarise``; all of them read and write the same tokens."""
+    return FinetuneConfig(
+        task="seq2seq", data=data, vocab_size=2048, held_out=0.005, length=48,
+        preset=preset, checkpoint=checkpoint, eval=eval_data, train=_training(steps, 64, 3e-3, final_lr),
     )  # fmt: skip
 
 
