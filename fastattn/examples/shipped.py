@@ -209,9 +209,9 @@ def _summarise(place: _Place) -> Result:
     rows = summary_rows(train)
     texts = [*(row["source"] for row in rows), *(row["target"] for row in rows), *(item.text for item in prose)]
     data = place.write("copying", copied_rows(texts))
-    copying = place.finetune("copying", _seq2seq(data, 550, 0.3, preset="mini"))
+    copying = place.finetune("copying", _seq2seq(data, 500, 0.3, preset="mini"))
     data = place.write("writing", [*sentence_rows(prose * 2, train), *summary_rows(train, variants=2)])
-    writing = place.finetune("writing", _seq2seq(data, 2000, 0.3, checkpoint=str(copying.checkpoint.folder)))
+    writing = place.finetune("writing", _seq2seq(data, 1200, 0.3, checkpoint=str(copying.checkpoint.folder)))
     data, eval_data = place.write("train", summary_rows(train, 4)), place.write("held_out", summary_rows(held_out))
     outcome = place.finetune(
         "run", _seq2seq(data, 300, 0.05, checkpoint=str(writing.checkpoint.folder), eval_data=eval_data)
