@@ -45,6 +45,34 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep others from making ``path`` during the block, by a lock that the system releases when the process dies.
+
+    It is on an empty hidden file beside ``path``, which goes at the end of the block; a killed process leaves it, to no
+    effect.
+
+    Raises:
+        DataError: another process is making ``path``, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    with saying_why(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            todo = "wait until it is done, or choose another folder"
+            raise DataError(f"Another process is writing {path}: {todo}.") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            os.unlink(lock.lock_file)  # while it is held: who waits for a lock on a removed file is sent to a new one
+        lock.release()
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file at ``path`` with ``text``.
 

@@ -30,9 +30,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
         torch.bfloat16
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    turned = x[..., : 2 * cos.shape[-1]].to(cos.dtype)
+    width, dtype = 2 * cos.shape[-1], x.dtype
+    kept = None if width == x.shape[-1] else x[..., width:]
+    turned = (x if kept is None else x[..., :width]).to(cos.dtype)
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
-    pair = a * cos - b * sin, a * sin + b * cos
+    pair = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    kept = x[..., turned.shape[-1] :]
-    return turned.to(x.dtype) if kept.shape[-1] == 0 else torch.cat([turned.to(x.dtype), kept], dim=-1)
+    return turned.to(dtype) if kept is None else torch.cat([turned.to(dtype), kept], dim=-1)

@@ -11,7 +11,8 @@ from fastattn.cli import device
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
-        "perplexity, bits per byte, accuracy, precision, recall, F1, exact match, BLEU, chrF, ROUGE, as they apply."
+        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), exact match, BLEU, chrF, "
+        "ROUGE, as they apply."
     )
     parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
     parser.add_argument(
@@ -31,8 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.files import write_text
+    from fastattn.finetune.evaluate import evaluate
     from fastattn.train import find_checkpoint
-    from fastattn.train.evaluate import evaluate
 
     if args.limit is not None and args.limit < 1:
         raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")

@@ -66,7 +66,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="start from this: --out of a run, or a checkpoint",
     )
     parser.add_argument(
-        "--pretrained", default=argparse.SUPPRESS, metavar="DIR", help="start from a folder in Hugging Face's format"
+        "--pretrained",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="start from a folder in Hugging Face's format; nothing is downloaded",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -77,14 +80,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
+    from fastattn.finetune.run import FinetuneConfig, finetune, resumed_config
     from fastattn.train import find_checkpoint
-    from fastattn.train.finetune import FinetuneConfig, finetune, resumed_config
     from fastattn.train.parallel import joined, ranks
 
     flags = given(args, FLAGS) | {name: value for name, value in vars(args).items() if name == "task"}
-    for name in _PATHS:  # so that --resume finds them from any folder
+    for name in _PATHS:
         if name in args:
-            flags[name] = str(Path(getattr(args, name)).expanduser().absolute())
+            path = Path(getattr(args, name)).expanduser()
+            # absolute, so that --resume finds it from any folder; a name without a folder is told as it was given
+            flags[name] = str(path.absolute() if path.exists() else path)
     if args.resume:
         checkpoint = find_checkpoint(args.out)
         config = resumed_config(checkpoint, flags)

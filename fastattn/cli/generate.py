@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if model.config.kind not in ("decoder", "encoder-decoder"):
         raise DataError(f"{checkpoint.folder} is an {model.config.kind}, which writes no text: see fastattn evaluate.")
     tokenizer = checkpoint.tokenizer()
-    start, end = Marks.of(tokenizer).names(tokenizer)
-    texts = Texts(model, tokenizer, start=start, end=end, stop=args.stop)
+    start, end, target = Marks.of(tokenizer).names(tokenizer)
+    texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=args.stop)
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}

@@ -21,7 +21,7 @@ FLAGS = (
         ("auto", "all", "none"),
     ),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the text"),
-    Flag("--tokenizer", "tokenizer", Path, None, "use this tokenizer.json, or that of this folder, instead"),
+    Flag("--tokenizer", "tokenizer", Path, None, "use this tokenizer.json, of any origin, or that of a folder"),
     Flag("--held-out", "held_out", float, 0.05, "part of the documents kept for the held-out loss"),
     Flag("--max-documents", "max_documents", int, None, "stop reading after this many"),
 )  # fmt: skip

@@ -133,7 +133,7 @@ class _Batch:
 
     def __init__(self, model: Decoder, sequences: Cached, sampling: Sampling, ends: _Ends, places: int) -> None:
         self.model, self.sequences, self.sampling, self.ends = model, sequences, sampling, ends
-        self.draws, self.places = Draws(sampling.seed), places
+        self.draws, self.places = Draws(sampling), places
         self.running: list[_Running] = []
 
     def run(self, prompts: list[list[int]], rows: Sequence[int]) -> Iterator[Completion]:

@@ -71,28 +71,30 @@ def generate(
 def _steps(
     model: Model, sequences: Sequences, rows: list[list[int]], steps: int, sampling: Sampling, stops: frozenset[int]
 ) -> Iterator[Tensor]:
-    draws, device = Draws(sampling.seed), model.embedding.weight.device
+    draws, device = Draws(sampling), model.embedding.weight.device
     names = {row: sequences.add(row) for row in range(len(rows))}
     left = {row: model.config.longest - len(tokens) for row, tokens in enumerate(rows)}  # tokens it can still be fed
     seen = seen_tokens(rows, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
+    active: Tensor | None = None  # the rows that go on; None is all
     with evaluating(model), torch.no_grad():
         logits = sequences.feed(list(names.values()), rows)
     for step in range(steps):
-        active = torch.tensor(list(names)).to(device, non_blocking=True)
         with torch.no_grad():
-            chosen = sampling.choose(logits, draws(list(names), device), None if seen is None else seen[active])
+            chosen = sampling.choose(logits, draws(list(names), device), seen)
             if seen is not None:
-                seen[active, chosen] = True
-        yield torch.full((len(rows),), ENDED, device=device).index_put((active,), chosen)
+                seen.scatter_(1, chosen[:, None], True)
+        yield chosen if active is None else torch.full((len(rows),), ENDED, device=device).index_put((active,), chosen)
         ended = [row for row in names if left[row] == 0]
         left = {row: count - 1 for row, count in left.items()}
         if stops:
             ended += [row for row, token in zip(names, chosen.tolist(), strict=True) if token in stops]
         if ended:
-            kept = [n for n, row in enumerate(names) if row not in ended]
-            chosen = chosen[torch.tensor(kept, dtype=torch.int64).to(device, non_blocking=True)]
+            kept = torch.tensor([n for n, row in enumerate(names) if row not in ended], dtype=torch.int64)
+            kept = kept.to(device, non_blocking=True)
+            chosen, seen = chosen[kept], None if seen is None else seen[kept]
             for row in set(ended):
                 sequences.free(names.pop(row))
+            active = torch.tensor(list(names)).to(device, non_blocking=True)
         if not names or step == steps - 1:
             return
         with evaluating(model), torch.no_grad():

@@ -76,19 +76,20 @@ class Sampling:
             p = p.masked_fill(p < self.min_p * p.amax(dim=-1, keepdim=True), 0.0)
         return p / p.sum(dim=-1, keepdim=True)
 
-    def choose(self, logits: Tensor, draws: Tensor, seen: Tensor | None = None) -> Tensor:
+    def choose(self, logits: Tensor, draws: Tensor | None, seen: Tensor | None = None) -> Tensor:
         """The next tokens.
 
         Args:
             logits: ``(n, V)``.
-            draws: ``(n,)`` uniform numbers in [0, 1): each picks its token from the cumulated probabilities.
+            draws: ``(n,)`` uniform numbers in [0, 1): each picks its token from the cumulated probabilities; None takes
+                the likeliest.
             seen: ``(n, V)`` boolean, tokens that the repetition penalty is for.
 
         Returns:
             ``(n,)``, int64.
         """
         logits = self.penalised(logits, seen)
-        if self.temperature == 0:
+        if self.temperature == 0 or draws is None:
             return logits.argmax(dim=-1)
         cumulated = self.probabilities(logits).double().cumsum(dim=-1)
         # the total is 1 but for rounding; scaled by it, a draw never lies beyond the last token that is kept
@@ -99,12 +100,14 @@ class Sampling:
 class Draws:
     """Uniform numbers for rows, each from a generator of its own, so that a row's do not depend on the others."""
 
-    def __init__(self, seed: int | None) -> None:
-        self._seed = seed
+    def __init__(self, sampling: Sampling) -> None:
+        self._seed, self._is_greedy = sampling.seed, sampling.temperature == 0
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, rows: Sequence[int], device: torch.device) -> Tensor:
-        """``(n,)`` numbers in [0, 1), the next of each row."""
+    def __call__(self, rows: Sequence[int], device: torch.device) -> Tensor | None:
+        """``(n,)`` numbers in [0, 1), the next of each row; None where nothing is drawn."""
+        if self._is_greedy:
+            return None
         if self._seed is None:
             return torch.rand(len(rows), dtype=torch.float64).to(device, non_blocking=True)
         for row in rows:

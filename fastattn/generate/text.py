@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from fastattn.errors import input_error
+from fastattn.errors import DataError, input_error
 from fastattn.generate.batching import complete
 from fastattn.generate.beams import beam_search
 from fastattn.generate.decode import generate
@@ -23,9 +22,10 @@ class Texts:
 
     Args:
         model: trained.
-        tokenizer: the byte-level one it was trained with.
-        start: token that begins a text.
+        tokenizer: what it was trained with, any of the ``tokenizers`` library.
+        start: token that begins a text; None if nothing does, as for T5.
         end: token that ends one, and generation.
+        target: token that an encoder-decoder's answers begin with; None is ``start``.
         stop: strings that end a text; they and what follows them are left out.
 
     Raises:
@@ -37,14 +37,17 @@ class Texts:
         model: Model,
         tokenizer: Tokenizer,
         *,
-        start: str = "<|start|>",
+        start: str | None = "<|start|>",
         end: str = "<|end|>",
+        target: str | None = None,
         stop: Sequence[str] = (),
     ) -> None:
         if not all(stop):
             raise input_error("stop", list(stop), "strings of at least one character", "Leave the empty one out.")
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
-        self.first, self.last = self._mark("start", start), self._mark("end", end)
+        self.opening = [] if start is None else [self._mark("start", start)]
+        self.last = self._mark("end", end)
+        self.target = [self._mark("target", target)] if target is not None else self.opening or [self.last]
 
     def _mark(self, name: str, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -53,13 +56,23 @@ class Texts:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text's beginning."""
-        return [self.first, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        """The tokens of a text's beginning, at least one."""
+        return [*self.opening, *self.tokenizer.encode(text, add_special_tokens=False).ids] or [self.last]
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of new tokens, up to a stop string."""
-        pieces = decode_stream(self.tokenizer, iter(tokens), (self.first, self.last))
-        return "".join(until(pieces, self.stop))
+    def decode(self, tokens: Iterable[int], after: Sequence[int] = ()) -> str:
+        """The text of new tokens that stand ``after`` others, up to a stop string."""
+        return "".join(self._pieces(tokens, after))
+
+    def _pieces(self, tokens: Iterable[int], after: Sequence[int]) -> Iterator[str]:
+        special = (*self.opening, *self.target, self.last)
+        return until(decode_stream(self.tokenizer, tokens, special, after=after), self.stop)
+
+    def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
+        """What the model goes on with, and what an encoder reads: a whole text."""
+        if isinstance(self.model, Decoder):
+            return self.encode(prompt), {}
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        return self.target, {"source": [[*self.opening, *ids, self.last]]}
 
     def stream(
         self,
@@ -71,19 +84,18 @@ class Texts:
         page_size: int | None = None,
     ) -> Iterator[str]:
         """Yield the continuation of ``prompt`` piece by piece; the arguments are those of ``stream_text``."""
-        is_decoder = isinstance(self.model, Decoder)
+        begin, source = self._inputs(prompt)
         chosen = generate(
             self.model,
-            [self.encode(prompt) if is_decoder else [self.first]],
+            [begin],
             max_new_tokens,
             sampling,
-            source=None if is_decoder else [self.encode(prompt)],
+            **source,
             stop_token=self.last,
             use_cache=use_cache,
             page_size=page_size,
         )
-        pieces = decode_stream(self.tokenizer, (int(token) for token in chosen), (self.first, self.last))
-        return until(pieces, self.stop)
+        return self._pieces((int(token) for token in chosen), after=begin)
 
     def best(
         self,
@@ -96,19 +108,19 @@ class Texts:
         page_size: int | None = None,
     ) -> str:
         """The best continuation that ``beam_search`` finds."""
-        is_decoder = isinstance(self.model, Decoder)
+        begin, source = self._inputs(prompt)
         found = beam_search(
             self.model,
-            [self.encode(prompt) if is_decoder else [self.first]],
+            [begin],
             max_new_tokens,
             beams=beams,
             length_penalty=length_penalty,
-            source=None if is_decoder else [self.encode(prompt)],
+            **source,
             stop_token=self.last,
             use_cache=use_cache,
             page_size=page_size,
         )
-        return self.decode(found[0][0].tokens)
+        return self.decode(found[0][0].tokens, after=begin)
 
     def complete(
         self,
@@ -122,24 +134,31 @@ class Texts:
         num_pages: int | None = None,
     ) -> Iterator[TextCompletion]:
         """Continue many prompts by continuous batching, and yield them as they end; see ``generate.complete``."""
+        begins = [self.encode(prompt) for prompt in prompts]
+
+        def has_stopped(index: int, tokens: Sequence[int]) -> bool:
+            return self._has_stopped(tokens, begins[index])
+
         found = complete(
             self.model,  # type: ignore[arg-type]
-            [self.encode(prompt) for prompt in prompts],
+            begins,
             max_new_tokens,
             sampling,
             rows=rows,
             stop_token=self.last,
-            should_stop=(lambda _, tokens: self._has_stopped(tokens)) if self.stop else None,
+            should_stop=has_stopped if self.stop else None,
             batch=batch,
             page_size=page_size,
             num_pages=num_pages,
         )
         for done in found:
-            yield TextCompletion(done.index, self.decode(done.tokens), len(done.tokens), done.reason)
+            text = self.decode(done.tokens, after=begins[done.index])
+            yield TextCompletion(done.index, text, len(done.tokens), done.reason)
 
-    def _has_stopped(self, tokens: Sequence[int]) -> bool:
+    def _has_stopped(self, tokens: Sequence[int], after: Sequence[int]) -> bool:
         """Whether a stop string stands in the text so far. A character whose bytes are still to come is none yet."""
-        text = "".join(decode_stream(self.tokenizer, iter(tokens), (self.first, self.last), is_whole=False))
+        special = (*self.opening, *self.target, self.last)
+        text = "".join(decode_stream(self.tokenizer, tokens, special, after=after, is_whole=False))
         return any(stop in text for stop in self.stop)
 
 
@@ -160,8 +179,9 @@ def stream_text(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     *,
-    start: str = "<|start|>",
+    start: str | None = "<|start|>",
     end: str = "<|end|>",
+    target: str | None = None,
     stop: Sequence[str] = (),
     use_cache: bool = True,
     page_size: int | None = None,
@@ -170,13 +190,14 @@ def stream_text(
 
     Args:
         model: trained; an encoder-decoder reads the prompt and writes an answer.
-        tokenizer: the byte-level one it was trained with.
+        tokenizer: as in ``Texts``.
         prompt: the beginning of a document; "" lets the model begin.
         max_new_tokens: as in ``generate``.
         sampling: as in ``generate``.
-        start: token that begins a document.
-        end: token that ends one, and generation.
-        stop: strings that end the text; they are left out.
+        start: as in ``Texts``.
+        end: as in ``Texts``.
+        target: as in ``Texts``.
+        stop: as in ``Texts``.
         use_cache: as in ``generate``.
         page_size: as in ``generate``.
 
@@ -186,7 +207,7 @@ def stream_text(
     Raises:
         InputError: as in ``generate``, or a stop string is empty.
     """
-    texts = Texts(model, tokenizer, start=start, end=end, stop=stop)
+    texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=stop)
     return texts.stream(prompt, max_new_tokens, sampling, use_cache=use_cache, page_size=page_size)
 
 
@@ -217,32 +238,51 @@ def _overlap(text: str, string: str) -> int:
 
 
 def decode_stream(
-    tokenizer: Tokenizer, tokens: Iterator[int], special: Sequence[int | None] = (), is_whole: bool = True
+    tokenizer: Tokenizer,
+    tokens: Iterable[int],
+    special: Sequence[int] = (),
+    *,
+    after: Sequence[int] = (),
+    is_whole: bool = True,
 ) -> Iterator[str]:
-    """Text of byte-level tokens as they come. A character whose bytes are spread over tokens waits for the last.
+    """Text of tokens as they come, as the tokenizer's own decoder gives it. A character whose bytes are spread over
+    tokens waits for the last.
 
     Args:
-        tokenizer: byte-level.
+        tokenizer: any of the ``tokenizers`` library.
         tokens: ids.
         special: ids without text.
+        after: ids of the text before, which decides whether the first word begins with a space.
         is_whole: nothing follows, so bytes left over are no character.
+
+    Yields:
+        pieces that make up the text.
+
+    Raises:
+        DataError: the decoder changes what it has given already, when more tokens come.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    table = _bytes_of_characters()
+    before = [token for token in after if token not in special]
+    new: list[int] = []
+    context = tokenizer.decode(before)
+
+    def more() -> str:
+        text = tokenizer.decode([*before, *new])
+        # with bytes that are no character, a decoder may give up those before, too: they have been told already
+        if not text.startswith(context) and "\ufffd" not in text:
+            raise DataError(
+                f"The tokenizer's decoder turned {context!r} into {text!r} as more tokens came, so its text cannot be "
+                "streamed: take a tokenizer whose decoder works from left to right."
+            )
+        return text[len(context) :]
+
     for token in tokens:
         if token in special:
             continue
-        text = decoder.decode(bytes(table[character] for character in tokenizer.id_to_token(token) or ""))
-        if text:
+        new.append(token)
+        text = more()
+        if text and not text.endswith("\ufffd"):  # which may be the first bytes of a character
             yield text
-    rest = decoder.decode(b"", final=True) if is_whole else ""
-    if rest:
+            before, new = new, []
+            context = tokenizer.decode(before)
+    if is_whole and new and (rest := more()):
         yield rest
-
-
-@functools.lru_cache(maxsize=1)
-def _bytes_of_characters() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: itself where it is one, else from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

@@ -195,7 +195,7 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(config) if cross else None
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.norm_after = config.norm_place == "after"
 
     def forward(self, x: Tensor, rows: Rows, cache: Cache | None = None, memory: Memory | None = None) -> Tensor:
@@ -248,7 +248,7 @@ class Stack(Model):
         self.position_embedding = nn.Embedding(config.longest, config.width) if learned else None
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
         self.embedding_norm = make_norm(config, config.width) if config.embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, causal, cross) for _ in range(layers))
         self.norm = make_norm(config, config.width) if config.norm_place == "before" else nn.Identity()
 
@@ -268,7 +268,8 @@ class Stack(Model):
         if positions is None:
             positions = count_positions(mask, past, x.shape[1], x.device) if given is None else given
         rows = self._rows(x, (past, length, given), positions, segment_ids, mask)
-        x = x * self.config.embedding_scale
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         elif self.config.positions == "sinusoidal":

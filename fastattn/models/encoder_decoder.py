@@ -109,7 +109,8 @@ class EncoderDecoder(Generates, Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``(..., V)`` of final states ``(..., C)``."""
-        hidden = hidden * self.config.logit_scale
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def make_caches(self, batch: int, max_length: int | None = None) -> list[KVCache]:

@@ -1,8 +1,6 @@
 """Training the bundled models: text to tokens to batches to checkpoints. Needs ``pip install 'fastattn[train]'``."""
 
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint
-from fastattn.train.evaluate import Evaluation, evaluate
-from fastattn.train.finetune import FinetuneConfig, Finetuned, finetune, load_finetuned
 from fastattn.train.log import Log
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
@@ -11,9 +9,6 @@ from fastattn.train.settings import Progress, TrainConfig
 
 __all__ = [
     "Checkpoint",
-    "Evaluation",
-    "FinetuneConfig",
-    "Finetuned",
     "Log",
     "OptimConfig",
     "Outcome",
@@ -21,10 +16,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Trainer",
-    "evaluate",
     "find_checkpoint",
-    "finetune",
-    "load_finetuned",
     "make_trainer",
     "pretrain",
     "resumed_config",

@@ -23,7 +23,7 @@ from fastattn.errors import DataError, InputError
 from fastattn.files import new_folder, remove_folder
 from fastattn.models import Encoder, MaskedLM, TransformerConfig, make_model
 from fastattn.train.parallel import ALONE, Ranks, is_sharded, load_parts, save_parts
-from fastattn.train.tokens import read_tokenizer
+from fastattn.train.tokens import load_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -46,7 +46,7 @@ class Checkpoint:
             raise DataError(f"{self.folder / 'config.json'} does not describe a model of fastattn: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self.folder / "tokenizer.json")
+        return load_tokenizer(self.folder / "tokenizer.json")
 
     def trainer_state(self) -> dict[str, Any]:
         state = _read_json(self.folder / "trainer.json")
@@ -65,7 +65,7 @@ class Checkpoint:
             DataError: the checkpoint is damaged, or its model has the head of a task: see ``load_finetuned``.
         """
         if "finetune" in self.trainer_state().get("settings", {}):
-            from fastattn.train.finetune import load_writer  # which imports this module
+            from fastattn.finetune.run import load_writer  # which imports this module
 
             return load_writer(self, device, attention)
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})

@@ -45,9 +45,10 @@ class Marks:
     def opening(self) -> list[int]:
         return [] if self.begin is None else [self.begin]
 
-    def names(self, tokenizer: Tokenizer) -> tuple[str, str]:
-        """What begins a text that a model is to go on with, and what ends it, as the tokenizer spells them."""
-        return str(tokenizer.id_to_token(self.target)), str(tokenizer.id_to_token(self.end))
+    def names(self, tokenizer: Tokenizer) -> tuple[str | None, str, str]:
+        """``begin``, ``end`` and ``target`` as the tokenizer spells them."""
+        begin = None if self.begin is None else tokenizer.id_to_token(self.begin)
+        return begin, str(tokenizer.id_to_token(self.end)), str(tokenizer.id_to_token(self.target))
 
     def around(self, ids: Sequence[int], room: int) -> list[int]:
         """``begin ids end``, the ids cut so that the whole is at most ``room`` tokens."""

@@ -26,18 +26,18 @@ from fastattn.data import Cleaning, Document, Report, clean_documents, read_docu
 from fastattn.data.formats import LONGEST_PIECE, ReadOptions, pieces
 from fastattn.data.sources import Source
 from fastattn.errors import DataError, input_error
-from fastattn.files import new_folder
+from fastattn.files import new_folder, only_writer
+from fastattn.train.marks import Marks
 from fastattn.train.tokens import (
-    END,
     FORMAT,
     SPLITS,
-    START,
     TOKENIZER_SAMPLE,
     Corpus,
     CorpusFacts,
     load_tokenizer,
     token_dtype,
     train_tokenizer,
+    vocabulary_size,
 )  # fmt: skip
 
 _BATCH = 1 << 20  # characters encoded at a time
@@ -55,7 +55,7 @@ class PrepareConfig:
         read: fields and encoding of the files.
         cleaning: what is done to documents; the default leaves them as they are.
         vocab_size: as in ``train_tokenizer``, which learns from training documents.
-        tokenizer: a ``tokenizer.json`` of fastattn, or a folder with one, instead of learning one.
+        tokenizer: a ``tokenizer.json`` of any origin, or a folder with one, instead of learning one.
         held_out: part of the documents that is held out, chosen by the hash of their text; at least one is.
         max_documents: stop after so many documents; None reads all.
     """
@@ -78,7 +78,9 @@ class PrepareConfig:
         if self.tokenizer is None:
             return None
         path = self.tokenizer
-        return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+        tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+        Marks.of(tokenizer)  # says at once if it has none
+        return tokenizer
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"tokenizer": None if self.tokenizer is None else str(self.tokenizer)}
@@ -102,7 +104,7 @@ def prepare(
         progress: show progress bars.
 
     Raises:
-        DataError: no text, only one document, or the disk is full.
+        DataError: no text, only one document, the disk is full, or another process is making this very corpus.
         InputError: ``vocab_size`` or ``held_out`` is out of range.
     """
     config = PrepareConfig(vocab_size=vocab_size, held_out=held_out)
@@ -125,7 +127,7 @@ def prepare_at(
         progress: show progress bars.
 
     Raises:
-        DataError: ``path`` holds something else, and as in ``prepare``.
+        DataError: ``path`` holds something else, another process is making it, and as in ``prepare``.
     """
     stamps = _stamps(sources)
     key = corpus_key(sources, config, progress=progress)
@@ -209,7 +211,7 @@ def _make(
     progress: bool = True,
 ) -> Corpus:
     report = Report()
-    with new_folder(path, alone=False) as folder:
+    with only_writer(path), new_folder(path, alone=False) as folder:
         work = folder / "work"
         work.mkdir()
         spool = _Spool(work / "spool")
@@ -302,8 +304,7 @@ class _Output:
 
 
 def _write_tokens(folder: Path, spool: _Spool, tokenizer: Tokenizer, split: _Split, progress: bool) -> dict[str, Any]:
-    start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
-    vocab_size = tokenizer.get_vocab_size()
+    marks, vocab_size = Marks.of(tokenizer), vocabulary_size(tokenizer)
     dtype = token_dtype(vocab_size)
     bar = tqdm(total=spool.characters, unit="char", unit_scale=True, desc="tokens", disable=not progress)
     with contextlib.ExitStack() as stack:
@@ -316,8 +317,9 @@ def _write_tokens(folder: Path, spool: _Spool, tokenizer: Tokenizer, split: _Spl
         for output in outputs.values():
             output.offsets.write(np.int64(0).tobytes())
         for batch in _batches(spool.texts()):
-            for text, encoding in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                outputs[split.of(text)].add(np.array([start, *encoding.ids, end], dtype), text)
+            encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
+            for text, encoding in zip(batch, encodings, strict=True):
+                outputs[split.of(text)].add(np.array([*marks.opening(), *encoding.ids, marks.end], dtype), text)
                 bar.update(len(text))
     return {
         "fingerprint": spool.fingerprint,

@@ -20,7 +20,7 @@ from fastattn.train.parallel import ranks
 from fastattn.train.prepare import prepare
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import find_objective, preset_for
-from fastattn.train.tokens import Corpus
+from fastattn.train.tokens import Corpus, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def make_trainer(
     length = config.model_config(corpus.facts.vocab_size).max_length
     objective = find_objective(config.objective)(tokenizer, length)  # which may add tokens
     torch.manual_seed(config.train.seed)
-    model = objective.model(config.model_config(tokenizer.get_vocab_size())).to(device)
+    model = objective.model(config.model_config(vocabulary_size(tokenizer))).to(device)
     rows = objective.rows(PackedRows(corpus.split("train"), length, config.train.seed))
     held_out_rows = objective.rows(PackedRows(corpus.split("held_out"), length))
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}

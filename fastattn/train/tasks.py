@@ -1,6 +1,6 @@
 """What a model is pre-trained to do: for each objective its model, its rows and its loss. No loop, no data reading.
 
-A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``downstream.py``.
+A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``fastattn.finetune``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fastattn.train.data import IGNORED, Batch, PackedRows
 from fastattn.train.example_rows import ExampleBatch, padded
 from fastattn.train.marks import Marks, mask_token, sentinel_tokens
 from fastattn.train.objectives import corrupt_spans, mask_tokens, span_counts
+from fastattn.train.tokens import vocabulary_size
 
 _FAMILIES = {"decoder": "", "encoder": "encoder-", "encoder-decoder": "seq2seq-"}  # of presets of one size
 _HELD_OUT = 1 << 31  # seeds what is hidden in held-out rows; those of training are smaller
@@ -84,7 +85,7 @@ class Masked(Causal):
     def __init__(self, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(tokenizer, length)
         marks = Marks.of(tokenizer)
-        self.ordinary = tokenizer.get_vocab_size()
+        self.ordinary = vocabulary_size(tokenizer)
         self.mask = mask_token(tokenizer)
         self.special = [x for x in (marks.begin, marks.end, self.mask) if x is not None]
 

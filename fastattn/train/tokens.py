@@ -2,7 +2,8 @@
 
 A corpus is a folder: ``tokenizer.json``, ``corpus.json`` and for each of the splits "train" and "held_out" the tokens
 end to end (``.tokens``, uint16 or uint32) and where each document begins and the last one ends (``.offsets``, int64).
-A document is ``<|start|> text <|end|>``. Special tokens in the text itself are encoded as ordinary characters.
+A document is ``<|start|> text <|end|>``, or what a tokenizer from elsewhere has for these marks (``marks.py``). Special
+tokens in the text itself are encoded as ordinary characters.
 """
 
 from __future__ import annotations
@@ -108,22 +109,25 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read ``tokenizer.json`` of any origin; raises DataError if it is missing or damaged."""
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a ``tokenizer.json`` of any origin, to encode whole texts, special tokens in them as ordinary characters.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a readable tokenizer ({error}).") from error
+    tokenizer.no_truncation()  # which files from elsewhere may ask for
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read ``tokenizer.json``; raises DataError if it is missing, damaged or not one of fastattn's."""
-    tokenizer = read_tokenizer(path)
-    if any(tokenizer.token_to_id(token) is None for token in (START, END)):
-        raise DataError(f"{path} has no {START} and {END} tokens: it was not made by fastattn.")
-    return tokenizer
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which is what a model needs, even where some ids below it are not used."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -58,14 +58,15 @@ def test_repetition_penalty_pushes_seen_tokens_down():
 
 def test_the_draws_of_a_row_do_not_depend_on_the_others():
     cpu = torch.device("cpu")
-    together, alone = Draws(5), Draws(5)
+    together, alone = Draws(Sampling(seed=5)), Draws(Sampling(seed=5))
     first, second = together([0, 1], cpu), together([1], cpu)
     assert alone([1], cpu) == first[1] and alone([1], cpu) == second[0]
-    assert Draws(6)([0], cpu) == first[1]  # row 1 of seed 5
+    assert Draws(Sampling(seed=6))([0], cpu) == first[1]  # row 1 of seed 5
     torch.manual_seed(0)
-    without_seed = Draws(None)([0, 1, 2], cpu)
+    assert Draws(Sampling(0, seed=5))([0], cpu) is None
+    without_seed = Draws(Sampling(seed=None))([0, 1, 2], cpu)
     torch.manual_seed(0)
-    assert torch.equal(Draws(None)([0, 1, 2], cpu), without_seed)
+    assert torch.equal(Draws(Sampling(seed=None))([0, 1, 2], cpu), without_seed)
 
 
 @pytest.mark.parametrize(

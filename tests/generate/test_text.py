@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fastattn.errors import DataError, InputError
 from fastattn.generate import Sampling, Texts, decode_stream, generate, stream_text
 from fastattn.generate.prompts import Results, read_prompts
 from fastattn.generate.text import until
+from fastattn.models import Decoder, TransformerConfig
 
 
 @pytest.mark.parametrize("text", ["plain", "naïve café", "日本語 🎉🧵 ok", "a\n\tb\u00a0c"])
@@ -17,6 +20,102 @@ def test_streaming_gives_whole_characters(tokenizer, text):
     assert "".join(pieces) == text
     assert len(pieces) == len(text)  # one piece for each character, though bytes are tokens here
     assert "\ufffd" not in "".join(pieces)
+
+
+TRAINED_ON = ["the cat sat on the mat, the cat's hat is on the mat. A naïve café: one, two"] * 4
+
+
+def unigram():
+    """As T5's and many multilingual ones."""
+    found = Tokenizer(models.Unigram())
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    found.train_from_iterator(TRAINED_ON, trainer)
+    return found
+
+
+def with_byte_fallback():
+    """As Llama 2's: no pre-tokenizer, spaces by a normalizer, unknown characters as bytes."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    pieces = ["▁", *"thecasonmpirduv,.':T", "th", "▁th", "▁the", "at", "▁c", "▁cat", "on", "▁on"]
+    vocabulary |= {piece: 259 + n for n, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("t", "h"), ("▁", "th"), ("▁th", "e"), ("a", "t"), ("▁", "c"), ("▁c", "at"), ("o", "n"), ("▁", "on")]
+    found = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    found.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    found.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return found
+
+
+def word_piece():
+    """As BERT's."""
+    found = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    found.decoder = decoders.WordPiece()
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    found.train_from_iterator(TRAINED_ON, trainers.WordPieceTrainer(vocab_size=80, special_tokens=marks))
+    return found
+
+
+FOREIGN = {"unigram": unigram, "byte fallback": with_byte_fallback, "word piece": word_piece}
+
+
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "the cat's hat, one.", "two  mats", "a naïve café 🎉 on"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_any_tokenizer_streams_what_it_decodes(kind, text):
+    tokenizer = FOREIGN[kind]()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.decode(ids)
+    pieces = list(decode_stream(tokenizer, iter(ids)))
+    assert "".join(pieces) == whole and len(pieces) > 2
+    if kind == "byte fallback":
+        assert whole == text  # emoji and all, from bytes
+    for cut in range(1, len(ids)):  # in the middle of words and of characters, too
+        before = tokenizer.decode(ids[:cut])
+        if not before.endswith("\ufffd"):
+            assert before + "".join(decode_stream(tokenizer, ids[cut:], after=ids[:cut])) == whole
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_special_tokens_are_no_text_and_take_no_space_away(kind):
+    tokenizer = FOREIGN[kind]()
+    the, cat = (tokenizer.encode(word, add_special_tokens=False).ids for word in ("the", "cat"))
+    end = tokenizer.token_to_id("[SEP]" if kind == "word piece" else "</s>")
+    assert "".join(decode_stream(tokenizer, [*the, end, *cat, end], special=(end,))) == "the cat"
+
+
+def test_bytes_that_are_no_character_after_bytes_that_are_one():
+    tokenizer = with_byte_fallback()
+    f, first, second, the = 3 + 0x66, 3 + 0xC3, 3 + 0xA9, tokenizer.token_to_id("▁the")
+    assert "".join(decode_stream(tokenizer, [f, first, second])) == "fé"
+    assert "".join(decode_stream(tokenizer, [f, first, the])) == "f\ufffd the"
+    assert "".join(decode_stream(tokenizer, [f, first])) == "f\ufffd"
+
+
+def test_a_decoder_that_takes_text_back_is_refused():
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "y": 1}, unk_token="x"))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("xy", "z")])
+    with pytest.raises(DataError, match="The tokenizer's decoder turned 'x' into 'z' as more tokens came"):
+        list(decode_stream(tokenizer, [0, 1]))
+
+
+def test_texts_of_a_model_with_another_tokenizer():
+    tokenizer = unigram()
+    torch.manual_seed(0)
+    model = Decoder(
+        TransformerConfig(vocab_size=tokenizer.get_vocab_size(), width=32, layers=1, heads=2, max_length=64)
+    )
+    texts = Texts(model, tokenizer, start=None, end="</s>")
+    ids = tokenizer.encode("the cat", add_special_tokens=False).ids
+    assert texts.encode("the cat") == ids and texts.encode("") == [1]
+    chosen = [int(t) for t in generate(model, [ids], 12, Sampling(0), stop_token=1)]
+    whole = tokenizer.decode([*ids, *chosen])
+    assert "the cat" + "".join(texts.stream("the cat", 12, Sampling(0))) == whole
+    assert [done.text for done in texts.complete(["the cat"], 12, Sampling(0))] == [whole.removeprefix("the cat")]
+    assert "the cat" + texts.best("the cat", 12, beams=1) == whole
 
 
 def test_bytes_that_are_no_text_do_not_stop_the_stream(tokenizer):
@@ -81,7 +180,8 @@ def test_all_ways_agree(model, tokenizer):
 def test_an_encoder_decoder_answers(encoder_decoder, tokenizer):
     texts = Texts(encoder_decoder, tokenizer)
     answer = "".join(texts.stream("ab", 8, Sampling(0)))
-    chosen = generate(encoder_decoder, [[0]], 8, Sampling(0), source=[texts.encode("ab")], stop_token=1)
+    source = [[*texts.encode("ab"), 1]]  # whole, as in training
+    chosen = generate(encoder_decoder, [[0]], 8, Sampling(0), source=source, stop_token=1)
     assert answer == texts.decode([int(token) for token in chosen])
     assert answer == texts.best("ab", 8, beams=1)
 

@@ -124,6 +124,9 @@ def test_segments_become_regions():
         ((0, 1), 0, (4, 10)),
         ((1, 2), 1, (0, 10)),
     ]
+    many = each.repeat(plan.SHORT_ENTRIES, 1)
+    (together,) = plan.regions(dense(10, 10, batch=len(many), segment_ids_q=many, segment_ids_kv=many))
+    assert together.size == (len(many), 10, 10) and not together.is_exact
     scattered = torch.tensor([[0, 1, 0, 1, 1, 0, 2, 2, 2, 0]])
     (region,) = plan.regions(dense(10, 10, segment_ids_q=scattered, segment_ids_kv=scattered))
     assert region.size == (1, 10, 10) and not region.is_exact
@@ -221,6 +224,7 @@ def small_parts(request, monkeypatch):
 
 QUICK = [case for case in grid([torch.float32, torch.bfloat16], quick=True) if case.lengths is None] + [
     Case(id="scattered", segments=3, S_q=70, S_kv=70, left=30, B=3),
+    Case(id="short rows", segments=3, S_q=40, S_kv=40, B=9, H_q=4, right=0, sinks=True, dlse=True),
     Case(id="row mask", mask="empty rows", S_q=70, S_kv=70, right=0, dlse=True),
     Case(id="alibi by sequence", alibi=True, per_sequence=True, S_q=40, S_kv=70, right=0),
     Case(id="long window", left=6, right=3, S_q=300, S_kv=300, B=3, H_q=4),

@@ -3,10 +3,12 @@
 import json
 import random
 import re
+import subprocess
 import sys
 import tracemalloc
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fastattn.cli import main
 from fastattn.data import Cleaning, find_sources, formats
@@ -82,6 +84,36 @@ def test_a_failure_leaves_nothing_and_touches_nobody(raw, tmp_path, monkeypatch)
     with pytest.raises(DataError, match="the disk is full"):
         prepared(raw, tmp_path / "corpus")
     assert {path.name for path in tmp_path.iterdir()} == {"raw", other.name}
+
+
+LOCKED = """
+import sys, time
+from pathlib import Path
+from fastattn.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(raw, tmp_path):
+    out = tmp_path / "corpus"
+    leftover = tmp_path / ".unfinished-corpus-00000000"  # what the other process has written so far
+    leftover.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "writing\n"
+        with pytest.raises(DataError, match=r"Another process is writing .*corpus: wait until it is done, or choose"):
+            prepared(raw, out)
+        assert leftover.exists() and not out.exists()
+        prepared(raw, tmp_path / "elsewhere")
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    prepared(raw, out)
+    assert Corpus.open(out).facts.documents["train"] > 0
+    assert not leftover.exists()
 
 
 def test_a_tokenizer_of_another_corpus(raw, tmp_path):
@@ -169,6 +201,64 @@ def test_the_command_and_training_on_what_it_made(raw, tmp_path, capsys):
     capsys.readouterr()
     assert main([*run, "--corpus", str(out), "--vocab-size", "300"]) == 2
     assert "--corpus: got together with --vocab-size" in capsys.readouterr().err
+
+
+def t5_like(texts):
+    """Pieces with their spaces; nothing begins a text."""
+    found = Tokenizer(models.Unigram())
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    found.train_from_iterator(texts, trainer)
+    return found
+
+
+def bert_like(texts):
+    """Lower case, and marks that the tokenizer itself would add."""
+    found = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    found.normalizer, found.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    found.decoder = decoders.WordPiece()
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    found.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=marks))
+    found.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    found.enable_truncation(8)
+    return found
+
+
+@pytest.mark.parametrize(("make", "begin", "end"), [(t5_like, [], 1), (bert_like, [2], 3)])
+def test_everything_with_a_tokenizer_from_elsewhere(make, begin, end, raw, tmp_path, capsys):
+    tokenizer = make([record(n) for n in range(60)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    corpus = prepared(raw, tmp_path / "corpus", PrepareConfig(CONFIG.read, tokenizer=tmp_path / "tokenizer.json"))
+    tokens, offsets = (getattr(corpus.split("train"), name) for name in ("tokens", "offsets"))
+    first = tokens[offsets[0] : offsets[1]].tolist()
+    assert first[: len(begin)] == begin and first[-1] == end and first.count(end) == 1 and len(first) > 100
+    text = tokenizer.decode(first)
+    assert text.lower().startswith("story number")
+    run, quick = str(tmp_path / "run"), ["--quiet", "--device", "cpu", "--batch", "2", "--eval-rows", "2"]
+    command = ["train", "--out", run, "--corpus", str(corpus.folder), "--steps", "2", "--length", "64", *quick]
+    assert main(command) == 0
+    prompt = "the river" if make is bert_like else "The river"
+    generating = ["generate", "--checkpoint", run, "--prompt", prompt, "--temperature", "0", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*generating, "--tokens", "5"]) == 0
+    told = capsys.readouterr().out.removesuffix("\n")
+    assert told.startswith(prompt)
+    examples = [{"words": ["the", "\u200b", "river"], "labels": ["O", "O", "B-x"]}, {"words": ["a"], "labels": ["O"]}]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples * 4))
+    tuning = ["finetune", "--task", "tag", "--data", str(tmp_path / "tags.jsonl"), "--checkpoint", run, "--steps", "2"]
+    assert main([*tuning, "--eval", str(tmp_path / "tags.jsonl"), "--out", str(tmp_path / "tags"), *quick]) == 0
+    assert "held-out entity F1" in capsys.readouterr().out
+
+
+def test_a_tokenizer_without_an_end_is_refused(raw, tmp_path):
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"no token that ends a text: it should have .*</s>"):
+        prepared(raw, tmp_path / "x", PrepareConfig(CONFIG.read, tokenizer=tmp_path / "tokenizer.json"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_missing_ftfy_is_said(raw, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from fastattn.data.formats import pieces
 from fastattn.errors import DataError, InputError
 from fastattn.train import prepare as prepare_module
 from fastattn.train.prepare import prepare
-from fastattn.train.tokens import END, START, Corpus, load_tokenizer, token_dtype, train_tokenizer
+from fastattn.train.tokens import END, START, Corpus, load_tokenizer, token_dtype, train_tokenizer, vocabulary_size
 
 
 def documents_of(corpus, split):
@@ -148,6 +148,11 @@ def test_a_foreign_tokenizer(tmp_path):
         load_tokenizer(path)
     from tokenizers import Tokenizer, models
 
-    path.write_text(Tokenizer(models.BPE()).to_str())
-    with pytest.raises(DataError, match="was not made by fastattn"):
-        load_tokenizer(path)
+    foreign = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
+    foreign.enable_truncation(3)
+    foreign.enable_padding(length=9)
+    path.write_text(foreign.to_str())
+    loaded = load_tokenizer(path)
+    assert loaded.truncation is None and loaded.padding is None and loaded.encode_special_tokens
+    assert vocabulary_size(loaded) == 8 > loaded.get_vocab_size()
+    assert vocabulary_size(Tokenizer(models.BPE())) == 0

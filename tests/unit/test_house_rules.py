@@ -60,8 +60,11 @@ MAY_IMPORT = {
     "nn": PUBLIC | {"rotary"},
     "models": PUBLIC | {"generate", "models"},  # generate for model.generate alone, imported when it is called
     "data": PUBLIC | {"data"},
-    "train": PUBLIC | {"data", "models", "train", "generate"},
-    "generate": PUBLIC | {"models", "generate", "train"},
+    "train": PUBLIC
+    | {"data", "finetune", "models", "train"},  # finetune for its own checkpoints alone, when one is loaded
+    "finetune": PUBLIC | {"data", "finetune", "generate", "models", "train"},
+    "examples": PUBLIC | {"data", "examples", "finetune", "train"},
+    "generate": PUBLIC | {"models", "generate"},
     # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
     "integrations": UNDERNEATH
     | {"", "backends", "decoding", "dispatch", "functional", "inspection", "integrations", "nn", "ops", "reference"},

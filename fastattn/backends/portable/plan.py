@@ -22,6 +22,8 @@ from fastattn.spec import AttentionSpec, diagonal, full_range, tile_range
 
 # Query rows of a block under a band. Fewer waste less at the band's edges, but torch's kernel slows down below 192.
 BAND_ROWS = 192
+# A batch of so many entries with so few scores each is one call with a mask: a call for each segment takes longer.
+SHORT_ENTRIES, SHORT_SCORES = 8, 128 * 128
 
 Span = tuple[int, int]
 # What the band does inside a block: nothing; the triangle ``j <= i``, counted from the block's corner; something else.
@@ -117,6 +119,9 @@ def _segments(whole: Block, ids_q: Tensor, ids_kv: Tensor) -> Iterable[Block]:
     """The pairs of equal segments. Where the tokens of one are scattered, the whole row, to be compared."""
     if ids_q.shape[0] == ids_kv.shape[0] == 1:
         entries = [whole]
+    elif whole.size[0] >= SHORT_ENTRIES and whole.size[1] * whole.size[2] <= SHORT_SCORES:
+        yield whole
+        return
     else:
         entries = [whole.replace(batch=(b, b + 1), sequence=b) for b in range(*whole.batch)]
     for entry in entries:

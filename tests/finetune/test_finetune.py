@@ -12,13 +12,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fastattn.errors import DataError, InputError
+from fastattn.finetune.adapters import Lora, add_adapters, choose_trained, merge_adapters
+from fastattn.finetune.evaluate import evaluate
+from fastattn.finetune.examples import Example
+from fastattn.finetune.run import FinetuneConfig, finetune, load_finetuned, resumed_config
+from fastattn.finetune.tasks import Task
 from fastattn.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.train import RunConfig, find_checkpoint, pretrain
-from fastattn.train.adapters import Lora, add_adapters, choose_trained, merge_adapters
-from fastattn.train.downstream import Task
-from fastattn.train.evaluate import evaluate
-from fastattn.train.examples import Example
-from fastattn.train.finetune import FinetuneConfig, finetune, load_finetuned, resumed_config
 from fastattn.train.optim import OptimConfig
 from fastattn.train.settings import TrainConfig
 
@@ -182,7 +182,7 @@ def test_resuming_is_bit_for_bit(data, tmp_path, monkeypatch, method):
 
 def stop_after(monkeypatch, steps):
     """Send the process a SIGINT while it is in step number ``steps``."""
-    from fastattn.train.downstream import Classify
+    from fastattn.finetune.tasks import Classify
 
     real, calls = Classify.loss, []
 

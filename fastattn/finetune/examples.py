@@ -72,7 +72,7 @@ def read_examples(path: Path, task: str) -> list[Example]:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from fastattn.train.examples import read_examples
+        >>> from fastattn.finetune.examples import read_examples
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "train.jsonl"
         >>> _ = path.write_text('{"text": "a good film", "label": "positive"}')
         >>> read_examples(path, "classify")[0].fields

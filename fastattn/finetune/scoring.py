@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastattn.train.downstream import Task
+from fastattn.finetune.examples import Example
+from fastattn.finetune.tasks import Task
 from fastattn.train.example_rows import ExampleRows
-from fastattn.train.examples import Example
 from fastattn.train.metrics import bits_per_byte, perplexity
 
 _BATCH = 32

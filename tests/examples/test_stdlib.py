@@ -2,8 +2,16 @@
 
 import pytest
 
-from fastattn.train import stdlib
-from fastattn.train.stdlib import docstrings, held_out_files, largest_packages, split_by_module, summaries, words
+from fastattn.examples import stdlib
+from fastattn.examples.stdlib import (
+    docstrings,
+    held_out_files,
+    largest_packages,
+    sentences,
+    split_by_module,
+    summaries,
+    words,
+)
 
 ONE = '''
 """The first module, and what it is for in general."""
@@ -71,6 +79,34 @@ def test_summaries(library):
     assert first.source == "def row_count(self, deep=False):\n    return len(self.rows)" and first.owner == "Reader"
     assert first.module == "alone.py" and first.package == "alone"
     assert nothing.source == "async def nothing(self):\n    pass"
+
+
+def test_sentences_of_docstrings_and_comments(library):
+    text = '''
+"""What this is for: Reading rows
+of tables. See also:
+
+    >>> read(table, rows, columns)
+
+Nothing else"""
+
+# Rows are read one by one. They
+# are kept as they were.
+#
+# too short
+x = 1  # not alone on its line at all
+y = {"a": 1}
+# y = {"a": [1, 2], "b": (3, 4)}
+# This sentence has far more words than it should have, so it is left out of what is learned from.
+'''
+    (library / "pack/one.py").write_text(text)
+    (library / "pack/two.py").write_text(text)
+    (library / "alone.py").write_text("")
+    found = sentences()
+    assert [item.text for item in found] == [
+        "What this is for:", "Reading rows of tables.", "Rows are read one by one.", "They are kept as they were."
+    ]  # fmt: skip
+    assert {(item.module, item.package) for item in found} == {("pack/one.py", "pack")}
 
 
 def item(module, number):

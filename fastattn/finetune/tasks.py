@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.finetune.examples import Example
+from fastattn.finetune.scores import answer_scores, entity_scores, is_bio, label_scores, text_scores
 from fastattn.generate import Sampling, generate
 from fastattn.generate.decode import ENDED
 from fastattn.models import SequenceClassifier, SpanExtractor, TokenClassifier, TransformerConfig
 from fastattn.train.data import IGNORED
 from fastattn.train.example_rows import ExampleBatch, Feature, padded
-from fastattn.train.examples import Example
 from fastattn.train.marks import Marks
-from fastattn.train.metrics import answer_scores, label_scores, text_scores
 from fastattn.train.tasks import cross_entropy, target_loss
 
 _LONGEST_ANSWER = 30  # tokens, as in the papers on extractive question answering
@@ -148,7 +148,10 @@ class Classify(Task):
 
 
 class Tag(Task):
-    """A label for each word. It is learned and read at the word's first token; what does not fit counts as wrong."""
+    """A label for each word. It is learned and read at the word's first token; what does not fit counts as wrong.
+
+    Where the labels are BIO, whole entities are scored, too.
+    """
 
     name = "tag"
     kinds = ("encoder", "decoder")
@@ -160,7 +163,7 @@ class Tag(Task):
     def features(self, example: Example) -> list[Feature]:
         tokens, labels = self.marks.opening(), [IGNORED] * len(self.marks.opening())
         for word, label in zip(example.fields["words"], example.fields["labels"], strict=True):
-            ids = self.ids(" " + word)
+            ids = self.ids(" " + word) or [self.marks.end]  # a word that the tokenizer drops has a place, too
             tokens += ids
             labels += [self.number(example, label), *[IGNORED] * (len(ids) - 1)][: len(ids)]
         tokens, labels = [*tokens[: self.length - 1], self.marks.end], [*labels[: self.length - 1], IGNORED]
@@ -182,7 +185,11 @@ class Tag(Task):
         expected = [self.number(example, label) for example in examples for label in example.fields["labels"]]
         # A word without an answer is given a label beyond all others, which is never right.
         given = [len(self.labels) if name is None else self.numbers[name] for names in answers for name in names]
-        return label_scores(given, expected, len(self.labels) + (len(self.labels) in given))
+        found = label_scores(given, expected, len(self.labels) + (len(self.labels) in given))
+        if is_bio(self.labels):
+            spans = [[name or "O" for name in names] for names in answers]
+            found |= entity_scores(spans, [example.fields["labels"] for example in examples])
+        return found
 
 
 class Answer(Task):

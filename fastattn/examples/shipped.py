@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 import time
 from collections import Counter
@@ -21,26 +20,29 @@ import torch
 
 from fastattn.data import find_files
 from fastattn.errors import DataError, input_error
-from fastattn.files import write_text
-from fastattn.train.checkpoint import Checkpoint
-from fastattn.train.evaluate import evaluate
-from fastattn.train.examples import read_examples
-from fastattn.train.finetune import FinetuneConfig, Outcome, finetune, load_finetuned
-from fastattn.train.log import aligned
-from fastattn.train.metrics import label_scores, text_scores, unigram_entropy
-from fastattn.train.optim import OptimConfig
-from fastattn.train.pretrain import RunConfig, pretrain
-from fastattn.train.scoring import answer_all
-from fastattn.train.settings import TrainConfig
-from fastattn.train.stdlib import (
+from fastattn.examples.stdlib import (
     Summary,
     docstrings,
     held_out_files,
     largest_packages,
+    sentences,
     split_by_module,
     summaries,
     words,
 )
+from fastattn.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.files import write_text
+from fastattn.finetune.evaluate import evaluate
+from fastattn.finetune.examples import read_examples
+from fastattn.finetune.run import FinetuneConfig, Outcome, finetune, load_finetuned
+from fastattn.finetune.scores import label_scores, text_scores
+from fastattn.finetune.scoring import answer_all
+from fastattn.train.checkpoint import Checkpoint
+from fastattn.train.log import aligned
+from fastattn.train.metrics import unigram_entropy
+from fastattn.train.optim import OptimConfig
+from fastattn.train.pretrain import RunConfig, pretrain
+from fastattn.train.settings import TrainConfig
 
 Records = Sequence[dict[str, str]]
 
@@ -199,61 +201,41 @@ def _classify(place: _Place) -> Result:
     )  # fmt: skip
 
 
-_WORDS = 16  # of a function that are read
-
-
 def _summarise(place: _Place) -> Result:
     """A function's docstring from its words."""
     train, held_out = split_by_module(summaries())
-    sources = [[_function_words(item) for item in part] for part in (train, held_out)]
-    records = [
-        [{"source": source, "target": item.summary} for source, item in zip(of, part, strict=True)]
-        for of, part in zip(sources, (train, held_out), strict=True)
-    ]
-    data, eval_data = place.write("train", records[0]), place.write("held_out", records[1])
-    copying = place.finetune(
-        "copying",
-        FinetuneConfig(
-            task="seq2seq", data=place.write("copying", _copies(train, sources[0])), preset="mini", vocab_size=2048,
-            held_out=0.01, length=48, train=_training(340, 64, 3e-3, final_lr=0.3),
-        ),
-    )  # fmt: skip
+    known = {item.module for item in held_out}, {words(item.summary) for item in held_out}
+    prose = [item for item in sentences() if item.module not in known[0] and words(item.text) not in known[1]]
+    rows = summary_rows(train)
+    texts = [*(row["source"] for row in rows), *(row["target"] for row in rows), *(item.text for item in prose)]
+    data = place.write("copying", copied_rows(texts))
+    copying = place.finetune("copying", _seq2seq(data, 500, 0.3, preset="mini"))
+    data = place.write("writing", [*sentence_rows(prose * 2, train), *summary_rows(train, variants=2)])
+    writing = place.finetune("writing", _seq2seq(data, 1200, 0.3, checkpoint=str(copying.checkpoint.folder)))
+    data, eval_data = place.write("train", summary_rows(train, 4)), place.write("held_out", summary_rows(held_out))
     outcome = place.finetune(
-        "run",
-        FinetuneConfig(
-            task="seq2seq", data=data, eval=eval_data, checkpoint=str(copying.checkpoint.folder), length=48,
-            train=_training(550, 64, 3e-3),
-        ),
-    )  # fmt: skip
+        "run", _seq2seq(data, 300, 0.05, checkpoint=str(writing.checkpoint.folder), eval_data=eval_data)
+    )
     count = _best_count(train)
-    copied = [" ".join(words(item.source)[1 : 1 + count]) for item in held_out]
-    baseline = text_scores(copied, [item.summary for item in held_out])
+    baseline = text_scores([first_words(item, count) for item in held_out], [item.summary for item in held_out])
     return _judged(
         place, outcome.checkpoint, "summarise", outcome.scores, baseline,
         question="What is the first line of a function's docstring?",
         baseline_is=f"the first {count} words of the function, the number that is best on the training functions",
-        metric="ROUGE-L", examples={"train": len(train), "held out": len(held_out)},
+        metric="ROUGE-L", examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "target", place),
     )  # fmt: skip
 
 
-def _function_words(item: Summary) -> str:
-    """The first words of a function from its name on, and where it is defined."""
-    where = [*words(item.owner), *words(item.module.removesuffix(".py"))]
-    return " ".join([*words(item.source)[1 : 1 + _WORDS], "in", *where])
-
-
-def _copies(train: Sequence[Summary], sources: Sequence[str]) -> list[dict[str, str]]:
-    """Pieces of the training text to be repeated: what a model has to learn before it can name anything it reads."""
-    draw = random.Random(0)
-    records = []
-    for text in [*sources, *sources, *sources, *(item.summary for item in train)]:
-        parts = text.split()
-        count = draw.randint(3, 10)
-        start = draw.randrange(max(1, len(parts) - count))
-        piece = " ".join(parts[start : start + count])
-        records.append({"source": piece, "target": piece})
-    return records
+def _seq2seq(
+    data: str, steps: int, final_lr: float, *, preset: str | None = None, checkpoint: str | None = None,
+    eval_data: str | None = None,
+) -> FinetuneConfig:  # fmt: skip
+    """One of the runs of ``_summarise``; all of them read and write the same tokens."""
+    return FinetuneConfig(
+        task="seq2seq", data=data, vocab_size=2048, held_out=0.005, length=48,
+        preset=preset, checkpoint=checkpoint, eval=eval_data, train=_training(steps, 64, 3e-3, final_lr),
+    )  # fmt: skip
 
 
 def _best_count(train: Sequence[Summary]) -> int:
@@ -262,7 +244,7 @@ def _best_count(train: Sequence[Summary]) -> int:
     expected = [item.summary for item in some]
 
     def rouge(count: int) -> float:
-        return text_scores([" ".join(words(item.source)[1 : 1 + count]) for item in some], expected)["ROUGE-L"]
+        return text_scores([first_words(item, count) for item in some], expected)["ROUGE-L"]
 
     return max(range(3, 13), key=rouge)
 

@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from fastattn.data import Skipped, find_sources, read_documents
 from fastattn.errors import DataError
+from fastattn.finetune.examples import read_examples
+from fastattn.finetune.run import is_finetuned, load_finetuned
+from fastattn.finetune.scoring import score
 from fastattn.train.checkpoint import Checkpoint
 from fastattn.train.data import PackedRows
-from fastattn.train.examples import read_examples
-from fastattn.train.finetune import is_finetuned, load_finetuned
 from fastattn.train.log import aligned
 from fastattn.train.marks import Marks
 from fastattn.train.metrics import bits_per_byte, perplexity
-from fastattn.train.scoring import score
 from fastattn.train.tasks import find_objective
 from fastattn.train.tokens import TokenFile
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fastattn.errors import DataError, InputError
+from fastattn.finetune.evaluate import evaluate
+from fastattn.finetune.examples import Example
+from fastattn.finetune.run import FinetuneConfig, finetune
+from fastattn.finetune.tasks import TASKS, label_names
 from fastattn.models import PRESETS, make_model, preset
 from fastattn.train.data import IGNORED
-from fastattn.train.downstream import TASKS, label_names
-from fastattn.train.evaluate import evaluate
 from fastattn.train.example_rows import ExampleRows, padded
-from fastattn.train.examples import Example
-from fastattn.train.finetune import FinetuneConfig, finetune
 from fastattn.train.optim import OptimConfig
 from fastattn.train.settings import TrainConfig
 from fastattn.train.tokens import train_tokenizer
@@ -53,7 +53,7 @@ def tokenizer():
 
 
 def examples_of(task):
-    from fastattn.train.examples import _checked
+    from fastattn.finetune.examples import _checked
 
     return [_checked(Example(f"line {n}", record), task) for n, record in enumerate(RECORDS[task], 1)]
 
@@ -123,6 +123,19 @@ def test_words_that_do_not_fit_count_as_wrong(tokenizer):
     perfect = ["o" if name else None for name in answer]
     scores = task.scores([perfect], [example])
     assert scores["accuracy"] == pytest.approx(sum(name is not None for name in answer) / 20)
+
+
+def test_entities_are_scored_where_the_labels_mark_them(tokenizer):
+    fields = {"words": ["Ada", "Lovelace", "saw", "Paris"], "labels": ["B-per", "I-per", "O", "B-loc"]}
+    example = Example("line 1", fields)
+    config = preset("encoder-tiny", 400)
+    task = TASKS["tag"](tokenizer, config, label_names(TASKS["tag"], [example]))
+    scores = task.scores([["B-per", "I-per", "O", None]], [example])  # the last word did not fit
+    assert scores["entity precision"] == 1.0 and scores["entity recall"] == 0.5
+    assert scores["entity F1"] == pytest.approx(2 / 3) and scores["accuracy"] == pytest.approx(3 / 4)
+    plain, _ = make_task("tag", tokenizer)
+    example = Example("line 1", RECORDS["tag"][0])
+    assert "entity F1" not in plain.scores([example.fields["labels"]], [example])
 
 
 def test_long_contexts_are_read_in_windows_that_hold_every_answer(tokenizer):

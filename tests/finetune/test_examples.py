@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastattn.errors import DataError
-from fastattn.train.examples import FIELDS, read_examples
+from fastattn.finetune.examples import FIELDS, read_examples
 
 GOOD = {
     "classify": {"text": "a good film", "text_pair": "is it?", "label": "yes"},

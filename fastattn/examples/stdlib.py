@@ -1,4 +1,4 @@
-"""Real data that every machine has: the docstrings and functions of Python's own standard library.
+"""Real data that every machine has: the docstrings, comments and functions of Python's own standard library.
 
 Everything is split by module (a file), so that what is held out comes from files of which nothing was seen, and a text
 that occurs twice is used once.
@@ -16,20 +16,31 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastattn.data import find_files
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_COMMENT = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)  # lines that are nothing else
+_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z])|\s*\n\s*\n\s*")
 _NOT_A_SUMMARY = re.compile(r">>>|[@:]|\w[\w.]*\(")  # a doctest, a directive, a signature
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-T = TypeVar("T", "Docstring", "Summary")
+T = TypeVar("T", "Docstring", "Sentence", "Summary")
 
 
 @dataclass(frozen=True)
 class Docstring:
     """A docstring of a module, class or function."""
+
+    module: str
+    package: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence of a docstring or comment."""
 
     module: str
     package: str
@@ -47,14 +58,23 @@ class Summary:
     summary: str
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    """The path of each file of the standard library below its root, and its syntax tree."""
+class Module(NamedTuple):
+    """A file of the standard library: its path below the root, its text and its syntax tree."""
+
+    path: str
+    text: str
+    tree: ast.Module
+
+
+def modules() -> Iterator[Module]:
+    """The files that are Python in UTF-8."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in find_files():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of old escapes in the library itself
-                yield path.relative_to(root).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+                text = path.read_text(encoding="utf-8")
+                yield Module(path.relative_to(root).as_posix(), text, ast.parse(text))
         except (OSError, SyntaxError, UnicodeDecodeError):
             continue  # files in other encodings, and templates that are not Python
 
@@ -62,21 +82,48 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 def docstrings(fewest_characters: int = 40) -> list[Docstring]:
     """All docstrings of at least so many characters, each once."""
     found = (
-        Docstring(module, _package(module), text)
-        for module, tree in modules()
-        for node in ast.walk(tree)
-        if isinstance(node, Documented) and len(text := ast.get_docstring(node) or "") >= fewest_characters
+        Docstring(module.path, _package(module.path), text)
+        for module in modules()
+        for text in _docstrings(module.tree)
+        if len(text) >= fewest_characters
     )
     return list(_each_once(found, lambda item: words(item.text)))
+
+
+def sentences(fewest_words: int = 3, most_words: int = 14) -> list[Sentence]:
+    """All sentences of docstrings and comments with so many words, each once; not what is mostly code."""
+    found = (
+        Sentence(module.path, _package(module.path), " ".join(sentence.split()))
+        for module in modules()
+        for text in (*_docstrings(module.tree), *_comments(module.text))
+        for sentence in _SENTENCE_END.split(text)
+        if fewest_words <= len(words(sentence)) and len(sentence.split()) <= most_words and _is_prose(sentence)
+    )
+    return list(_each_once(found, lambda item: words(item.text)))
+
+
+def _docstrings(tree: ast.Module) -> list[str]:
+    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, Documented)]
+
+
+def _comments(text: str) -> Iterator[str]:
+    """Comments that stand alone, lines that follow each other together."""
+    for block in _COMMENT.findall(text):
+        yield "\n".join(line.strip().lstrip("#").strip() for line in block.splitlines())
+
+
+def _is_prose(text: str) -> bool:
+    """Whether nearly all of it is letters and spaces."""
+    return ">>>" not in text and sum(c.isalpha() or c.isspace() for c in text) > 0.8 * len(text)
 
 
 def summaries() -> list[Summary]:
     """All functions whose docstring begins with a line of 3 to 20 words, each function and each line once."""
     found = (
         item
-        for module, tree in modules()
-        for owner, node in _functions(tree)
-        if (item := _summary(module, owner, node)) is not None
+        for module in modules()
+        for owner, node in _functions(module.tree)
+        if (item := _summary(module.path, owner, node)) is not None
     )
     by_line = _each_once(found, lambda item: words(item.summary))
     return list(_each_once(by_line, lambda item: words(item.source)))

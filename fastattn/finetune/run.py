@@ -18,20 +18,20 @@ from torch import nn
 from fastattn.data import text_rank
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
+from fastattn.finetune.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
+from fastattn.finetune.examples import Example, read_examples
+from fastattn.finetune.scoring import answer_all, score
+from fastattn.finetune.tasks import TASKS, Task, label_names
 from fastattn.models import TransformerConfig, from_pretrained, make_model, preset
-from fastattn.train.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
-from fastattn.train.downstream import TASKS, Task, label_names
 from fastattn.train.example_rows import ExampleRows
-from fastattn.train.examples import Example, read_examples
 from fastattn.train.log import aligned
 from fastattn.train.loop import Trainer
 from fastattn.train.optim import OptimConfig
 from fastattn.train.parallel import ranks
-from fastattn.train.scoring import answer_all, score
 from fastattn.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.train.tasks import preset_for
-from fastattn.train.tokens import read_tokenizer, train_tokenizer
+from fastattn.train.tokens import load_tokenizer, train_tokenizer
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
@@ -41,8 +41,8 @@ class FinetuneConfig(RunSettings):
     """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
 
     Attributes:
-        task: a key of ``fastattn.train.downstream.TASKS``.
-        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.train.examples``.
+        task: a key of ``fastattn.finetune.tasks.TASKS``.
+        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
@@ -298,8 +298,8 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
         return tokenizer, make_model(config.adjusted(sizes))
     if config.pretrained is not None:
-        folder = Path(config.pretrained)
-        tokenizer = read_tokenizer(folder / "tokenizer.json")
+        folder = _pretrained_folder(config.pretrained)
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
         found: Any = from_pretrained(folder)
     else:
         checkpoint = find_checkpoint(Path(str(config.checkpoint)))
@@ -309,6 +309,18 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())
     return tokenizer, fresh
+
+
+def _pretrained_folder(given: str) -> Path:
+    """The folder of a model in Hugging Face's format; raises DataError with what to do if it is none."""
+    folder = Path(given)
+    if not folder.is_dir():
+        todo = f"fastattn downloads nothing itself; fetch a model with: hf download {given} --local-dir {folder.name}"
+        raise DataError(f"There is no folder {given!r}: {todo}")
+    if not (folder / "tokenizer.json").is_file():
+        todo = f"AutoTokenizer.from_pretrained({given!r}).save_pretrained({given!r}) of transformers writes it"
+        raise DataError(f"{given} holds no tokenizer.json: {todo}.")
+    return folder
 
 
 def _config_of(model: Any) -> TransformerConfig:
