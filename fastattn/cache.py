@@ -229,7 +229,7 @@ def append(inputs: CacheInputs) -> None:
 
 
 def _common_length(inputs: CacheInputs) -> int | None:
-    """Where every row of a contiguous cache in host memory goes on, if they agree and new rows are stored as they are."""
+    """Where all rows of a contiguous cache in host memory go on, if they agree and new ones are stored as they are."""
     is_known = inputs.cache_lengths.device.type == "cpu" and not inputs.is_packed and inputs.block_table is None
     if not is_known or inputs.rotary_cos is not None or inputs.is_fp8:
         return None
