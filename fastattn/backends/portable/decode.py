@@ -14,7 +14,8 @@ how to leave out what the band masks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ Part = tuple[Tensor, Tensor]  # out [p, n, H_kv, R, D] and lse [p, n, H_kv, R] o
 Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
 
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
-PIECE = 1 << 19  # elements of the keys of a piece that is copied
+PIECE = 1 << 20  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
 WASTE = 1.25  # or up to this many times what the shortest reads alone
 LONG = 1 << 21  # elements of a sequence's keys from which on a view is read in the order in which it lies in memory,
@@ -120,8 +121,10 @@ def _prompt(
     begin, _ = tile_range(spec, 0, q.shape[0], q.shape[0], s_kv)
     one = torch.tensor([b])
     dtype = _compute_dtype(inputs) if inputs.is_fp8 else q.dtype
-    k = _read(inputs.k_cache, inputs.k_scale, inputs, one, (begin, s_kv), dtype)
-    v = _read(inputs.v_cache, inputs.v_scale, inputs, one, (begin, s_kv), dtype)
+    span = (begin, s_kv)
+    k_room, v_room = (_room(store, inputs, 1, [span], dtype) for store in (inputs.k_cache, inputs.v_cache))
+    piece = _piece(inputs, one, span)
+    k, v = _read(inputs.k_cache, inputs.k_scale, piece, k_room), _read(inputs.v_cache, inputs.v_scale, piece, v_room)
     bias, alibi = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (inputs.bias, inputs.alibi_slopes))
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., begin:s_kv]
@@ -186,9 +189,12 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
     n, rows = q.shape[:2]
     q = _grouped(q.to(dtype), inputs.heads_kv)
     parts: list[Part] = []
-    for span in _pieces(inputs, group):
-        k = _read(inputs.k_cache, inputs.k_scale, inputs, group.index, span, dtype)
-        v = _read(inputs.v_cache, inputs.v_scale, inputs, group.index, span, dtype)
+    spans = list(_pieces(inputs, group))
+    k_room, v_room = (_room(store, inputs, n, spans, dtype) for store in (inputs.k_cache, inputs.v_cache))
+    for span in spans:
+        piece = _piece(inputs, group.index, span)
+        k = _read(inputs.k_cache, inputs.k_scale, piece, k_room)
+        v = _read(inputs.v_cache, inputs.v_scale, piece, v_room)
         kept = None
         if not (group.full[0] <= span[0] and span[1] <= group.full[1]):
             kept = _kept(group, spec, span, q.device)
@@ -239,44 +245,95 @@ def _is_view(inputs: CacheInputs) -> bool:
     return inputs.block_table is None and inputs.k_cache.dtype == _compute_dtype(inputs) and dims_agree
 
 
-def _read(
-    store: Tensor,
-    scale: Tensor | None,
-    inputs: CacheInputs,
-    sequences: Tensor | slice,
-    span: tuple[int, int],
-    dtype: torch.dtype,
+def _room(
+    store: Tensor, inputs: CacheInputs, sequences: int, spans: Sequence[tuple[int, int]], dtype: torch.dtype
 ) -> Tensor:
-    """The positions of ``span`` ``[n, C, H_kv, D]`` in ``dtype``: a view where possible, to be left alone."""
-    (first, begin), (last, row) = page_and_row(span[0], inputs.page_size), page_and_row(span[1] - 1, inputs.page_size)
+    """Memory that the copies of all pieces share, one after the other: fresh pages of memory cost more than they do."""
+    if _is_view(inputs):
+        return store  # nothing is copied
+    longest = max(_rows_copied(span, inputs) for span in spans)
+    return store.new_empty(sequences * longest * store.shape[2] * store.shape[3], dtype=dtype)
+
+
+def _rows_copied(span: tuple[int, int], inputs: CacheInputs) -> int:
+    """Rows of each sequence that reading ``span`` copies: whole pages, unless it lies inside one."""
+    first, last = span[0] // inputs.page_size, (span[1] - 1) // inputs.page_size
+    return span[1] - span[0] if first == last else (last - first + 1) * inputs.page_size
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a span of positions of some sequences lies.
+
+    Attributes:
+        span: the positions.
+        sequences: of a contiguous cache, which of its rows.
+        rows: of its only page, or all those of its pages one after the other.
+        pages: their numbers ``[n * m]`` in turn, or where they follow each other, which makes a view.
+        shape: ``(n, m)``.
+    """
+
+    span: tuple[int, int]
+    sequences: Tensor | slice
+    rows: slice
+    pages: Tensor | slice | None = None
+    shape: tuple[int, int] = (1, 1)
+
+    @property
+    def is_inside_one(self) -> bool:
+        """Whether one page holds it: then only its rows are touched, as a page may be long."""
+        return self.shape[1] == 1
+
+
+def _piece(inputs: CacheInputs, sequences: Tensor | slice, span: tuple[int, int]) -> Piece:
+    (first, begin), (last, _) = page_and_row(span[0], inputs.page_size), page_and_row(span[1] - 1, inputs.page_size)
+    rows = slice(begin, begin + span[1] - span[0])
     if inputs.block_table is None:
-        x, pages = store[sequences, span[0] : span[1]], None
-    else:
-        pages = inputs.block_table[sequences, first : last + 1]
-        is_inside_one = first == last  # then only its rows are touched: a page may be long
-        x = _pages(store[:, begin : row + 1] if is_inside_one else store, pages)
-        x = x if is_inside_one else x[:, begin : begin + span[1] - span[0]]
-    x = x.to(dtype)
+        return Piece(span, sequences, rows)
+    count, table = inputs.k_cache.shape[0], inputs.block_table[sequences, first : last + 1]
+    shape = (table.shape[0], table.shape[1])
+    if table.device.type == "cpu" and 1 in shape:
+        number = int(table[0, 0])
+        in_a_row = table.numel() == 1 or bool((table.flatten().diff() == 1).all())
+        if in_a_row and number >= 0 and number + table.numel() <= count:
+            return Piece(span, sequences, rows, slice(number, number + table.numel()), shape)
+    numbers = table.clamp(0, count - 1).flatten()  # of pages that are not in use they may be anything
+    return Piece(span, sequences, rows, numbers, shape)
+
+
+def _read(store: Tensor, scale: Tensor | None, piece: Piece, room: Tensor) -> Tensor:
+    """Its positions ``[n, C, H_kv, D]`` in the dtype of ``room``: a view to be left alone, or there."""
+    x = store[piece.sequences, piece.rows] if piece.pages is None else _pages(store, piece, room)
+    if x.dtype != room.dtype:
+        x = room[: x.numel()].view(x.shape).copy_(x)
     if scale is None:
         return x
+    return x.mul_(_scales(scale, piece, store.shape[1]))  # scaled caches are e4m3, so this is a copy
+
+
+def _pages(store: Tensor, piece: Piece, room: Tensor) -> Tensor:
+    if piece.is_inside_one:
+        store = store[:, piece.rows]
+    if isinstance(piece.pages, slice):
+        found = store[piece.pages]
+    else:
+        assert piece.pages is not None
+        shape = (piece.pages.shape[0], *store.shape[1:])
+        place = room[: math.prod(shape)].view(shape) if room.dtype == store.dtype else None
+        found = torch.index_select(store, 0, piece.pages, out=place)
+    found = found.unflatten(0, piece.shape).flatten(1, 2)
+    return found if piece.is_inside_one else found[:, piece.rows]
+
+
+def _scales(scale: Tensor, piece: Piece, page_size: int) -> Tensor:
+    """``[1|n, 1|C, H_kv, 1]``."""
     if scale.shape[0] == 1:
-        return x * scale[0, :, None].to(dtype)
-    if pages is None:
-        return x * scale[sequences][:, None, :, None].to(dtype)
-    of_page = scale[pages.clamp(0, store.shape[0] - 1).long()].to(dtype)  # [n, m, H_kv]
-    of_row = of_page.repeat_interleave(inputs.page_size, 1)[:, begin : begin + x.shape[1]]
-    return x * of_row[..., None]
-
-
-def _pages(store: Tensor, pages: Tensor) -> Tensor:
-    """The rows of ``pages`` ``[n, m]`` as ``[n, m * page_size, H_kv, D]``. Pages in a row in memory make a view."""
-    if pages.device.type == "cpu" and 1 in pages.shape:
-        first, count = int(pages[0, 0]), pages.numel()
-        in_a_row = count == 1 or bool((pages.flatten().diff() == 1).all())
-        if in_a_row and first >= 0 and first + count <= store.shape[0]:
-            return store[first : first + count].unflatten(0, pages.shape).flatten(1, 2)
-    found = store.index_select(0, pages.clamp(0, store.shape[0] - 1).flatten())  # numbers not in use may be anything
-    return found.unflatten(0, pages.shape).flatten(1, 2)
+        return scale[0, :, None]
+    if piece.pages is None:
+        return scale[piece.sequences][:, None, :, None]
+    of_page = scale[piece.pages].unflatten(0, piece.shape)  # [n, m, H_kv]
+    of_row = of_page if piece.is_inside_one else of_page.repeat_interleave(page_size, 1)[:, piece.rows]
+    return of_row[..., None]
 
 
 def _kept(group: Group, spec: AttentionSpec, span: tuple[int, int], device: torch.device) -> Tensor:
