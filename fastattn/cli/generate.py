@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
-    """Continuous batching of a file of prompts."""
+    """Every prompt of a file, by continuous batching."""
     import dataclasses
 
     from tqdm import tqdm
@@ -124,7 +124,7 @@ def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
     todo = [(index, prompt) for index, prompt in enumerate(prompts) if prompt.id not in results.done]
     longest = texts.model.config.longest
     for _, prompt in todo:
-        if (length := len(texts.encode(prompt.text))) > longest:
+        if (length := texts.length(prompt.text)) > longest:
             what = f"the prompt {prompt.id!r} has {length} tokens, the model's max_length is {longest}"
             raise DataError(f"{args.prompts}: {what}. Shorten it.")
     made = 0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from fastattn.errors import DataError, input_error
 from fastattn.generate.batching import complete
 from fastattn.generate.beams import beam_search
-from fastattn.generate.decode import generate
+from fastattn.generate.decode import ENDED, generate
 from fastattn.generate.sampling import Sampling
 from fastattn.generate.sequences import Model
 from fastattn.models import Decoder
@@ -66,6 +68,11 @@ class Texts:
     def _pieces(self, tokens: Iterable[int], after: Sequence[int]) -> Iterator[str]:
         special = (*self.opening, *self.target, self.last)
         return until(decode_stream(self.tokenizer, tokens, special, after=after), self.stop)
+
+    def length(self, prompt: str) -> int:
+        """Tokens that the model reads of a prompt, marks included."""
+        begin, source = self._inputs(prompt)
+        return len(source["source"][0]) if source else len(begin)
 
     def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
         """What the model goes on with, and what an encoder reads: a whole text."""
@@ -133,14 +140,20 @@ class Texts:
         page_size: int = 16,
         num_pages: int | None = None,
     ) -> Iterator[TextCompletion]:
-        """Continue many prompts by continuous batching, and yield them as they end; see ``generate.complete``."""
+        """Continue many prompts by continuous batching, and yield them as they end; see ``generate.complete``.
+
+        An encoder-decoder answers them one batch after the other.
+        """
+        if not isinstance(self.model, Decoder):
+            yield from self._answer(prompts, max_new_tokens, sampling or Sampling(), rows, batch, page_size)
+            return
         begins = [self.encode(prompt) for prompt in prompts]
 
         def has_stopped(index: int, tokens: Sequence[int]) -> bool:
             return self._has_stopped(tokens, begins[index])
 
         found = complete(
-            self.model,  # type: ignore[arg-type]
+            self.model,
             begins,
             max_new_tokens,
             sampling,
@@ -155,11 +168,56 @@ class Texts:
             text = self.decode(done.tokens, after=begins[done.index])
             yield TextCompletion(done.index, text, len(done.tokens), done.reason)
 
+    def _answer(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        sampling: Sampling,
+        rows: Sequence[int] | None,
+        batch: int,
+        page_size: int,
+    ) -> Iterator[TextCompletion]:
+        if batch < 1:
+            raise input_error("batch", batch, "a positive int", "It counts prompts.")
+        rows = range(len(prompts)) if rows is None else rows
+        for some in consecutive(rows, batch):
+            inputs = [self._inputs(prompt) for prompt in prompts[some]]
+            seed = None if sampling.seed is None else sampling.seed + rows[some.start]
+            steps = generate(
+                self.model,
+                [begin for begin, _ in inputs],
+                max_new_tokens,
+                dataclasses.replace(sampling, seed=seed),
+                source=[row for _, more in inputs for row in more["source"]],
+                stop_token=self.last,
+                page_size=page_size,
+            )
+            for n, tokens in enumerate(torch.stack(list(steps), dim=1).tolist()):
+                kept = [token for token in tokens if token != ENDED]
+                has_ended = kept[-1] == self.last or bool(self.stop and self._has_stopped(kept, self.target))
+                text = self.decode(kept, after=self.target)
+                yield TextCompletion(some.start + n, text, len(kept), "stop" if has_ended else "length")
+
     def _has_stopped(self, tokens: Sequence[int], after: Sequence[int]) -> bool:
         """Whether a stop string stands in the text so far. A character whose bytes are still to come is none yet."""
         special = (*self.opening, *self.target, self.last)
         text = "".join(decode_stream(self.tokenizer, tokens, special, after=after, is_whole=False))
         return any(stop in text for stop in self.stop)
+
+
+def consecutive(rows: Sequence[int], batch: int) -> Iterator[slice]:
+    """Where ``rows`` go up by one at a time, at most ``batch`` together: a batch draws with ``seed + n`` of its first.
+
+    Example:
+        >>> from fastattn.generate.text import consecutive
+        >>> list(consecutive([0, 1, 2, 5], 2))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    begin = 0
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or end - begin == batch or rows[end] != rows[end - 1] + 1:
+            yield slice(begin, end)
+            begin = end
 
 
 @dataclass(frozen=True)

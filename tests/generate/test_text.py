@@ -1,5 +1,6 @@
 """Text: whole characters while streaming, stop strings wherever they are cut, files of prompts and results."""
 
+import dataclasses
 import json
 
 import pytest
@@ -184,6 +185,21 @@ def test_an_encoder_decoder_answers(encoder_decoder, tokenizer):
     chosen = generate(encoder_decoder, [[0]], 8, Sampling(0), source=source, stop_token=1)
     assert answer == texts.decode([int(token) for token in chosen])
     assert answer == texts.best("ab", 8, beams=1)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(seed=5)], ids=["greedy", "drawn"])
+def test_an_encoder_decoder_answers_many_as_each_alone(encoder_decoder, tokenizer, sampling):
+    prompts, rows = ["sing", "a longer one", "x", "dance", "and"], [0, 1, 2, 5, 6]
+    texts = Texts(encoder_decoder, tokenizer, stop=["\x00"])
+    found = list(texts.complete(prompts, 9, sampling, rows=rows, batch=2))
+    assert [done.index for done in found] == [0, 1, 2, 3, 4]
+    for done, prompt, row in zip(found, prompts, rows, strict=True):
+        seed = None if sampling.seed is None else sampling.seed + row
+        assert done.text == "".join(texts.stream(prompt, 9, dataclasses.replace(sampling, seed=seed)))
+        assert done.reason in ("stop", "length") and 0 < done.tokens <= 9
+    assert {done.tokens for done in found if done.reason == "length"} <= {9}
+    with pytest.raises(InputError, match="batch: got 0"):
+        list(texts.complete(prompts, 9, batch=0))
 
 
 def test_refusals(model, tokenizer):
