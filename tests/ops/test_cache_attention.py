@@ -327,3 +327,23 @@ def test_the_error_of_e4m3_is_what_is_stated(magnitude):
     exact = fastattn.attention(q.double(), k.double(), v.double(), causal=True)
     error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert error < 0.05
+
+
+def test_what_is_kept_between_calls_is_shared_with_no_result(monkeypatch):
+    """The copies of pages lie in memory that is kept: made in inference mode or not, and for the next call as well."""
+    monkeypatch.setattr(decode, "_memory", decode._Memory())
+    draw = torch.Generator().manual_seed(0)
+    q, new = (torch.randn(1, 1, heads, 16, generator=draw) for heads in (4, 2))
+    first, second = (torch.randn(8, 4, 2, 16, generator=draw) for _ in range(2))
+    lengths, pages = torch.tensor([20], dtype=torch.int32), torch.tensor([[6, 1, 4, 0, 3, 2]], dtype=torch.int32)
+
+    def out(cache, backend="portable"):
+        return fastattn.attention_with_kv_cache(
+            q, cache.clone(), cache.clone(), lengths, new, new, block_table=pages, backend=backend
+        )
+
+    with torch.inference_mode():
+        before = out(first)
+    after = out(second)
+    torch.testing.assert_close(before.clone(), out(first, "eager"))
+    torch.testing.assert_close(after, out(second, "eager"))

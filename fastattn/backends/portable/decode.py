@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def _prompt(
     one = torch.tensor([b])
     dtype = _compute_dtype(inputs) if inputs.is_fp8 else q.dtype
     span = (begin, s_kv)
-    k_room, v_room = (_room(store, inputs, 1, [span], dtype) for store in (inputs.k_cache, inputs.v_cache))
+    k_room, v_room = (_room(name, inputs, 1, [span], dtype) for name in ("k_cache", "v_cache"))
     piece = _piece(inputs, one, span)
     k, v = _read(inputs.k_cache, inputs.k_scale, piece, k_room), _read(inputs.v_cache, inputs.v_scale, piece, v_room)
     bias, alibi = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (inputs.bias, inputs.alibi_slopes))
@@ -190,7 +191,7 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
     q = _grouped(q.to(dtype), inputs.heads_kv)
     parts: list[Part] = []
     spans = list(_pieces(inputs, group))
-    k_room, v_room = (_room(store, inputs, n, spans, dtype) for store in (inputs.k_cache, inputs.v_cache))
+    k_room, v_room = (_room(name, inputs, n, spans, dtype) for name in ("k_cache", "v_cache"))
     for span in spans:
         piece = _piece(inputs, group.index, span)
         k = _read(inputs.k_cache, inputs.k_scale, piece, k_room)
@@ -246,13 +247,34 @@ def _is_view(inputs: CacheInputs) -> bool:
 
 
 def _room(
-    store: Tensor, inputs: CacheInputs, sequences: int, spans: Sequence[tuple[int, int]], dtype: torch.dtype
+    name: str, inputs: CacheInputs, sequences: int, spans: Sequence[tuple[int, int]], dtype: torch.dtype
 ) -> Tensor:
-    """Memory that the copies of all pieces share, one after the other: fresh pages of memory cost more than they do."""
+    """Memory for the copies of one piece of ``k_cache`` or ``v_cache`` after the other."""
+    store: Tensor = getattr(inputs, name)
     if _is_view(inputs):
         return store  # nothing is copied
     longest = max(_rows_copied(span, inputs) for span in spans)
-    return store.new_empty(sequences * longest * store.shape[2] * store.shape[3], dtype=dtype)
+    return _memory.room(name, sequences * longest * store.shape[2] * store.shape[3], dtype, store.device)
+
+
+class _Memory(threading.local):
+    """What is kept from call to call in host memory, where each new page costs more than filling it. One per thread."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def room(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At least ``size`` elements, whose contents are the caller's until it asks for the same name again."""
+        if device.type != "cpu" or size > 4 * PIECE:
+            return torch.empty(size, dtype=dtype, device=device)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            with torch.inference_mode(False):  # else it could not be written to outside of it
+                kept = self._kept[name, dtype] = torch.empty(size, dtype=dtype)
+        return kept
+
+
+_memory = _Memory()
 
 
 def _rows_copied(span: tuple[int, int], inputs: CacheInputs) -> int:
@@ -319,8 +341,9 @@ def _pages(store: Tensor, piece: Piece, room: Tensor) -> Tensor:
     else:
         assert piece.pages is not None
         shape = (piece.pages.shape[0], *store.shape[1:])
-        place = room[: math.prod(shape)].view(shape) if room.dtype == store.dtype else None
-        found = torch.index_select(store, 0, piece.pages, out=place)
+        if room.dtype != store.dtype:
+            room = _memory.room("pages", math.prod(shape), store.dtype, store.device)
+        found = torch.index_select(store, 0, piece.pages, out=room[: math.prod(shape)].view(shape))
     found = found.unflatten(0, piece.shape).flatten(1, 2)
     return found if piece.is_inside_one else found[:, piece.rows]
 
