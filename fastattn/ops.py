@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastattn.backends.base import CacheRun
 from fastattn.cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
 from fastattn.dispatch import select
 from fastattn.errors import UnsupportedError
@@ -161,9 +162,15 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
     refuse_context_parallel()
-    if inputs.q.device.type == "cpu":
+    backend = select(cache_problem(inputs, spec), args[-1])
+    if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)
-    return select(cache_problem(inputs, spec), args[-1]).attend_to_cache(inputs, spec)
+    return backend.attend_to_cache(inputs, spec)
+
+
+def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> CacheRun | None:
+    """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
+    return select(cache_problem(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:

@@ -316,8 +316,10 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
-# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to.
-CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache")
+# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
+# sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
+CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
+PROMPT_ROWS = 16
 
 
 def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:

@@ -7,7 +7,7 @@ A backend is a folder ``backends/<name>/`` whose ``__init__.py`` exposes ``BACKE
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,11 @@ from torch import Tensor
 from fastattn.cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
+
+# Of q, k_cache, v_cache, cache_lengths, k, v and block_table, the last three of which may be None: (out, lse).
+CacheRun = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Backend(ABC):
 
     name: str
     capabilities: Capabilities
+    checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine at all; None if it can."""
@@ -94,6 +100,14 @@ class Backend(ABC):
         must not wait for lengths or block tables: sizes known to the host bound them.
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
+
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> CacheRun | None:
+        """What computes ``attend_to_cache`` for all calls that are like this one but for values; None if nothing does.
+
+        Like it in the shape, strides, dtype and device of every tensor, and in the spec. It is asked for calls whose
+        tensors are among those of ``CacheRun``, and checks their values.
+        """
+        return None
 
 
 def capability_reasons(can: Capabilities, problem: Problem) -> list[str]:
