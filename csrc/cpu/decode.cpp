@@ -1,12 +1,8 @@
 // The kernel, compiled once for each instruction set, whose name is FA_MACHINE.
 //
-// No part of the standard C++ library is used here: the linker might keep the copy of a template that was compiled for
-// instructions which the machine at hand does not have. For the same reason all functions have internal linkage.
+// Nothing of the standard C++ library, and no function that other files see (decode.h says why).
 #define FA_EVERYWHERE static inline
 #include "decode.h"
-
-#include <cmath>
-
 #include "vector.h"
 
 namespace {
@@ -14,7 +10,7 @@ namespace {
 using namespace fa::cpu;
 using fa::Range;
 
-constexpr float kNever = -INFINITY;
+constexpr float kNever = -__builtin_inff();
 
 // Where the keys and values of a block lie.
 struct Block {
@@ -141,7 +137,7 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
     for (int j = 0; j < block.keys; ++j)
       scores[j] *= p.k_scale[block.page[j] * p.k_scale_stride + head / (p.heads_q / p.heads_kv)];
   if (p.softcap > 0)
-    for (int j = 0; j < block.keys; ++j) scores[j] = float(p.softcap) * std::tanh(scores[j] / float(p.softcap));
+    for (int j = 0; j < block.keys; ++j) scores[j] = float(p.softcap) * __builtin_tanhf(scores[j] / float(p.softcap));
   if (p.bias) {
     float const* bias = p.bias + s.b * p.bias_batch + head * p.bias_head + i * p.bias_row + block.begin * p.bias_key;
     for (int j = 0; j < block.keys; ++j) scores[j] += bias[j * p.bias_key];
@@ -149,7 +145,7 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
   if (p.slopes) {
     float const slope = p.slopes[s.b * p.slopes_stride + head];
     int const diagonal = s.band.diagonal + i;
-    for (int j = 0; j < block.keys; ++j) scores[j] -= slope * std::fabs(float(block.begin + j - diagonal));
+    for (int j = 0; j < block.keys; ++j) scores[j] -= slope * __builtin_fabsf(float(block.begin + j - diagonal));
   }
   Range const kept = fa::tile_range(s.band, i, i + 1);
   for (int j = 0; j < block.keys; ++j)
@@ -161,7 +157,7 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
 void soften(float* scores, int row, int64 width, Part const& part) {
   Floats most = load(scores);
   for (int j = kLanes; j < kKeys; j += kLanes) most = larger(most, load(scores + j));
-  float const before = part.most[row], after = std::fmax(before, largest(most));
+  float const before = part.most[row], after = __builtin_fmaxf(before, largest(most));
   if (after == kNever) {  // nothing kept so far
     for (int j = 0; j < kKeys; ++j) scores[j] = 0;
     return;
@@ -172,7 +168,7 @@ void soften(float* scores, int row, int64 width, Part const& part) {
     total += weight;
     store(scores + j, weight);
   }
-  float const kept = std::exp(before - after);
+  float const kept = __builtin_expf(before - after);
   part.total[row] = part.total[row] * kept + sum(total);
   part.most[row] = after;
   if (kept == 1) return;
@@ -238,17 +234,17 @@ void write_row(float* sums, int dim, float factor, T* out) {
 }
 
 // One query row: its parts are added up in the first, brought to one largest score. The sink adds to the weights alone.
-void join_row(Params const& p, Sequence const& s, float const* parts, int count, int row) {
+void join_row(Params const& p, Sequence const& s, float* parts, int count, int row) {
   int const head = row / s.band.s_q, i = row % s.band.s_q, dim = int(p.head_dim_v);
-  int64 const width = padded(dim), step = Part::floats(s.rows, dim);
+  int64 const width = padded(dim), step = part_floats(s.rows, dim);
   float most = p.sinks ? p.sinks[s.b * p.sinks_stride + head] : kNever;
   float const sink = most;
-  auto const part = [&](int n) { return Part(const_cast<float*>(parts) + n * step, s.rows, dim); };
-  for (int n = 0; n < count; ++n) most = std::fmax(most, part(n).most[row]);
-  float total = most == kNever ? 0 : std::exp(sink - most);
+  auto const part = [&](int n) { return part_at(parts + n * step, s.rows, dim); };
+  for (int n = 0; n < count; ++n) most = __builtin_fmaxf(most, part(n).most[row]);
+  float total = most == kNever ? 0 : __builtin_expf(sink - most);
   float sums[kMaxDim] = {};
   for (int n = 0; n < count && most != kNever; ++n) {
-    float const kept = std::exp(part(n).most[row] - most);
+    float const kept = __builtin_expf(part(n).most[row] - most);
     total += kept * part(n).total[row];
     float const* const from = part(n).sums + row * width;
     for (int c = 0; c < width; c += kLanes) store(sums + c, load(sums + c) + kept * load(from + c));
@@ -261,23 +257,26 @@ void join_row(Params const& p, Sequence const& s, float const* parts, int count,
     default: write_row(sums, dim, factor, static_cast<Float16*>(p.out) + at);
   }
   int64 const lse_at = p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + i;
-  p.lse[lse_at] = most == kNever ? kNever : most + std::log(total);
+  p.lse[lse_at] = most == kNever ? kNever : most + __builtin_logf(total);
 }
 
-void join(Params const& p, Sequence const& s, float const* parts, int count) {
+void join(Params const& p, Sequence const& s, float* parts, int count) {
   for (int row = 0; row < s.rows; ++row) join_row(p, s, parts, count, row);
 }
 
 bool runs_here() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-         __builtin_cpu_supports("bmi2");
-#else
-  return true;
+#ifdef __AVX512F__
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return false;
 #endif
+#ifdef __AVX2__
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi") ||
+      !__builtin_cpu_supports("bmi2"))
+    return false;
+#endif
+  return true;
 }
 
 #define FA_TEXT(x) #x

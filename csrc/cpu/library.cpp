@@ -83,18 +83,18 @@ static void work(void* data) {
   for (int n; (n = call.next.fetch_add(1)) < call.part_count;) {
     Task& task = task_of(call, n);
     Sequence const& s = task.sequence;
-    float* const scratch = memory.floats(Scratch::floats(s.rows, p.head_dim_qk));
+    float* const scratch = memory.floats(scratch_floats(s.rows, p.head_dim_qk));
     if (!scratch) {
       call.has_failed = true;
       return;
     }
     int const index = n - task.first_part;
-    int64 const step = Part::floats(s.rows, p.head_dim_v);
+    int64 const step = part_floats(s.rows, p.head_dim_v);
     float* const parts = call.parts + task.memory;
     int64 const begin = task.keys.begin + index * call.keys_per_part, end = begin + call.keys_per_part;
     Range const keys = {int(begin), int(end < task.keys.end ? end : task.keys.end)};
-    call.machine.attend(p, s, keys, Scratch(scratch, s.rows, p.head_dim_qk),
-                        Part(parts + index * step, s.rows, p.head_dim_v));
+    call.machine.attend(p, s, keys, scratch_at(scratch, s.rows, p.head_dim_qk),
+                        part_at(parts + index * step, s.rows, p.head_dim_v));
     if (task.left.fetch_sub(1) == 1) call.machine.join(p, s, parts, task.parts);
   }
 }
@@ -184,7 +184,7 @@ static bool plan(Call& call, int64 keys) {
     task.first_part = call.part_count;
     task.memory = floats;
     call.part_count += task.parts;
-    floats += task.parts * Part::floats(task.sequence.rows, p.head_dim_v);
+    floats += task.parts * part_floats(task.sequence.rows, p.head_dim_v);
   }
   static thread_local Memory memory;
   call.parts = memory.floats(floats);
@@ -224,6 +224,8 @@ static Outcome decode(Params const& params) {
 FA_PUBLIC long long fa_cpu_version() { return fa::cpu::kVersion; }
 FA_PUBLIC long long fa_cpu_bytes() { return sizeof(fa::cpu::Params); }
 FA_PUBLIC const char* fa_cpu_sources() { return FA_SOURCES; }  // a hash of what it was built from
+
+FA_PUBLIC int fa_cpu_has_threads() { return GOMP_parallel != nullptr; }
 
 // The name of an instruction set, the best first; null where there are no more. `runs`: whether this machine has it.
 FA_PUBLIC const char* fa_cpu_machine(long long index, int* runs) {

@@ -4,8 +4,6 @@
 // linkage, because the file is compiled once for each instruction set into one library.
 #pragma once
 
-#include <cstring>
-
 #include "params.h"
 
 namespace {
@@ -40,11 +38,11 @@ struct Float8 { uint8 bits; };  // e4m3: a sign, 4 bits of exponent, 3 of mantis
 template <class V>
 inline V loaded(void const* p) {
   V v;
-  std::memcpy(&v, p, sizeof v);
+  __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats as_floats(Words w) { return (Floats)w; }
 inline Floats all(float x) { return x - Floats{}; }
 
@@ -84,7 +82,7 @@ inline Floats load(Float8 const* p) {
 template <class T>
 inline Floats load_some(T const* p, int count) {
   T some[kLanes] = {};
-  std::memcpy(some, p, count * sizeof(T));
+  __builtin_memcpy(some, p, count * sizeof(T));
   return load(some);
 }
 
@@ -98,13 +96,13 @@ inline void round_to(float x, float* p) { *p = x; }
 
 inline void round_to(float x, Bfloat16* p) {
   uint32 bits;
-  std::memcpy(&bits, &x, 4);
+  __builtin_memcpy(&bits, &x, 4);
   p->bits = x != x ? 0x7fc0 : uint16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 inline void round_to(float x, Float16* p) {
   uint32 bits;
-  std::memcpy(&bits, &x, 4);
+  __builtin_memcpy(&bits, &x, 4);
   uint32 const sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) {
     p->bits = uint16(sign | 0x7e00);  // NaN
@@ -112,9 +110,9 @@ inline void round_to(float x, Float16* p) {
     p->bits = uint16(sign | 0x7c00);  // above the largest number, and a tie with it: infinity
   } else if (magnitude < 0x38800000) {
     float absolute, half = 0.5f;  // subnormal: adding 1/2 rounds at 2^-24, and leaves the bits at the lower end
-    std::memcpy(&absolute, &magnitude, 4);
+    __builtin_memcpy(&absolute, &magnitude, 4);
     absolute += half;
-    std::memcpy(&bits, &absolute, 4);
+    __builtin_memcpy(&bits, &absolute, 4);
     p->bits = uint16(sign | (bits - 0x3f000000));
   } else {
     p->bits = uint16(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
@@ -130,7 +128,7 @@ inline void round_to(float x, Float16* p) {
 // The sums of neighbours a quarter of the lanes wide: four lanes, whose sum is that of all.
 inline Four folded(Floats v) {
   Four quarters[kLanes / 4];
-  std::memcpy(quarters, &v, sizeof v);
+  __builtin_memcpy(quarters, &v, sizeof v);
   Four total = quarters[0];
   for (int n = 1; n < kLanes / 4; ++n) total += quarters[n];
   return total;
@@ -147,7 +145,7 @@ inline void store_sums(Floats const (&v)[4], float* p) {
   Four const ab = FA_SHUFFLE(a, b, 0, 4, 1, 5) + FA_SHUFFLE(a, b, 2, 6, 3, 7);
   Four const cd = FA_SHUFFLE(c, d, 0, 4, 1, 5) + FA_SHUFFLE(c, d, 2, 6, 3, 7);
   Four const sums = FA_SHUFFLE(ab, cd, 0, 1, 4, 5) + FA_SHUFFLE(ab, cd, 2, 3, 6, 7);
-  std::memcpy(p, &sums, sizeof sums);
+  __builtin_memcpy(p, &sums, sizeof sums);
 }
 
 inline float largest(Floats v) {

@@ -11,7 +11,7 @@ import torch
 import fastattn
 from fastattn import InputError
 from fastattn.backends import load, native
-from fastattn.backends.cpu import build, decode, library
+from fastattn.backends.cpu import build, decode, delivery, library
 from fastattn.decoding import explain_with_kv_cache
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
@@ -94,6 +94,11 @@ def test_every_stored_number_is_read_as_torch_reads_it(machine, dtype):
         )
         out, _ = OnMachine(machine).attend_to_cache(inputs, fastattn.spec.AttentionSpec(1.0))
         torch.testing.assert_close(out, values.to(q.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_it_says_what_it_runs_on():
+    assert str(FOUND) == f"{MACHINES[0]}, threads of torch"
+    assert load("cpu").unavailable_reason() is None and delivery().endswith(str(FOUND))
 
 
 # --- who chooses them -----------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ TESTED = ("x86_64",)  # kinds of machines on which it has run
 
 def delivery() -> str:
     """How the kernels come to this machine: built, compiled at first use, or why there are none."""
-    return library.delivered()[1]
+    found, how = library.delivered()
+    return how if found is None else f"{how}; {found}"
 
 
 def _library() -> library.Library:

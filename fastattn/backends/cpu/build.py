@@ -18,10 +18,10 @@ LIBRARY = "libfastattn_cpu.so"
 SOURCES = ("mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden")
-# Instruction sets, the best first, and what the compiler calls them.
-MACHINES = {
-    "x86_64": {"avx512": ("-march=x86-64-v4",), "avx2": ("-march=x86-64-v3",), "baseline": ()},
-}
+# Instruction sets, the best first, and how the compiler is told of them; runs_here() in decode.cpp asks for the same.
+AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
+MACHINES = {"x86_64": {"avx512": AVX512, "avx2": AVX2, "baseline": ()}}
 ANYWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 

@@ -47,6 +47,7 @@ class Library:
             ("fa_cpu_version", [], ctypes.c_longlong),
             ("fa_cpu_bytes", [], ctypes.c_longlong),
             ("fa_cpu_sources", [], ctypes.c_char_p),
+            ("fa_cpu_has_threads", [], ctypes.c_int),
             ("fa_cpu_machine", [ctypes.c_longlong, ctypes.POINTER(ctypes.c_int)], ctypes.c_char_p),
             ("fa_cpu_decode", [ctypes.c_char_p], ctypes.c_longlong),
         ):
@@ -69,6 +70,12 @@ class Library:
         while (name := self._library.fa_cpu_machine(len(found), ctypes.byref(runs))) is not None:
             found[name.decode()] = bool(runs.value)
         return found
+
+    def __str__(self) -> str:
+        best = next(name for name, runs in self.machines().items() if runs)
+        return (
+            f"{best}, {'threads of torch' if self._library.fa_cpu_has_threads() else 'one thread: no OpenMP runtime'}"
+        )
 
     def decode(self, packed: bytes) -> bool:
         """Attention to a cache, given both parts of the struct. False, and nothing done, if lengths or pages are wrong.
