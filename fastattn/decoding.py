@@ -157,11 +157,11 @@ explain_with_kv_cache = dispatch.explainer(attention_with_kv_cache)
 
 
 def _likeness(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
-    """What the call has in common with those like it; None if it is to be computed anew in any case."""
-    if dispatch.explained:
-        return None
-    ops.refuse_context_parallel()
-    return replay.signature(tensors, (*options, dispatch.requested(None)))
+    """What the call has in common with those like it; None if it has to go the long way."""
+    like = None if dispatch.explained else replay.signature(tensors, (*options, dispatch.requested(None)))
+    if like is not None:
+        ops.refuse_context_parallel()
+    return like
 
 
 def _check_tensors(**tensors: Tensor) -> None:

@@ -55,6 +55,14 @@ class Inputs:
         return self.cu_seqlens_q is not None
 
     @property
+    def has_more_than_qkv(self) -> bool:
+        """Whether any other tensor takes part."""
+        return not (
+            self.bias is self.mask is self.alibi_slopes is self.sinks is None
+            and self.segment_ids_q is self.segment_ids_kv is self.cu_seqlens_q is self.rng_state is None
+        )
+
+    @property
     def batch(self) -> int:
         """B, or N if packed."""
         return self.cu_seqlens_q.shape[0] - 1 if self.cu_seqlens_q is not None else self.q.shape[0]

@@ -17,10 +17,8 @@ from fastattn.cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
-# Of q, k_cache, v_cache, cache_lengths, k, v and block_table, the last three of which may be None: (out, lse).
-CacheRun = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]
-]
+# Computes (out, lse) for calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
+Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,18 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
-    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> CacheRun | None:
-        """What computes ``attend_to_cache`` for all calls that are like this one but for values; None if nothing does.
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
 
-        Like it in the shape, strides, dtype and device of every tensor, and in the spec. It is asked for calls whose
-        tensors are among those of ``CacheRun``, and checks their values.
+        It is called where nothing has a gradient. None: there is no shorter way than ``forward``.
+        """
+        return None
+
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
+        """``attend_to_cache`` for calls like this one, where there are no other tensors than those it is a function of.
+
+        These are q, k_cache, v_cache, cache_lengths, k, v and block_table, the last three of which may be None. It
+        checks their values. None: there is no shorter way.
         """
         return None
 

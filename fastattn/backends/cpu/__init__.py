@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, CacheRun, Capabilities, capability_reasons
+from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
 from fastattn.backends.cpu import decode, library
 from fastattn.cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
@@ -80,7 +80,7 @@ class CpuBackend(Backend):
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
 
-    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> CacheRun | None:
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn import cache
-from fastattn.backends.base import CacheRun
+from fastattn.backends.base import Run
 from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
 from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
@@ -42,7 +42,7 @@ def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: 
     return out, lse
 
 
-def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> CacheRun | None:
+def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
     """``attend`` for calls like this one, where tensors are passed as they are."""
     if inputs.is_fp8 or inputs.rotary_cos is not None or _readable(inputs) is not inputs:
         return None
