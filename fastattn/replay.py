@@ -22,7 +22,8 @@ def signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Has
     """What a call has in common with those like it; None for one that has to go the long way.
 
     That is one which somebody watches or transforms (a compiler, a tracer, a profiler, a mode, vmap, forward-mode
-    derivatives, autocast) or whose tensors are no plain ones, or require grad.
+    derivatives, autocast) or whose tensors are no plain dense ones, require grad, or lie on an accelerator, for which
+    no backend prepares anything yet.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return None
@@ -35,9 +36,11 @@ def signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Has
         if x is None:
             kinds.append(None)
             continue
-        if type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
+        if type(x) is not Tensor or not x.is_cpu or x.layout != torch.strided or x.is_nested:
             return None
-        kinds.append((x.shape, x.stride(), x.dtype, x.device))
+        if x.requires_grad and torch.is_grad_enabled():
+            return None
+        kinds.append((x.shape, x.stride(), x.dtype))
     found = (*kinds, *options, *map(type, options), torch.are_deterministic_algorithms_enabled())
     try:
         hash(found)
