@@ -153,14 +153,24 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
   for (int j = block.keys; j < kKeys; ++j) scores[j] = kNever;
 }
 
-// Scores become weights; the sums of the row so far are brought to its new largest score.
+bool has_nan(float const* scores) {
+  bool found = false;
+  for (int j = 0; j < kKeys; ++j) found |= scores[j] != scores[j];
+  return found;
+}
+
+// Scores become weights; the sums of the row so far are brought to its new largest score. NaN is passed on.
 void soften(float* scores, int row, int64 width, Part const& part) {
   Floats most = load(scores);
   for (int j = kLanes; j < kKeys; j += kLanes) most = larger(most, load(scores + j));
-  float const before = part.most[row], after = __builtin_fmaxf(before, largest(most));
-  if (after == kNever) {  // nothing kept so far
-    for (int j = 0; j < kKeys; ++j) scores[j] = 0;
-    return;
+  float const before = part.most[row];
+  float after = __builtin_fmaxf(before, largest(most));
+  if (after == kNever) {  // nothing kept so far, or nothing that has an order
+    if (!has_nan(scores)) {
+      for (int j = 0; j < kKeys; ++j) scores[j] = 0;
+      return;
+    }
+    after = 0;
   }
   Floats total{};
   for (int j = 0; j < kKeys; j += kLanes) {
@@ -233,7 +243,7 @@ void write_row(float* sums, int dim, float factor, T* out) {
   for (int c = 0; c < dim; ++c) round_to(sums[c] * factor, out + c);
 }
 
-// One query row: its parts are added up in the first, brought to one largest score. The sink adds to the weights alone.
+// One query row: its parts added up, brought to one largest score. The sink is a weight without a value.
 void join_row(Params const& p, Sequence const& s, float* parts, int count, int row) {
   int const head = row / s.band.s_q, i = row % s.band.s_q, dim = int(p.head_dim_v);
   int64 const width = padded(dim), step = part_floats(s.rows, dim);

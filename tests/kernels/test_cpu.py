@@ -12,7 +12,9 @@ import fastattn
 from fastattn import InputError
 from fastattn.backends import load, native
 from fastattn.backends.cpu import build, decode, delivery, library
+from fastattn.cache import CacheInputs
 from fastattn.decoding import explain_with_kv_cache
+from fastattn.spec import AttentionSpec
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,22 @@ def test_long_caches_in_many_parts(dtype, page_size):
         assert (out - exact).abs().max() <= limit
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("where", ["q", "k_cache", "v_cache", "every key"])
+def test_nan_and_infinity_come_through(machine, where):
+    """What is not a number must not become one: the same rows are NaN as with the reference."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        (q, k_cache, v_cache, lengths), _ = step(keys=230)
+        {"q": q[0, 0, 1], "k_cache": k_cache[1, 60, 0], "v_cache": v_cache[0, 200, 1, :9], "every key": k_cache}[where][
+            :
+        ] = bad
+        inputs = CacheInputs(q, k_cache, v_cache, lengths, max_seqlen_q=1)
+        out, lse = OnMachine(machine).attend_to_cache(inputs, AttentionSpec(0.1))
+        exact, exact_lse = load("eager").attend_to_cache(inputs, AttentionSpec(0.1))
+        assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(lse.isnan(), exact_lse.isnan())
+        torch.testing.assert_close(out, exact, equal_nan=True)
+
+
 def test_the_number_of_threads_changes_no_bit():
     args, options = step(batch=3, keys=3000, page_size=8)
     before = torch.get_num_threads()
@@ -89,10 +107,10 @@ def test_every_stored_number_is_read_as_torch_reads_it(machine, dtype):
     stored = bits.to(torch.uint16 if dtype.itemsize == 2 else torch.uint8).view(dtype).view(-1, 1, 1, 64)
     for values in (stored, stored.flip(0)):
         q = torch.zeros(values.shape[0], 1, 1, 64, dtype=torch.float32 if dtype.itemsize == 1 else dtype)
-        inputs = fastattn.cache.CacheInputs(
+        inputs = CacheInputs(
             q, torch.zeros_like(values), values, torch.ones(values.shape[0], dtype=torch.int32), max_seqlen_q=1
         )
-        out, _ = OnMachine(machine).attend_to_cache(inputs, fastattn.spec.AttentionSpec(1.0))
+        out, _ = OnMachine(machine).attend_to_cache(inputs, AttentionSpec(1.0))
         torch.testing.assert_close(out, values.to(q.dtype), rtol=0, atol=0, equal_nan=True)
 
 

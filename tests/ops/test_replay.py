@@ -163,7 +163,7 @@ def test_states_that_change_the_meaning(long_ways):
     assert len(long_ways) == 2
     with pytest.raises(InputError, match="requires grad"):
         fastattn.attention_with_kv_cache(**step(q=torch.randn(2, 1, 4, 16, requires_grad=True)))
-    with pytest.raises(InputError, match="q: got torch.sparse_coo"):
+    with pytest.raises(InputError, match=r"q: got torch\.sparse_coo"):
         fastattn.attention_with_kv_cache(**step(q=torch.randn(2, 1, 4, 16).to_sparse()))
     with pytest.raises(InputError, match="causal"):
         fastattn.attention_with_kv_cache(**step(), causal=1)
