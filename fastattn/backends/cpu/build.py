@@ -16,8 +16,8 @@ from pathlib import Path
 
 LIBRARY = "libfastattn_cpu.so"
 SOURCES = ("mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
-WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-fvisibility=hidden")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets, the best first, and how the compiler is told of them; runs_here() in decode.cpp asks for the same.
 AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
