@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
         checkpoint: of ``fastattn train`` or ``fastattn finetune``.
-        data: a .jsonl or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
+        data: a .jsonl, .csv or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
         device: where to compute.
         attention: "fastattn" or "eager", instead of what the run used.
         limit: only the first so many examples, or rows of text; None is all.

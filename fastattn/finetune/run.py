@@ -42,7 +42,7 @@ class FinetuneConfig(RunSettings):
 
     Attributes:
         task: a key of ``fastattn.finetune.tasks.TASKS``.
-        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
+        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
