@@ -148,6 +148,10 @@ def test_objectives_of_train(tmp_path, capsys):
         assert find_checkpoint(run).config().kind == kind
         assert main(["evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "1.txt"), "--quiet"]) == 0
     fails(capsys, ["generate", "--checkpoint", tmp_path / "runs" / "masked"], "is an encoder, which writes no text")
+    command = ["generate", "--checkpoint", str(tmp_path / "runs" / "span"), "--prompt", "the source", "--tokens", "4"]
+    for how in (["--temperature", "0"], ["--beams", "2"]):
+        assert main([*command, *how]) == 0
+        assert not capsys.readouterr().out.startswith("the source")  # an answer, not a continuation
     command = ["train", "--data", tmp_path, "--out", tmp_path / "x", "--objective", "span", "--quiet"]
     fails(
         capsys, [*command, "--preset", "bert-tiny"],
