@@ -171,7 +171,8 @@ def finetune(
         DataError: the examples, the model or ``out`` cannot be used.
         InputError: a setting is out of range or does not fit the model.
     """
-    import torchmetrics  # noqa: F401  # says at once, not after the training, that scores need it
+    import sacrebleu  # noqa: F401  # says at once, not after the training, that scores need these two
+    import torchmetrics  # noqa: F401
 
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")

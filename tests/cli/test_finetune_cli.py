@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 from tokenizers import Tokenizer
@@ -157,6 +158,14 @@ def test_objectives_of_train(tmp_path, capsys):
         capsys, [*command, "--preset", "bert-tiny"],
         "preset: got 'bert-tiny'; allowed: seq2seq-mini, .* A model of kind encoder-decoder is needed",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "torchmetrics"])
+def test_what_scores_need_is_missed_before_the_training(package, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    command = ["finetune", "--task", "classify", "--data", data, "--preset", "tiny", "--out", tmp_path / "new", *QUICK]
+    fails(capsys, command, rf"the package '{package}' is missing: pip install 'fastattn\[eval\]'")
+    assert not (tmp_path / "new").exists()
 
 
 def test_errors(out, data, tmp_path, capsys):
