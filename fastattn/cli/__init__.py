@@ -15,7 +15,7 @@ from fastattn.cli import config, demo, evaluate, example, finetune, generate, in
 from fastattn.errors import DataError, InputError, UnsupportedError
 
 # The module of an optional package, and the extra of fastattn that installs it.
-_EXTRAS = {"safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
+_EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
 COMMANDS = (info, verify, prepare, train, finetune, evaluate, generate, example, demo)
 

@@ -195,7 +195,7 @@ def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys):
         (["--lr", "-1"], "lr: got -1.0"),
         (["--dropout", "1"], "dropout: got 1.0"),
         (["--vocab-size", "10"], "vocab_size: got 10; allowed: at least 258"),
-        (["--length", "0"], "max_length: got 0"),
+        (["--length", "0"], " length: got 0; allowed: a positive int, or None"),
         (["--device", "warp"], "--device: got 'warp'; allowed: auto, cpu"),
         (["--resume"], "does not exist: give the --out folder"),
     ],
