@@ -1,7 +1,7 @@
-"""Packaging entry point: builds ``csrc/`` where a CUDA compiler is. Imports no torch, and needs no compiler.
+"""Packaging entry point: builds ``csrc/`` where compilers are. Imports no torch, and needs no compiler.
 
-``FASTATTN_BUILD_CUDA`` decides: ``auto`` (the default) builds if it can and says so if it cannot, ``1`` fails if it
-cannot, ``0`` does not try. Everything else about the package stands in pyproject.toml.
+``FASTATTN_BUILD_CUDA`` and ``FASTATTN_BUILD_CPU`` decide, each for its library: ``auto`` (the default) builds if it can
+and says so if it cannot, ``1`` fails if it cannot, ``0`` does not try. The rest about the package is in pyproject.toml.
 """
 
 import importlib.util
@@ -18,75 +18,106 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-BACKEND = "fastattn.backends.cuda"
-HEADERS = ("*.h", "instances.inc", "sm90/*.h", "sm90/*.cuh")  # what NVRTC compiles at first use
+# What is compiled at first use, where it was not built: by NVRTC for a GPU, by a C++ compiler for a CPU.
+SOURCES = ("*.h", "instances.inc", "sm90/*.h", "sm90/*.cuh", "cpu/*.h", "cpu/*.cpp")
 
 
-def load(name: str) -> ModuleType:
-    """A file of the CUDA backend, without importing the package, which imports torch."""
-    path = ROOT.joinpath(*BACKEND.split("."), f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"fastattn_setup_{name}", path)
+def load(backend: str, name: str) -> ModuleType:
+    """A file of a backend, without importing the package, which imports torch."""
+    path = ROOT / "fastattn" / "backends" / backend / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"fastattn_setup_{backend}_{name}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build, instances = load("build"), load("instances")
+cuda, instances, cpu = load("cuda", "build"), load("cuda", "instances"), load("cpu", "build")
 
 
 def say(text: str) -> None:
     print(f"fastattn: {text}", file=sys.stderr, flush=True)
 
 
-def wants_cuda() -> bool:
-    """Whether to build the library: what was asked for, and what is possible."""
-    wish = os.environ.get("FASTATTN_BUILD_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"FASTATTN_BUILD_CUDA: got {wish!r}; allowed: auto, 0, 1.")
-    if wish == "0":
-        say("the CUDA library is not built (FASTATTN_BUILD_CUDA=0)")
-        return False
-    try:
-        build.find_nvcc()
-        build.find_ninja()
-    except build.BuildError as error:
-        if wish == "1":
-            sys.exit(f"fastattn: the CUDA library cannot be built: {error}")
-        say(f"the CUDA library is not built: {error}. Without it NVRTC compiles the kernels at first use.")
-        return False
-    return True
+class NativeLibrary(Extension):
+    """A library for ctypes in the folder of its backend: without Python's headers, and no Python tag in its name."""
+
+    def __init__(self, backend: str, module: ModuleType, otherwise: str) -> None:
+        # optional: an editable install does not stop where the library was not built
+        super().__init__(f"fastattn.backends.{backend}.kernels_for_{backend}", [], optional=True)
+        self.backend, self.module, self.otherwise = backend, module, otherwise
+
+    @property
+    def switch(self) -> str:
+        return f"FASTATTN_BUILD_{self.backend.upper()}"
+
+    def check(self) -> None:
+        """Raise BuildError if what it takes to build it is not here."""
+        if self.module is cuda:
+            cuda.find_nvcc()
+            cuda.find_ninja()
+        else:
+            cpu.find_compiler()
+
+    def build(self, folder: Path, target: Path) -> None:
+        """Raises BuildError."""
+        if self.module is cuda:
+            cuda.build_library(folder, target, CSRC, instances.library_instances(CSRC))
+        else:
+            cpu.build_library(target, CSRC)
+
+    def is_wanted(self) -> bool:
+        """Whether to build it: what was asked for, and what is possible."""
+        wish = os.environ.get(self.switch, "auto")
+        if wish not in ("auto", "0", "1"):
+            sys.exit(f"{self.switch}: got {wish!r}; allowed: auto, 0, 1.")
+        if wish == "0":
+            say(f"the library for {self.backend} is not built ({self.switch}=0)")
+            return False
+        try:
+            self.check()
+        except self.module.BuildError as error:
+            self.cannot(error)
+            return False
+        return True
+
+    def cannot(self, error: Exception) -> None:
+        """Stop if it was asked for, else say what will be instead."""
+        if os.environ.get(self.switch) == "1":
+            sys.exit(f"fastattn: the library for {self.backend} cannot be built: {error}")
+        say(f"the library for {self.backend} is not built: {error}. {self.otherwise}")
 
 
-class BuildCuda(build_ext):
-    """Builds the library with nvcc; no Python header is involved, so its name carries no Python tag."""
+LIBRARIES = (
+    NativeLibrary("cuda", cuda, "Without it NVRTC compiles the kernels at first use."),
+    NativeLibrary("cpu", cpu, "Without it they are compiled at first use, or torch ops serve."),
+)
 
+
+class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")).with_name(build.LIBRARY))
+        ext = next(ext for ext in LIBRARIES if ext.name.endswith(fullname.rpartition(".")[2]))
+        return str(Path(*fullname.split(".")).with_name(ext.module.LIBRARY))
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
-    def build_extension(self, ext: Extension) -> None:
-        say("building the CUDA library for sm_90a with nvcc")
+    def build_extension(self, ext: NativeLibrary) -> None:
+        say(f"building the library for {ext.backend}")
         try:
-            folder = Path(self.build_temp, "cuda")
-            target = Path(self.get_ext_fullpath(ext.name))
-            build.build_library(folder, target, CSRC, instances.library_instances(CSRC))
-        except build.BuildError as error:
-            if os.environ.get("FASTATTN_BUILD_CUDA") == "1":
-                sys.exit(f"fastattn: {error}")
-            say(f"the CUDA library is not built: {error}")
+            ext.build(Path(self.build_temp, ext.backend), Path(self.get_ext_fullpath(ext.name)))
+        except ext.module.BuildError as error:
+            ext.cannot(error)
 
 
 class BuildPython(build_py):
-    """Puts the sources of the kernels into the package, where NVRTC finds them; a checkout has them beside it."""
+    """Puts the sources of the kernels into the package, where compilers find them; a checkout has them beside it."""
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for pattern in HEADERS:
+        for pattern in SOURCES:
             for source in CSRC.glob(pattern):
                 target = Path(self.build_lib, "fastattn", "csrc", source.relative_to(CSRC))
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +125,13 @@ class BuildPython(build_py):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python: with the library it belongs to a platform, without it to none."""
+    """One wheel for every Python: with a library it belongs to a platform, without one to none."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
 
 
 setup(
-    # optional: an editable install does not stop where the library was not built
-    ext_modules=[Extension(f"{BACKEND}.library_of_kernels", [], optional=True)] if wants_cuda() else [],
-    cmdclass={"build_ext": BuildCuda, "build_py": BuildPython, "bdist_wheel": Wheel},
+    ext_modules=[library for library in LIBRARIES if library.is_wanted()],
+    cmdclass={"build_ext": BuildLibraries, "build_py": BuildPython, "bdist_wheel": Wheel},
 )

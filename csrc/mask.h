@@ -6,7 +6,7 @@
 
 #ifdef __CUDACC__
 #define FA_EVERYWHERE __host__ __device__ __forceinline__
-#else
+#elif !defined(FA_EVERYWHERE)
 #define FA_EVERYWHERE inline
 #endif
 

@@ -1,9 +1,9 @@
 """fastattn: fast attention, one definition of it, and a transformer that trains on it."""
 
-from fastattn.decoding import attention_with_kv_cache
+from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
-from fastattn.functional import attention, attention_varlen, explain, scaled_dot_product_attention
+from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
 from fastattn.inspection import attention_weights, plot_attention
 from fastattn.nn import MultiHeadAttention, replace_attention
 from fastattn.ops import SAC_SAVE_OPS
@@ -22,6 +22,8 @@ __all__ = [
     "attention_with_kv_cache",
     "backends",
     "explain",
+    "explain_varlen",
+    "explain_with_kv_cache",
     "plot_attention",
     "replace_attention",
     "scaled_dot_product_attention",

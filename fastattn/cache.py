@@ -16,6 +16,7 @@ from fastattn import layout
 from fastattn.errors import input_error
 from fastattn.problem import (
     FLOATS,
+    PROMPT_ROWS,
     Problem,
     arch_of,
     check_devices,
@@ -146,31 +147,34 @@ def cache_problem(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
         head_dim_qk=q.shape[-1],
         head_dim_v=inputs.v_cache.shape[-1],
         group=inputs.heads_q // inputs.heads_kv,
-        features=frozenset(name for name, is_used in _used(inputs, spec).items() if is_used),
+        features=frozenset(_used(inputs, spec)),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         page_size=0 if inputs.block_table is None else inputs.page_size,
     )
 
 
-def _used(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, bool]:
-    """By name in ``problem.FEATURES`` and ``problem.CACHE_FEATURES``."""
-    operands = (inputs.q, inputs.k_cache, inputs.v_cache, inputs.k, inputs.v)
-    return {
-        "band": spec.has_band,
-        "softcap": spec.softcap is not None,
-        "bias": inputs.bias is not None,
-        "alibi": inputs.alibi_slopes is not None,
-        "sinks": inputs.sinks is not None,
-        "packed": inputs.is_packed,
-        "gqa": inputs.heads_q != inputs.heads_kv,
-        "mixed head dims": inputs.q.shape[-1] != inputs.v_cache.shape[-1],
-        "strided head dim": any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in operands),
-        "cache": True,
-        "append": inputs.k is not None,
-        "paged cache": inputs.block_table is not None,
-        "rotary": inputs.rotary_cos is not None,
-        "fp8 cache": inputs.is_fp8,
-    }
+def _used(inputs: CacheInputs, spec: AttentionSpec) -> list[str]:
+    """Names in ``problem.FEATURES`` and ``problem.CACHE_FEATURES``. On the way of every call, so it is kept short."""
+    q, k_cache, v_cache = inputs.q, inputs.k_cache, inputs.v_cache
+    operands = (q, k_cache, v_cache) if inputs.k is None else (q, k_cache, v_cache, inputs.k, inputs.v)
+    used = (
+        ("cache", True),
+        ("band", spec.has_band),
+        ("softcap", spec.softcap is not None),
+        ("bias", inputs.bias is not None),
+        ("alibi", inputs.alibi_slopes is not None),
+        ("sinks", inputs.sinks is not None),
+        ("packed", inputs.cu_seqlens_q is not None),
+        ("gqa", q.shape[-2] != k_cache.shape[-2]),
+        ("mixed head dims", q.shape[-1] != v_cache.shape[-1]),
+        ("strided head dim", any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in operands)),
+        ("append", inputs.k is not None),
+        ("paged cache", inputs.block_table is not None),
+        ("rotary", inputs.rotary_cos is not None),
+        ("fp8 cache", k_cache.dtype == FP8),
+        ("prompt", inputs.max_seqlen_q > PROMPT_ROWS),
+    )
+    return [name for name, is_used in used if is_used]
 
 
 # --- steps --------------------------------------------------------------------------------------------------------
@@ -393,15 +397,20 @@ def _check_no_gradient(inputs: CacheInputs) -> None:
             raise input_error(name, "a tensor that requires grad", "one that does not: there is no gradient", todo)
 
 
+def most_positions(inputs: CacheInputs) -> int:
+    """What a sequence may have of them: as many as the cache holds, and the bias has numbers for."""
+    if inputs.bias is None or inputs.bias.shape[3] == 1:
+        return inputs.capacity
+    return min(inputs.capacity, inputs.bias.shape[3])
+
+
 def check_cache_values(inputs: CacheInputs, spec: AttentionSpec) -> None:
     """Check lengths and page numbers: only where reading them costs nothing, in host memory."""
     if inputs.cu_seqlens_q is not None:
         boundaries = inputs.cu_seqlens_q.tolist()
         layout.check_cu_seqlens_values("cu_seqlens_q", boundaries, inputs.q.shape[0], inputs.max_seqlen_q)
     s_q, s_kv = inputs.host_lengths()
-    limit = inputs.capacity
-    if inputs.bias is not None and inputs.bias.shape[3] > 1:
-        limit = min(limit, inputs.bias.shape[3])
+    limit = most_positions(inputs)
     before = inputs.cache_lengths.tolist()
     for b, (have, after) in enumerate(zip(before, s_kv, strict=True)):
         if have < 0 or after > limit:

@@ -163,7 +163,7 @@ def explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
             function(*args, **kwargs)
         return Explanation.of(problems[0])
 
-    explain.__name__ = explain.__qualname__ = "explain"
+    explain.__name__ = explain.__qualname__ = name.replace("attention", "explain", 1)
     explain.__doc__ = f"""Which backend would serve ``{name}`` with these arguments, and why the others would not.
 
     Args:

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, rng
+from fastattn import dispatch, reference, replay, rng
 from fastattn.autograd import attend
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
-from fastattn.ops import without_autocast
+from fastattn.ops import prepared_forward, refuse_context_parallel, without_autocast
 from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
 from fastattn.spec import Anchor, AttentionSpec
 
@@ -318,10 +318,18 @@ def dense_problem(
 
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    backend, qkv = dispatch.requested(backend), (inputs.q, inputs.k, inputs.v)
+    like = None if dispatch.explained or inputs.has_more_than_qkv else replay.signature(qkv, (spec, backend))
+    if like is not None and (run := replay.known(like)) is not None:
+        refuse_context_parallel()
+        return run(*qkv)
     check_inputs(inputs, spec)
     if dispatch.explained and dispatch.note(lambda: Problem.of(inputs, spec)):
         return inputs.q, inputs.q
-    return attend(inputs, spec, dispatch.requested(backend))
+    out, lse = attend(inputs, spec, backend)
+    if like is not None and not replay.is_known(like):
+        replay.remember(like, prepared_forward(inputs, spec, backend))
+    return out, lse
 
 
 def band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
@@ -423,7 +431,7 @@ def longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.devi
 
 def _torch_batches(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """torch's ``(N, ..., H, L, E)``, batches and heads broadcast as torch does."""
-    if enable_gqa:
+    if enable_gqa or query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
         return query, key, value
     try:
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
@@ -448,4 +456,6 @@ def _torch_mask(attn_mask: Tensor, full: tuple[int, ...]) -> Tensor:
 
 
 def _to_four_dims(x: Tensor) -> Tensor:
+    if x.dim() == 4:
+        return x
     return x[(None,) * (4 - x.dim())] if x.dim() < 4 else x.flatten(0, -4)

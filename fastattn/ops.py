@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastattn.backends.base import Run
 from fastattn.cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
 from fastattn.dispatch import select
 from fastattn.errors import UnsupportedError
@@ -112,6 +113,11 @@ def _check_values(inputs: Inputs) -> None:
         inputs.boundaries()
 
 
+def prepared_forward(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Run | None:
+    """What serves calls like this one without a look at anything; None if its backend has nothing."""
+    return select(Problem.of(inputs, spec), backend).prepared_forward(inputs, spec)
+
+
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, _, _ = unflatten(args[:-1])
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
@@ -161,9 +167,15 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
     refuse_context_parallel()
-    if inputs.q.device.type == "cpu":
+    backend = select(cache_problem(inputs, spec), args[-1])
+    if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)
-    return select(cache_problem(inputs, spec), args[-1]).attend_to_cache(inputs, spec)
+    return backend.attend_to_cache(inputs, spec)
+
+
+def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
+    """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
+    return select(cache_problem(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,14 @@ class Inputs:
         return self.cu_seqlens_q is not None
 
     @property
+    def has_more_than_qkv(self) -> bool:
+        """Whether any other tensor takes part."""
+        return not (
+            self.bias is self.mask is self.alibi_slopes is self.sinks is None
+            and self.segment_ids_q is self.segment_ids_kv is self.cu_seqlens_q is self.rng_state is None
+        )
+
+    @property
     def batch(self) -> int:
         """B, or N if packed."""
         return self.cu_seqlens_q.shape[0] - 1 if self.cu_seqlens_q is not None else self.q.shape[0]
@@ -317,8 +325,10 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
-# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to.
-CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache")
+# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
+# sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
+CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
+PROMPT_ROWS = 16
 
 
 def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:

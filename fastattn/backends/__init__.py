@@ -7,7 +7,7 @@ import importlib
 
 from fastattn.backends.base import Backend
 
-BACKENDS: tuple[str, ...] = ("cuda", "triton", "portable", "eager")
+BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "portable", "eager")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ A backend is a folder ``backends/<name>/`` whose ``__init__.py`` exposes ``BACKE
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from fastattn.cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
+
+# Computes (out, lse) for calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
+Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Backend(ABC):
 
     name: str
     capabilities: Capabilities
+    checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine at all; None if it can."""
@@ -94,6 +98,21 @@ class Backend(ABC):
         must not wait for lengths or block tables: sizes known to the host bound them.
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
+
+        It is called where nothing has a gradient. None: there is no shorter way than ``forward``.
+        """
+        return None
+
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
+        """``attend_to_cache`` for calls like this one, where there are no other tensors than those it is a function of.
+
+        These are q, k_cache, v_cache, cache_lengths, k, v and block_table, the last three of which may be None. It
+        checks their values. None: there is no shorter way.
+        """
+        return None
 
 
 def capability_reasons(can: Capabilities, problem: Problem) -> list[str]:

@@ -32,7 +32,7 @@ def facts() -> Facts:
     import torch
 
     import fastattn
-    from fastattn.backends.cuda import delivery
+    from fastattn.backends import cpu, cuda
 
     versions = {
         "fastattn": fastattn.__version__,
@@ -50,7 +50,7 @@ def facts() -> Facts:
         devices["mps"] = "Apple GPU"
     backends = {name: reason or "ready" for name, reason in fastattn.backends().items()}
     package = Path(fastattn.__file__).parent
-    installation = {"folder": str(package), "CUDA kernels": delivery()}
+    installation = {"folder": str(package), "CUDA kernels": cuda.delivery(), "CPU kernels": cpu.delivery()}
     return {"versions": versions, "devices": devices, "backends": backends, "installation": installation}
 
 

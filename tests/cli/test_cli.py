@@ -65,7 +65,7 @@ def test_wrong_flags_exit_with_2(capsys, arguments):
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "triton", "python", "nvcc", "cpu", "eager", "portable", "CUDA kernels"):
+    for word in ("torch", "triton", "python", "nvcc", "cpu", "eager", "portable", "CUDA kernels", "CPU kernels"):
         assert re.search(rf"^  {word} +\S", text, re.M), word
 
 

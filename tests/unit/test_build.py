@@ -249,7 +249,7 @@ def test_delivery_says_what_happened() -> None:
 def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", *arguments, "--dist-dir", str(folder / "dist")]
     command[2:2] = ["egg_info", "--egg-base", str(folder), "build", "--build-base", str(folder / "build")]
-    env = {**os.environ, **environment}
+    env = {**os.environ, "FASTATTN_BUILD_CUDA": "0", "FASTATTN_BUILD_CPU": "0", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -264,29 +264,39 @@ def broken_cuda_home(folder: Path) -> str:
 def test_setup_without_a_compiler_builds_a_wheel_for_every_machine(tmp_path: Path) -> None:
     result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="auto", CUDA_HOME=broken_cuda_home(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "the CUDA library is not built" in result.stderr and "no host compiler" in result.stderr
+    assert "the library for cuda is not built" in result.stderr and "no host compiler" in result.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"fastattn/csrc/instances.inc", "fastattn/csrc/mask.h", "fastattn/csrc/sm90/forward.cuh"} <= set(names)
+    sources = ("instances.inc", "mask.h", "sm90/forward.cuh", "cpu/decode.cpp", "cpu/vector.h")
+    assert {f"fastattn/csrc/{name}" for name in sources} <= set(names)
     assert not any(name.endswith(".so") for name in names)
 
 
 def test_setup_fails_where_the_library_is_demanded(tmp_path: Path) -> None:
     result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="1", CUDA_HOME=broken_cuda_home(tmp_path))
     assert result.returncode != 0
-    assert "the CUDA library cannot be built" in result.stderr and "no host compiler" in result.stderr
+    assert "the library for cuda cannot be built" in result.stderr and "no host compiler" in result.stderr
 
 
-def test_setup_refuses_an_unknown_wish(tmp_path: Path) -> None:
-    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CUDA="maybe")
-    assert result.returncode != 0 and "allowed: auto, 0, 1" in result.stderr
+@pytest.mark.parametrize("switch", ["FASTATTN_BUILD_CUDA", "FASTATTN_BUILD_CPU"])
+def test_setup_refuses_an_unknown_wish(tmp_path: Path, switch: str) -> None:
+    result = run_setup(tmp_path, "bdist_wheel", **{switch: "maybe"})
+    assert result.returncode != 0 and f"{switch}: got 'maybe'; allowed: auto, 0, 1" in result.stderr
+
+
+def test_setup_without_a_cpp_compiler(tmp_path: Path) -> None:
+    said = "the library for cpu {} built: no C++ compiler was found (CXX=nothing-of-this-name)"
+    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CPU="auto", CXX="nothing-of-this-name")
+    assert result.returncode == 0 and said.format("is not") in result.stderr
+    result = run_setup(tmp_path, "bdist_wheel", FASTATTN_BUILD_CPU="1", CXX="nothing-of-this-name")
+    assert result.returncode != 0 and said.format("cannot be") in result.stderr
 
 
 def test_setup_files_import_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path({path!r})"
-    for name in ("build", "instances"):
-        path = str(ROOT / "fastattn" / "backends" / "cuda" / f"{name}.py")
+    for name in ("cuda/build", "cuda/instances", "cpu/build"):
+        path = str(ROOT / "fastattn" / "backends" / f"{name}.py")
         subprocess.run([sys.executable, "-c", code.format(path=path)], check=True, cwd="/")
 
 

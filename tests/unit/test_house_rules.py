@@ -38,10 +38,23 @@ MAY_IMPORT = {
     "cache": {"errors", "layout", "problem", "rotary", "spec"},
     "reference": {"cache", "problem", "rng", "spec"},
     "dispatch": {"backends", "errors", "problem"},
-    "ops": {"cache", "dispatch", "errors", "problem", "reference", "spec"},
+    "ops": {"backends", "cache", "dispatch", "errors", "problem", "reference", "spec"},
     "autograd": {"ops", "problem", "reference", "spec"},
-    "functional": {"autograd", "cache", "dispatch", "errors", "layout", "ops", "problem", "reference", "rng", "spec"},
-    "decoding": {"cache", "dispatch", "errors", "functional", "ops", "problem"},
+    "functional": {
+        "autograd",
+        "cache",
+        "dispatch",
+        "errors",
+        "layout",
+        "ops",
+        "problem",
+        "reference",
+        "replay",
+        "rng",
+        "spec",
+    },
+    "replay": {"backends"},
+    "decoding": {"cache", "dispatch", "errors", "functional", "ops", "problem", "replay"},
     "inspection": {"errors", "functional", "layout", "problem", "reference", "spec"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
     "testing": {
@@ -134,7 +147,7 @@ def test_every_part_of_the_package_has_its_rule():
 
 
 def test_backends_know_nothing_of_each_other():
-    lower = UNDERNEATH | {"backends.base", "backends.evidence"}
+    lower = UNDERNEATH | {"backends.base", "backends.evidence", "backends.native"}
     for path in tracked("fastattn/backends"):
         inside = path.relative_to(PACKAGE / "backends").parts
         own = f"backends.{inside[0]}" if len(inside) > 1 else "backends"

@@ -17,13 +17,6 @@ ROW_THREADS = 256  # kRowThreads of csrc/sm90/rows.cuh
 PADDED_ROWS = 128  # kPaddedRows of csrc/params.h
 
 
-def source_folder() -> Path:
-    """``csrc/``: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[2]
-    installed = package / "csrc"
-    return installed if installed.is_dir() else package.parent / "csrc"
-
-
 @dataclass(frozen=True)
 class Tile:
     """A FORWARD line of ``instances.inc``; the fields are its numbers, in order."""
@@ -252,7 +245,11 @@ def _flags(*flags: int) -> str:
 
 
 def _lines(kind: type[TABLED], folder: Path | None) -> list[TABLED]:
-    text = ((folder or source_folder()) / "instances.inc").read_text()
+    if folder is None:
+        from fastattn.backends.native import source_folder  # here, because setup.py reads this file alone
+
+        folder = source_folder()
+    text = (folder / "instances.inc").read_text()
     lines = re.findall(rf"^{kind.macro}\(([\d, ]+)\)$", text, flags=re.MULTILINE)
     return [kind(*map(int, line.split(","))) for line in lines]
 

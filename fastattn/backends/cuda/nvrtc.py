@@ -6,15 +6,16 @@ sources, options, architecture and the version of NVRTC. A file appears there co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
-import os
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastattn.backends import native
 from fastattn.backends.cuda import abi, driver
 from fastattn.backends.cuda.instances import (
     COMBINE,
@@ -34,7 +35,6 @@ from fastattn.backends.cuda.instances import (
     select_decode,
     select_keys,
     select_queries,
-    source_folder,
 )
 
 ARCHITECTURE = "sm_90a"
@@ -95,7 +95,7 @@ def source_of(instance: Instance) -> str:
 @functools.cache
 def headers() -> dict[str, str]:
     """The device headers, by the path under ``csrc/`` by which they are included."""
-    folder = source_folder()
+    folder = native.source_folder()
     found = [*folder.glob("*.h"), *(folder / "sm90").glob("*.h"), *(folder / "sm90").glob("*.cuh")]
     found.remove(folder / "launch.h")  # host code
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
@@ -127,14 +127,9 @@ def compile_kernel(instance: Instance) -> bytes:
     return cubin.raw
 
 
-def cache_folder() -> Path:
-    given = os.environ.get("FASTATTN_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "fastattn"
-
-
 def cache_path(instance: Instance) -> Path:
     text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *OPTIONS, version()])
-    return cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    return native.cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:
@@ -143,13 +138,8 @@ def cached_kernel(instance: Instance) -> bytes:
     if path.exists():
         return path.read_bytes()
     cubin = compile_kernel(instance)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as unfinished:
-            unfinished.write(cubin)
-        os.replace(unfinished.name, path)
-    except OSError:
-        pass  # a read-only home: slower, not wrong
+    with contextlib.suppress(OSError):  # a read-only home: slower, not wrong
+        native.write_whole(path, cubin)
     return cubin
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.base import Backend, Capabilities, Run
 from fastattn.backends.portable import decode, flash, terms, tiles
 from fastattn.cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs
@@ -28,6 +28,9 @@ class PortableBackend(Backend):
         run = flash if flash.serves(inputs, spec) else tiles
         out, lse = run.forward(inputs, spec)
         return (out, lse) if inputs.sinks is None else terms.add_sinks(out, lse, inputs)
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        return flash.prepared(inputs, spec) if flash.serves(inputs, spec) else None
 
     def backward(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastattn.backends.base import Run
 from fastattn.backends.portable import plan, terms
 from fastattn.backends.portable.plan import Block, Call
 from fastattn.problem import Inputs
@@ -52,6 +53,20 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         _queries(terms.dense(out), call).copy_(out_part[..., : inputs.v.shape[-1]])
         _queries(_by_rows(lse), call).copy_(lse_part[..., None])
     return out, lse
+
+
+def prepared(inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    """``forward`` as a function of q, k and v, for problems that are one call of the kernel on tensors as they are."""
+    shape, width = _plain_shape(inputs, spec), max(inputs.q.shape[-1], inputs.v.shape[-1])
+    if shape is None or any(_operand(x, width) is not x for x in (inputs.q, inputs.k, inputs.v)):
+        return None
+    is_causal, scale = shape == "causal", spec.scale
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, scale=scale)
+        return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+    return run
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

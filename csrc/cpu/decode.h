@@ -1,0 +1,58 @@
+// Attention to a cache on a CPU: what the library asks of a set of instructions, and the memory they share.
+//
+// The kernel is compiled for several sets of instructions into one library, so all functions here are static: of inline
+// ones the linker would keep one copy for all, perhaps of instructions which the machine at hand does not have.
+//
+// The keys of a sequence are cut into parts, which threads take one after the other. A part holds for each query row
+// the largest score, the sum of the weights, and the weighted sum of the values; who finishes a sequence joins them.
+#pragma once
+
+#include "mask.h"
+#include "params.h"
+
+namespace fa::cpu {
+
+constexpr int kKeys = 64;     // keys of a block: their scores are in memory at a time
+constexpr int kAlign = 16;    // rows of floats in scratch memory are multiples of this, the widest vector
+constexpr int kAtOnce = 4;    // keys that one pass over the head dim works on
+
+static inline int64 padded(int64 n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+struct Sequence {
+  int b;
+  int64 first_row;  // of its queries, in a tensor (B * S_q | T_q, H_q, D)
+  Band band;        // with s_q and s_kv
+  int rows;         // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
+};
+
+// Results of one part: of each row the sums, padded(head_dim_v) floats, the largest score, the sum of the weights.
+struct Part {
+  float *sums, *most, *total;
+};
+
+static inline int64 part_floats(int64 rows, int64 dim) { return rows * (padded(dim) + 2); }
+
+static inline Part part_at(float* memory, int64 rows, int64 dim) {
+  float* const most = memory + rows * padded(dim);
+  return {memory, most, most + rows};
+}
+
+// The queries of a sequence times `scale`, and the scores of a block of keys.
+struct Scratch {
+  float *queries, *scores;
+};
+
+static inline int64 scratch_floats(int64 rows, int64 dim) { return rows * (padded(dim) + kKeys); }
+
+static inline Scratch scratch_at(float* memory, int64 rows, int64 dim) {
+  return {memory, memory + rows * padded(dim)};
+}
+
+struct Machine {
+  const char* name;
+  bool (*runs_here)();
+  void (*attend)(Params const&, Sequence const&, Range keys, Scratch, Part);
+  void (*join)(Params const&, Sequence const&, float* parts, int count);
+};
+
+}  // namespace fa::cpu

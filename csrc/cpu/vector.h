@@ -1,0 +1,180 @@
+// Vectors of floats as wide as the machine's, and numbers of every stored type turned into them.
+//
+// GCC's and Clang's vector extension: the same source for AVX-512, AVX2, SSE2 and NEON. Everything here has internal
+// linkage, because the file is compiled once for each instruction set into one library.
+#pragma once
+
+#include "params.h"
+
+namespace {
+
+using fa::cpu::int32;
+using fa::cpu::int64;
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32 Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32 Words __attribute__((vector_size(4 * kLanes)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32 FourInts __attribute__((vector_size(16)));
+typedef uint16 Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8 Bytes __attribute__((vector_size(kLanes)));
+
+// Numbers as they are stored.
+struct Bfloat16 { uint16 bits; };
+struct Float16 { uint16 bits; };
+struct Float8 { uint8 bits; };  // e4m3: a sign, 4 bits of exponent, 3 of mantissa, no infinity
+
+template <class V>
+inline V loaded(void const* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline Floats as_floats(Words w) { return (Floats)w; }
+inline Floats all(float x) { return x - Floats{}; }
+
+// A small float, its sign taken off and its exponent and mantissa at their places in 32 bits, as a float:
+// `bias` is what the exponents differ by, and those with exponent 0 count from there, which a subtraction does.
+inline Floats widened(Words magnitude, Words sign, Words special, uint32 bias) {
+  constexpr uint32 kOne = 1u << 23;
+  Words const bits = magnitude + (bias << 23);
+  Floats const least = as_floats(Words{} + ((bias + 1) << 23));
+  Floats const subnormal = as_floats(bits + kOne) - least;
+  Words const is_subnormal = (Words)(magnitude < kOne);
+  Words const value = ((Words)subnormal & is_subnormal) | (bits & ~is_subnormal);
+  return as_floats(value | special | sign);
+}
+
+inline Floats load(float const* p) { return loaded<Floats>(p); }
+
+inline Floats load(Bfloat16 const* p) {
+  return as_floats(__builtin_convertvector(loaded<Halves>(p), Words) << 16);
+}
+
+inline Floats load(Float16 const* p) {
+  Words const w = __builtin_convertvector(loaded<Halves>(p), Words);
+  Words const magnitude = (w & 0x7fffu) << 13;
+  Words const special = (Words)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN keep the mantissa
+  return widened(magnitude, (w & 0x8000u) << 16, special, 112);
+}
+
+inline Floats load(Float8 const* p) {
+  Words const w = __builtin_convertvector(loaded<Bytes>(p), Words);
+  Words const magnitude = (w & 0x7fu) << 20;
+  Words const special = (Words)(magnitude == 0x07f00000u) & 0x7fc00000u;  // the one NaN
+  return widened(magnitude, (w & 0x80u) << 24, special, 120);
+}
+
+// The first `count` numbers, and zeros.
+template <class T>
+inline Floats load_some(T const* p, int count) {
+  T some[kLanes] = {};
+  __builtin_memcpy(some, p, count * sizeof(T));
+  return load(some);
+}
+
+template <class T>
+inline float to_float(T x) {
+  return load_some(&x, 1)[0];
+}
+
+// Rounded to nearest, ties to even.
+inline void round_to(float x, float* p) { *p = x; }
+
+inline void round_to(float x, Bfloat16* p) {
+  uint32 bits;
+  __builtin_memcpy(&bits, &x, 4);
+  p->bits = x != x ? 0x7fc0 : uint16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void round_to(float x, Float16* p) {
+  uint32 bits;
+  __builtin_memcpy(&bits, &x, 4);
+  uint32 const sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    p->bits = uint16(sign | 0x7e00);  // NaN
+  } else if (magnitude >= 0x477ff000) {
+    p->bits = uint16(sign | 0x7c00);  // above the largest number, and a tie with it: infinity
+  } else if (magnitude < 0x38800000) {
+    float absolute, half = 0.5f;  // subnormal: adding 1/2 rounds at 2^-24, and leaves the bits at the lower end
+    __builtin_memcpy(&absolute, &magnitude, 4);
+    absolute += half;
+    __builtin_memcpy(&bits, &absolute, 4);
+    p->bits = uint16(sign | (bits - 0x3f000000));
+  } else {
+    p->bits = uint16(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+  }
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define FA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourInts{__VA_ARGS__})
+#endif
+
+// The sums of neighbours a quarter of the lanes wide: four lanes, whose sum is that of all.
+inline Four folded(Floats v) {
+  Four quarters[kLanes / 4];
+  __builtin_memcpy(quarters, &v, sizeof v);
+  Four total = quarters[0];
+  for (int n = 1; n < kLanes / 4; ++n) total += quarters[n];
+  return total;
+}
+
+inline float sum(Floats v) {
+  Four const four = folded(v);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of four vectors, side by side.
+inline void store_sums(Floats const (&v)[4], float* p) {
+  Four const a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
+  Four const ab = FA_SHUFFLE(a, b, 0, 4, 1, 5) + FA_SHUFFLE(a, b, 2, 6, 3, 7);
+  Four const cd = FA_SHUFFLE(c, d, 0, 4, 1, 5) + FA_SHUFFLE(c, d, 2, 6, 3, 7);
+  Four const sums = FA_SHUFFLE(ab, cd, 0, 1, 4, 5) + FA_SHUFFLE(ab, cd, 2, 3, 6, 7);
+  __builtin_memcpy(p, &sums, sizeof sums);
+}
+
+inline float largest(Floats v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  float most = lanes[0];
+  for (float lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87, where floats end.
+// x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the polynomial of Cephes' expf (Moshier, netlib.org/cephes).
+inline Floats exponential(Floats x) {
+  Ints const vanishes = x < -87.0f;
+  x = vanishes ? Floats{} : x;
+  Floats const magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  Floats const shifted = x * 1.44269504088896341f + magic;
+  Floats const n = shifted - magic;
+  Floats const r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few bits
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Words const power = (Words)(((Ints)shifted - (Ints)magic + 127) << 23);
+  return vanishes ? Floats{} : p * as_floats(power);
+}
+
+}  // namespace

@@ -1,0 +1,141 @@
+"""Attention to a cache by the C++ kernel: what it is given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastattn import cache
+from fastattn.backends.base import Run
+from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
+from fastattn.cache import CacheInputs
+from fastattn.errors import input_error
+from fastattn.spec import AttentionSpec
+
+UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, cache.FP8: 3}  # Dtype of csrc/cpu/params.h
+BEST = -1  # of the instruction sets that this machine has
+NO_STRIDES = (0, 0, 0)
+
+
+def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: int = BEST) -> tuple[Tensor, Tensor]:
+    """Append, then ``(out, lse)``."""
+    given = inputs
+    if inputs.rotary_cos is not None or inputs.is_fp8:  # what is appended is not stored as it is
+        cache.check_cache_values(inputs, spec)
+        cache.append(inputs)
+        inputs = inputs.replace(q=cache.rotated_queries(inputs, spec))
+    is_stored = inputs is not given
+    inputs = _readable(inputs)
+    q = inputs.q
+    out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
+    lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
+    variable = VARIABLE_PART.pack(
+        VERSION, torch.get_num_threads(), machine,
+        q.data_ptr(), inputs.k_cache.data_ptr(), inputs.v_cache.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        inputs.cache_lengths.data_ptr(), _address(inputs.block_table), _address(inputs.cu_seqlens_q),
+        _address(inputs.k_scale), _address(inputs.v_scale), _address(inputs.bias), _address(inputs.alibi_slopes),
+        _address(inputs.sinks), _address(None if is_stored else inputs.k), _address(None if is_stored else inputs.v),
+    )  # fmt: skip
+    if not library.decode(variable + _fixed(inputs, spec)):
+        _raise_wrong_values(given, spec)
+    return out, lse
+
+
+def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
+    """``attend`` for calls like this one, where tensors are passed as they are."""
+    if inputs.is_fp8 or inputs.rotary_cos is not None or _readable(inputs) is not inputs:
+        return None
+    fixed, dtype, device = _fixed(inputs, spec), inputs.q.dtype, inputs.q.device
+    out_shape, lse_shape, max_seqlen_q = inputs.out_shape(), inputs.lse_shape(), inputs.max_seqlen_q
+
+    def run(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        table: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty(out_shape, dtype=dtype, device=device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
+        variable = VARIABLE_PART.pack(
+            VERSION, torch.get_num_threads(), BEST, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            out.data_ptr(), lse.data_ptr(), lengths.data_ptr(), 0 if table is None else table.data_ptr(),
+            0, 0, 0, 0, 0, 0, 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
+        )  # fmt: skip
+        if not library.decode(variable + fixed):
+            again = CacheInputs(q, k_cache, v_cache, lengths, k, v, table, max_seqlen_q=max_seqlen_q)
+            _raise_wrong_values(again, spec)
+        return out, lse
+
+    return run
+
+
+def _raise_wrong_values(inputs: CacheInputs, spec: AttentionSpec) -> None:
+    cache.check_cache_values(inputs, spec)
+    raise RuntimeError("the lengths or the block table of this call changed while it ran")
+
+
+def _readable(inputs: CacheInputs) -> CacheInputs:
+    """With tensors as the kernel reads them: rows contiguous, numbers beside the caches in fp32. They live in it."""
+    changes = {}
+    for name, dtype in (
+        ("cache_lengths", None), ("block_table", None), ("cu_seqlens_q", None), ("k_scale", None), ("v_scale", None),
+        ("alibi_slopes", torch.float32), ("sinks", torch.float32), ("bias", torch.float32),
+    ):  # fmt: skip
+        x: Tensor | None = getattr(inputs, name)
+        if x is None:
+            continue
+        read = x if dtype is None or x.dtype == dtype else x.to(dtype)
+        if name != "bias" and read.stride(-1) != 1 and read.shape[-1] > 1:  # a bias broadcasts by its strides
+            read = read.contiguous()
+        if read is not x:
+            changes[name] = read
+    return inputs.replace(**changes) if changes else inputs
+
+
+def _fixed(inputs: CacheInputs, spec: AttentionSpec) -> bytes:
+    """The part of the struct that calls with tensors of the same kind share."""
+    positions = cache.most_positions(inputs)
+    if positions >= UNBOUNDED:
+        given, allowed = f"{positions} positions", f"fewer than {UNBOUNDED}"
+        raise input_error("k_cache", given, allowed, "The kernel counts in 32 bits.")
+    q, k, v, is_packed = inputs.q, inputs.k_cache, inputs.v_cache, inputs.is_packed
+    rows_new = 0 if inputs.k is None else -1 if is_packed else inputs.k.shape[1]  # -1: as many as query rows
+    return FIXED_PART.pack(
+        *_strides(q, is_packed), *_strides(k), *_strides(v), *_strides(inputs.k, is_packed),
+        *_strides(inputs.v, is_packed),
+        _step(inputs.block_table), _step(inputs.k_scale), _step(inputs.v_scale), *_steps(inputs.bias),
+        _step(inputs.alibi_slopes), _step(inputs.sinks),
+        DTYPES[q.dtype], DTYPES[k.dtype], inputs.batch, q.shape[-2], k.shape[2], q.shape[-1], v.shape[3],
+        q.shape[-3], rows_new, inputs.max_seqlen_q, k.shape[0], k.shape[1], positions,
+        _side(spec.left), _side(spec.right), spec.scale, spec.softcap or 0.0,
+    )  # fmt: skip
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor | None, is_packed: bool = False) -> tuple[int, ...]:
+    """Of the batch, the row and the head."""
+    if x is None:
+        return NO_STRIDES
+    return (0, *x.stride()[:2]) if is_packed else x.stride()[:3]
+
+
+def _step(x: Tensor | None) -> int:
+    """From row to row of ``(1|n, m)``; 0 where all share one."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def _steps(bias: Tensor | None) -> tuple[int, ...]:
+    if bias is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+
+
+def _side(limit: int | None) -> int:
+    return UNBOUNDED if limit is None else min(limit, UNBOUNDED)
