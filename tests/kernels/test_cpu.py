@@ -75,7 +75,7 @@ def test_nan_and_infinity_come_through(machine, where):
     """What is not a number must not become one: the same rows are NaN as with the reference."""
     for bad in (float("nan"), float("inf"), float("-inf")):
         (q, k_cache, v_cache, lengths), _ = step(keys=230)
-        places = {"q": q[0, 0, 1], "k_cache": k_cache[1, 60, 0], "v_cache": v_cache[0, 200, 1, :9], "every key": k_cache}
+        places = {"q": q[0, 0, 1], "k_cache": k_cache[1, 60, 0], "v_cache": v_cache[0, 200, 1], "every key": k_cache}
         places[where].fill_(bad)
         inputs = CacheInputs(q, k_cache, v_cache, lengths, max_seqlen_q=1)
         out, lse = OnMachine(machine).attend_to_cache(inputs, AttentionSpec(0.1))
