@@ -136,7 +136,8 @@ def _checked(example: Example, task: str) -> Example:
         value = example.fields.get(name)
         if value is None or (value == "" and name in fields.optional):
             if name in fields.required:
-                raise example.error(name, f"it is missing; an example for {task} has {fields}.")
+                here = ", ".join(list(example.fields)[:9])
+                raise example.error(name, f"it is missing; an example for {task} has {fields}, this one: {here}.")
             continue
         kept[name] = _typed(example, name, value)
     if task == "tag" and len(kept["words"]) != len(kept["labels"]):

@@ -177,7 +177,7 @@ def finetune(
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
     examples, held_out = _examples(config)
-    task, model = _fresh(config, examples) if resume is None else _unfilled(resume, config.attention)
+    task, model = _fresh(config, examples, held_out) if resume is None else _unfilled(resume, config.attention)
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -282,12 +282,12 @@ def _unfilled(checkpoint: Checkpoint, attention: str | None = None) -> tuple[Tas
     return task, task.add_head(make_model(config))
 
 
-def _fresh(config: FinetuneConfig, examples: Sequence[Example]) -> tuple[Task, nn.Module]:
-    """The task and the model at the start of a run."""
+def _fresh(config: FinetuneConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> tuple[Task, nn.Module]:
+    """The task and the model at the start of a run; a label of ``data`` may be so rare that all of it is held out."""
     task = TASKS[config.task]
     torch.manual_seed(config.train.seed)
     tokenizer, backbone = _start(config, task, examples)
-    labels = label_names(task, examples)
+    labels = label_names(task, examples if config.eval else [*examples, *held_out])
     ready = task(tokenizer, backbone.config, labels, config.length)
     return ready, ready.add_head(backbone)
 

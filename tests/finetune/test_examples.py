@@ -62,7 +62,11 @@ def test_an_answer_is_found_in_its_context(tmp_path):
 @pytest.mark.parametrize(
     ("task", "record", "words"),
     [
-        ("classify", {"text": "x"}, "line 2, field 'label': it is missing; an example for classify has text, label"),
+        (
+            "classify",
+            {"text": "x"},
+            "line 2, field 'label': it is missing; an example for classify has text, label.*, this one: text",
+        ),
         ("classify", {"text": " ", "label": "a"}, "field 'text': it is empty"),
         ("classify", {"text": ["x"], "label": "a"}, "field 'text': it must be a text, not \\['x'\\]"),
         ("tag", {"words": ["a", "b"], "labels": ["x"]}, "field 'labels': 1 labels for 2 words"),
