@@ -124,7 +124,7 @@ def _of_text(
             on_device = batch.to(torch.device(device))
             nats += float(task.loss(model, on_device))
             labels += batch.num_labels()
-            bar.update(_BATCH)
+            bar.update(min(_BATCH, rows - bar.n))
     loss = nats / max(labels, 1)
     scores = {"loss": loss, "perplexity": perplexity(loss)}
     if task.name == "causal" and rows == packed.num_rows:

@@ -124,6 +124,11 @@ def test_eager_and_fastattn_train_alike(texts, tmp_path):
     assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
+def test_evaluate_counts_rows_as_they_are(out, texts, capsys):
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(texts), "--limit", "2", "--device", "cpu"]) == 0
+    assert re.search("evaluate: 100%.* 2/2 ", capsys.readouterr().err)
+
+
 def test_generate_streams(out, capsys, monkeypatch):
     command = [
         "generate",

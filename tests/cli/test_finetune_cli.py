@@ -160,6 +160,12 @@ def test_objectives_of_train(tmp_path, capsys):
     )  # fmt: skip
 
 
+def test_evaluate_shows_how_far_it_is(out, data, capsys):
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(data)]) == 0
+    bars = capsys.readouterr().err
+    assert re.search(r"loss: 100%.* 18/18 ", bars) and re.search(r"answer: 100%.* 18/18 ", bars)
+
+
 @pytest.mark.parametrize("package", ["sacrebleu", "torchmetrics"])
 def test_what_scores_need_is_missed_before_the_training(package, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
