@@ -328,7 +328,7 @@ FEATURES = (
 # What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
 # sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
-PROMPT_ROWS = 16
+PROMPT_ROWS = 32
 
 
 def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:

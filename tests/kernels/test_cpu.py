@@ -124,7 +124,7 @@ def test_it_says_what_it_runs_on():
 def test_it_is_chosen_for_decoding_and_for_nothing_else():
     args, options = step(page_size=16)
     assert explain_with_kv_cache(*args, **options).chosen == "cpu"
-    prompt = step(rows=17)[0]
+    prompt = step(rows=33)[0]
     assert explain_with_kv_cache(*prompt).chosen == "portable"
     assert explain_with_kv_cache(*prompt).reasons["cpu"] == ["no prompt"]
     assert fastattn.explain(prompt[0], prompt[0], prompt[0]).reasons["cpu"] == ["attention to a cache alone"]

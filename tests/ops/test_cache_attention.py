@@ -47,7 +47,7 @@ def test_portable_as_on_a_device(case):
 @by_id([case for case in GRID if case.dtype in (torch.float32, torch.bfloat16) and case.s_q])
 def test_small_pieces_and_groups(case, monkeypatch):
     """Every cut of the work, in problems too small to need one."""
-    for name, value in (("PIECE", 64), ("SMALL", 600), ("PROMPT_ROWS", 3), ("LONG", 0), ("FOLD", 5)):
+    for name, value in (("PIECE", 64), ("SMALL", 600), ("MANY_ROWS", 3), ("LONG", 0), ("FOLD", 5)):
         monkeypatch.setattr(decode, name, value)
     assert_within(measure_cache(load("portable"), make_cache_sample(case)))
 

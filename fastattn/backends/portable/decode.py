@@ -26,12 +26,13 @@ from torch.nn.functional import pad
 from fastattn import cache
 from fastattn.backends.portable import flash, terms
 from fastattn.cache import CacheInputs
-from fastattn.problem import PROMPT_ROWS, Inputs
+from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
 
 Part = tuple[Tensor, Tensor]  # out [p, n, H_kv, R, D] and lse [p, n, H_kv, R] of p parts of the keys
 Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
 
+MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 20  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
 WASTE = 1.25  # or up to this many times what the shortest reads alone
@@ -85,7 +86,7 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tupl
     out = q.new_zeros(*q.shape[:2], inputs.v_cache.shape[-1])
     lse = q.new_full(q.shape[:2], terms.NEVER, dtype=_compute_dtype(inputs))
     for b in range(inputs.batch):
-        if s_q[b] > PROMPT_ROWS and s_kv[b]:
+        if s_q[b] > MANY_ROWS and s_kv[b]:
             rows = slice(first[b], first[b] + s_q[b])
             out_part, lse_part = _prompt(inputs, spec, forward, (b, s_kv[b]), q[rows])
             out[rows], lse[rows] = out_part[0], lse_part[0].transpose(0, 1)
@@ -140,7 +141,7 @@ def _prompt(
 def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list[int]) -> Iterator[Group]:
     """Sequences with few query rows, the alike ones together."""
     spans = [tile_range(spec, 0, rows, rows, length) for rows, length in zip(s_q, s_kv, strict=True)]
-    todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= PROMPT_ROWS and spans[b][0] < spans[b][1]]
+    todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= MANY_ROWS and spans[b][0] < spans[b][1]]
     width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
     is_copied = not _is_view(inputs)
     members: list[int] = []
