@@ -187,7 +187,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
         if steps:
             newest = Checkpoint(steps[-1])
             return (_best(newest) if best else None) or newest
-    raise DataError(f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a run that has saved one.")
+    raise DataError(
+        f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a run that has saved one."
+    )
 
 
 def _best(newest: Checkpoint) -> Checkpoint | None:
