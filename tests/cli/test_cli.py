@@ -7,6 +7,7 @@ import resource
 
 import pytest
 
+import fastattn
 from fastattn.cli import main, train
 from fastattn.train import RunConfig, find_checkpoint
 
@@ -44,6 +45,13 @@ def test_help(capsys, command):
         main([*command, "--help"])
     assert done.value.code == 0
     assert "usage: fastattn" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"fastattn {fastattn.__version__}\n"
 
 
 def test_the_help_tells_the_true_defaults():
