@@ -120,8 +120,9 @@ def check_rank(tensors: Mapping[str, Tensor], dims: range, order: str) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
-        if x.layout != torch.strided:
-            raise input_error(name, x.layout, "a dense tensor", "Convert it with .to_dense() or .to_padded_tensor(0).")
+        if x.layout != torch.strided or x.is_nested:
+            given = "a nested tensor" if x.is_nested else x.layout
+            raise input_error(name, given, "a dense tensor", "Convert it with .to_dense() or .to_padded_tensor(0).")
         if x.dim() not in dims:
             todo = "Reshape it, or unsqueeze what is missing; packed sequences go to fastattn.attention_varlen."
             raise input_error(name, f"shape {tuple(x.shape)}", order, todo)

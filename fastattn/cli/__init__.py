@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 
 from fastattn.cli import config, demo, evaluate, example, finetune, generate, info, prepare, train, verify
 from fastattn.errors import DataError, InputError, UnsupportedError
+from fastattn.version import __version__
 
 # The module of an optional package, and the extra of fastattn that installs it.
-_EXTRAS = {"safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
+_EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
 COMMANDS = (info, verify, prepare, train, finetune, evaluate, generate, example, demo)
 
@@ -23,6 +24,7 @@ COMMANDS = (info, verify, prepare, train, finetune, evaluate, generate, example,
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """The parser and those of the commands by name."""
     parser = argparse.ArgumentParser(prog="fastattn", description="Fast attention: check it, train with it.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)

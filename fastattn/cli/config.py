@@ -58,7 +58,7 @@ def _flags_of(
     for key, value in settings.items():
         name = key.replace("_", "-")
         if name not in options:
-            near = difflib.get_close_matches(name, options, 3) or sorted(options)
+            near = difflib.get_close_matches(name, options, 3) or sorted(options) or ["nothing"]
             raise input_error(f"{path}: {key}", value, ", ".join(near), f"See fastattn {command} --help.")
         try:
             flags += _tokens(f"--{name}", value, options[name], given)

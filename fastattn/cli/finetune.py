@@ -10,11 +10,15 @@ from typing import Any
 from fastattn.cli import device
 from fastattn.cli.flags import TRAINING, Flag, add_flags, given, with_defaults
 
+TEXT = """\
+Train a model for a task on examples of your own, evaluate it on held-out ones, and leave checkpoints, log.jsonl and
+scores.json in --out. Ctrl-C stops with a checkpoint; --resume goes on from the newest.
+"""
 FIELDS = """\
-examples: a .jsonl file with an object in each line, or a .tsv file whose first line names the columns
+examples: a .jsonl file with an object in each line, or a .csv or .tsv file whose first line names the columns
 
   classify   text, label                 and text_pair, if two texts are compared
-  tag        words, labels               lists of equal length; in a .tsv separated by spaces
+  tag        words, labels               lists of equal length; in a table separated by spaces
   qa         question, context, answer   and answer_start, the character where it begins, if it occurs twice
   seq2seq    source, target              translation, summarisation
   instruct   prompt, response            the response is learned, right after the prompt
@@ -44,12 +48,8 @@ _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = (
-        "Train a model for a task on examples of your own, evaluate it on held-out ones, and leave checkpoints, "
-        "log.jsonl and scores.json in --out. Ctrl-C stops with a checkpoint; --resume goes on from the newest."
-    )
     parser = commands.add_parser(
-        "finetune", help="train a model for a task", description=text, epilog=FIELDS,
+        "finetune", help="train a model for a task", description=TEXT, epilog=FIELDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")

@@ -39,7 +39,10 @@ TRAINING = (
     Flag("--weight-decay", "train.optim.weight_decay", float, 0.1, "of matrices"),
     Flag("--clip", "train.optim.clip", float, 1.0, "largest norm of the gradient"),
     Flag("--seed", "train.seed", int, 0, "of weights, data order and dropout"),
-    Flag("--precision", "train.precision", str, "auto", "float32, bfloat16, or auto: bfloat16 on a GPU"),
+    Flag(
+        "--precision", "train.precision", str, "auto", "of matrix products; auto: bfloat16 on a GPU, else float32",
+        ("auto", "float32", "bfloat16"),
+    ),
     Flag("--eval-every", "train.eval_every", int, 100, "steps between held-out losses"),
     Flag("--eval-rows", "train.eval_rows", int, 64, "rows of a held-out loss"),
     Flag("--patience", "train.patience", int, None, "stop after this many evaluations without a better one"),

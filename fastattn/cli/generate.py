@@ -12,14 +12,16 @@ from fastattn.errors import DataError, input_error
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Continue a prompt with a model that fastattn has trained, printing the text as it comes. With --prompts, "
-        "continue many at a time and write a JSON line for each."
+        "Continue a prompt with a model that fastattn has trained, printing the text as it comes; an encoder-decoder "
+        "answers it. With --prompts, take many at a time and write a JSON line for each."
     )
     parser = commands.add_parser("generate", help="generate text from a checkpoint", description=text)
     parser.add_argument(
         "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its newest), or one checkpoint"
     )
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="beginning of the text (default: none)")
+    parser.add_argument(
+        "--prompt", default="", metavar="TEXT", help="beginning of the text, or its source (default: none)"
+    )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default 200)")
     _add_strategy(parser)
     many = parser.add_argument_group("many prompts")
@@ -35,7 +37,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     many.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time (default 8)")
     many.add_argument("--pages", type=int, metavar="N", help="pages of the cache (default: what --batch could need)")
     parser.add_argument(
-        "--page-size", type=int, metavar="N", help="tokens in a page of the cache (default: not paged; 16)"
+        "--page-size",
+        type=int,
+        metavar="N",
+        help="tokens in a page of the cache (default: no pages; with --prompts 16)",
     )
     parser.add_argument("--no-cache", action="store_true", help="compute every token anew: slower, the same text")
     parser.add_argument("--attention", choices=("fastattn", "eager"), help="instead of what the run used")
@@ -85,12 +90,13 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}
-    if args.beams:
-        print(args.prompt + texts.best(args.prompt, args.tokens, beams=args.beams,
-                                       length_penalty=args.length_penalty, **cache))  # fmt: skip
-        return 0
-    pieces = texts.stream(args.prompt, args.tokens, sampling, **cache)
-    print(args.prompt, end="", flush=True)
+    if args.beams is not None:
+        best = texts.best(args.prompt, args.tokens, beams=args.beams, length_penalty=args.length_penalty, **cache)
+        pieces = iter([best])
+    else:
+        pieces = texts.stream(args.prompt, args.tokens, sampling, **cache)
+    if model.config.kind == "decoder":  # continues the prompt, where an encoder-decoder answers it
+        print(args.prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -98,8 +104,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.page_size is not None and args.page_size < 1:
-        raise input_error("--page-size", args.page_size, "a positive int", "16 is usual.")
+    for name in ("tokens", "beams", "batch", "pages", "page_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise input_error("--" + name.replace("_", "-"), value, "a positive int", "Give at least 1.")
     if args.prompts is None:
         if args.out is not None or args.pages is not None:
             raise input_error("--out, --pages", "a value", "none without --prompts", "One text is printed.")

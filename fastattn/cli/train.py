@@ -1,4 +1,4 @@
-"""``fastattn train``: from text to a trained decoder."""
+"""``fastattn train``: from text to a pre-trained model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ FLAGS = (
         "next tokens (a decoder), masked tokens (an encoder) or spans (both)",
         ("causal", "masked", "span"),
     ),
-    Flag("--preset", "preset", str, "tiny", "size of the model: tiny, small, base, large, gpt2-124m, gpt2-350m"),
-    Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula, for comparison"),
+    Flag("--preset", "preset", str, "tiny", "size of the model; of a decoder tiny, small, base, large, gpt2-124m, ..."),
+    Flag(
+        "--attention",
+        "attention",
+        str,
+        "fastattn",
+        "fastattn, or eager: the plain formula, for comparison",
+        ("fastattn", "eager"),
+    ),
     Flag("--length", "length", int, None, "tokens in a row; the preset's if not given"),
     Flag("--window", "window", int, None, "keys a token sees before itself; all if not given"),
     Flag("--dropout", "dropout", float, 0.0, "probability of dropping"),
@@ -32,7 +39,7 @@ FLAGS = (
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Learn a byte-level BPE, pack the documents, train a decoder; checkpoints and log.jsonl go to --out. "
+        "Learn a byte-level BPE, pack the documents, train a model; checkpoints and log.jsonl go to --out. "
         "Ctrl-C stops with a checkpoint; --resume goes on from the newest."
     )
     parser = commands.add_parser("train", help="train a language model on text", description=text)

@@ -38,7 +38,7 @@ def repair_bytes(text: str) -> tuple[str, int]:
         return text, 0
     repaired, count = _BYTES.subn(_windows_1252, text)
     if count > _FOREIGN * len(text):
-        raise ForeignEncoding("neither UTF-8 nor Windows-1252; name its encoding with --encoding")
+        raise ForeignEncoding("neither UTF-8 nor Windows-1252; name its encoding with fastattn prepare --encoding")
     return _SURROGATES.sub("\ufffd", repaired), count
 
 

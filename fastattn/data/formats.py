@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from fastattn.errors import input_error
+
 _CHUNK = 1 << 20  # bytes or characters read at a time
 _LONGEST_LINE = 1 << 28
 LONGEST_PIECE = 1 << 18
@@ -44,10 +46,20 @@ class ReadOptions:
         fields: of a JSON object or of a table's header that make up a document, joined by line ends; all of them
             numbers are columns, from 1, of a table without a header.
         encoding: of the files; None is UTF-8, or what a byte order mark says.
+
+    Raises:
+        InputError: Python knows no such encoding of text.
     """
 
     fields: tuple[str, ...] = ("text",)
     encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            "".encode(self.encoding or "utf-8")
+        except LookupError:
+            allowed = "an encoding that Python knows"
+            raise input_error("encoding", repr(self.encoding), allowed, "For example latin-1 or utf-16.") from None
 
     @property
     def has_header(self) -> bool:

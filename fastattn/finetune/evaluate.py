@@ -68,7 +68,7 @@ def evaluate(
 
     Args:
         checkpoint: of ``fastattn train`` or ``fastattn finetune``.
-        data: a .jsonl or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
+        data: a .jsonl, .csv or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
         device: where to compute.
         attention: "fastattn" or "eager", instead of what the run used.
         limit: only the first so many examples, or rows of text; None is all.
@@ -124,7 +124,7 @@ def _of_text(
             on_device = batch.to(torch.device(device))
             nats += float(task.loss(model, on_device))
             labels += batch.num_labels()
-            bar.update(_BATCH)
+            bar.update(min(_BATCH, rows - bar.n))
     loss = nats / max(labels, 1)
     scores = {"loss": loss, "perplexity": perplexity(loss)}
     if task.name == "causal" and rows == packed.num_rows:

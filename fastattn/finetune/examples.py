@@ -1,13 +1,13 @@
-"""Labelled examples of the user's own, from JSONL or TSV: what fields a task has, and errors that name line and field.
+"""Labelled examples of the user's own, from JSONL, CSV or TSV: each task's fields, and errors that name line and field.
 
     classify   text, label                 and text_pair, if two texts are compared
-    tag        words, labels               lists of equal length; in TSV separated by spaces
+    tag        words, labels               lists of equal length; in a table separated by spaces
     qa         question, context, answer   and answer_start, the character where the answer begins, if it occurs twice
     seq2seq    source, target
     instruct   prompt, response
 
-A JSONL file has one object with these fields in each line; other fields are ignored. The first line of a TSV file names
-its columns.
+A JSONL file has one object with these fields in each line; other fields are ignored. The first line of a CSV or TSV
+file names its columns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Example:
 
 
 def read_examples(path: Path, task: str) -> list[Example]:
-    """The examples of a file whose name ends in ``.jsonl`` or ``.tsv``.
+    """The examples of a file whose name ends in ``.jsonl``, ``.csv`` or ``.tsv``.
 
     Args:
         path: of the file.
@@ -78,11 +79,10 @@ def read_examples(path: Path, task: str) -> list[Example]:
         >>> read_examples(path, "classify")[0].fields
         {'text': 'a good film', 'label': 'positive'}
     """
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {".jsonl": _jsonl, ".tsv": _tsv}
-    if path.suffix not in readers:
-        raise DataError(f"{path} is not a file of examples by its name: use a .jsonl or a .tsv file.")
+    if path.suffix not in _READERS:
+        raise DataError(f"{path} is not a file of examples by its name: use a .jsonl, a .csv or a .tsv file.")
     try:
-        found = [_checked(Example(f"{path}, line {n}", record), task) for n, record in readers[path.suffix](path)]
+        found = [_checked(Example(f"{path}, line {n}", record), task) for n, record in _READERS[path.suffix](path)]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -106,17 +106,26 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, record
 
 
-def _tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _table(path: Path, **dialect: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        names = next(rows, [])
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(names):
-                problem = f"{len(row)} columns, where the first line names {len(names)}"
-                raise DataError(f"{path}, line {rows.line_num}: {problem}.")
-            yield rows.line_num, dict(zip(names, row, strict=True))
+        rows = csv.reader(file, **dialect)
+        try:
+            names = next(rows, [])
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(names):
+                    raise csv.Error(f"{len(row)} columns, where the first line names {len(names)}")
+                yield rows.line_num, dict(zip(names, row, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.line_num}: {error}.") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": partial(_table, strict=True),
+    ".tsv": partial(_table, delimiter="\t", quoting=csv.QUOTE_NONE),
+}
 
 
 def _checked(example: Example, task: str) -> Example:
@@ -127,7 +136,8 @@ def _checked(example: Example, task: str) -> Example:
         value = example.fields.get(name)
         if value is None or (value == "" and name in fields.optional):
             if name in fields.required:
-                raise example.error(name, f"it is missing; an example for {task} has {fields}.")
+                here = ", ".join(list(example.fields)[:9])
+                raise example.error(name, f"it is missing; an example for {task} has {fields}, this one: {here}.")
             continue
         kept[name] = _typed(example, name, value)
     if task == "tag" and len(kept["words"]) != len(kept["labels"]):

@@ -42,7 +42,7 @@ class FinetuneConfig(RunSettings):
 
     Attributes:
         task: a key of ``fastattn.finetune.tasks.TASKS``.
-        data: a .jsonl or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
+        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.finetune.examples``.
         eval: another one to evaluate on; None holds out a part of ``data``.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
@@ -171,12 +171,13 @@ def finetune(
         DataError: the examples, the model or ``out`` cannot be used.
         InputError: a setting is out of range or does not fit the model.
     """
-    import torchmetrics  # noqa: F401  # says at once, not after the training, that scores need it
+    import sacrebleu  # noqa: F401  # says at once, not after the training, that scores need these two
+    import torchmetrics  # noqa: F401
 
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
     examples, held_out = _examples(config)
-    task, model = _fresh(config, examples) if resume is None else _unfilled(resume, config.attention)
+    task, model = _fresh(config, examples, held_out) if resume is None else _unfilled(resume, config.attention)
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -281,12 +282,12 @@ def _unfilled(checkpoint: Checkpoint, attention: str | None = None) -> tuple[Tas
     return task, task.add_head(make_model(config))
 
 
-def _fresh(config: FinetuneConfig, examples: Sequence[Example]) -> tuple[Task, nn.Module]:
-    """The task and the model at the start of a run."""
+def _fresh(config: FinetuneConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> tuple[Task, nn.Module]:
+    """The task and the model at the start of a run; a label of ``data`` may be so rare that all of it is held out."""
     task = TASKS[config.task]
     torch.manual_seed(config.train.seed)
     tokenizer, backbone = _start(config, task, examples)
-    labels = label_names(task, examples)
+    labels = label_names(task, examples if config.eval else [*examples, *held_out])
     ready = task(tokenizer, backbone.config, labels, config.length)
     return ready, ready.add_head(backbone)
 

@@ -36,10 +36,12 @@ def score(task: Task, model: nn.Module, examples: Sequence[Example], show_progre
     features = [feature for example in examples for feature in task.features(example)]
     device = next(model.parameters()).device
     nats, labels = 0.0, 0
-    with torch.no_grad():
+    bar = tqdm(total=len(features), desc="loss", unit="row", disable=not show_progress)
+    with torch.no_grad(), bar:
         for batch in ExampleRows(features, _BATCH).sample(len(features), _BATCH):
             nats += float(task.loss(model, batch.to(device)))
             labels += batch.num_labels()
+            bar.update(min(_BATCH, len(features) - bar.n))
     loss = nats / max(labels, 1)
     found = {"loss": loss}
     if task.answer_field is not None:

@@ -183,12 +183,15 @@ def checked(name: str, tokens: Tokens) -> list[list[int]]:
     """Rows of tokens as lists.
 
     Raises:
-        InputError: they are no rows, or one is empty.
+        InputError: they are no rows of integers, or one is empty.
     """
     if isinstance(tokens, Tensor) and (tokens.dim() != 2 or tokens.is_floating_point()):
         given = f"shape {tuple(tokens.shape)}, {tokens.dtype}"
         raise input_error(name, given, "(B, S) with S >= 1, integers", "Begin with the start token.")
-    rows = [list(map(int, row)) for row in (tokens.tolist() if isinstance(tokens, Tensor) else tokens)]
+    found = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    if any(isinstance(row, str) for row in found):
+        raise input_error(name, "text", "rows of tokens", "Encode it, or let fastattn.generate.Texts do that.")
+    rows = [list(map(int, row)) for row in found]
     if not rows or not all(rows):
         given = f"rows of {[len(row) for row in rows]} tokens"
         raise input_error(

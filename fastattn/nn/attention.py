@@ -289,6 +289,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         order = "(N, S, {0})" if self.batch_first else "(S, N, {0})"
         for name, x, width in named:
+            if not isinstance(x, Tensor):
+                raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
             if x.is_nested:
                 todo = "Pad it and pass key_padding_mask; on a nn.TransformerEncoder set use_nested_tensor = False."
                 raise input_error(name, "a nested tensor", "a dense one", todo)

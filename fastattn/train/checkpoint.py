@@ -179,7 +179,7 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
         DataError: there is none.
     """
     if not path.exists():
-        raise DataError(f"Checkpoint {str(path)!r} does not exist: give the --out folder of a fastattn train run.")
+        raise DataError(f"Checkpoint {str(path)!r} does not exist: give the --out folder of a fastattn run.")
     if (path / "trainer.json").is_file():
         return Checkpoint(path)
     for folder in (path / "checkpoints", path):
@@ -187,7 +187,9 @@ def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
         if steps:
             newest = Checkpoint(steps[-1])
             return (_best(newest) if best else None) or newest
-    raise DataError(f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a fastattn train run.")
+    raise DataError(
+        f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a run that has saved one."
+    )
 
 
 def _best(newest: Checkpoint) -> Checkpoint | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastattn.data.sources import find_sources
-from fastattn.errors import DataError
+from fastattn.errors import DataError, input_error
 from fastattn.models import TransformerConfig, preset
 from fastattn.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
 from fastattn.train.data import PackedRows
@@ -52,6 +52,10 @@ class RunConfig(RunSettings):
     dropout: float = 0.0
     attention: str = "fastattn"
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 1:
+            raise input_error("length", self.length, "a positive int, or None", "None is the preset's.")
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """The model's config, with the vocabulary the tokenizer really has."""

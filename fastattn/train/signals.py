@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from fastattn.train.settings import Progress
+
+_STOPPING = b"\nstopping after this step, with a checkpoint; the same again stops at once\n"
 
 
 @contextlib.contextmanager
@@ -28,6 +31,8 @@ def stop_signals(progress: Progress, *, alone: bool = True) -> Iterator[None]:
         progress.signal = number
         if alone:
             restore()
+            with contextlib.suppress(OSError):  # of a closed stderr
+                os.write(2, _STOPPING)  # not print, which may be what was interrupted
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

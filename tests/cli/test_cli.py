@@ -7,6 +7,7 @@ import resource
 
 import pytest
 
+import fastattn
 from fastattn.cli import main, train
 from fastattn.train import RunConfig, find_checkpoint
 
@@ -46,6 +47,13 @@ def test_help(capsys, command):
     assert "usage: fastattn" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"fastattn {fastattn.__version__}\n"
+
+
 def test_the_help_tells_the_true_defaults():
     config = RunConfig()
     assert {flag.field: config.value(flag.field) for flag in train.FLAGS} == {
@@ -53,7 +61,8 @@ def test_the_help_tells_the_true_defaults():
     }
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["train"], ["train", "--out", "x", "--steps", "many"]])
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["train"], ["train", "--out", "x", "--steps", "many"],
+                                       ["train", "--out", "x", "--attention", "flash"]])  # fmt: skip
 def test_wrong_flags_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as done:
         main(arguments)
@@ -123,6 +132,11 @@ def test_eager_and_fastattn_train_alike(texts, tmp_path):
     assert len(losses[0]) == 20 and losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
+def test_evaluate_counts_rows_as_they_are(out, texts, capsys):
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(texts), "--limit", "2", "--device", "cpu"]) == 0
+    assert re.search("evaluate: 100%.* 2/2 ", capsys.readouterr().err)
+
+
 def test_generate_streams(out, capsys, monkeypatch):
     command = [
         "generate",
@@ -190,12 +204,11 @@ def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys):
     [
         (["--data", "nowhere"], "nowhere' does not exist"),
         (["--preset", "huge"], "preset: got 'huge'; allowed: tiny, small"),
-        (["--attention", "flash"], "attention: got 'flash'"),
         (["--steps", "0"], "steps: got 0"),
         (["--lr", "-1"], "lr: got -1.0"),
         (["--dropout", "1"], "dropout: got 1.0"),
         (["--vocab-size", "10"], "vocab_size: got 10; allowed: at least 258"),
-        (["--length", "0"], "max_length: got 0"),
+        (["--length", "0"], " length: got 0; allowed: a positive int, or None"),
         (["--device", "warp"], "--device: got 'warp'; allowed: auto, cpu"),
         (["--resume"], "does not exist: give the --out folder"),
     ],
@@ -219,10 +232,11 @@ def test_an_lr_that_blows_up(texts, tmp_path, capsys):
     [
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--top-p", "2"], "top_p: got 2.0"),
-        (["--tokens", "0"], "max_new_tokens: got 0"),
+        (["--tokens", "0"], "--tokens: got 0; allowed: a positive int"),
         (["--min-p", "2"], "min_p: got 2.0"),
         (["--repetition-penalty", "0"], "repetition_penalty: got 0.0"),
-        (["--beams", "-1"], "beams: got -1"),
+        (["--beams", "0"], "--beams: got 0"),
+        (["--batch", "0"], "--batch: got 0"),
         (["--stop", ""], "stop: got"),
         (["--page-size", "0"], "--page-size: got 0"),
         (["--out", "x.jsonl"], "--out, --pages: got a value; allowed: none without --prompts"),

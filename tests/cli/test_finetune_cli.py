@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 
 import pytest
 from tokenizers import Tokenizer
@@ -148,11 +149,29 @@ def test_objectives_of_train(tmp_path, capsys):
         assert find_checkpoint(run).config().kind == kind
         assert main(["evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "1.txt"), "--quiet"]) == 0
     fails(capsys, ["generate", "--checkpoint", tmp_path / "runs" / "masked"], "is an encoder, which writes no text")
+    command = ["generate", "--checkpoint", str(tmp_path / "runs" / "span"), "--prompt", "the source", "--tokens", "4"]
+    for how in (["--temperature", "0"], ["--beams", "2"]):
+        assert main([*command, *how]) == 0
+        assert not capsys.readouterr().out.startswith("the source")  # an answer, not a continuation
     command = ["train", "--data", tmp_path, "--out", tmp_path / "x", "--objective", "span", "--quiet"]
     fails(
         capsys, [*command, "--preset", "bert-tiny"],
         "preset: got 'bert-tiny'; allowed: seq2seq-mini, .* A model of kind encoder-decoder is needed",
     )  # fmt: skip
+
+
+def test_evaluate_shows_how_far_it_is(out, data, capsys):
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(data)]) == 0
+    bars = capsys.readouterr().err
+    assert re.search(r"loss: 100%.* 18/18 ", bars) and re.search(r"answer: 100%.* 18/18 ", bars)
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "torchmetrics"])
+def test_what_scores_need_is_missed_before_the_training(package, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    command = ["finetune", "--task", "classify", "--data", data, "--preset", "tiny", "--out", tmp_path / "new", *QUICK]
+    fails(capsys, command, rf"the package '{package}' is missing: pip install 'fastattn\[eval\]'")
+    assert not (tmp_path / "new").exists()
 
 
 def test_errors(out, data, tmp_path, capsys):

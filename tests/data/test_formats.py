@@ -12,7 +12,7 @@ import zstandard
 from fastattn.data import find_sources, read_documents
 from fastattn.data.formats import ReadOptions
 from fastattn.data.sources import HubData
-from fastattn.errors import DataError
+from fastattn.errors import DataError, InputError
 
 TEXTS = ['first, with "quotes"', "second\nof two lines", "naïve → 日本"]
 
@@ -106,6 +106,11 @@ def test_what_comes_before_the_damage_is_used(tmp_path):
     path.write_bytes(gzip.compress(json_lines(str(n) * 400_000 for n in range(1, 4)))[:-40])
     texts, (reason,) = read([path])
     assert len(texts) == 2 and reason.endswith("; the 2 documents before that are used")
+
+
+def test_an_encoding_that_python_does_not_know():
+    with pytest.raises(InputError, match="encoding: got 'klingon'; allowed: an encoding that Python knows"):
+        ReadOptions(encoding="klingon")
 
 
 def test_encodings(tmp_path):

@@ -42,7 +42,7 @@ def test_unusable_files_are_skipped_and_named(tmp_path):
     assert [(os.path.basename(skip.name), skip.reason) for skip in skipped] == [
         ("binary", "binary (it holds zero bytes)"),
         ("empty", "empty"),
-        ("latin", "neither UTF-8 nor Windows-1252; name its encoding with --encoding"),
+        ("latin", "neither UTF-8 nor Windows-1252; name its encoding with fastattn prepare --encoding"),
         ("gone", "cannot be read (No such file or directory)"),
     ]
 

@@ -1,5 +1,6 @@
-"""Reading labelled examples: both formats, every task, and errors that name line and field."""
+"""Reading labelled examples: all formats, every task, and errors that name line and field."""
 
+import csv
 import json
 
 import pytest
@@ -22,16 +23,27 @@ def written(path, *records):
 
 
 @pytest.mark.parametrize("task", FIELDS)
-def test_both_formats_give_the_same(tmp_path, task):
+def test_all_formats_give_the_same(tmp_path, task):
     fields = GOOD[task]
     jsonl = read_examples(written(tmp_path / "a.jsonl", fields | {"other": 1}), task)
     columns = {name: " ".join(x) if isinstance(x, list) else str(x) for name, x in fields.items()}
-    table = tmp_path / "a.tsv"
-    table.write_text("\t".join(columns) + "\n" + "\t".join(x.strip() for x in columns.values()) + "\n")
+    tsv, comma = tmp_path / "a.tsv", tmp_path / "a.csv"
+    tsv.write_text("\t".join(columns) + "\n" + "\t".join(x.strip() for x in columns.values()) + "\n")
+    with comma.open("w", newline="") as file:
+        csv.writer(file).writerows([columns.keys(), columns.values()])
     assert jsonl[0].fields == fields
-    assert [example.fields for example in read_examples(table, task)] == [
+    assert [example.fields for example in read_examples(comma, task)] == [fields]
+    assert [example.fields for example in read_examples(tsv, task)] == [
         {name: x.strip() if isinstance(x, str) else x for name, x in fields.items()}
     ]
+
+
+def test_fields_of_a_csv_file_may_hold_commas_quotes_and_line_ends(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\xef\xbb\xbftext,label\r\n"a ""good"" film,\r\nsay all",yes\r\nbad,no\r\n')
+    found = read_examples(path, "classify")
+    assert found[0].fields == {"text": 'a "good" film,\r\nsay all', "label": "yes"}
+    assert found[1].place == f"{path}, line 4"
 
 
 def test_a_place_has_file_and_line_and_blank_lines_count(tmp_path):
@@ -50,7 +62,11 @@ def test_an_answer_is_found_in_its_context(tmp_path):
 @pytest.mark.parametrize(
     ("task", "record", "words"),
     [
-        ("classify", {"text": "x"}, "line 2, field 'label': it is missing; an example for classify has text, label"),
+        (
+            "classify",
+            {"text": "x"},
+            "line 2, field 'label': it is missing; an example for classify has text, label.*, this one: text",
+        ),
         ("classify", {"text": " ", "label": "a"}, "field 'text': it is empty"),
         ("classify", {"text": ["x"], "label": "a"}, "field 'text': it must be a text, not \\['x'\\]"),
         ("tag", {"words": ["a", "b"], "labels": ["x"]}, "field 'labels': 1 labels for 2 words"),
@@ -77,7 +93,8 @@ def test_wrong_fields(tmp_path, task, record, words):
         ("a.jsonl", b"\xff\xfe", "is not UTF-8"),
         ("a.tsv", b"text\tlabel\nx\n", "line 2: 1 columns, where the first line names 2"),
         ("a.tsv", b"text\tkind\nx\ty\n", "line 2, field 'label': it is missing"),
-        ("a.csv", b"", "use a .jsonl or a .tsv file"),
+        ("a.csv", b'text,label\n"x,y\n', "line 2: unexpected end of data"),
+        ("a.txt", b"", "use a .jsonl, a .csv or a .tsv file"),
     ],
 )
 def test_wrong_files(tmp_path, name, content, words):

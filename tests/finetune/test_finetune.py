@@ -222,6 +222,12 @@ def test_tasks_train_alike_with_eager_attention(data, prompts, tmp_path, task):
     assert losses[0] == pytest.approx(losses[1], abs=2e-3) and losses[0] != losses[0][:1] * 10
 
 
+def test_a_label_may_be_so_rare_that_all_of_it_is_held_out(tmp_path):
+    path = written(tmp_path / "two.jsonl", [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}])
+    outcome = run(tmp_path / "run", settings(path, steps=1))
+    assert list(load_finetuned(outcome.checkpoint).task.labels) == ["a", "b"]
+
+
 def test_the_held_out_part_depends_on_the_examples_alone(data, tmp_path):
     config = settings(data, held_out=0.3, steps=1)
     outcome = run(tmp_path / "a", config)

@@ -141,6 +141,8 @@ def test_a_window_keeps_a_cache_of_its_own_length(model):
         (lambda m: generate(m, torch.zeros(1, 0, dtype=torch.long), 5), "S >= 1"),
         (lambda m: generate(m, torch.zeros(3), 5), r"tokens: got shape \(3,\)"),
         (lambda m: generate(m, [[1], []], 5), r"tokens: got rows of \[1, 0\] tokens"),
+        (lambda m: generate(m, "text", 5), "tokens: got text; allowed: rows of tokens"),
+        (lambda m: generate(m, ["a", "b"], 5), "tokens: got text; allowed: rows of tokens"),
         (lambda m: generate(m, [[0] * 41], 5), "a prompt of 41 tokens; allowed: at most"),
         (lambda m: generate(m, [[1]], 0), "max_new_tokens: got 0"),
         (lambda m: generate(m, [[1]], 5, source=[[1]]), "source: got tokens; allowed: None for a decoder"),

@@ -95,6 +95,11 @@ def test_nested_tensors_are_refused_with_advice():
         build()(nested, nested, nested)
 
 
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(InputError, match="key: got ndarray; allowed: a torch"):
+        build()(tokens(), tokens().numpy(), tokens())
+
+
 def test_rope_refuses_cross_attention():
     module = build(rope=True)
     with pytest.raises(InputError, match="key: got another tensor than query, with rope on"):

@@ -71,11 +71,12 @@ def stop_after(trainer, steps):
 
 
 @pytest.mark.usefixtures("default_sigint")
-def test_ctrl_c_finishes_the_step_and_saves(make_trainer, tmp_path):
+def test_ctrl_c_finishes_the_step_and_saves(make_trainer, tmp_path, capfd):
     trainer = make_trainer(tmp_path, save_every=1000)
     stop_after(trainer, 3)
     progress = trainer.run()
     assert progress.signal == signal.SIGINT and progress.step == 3
+    assert capfd.readouterr().err.count("stopping after this step") == 1
     assert find_checkpoint(tmp_path).trainer_state()["step"] == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -59,6 +59,7 @@ WRONG = [
     (packed(q=None), "q", "NoneType", "a torch.Tensor"),
     (torch_like(None, Q), "query", "NoneType", "a torch.Tensor"),
     (dense(q=Q.to_sparse()), "q", "torch.sparse_coo", "a dense tensor"),
+    (dense(q=torch.nested.nested_tensor([Q[0], Q[0, 1:]])), "q", "a nested tensor", "a dense tensor"),
     (dense(q=Q[0]), "q", "shape (5, 4, 8)", "(B, S, H, D)"),
     (dense(v=K[None]), "v", "shape (1, 2, 7, 2, 8)", "(B, S, H, D)"),
     (packed(q=Q), "q", "shape (2, 5, 4, 8)", "(T, H, D)"),
