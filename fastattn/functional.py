@@ -12,7 +12,7 @@ from fastattn.autograd import attend
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
 from fastattn.ops import prepared_forward, refuse_context_parallel, without_autocast
-from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank
+from fastattn.problem import Inputs, Problem, broadcasts, check_inputs, check_rank, check_scores_shape
 from fastattn.spec import Anchor, AttentionSpec
 
 Window = tuple[int | None, int | None]
@@ -189,7 +189,8 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     dispatch.check_name(backend)
-    check_rank({"q": q, "k": k, "v": v}, range(3, 4), "(T, H, D), sequences packed end to end")
+    todo = "Pack the sequences end to end; padded ones go to fastattn.attention."
+    check_rank({"q": q, "k": k, "v": v}, range(3, 4), "(T, H, D), sequences packed end to end", todo)
     q, k, v = autocast(q, k, v)
     inputs = Inputs(
         q=q,
@@ -304,8 +305,8 @@ def dense_problem(
         q=q,
         k=k,
         v=v,
-        bias=four_dims("bias", bias),
-        mask=four_dims("mask", mask),
+        bias=four_dims("bias", bias, q, k),
+        mask=four_dims("mask", mask, q, k),
         alibi_slopes=per_head("alibi_slopes", alibi_slopes),
         sinks=per_head("sinks", sinks),
         segment_ids_q=segments_q,
@@ -383,14 +384,16 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
-def four_dims(name: str, x: Tensor | None) -> Tensor | None:
-    """``x`` with leading dimensions of 1, as broadcasting would add them."""
+def four_dims(name: str, x: Tensor | None, q: Tensor | None = None, k: Tensor | None = None) -> Tensor | None:
+    """``x`` with leading dimensions of 1, as broadcasting would add them; with q and k it has to fit their scores."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
         raise input_error(name, type(x).__name__, "a torch.Tensor or None", "Convert it with torch.as_tensor.")
     if x.dim() > 4:
         raise input_error(name, f"shape {tuple(x.shape)}", "at most 4 dimensions: (B, H_q, S_q, S_kv)", "Reshape it.")
+    if q is not None and k is not None:
+        check_scores_shape(name, x, q, k)  # before it changes, so that the message shows what was given
     return x[(None,) * (4 - x.dim())]
 
 

@@ -112,7 +112,12 @@ class Grads:
     dsinks: Tensor | None = None
 
 
-def check_rank(tensors: Mapping[str, Tensor], dims: range, order: str) -> None:
+def check_rank(
+    tensors: Mapping[str, Tensor],
+    dims: range,
+    order: str,
+    todo: str = "Reshape it, or unsqueeze what is missing; packed sequences go to fastattn.attention_varlen.",
+) -> None:
     """Raise InputError unless these are tensors with as many dimensions as ``dims`` allows, in words ``order``.
 
     Comes before anything that reads a shape; ``check_inputs`` does the rest.
@@ -124,7 +129,6 @@ def check_rank(tensors: Mapping[str, Tensor], dims: range, order: str) -> None:
             given = "a nested tensor" if x.is_nested else x.layout
             raise input_error(name, given, "a dense tensor", "Convert it with .to_dense() or .to_padded_tensor(0).")
         if x.dim() not in dims:
-            todo = "Reshape it, or unsqueeze what is missing; packed sequences go to fastattn.attention_varlen."
             raise input_error(name, f"shape {tuple(x.shape)}", order, todo)
         if x.shape[-1] < 1:
             raise input_error(name, f"shape {tuple(x.shape)}", "a head dim of at least 1", "Check the view.")
@@ -210,18 +214,20 @@ def _check_packed(inputs: Inputs) -> None:
             raise input_error(name, "a tensor", "None with packed sequences", todo)
 
 
+def check_scores_shape(name: str, x: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise InputError unless ``x`` broadcasts to the scores of a dense q and k."""
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if x.dim() > 4 or not broadcasts(x.shape, full[4 - x.dim() :]):
+        allowed = f"a shape that broadcasts to (B, H_q, S_q, S_kv) = {tuple(full)}"
+        todo = f"Put size 1 where it is shared; of padding, (B, S_kv), pass {name}[:, None, None]."
+        raise input_error(name, f"shape {tuple(x.shape)}", allowed, todo)
+
+
 def _check_scores_terms(inputs: Inputs) -> None:
     for name, x in (("bias", inputs.bias), ("mask", inputs.mask)):
         if x is None:
             continue
-        full = (inputs.q.shape[0], inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1])
-        if x.dim() != 4 or not broadcasts(x.shape, full):
-            raise input_error(
-                name,
-                f"shape {tuple(x.shape)}",
-                f"a shape that broadcasts to (B, H_q, S_q, S_kv) = {tuple(full)}",
-                "Put size 1 where it is shared.",
-            )
+        check_scores_shape(name, x, inputs.q, inputs.k)
     if inputs.mask is not None and inputs.mask.dtype != torch.bool:
         todo = "Pass a float mask as bias=, or compare it: mask != 0."
         raise input_error("mask", inputs.mask.dtype, "torch.bool, True = attend", todo)

@@ -75,7 +75,7 @@ def flash_attn_func(
         torch.Size([2, 16, 8, 64])
     """
     scores: dict[str, Any] = {
-        "causal": causal, "window": window_size, "scale": softmax_scale, "softcap": softcap,
+        "causal": causal, "window": _window(window_size), "scale": softmax_scale, "softcap": softcap,
         "alibi_slopes": alibi_slopes, "rng_state": rng.new_rng_state(q.device) if dropout_p else None,
     }  # fmt: skip
     backend = _backend(explain(q, k, v, dropout_p=dropout_p, **scores)) if deterministic else None
@@ -195,7 +195,7 @@ def flash_attn_varlen_func(
         )
 
     options: dict[str, Any] = {
-        "max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_k, "causal": causal, "window": window_size,
+        "max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_k, "causal": causal, "window": _window(window_size),
         "scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p,
     }  # fmt: skip
     packed = q, k, v, cu_seqlens_q, cu_seqlens_k
@@ -288,7 +288,7 @@ def flash_attn_with_kvcache(
         v,
         block_table=block_table,
         causal=causal,
-        window=window_size,
+        window=_window(window_size),
         scale=softmax_scale,
         softcap=softcap,
         bias=bias,
@@ -296,6 +296,12 @@ def flash_attn_with_kvcache(
         return_lse=True,
     )
     return (out, lse) if return_softmax_lse else out
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise input_error("window_size", repr(window_size), "(left, right)", "-1 leaves a side unbounded.")
+    return window_size
 
 
 def _backend(explanation: Explanation) -> str:

@@ -58,6 +58,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     kernels = library.Library(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))
+        patch.setattr(cuda, "_sees_gpu", lambda: True)
         yield
 
 

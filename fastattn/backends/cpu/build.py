@@ -16,7 +16,8 @@ from pathlib import Path
 
 LIBRARY = "libfastattn_cpu.so"
 SOURCES = ("mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden")
+ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+FLAGS = ("-std=c++17", *ARITHMETIC, "-fPIC", "-fvisibility=hidden")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 # Instruction sets, the best first, and how the compiler is told of them; runs_here() in decode.cpp asks for the same.
 AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")

@@ -45,6 +45,10 @@ def _kernels() -> library.Library | nvrtc.NvrtcKernels:
     return kernels
 
 
+def _sees_gpu() -> bool:
+    return torch.cuda.is_available() and torch.version.cuda is not None
+
+
 @contextlib.contextmanager
 def _current_stream(device: torch.device) -> Iterator[int]:
     """The stream to launch on, with its device current. Host memory has none: tests run kernels there, emulated."""
@@ -74,7 +78,9 @@ class CudaBackend(Backend):
 
     def unavailable_reason(self) -> str | None:
         kernels, how = _delivered()
-        return how if kernels is None else None
+        if kernels is None:
+            return how
+        return None if _sees_gpu() else "no GPU that torch sees"
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         reasons = super().unsupported_reasons(problem)
