@@ -228,7 +228,7 @@ def test_what_is_refused(qkv):
         flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, S_Q, S_Q, 0.5, return_attn_probs=True)
     new = draw(B, 3, H_KV, D)
     with pytest.raises(fastattn.InputError, match="window_size: got 4"):
-        flash_attn_func(*qkv, window_size=4)
+        flash_attn.flash_attn_func(*qkv, window_size=4)
     with pytest.raises(fastattn.InputError, match="cache_seqlens"):
         flash_attn.flash_attn_with_kvcache(q, k, v, new, new)
     with pytest.raises(fastattn.InputError, match="room in a cache of 8"):
