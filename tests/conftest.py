@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import fastattn
+from fastattn import replay
 
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(without_gpu)
+
+
+@pytest.fixture(autouse=True)
+def nothing_replayed() -> None:
+    """Each test takes the long way first: what others have changed for themselves is not remembered."""
+    replay.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,6 @@ from fastattn.backends import load
 needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    replay.forget()
-    yield
-    replay.forget()
-
-
 @pytest.fixture
 def long_ways(monkeypatch):
     """How many calls went through an operator."""
