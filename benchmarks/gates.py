@@ -33,15 +33,18 @@ def run(args: argparse.Namespace) -> int:
     expected_file = EXPECTED / f"triton-{triton.__version__}.json"
     expected = gates.expected_figures(expected_file)
     todo = [build for build in gates.builds(args.quick) if args.only in build.name]
-    results = []
+    there = {build.name for build in gates.builds()}
+    figures_now = {name: figures for name, figures in expected.items() if name in there}
+    results, failed = [], {}
     for build, figures in tqdm(gates.compiled(todo, args.processes), total=len(todo), desc="gates", disable=None):
         results.append((build, figures))
-    print(gates.table(results))
-    failed = {}
-    for build, figures in results:
         wrong = gates.problems(build, figures, None if args.update else expected.get(build.name))
         if wrong:
             failed[build.name] = wrong
+        elif args.update:  # each by itself, so that a kill loses one
+            figures_now |= gates.as_expected([(build, figures)])
+            _write(expected_file, figures_now)
+    print(gates.table(results))
     for name in sorted(failed):
         print(f"FAILED {name}: {'; '.join(failed[name])}")
     slowest, figures = max(results, key=lambda result: result[1].seconds)
@@ -49,11 +52,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(results) - len(failed)} of {len(results)} builds pass, Triton {triton.__version__}")
     if not expected:
         print(f"There are no expected figures for this version; --update writes {expected_file.name}.")
-    if args.update:
-        passed = [(build, figures) for build, figures in results if build.name not in failed]
-        there = {build.name for build in gates.builds()}
-        of_earlier_runs = {name: figures for name, figures in expected.items() if name in there}
-        _write(expected_file, of_earlier_runs | gates.as_expected(passed))
     return 1 if failed else 0
 
 

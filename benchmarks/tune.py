@@ -56,8 +56,8 @@ def _sound(key: tuning.Key, tiles: list[tuning.Tile], processes: int) -> list[tu
     arch, kernel, bits, head_dim = key
     if arch not in gates.TARGETS:
         return tiles
-    plain = kernel.removesuffix(" heavy")
-    problems = gates.combinations_of(kernel)
+    plain = kernel.partition(" ")[0]
+    problems = gates.combinations_of(kernel, bits)
     todo = [gates.Build(arch, arch, plain, problem, bits, head_dim, tile) for tile in tiles for problem in problems]
     failed = {build.tile for build, figures in gates.compiled(todo, processes) if gates.problems(build, figures, None)}
     return [tile for tile in tiles if tile not in failed] or tiles[:1]

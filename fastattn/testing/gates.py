@@ -61,6 +61,12 @@ DECODING = (
     "causal", "tokens causal", "paged causal", "tokens paged e4m3 causal", "paged e4m3 causal", "bias causal",
     "tokens paged packed softcap alibi sinks causal",
 )  # fmt: skip
+# What takes the crowded rows. In fp32, where the products take most registers, everything there is.
+CROWDED = {
+    "forward": ("mask dropout", "segments dropout causal"), "dkdv": ("mask dropout", "bias softcap dropout causal"),
+    "dq": ("mask dropout",), "dbias": ("bias dropout causal",),
+}  # fmt: skip
+EVERYTHING = "mask bias softcap alibi sinks segments dropout window causal"
 # Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
 BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
 FIGURES = ("registers", "stack", "shared", "tensor_core")
@@ -100,26 +106,29 @@ class Figures:
     error: str | None = None
 
 
-def is_heavy(build: Build) -> bool:
-    """Whether it takes the row of its kernel's heavy kind, where there is one."""
+def kind_of(build: Build) -> str:
+    """The kind of rows of the table that serves it, where there are some."""
     from fastattn.backends.triton import configs
 
-    return bool(configs.HEAVY[build.kernel] & set(build.combination.split()))
+    return configs.kinds_of(build.kernel, build.combination.split())[0]
 
 
-def combinations_of(kernel: str) -> list[str]:
+def combinations_of(kind: str, bits: int) -> Sequence[str]:
     """The problems for which a row of the table is compiled: the usual one, or those that make a kernel heavy."""
     from fastattn.backends.triton import configs
 
-    plain = kernel.removesuffix(" heavy")
-    if plain == kernel:
-        usual = {"dbias": ["bias"], "decode": ["paged causal", "tokens paged e4m3 causal"]}
-        return usual.get(kernel, ["causal"])
-    return [c for c in ("mask", "bias", "dropout causal") if configs.HEAVY[plain] & set(c.split())]
+    kernel, _, load = kind.partition(" ")
+    if load == "crowded":
+        return CROWDED[kernel] if bits == 16 else (EVERYTHING,)
+    if load == "heavy":
+        single = ("mask", "bias", "dropout causal") if bits == 16 else ("dropout causal",)
+        return [c for c in single if configs.HEAVY[kernel] & set(c.split())]
+    usual = {"dbias": ["bias"], "decode": ["paged causal", "tokens paged e4m3 causal"]}
+    return usual.get(kernel, ["causal"])
 
 
 def builds(quick: bool = False) -> list[Build]:
-    """Every row of the table with a causal mask; in bf16 each combination of features at D 128, and other head dims.
+    """Every row of the table with what it is for, and crowded; in bf16 more at D 128, and other head dims.
 
     Args:
         quick: those of ``cuda:90`` and ``hip`` that most people use.
@@ -127,20 +136,23 @@ def builds(quick: bool = False) -> list[Build]:
     from fastattn.backends.triton.table import TABLE
 
     found = set()
-    for row, kernel, bits, head_dim in TABLE:
-        plain = kernel.removesuffix(" heavy")
+    for row, kind, bits, head_dim in TABLE:
+        kernel = kind.partition(" ")[0]
         if row != "default":
             targets = [row]
         elif bits == 16:
             targets = ["sm_80"]  # for chips without rows of their own: like this one, but smaller
         else:
             targets = [t for t in TARGETS if (t, kernel, bits, head_dim) not in TABLE]
-        for target, combination in itertools.product(targets, combinations_of(kernel)):
-            found.add(Build(row, target, plain, combination, bits, head_dim))
+        kinds = {kind, f"{kernel} crowded"} - {"decode crowded"}
+        for target, combination in itertools.product(targets, {c for k in kinds for c in combinations_of(k, bits)}):
+            found.add(Build(row, target, kernel, combination, bits, head_dim))
     for row, combination, kernel in itertools.product(TARGETS, COMBINATIONS, KERNELS[:3]):
         found.add(Build(row, row, kernel, combination, 16, 128))
     for row, combination in itertools.product(TARGETS, DECODING):
         found.add(Build(row, row, "decode", combination, 16, 128))
+    for target, kernel in itertools.product(("sm_80", "sm_90", "sm_100"), KERNELS[:4]):
+        found.add(Build("default", target, kernel, f"tf32 {combinations_of(kernel, 32)[0]}", 32, 256))
     for (d_qk, d_v), kernel in itertools.product(BETWEEN_ROWS, KERNELS[:3]):
         found.add(Build("sm_90", "sm_90", kernel, "causal", 16, d_qk, head_dim_v=d_v))
     if quick:
@@ -186,9 +198,10 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
 
 
 def _tensor_core(build: Build) -> str:
-    """The instructions to look for. The few rows of decoding fill those of every generation, not the widest."""
+    """The instructions to look for. Few rows of queries, and tiles for heavy features, may not fill the widest."""
     wanted = TARGETS[build.target].tensor_core
-    return f"{wanted}|HMMA" if build.kernel == "decode" and wanted == "HGMMA" else wanted
+    is_small = build.kernel == "decode" or kind_of(build) != build.kernel
+    return f"{wanted}|HMMA" if is_small and wanted == "HGMMA" else wanted
 
 
 def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
@@ -288,6 +301,7 @@ def _compile(build: Build) -> Figures:
     _target = TARGETS[build.target]
     launch.target.cache_clear()
     _launched.clear()
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
     features = frozenset(build.combination.split())
     tile = configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, features))
     try:
@@ -365,6 +379,7 @@ def _problem(build: Build) -> tuple[Inputs, AttentionSpec]:
     inputs = Inputs(rows(heads_q, d), rows(heads_kv, d), rows(heads_kv, d_v), **terms, max_seqlen_q=s, max_seqlen_kv=s)
     spec = AttentionSpec(
         scale=d**-0.5,
+        left=1023 if "window" in features else None,
         right=0 if "causal" in features else None,
         softcap=30.0 if "softcap" in features else None,
         dropout_p=0.1 if "dropout" in features else 0.0,
@@ -398,7 +413,8 @@ def _cache_problem(build: Build) -> tuple[CacheInputs, AttentionSpec]:
     pages = (batch * s // page_size, page_size) if "paged" in features else (batch, s)
     cache = empty(*pages, heads_kv, d, dtype=FP8 if "e4m3" in features else dtype)
     q = empty(batch * s_q, heads_q, d) if "packed" in features else empty(batch, s_q, heads_q, d)
-    spec = AttentionSpec(d**-0.5, 30.0 if "softcap" in features else None, right=0)
+    left = 1023 if "window" in features else None
+    spec = AttentionSpec(d**-0.5, 30.0 if "softcap" in features else None, left=left, right=0)
     return CacheInputs(q, cache, cache, empty(batch, dtype=torch.int32), **terms, max_seqlen_q=s_q), spec
 
 

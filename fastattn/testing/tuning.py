@@ -20,7 +20,12 @@ Key = tuple[str, str, int, int]
 Tile = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
-KERNELS = ("forward", "forward heavy", "dkdv", "dkdv heavy", "dq", "dbias", "decode")
+KERNELS = (
+    "forward", "forward heavy", "forward crowded", "dkdv", "dkdv heavy", "dkdv crowded", "dq", "dq crowded", "dbias",
+    "dbias crowded", "decode",
+)  # fmt: skip
+# What is measured for the rows of a kind, besides the causal mask.
+FEATURES = {"": frozenset[str](), "heavy": frozenset({"dropout"}), "crowded": frozenset({"dropout", "mask"})}
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HEADS = 16384, 16
 
@@ -57,10 +62,9 @@ def row_of(key: Key) -> Tile:
     """The tile that the backend now uses for a row, its own or one that stands in for it."""
     from fastattn.backends.triton import configs
 
-    arch, kernel, bits, head_dim = key
-    plain = kernel.removesuffix(" heavy")
-    features = configs.HEAVY[plain] if kernel != plain else frozenset()
-    return tuple(configs.tile_for(arch, plain, bits, head_dim, features))  # type: ignore[return-value]
+    arch, kind, bits, head_dim = key
+    kernel, _, load = kind.partition(" ")
+    return tuple(configs.tile_for(arch, kernel, bits, head_dim, FEATURES[load]))  # type: ignore[return-value]
 
 
 def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
@@ -78,7 +82,7 @@ def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
 
 
 def measured(key: Key, tiles: Iterable[Tile], timer: Timer, device: torch.device) -> Iterator[Measured]:
-    """Time each of ``tiles`` on a causal problem of 16k tokens: with a bias for ``dbias``, dropout for heavy rows.
+    """Time each of ``tiles`` on a causal problem of 16k tokens: with a bias for ``dbias``, and FEATURES.
 
     Decoding has caches of 16k positions for four sequences, in pages.
     """
@@ -123,8 +127,8 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     """What runs the kernel of a row with a given tile."""
     from fastattn.backends.triton import launch
 
-    _, kernel, bits, d = key
-    is_heavy, kernel = kernel.endswith(" heavy"), kernel.removesuffix(" heavy")
+    _, kind, bits, d = key
+    kernel, _, load = kind.partition(" ")
     if kernel == "decode":
         return _decoding(d, torch.bfloat16 if bits == 16 else torch.float32, device)
     dtype = torch.bfloat16 if bits == 16 else torch.float32
@@ -133,9 +137,10 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     q, k, v, dout = (torch.randn(batch, tokens // batch, heads, d, device=device, dtype=dtype) for _ in range(4))
     s = q.shape[1]
     bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "dbias" else None
-    rng_state = torch.tensor([1, 2], device=device) if is_heavy else None
-    inputs = Inputs(q, k, v, bias=bias, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
-    spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.1 if is_heavy else 0.0)
+    mask = torch.rand(1, 1, s, s, device=device) < 0.9 if "mask" in FEATURES[load] else None
+    rng_state = torch.tensor([1, 2], device=device) if "dropout" in FEATURES[load] else None
+    inputs = Inputs(q, k, v, bias=bias, mask=mask, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
+    spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.0 if rng_state is None else 0.1)
     if kernel == "forward":
         return lambda tile: launch.forward(inputs, spec, tile)  # type: ignore[arg-type]
     out, lse = launch.forward(inputs, spec)

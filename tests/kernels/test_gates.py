@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,45 @@ def test_rows_for_unknown_gpus_fit_the_smallest() -> None:
 def test_every_row_of_the_table_is_built() -> None:
     from fastattn.backends.triton import configs, table
 
-    served = {(b.row, b.bits, b.head_dim, b.kernel + " heavy" * gates.is_heavy(b)) for b in gates.builds()}
-    assert {(row, bits, head_dim, kernel) for row, kernel, bits, head_dim in table.TABLE} <= served
-    assert {kernel.removesuffix(" heavy") for _, kernel, _, _ in table.TABLE} == set(configs.HEAVY)
+    served = {(b.row, gates.kind_of(b), b.bits, b.head_dim) for b in gates.builds()}
+    assert table.TABLE.keys() <= served
+    assert {kind.partition(" ")[0] for _, kind, _, _ in table.TABLE} == set(configs.HEAVY)
+
+
+def test_every_heavy_feature_is_built_at_every_width() -> None:
+    """For each kernel and row: each feature that chooses a tile, and two of them at once."""
+    from fastattn.backends.triton import configs, table
+
+    for kernel in gates.KERNELS[:4]:
+        for bits, head_dim in itertools.product((16, 32), (64, 128, 256)):
+            built = [b for b in gates.builds() if (b.kernel, b.bits, b.head_dim) == (kernel, bits, head_dim)]
+            features = {word for b in built for word in b.combination.split()}
+            assert (configs.HEAVY[kernel] if bits == 16 else configs.CROWDING) <= features
+            crowded = {(b.row, b.target) for b in built if gates.kind_of(b) == f"{kernel} crowded"}
+            assert {(b.row, b.target) for b in built} == crowded
+            assert {row for row, kind, b, d in table.TABLE if (kind, b, d) == (kernel, bits, head_dim)} == {
+                row for row, _ in crowded
+            }
+
+
+def test_two_features_crowd() -> None:
+    from fastattn.backends.triton import configs
+
+    assert configs.kinds_of("forward", {"bias", "band", "alibi"}) == ["forward"]
+    assert configs.kinds_of("forward", {"mask"}) == ["forward heavy", "forward"]
+    assert configs.kinds_of("dkdv", {"mask", "dropout"}) == ["dkdv crowded", "dkdv heavy", "dkdv"]
+    assert configs.kinds_of("dq", {"bias", "softcap"}) == ["dq crowded", "dq"]
+
+
+def test_a_row_serves_the_head_dims_below_it_down_to_the_next() -> None:
+    """Those of the architecture and the default ones together: one row of its own hides no other."""
+    from fastattn.backends.triton import configs
+    from fastattn.backends.triton.table import TABLE
+
+    assert ("gfx942", "decode", 32, 256) in TABLE and ("gfx942", "decode", 32, 128) not in TABLE
+    for head_dim in (65, 128):
+        assert configs.tile_for("gfx942", "decode", 32, head_dim) == TABLE["default", "decode", 32, 128]
+    assert configs.tile_for("gfx942", "decode", 32, 129) == TABLE["gfx942", "decode", 32, 256]
 
 
 def test_lengths_compile_nothing_anew() -> None:

@@ -45,7 +45,7 @@ def test_forward_and_backward_of_different_backends(case: testing.Case, pair: tu
 @pytest.mark.parametrize("name", ["everything [float32]", "everything, packed [float32]", "segments, causal [float32]"])
 def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest there is: many blocks of rows, and many of columns."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Tile(16, 32, 4, 1))
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Tile(16, 16, 4, 1))
     configs.tile_for.cache_clear()
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
@@ -54,25 +54,29 @@ def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("seed_and_offset", [(0, 0), (0x1234_5678_9ABC_DEF0, 0x7FFF_FFFF_FFFF), (-1, 2**32 + 5)])
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by keys"])
-def test_dropout_is_that_of_the_definition(seed_and_offset: tuple[int, int], is_transposed: bool) -> None:
+@pytest.mark.parametrize(("j0", "columns"), [(64, 64), (96, 32), (64, 16), (80, 16)])
+def test_dropout_is_that_of_the_definition(
+    seed_and_offset: tuple[int, int], is_transposed: bool, j0: int, columns: int
+) -> None:
     spec, state = AttentionSpec(1.0, dropout_p=0.3), torch.tensor(seed_and_offset)
-    found = torch.empty((64, 32) if is_transposed else (32, 64), dtype=torch.int8)
-    threshold = coded(spec.dropout_threshold)
-    dropout_tile[(1,)](found, state, threshold, F=Flags(16, 16, 16, 16, dropout=True), TRANSPOSED=is_transposed)
-    i, j = torch.arange(96, 128)[:, None], torch.arange(64, 128)[None, :]
+    found = torch.empty((columns, 32) if is_transposed else (32, columns), dtype=torch.int8)
+    threshold, flags = coded(spec.dropout_threshold), Flags(16, 16, 16, 16, dropout=True)
+    dropout_tile[(1,)](found, state, threshold, j0, F=flags, COLUMNS=columns, TRANSPOSED=is_transposed)
+    i, j = torch.arange(96, 128)[:, None], torch.arange(j0, j0 + columns)[None, :]
     expected = rng.dropout_keep(spec, state, torch.tensor(2 * 5 + 3), i, j)
     assert torch.equal(found.bool(), expected.T if is_transposed else expected)
 
 
 @triton.jit
-def dropout_tile(found, state, threshold, F: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The survivors of rows 96 .. 127 and columns 64 .. 127 of head 3 of 5 in sequence 2."""
+def dropout_tile(found, state, threshold, j0, F: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The survivors of rows 96 .. 127 and the columns from j0 of head 3 of 5 in sequence 2."""
     sizes = Sizes(3, 3, 2 * 5 + 3, 5, 3, 3, 3, threshold, 1.0, 1.0, 1.0)
     terms = Terms(0, 0, 0, 0, 0, 0, 0, 0, 0, state)
     head = open_head(tl.program_id(0) + 2, tl.program_id(0) + 3, terms, sizes, F)
-    spared = survivors(head, tl.program_id(0) + 96, tl.program_id(0) + 64, 32, 64, TRANSPOSED)
-    rows: tl.constexpr = 64 if TRANSPOSED else 32
-    at = tl.arange(0, rows)[:, None] * (2048 // rows) + tl.arange(0, 2048 // rows)[None, :]
+    spared = survivors(head, tl.program_id(0) + 96, j0, 32, COLUMNS, TRANSPOSED)
+    rows: tl.constexpr = COLUMNS if TRANSPOSED else 32
+    width: tl.constexpr = 32 if TRANSPOSED else COLUMNS
+    at = tl.arange(0, rows)[:, None] * width + tl.arange(0, width)[None, :]
     tl.store(found + at, spared.to(tl.int8))
 
 

@@ -211,8 +211,11 @@ class Flags:
 
     @property
     def in_chunks(self) -> bool:
-        """Whether dq and dbias multiply along a part of the head dim at a time: see ``dot_in_chunks``."""
-        return self.precise and self.precision == "ieee"
+        """Whether rows are multiplied with rows along a part of the head dim at a time: see ``dot_in_chunks``.
+
+        Without tensor cores registers ask for it, with them shared memory, where a row has a kilobyte.
+        """
+        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
 
     @property
     def vector_out(self) -> int:

@@ -19,11 +19,11 @@ import triton.language as tl
 
 from fastattn.backends.triton.tile import (
     LOG2E,
+    dot_in_chunks,
     factor_of,
     finish,
-    kept_tile,
-    load_chunk,
     load_rows,
+    masked,
     number,
     open_band,
     open_head,
@@ -75,8 +75,7 @@ def probabilities(
 ):  # fmt: skip
     """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; ``spared`` is what dropout leaves."""
     scores, t = finish(raw, head, i, j, i0, j0, F)
-    if not is_full:
-        scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
+    scores = masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED, F)
     p = tl.exp2(scores * factor_of(head, F) - of_lse)
     spared = p
     if F.dropout:
@@ -117,8 +116,9 @@ def dkdv_kernel(
         rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous),
     )
     first, last = tile_range(j0 * 0, band.s_q, band, F.left, F.right)  # keys that no row keeps may hold NaN
-    k_tile = load_rows(k_rows, j0, first, last, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-    v_tile = load_rows(v_rows, j0, first, last, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+    if not F.in_chunks:
+        k_tile = load_rows(k_rows, j0, first, last, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+        v_tile = load_rows(v_rows, j0, first, last, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -133,17 +133,29 @@ def dkdv_kernel(
         for tile in tl.range(begin, end):
             i0 = tile * BLOCK_M
             i = i0 + tl.arange(0, BLOCK_M)
-            q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-            raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
+            if F.in_chunks:
+                raw = dot_in_chunks(
+                    k_rows, j0, first, last, q_rows, i0, 0, band.s_q, F.d_qk, BLOCK_N, BLOCK_M, BLOCK_QK, F
+                )
+            else:
+                q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+                raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
             of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, band.s_q)
             p, spared, t = probabilities(
                 raw, of_lse[None, :], head, i[None, :], j[:, None], i0, j0,
                 (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            if F.in_chunks:
+                dp = dot_in_chunks(
+                    v_rows, j0, first, last, dout_rows, i0, 0, band.s_q, F.d_v, BLOCK_N, BLOCK_M, BLOCK_V, F
+                )
             dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
             p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
             dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
+            if F.in_chunks:
+                q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            else:
+                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
             _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
             dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
@@ -154,25 +166,6 @@ def dkdv_kernel(
         rows_of(dk, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, BLOCK_QK
     )  # fmt: skip
     store_rows(rows_of(dv, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
-
-
-@triton.jit
-def dot_in_chunks(
-    a_rows, i0, end, b_rows, j0, low, high, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    """``a @ b^T`` of rows ``i0 .. end`` of ``a`` and rows ``j0 ..`` of ``b``, zero outside ``low .. high``.
-
-    It goes along the head dim in steps. Without tensor cores a thread multiplies from its registers alone, and they
-    do not hold whole rows.
-    """
-    CHUNK: tl.constexpr = min(BLOCK_D, 32)
-    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for d in tl.range(0, BLOCK_D, CHUNK):  # at run time: once unrolled, all steps would be loaded at once
-        a = load_chunk(a_rows, i0, 0, end, d, D, BLOCK_M, CHUNK)
-        b = load_chunk(b_rows, j0, low, high, d, D, BLOCK_N, CHUNK)
-        product = tl.dot(a, tl.trans(b), product, input_precision=F.precision)
-    return product
 
 
 @triton.jit
@@ -208,7 +201,7 @@ def dq_kernel(
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         if F.in_chunks:
-            raw = dot_in_chunks(q_rows, i0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
+            raw = dot_in_chunks(q_rows, i0, 0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
         else:
             k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
@@ -217,7 +210,7 @@ def dq_kernel(
             False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if F.in_chunks:
-            dp = dot_in_chunks(dout_rows, i0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
+            dp = dot_in_chunks(dout_rows, i0, 0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
             k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
         else:
             v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
 
 # Features that hold so many registers that a kernel may need a smaller tile: with any of them in use it takes the row
-# of its heavy kind, "forward heavy", where the table has one.
+# of its heavy kind, "forward heavy", where the table has one; with two of CROWDING that of its crowded kind.
 HEAVY: dict[str, frozenset[str]] = {
     "forward": frozenset({"mask", "segments", "dropout"}),
     "dkdv": frozenset({"mask", "bias", "softcap", "dropout"}),
@@ -28,11 +29,12 @@ HEAVY: dict[str, frozenset[str]] = {
     "dbias": frozenset(),
     "decode": frozenset(),
 }
+CROWDING = frozenset({"mask", "bias", "softcap", "segments", "dropout"})
 DEFAULT = "default"
 
 
 class Tile(NamedTuple):
-    """``BLOCK_M`` query rows and ``BLOCK_N`` key rows; ``BLOCK_N`` is a multiple of 32, as dropout needs.
+    """``BLOCK_M`` query rows and ``BLOCK_N`` key rows; ``BLOCK_N`` is 16 or a multiple of 32, as dropout needs.
 
     Of decoding ``block_m`` is the most rows: fewer take a smaller power of two.
     """
@@ -59,12 +61,21 @@ def tile_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozens
     """
     if arch == "interpreter":
         return INTERPRETED
-    kinds = (f"{kernel} heavy", kernel) if features & HEAVY[kernel] else (kernel,)
-    for where, kind in itertools.product((arch, DEFAULT), kinds):
-        dims = [d for (a, k, b, d) in TABLE if (a, k, b) == (where, kind, bits) and d >= head_dim]
-        if dims:
-            return Tile(*TABLE[where, kind, bits, min(dims)])
+    row = min((d for a, k, b, d in TABLE if (k, b) == (kernel, bits) and a in (arch, DEFAULT) and d >= head_dim))
+    for where, kind in itertools.product((arch, DEFAULT), kinds_of(kernel, features)):
+        if (where, kind, bits, row) in TABLE:
+            return Tile(*TABLE[where, kind, bits, row])
     raise KeyError((arch, kernel, bits, head_dim))
+
+
+def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
+    """The kinds of rows that serve a kernel with these features in use, the one to prefer first."""
+    kinds = [kernel]
+    if HEAVY[kernel].intersection(features):
+        kinds.insert(0, f"{kernel} heavy")
+    if len(CROWDING.intersection(features)) > 1:
+        kinds.insert(0, f"{kernel} crowded")
+    return kinds
 
 
 def arch_name(backend: str, arch: int | str) -> str:

@@ -8,11 +8,12 @@ import triton.language as tl
 
 from fastattn.backends.triton.tile import (
     LOG2E,
+    dot_in_chunks,
     factor_of,
     finish,
-    kept_tile,
     load_per_head,
     load_rows,
+    masked,
     number,
     open_head,
     per_row,
@@ -46,7 +47,8 @@ def forward_kernel(
     k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
     q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+    if not F.in_chunks:
+        q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -63,12 +65,15 @@ def forward_kernel(
     for tile in tl.range(begin, end):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-        raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
+        if F.in_chunks:
+            s_q = head.band.s_q
+            raw = dot_in_chunks(q_rows, i0, 0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
+        else:
+            k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
+            raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
-        if (tile < full_begin) | (tile >= full_end):
-            kept = kept_tile(head, i[:, None], j[None, :], i0, j0, False, F)
-            scores = tl.where(kept, scores, float("-inf"))
+        is_full = (tile >= full_begin) & (tile < full_end)
+        scores = masked(scores, head, i[:, None], j[None, :], i0, j0, is_full, False, F)
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         if F.dropout:
             p = tl.where(survivors(head, i0, j0, BLOCK_M, BLOCK_N, False), p, 0.0)

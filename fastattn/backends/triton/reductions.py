@@ -6,9 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.backward import dot_in_chunks, load_statistics, probabilities, score_gradients
+from fastattn.backends.triton.backward import load_statistics, probabilities, score_gradients
 from fastattn.backends.triton.tile import (
     LOG2E,
+    dot_in_chunks,
     load_per_head,
     load_rows,
     number,
@@ -53,7 +54,7 @@ def dbias_kernel(
             k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             s_q = head.band.s_q
             if F.in_chunks:
-                raw = dot_in_chunks(q_rows, i0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
+                raw = dot_in_chunks(q_rows, i0, 0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
             else:
                 q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
                 k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
@@ -66,7 +67,7 @@ def dbias_kernel(
             dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
             v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             if F.in_chunks:
-                dp = dot_in_chunks(dout_rows, i0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
+                dp = dot_in_chunks(dout_rows, i0, 0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
             else:
                 dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
                 v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)

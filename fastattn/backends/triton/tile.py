@@ -269,6 +269,25 @@ def load_chunk(rows, i0, low, high, d0, D: tl.constexpr, BLOCK: tl.constexpr, CH
 
 
 @triton.jit
+def dot_in_chunks(
+    a_rows, i0, low, high, b_rows, j0, b_low, b_high, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """``a @ b^T`` of the rows from ``i0`` of ``a``, zero outside ``low .. high``, and from ``j0`` of ``b``, likewise.
+
+    It goes along the head dim in steps. Without tensor cores a thread multiplies from its registers alone, and they
+    do not hold whole rows.
+    """
+    CHUNK: tl.constexpr = min(BLOCK_D, 32)
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d in tl.range(0, BLOCK_D, CHUNK):  # at run time: once unrolled, all steps would be loaded at once
+        a = load_chunk(a_rows, i0, low, high, d, D, BLOCK_M, CHUNK)
+        b = load_chunk(b_rows, j0, b_low, b_high, d, D, BLOCK_N, CHUNK)
+        product = tl.dot(a, tl.trans(b), product, input_precision=F.precision)
+    return product
+
+
+@triton.jit
 def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store the rows of ``tile`` before ``high``."""
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
@@ -373,6 +392,20 @@ def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr):
+    """``scores``, but ``-inf`` where ``keep`` is false; ``is_full`` says that it is true in the whole tile.
+
+    With a mask no tile is full. A branch all the same would move dropout, which follows it, into the layout of an
+    operand of a product without tensor cores, where each thread draws whole rows of it.
+    """
+    if F.mask and F.dropout:  # noqa: SIM114 - the other condition is one of run time
+        scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
+    elif not is_full:
+        scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def softmax_step(scores, factor, m, total):
     """One step of online softmax: ``(p, m, total, alpha)``, ``alpha`` what to multiply earlier sums with.
 
@@ -400,9 +433,14 @@ def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSP
     Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
     column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.
     """
-    i, call = i0 + tl.arange(0, BLOCK_M)[:, None], j0 // 8 + tl.arange(0, BLOCK_N // 8)[None, :]
+    first_call = j0 // 32 * 4
+    i, call = i0 + tl.arange(0, BLOCK_M)[:, None], first_call + tl.arange(0, max(BLOCK_N // 8, 4))[None, :]
     w0, w1, w2, w3 = tl.philox(head.seed, i, call, head.dropout_head, head.offset, n_rounds=PHILOX_ROUNDS)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
+    if BLOCK_N == 16:  # half of the words belong to these columns
+        is_second = j0 % 32 == 16
+        words = tl.join(tl.where(is_second, w2, w0), tl.where(is_second, w3, w1)).reshape(BLOCK_M, 1, 4, 2)
+    else:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N // 32, 4, 4)
     spared = tl.join((words & 0xFFFF) >= head.threshold, (words >> 16) >= head.threshold)
     spared = tl.permute(spared, (0, 1, 3, 2, 4)).reshape(BLOCK_M, BLOCK_N)
     return tl.trans(spared) if TRANSPOSED else spared
