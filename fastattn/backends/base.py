@@ -6,7 +6,6 @@ A backend is a folder ``backends/<name>/`` whose ``__init__.py`` exposes ``BACKE
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ class Capabilities:
             raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
 
 
-class Backend(ABC):
+class Backend:
     """One implementation of the spec.
 
     ``out`` is contiguous and shaped ``inputs.out_shape()``; ``lse`` is contiguous fp32 (fp64 for fp64 inputs) and
@@ -74,11 +73,10 @@ class Backend(ABC):
         """Why this backend, which can serve ``problem``, should not do so unless asked by name; [] means it may."""
         return []
 
-    @abstractmethod
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` as the spec defines them."""
+        """``(out, lse)`` as the spec defines them. A backend that serves caches alone has neither this nor backward."""
+        raise NotImplementedError(f"the {self.name} backend serves caches alone")
 
-    @abstractmethod
     def backward(
         self,
         dout: Tensor,
@@ -90,6 +88,7 @@ class Backend(ABC):
         needs: Sequence[str],
     ) -> Grads:
         """The gradients of the inputs named in ``needs`` (members of ``problem.DIFFERENTIABLE``)."""
+        raise NotImplementedError(f"the {self.name} backend serves caches alone")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, if there are any, in the cache; ``(out, lse)`` of all that it then holds.

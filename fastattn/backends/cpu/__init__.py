@@ -7,7 +7,6 @@ instruction sets at run time (AVX-512, AVX2, or what every x86-64 has), and work
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
 from fastattn.backends.cpu import decode, library
 from fastattn.cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
+from fastattn.problem import CACHE_FEATURES, FEATURES, Problem
 from fastattn.spec import AttentionSpec
 
 TESTED = ("x86_64",)  # kinds of machines on which it has run
@@ -42,7 +41,6 @@ class CpuBackend(Backend):
         features=frozenset(FEATURES + CACHE_FEATURES) - {"strided head dim", "prompt"},
         max_head_dim=256,
     )
-
     checks_cache_values = True
 
     def unavailable_reason(self) -> str | None:
@@ -61,21 +59,6 @@ class CpuBackend(Backend):
     def automatic_reasons(self, problem: Problem) -> list[str]:
         kind = platform.machine()
         return [] if kind in TESTED else [f"not yet run on {kind}"]
-
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the cpu backend serves attention to a cache alone")
-
-    def backward(
-        self,
-        dout: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        inputs: Inputs,
-        spec: AttentionSpec,
-        needs: Sequence[str],
-    ) -> Grads:
-        raise NotImplementedError("the cpu backend serves attention to a cache alone")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
