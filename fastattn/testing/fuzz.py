@@ -128,6 +128,7 @@ def random_case(draw: random.Random) -> Case:
 
 def _minimised(result: Result, device: str, seed: int) -> Result:
     """Simplify the case step by step, as long as the backend still gets it wrong."""
+    assert isinstance(result.case, Case)
     smaller = next(
         (found for case in _simpler(result.case) if not (found := judge(result.backend, case, device, seed)).ok), None
     )

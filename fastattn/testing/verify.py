@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from fastattn import dispatch
 from fastattn.backends import load
+from fastattn.cache import cache_problem
 from fastattn.errors import unsupported_error
 from fastattn.problem import Problem
+from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.inputs import make
 from fastattn.testing.tolerance import Row, measure
@@ -35,7 +38,7 @@ class Result:
     """
 
     backend: str
-    case: Case
+    case: Case | CacheCase
     rows: tuple[Row, ...] = ()
     skipped: str | None = None
     broken: str | None = None
@@ -90,7 +93,9 @@ class Report:
         by_group: dict[tuple[str, str], list[Result]] = {}
         for result in self.results:
             by_group.setdefault((result.backend, result.case.group), []).append(result)
-        lines += [_group_line(backend, group, results) for (backend, group), results in by_group.items()]
+        served = {key: results for key, results in by_group.items() if not all(result.skipped for result in results)}
+        lines += [_group_line(backend, group, results) for (backend, group), results in served.items()]
+        lines += _not_served([results for key, results in by_group.items() if key not in served])
         lines += [f"{name:<9} cannot run: {why}" for name, why in self.unavailable.items()]
         wrong = [result for result in self.results if not result.ok]
         lines += ["", *(_failure_line(result) for result in wrong)] if wrong else []
@@ -100,11 +105,11 @@ class Report:
 
 
 def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | None = None) -> Report:
-    """Run backends over the grid on a device, forward and backward, and judge every result against fp64.
+    """Run backends over the grids on a device, forward, backward and on caches, and judge all results against fp64.
 
     Args:
         device: a torch device.
-        quick: about a dozen cases for each dtype.
+        quick: some fifteen cases for each dtype.
         backends: names; None is every backend that can run on this machine.
 
     Returns:
@@ -121,19 +126,27 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
     """
     unavailable = _unavailable(backends)
     names = [name for name in backends or dispatch.backends() if name not in unavailable]
-    pairs = [(name, case) for name in names for case in grid(quick=quick)]
+    cases: list[Case | CacheCase] = [*grid(quick=quick), *(quick_cache_grid() if quick else cache_grid())]
+    pairs = [(name, case) for name in names for case in cases]
     results = tuple(judge(name, case, device) for name, case in _with_progress(pairs))
     return Report(_in_words(device), unavailable, results)
 
 
-def judge(backend: str, case: Case, device: str = "cpu", seed: int = 0) -> Result:
+def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0) -> Result:
     """One backend on one case. What the backend raises is part of the result."""
-    sample = make(case, device, seed)
-    problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
+    run: Callable[[], list[Row]]
+    if isinstance(case, CacheCase):
+        of_cache = make_cache_sample(case, device, seed)
+        problem = cache_problem(of_cache.inputs, of_cache.spec)
+        run = partial(measure_cache, backend, of_cache)
+    else:
+        sample = make(case, device, seed)
+        problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
+        run = partial(measure, backend, sample)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:
-        return Result(backend, case, tuple(measure(backend, sample)))
+        return Result(backend, case, tuple(run()))
     except Exception as error:
         return Result(backend, case, broken=f"{type(error).__name__}: {error}")
 
@@ -165,6 +178,18 @@ def _strain(row: Row) -> float:
     if row.error != row.error:
         return math.inf
     return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
+
+
+def _not_served(groups: Sequence[list[Result]]) -> list[str]:
+    """A line for each backend and its reason to serve none of the cases of some groups."""
+    by_reason: dict[tuple[str, str], list[Result]] = {}
+    for results in groups:
+        by_reason.setdefault((results[0].backend, results[0].skipped or ""), []).extend(results)
+    lines = []
+    for (backend, reason), results in by_reason.items():
+        groups_named = ", ".join(dict.fromkeys(result.case.group for result in results))
+        lines.append(f"{backend:<9} serves none of {len(results)} cases ({groups_named}): {reason}")
+    return lines
 
 
 def _group_line(backend: str, group: str, results: list[Result]) -> str:

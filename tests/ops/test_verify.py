@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from fastattn import reference
-from fastattn.backends import base
+from fastattn.backends import base, load
 from fastattn.testing import Case, make
 from fastattn.testing import fuzz as fuzz_module
 from fastattn.testing import verify as verify_module
@@ -40,20 +40,28 @@ def broken(monkeypatch):
 
 def test_a_right_backend():
     report = verify(quick=True, backends=["eager"])
-    assert report.ok and len(report.results) == 44 and report.unavailable == {}
+    assert report.ok and len(report.results) == 62 and report.unavailable == {}
     lines = report.table().splitlines()
-    assert lines[-1] == "44 runs, all within the tolerance"
+    assert lines[-1] == "62 runs, all within the tolerance"
     assert sum(line.startswith("eager") for line in lines) == len({result.case.group for result in report.results})
     saved = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert saved["ok"] and saved["versions"]["torch"] == torch.__version__
     assert all(set(row) == {"error", "eager", "bound"} for row in saved["results"][0]["rows"].values())
 
 
+@pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
+def test_a_backend_that_serves_caches_alone():
+    report = verify(quick=True, backends=["cpu"])
+    assert report.ok and sum(bool(result.rows) for result in report.results) == 18
+    assert "cpu       serves none of 44 cases (shape, heads" in report.table()
+
+
 @pytest.mark.usefixtures("broken")
 def test_what_a_backend_lacks_is_skipped_and_counted():
     report = verify(quick=True, backends=["broken"])
     skipped = {result.case.id: result.skipped for result in report.results if result.skipped}
-    assert skipped["everything [float32]"] == "no alibi" and len(skipped) == 8
+    assert skipped["everything [float32]"] == "no alibi" and len(skipped) == 8 + 18
+    assert "no cache" in skipped["some tokens [contiguous, float32]"]
     assert report.table().endswith("36 runs, all within the tolerance")
 
 
