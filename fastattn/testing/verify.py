@@ -126,10 +126,14 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
     """
     unavailable = _unavailable(backends)
     names = [name for name in backends or dispatch.backends() if name not in unavailable]
-    cases: list[Case | CacheCase] = [*grid(quick=quick), *(quick_cache_grid() if quick else cache_grid())]
-    pairs = [(name, case) for name in names for case in cases]
+    pairs = [(name, case) for name in names for case in cases(quick=quick)]
     results = tuple(judge(name, case, device) for name, case in _with_progress(pairs))
     return Report(_in_words(device), unavailable, results)
+
+
+def cases(quick: bool = False) -> list[Case | CacheCase]:
+    """Those of both grids."""
+    return [*grid(quick=quick), *(quick_cache_grid() if quick else cache_grid())]
 
 
 def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0) -> Result:

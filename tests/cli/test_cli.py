@@ -329,7 +329,7 @@ def test_verify_judges_and_writes_json(tmp_path, capsys, monkeypatch):
     from fastattn.testing import verify as module
 
     cases = tuple(case for case in module.grid() if case.group == module.grid()[0].group)[:2]
-    monkeypatch.setattr(module, "grid", lambda **_: cases)
+    monkeypatch.setattr(module, "cases", lambda **_: cases)
     path = tmp_path / "report.json"
     flags = ["--device", "cpu", "--backend", "eager", "--json", str(path), "--fuzz", "2"]
     assert main(["verify", *flags]) == 0
@@ -342,14 +342,14 @@ def test_verify_judges_and_writes_json(tmp_path, capsys, monkeypatch):
 def test_verify_exits_with_1_on_a_breach(capsys, monkeypatch):
     from fastattn.testing import verify as module
 
-    monkeypatch.setattr(module, "grid", lambda **_: ())
+    monkeypatch.setattr(module, "cases", lambda **_: ())
     assert main(["verify", "--device", "cpu", "--backend", "eager"]) == 1  # nothing ran, so nothing was shown
 
 
 def test_refusals_of_verify(tmp_path, capsys, monkeypatch):
     from fastattn.testing import verify as module
 
-    monkeypatch.setattr(module, "grid", lambda **_: ())
+    monkeypatch.setattr(module, "cases", lambda **_: ())
     fails(capsys, ["verify", "--backend", "warp", "--device", "cpu"], "backend: got 'warp'")
     fails(capsys, ["verify", "--fuzz", "-1"], "--fuzz: got -1")
     fails(capsys, ["verify", "--device", "cpu", "--backend", "eager", "--json", tmp_path], "Could not write")
