@@ -22,13 +22,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastattn.cache import FP8, CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.triton.configs import Tile
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,14 @@ def kind_of(build: Build) -> str:
     from fastattn.backends.triton import configs
 
     return configs.kinds_of(build.kernel, build.combination.split())[0]
+
+
+def tile_of(build: Build) -> Tile:
+    """The tile that a build is compiled with."""
+    from fastattn.backends.triton import configs
+
+    features = frozenset(build.combination.split())
+    return configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, features))
 
 
 def combinations_of(kind: str, bits: int) -> Sequence[str]:
@@ -198,9 +209,11 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
 
 
 def _tensor_core(build: Build) -> str:
-    """The instructions to look for. Few rows of queries, and tiles for heavy features, may not fill the widest."""
+    """The instructions to look for. HGMMA multiplies 64 rows at a time, which decoding and small tiles do not have."""
     wanted = TARGETS[build.target].tensor_core
-    is_small = build.kernel == "decode" or kind_of(build) != build.kernel
+    tile = tile_of(build)
+    rows = tile.block_n if build.kernel == "dkdv" else tile.block_m
+    is_small = build.kernel == "decode" or rows < 64
     return f"{wanted}|HMMA" if is_small and wanted == "HGMMA" else wanted
 
 
@@ -296,14 +309,13 @@ def _start_compiler(cache: str) -> None:
 
 def _compile(build: Build) -> Figures:
     global _target
-    from fastattn.backends.triton import configs, launch, launch_cache
+    from fastattn.backends.triton import launch, launch_cache
 
     _target = TARGETS[build.target]
     launch.target.cache_clear()
     _launched.clear()
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    features = frozenset(build.combination.split())
-    tile = configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, features))
+    tile = tile_of(build)
     try:
         if build.kernel == "decode":
             launch_cache.attend_to_cache(*_cache_problem(build), tile)
