@@ -57,7 +57,7 @@ def _sound(key: tuning.Key, tiles: list[tuning.Tile], processes: int) -> list[tu
     if arch not in gates.TARGETS:
         return tiles
     plain = kernel.partition(" ")[0]
-    problems = gates.combinations_of(kernel, bits)
+    problems = gates.served_by(kernel, bits)
     todo = [gates.Build(arch, arch, plain, problem, bits, head_dim, tile) for tile in tiles for problem in problems]
     failed = {build.tile for build, figures in gates.compiled(todo, processes) if gates.problems(build, figures, None)}
     return [tile for tile in tiles if tile not in failed] or tiles[:1]

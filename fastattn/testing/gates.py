@@ -2,8 +2,8 @@
 
 The backend's own launch code runs, on tensors without memory and under a driver that only names its target, so what is
 compiled is what a GPU would get. From the machine code come registers, stack (spills), shared memory, and the number
-of tensor-core instructions. A gate fails on a spill, on too much shared memory, where tensor cores are not used, and
-where a figure has moved away from the expected one.
+of tensor-core instructions, from the layouts of tiles how often products are computed. A gate fails on a spill, on too
+much shared memory, where tensor cores are not used, and where a figure has moved away from the expected one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import re
+import statistics
 import subprocess
 import tempfile
 import time
@@ -55,26 +57,28 @@ TARGETS = {
 DEFAULT_SHARED_LIMITS = {"cuda": 101376, "hip": 65536}
 # Registers of a multiprocessor: a kernel whose block needs more does not start.
 CUDA_REGISTERS = 65536
+TENSOR_MEMORY = 512  # columns; Blackwell's products are summed there. Triton compiles a stub if they do not suffice
 KERNELS = ("forward", "dkdv", "dq", "dbias", "decode")
+# What each row of the table is compiled for: features alone and together, the easy ones together at once.
+EVERYTHING = "mask bias softcap alibi sinks segments dropout window causal"
 COMBINATIONS = (
-    "plain", "causal", "packed causal", "bias", "mask", "softcap alibi sinks", "segments causal", "dropout causal"
+    "causal", "packed window sinks causal", "mask", "bias", "softcap causal", "alibi causal", "segments causal",
+    "dropout causal", "mask dropout", "bias softcap dropout causal", EVERYTHING,
 )  # fmt: skip
 # "tokens": many query rows, which fill the tile; else there is one in each sequence.
 DECODING = (
-    "causal", "tokens causal", "paged causal", "tokens paged e4m3 causal", "paged e4m3 causal", "bias causal",
-    "tokens paged packed softcap alibi sinks causal",
+    "causal", "tokens causal", "paged causal", "paged e4m3 causal", "tokens paged e4m3 causal", "bias causal",
+    "tokens paged packed softcap alibi sinks causal", "tokens paged e4m3 bias softcap alibi sinks window causal",
 )  # fmt: skip
-# What takes the crowded rows. In fp32, where the products take most registers, everything there is.
-CROWDED = {
-    "forward": ("mask dropout", "segments dropout causal"), "dkdv": ("mask dropout", "bias softcap dropout causal"),
-    "dq": ("mask dropout",), "dbias": ("bias dropout causal",),
-}  # fmt: skip
-EVERYTHING = "mask bias softcap alibi sinks segments dropout window causal"
+OF_DBIAS = ("bias causal", "bias dropout causal", EVERYTHING)
+# fp32 needs less: its products, without tensor cores, take most of the registers.
+IN_FP32 = ("causal", "dropout causal", EVERYTHING)
+DECODING_IN_FP32 = ("paged causal", "tokens paged bias softcap alibi sinks window causal")
 # Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
 BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
-FIGURES = ("registers", "stack", "shared", "tensor_core")
+FIGURES = ("registers", "stack", "shared", "tensor_core", "repeats")
 # How far a figure may move from the expected one before the gate asks why: compilers differ a little.
-TOLERANCE = {"registers": 16, "stack": 0, "shared": 1024, "tensor_core": 0}
+TOLERANCE = {"registers": 16, "stack": 0, "shared": 1024, "tensor_core": 0, "repeats": 0}
 
 
 @dataclass(frozen=True)
@@ -98,22 +102,20 @@ class Build:
 
 @dataclass(frozen=True)
 class Figures:
-    """What the machine code of a build says; ``error`` if there is none."""
+    """What the machine code of a build says; ``error`` if there is none.
+
+    ``repeats`` is how often tensor cores compute a product, on average: warps for which a tile has no rows or columns
+    left repeat what others do.
+    """
 
     registers: int = 0
     stack: int = 0
     shared: int = 0
     tensor_core: int = 0
+    repeats: float = 1.0
     tile: tuple[int, ...] = ()
     seconds: float = 0.0
     error: str | None = None
-
-
-def kind_of(build: Build) -> str:
-    """The kind of rows of the table that serves it, where there are some."""
-    from fastattn.backends.triton import configs
-
-    return configs.kinds_of(build.kernel, build.combination.split())[0]
 
 
 def tile_of(build: Build) -> Tile:
@@ -124,22 +126,26 @@ def tile_of(build: Build) -> Tile:
     return configs.Tile(*build.tile or configs.tile_for(build.row, build.kernel, build.bits, build.head_dim, features))
 
 
-def combinations_of(kind: str, bits: int) -> Sequence[str]:
-    """The problems for which a row of the table is compiled: the usual one, or those that make a kernel heavy."""
-    from fastattn.backends.triton import configs
+def combinations_of(kernel: str, bits: int) -> tuple[str, ...]:
+    """The problems for which a kernel is compiled, at every width."""
+    if kernel == "decode":
+        return DECODING if bits == 16 else DECODING_IN_FP32
+    if kernel == "dbias":
+        return OF_DBIAS
+    return COMBINATIONS if bits == 16 else IN_FP32
 
-    kernel, _, load = kind.partition(" ")
-    if load == "crowded":
-        return CROWDED[kernel] if bits == 16 else (EVERYTHING,)
-    if load == "heavy":
-        single = ("mask", "bias", "dropout causal") if bits == 16 else ("dropout causal",)
-        return [c for c in single if configs.HEAVY[kernel] & set(c.split())]
-    usual = {"dbias": ["bias"], "decode": ["paged causal", "tokens paged e4m3 causal"]}
-    return usual.get(kernel, ["causal"])
+
+def served_by(kind: str, bits: int) -> list[str]:
+    """Those of them that take a kind of row, where the table has it."""
+    from fastattn.backends.triton import configs, table
+
+    kernel, kinds = kind.partition(" ")[0], {kind for _, kind, _, _ in table.TABLE}
+    problems = {c: configs.kinds_of(kernel, c.split()) for c in combinations_of(kernel, bits)}
+    return [c for c, preferred in problems.items() if kind == next(k for k in preferred if k in kinds)]
 
 
 def builds(quick: bool = False) -> list[Build]:
-    """Every row of the table with what it is for, and crowded; in bf16 more at D 128, and other head dims.
+    """Every row of the table, and in bf16 other head dims.
 
     Args:
         quick: those of ``cuda:90`` and ``hip`` that most people use.
@@ -155,20 +161,36 @@ def builds(quick: bool = False) -> list[Build]:
             targets = ["sm_80"]  # for chips without rows of their own: like this one, but smaller
         else:
             targets = [t for t in TARGETS if (t, kernel, bits, head_dim) not in TABLE]
-        kinds = {kind, f"{kernel} crowded"} - {"decode crowded"}
-        for target, combination in itertools.product(targets, {c for k in kinds for c in combinations_of(k, bits)}):
+        for target, combination in itertools.product(targets, combinations_of(kernel, bits)):
             found.add(Build(row, target, kernel, combination, bits, head_dim))
-    for row, combination, kernel in itertools.product(TARGETS, COMBINATIONS, KERNELS[:3]):
-        found.add(Build(row, row, kernel, combination, 16, 128))
-    for row, combination in itertools.product(TARGETS, DECODING):
-        found.add(Build(row, row, "decode", combination, 16, 128))
-    for target, kernel in itertools.product(("sm_80", "sm_90", "sm_100"), KERNELS[:4]):
-        found.add(Build("default", target, kernel, f"tf32 {combinations_of(kernel, 32)[0]}", 32, 256))
+    tensor_core_targets = ("sm_80", "sm_90", "sm_100")
+    for target, kernel, head_dim in itertools.product(tensor_core_targets, KERNELS[:4], (128, 256)):
+        found.add(Build("default", target, kernel, f"tf32 {combinations_of(kernel, 32)[0]}", 32, head_dim))
     for (d_qk, d_v), kernel in itertools.product(BETWEEN_ROWS, KERNELS[:3]):
         found.add(Build("sm_90", "sm_90", kernel, "causal", 16, d_qk, head_dim_v=d_v))
     if quick:
         found = {b for b in found if b in _quick()}
     return sorted(found, key=lambda build: build.name)
+
+
+def sampled(count: int, seed: int = 0) -> list[Build]:
+    """As many more in bf16, features drawn at random: what ``builds`` may not have thought of."""
+    from fastattn.backends.triton.table import TABLE
+
+    draw = random.Random(seed)
+    rows = sorted({(row, kind.partition(" ")[0], d) for row, kind, bits, d in TABLE if bits == 16 and row in TARGETS})
+    found: dict[Build, None] = {}
+    while len(found) < count:
+        row, kernel, head_dim = draw.choice(rows)
+        words = "paged packed e4m3 bias softcap alibi sinks window" if kernel == "decode" else f"packed {EVERYTHING}"
+        features = [word for word in words.split() if draw.random() < 0.5]
+        if kernel != "decode" and "packed" in features:  # what has no rows of one length
+            features = [word for word in features if word not in ("mask", "bias", "segments")]
+        if kernel == "decode":
+            features += ["causal", *draw.choice(([], ["tokens"]))]
+        if kernel != "dbias" or "bias" in features:
+            found[Build(row, row, kernel, " ".join(features) or "plain", 16, head_dim)] = None
+    return list(found)
 
 
 def _quick() -> set[Build]:
@@ -227,10 +249,10 @@ def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build,
 
 def table(results: Iterable[tuple[Build, Figures]]) -> str:
     """The figures as text."""
-    lines = [f"{'build':<58} {'tile':<18} {'regs':>5} {'stack':>6} {'shared':>7} {'tensor':>7} {'s':>5}"]
+    lines = [f"{'build':<58} {'tile':<18} {'regs':>5} {'stack':>6} {'shared':>7} {'tensor':>7} {'repeats':>7} {'s':>5}"]
     for build, f in sorted(results, key=lambda result: result[0].name):
         tile = "x".join(map(str, f.tile))
-        figures = f"{f.registers:>5} {f.stack:>6} {f.shared:>7} {f.tensor_core:>7} {f.seconds:>5.1f}"
+        figures = f"{f.registers:>5} {f.stack:>6} {f.shared:>7} {f.tensor_core:>7} {f.repeats:>7g} {f.seconds:>5.1f}"
         lines.append(f"{build.name:<58} {tile:<18} {f.error or figures}")
     return "\n".join(lines)
 
@@ -327,6 +349,9 @@ def _compile(build: Build) -> Figures:
             out = out.to(inputs.q.dtype)
             getattr(launch.Backward.of(out, None, out, lse, inputs, spec), build.kernel)(tile)
         _, kernel, seconds = next(k for k in reversed(_launched) if k[0] == f"{build.kernel}_kernel")
+        columns = getattr(kernel.metadata, "tmem_size", 0)
+        if columns > TENSOR_MEMORY:
+            raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
         figures = _read(kernel, _target, _tensor_core(build))
         return dataclasses.replace(figures, tile=tuple(tile), seconds=round(seconds, 2))
     except Exception as error:  # whatever the compiler raises is the finding
@@ -431,12 +456,13 @@ def _cache_problem(build: Build) -> tuple[CacheInputs, AttentionSpec]:
 
 
 def _read(kernel: Any, target: Target, tensor_core: str) -> Figures:
+    repeats = _repeats(kernel.asm["ttgir"])
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in _HIP}  # type: ignore[index]
         # scalar registers spill into lanes of vector registers, which costs no memory
         stack = number["private_segment_fixed_size"] + 4 * number["vgpr_spill_count"]
-        return Figures(number["vgpr_count"], stack, kernel.metadata.shared, text.count("v_mfma"))
+        return Figures(number["vgpr_count"], stack, kernel.metadata.shared, text.count("v_mfma"), repeats)
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -446,7 +472,23 @@ def _read(kernel: Any, target: Target, tensor_core: str) -> Figures:
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())  # type: ignore[union-attr]
-    return Figures(registers, stack, kernel.metadata.shared, len(re.findall(rf"\b({tensor_core})", code)))
+    products = len(re.findall(rf"\b({tensor_core})", code))
+    return Figures(registers, stack, kernel.metadata.shared, products, repeats)
 
 
+def _repeats(ttgir: str) -> float:
+    """See ``Figures``. Products on Blackwell, which no warp owns, are not looked at."""
+    covered = {}  # by all warps of a layout together: rows, columns
+    for name, *warps, rows, columns in re.findall(_LAYOUT, ttgir):
+        covered[name] = int(warps[0]) * int(rows), int(warps[1]) * int(columns)
+    found = []
+    for rows, columns, layout in re.findall(_PRODUCT, ttgir):
+        if layout in covered:
+            of_rows, of_columns = covered[layout]
+            found.append(max(1, of_rows / int(rows)) * max(1, of_columns / int(columns)))
+    return round(statistics.mean(found), 2) if found else 1.0
+
+
+_LAYOUT = r"(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma)<.*warpsPerCTA = \[(\d+), (\d+)\].*instrShape = \[(\d+), (\d+)"
+_PRODUCT = r"(?:tt\.dot|warp_group_dot) .*-> tensor<(\d+)x(\d+)xf32, (#\w+)>"
 _HIP = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")

@@ -20,12 +20,18 @@ Key = tuple[str, str, int, int]
 Tile = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
-KERNELS = (
-    "forward", "forward heavy", "forward crowded", "dkdv", "dkdv heavy", "dkdv crowded", "dq", "dq crowded", "dbias",
-    "dbias crowded", "decode",
-)  # fmt: skip
+KERNELS = tuple(sorted({kind for _, kind, _, _ in table.TABLE}))
 # What is measured for the rows of a kind, besides the causal mask.
-FEATURES = {"": frozenset[str](), "heavy": frozenset({"dropout"}), "crowded": frozenset({"dropout", "mask"})}
+FEATURES = {
+    kind: frozenset(
+        {"softcap", "alibi"} if kind == "decode crowded"
+        else {"softcap"} if kind == "decode heavy"
+        else {"dropout", "mask"} if "crowded" in kind
+        else {"dropout"} if "heavy" in kind
+        else set[str]()
+    )
+    for kind in KERNELS
+}  # fmt: skip
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HEADS = 16384, 16
 
@@ -63,8 +69,8 @@ def row_of(key: Key) -> Tile:
     from fastattn.backends.triton import configs
 
     arch, kind, bits, head_dim = key
-    kernel, _, load = kind.partition(" ")
-    return tuple(configs.tile_for(arch, kernel, bits, head_dim, FEATURES[load]))  # type: ignore[return-value]
+    kernel = kind.partition(" ")[0]
+    return tuple(configs.tile_for(arch, kernel, bits, head_dim, FEATURES[kind]))  # type: ignore[return-value]
 
 
 def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
@@ -128,17 +134,17 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     from fastattn.backends.triton import launch
 
     _, kind, bits, d = key
-    kernel, _, load = kind.partition(" ")
-    if kernel == "decode":
-        return _decoding(d, torch.bfloat16 if bits == 16 else torch.float32, device)
+    kernel, features = kind.partition(" ")[0], FEATURES[kind]
     dtype = torch.bfloat16 if bits == 16 else torch.float32
+    if kernel == "decode":
+        return _decoding(d, dtype, device, features)
     tokens, heads = (TOKENS, HEADS) if device.type == "cuda" else (32, 1)
     batch = 4 if device.type == "cuda" else 1
     q, k, v, dout = (torch.randn(batch, tokens // batch, heads, d, device=device, dtype=dtype) for _ in range(4))
     s = q.shape[1]
     bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "dbias" else None
-    mask = torch.rand(1, 1, s, s, device=device) < 0.9 if "mask" in FEATURES[load] else None
-    rng_state = torch.tensor([1, 2], device=device) if "dropout" in FEATURES[load] else None
+    mask = torch.rand(1, 1, s, s, device=device) < 0.9 if "mask" in features else None
+    rng_state = torch.tensor([1, 2], device=device) if "dropout" in features else None
     inputs = Inputs(q, k, v, bias=bias, mask=mask, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
     spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.0 if rng_state is None else 0.1)
     if kernel == "forward":
@@ -147,7 +153,9 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     return getattr(launch.Backward.of(dout, None, out, lse, inputs, spec), kernel)
 
 
-def _decoding(d: int, dtype: torch.dtype, device: torch.device) -> Callable[[tuple[int, ...]], object]:
+def _decoding(
+    d: int, dtype: torch.dtype, device: torch.device, features: frozenset[str]
+) -> Callable[[tuple[int, ...]], object]:
     from fastattn.backends.triton import launch_cache
 
     batch, page_size = 4, 16
@@ -157,5 +165,7 @@ def _decoding(d: int, dtype: torch.dtype, device: torch.device) -> Callable[[tup
     table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
     lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
     q = torch.randn(batch, 1, HEADS, d, device=device, dtype=dtype)
-    inputs = CacheInputs(q, k, v, lengths, block_table=table, max_seqlen_q=1)
-    return lambda tile: launch_cache.attend_to_cache(inputs, AttentionSpec(d**-0.5, right=0), tile)  # type: ignore[arg-type]
+    slopes = torch.rand(1, HEADS, device=device) if "alibi" in features else None
+    inputs = CacheInputs(q, k, v, lengths, block_table=table, alibi_slopes=slopes, max_seqlen_q=1)
+    spec = AttentionSpec(d**-0.5, softcap=30.0 if "softcap" in features else None, right=0)
+    return lambda tile: launch_cache.attend_to_cache(inputs, spec, tile)  # type: ignore[arg-type]

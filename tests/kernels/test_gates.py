@@ -65,34 +65,58 @@ def test_rows_for_unknown_gpus_fit_the_smallest() -> None:
 def test_every_row_of_the_table_is_built() -> None:
     from fastattn.backends.triton import configs, table
 
-    served = {(b.row, gates.kind_of(b), b.bits, b.head_dim) for b in gates.builds()}
-    assert table.TABLE.keys() <= served
-    assert {kind.partition(" ")[0] for _, kind, _, _ in table.TABLE} == set(configs.HEAVY)
+    served = {configs.row_for(b.row, b.kernel, b.bits, b.head_dim, b.combination.split()) for b in gates.builds()}
+    assert table.TABLE.keys() == served
+    assert {kind.partition(" ")[0] for _, kind, _, _ in table.TABLE} == set(gates.KERNELS)
 
 
-def test_every_heavy_feature_is_built_at_every_width() -> None:
-    """For each kernel and row: each feature that chooses a tile, and two of them at once."""
-    from fastattn.backends.triton import configs, table
-
-    for kernel in gates.KERNELS[:4]:
-        for bits, head_dim in itertools.product((16, 32), (64, 128, 256)):
-            built = [b for b in gates.builds() if (b.kernel, b.bits, b.head_dim) == (kernel, bits, head_dim)]
-            features = {word for b in built for word in b.combination.split()}
-            assert (configs.HEAVY[kernel] if bits == 16 else configs.CROWDING) <= features
-            crowded = {(b.row, b.target) for b in built if gates.kind_of(b) == f"{kernel} crowded"}
-            assert {(b.row, b.target) for b in built} == crowded
-            assert {row for row, kind, b, d in table.TABLE if (kind, b, d) == (kernel, bits, head_dim)} == {
-                row for row, _ in crowded
-            }
-
-
-def test_two_features_crowd() -> None:
+def test_every_feature_is_built_at_every_width() -> None:
+    """In bf16 each alone, too; decoding has no mask, segments or dropout."""
     from fastattn.backends.triton import configs
 
-    assert configs.kinds_of("forward", {"bias", "band", "alibi"}) == ["forward"]
-    assert configs.kinds_of("forward", {"mask"}) == ["forward heavy", "forward"]
+    for (kernel, bits), head_dim in itertools.product(itertools.product(gates.KERNELS, (16, 32)), (64, 128, 256)):
+        built = [b for b in gates.builds() if (b.kernel, b.bits, b.head_dim) == (kernel, bits, head_dim)]
+        features = configs.CROWDING - ({"mask", "segments", "dropout"} if kernel == "decode" else set[str]())
+        found = [configs.CROWDING & set(b.combination.split()) for b in built]
+        assert features in found
+        if bits == 16 and kernel in ("forward", "dkdv", "dq"):
+            assert all({feature} in found for feature in features)
+
+
+def test_features_crowd() -> None:
+    from fastattn.backends.triton import configs
+
+    assert configs.kinds_of("forward", {"band", "sinks"}) == ["forward"]
+    assert configs.kinds_of("forward", {"mask", "band"}) == ["forward heavy", "forward"]
     assert configs.kinds_of("dkdv", {"mask", "dropout"}) == ["dkdv crowded", "dkdv heavy", "dkdv"]
-    assert configs.kinds_of("dq", {"bias", "softcap"}) == ["dq crowded", "dq"]
+    assert configs.kinds_of("dkdv", configs.CROWDING) == ["dkdv crowded", "dkdv heavy", "dkdv"]
+    assert gates.served_by("dkdv heavy", 16) == [
+        "mask", "bias", "softcap causal", "alibi causal", "segments causal", "dropout causal"
+    ]  # fmt: skip
+    assert gates.served_by("decode crowded", 32) == [gates.DECODING_IN_FP32[1]]
+    assert gates.served_by("dbias", 32) == ["bias causal"]  # there are no heavy rows for dbias
+
+
+def test_a_sample_is_new_and_compiles() -> None:
+    """Every feature turns up, with every kernel, and what cannot be together is not."""
+    drawn = gates.sampled(400)
+    assert len(set(drawn)) == 400 and gates.sampled(400) == drawn != gates.sampled(400, seed=1)
+    words = {(b.kernel, word) for b in drawn for word in b.combination.split()}
+    assert {(k, w) for k in gates.KERNELS[:4] for w in gates.EVERYTHING.split()} <= words
+    assert {("decode", w) for c in gates.DECODING for w in c.split()} <= words
+    results = list(gates.compiled(drawn[:4]))
+    assert not any(figures.error for _, figures in results), gates.table(results)
+
+
+def test_repeated_products_are_counted() -> None:
+    """Eight warps along 64 rows, 16 for each: half of them have none of their own."""
+    layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [8, 1], instrShape = [16, 8]}>"
+    product = "%r = tt.dot %a, %b, %c : tensor<64x64xbf16, #a> * tensor<64x64xbf16, #b> -> tensor<64x32xf32, #mma>"
+    wide = product.replace("64x32xf32", "128x32xf32")
+    on_no_warp = product.replace("#mma>", "#blocked>")
+    assert gates._repeats("\n".join([layout, product])) == 2
+    assert gates._repeats("\n".join([layout, product, wide, on_no_warp])) == 1.5
+    assert gates._repeats(on_no_warp) == 1
 
 
 def test_a_row_serves_the_head_dims_below_it_down_to_the_next() -> None:

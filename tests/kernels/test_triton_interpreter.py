@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 
 from fastattn import reference, rng, testing  # noqa: E402
 from fastattn.backends import load  # noqa: E402
-from fastattn.backends.triton import configs  # noqa: E402
+from fastattn.backends.triton import configs, launch  # noqa: E402
 from fastattn.backends.triton.arguments import Flags, Sizes, Terms, coded  # noqa: E402
 from fastattn.backends.triton.tile import open_head, survivors, tanh  # noqa: E402
 from fastattn.problem import Inputs  # noqa: E402
@@ -50,6 +50,14 @@ def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) ->
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
     configs.tile_for.cache_clear()
+
+
+def test_dbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's GPUs compute it for long rows: the interpreter would only do so in fp32."""
+    monkeypatch.setattr(launch.Backward, "_dbias_in_chunks", lambda self: True)
+    case = next(case for case in GRID if case.id == "everything [float16]")
+    assert case.bias
+    testing.assert_within(testing.measure(load("triton"), testing.make(dataclasses.replace(case, D_qk=80, D_v=40))))
 
 
 @pytest.mark.parametrize("seed_and_offset", [(0, 0), (0x1234_5678_9ABC_DEF0, 0x7FFF_FFFF_FFFF), (-1, 2**32 + 5)])

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastattn.backends.triton.configs import CROWDING
+
 UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
 
@@ -208,6 +210,11 @@ class Flags:
     upcast: bool = False
     paged: bool = False
     fp8: bool = False
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What is in use of that which may need a smaller tile."""
+        return frozenset(name for name in CROWDING if getattr(self, name))
 
     @property
     def in_chunks(self) -> bool:

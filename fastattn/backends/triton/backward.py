@@ -22,12 +22,14 @@ from fastattn.backends.triton.tile import (
     dot_in_chunks,
     factor_of,
     finish,
+    head_in,
     load_rows,
     masked,
     number,
     open_band,
     open_head,
     per_row,
+    row_offset,
     rows_of,
     scheduled,
     store_rows,
@@ -63,9 +65,15 @@ def delta_kernel(out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: t
 
 
 @triton.jit
-def load_statistics(lse2, delta, i, s_q):
-    """``(lse2, delta)`` of rows ``i``; past the last one p is 0 too."""
-    return tl.load(lse2 + i, mask=i < s_q, other=float("inf")), tl.load(delta + i, mask=i < s_q, other=0.0)
+def load_lse(lse2, i, s_q):
+    """``lse2`` of rows ``i``; past the last one p is 0 too."""
+    return tl.load(lse2 + i, mask=i < s_q, other=float("inf"))
+
+
+@triton.jit
+def load_delta(delta, i, s_q):
+    """``delta`` of rows ``i``."""
+    return tl.load(delta + i, mask=i < s_q, other=0.0)
 
 
 @triton.jit
@@ -106,7 +114,7 @@ def dkdv_kernel(
     group = number(sizes.group)
     heads_kv = number(sizes.heads_q) // group
     b, h_kv = of // heads_kv, of % heads_kv
-    _, begin_kv, band = open_band(b, terms, sizes, F)
+    begin_q, begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
     if j0 >= band.s_kv:
         return
@@ -125,40 +133,39 @@ def dkdv_kernel(
     _low, _high, begin, full_begin, full_end, end = tiles(
         block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
     )  # fmt: skip
-    for g in tl.range(0, group):
-        head = open_head(b, h_kv * group + g, terms, sizes, F)
+    # Not a loop over heads around one over tiles: what is the same for a head would fill registers of the inner one.
+    count = end - begin
+    for n in tl.range(0, count * group):
+        head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
         q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = rows_of(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
-        lse_rows, delta_rows = per_row(lse2, head), per_row(delta, head)
-        for tile in tl.range(begin, end):
-            i0 = tile * BLOCK_M
-            i = i0 + tl.arange(0, BLOCK_M)
-            if F.in_chunks:
-                raw = dot_in_chunks(
-                    k_rows, j0, first, last, q_rows, i0, 0, band.s_q, F.d_qk, BLOCK_N, BLOCK_M, BLOCK_QK, F
-                )
-            else:
-                q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-                raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
-            of_lse, of_delta = load_statistics(lse_rows, delta_rows, i, band.s_q)
-            p, spared, t = probabilities(
-                raw, of_lse[None, :], head, i[None, :], j[:, None], i0, j0,
-                (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            if F.in_chunks:
-                dp = dot_in_chunks(
-                    v_rows, j0, first, last, dout_rows, i0, 0, band.s_q, F.d_v, BLOCK_N, BLOCK_M, BLOCK_V, F
-                )
-            dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
-            p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
-            dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-            if F.in_chunks:
-                q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-            else:
-                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-            _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
-            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+        at = row_offset(lse2, head)
+        tile = begin + n % count
+        i0 = tile * BLOCK_M
+        i = i0 + tl.arange(0, BLOCK_M)
+        if F.in_chunks:
+            raw = dot_in_chunks(k_rows, j0, first, last, q_rows, i0, 0, band.s_q, F.d_qk, BLOCK_N, BLOCK_M, BLOCK_QK, F)
+        else:
+            q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
+        p, spared, t = probabilities(
+            raw, load_lse(lse2.ptr + at, i, band.s_q)[None, :], head, i[None, :], j[:, None], i0, j0,
+            (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if F.in_chunks:
+            dp = dot_in_chunks(v_rows, j0, first, last, dout_rows, i0, 0, band.s_q, F.d_v, BLOCK_N, BLOCK_M, BLOCK_V, F)
+        dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+        p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
+        dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+        if F.in_chunks:
+            q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+        else:
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
+        of_delta = load_delta(delta.ptr + at, i, band.s_q)  # not before it is needed: a thread holds many columns
+        _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
+    _, begin_kv, _ = open_band(b, terms, sizes, F)  # again, so that the loop need not keep it in a register
     dk_acc *= sizes.scale
     if F.dropout:
         dv_acc *= sizes.dropout_scale
@@ -192,7 +199,8 @@ def dq_kernel(
         q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
         dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    of_lse, of_delta = load_statistics(per_row(lse2, head), per_row(delta, head), i, s_q)
+    at = row_offset(lse2, head)
+    of_lse, of_delta = load_lse(lse2.ptr + at, i, s_q), load_delta(delta.ptr + at, i, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F

@@ -20,16 +20,9 @@ from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
 
-# Features that hold so many registers that a kernel may need a smaller tile: with any of them in use it takes the row
-# of its heavy kind, "forward heavy", where the table has one; with two of CROWDING that of its crowded kind.
-HEAVY: dict[str, frozenset[str]] = {
-    "forward": frozenset({"mask", "segments", "dropout"}),
-    "dkdv": frozenset({"mask", "bias", "softcap", "dropout"}),
-    "dq": frozenset(),
-    "dbias": frozenset(),
-    "decode": frozenset(),
-}
-CROWDING = frozenset({"mask", "bias", "softcap", "segments", "dropout"})
+# Features that hold registers: with one of them a kernel takes the row of its heavy kind, "forward heavy", with more
+# that of its crowded kind, where the table has such a row.
+CROWDING = frozenset({"mask", "bias", "softcap", "alibi", "segments", "dropout"})
 DEFAULT = "default"
 
 
@@ -50,32 +43,31 @@ INTERPRETED = Tile(64, 32, 4, 1)  # its time follows the number of tiles, not th
 
 @functools.cache
 def tile_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozenset[str] = frozenset()) -> Tile:
-    """The tile of the row with the least head dim that is not below ``head_dim``.
+    """The tile of the row that ``row_for`` finds."""
+    return INTERPRETED if arch == "interpreter" else Tile(*TABLE[row_for(arch, kernel, bits, head_dim, features)])
+
+
+def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable[str]) -> tuple[str, str, int, int]:
+    """The row with the least head dim that is not below ``head_dim``.
 
     Args:
-        arch: from ``arch_name``, or "interpreter".
-        kernel: a key of HEAVY.
+        arch: from ``arch_name``.
+        kernel: "forward", "dkdv", "dq", "dbias" or "decode".
         bits: of an element of q.
         head_dim: the larger of ``D_qk`` and ``D_v``.
         features: those in use, as ``problem.FEATURES`` names them.
     """
-    if arch == "interpreter":
-        return INTERPRETED
-    row = min((d for a, k, b, d in TABLE if (k, b) == (kernel, bits) and a in (arch, DEFAULT) and d >= head_dim))
+    least = min((d for a, k, b, d in TABLE if (k, b) == (kernel, bits) and a in (arch, DEFAULT) and d >= head_dim))
     for where, kind in itertools.product((arch, DEFAULT), kinds_of(kernel, features)):
-        if (where, kind, bits, row) in TABLE:
-            return Tile(*TABLE[where, kind, bits, row])
+        if (where, kind, bits, least) in TABLE:
+            return where, kind, bits, least
     raise KeyError((arch, kernel, bits, head_dim))
 
 
 def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
     """The kinds of rows that serve a kernel with these features in use, the one to prefer first."""
-    kinds = [kernel]
-    if HEAVY[kernel].intersection(features):
-        kinds.insert(0, f"{kernel} heavy")
-    if len(CROWDING.intersection(features)) > 1:
-        kinds.insert(0, f"{kernel} crowded")
-    return kinds
+    crowd = len(CROWDING.intersection(features))
+    return [f"{kernel} crowded", f"{kernel} heavy", kernel][2 - min(crowd, 2) :]
 
 
 def arch_name(backend: str, arch: int | str) -> str:

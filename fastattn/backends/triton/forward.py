@@ -80,6 +80,7 @@ def forward_kernel(
         v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
+    head = open_head(head.b, head.h, terms, sizes, F)  # again, so that the loop need not keep all of it in registers
     norm, logsumexp = softmax_end(m, total)
     if F.dropout:
         norm *= sizes.dropout_scale

@@ -36,7 +36,7 @@ from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_ker
 from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
 from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
-from fastattn.problem import Grads, Inputs, used_features
+from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
@@ -58,7 +58,6 @@ class Call:
     terms: Terms
     sizes: Sizes
     flags: Flags
-    features: frozenset[str]
 
     @classmethod
     def of(cls, inputs: Inputs, spec: AttentionSpec) -> Call:
@@ -66,9 +65,8 @@ class Call:
             longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
             raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
-        features = frozenset(used_features(inputs, spec))
         sizes = sizes_of(spec, inputs.max_seqlen_q, inputs.max_seqlen_kv, inputs.heads_q, inputs.heads_kv)
-        call = cls(inputs, q, k, v, _terms(inputs), sizes, _flags(inputs, spec, (q, k, v)), features)
+        call = cls(inputs, q, k, v, _terms(inputs), sizes, _flags(inputs, spec, (q, k, v)))
         return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
 
     def _without_unused_keys(self, spec: AttentionSpec) -> Call:
@@ -102,13 +100,8 @@ class Call:
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
         return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
 
-    @property
-    def bits(self) -> int:
-        return self.inputs.q.element_size() * 8
-
     def tile(self, kernel: str) -> Tile:
-        head_dim = max(self.flags.d_qk, self.flags.d_v)
-        return configs.tile_for(target(self.inputs.q.device)[1], kernel, self.bits, head_dim, self.features)
+        return tile_of(self.inputs.q.device, kernel, self.flags)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
@@ -274,11 +267,20 @@ class Backward:
         terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
         dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse2, self.delta, terms, call.sizes,
-            coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), SUM_ROWS=sum_rows,
-            SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, tile),
+            coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), IN_CHUNKS=self._dbias_in_chunks(),
+            SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, tile),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
+
+    def _dbias_in_chunks(self) -> bool:
+        """As ``Flags.in_chunks``. Nothing stays of a product but scores, so long rows need not be in registers.
+
+        AMD has registers for them, but too few of those that all lanes share for the loop.
+        """
+        flags = self.call.flags
+        is_long = max(flags.block_qk, flags.block_v) > 64
+        return flags.in_chunks or (is_long and target(self.call.inputs.q.device)[0] == "cuda")
 
     def dsinks(self) -> Tensor:
         call, x = self.call, self.call.inputs
@@ -389,6 +391,12 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -
         bias=_scores_vector(inputs.bias, inputs.max_seqlen_kv),
         mask=_scores_vector(inputs.mask, inputs.max_seqlen_kv),
     )
+
+
+def tile_of(device: torch.device, kernel: str, flags: Flags) -> Tile:
+    """The tile of the table."""
+    bits, head_dim = (32 if flags.precise else 16), max(flags.d_qk, flags.d_v)
+    return configs.tile_for(target(device)[1], kernel, bits, head_dim, flags.features)
 
 
 def compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastattn.backends.triton import arguments, configs, launch
+from fastattn.backends.triton import arguments, launch
 from fastattn.backends.triton.arguments import (
     Cache,
     Flags,
@@ -100,7 +100,7 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     flags = launch.flags_of(inputs, spec, (q, k, v))
     flags = dataclasses.replace(flags, paged=inputs.block_table is not None, fp8=inputs.is_fp8)
     rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
-    tile = tile or _tile(inputs)
+    tile = tile or launch.tile_of(out.device, "decode", flags)
     block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block_m)
     programs = inputs.batch * inputs.heads_kv * blocks
@@ -160,12 +160,6 @@ def _reach(inputs: CacheInputs, spec: AttentionSpec) -> int:
 def _bytes(cache: Tensor) -> Tensor:
     """An e4m3 cache as bytes: kernels convert it themselves."""
     return cache.view(torch.uint8) if cache.element_size() == 1 else cache
-
-
-def _tile(inputs: CacheInputs) -> Tile:
-    head_dim = max(inputs.q.shape[-1], inputs.v_cache.shape[-1])
-    arch = launch.target(inputs.q.device)[1]
-    return configs.tile_for(arch, "decode", inputs.q.element_size() * 8, head_dim)
 
 
 def _cache(inputs: CacheInputs) -> Cache:

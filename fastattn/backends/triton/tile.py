@@ -278,7 +278,7 @@ def dot_in_chunks(
     It goes along the head dim in steps. Without tensor cores a thread multiplies from its registers alone, and they
     do not hold whole rows.
     """
-    CHUNK: tl.constexpr = min(BLOCK_D, 32)
+    CHUNK: tl.constexpr = min(BLOCK_D, 16 if F.precision == "tf32" else 32)
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for d in tl.range(0, BLOCK_D, CHUNK):  # at run time: once unrolled, all steps would be loaded at once
         a = load_chunk(a_rows, i0, low, high, d, D, BLOCK_M, CHUNK)
@@ -296,9 +296,15 @@ def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK
 
 
 @triton.jit
+def row_offset(x, head):
+    """Where the numbers begin that ``x``, as ``PerRow``, has for the rows of a head."""
+    return head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
+
+
+@triton.jit
 def per_row(x, head):
     """Pointer to the number that ``x``, as ``PerRow``, has for the first row."""
-    return x.ptr + head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
+    return x.ptr + row_offset(x, head)
 
 
 @triton.jit
