@@ -174,22 +174,24 @@ def builds(quick: bool = False) -> list[Build]:
 
 
 def sampled(count: int, seed: int = 0) -> list[Build]:
-    """As many more in bf16, features drawn at random: what ``builds`` may not have thought of."""
+    """Up to as many more in bf16, features drawn at random: what ``builds`` may not have thought of."""
     from fastattn.backends.triton.table import TABLE
 
     draw = random.Random(seed)
     rows = sorted({(row, kind.partition(" ")[0], d) for row, kind, bits, d in TABLE if bits == 16 and row in TARGETS})
     found: dict[Build, None] = {}
-    while len(found) < count:
+    for _ in range(100 * count):  # draws may repeat
         row, kernel, head_dim = draw.choice(rows)
         words = "paged packed e4m3 bias softcap alibi sinks window" if kernel == "decode" else f"packed {EVERYTHING}"
         features = [word for word in words.split() if draw.random() < 0.5]
-        if kernel != "decode" and "packed" in features:  # what has no rows of one length
-            features = [word for word in features if word not in ("mask", "bias", "segments")]
         if kernel == "decode":
             features += ["causal", *draw.choice(([], ["tokens"]))]
+        elif "packed" in features:  # what has no rows of one length
+            features = [word for word in features if word not in ("mask", "bias", "segments")]
         if kernel != "dbias" or "bias" in features:
             found[Build(row, row, kernel, " ".join(features) or "plain", 16, head_dim)] = None
+        if len(found) == count:
+            break
     return list(found)
 
 

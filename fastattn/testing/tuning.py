@@ -21,17 +21,6 @@ Tile = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
 KERNELS = tuple(sorted({kind for _, kind, _, _ in table.TABLE}))
-# What is measured for the rows of a kind, besides the causal mask.
-FEATURES = {
-    kind: frozenset(
-        {"softcap", "alibi"} if kind == "decode crowded"
-        else {"softcap"} if kind == "decode heavy"
-        else {"dropout", "mask"} if "crowded" in kind
-        else {"dropout"} if "heavy" in kind
-        else set[str]()
-    )
-    for kind in KERNELS
-}  # fmt: skip
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HEADS = 16384, 16
 
@@ -70,7 +59,14 @@ def row_of(key: Key) -> Tile:
 
     arch, kind, bits, head_dim = key
     kernel = kind.partition(" ")[0]
-    return tuple(configs.tile_for(arch, kernel, bits, head_dim, FEATURES[kind]))  # type: ignore[return-value]
+    return tuple(configs.tile_for(arch, kernel, bits, head_dim, features_of(kind)))  # type: ignore[return-value]
+
+
+def features_of(kind: str) -> frozenset[str]:
+    """What is measured for the rows of a kind, besides the causal mask."""
+    kernel, _, load = kind.partition(" ")
+    crowd = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
+    return frozenset(crowd[: {"": 0, "heavy": 1, "crowded": 2}[load]])
 
 
 def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
@@ -88,7 +84,7 @@ def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
 
 
 def measured(key: Key, tiles: Iterable[Tile], timer: Timer, device: torch.device) -> Iterator[Measured]:
-    """Time each of ``tiles`` on a causal problem of 16k tokens: with a bias for ``dbias``, and FEATURES.
+    """Time each of ``tiles`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
 
     Decoding has caches of 16k positions for four sequences, in pages.
     """
@@ -134,7 +130,7 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     from fastattn.backends.triton import launch
 
     _, kind, bits, d = key
-    kernel, features = kind.partition(" ")[0], FEATURES[kind]
+    kernel, features = kind.partition(" ")[0], features_of(kind)
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     if kernel == "decode":
         return _decoding(d, dtype, device, features)
