@@ -5,7 +5,7 @@
 // names of sm90/ptx.cuh, so it compiles for the device and for the emulator.
 #pragma once
 #include "mask.h"
-#include "sm90/ptx.cuh"
+#include "../sm90/ptx.cuh"
 
 namespace fa {
 using namespace sm90;
