@@ -228,6 +228,13 @@ def test_modules_say_what_lives_in_them(path):
     assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"
 
 
+def test_tests_mirror_the_package():
+    """tests/<part>/ tests fastattn/<part>/; core/ tests the modules that lie in fastattn/ itself."""
+    others = {"core", "gpu", "benchmarks", "docs", "project"}
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [str(f) for f in folders if f.parts[0] not in others and not (PACKAGE / f / "__init__.py").exists()] == []
+
+
 def test_make_runs_every_test_that_needs_a_gpu():
     """It names their folders and files, since others import what a machine with a GPU may not have."""
     (line,) = (line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "-m gpu" in line)

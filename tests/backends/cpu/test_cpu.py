@@ -17,7 +17,7 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FOUND, HOW = library.delivered()
 try:
     build.find_compiler()
