@@ -64,6 +64,8 @@ class Checkpoint:
         Raises:
             DataError: the checkpoint is damaged, or was written by another kind of run: see ``fastattn.lm.load``.
         """
+        if "finetune" in self.trainer_state().get("settings", {}):
+            raise DataError(f"{self.folder} is of a fine-tuning run: load it with fastattn.lm.finetune.load_finetuned.")
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})
         with torch.device(device):
             model = make_model(TransformerConfig.from_dict(fields))
