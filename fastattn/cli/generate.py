@@ -84,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.checkpoint)
     model = load_model(checkpoint, device.choose(args.device), args.attention)
     if model.config.kind not in ("decoder", "encoder-decoder"):
-        raise DataError(f"{checkpoint.folder} is an {model.config.kind}, which generates no text: see fastattn evaluate.")
+        raise DataError(
+            f"{checkpoint.folder} is an {model.config.kind}, which generates no text: see fastattn evaluate."
+        )
     tokenizer = checkpoint.tokenizer()
     start, end, target = Marks.of(tokenizer).names(tokenizer)
     texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=args.stop)

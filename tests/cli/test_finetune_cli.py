@@ -193,7 +193,9 @@ def test_errors(out, data, tmp_path, capsys):
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "Give one file of examples for classify")
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, "--limit", "0"], "--limit: got 0")
     fails(capsys, ["evaluate", "--checkpoint", tmp_path / "no", "--data", data], "does not exist")
-    fails(capsys, ["generate", "--checkpoint", out, "--prompt", "x"], "is a model for classify, which generates no text")
+    fails(
+        capsys, ["generate", "--checkpoint", out, "--prompt", "x"], "is a model for classify, which generates no text"
+    )
     fails(capsys, ["example", "code", "--out", out], "holds something already: choose another --out")
     fails(capsys, ["example", "code", "--out", tmp_path / "e", "--steps", "0"], "--steps: got 0")
 

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec"},
     "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
-    "evidence": {"problem", "version"},
+    "evidence": {"files", "problem", "version"},
     "plan": {"backends"},
     "dispatch": {"backends", "errors", "problem"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
