@@ -1,4 +1,4 @@
-// What the kernels of the backward pass have in common: arguments, and which tile a block works on.
+// Shared by the kernels of the backward pass: arguments, and the tile of each thread block.
 //
 // A block works on one tile: the hardware hands out blocks in order, so long tiles come first. Tiles are numbered pass
 // by pass as in schedule.h, and a tile is told to all warps through shared memory in the same form.
@@ -7,6 +7,8 @@
 #include "shared.h"
 
 namespace fa::sm90 {
+
+constexpr int kRowThreads = 256;  // of a block of the kernels before and after the large ones
 
 // Tensor maps as in ForwardArgs. A kernel has those that it needs: boxes of dq, dk and dv have 64 rows.
 struct BackwardArgs {

@@ -125,7 +125,7 @@ FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" 
 
 // Keeps what x depends on above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
 // keeps its order with memory operations: a store that never happens, because x is never negative, pins it.
-FA_DEVICE void hold_above_wait(uint32 address, float x) {
+FA_DEVICE void pin_above_wait(uint32 address, float x) {
   asm volatile("{.reg .pred p; setp.lt.f32 p, %1, 0f00000000; @p st.shared.f32 [%0], %1;}" ::"r"(address), "f"(x)
                : "memory");
 }

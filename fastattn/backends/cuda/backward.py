@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.cuda import abi
-from fastattn.backends.cuda.instances import keys_tiles, select_keys
+from fastattn.backends.cuda.instances import dkdv_configs, select_dkdv
 from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 
@@ -54,11 +54,11 @@ def fused_columns(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> 
     """The columns of the sums for dq if one kernel computes everything; None if two do."""
     if not {"q", "k", "v"} <= set(needs) or torch.are_deterministic_algorithms_enabled():
         return None
-    tile = select_keys(_tiles(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
-    return None if tile is None else tile.d_qk
+    config = select_dkdv(_configs(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
+    return None if config is None else config.d_qk
 
 
-_tiles = functools.cache(keys_tiles)
+_configs = functools.cache(dkdv_configs)
 
 
 def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:

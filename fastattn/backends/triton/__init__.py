@@ -73,9 +73,9 @@ class TritonBackend(Backend):
         return launch.backward(dout, dlse, out, lse, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        from fastattn.backends.triton import launch_cache
+        from fastattn.backends.triton import launch_decode
 
-        return launch_cache.attend_to_cache(inputs, spec)
+        return launch_decode.attend_to_cache(inputs, spec)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the kernels are told: the tensors and numbers of one call as named tuples, and what they are compiled for.
+"""Arguments of the kernels: the tensors and numbers of one call as named tuples, and the compile-time ``Flags``.
 
 Triton compiles a kernel anew when an int argument becomes 1, or a multiple of 16. Lengths and strides must not do
 that, so every int in these tuples travels as ``coded(n)``, which is never either; kernels read it with
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.backends.triton.configs import CROWDING
+from fastattn.backends.triton.configs import REGISTER_HEAVY
 
 UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
@@ -22,7 +22,7 @@ def coded(n: int) -> int:
     return 2 * n + 3
 
 
-class Rows(NamedTuple):
+class Bshd(NamedTuple):
     """A ``(B, S, H, D)`` tensor; packed ``(T, H, D)`` with ``stride_b`` 0."""
 
     ptr: Any
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     stride_d: Any
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
+    def of(cls, x: Tensor) -> Bshd:
         stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
         return cls(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
 
@@ -156,15 +156,15 @@ class Cache(NamedTuple):
     v_scale: Any = None
 
 
-class Parts(NamedTuple):
+class Splits(NamedTuple):
     """How the programs of the decoding kernel share the work. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``parts``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
     """
 
     blocks: Any
-    parts: Any
+    splits: Any
     stride_out: Any
     stride_lse: Any
 
@@ -213,8 +213,8 @@ class Flags:
 
     @property
     def features(self) -> frozenset[str]:
-        """What is in use of that which may need a smaller tile."""
-        return frozenset(name for name in CROWDING if getattr(self, name))
+        """The features in use that need registers, and so may need a smaller tile."""
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name))
 
     @property
     def in_chunks(self) -> bool:

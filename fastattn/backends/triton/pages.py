@@ -27,7 +27,7 @@ def open_cache(b, cache, terms, sizes, F: tl.constexpr):
 
 @triton.jit
 def row_pointers(x, b, i, h, VECTOR: tl.constexpr):
-    """Pointers to rows ``i`` of heads ``h`` of sequences (or pages) ``b`` of ``x``, as ``Rows``."""
+    """Pointers to rows ``i`` of heads ``h`` of sequences (or pages) ``b`` of ``x``, as ``Bshd``."""
     at = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + i.to(tl.int64) * stride(x.stride_s, VECTOR)
     return at + h.to(tl.int64) * stride(x.stride_h, VECTOR)
 

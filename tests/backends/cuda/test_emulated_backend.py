@@ -15,7 +15,7 @@ import torch
 
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
-from fastattn.backends.cuda.instances import decode_tiles, forward_tiles, keys_tiles, queries_tiles
+from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
 from fastattn.kv_cache import cache_problem
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
@@ -42,7 +42,7 @@ MORE = [
     Case("only dq", needs=("q",), dtype=torch.bfloat16),
     Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
     Case("strided", memory="strided", dtype=torch.float16, right=0),
-    Case("several tiles", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
+    Case("several configs", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
@@ -52,9 +52,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The backend's kernels come from a library on the emulated machine."""
     folder = tmp_path_factory.mktemp("emulated")
-    lines = [*(tile for tile in forward_tiles() if tile.band), *keys_tiles(), *queries_tiles(), *decode_tiles()]
-    tiles = [tile for tile in lines if tile.d_qk == MAX_HEAD_DIM]
-    path = emulate.Emulator(folder, jobs=1).build_library(tiles, folder / "libfastattn.so")
+    lines = [
+        *(config for config in forward_configs() if config.band),
+        *dkdv_configs(),
+        *dq_configs(),
+        *decode_configs(),
+    ]
+    configs = [config for config in lines if config.d_qk == MAX_HEAD_DIM]
+    path = emulate.Emulator(folder, jobs=1).build_library(configs, folder / "libfastattn.so")
     kernels = library.Library(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))
@@ -113,7 +118,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
     wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
-    cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
+    cases.append(CacheCase("more heads in a group than rows in a config", **wide))
     return [
         (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
         for i, case in enumerate(cases)
