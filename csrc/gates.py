@@ -38,7 +38,7 @@ INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z0-9_
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of a kernel. ``exponentials`` are those of its loop: under the P V product, and after."""
+    """Figures of a compiled kernel. ``exponentials`` counts those of its loop: under the P V product, and after it."""
 
     registers: int
     spilled: int
@@ -100,7 +100,7 @@ def expected_products(instance: Instance) -> int:
 
 
 def expected_exponentials(instance: Instance) -> int:
-    """How many a thread has to compute under a product, at least: those of its scores, but those of softcap's tanh."""
+    """The least number a thread computes under a product: one for each score, not counting softcap's tanh."""
     config = instance.config
     if isinstance(config, (ForwardConfig, DecodeConfig)):
         return config.block_n // 2
@@ -109,7 +109,7 @@ def expected_exponentials(instance: Instance) -> int:
 
 
 def faults(instance: Instance, facts: Facts) -> list[str]:
-    """What is wrong with a kernel; [] if nothing is."""
+    """Reasons why a kernel fails its gates; [] if it passes."""
     under, after = facts.exponentials
     found = []
     if facts.spilled or facts.local:

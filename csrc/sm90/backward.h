@@ -16,7 +16,7 @@ struct BackwardArgs {
   BackwardParams p;
 };
 
-// Where packed sequence n, which begins at row `begin`, begins among the padded rows.
+// First padded row of packed sequence n, which begins at row `begin`.
 FA_DEVICE int padded_begin(int begin, int n) { return (begin + n * kPaddedRows) / kPaddedRows * kPaddedRows; }
 
 // The packed sequence to which a padded row belongs.
@@ -64,7 +64,7 @@ FA_DEVICE Tile find_tile(BackwardParams const& p, int index) {
   return tile;
 }
 
-// How many there are.
+// The number of tiles of `find_tile`.
 template <int BLOCK, bool OF_KEYS>
 FA_EVERYWHERE int64 tile_count(BackwardParams const& p) {
   return (OF_KEYS ? p.padded_kv * p.heads_kv : p.padded_q * p.heads_q) / BLOCK * (p.cu_seqlens_q ? 1 : p.batch);

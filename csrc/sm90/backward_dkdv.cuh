@@ -115,8 +115,7 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, DkdvShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Where the statistics of this thread's columns begin: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes
-// on.
+// Address of the statistics of this thread's first column; those of columns 8 j and 8 j + 1 past it lie 32 j bytes on.
 FA_DEVICE uint32 of_columns(uint32 statistics) { return statistics + this_place().first_column() * 4; }
 
 // p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
@@ -182,7 +181,7 @@ FA_DEVICE void issue_dq(float (&dq)[32], DkdvShared<C> const& shared, int consum
   wgmma_commit();
 }
 
-// Where it goes in dq_sums.
+// Address of that part in dq_sums.
 template <class C>
 FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int consumer, int head, int block) {
   int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;

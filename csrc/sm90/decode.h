@@ -36,7 +36,7 @@ struct DecodeArgs {
 // Rows of q, of all sequences.
 FA_EVERYWHERE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
 
-// Where lse is, of a head of row `row` among all rows of q. Packed sequences are one here.
+// Index into lse of a head and of row `row` among all rows of q. A packed batch counts as one sequence.
 FA_DEVICE int64 lse_index(DecodeParams const& p, int64 row, int64 head) {
   int64 const sequence = row / p.seqlen_q;
   return (sequence * p.heads_q + head) * p.seqlen_q + row - sequence * p.seqlen_q;

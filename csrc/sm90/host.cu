@@ -184,7 +184,7 @@ static int run(Params const* params, int64 version, char* error, long long error
 
 #define FA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the caller's structs have to be like.
+// Versions and sizes that the caller's structs must have.
 FA_EXPORT long long fa_forward_version() { return fa::kForwardVersion; }
 FA_EXPORT long long fa_forward_bytes() { return sizeof(fa::ForwardParams); }
 FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }

@@ -268,7 +268,7 @@ FA_DEVICE uint32 k_major(uint32 address) { return (address >> 4) | (1u << 16); }
 // M- or N-major: the other dimension lies along the rows (V): its next 64 columns are one chunk further.
 FA_DEVICE uint32 n_major(uint32 address, int rows) { return (address >> 4) | ((rows * kRowBytes >> 4) << 16); }
 
-// What to add to a descriptor to move k columns (K-major, chunks of `rows` rows) or k rows (N-major) on; 16 divides k.
+// Increment of a descriptor for k columns (K-major, chunks of `rows` rows) or k rows (N-major); k is a multiple of 16.
 FA_DEVICE constexpr uint32 k_major_step(int rows, int k) {
   return (k / kChunkColumns * rows * kRowBytes + k % kChunkColumns * 2) >> 4;
 }

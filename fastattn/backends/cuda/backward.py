@@ -23,7 +23,7 @@ from fastattn.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class BackwardProblem:
-    """What ``Backend.backward`` is given."""
+    """The arguments of ``Backend.backward``."""
 
     dout: Tensor
     dlse: Tensor | None
@@ -62,7 +62,7 @@ _configs = functools.cache(dkdv_configs)
 
 
 def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
-    """What the kernels write. dk and dv come together; where a side has no rows, the other side's gradients are 0."""
+    """The outputs of the kernels. dk and dv come together; if a side has no rows, the other side's gradients are 0."""
     q, k, v = inputs.q, inputs.k, inputs.v
     has_pairs = q.numel() > 0 and k.numel() > 0
     dsinks = None

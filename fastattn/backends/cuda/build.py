@@ -24,7 +24,7 @@ LIBRARY = "libfastattn.so"
 
 
 class BuildError(Exception):
-    """Why the library cannot be built here."""
+    """The library cannot be built; the message says why."""
 
 
 def find_nvcc() -> str:

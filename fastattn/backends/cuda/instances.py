@@ -1,4 +1,4 @@
-"""Which kernels exist: ``csrc/sm90/instances.inc`` as objects, and which of them serves a problem.
+"""The kernels: ``csrc/sm90/instances.inc`` as objects, and the selection of one for a problem.
 
 Only the standard library is imported: ``setup.py``, the gates and the emulator read this before torch is there.
 """
@@ -48,7 +48,7 @@ class ForwardConfig:
 
     @property
     def label(self) -> str:
-        """What tells its kernels from others of the same macro and dtype."""
+        """A name that differs from all others of the same macro and dtype."""
         form = "softcap" if self.softcap else "band" if self.band else "full"
         return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
 

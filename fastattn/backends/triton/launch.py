@@ -359,7 +359,7 @@ def sizes_of(spec: AttentionSpec, s_q: int, s_kv: int, heads_q: int, heads_kv: i
 
 
 def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -> Flags:
-    """What attention to given keys and attention to a cache are compiled for alike; ``rows`` are those of q, k, v."""
+    """The flags that attention to given keys and attention to a cache share; ``rows`` are those of q, k, v."""
     d_qk, d_v = rows[0].ptr.shape[-1], rows[2].ptr.shape[-1]
     finished = spec.softcap is not None or inputs.bias is not None or inputs.alibi_slopes is not None
     return Flags(

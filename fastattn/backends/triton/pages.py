@@ -68,7 +68,7 @@ def load_scales(scale, page, h, valid):
 
 @triton.jit
 def from_e4m3(byte):
-    """What a byte means as e4m3, in fp32. Read as the bits of fp16 its exponent is too small by 8.
+    """The fp32 value of an e4m3 byte. Read as bits of fp16, its exponent is too small by 8.
 
     By hand, as GPUs before sm_89 have no such conversion.
     """

@@ -1,4 +1,4 @@
-"""What masks and segments, which are data, leave to do: found on the device, so that nothing waits for them."""
+"""Kernels that read masks and segments on the device: the tiles that remain active, and the keys that some query keeps."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations

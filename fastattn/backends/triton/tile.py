@@ -1,4 +1,4 @@
-"""What every kernel does to a tile: where it lies, its loads, its mask, its scores, its dropout.
+"""Operations on tiles that all kernels share: schedule, loads, mask, scores, softmax, dropout.
 
 ``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``,
 and hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them.
@@ -297,7 +297,7 @@ def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK
 
 @triton.jit
 def row_offset(x, head):
-    """Where the numbers begin that ``x``, as ``PerRow``, has for the rows of a head."""
+    """Offset of the numbers that ``x``, as ``PerRow``, holds for the rows of a head."""
     return head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
 
 
@@ -375,7 +375,7 @@ def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
 
 @triton.jit
 def factor_of(head, F: tl.constexpr):
-    """What finished scores must still be multiplied with."""
+    """The factor that finished scores still lack: ``scale`` in units of log2 if ``F.plain``, else 1."""
     if F.plain:
         return head.scale * LOG2E
     return 1.0

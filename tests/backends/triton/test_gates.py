@@ -146,3 +146,20 @@ def test_lengths_compile_nothing_anew() -> None:
     found = gates.kernels_for_lengths((1, 2, 15, 16, 17, 100, 128, 1023, 4096), 40, "BHSD")
     trained = {"forward_kernel": 1, "backward_preprocess_kernel": 1, "backward_dkdv_kernel": 1, "backward_dq_kernel": 1}
     assert found == trained | {"append_kernel": 1, "turn_kernel": 1, "decode_kernel": 2, "combine_kernel": 1}
+
+
+def test_ints_in_tuples_are_specialised_whatever_a_kernel_asks() -> None:
+    """The reason for ``arguments.coded``: once this fails, ``do_not_specialize`` can take its place."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    from fastattn.backends.triton.arguments import coded
+
+    def specialised(*ints: int) -> list[object]:
+        is_const, specialize_value, align = False, False, True  # specialize_value is what do_not_specialize turns off
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        return list(native_specialize_impl(backend, ints, is_const, specialize_value, align)[1])
+
+    assert specialised(1, 16, 7) == [1, "D", ""]
+    assert specialised(*map(coded, (-1, 0, 1, 7, 8, 16, 1 << 29))) == [1, *[""] * 6]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """What Triton compiles for, and what must hold there."""
+    """A GPU that Triton compiles for, and its limits."""
 
     backend: str
     arch: int | str

@@ -15,7 +15,7 @@ from fastattn.backends.triton.tools.builds import Target
 
 @dataclass(frozen=True)
 class Figures:
-    """What the machine code of a build says; ``error`` if there is none.
+    """Figures from the machine code of a build; ``error`` if it does not compile.
 
     ``repeats`` is how often tensor cores compute a product, on average: warps for which a tile has no rows or columns
     left repeat what others do.

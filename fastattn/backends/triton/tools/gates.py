@@ -45,7 +45,7 @@ TOLERANCE = {"registers": 16, "stack": 0, "shared": 1024, "tensor_core": 0, "rep
 
 
 def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) -> list[str]:
-    """Why a build does not pass; [] if it does.
+    """Reasons why a build fails its gates; [] if it passes.
 
     Args:
         build: what was compiled.
@@ -110,7 +110,7 @@ def as_expected(results: Iterable[tuple[Build, Figures]]) -> dict[str, dict[str,
 
 
 def kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
-    """How many kernels are compiled, by name, for forward, backward and decoding at all of ``lengths``."""
+    """The number of kernels compiled, by name, for forward, backward and decoding at all of ``lengths``."""
     with _compilers(1) as pool:
         return pool.submit(_kernels_for_lengths, lengths, head_dim, layout).result()
 

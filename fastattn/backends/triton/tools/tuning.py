@@ -62,7 +62,7 @@ def row_of(key: Key) -> Config:
 
 
 def features_of(kind: str) -> frozenset[str]:
-    """What is measured for the rows of a kind, besides the causal mask."""
+    """The features that a kind of row is measured with, besides the causal mask."""
     kernel, _, count = kind.partition(" ")
     heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
     return frozenset(heavy[: {"": 0, "one": 1, "several": 2}[count]])
@@ -117,7 +117,7 @@ def write(rows: dict[Key, Config], path: Path = TABLE_FILE) -> None:
 
 
 def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]:
-    """What runs the kernel of a row with a given configuration."""
+    """A function that runs the kernel of a row with a given configuration."""
     from fastattn.backends.triton import launch
 
     _, kind, bits, d = key
