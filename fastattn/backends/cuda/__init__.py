@@ -60,7 +60,7 @@ def _current_stream(device: torch.device) -> Iterator[int]:
 
 
 def delivery() -> str:
-    """The source of the CUDA kernels on this machine: built, compiled at first use, or the reason why there are none."""
+    """The source of the CUDA kernels: built, compiled at first use, or the reason why there are none."""
     return _delivered()[1]
 
 

@@ -1,4 +1,4 @@
-"""Kernels that read masks and segments on the device: the tiles that remain active, and the keys that some query keeps."""
+"""Kernels that read masks and segments on the device: which tiles remain active, and which keys some query keeps."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
