@@ -2,8 +2,8 @@
 
 Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
 ``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
-tuple all the same (``tests/kernels/test_gates.py`` holds it, and fails once that changes), and 60 scalars would be no
-signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read it with
+tuple all the same (``tests/backends/triton/test_gates.py`` holds it, and fails once that changes), and 60 scalars would
+be no signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read it with
 ``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
 """
 
