@@ -6,7 +6,7 @@ Masks come from ``spec.keep`` as SVG that follows the colours of the page, comma
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -31,7 +31,7 @@ def numbers(text: str) -> list[int]:
 class Mask(SphinxDirective):
     """A grid of S_q rows and S_kv columns. ``:segments:`` are the documents of the tokens, S_q = S_kv of them."""
 
-    option_spec = {
+    option_spec: ClassVar = {
         "s_q": directives.positive_int,
         "s_kv": directives.positive_int,
         "left": side,

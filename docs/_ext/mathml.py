@@ -9,8 +9,13 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
 
+LONG = 60  # characters of LaTeX, from which on a formula scrolls on a phone
+
+
 def inline(translator: Any, node: nodes.math) -> None:
-    translator.body.append(tex2mathml(node.astext()))
+    formula = tex2mathml(node.astext())
+    is_long = len(node.astext()) > LONG
+    translator.body.append(f'<span class="formula-inline" tabindex="0">{formula}</span>' if is_long else formula)
     raise nodes.SkipNode
 
 

@@ -6,7 +6,9 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -39,9 +41,16 @@ def public_functions() -> list[object]:
     """The functions that users import: those of the package, of its modules and of the bundled models."""
     names = ("fastattn", "fastattn.nn", "fastattn.lm.models", "fastattn.inspection")
     modules = [importlib.import_module(name) for name in names]
-    listed = [(m, name) for m in modules for name in getattr(m, "__all__", vars(m)) if not name.startswith("_")]
-    functions = {getattr(m, name): None for m, name in listed if inspect.isfunction(getattr(m, name))}
-    return [f for f in functions if f.__module__.startswith("fastattn")]
+    listed = {id(f): f for module in modules for f in functions_of(module)}
+    return list(listed.values())
+
+
+def functions_of(module: ModuleType) -> Iterator[object]:
+    """The functions that a module lists, or without a list, those that it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", own):
+        if inspect.isfunction(getattr(module, name)) and not name.startswith("_"):
+            yield getattr(module, name)
 
 
 @pytest.mark.parametrize("function", public_functions(), ids=lambda function: function.__name__)

@@ -121,6 +121,30 @@ def test_every_part_of_the_package_has_its_rule():
     assert parts - {"__pycache__", "__main__"} == set(MAY_IMPORT)
 
 
+def import_table():
+    """The rules as the table of docs/architecture.md: a line for each part, sets of parts by their names."""
+    sets = {"core": CORE, "vocabulary": VOCABULARY, "public names": PUBLIC}
+    yield from (f"- **{name}**: {code_names(members)}" for name, members in sets.items())
+    for part, allowed in MAY_IMPORT.items():
+        words = []
+        for name, members in sets.items():
+            if members <= allowed:
+                words.append(name)
+                allowed = allowed - members
+        yield f"| `{part}` | {', '.join([*words, *filter(None, [code_names(allowed)])]) or 'nothing'} |"
+
+
+def code_names(parts):
+    return ", ".join(f"`{part or 'fastattn'}`" for part in sorted(parts))
+
+
+def test_the_architecture_page_shows_the_import_table():
+    lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    shown = [line for line in lines if line.startswith(("- **", "| `")) and "/" not in line]
+    expected = list(import_table())
+    assert sorted(shown) == sorted(expected), "docs/architecture.md should say:\n" + "\n".join(expected)
+
+
 def test_no_module_imports_itself_through_others():
     """Imports inside functions count: a circle that is loaded late is a circle."""
     imports = {module_of(path): set(imports_of(path)) for path in tracked("fastattn", suffixes={".py"})}
