@@ -46,8 +46,9 @@ demo: install    ## check, compare, train, generate: a report in fastattn-demo/
 docs: install    ## build the documentation in site/, offline, with warnings as errors
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
 
-tables: install  ## rewrite the tables of README.md and docs/performance.md from benchmarks/results/
+tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
 	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md
+	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU
 	$(BIN)/python -m benchmarks ops --suite cpu

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 from benchmarks import highlights, plots, tables
-from benchmarks.record import read, write_atomically
+from benchmarks.record import read
 from benchmarks.tables import Record
 from fastattn.errors import DataError, InputError
+from fastattn.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _REGION = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n(?P<body>.*?)<!-- /results:(?P=name) -->", re.DOTALL)
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text)
     else:
-        write_atomically(args.out / "report.md", text + "\n")
+        write_text(args.out / "report.md", text + "\n")
         print(f"report: {args.out / 'report.md'}")
     return 0
 
@@ -101,7 +102,7 @@ def _write_page(path: Path, results: Path) -> None:
     for name in names:
         if name != "highlights":
             draw(read(results / f"{name}.json"), results, name)
-    write_atomically(path, rendered(text, results, path.resolve().parent))
+    write_text(path, rendered(text, results, path.resolve().parent))
     print(f"{path}: {', '.join(names)}")
 
 

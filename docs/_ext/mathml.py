@@ -8,7 +8,6 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 
-
 LONG = 60  # characters of LaTeX, from which on a formula scrolls on a phone
 
 
