@@ -34,6 +34,7 @@ from fastattn.lm.train.tokens import (
     TOKENIZER_SAMPLE,
     Corpus,
     CorpusFacts,
+    check_held_out,
     load_tokenizer,
     token_dtype,
     train_tokenizer,
@@ -68,9 +69,7 @@ class PrepareConfig:
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.held_out < 1.0:
-            todo = "0.05 holds out one document in twenty."
-            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", todo)
+        check_held_out(self.held_out)
         if self.max_documents is not None and self.max_documents < 2:
             raise input_error("max_documents", self.max_documents, "at least 2, or None", "One of them is held out.")
 

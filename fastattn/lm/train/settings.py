@@ -163,6 +163,7 @@ class Progress:
         best: the best value of ``TrainConfig.metric`` so far; None before there is one.
         best_step: where it was seen.
         stale: evaluations since then.
+        evaluated_step: of the newest evaluation; None before there is one.
         signal: the signal that stopped the run, if one did.
     """
 
@@ -175,4 +176,5 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    evaluated_step: int | None = None
     signal: int | None = None

@@ -130,6 +130,19 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+def check_held_out(part: float) -> None:
+    """Raise InputError unless ``part`` of the data can be held out."""
+    if not 0.0 < part < 1.0:
+        raise input_error("held_out", part, "a fraction between 0 and 1", "0.05 holds out one document in twenty.")
+
+
+def check_vocabulary_size(size: int) -> None:
+    """Raise InputError if ``size`` does not hold every byte and two special tokens."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len((START, END))
+    if size < smallest:
+        raise input_error("vocab_size", size, f"at least {smallest}", "It holds every byte and two special tokens.")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE vocabulary: every text can be encoded, and decodes to itself.
 
@@ -143,10 +156,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Source:
         Sennrich et al., "Neural machine translation of rare words with subword units", 2016; bytes as in GPT-2.
     """
+    check_vocabulary_size(vocab_size)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len((START, END))
-    if vocab_size < smallest:
-        raise input_error("vocab_size", vocab_size, f"at least {smallest}", "It holds every byte and two marks.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

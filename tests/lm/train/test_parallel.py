@@ -73,7 +73,9 @@ def test_the_command_trains_in_two_processes_and_writes_once(folder):
     records = program.Log(folder / "command" / "log.jsonl").records()
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
     files = {path.name for path in find_checkpoint(folder / "command").folder.iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json", "trainer.json"}
+    assert files == {
+        *("model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json", "trainer.json"), "checksums.json"
+    }  # fmt: skip
 
 
 def test_fine_tuning_in_two_processes(folder):
