@@ -80,7 +80,7 @@ class PagedLayer(LayerCache):
 
     @property
     def source(self) -> Any:
-        """What cross-attention keeps from one step to the next; see ``PagedKVCache.sources``."""
+        """Keys and values of cross-attention, kept from one step to the next; see ``PagedKVCache.sources``."""
         return self.cache.sources[self.index]
 
     @source.setter
@@ -333,7 +333,7 @@ class PagedKVCache:
         return new
 
     def _left_behind(self, sequence: _Sequence) -> int:
-        """How many of its first pages no token from now on can see."""
+        """Number of its first pages that no later token can see."""
         return 0 if self.window is None else max(0, sequence.length - self.window) // self.page_size
 
     def _plan(self, sequences: Sequence[int], new: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, its head alone, or low-rank adapters (LoRA, through ``peft``).
+"""Choice of the trained parameters: all, the head alone, or low-rank adapters (LoRA, through ``peft``).
 
 Source:
     Hu et al., "LoRA: low-rank adaptation of large language models", 2022.

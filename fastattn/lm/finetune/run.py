@@ -36,7 +36,7 @@ from fastattn.lm.train.tokens import load_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a fine-tuning run.
 
     Attributes:
         progress: where it stands.

@@ -60,7 +60,7 @@ class Checkpoint:
         return None
 
     def model_config(self) -> dict[str, Any]:
-        """What the trainer was given to rebuild the model from."""
+        """The config that the model is rebuilt from."""
         return _read_json(self.folder / "config.json")
 
     def config(self) -> TransformerConfig:

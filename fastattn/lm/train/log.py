@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the log of JSON lines, and the sums that its next line is made of."""
+"""The log of a run: JSON lines, TensorBoard, and the sums that the next line is computed from."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Batch(Protocol):
         """Parts of at most ``rows`` rows."""
 
     def num_labels(self) -> int:
-        """What the loss is a sum over: known labels, in host memory."""
+        """Number of known labels, over which the loss is a sum; on the host."""
 
 
 class Rows(Protocol):
@@ -282,7 +282,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """What takes time here does not slow the steps down in the log."""
+        """Exclude the time spent in the block from the speed in the log."""
         began = time.perf_counter()
         yield
         self._window.began += time.perf_counter() - began

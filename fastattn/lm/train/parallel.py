@@ -61,7 +61,7 @@ class Ranks:
         return values.tolist()
 
     def from_first(self, value: T) -> T:
-        """What the first process gives."""
+        """The value of the first process."""
         if self.size == 1:
             return value
         values = [value]

@@ -72,7 +72,7 @@ class RunConfig(RunSettings):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a pre-training run.
 
     Attributes:
         progress: where it stands.
