@@ -1,7 +1,7 @@
 """Plans: for calls of one kind, what was checked, chosen and packed before, so that it is not done again.
 
 Calls are of one kind if their tensors agree in shape, strides, dtype, device, alignment and need of a gradient, and
-everything else in their values. From one step of a model to the next nothing of this changes, and finding that out
+everything else in their values. Each tensor still has to lie inside its memory, which may have been freed since. From one step of a model to the next nothing of this changes, and finding that out
 takes Python a small part of the time that checking and choosing do, in which a short sequence could have been computed.
 
     call -> kind_of -> known -> run                      a kind seen before
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from fastattn import state
 from fastattn.backends.base import Run
+from fastattn.storage import extent, holds
 from fastattn.torch_internals import is_watched
 
 LIMIT = 1024  # kinds that are remembered
 ALIGNMENT = 16  # bytes: what kernels on an accelerator are compiled for
-_known: dict[Hashable, Any] = {}
+_known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def kind_of(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hasha
         if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
         device = x.device
-        if device.type != "cpu":
+        if not x.is_cpu:
             kind.append(x.data_ptr() % ALIGNMENT)
         kind += (x.shape, x.stride(), x.dtype, device, grad and x.requires_grad)
     found = tuple(kind)
@@ -72,19 +73,23 @@ def kind_of(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hasha
     return found
 
 
-def known(kind: Hashable) -> Any:
-    """The ``Plan`` of a kind, or the run of a cache's; None if that was not looked for yet, or there is nothing."""
-    return _known.get(kind)
+def known(kind: Hashable, tensors: Sequence[Tensor | None]) -> Any:
+    """The ``Plan`` of a kind, or the run of a cache's; None if there is none yet, or ``tensors`` have lost their memory."""
+    found, extents = _known.get(kind, (None, ()))
+    if found is None or not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
+        return None
+    return found
 
 
 def is_known(kind: Hashable) -> bool:
     return kind in _known
 
 
-def remember(kind: Hashable, plan: Plan | Run | None) -> None:
+def remember(kind: Hashable, plan: Plan | Run | None, tensors: Sequence[Tensor | None]) -> None:
+    """Keep the plan of ``kind``, which is that of a call with ``tensors``; None: there is no shorter way."""
     if len(_known) >= LIMIT:
         _known.clear()
-    _known[kind] = plan
+    _known[kind] = plan, tuple(0 if x is None else extent(x) for x in tensors)
 
 
 state.on_forget(_known.clear)

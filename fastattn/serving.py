@@ -11,7 +11,7 @@ from fastattn import ops, plan
 from fastattn.arguments import with_rng_state
 from fastattn.autograd import attend, attend_as_planned, needs_gradient
 from fastattn.dispatch import check_name, requested
-from fastattn.kv_cache import CacheInputs, check_cache_inputs
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
 from fastattn.problem import TENSORS, Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -21,7 +21,7 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 def by_plan(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result | None:
     """``out``, or ``(out, lse)``, in the layout of the call; None if its kind has no plan."""
-    if kind is None or (found := plan.known(kind)) is None:
+    if kind is None or (found := plan.known(kind, (q, k, v))) is None:
         return None
     ops.refuse_context_parallel()
     return attend_as_planned(found, q, k, v, with_lse)
@@ -37,7 +37,7 @@ def serve(
     check_inputs(inputs, spec)
     results = attend(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, _planned(inputs, spec, backend, heads_first))
+        plan.remember(kind, _planned(inputs, spec, backend, heads_first), (inputs.q, inputs.k, inputs.v))
     return results
 
 
@@ -51,7 +51,7 @@ def _planned(inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_fir
 
 def cache_by_plan(kind: Hashable | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
     """``(out, lse)`` of attention to a cache; None if the kind of the call has no plan."""
-    if kind is None or (run := plan.known(kind)) is None:
+    if kind is None or (run := plan.known(kind, tensors)) is None:
         return None
     ops.refuse_context_parallel()
     out, lse = run(*tensors)
@@ -68,5 +68,6 @@ def serve_cache(
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend))
+        tensors = tuple(getattr(inputs, name) for name in CACHE_TENSORS[:7])  # those that a run is given
+        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend), tensors)
     return results
