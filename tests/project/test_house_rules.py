@@ -27,7 +27,7 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "storage",
+    "compiled", "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "storage",
     "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "torch_internals": set(),
     "numerics": {"torch_internals"},
     "files": {"errors"},
+    "compiled": {"files"},
     "layout": {"errors"},
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},

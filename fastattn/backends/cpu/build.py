@@ -1,18 +1,21 @@
 """Build ``csrc/cpu/`` into one shared library: the kernel once for each instruction set, chosen from when it runs.
 
-Only the standard library is imported; ``setup.py`` loads this file by its path. The library depends on no torch and no
+Nothing that imports torch is imported; ``setup.py`` builds with this module, too. The library depends on no torch and no
 Python, so one build serves them all.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
+
+from fastattn import compiled
+from fastattn.compiled import BuildError
 
 LIBRARY = "libfastattn_cpu.so"
 SOURCES = ("common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
@@ -24,10 +27,6 @@ AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
 MACHINES = {"x86_64": {"avx512": AVX512, "avx2": AVX2, "baseline": ()}}
 ANYWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}
-
-
-class BuildError(Exception):
-    """Why the library cannot be built here."""
 
 
 def machines() -> dict[str, tuple[str, ...]]:
@@ -74,15 +73,8 @@ def build_library(target: Path, csrc: Path) -> None:
 
 
 def _run(commands: list[list[str]]) -> None:
-    """All of them at once."""
-    try:
-        running = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for command in commands
-        ]
-    except OSError as error:
-        raise BuildError(str(error)) from None
-    for process in running:
-        said, _ = process.communicate()
-        if process.returncode:
-            raise BuildError(f"compiling csrc/cpu/ failed: {said.strip() or 'no message'}")
+    """As many at once as there are processors."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for code, said in pool.map(compiled.run, commands):
+            if code:
+                raise BuildError(f"compiling csrc/cpu/ failed: {said.strip() or 'no message'}")

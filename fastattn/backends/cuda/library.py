@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
+from fastattn import compiled
 from fastattn.backends.cuda import abi
 
 PATH = Path(__file__).with_name("libfastattn.so")
@@ -20,7 +21,7 @@ class Library:
     """
 
     def __init__(self, path: Path = PATH) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = compiled.load(path)
         self._path = path
         self._forward = self._function("forward", abi.FORWARD)
         self._backward = self._function("backward", abi.BACKWARD)
