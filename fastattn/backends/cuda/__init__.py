@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
@@ -95,7 +95,7 @@ class CudaBackend(Backend):
         """The reason against automatic selection: no kernel has run on a GPU yet."""
         return ["not yet run on a GPU"]
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
         q = inputs.q
@@ -111,6 +111,7 @@ class CudaBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],

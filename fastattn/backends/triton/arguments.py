@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastattn.backends.triton.configs import REGISTER_HEAVY
@@ -71,6 +72,26 @@ class PerRow(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> PerRow:
         return cls(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
+
+
+class Stats(NamedTuple):
+    """What the backward kernels know of each query row: three arrays of the shape and strides of one ``PerRow``.
+
+    ``lse`` is natural and ``+inf`` for an empty row; ``low_log2`` is ``lse_low`` in base 2; ``delta`` is
+    ``rowsum(dout * out) - dlse``.
+    """
+
+    lse: Any
+    low_log2: Any
+    delta: Any
+    stride_b: Any
+    stride_h: Any
+
+    @classmethod
+    def like(cls, lse: Tensor) -> Stats:
+        """Memory for the statistics of the rows of ``lse``."""
+        arrays = (torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(3))
+        return cls(*arrays, *PerRow.of(lse.contiguous())[1:])
 
 
 class PerHead(NamedTuple):
