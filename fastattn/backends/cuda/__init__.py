@@ -103,7 +103,7 @@ class CudaBackend(Backend):
         lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
         with _current_stream(q.device) as stream:
             kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
-        return out, lse
+        return out, lse, torch.zeros_like(lse)
 
     def backward(
         self,

@@ -17,7 +17,7 @@ from fastattn.backends.cuda.instances import (
     select_dq,
 )
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 CAUSAL_128 = Instance(select(forward_configs(CSRC), 128, 128, True, False), "bfloat16")
 FUSED_128 = Instance(next(config for config in dkdv_configs(CSRC) if config.d_qk == 128 and config.fused), "bfloat16")
 SPLIT_192 = Instance(next(config for config in dkdv_configs(CSRC) if config.d_v == 192), "bfloat16")

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastattn.backends import load  # noqa: E402
-from fastattn.backends.triton import launch_decode  # noqa: E402
-from fastattn.kv_cache import CacheInputs  # noqa: E402
-from fastattn.problem import Grads, Inputs  # noqa: E402
-from fastattn.spec import AttentionSpec  # noqa: E402
+from fastattn.backends import load
+from fastattn.backends.triton import launch_decode
+from fastattn.kv_cache import CacheInputs
+from fastattn.problem import Grads, Inputs
+from fastattn.spec import AttentionSpec
 
 S, D = 40, 16
 OFFSETS = (torch.finfo(torch.float32).min, -1e9, 1e8, 3e4)
