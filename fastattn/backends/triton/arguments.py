@@ -2,9 +2,9 @@
 
 Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
 ``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
-tuple all the same (``tests/kernels/test_gates.py`` holds it, and fails once that changes), and 60 scalars would be no
-signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read it with
-``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
+tuple all the same (``tests/backends/triton/test_gates.py`` holds it, and fails once that changes), and 60 scalars
+would be no signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read
+it with ``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ class Stats(NamedTuple):
     @classmethod
     def like(cls, lse: Tensor) -> Stats:
         """Memory for the statistics of the rows of ``lse``."""
-        arrays = (torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(3))
-        return cls(*arrays, *PerRow.of(lse.contiguous())[1:])
+        arrays = [torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(3)]
+        _, stride_b, stride_h = PerRow.of(arrays[0])
+        return cls(arrays[0], arrays[1], arrays[2], stride_b, stride_h)
 
 
 class PerHead(NamedTuple):

@@ -205,8 +205,8 @@ class Backward:
         call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
         self = cls(call, incoming, Stats.like(lse))
         if lse.numel():
-            per_row = (None if x is None else PerRow.of(x.contiguous()) for x in (lse, lse_low, dlse))
-            self._fill(_rows(out), *per_row)
+            parts = PerRow.of(lse.contiguous()), PerRow.of(lse_low.contiguous())
+            self._fill(_rows(out), *parts, None if dlse is None else PerRow.of(dlse.contiguous()))
         return self
 
     def _fill(self, out: Bshd, lse: PerRow, lse_low: PerRow, dlse: PerRow | None) -> None:

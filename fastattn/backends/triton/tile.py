@@ -1,9 +1,9 @@
 """Operations on tiles that all kernels share: schedule, loads, mask, scores, softmax, dropout.
 
 ``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``, and
-hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them. Scores are
-natural, as the spec has them, and the maximum of a row is subtracted before they are scaled to base 2, the base of
-the hardware's exponential: the difference of two scores is exact however far both are from zero. Row indices ``i``
+hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them. Scores
+are natural, as the spec has them, and the maximum of a row is subtracted before they are scaled to base 2, the base
+of the hardware's exponential: the difference of two scores is exact however far both are from zero. Row indices ``i``
 and columns ``j`` are broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels
 whose tiles are transposed.
 """
