@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
-from fastattn.backends.cpu import decode, library
+from fastattn.backends.cpu import attention, decode, library
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Problem
 from fastattn.spec import AttentionSpec
@@ -37,9 +37,8 @@ class CpuBackend(Backend):
     name = "cpu"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        features=frozenset(FEATURES + CACHE_FEATURES) - {"strided head dim", "prompt"},
-        max_head_dim=256,
+        features=frozenset(FEATURES + CACHE_FEATURES),
+        max_head_dim=attention.MAX_HEAD_DIM,
     )
     checks_cache_values = True
 

@@ -30,7 +30,11 @@ DOUBLES = ("scale", "softcap")
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 FIXED_PART = struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in FIXED))
 WRONG_VALUES = 1  # Outcome of csrc/cpu/params.h
-FAILURES = {2: "this machine does not have the instructions asked for", 3: "there is no memory left"}
+FAILURES = {
+    1: "cu_seqlens changed while it was called",
+    2: "this machine does not have the instructions asked for",
+    3: "there is no memory left",
+}
 log = logging.getLogger("fastattn")
 
 
@@ -50,6 +54,10 @@ class Library:
             ("fa_cpu_has_threads", [], ctypes.c_int),
             ("fa_cpu_machine", [ctypes.c_longlong, ctypes.POINTER(ctypes.c_int)], ctypes.c_char_p),
             ("fa_cpu_decode", [ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_attention_version", [], ctypes.c_longlong),
+            ("fa_cpu_attention_bytes", [], ctypes.c_longlong),
+            ("fa_cpu_forward", [ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_backward", [ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -62,6 +70,7 @@ class Library:
         ):
             raise OSError(f"{path} was built from other sources")
         self._decode = self._library.fa_cpu_decode
+        self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
 
     def machines(self) -> dict[str, bool]:
         """The instruction sets it was compiled for, the best first, and whether this machine has them."""
@@ -87,6 +96,16 @@ class Library:
         if outcome > WRONG_VALUES:
             raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
         return outcome == 0
+
+
+    def attend(self, which: str, packed: bytes) -> None:
+        """One pass of attention, "forward" or "backward", given both parts of its struct.
+
+        Raises:
+            RuntimeError: it was not computed, for the reason that the message gives.
+        """
+        if outcome := self.passes[which](packed):
+            raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
 
 
 @functools.cache
