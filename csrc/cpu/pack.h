@@ -2,7 +2,6 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "tile.h"
 
@@ -208,15 +207,14 @@ inline void exchange(Vector<Word>* rows, std::integer_sequence<int, LANE...>) {
 template <class Word>
 __attribute__((noinline)) void transpose(Matrix<Word const> from, int64 columns, Matrix<Word> to) {
   constexpr int kRows = kCount<Word>;
-  using Sequence = std::make_integer_sequence<int, kRows>;
   for (int64 c = 0; c < columns; c += kRows) {
     Vector<Word> rows[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) rows[i] = load(from.at + i * from.stride + c);
-    exchange<Word, 1>(rows, Sequence{});
-    if constexpr (kRows > 2) exchange<Word, 2>(rows, Sequence{});
-    if constexpr (kRows > 4) exchange<Word, 4>(rows, Sequence{});
-    if constexpr (kRows > 8) exchange<Word, 8>(rows, Sequence{});
+    exchange<Word, 1>(rows, LaneSequence<Word>{});
+    if constexpr (kRows > 2) exchange<Word, 2>(rows, LaneSequence<Word>{});
+    if constexpr (kRows > 4) exchange<Word, 4>(rows, LaneSequence<Word>{});
+    if constexpr (kRows > 8) exchange<Word, 8>(rows, LaneSequence<Word>{});
     int64 const some = columns - c < kRows ? columns - c : kRows;
     if (some == kRows) {
 #pragma GCC unroll 16

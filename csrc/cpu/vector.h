@@ -4,6 +4,8 @@
 // linkage, because the file is compiled once for each instruction set into one library.
 #pragma once
 
+#include <utility>
+
 #include "params.h"
 
 #if defined(__x86_64__)
@@ -92,21 +94,28 @@ inline void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats as_floats(Words w) { return (Floats)w; }
 inline Floats all(float x) { return x - Floats{}; }
 
-// Bits of a word in every lane, whatever they mean; `all` computes, so it may change those of a NaN.
+template <class Word, int... LANE>
+inline Vector<Word> filled(Word x, std::integer_sequence<int, LANE...>) {
+  return Vector<Word>{(static_cast<void>(LANE), x)...};
+}
+
+template <class Word, int... LANE>
+inline Integers<Word> numbered(std::integer_sequence<int, LANE...>) {
+  return Integers<Word>{LANE...};
+}
+
+template <class Word>
+using LaneSequence = std::make_integer_sequence<int, kCount<Word>>;
+
+// The bits of a word in every lane, whatever they mean; `all` computes, so it may change those of a NaN.
 template <class Word>
 inline Vector<Word> broadcast(Word x) {
-  Vector<Word> v;
-#pragma GCC unroll 16
-  for (int n = 0; n < kCount<Word>; ++n) v[n] = x;
-  return v;
+  return filled<Word>(x, LaneSequence<Word>{});
 }
 
 template <class Word>
 inline Integers<Word> lane_numbers() {
-  Integers<Word> v;
-#pragma GCC unroll 16
-  for (int n = 0; n < kCount<Word>; ++n) v[n] = n;
-  return v;
+  return numbered<Word>(LaneSequence<Word>{});
 }
 
 // A small float, its sign taken off and its exponent and mantissa at their places in 32 bits, as a float:
