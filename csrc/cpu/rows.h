@@ -53,6 +53,23 @@ inline Source from_row(Source rows, int64 n) {
 
 inline char* written(Source const& rows, int64 n) { return const_cast<char*>(rows.at) + n * rows.stride; }
 
+// The sum of products of two rows in memory.
+template <class Word>
+inline Word dot(char const* a, char const* b, int64 dtype, int64 dim) {
+  Word total = 0;
+  with_dtype(dtype, [&](auto const* type) {
+    auto const* const x = reinterpret_cast<decltype(type)>(a);
+    auto const* const y = reinterpret_cast<decltype(type)>(b);
+    constexpr int kStep = int(sizeof(load(x)) / sizeof(load(x)[0]));
+    decltype(load(x)) sums{};
+    int64 c = 0;
+    for (; c + kStep <= dim; c += kStep) sums += load(x + c) * load(y + c);
+    total = Word(sum(sums));
+    for (; c < dim; ++c) total += Word(to_float(x[c])) * Word(to_float(y[c]));
+  });
+  return total;
+}
+
 // Packed rows of 16 bits or words, element by element.
 template <class Op>
 inline typename Op::Word element(typename Op::Word const* row, int64 n) {
