@@ -93,11 +93,10 @@ class Scores {
         if (slopes) store(slopes + c, V{});
         continue;
       }
-      V x = load(scores + c) * scale;
+      V x = load(scores + c) * scale, capped{};
       if (p.softcap) {
-        V const t = hyperbolic_tangent(x * inverse_cap);
-        x = cap * t;
-        if (slopes) store(slopes + c, 1 - t * t);
+        capped = hyperbolic_tangent(x * inverse_cap);
+        x = cap * capped;
       }
       if (p.bias) {
         V const bias = load(bias_ + c);
@@ -111,6 +110,7 @@ class Scores {
       if (p.segments_q) x = ids_at<Word>(ids_ + c) == id ? x : never;
       if (c < kept.begin || c + kCount<Word> > kept.end) x = inside<Word>(kept, c) ? x : never;
       store(scores + c, x);
+      if (slopes) store(slopes + c, x == never ? V{} : 1 - capped * capped);
     }
   }
 

@@ -33,7 +33,6 @@ VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
-BEST = -1  # of the instruction sets that this machine has
 MAX_HEAD_DIM = 512
 
 Addresses = dict[str, int]
@@ -65,10 +64,10 @@ class Call:
 
 
 def forward(
-    library: Library, inputs: Inputs, spec: AttentionSpec, machine: int = BEST
+    library: Library, inputs: Inputs, spec: AttentionSpec, machine: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, lse_low)``."""
-    call = Call(inputs, spec, machine)
+    call = Call(inputs, spec, library.machine if machine is None else machine)
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype)
     lse = torch.empty(inputs.lse_shape(), dtype=call.words)
     low = torch.empty(inputs.lse_shape(), dtype=call.words)
@@ -85,10 +84,10 @@ def backward(
     spec: AttentionSpec,
     needs: Sequence[str],
     *,
-    machine: int = BEST,
+    machine: int | None = None,
 ) -> Grads:
     """The gradients named in ``needs``; ``results`` are those of the forward pass."""
-    call = Call(inputs, spec, machine)
+    call = Call(inputs, spec, library.machine if machine is None else machine)
     out, lse, low = (None if x is None else x.contiguous() for x in results)
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import struct
 from pathlib import Path
 
 from fastattn.backends import native
 from fastattn.backends.cpu import build
 from fastattn.backends.cpu.build import BuildError
+from fastattn.errors import input_error
 
 PATH = Path(__file__).with_name(build.LIBRARY)
 VERSION = 1  # kVersion of csrc/cpu/params.h
@@ -35,7 +37,26 @@ FAILURES = {
     2: "this machine does not have the instructions asked for",
     3: "there is no memory left",
 }
+BEST = -1  # of the instruction sets that this machine has
 log = logging.getLogger("fastattn")
+
+
+def asked_for(machines: dict[str, bool]) -> int:
+    """The index of the instruction set that ``FASTATTN_CPU_ISA`` names, or BEST.
+
+    Raises:
+        InputError: there is none of that name, or this machine does not have it.
+    """
+    wish = os.environ.get("FASTATTN_CPU_ISA")
+    if not wish:
+        return BEST
+    allowed = ", ".join(name for name, runs in machines.items() if runs)
+    if wish not in machines:
+        raise input_error("FASTATTN_CPU_ISA", repr(wish), allowed, "Unset it: the best one is used.")
+    if not machines[wish]:
+        todo = "Unset it: the best one is used."
+        raise input_error("FASTATTN_CPU_ISA", f"{wish!r}, which this machine does not have", allowed, todo)
+    return list(machines).index(wish)
 
 
 class Library:
@@ -70,6 +91,7 @@ class Library:
         ):
             raise OSError(f"{path} was built from other sources")
         self._decode = self._library.fa_cpu_decode
+        self.machine = asked_for(self.machines())
         self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
 
     def machines(self) -> dict[str, bool]:
@@ -81,9 +103,10 @@ class Library:
         return found
 
     def __str__(self) -> str:
-        best = next(name for name, runs in self.machines().items() if runs)
+        names = list(self.machines())
+        used = names[self.machine] if self.machine != BEST else next(n for n, runs in self.machines().items() if runs)
         return (
-            f"{best}, {'threads of torch' if self._library.fa_cpu_has_threads() else 'one thread: no OpenMP runtime'}"
+            f"{used}, {'threads of torch' if self._library.fa_cpu_has_threads() else 'one thread: no OpenMP runtime'}"
         )
 
     def decode(self, packed: bytes) -> bool:
