@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn.backends.base import Run
-from fastattn.dispatch import select
+from fastattn.backends.base import Outputs, Run
+from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
@@ -32,9 +32,9 @@ _ARGUMENTS = """
     float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor lse, Tensor lse_low)")
 _LIBRARY.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs) "
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_low, {_ARGUMENTS}, bool[] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
@@ -71,22 +71,24 @@ def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
     return Inputs(*flat[:_INPUT_FIELDS]), AttentionSpec(*flat[_INPUT_FIELDS:-1]), flat[-1]
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> Outputs:
     *flat, needs_grad = args
     inputs, spec, backend = unflatten(tuple(flat))
     refuse_context_parallel()
     _check_values(inputs)
-    return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
+    return select(Problem.of(inputs, spec, needs_grad), requested(backend)).forward(inputs, spec)
 
 
-def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     *flat, needed = args
     inputs, spec, backend = unflatten(tuple(flat))
     if dout.stride(-1) != 1:
         dout = dout.contiguous()  # autograd may hand over expanded scalars
     needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
-    chosen = select(Problem.of(inputs, spec, needs_grad=True), backend)
-    grads = chosen.backward(dout, dlse, out, lse, inputs, spec, needs)
+    chosen = select(Problem.of(inputs, spec, needs_grad=True), requested(backend))
+    grads = chosen.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
     found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
 
@@ -113,18 +115,25 @@ def _check_values(inputs: Inputs) -> None:
         inputs.boundaries()
 
 
-def prepared_forward(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """What serves calls like this one without a look at anything; None if its backend has nothing."""
-    return select(Problem.of(inputs, spec), backend).prepared_forward(inputs, spec)
+def prepared(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool
+) -> tuple[Run, Run | None] | None:
+    """What serves calls on q, k and v like this one, forward and backward; None if its backend has nothing."""
+    chosen = select(Problem.of(inputs, spec, needs_grad), backend)
+    forward = chosen.prepared_forward(inputs, spec)
+    backward = chosen.prepared_backward(inputs, spec) if needs_grad else None
+    return None if forward is None or (needs_grad and backward is None) else (forward, backward)
 
 
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any) -> Outputs:
     inputs, _, _ = unflatten(args[:-1])
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
-    return inputs.q.new_empty(inputs.out_shape()), lse
+    return inputs.q.new_empty(inputs.out_shape()), lse, torch.empty_like(lse)
 
 
-def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     inputs, _, _ = unflatten(args[:-1])
     like = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return tuple(
@@ -167,7 +176,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
     refuse_context_parallel()
-    backend = select(cache_problem(inputs, spec), args[-1])
+    backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)
     return backend.attend_to_cache(inputs, spec)
@@ -175,7 +184,7 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
     """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
-    return select(cache_problem(inputs, spec), backend).prepared_for_cache(inputs, spec)
+    return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
@@ -216,7 +225,7 @@ def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
 def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[4:-1])
+    inputs, spec, _backend = unflatten(args[5:-1])
     return backward_flops(inputs, spec)
 
 

@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 @dataclass
 class Report:
-    """What the demo found, as it grows: Markdown, and figures for JSON."""
+    """The report of the demo: Markdown, and figures for JSON."""
 
     folder: Path
     text: list[str] = field(default_factory=lambda: ["# fastattn demo"])
@@ -189,7 +189,7 @@ def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
     from fastattn.lm.generate import Sampling, stream_text
 
     with report.section("What it writes"):
-        model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
+        model, tokenizer = outcome.checkpoint.load_pretrained(target), outcome.checkpoint.tokenizer()
         samples = {}
         for prompt in PROMPTS:
             pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
+from fastattn.backends.base import Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.backends.cpu import attention, decode, library
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
@@ -61,9 +61,8 @@ class CpuBackend(Backend):
         kind = platform.machine()
         return [] if kind in TESTED else [f"not yet run on {kind}"]
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        out, lse, _ = attention.forward(_library(), inputs, spec)
-        return out, lse
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
+        return attention.forward(_library(), inputs, spec)
 
     def backward(
         self,
@@ -71,14 +70,21 @@ class CpuBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],
     ) -> Grads:
-        return attention.backward(_library(), dout, dlse, (out, lse, None), inputs, spec, needs)
+        return attention.backward(_library(), dout, dlse, (out, lse, lse_low), inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        return attention.prepared_forward(_library(), inputs, spec)
+
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        return attention.prepared_backward(_library(), inputs, spec)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.backends.base import Outputs, Run
 from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
 from fastattn.problem import Grads, Inputs
@@ -30,6 +31,8 @@ FIXED = (
     "dropout_scale",
 )  # fmt: skip
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
+# The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
+FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
@@ -63,9 +66,7 @@ class Call:
         return packed + fixed_part(self.inputs, self.spec, dout, dbias)
 
 
-def forward(
-    library: Library, inputs: Inputs, spec: AttentionSpec, machine: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(library: Library, inputs: Inputs, spec: AttentionSpec, machine: int | None = None) -> Outputs:
     """``(out, lse, lse_low)``."""
     call = Call(inputs, spec, library.machine if machine is None else machine)
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype)
@@ -79,7 +80,7 @@ def backward(
     library: Library,
     dout: Tensor,
     dlse: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor | None],
+    results: Outputs,
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str],
@@ -88,7 +89,7 @@ def backward(
 ) -> Grads:
     """The gradients named in ``needs``; ``results`` are those of the forward pass."""
     call = Call(inputs, spec, library.machine if machine is None else machine)
-    out, lse, low = (None if x is None else x.contiguous() for x in results)
+    out, lse, low = (x.contiguous() for x in results)
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()
     grads: dict[str, Tensor] = {
@@ -108,6 +109,57 @@ def backward(
         found = grads["dsinks"].sum(0, keepdim=True) if shared else grads["dsinks"]
         grads["dsinks"] = found.to(inputs.sinks.dtype)
     return Grads(**grads)
+
+
+def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    """``forward`` for calls on q, k and v alone."""
+    rest = _rest(inputs, spec, FORWARD_PART)
+    if rest is None:
+        return None
+    out_shape, lse_shape, dtype = inputs.out_shape(), inputs.lse_shape(), inputs.q.dtype
+    words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
+    empty, threads = torch.empty, torch.get_num_threads
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+        out, lse, low = empty(out_shape, dtype=dtype), empty(lse_shape, dtype=words), empty(lse_shape, dtype=words)
+        failed = run_pass(
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+                 low.data_ptr()) + rest
+        )  # fmt: skip
+        if failed:
+            library.explain(failed)
+        return out, lse, low
+
+    return run
+
+
+def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
+    q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
+    rest = _rest(inputs, spec, BACKWARD_PART, torch.empty(inputs.out_shape(), dtype=dtype, device="meta"))
+    if rest is None:
+        return None
+    machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
+    empty, threads = torch.empty, torch.get_num_threads
+
+    def run(dout: Tensor, out: Tensor, lse: Tensor, low: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        dq, dk, dv = empty(q_shape, dtype=dtype), empty(k_shape, dtype=dtype), empty(v_shape, dtype=dtype)
+        failed = run_pass(
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+                 low.data_ptr(), dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+        )  # fmt: skip
+        if failed:
+            library.explain(failed)
+        return dq, dk, dv
+
+    return run
+
+
+def _rest(inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None) -> bytes | None:
+    """The struct behind its ``first`` part, for calls on q, k and v alone; None if it takes more than addresses."""
+    if inputs.has_more_than_qkv or not all(_has_contiguous_rows(x) for x in (inputs.q, inputs.k, inputs.v)):
+        return None
+    return bytes(VARIABLE_PART.size - first.size) + fixed_part(inputs, spec, dout)
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:

@@ -91,18 +91,14 @@ def fingerprint(csrc: Path) -> str:
 
 
 def build_library(target: Path, csrc: Path) -> None:
-    """The shared library at ``target``, complete or not at all. Raises BuildError with the compiler's words."""
+    """Write the shared library to ``target``. Raises BuildError with the compiler's words."""
     compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
         commands = compile_commands(compiler, csrc, Path(folder))
         _run(commands)
         objects = [command[-1] for command in commands]
-        built = Path(folder, LIBRARY)
-        _run([[compiler, "-shared", *objects, "-o", str(built)]])
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.copyfile(built, unfinished)
-        os.replace(unfinished, target)
+        _run([[compiler, "-shared", *objects, "-o", str(target)]])
 
 
 def compile_commands(compiler: str, csrc: Path, folder: Path, more: tuple[str, ...] = ()) -> list[list[str]]:

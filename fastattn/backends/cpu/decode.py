@@ -30,7 +30,9 @@ def reasons(problem: Problem) -> list[str]:
     return found
 
 
-def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: int | None = None) -> tuple[Tensor, Tensor]:
+def attend(
+    library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``."""
     given = inputs
     if inputs.rotary_cos is not None or inputs.is_fp8:  # what is appended is not stored as it is

@@ -13,6 +13,7 @@ from fastattn.backends import native
 from fastattn.backends.cpu import build
 from fastattn.backends.cpu.build import BuildError
 from fastattn.errors import input_error
+from fastattn.files import cache_root, replaced_file
 
 PATH = Path(__file__).with_name(build.LIBRARY)
 VERSION = 1  # kVersion of csrc/cpu/params.h
@@ -120,7 +121,6 @@ class Library:
             raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
         return outcome == 0
 
-
     def attend(self, which: str, packed: bytes) -> None:
         """One pass of attention, "forward" or "backward", given both parts of its struct.
 
@@ -128,7 +128,11 @@ class Library:
             RuntimeError: it was not computed, for the reason that the message gives.
         """
         if outcome := self.passes[which](packed):
-            raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
+            self.explain(outcome)
+
+    def explain(self, outcome: int) -> None:
+        """Raise RuntimeError for a pass that was not computed."""
+        raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
 
 
 @functools.cache
@@ -149,8 +153,9 @@ def delivered() -> tuple[Library | None, str]:
 def _compiled() -> Library:
     """The library from the cache folder, compiled if it is not there."""
     source = native.source_folder()
-    path = native.cache_folder() / f"{build.fingerprint(source)}-{build.LIBRARY}"
+    path = cache_root() / f"{build.fingerprint(source)}-{build.LIBRARY}"
     if not path.exists():
         log.warning("fastattn: compiling the CPU kernels, once; this takes some seconds")
-        build.build_library(path, source)
+        with replaced_file(path) as temporary:
+            build.build_library(temporary, source)
     return Library(path)

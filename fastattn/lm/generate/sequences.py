@@ -1,6 +1,6 @@
 """The sequences that a model is continuing: their keys and values in a cache, or their tokens to be computed again.
 
-``Cached`` and ``Recomputed`` do the same with the same calls: ``add`` a sequence, ``feed`` tokens to some and get the
+``Cached`` and ``Uncached`` do the same with the same calls: ``add`` a sequence, ``feed`` tokens to some and get the
 logits of what follows, ``fork`` and ``free`` them. That both give the same tokens is a test.
 """
 
@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.lm.models import Decoder, EncoderDecoder
+from fastattn.lm.generate.protocols import Model, is_decoder, is_encoder_decoder
 from fastattn.nn import PagedKVCache
 
-Model = Decoder | EncoderDecoder
 Tokens = Tensor | Sequence[Sequence[int]]
 
 
 class Source(NamedTuple):
-    """What an encoder-decoder reads: the encoder's states of all sources, and which of them are tokens."""
+    """The encoder's states of all sources, and their padding mask."""
 
     states: Tensor  # [R, S_s, C]
     mask: Tensor  # [R, S_s]
 
 
-class Recomputed:
+class Uncached:
     """Sequences without a cache: every token is computed again each time."""
 
     def __init__(self, model: Model, source: Source | None = None) -> None:
@@ -60,9 +59,9 @@ class Recomputed:
             [self._tokens[name] for name in names], device
         )  # causal: nothing sees the padding behind it
         last = mask.sum(1) - 1
-        if isinstance(self.model, Decoder):
+        if is_decoder(self.model):
             hidden = self.model.hidden(rows)
-        else:
+        elif is_encoder_decoder(self.model):
             states, of_source = (x[[self._rows[name] for name in names]] for x in _given(self.source))
             hidden = self.model.hidden(None, rows, memory=states, source_mask=of_source)
         return self.model.logits(hidden[torch.arange(len(names), device=device), last])
@@ -92,7 +91,6 @@ class Cached:
     ) -> None:
         self.model, self.source = model, source
         size = max_length if page_size is None else page_size
-        stack = model if isinstance(model, Decoder) else model.decoder
         _, kv_heads, head_dim = model.config.head_shape
         weight = model.embedding.weight
         self.cache = PagedKVCache(
@@ -100,7 +98,7 @@ class Cached:
             size,
             kv_heads,
             head_dim,
-            layers=len(stack.blocks),
+            layers=model.cached_layers,
             max_length=max_length,
             window=model.config.window,
             device=weight.device,
@@ -126,7 +124,7 @@ class Cached:
         del self._rows[name]
 
     def feed(self, names: Sequence[int], tokens: Tokens) -> Tensor:
-        """As ``Recomputed.feed``; only the new tokens are computed."""
+        """As ``Uncached.feed``; only the new tokens are computed."""
         new = [1] * len(names) if isinstance(tokens, Tensor) else [len(row) for row in tokens]
         one_length = self.model.config.positions == "relative" or self.source is not None
         if len(set(new)) > 1 and one_length:  # a bias and a memory go with rows, not with packed tokens
@@ -142,8 +140,9 @@ class Cached:
         return self.model.logits(last)
 
     def _hidden(self, names: Sequence[int], tokens: Tensor, layers: Any) -> Tensor:
-        if isinstance(self.model, Decoder):
+        if is_decoder(self.model):
             return self.model.hidden(tokens, caches=layers)
+        assert is_encoder_decoder(self.model)
         rows = [self._rows[name] for name in names]
         if rows != self._rows_of_step:  # the model computes the keys and values of these sources, and keeps them
             self.cache.sources, self._rows_of_step = [None] * len(self.cache.sources), rows
@@ -151,7 +150,7 @@ class Cached:
         return self.model.hidden(None, tokens, memory=states, source_mask=of_source, caches=layers)
 
 
-Sequences = Cached | Recomputed
+Sequences = Cached | Uncached
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -169,7 +168,7 @@ def encoded(model: Model, source: Tokens | None) -> Source | None:
     Raises:
         InputError: an encoder-decoder without sources, sources for a decoder, or an empty one.
     """
-    if isinstance(model, Decoder):
+    if not is_encoder_decoder(model):
         if source is not None:
             raise input_error("source", "tokens", "None for a decoder", "Put them before the prompt.")
         return None
@@ -201,7 +200,7 @@ def checked(name: str, tokens: Tokens) -> list[list[int]]:
 
 
 def _dtype_of_keys(weight: Tensor) -> torch.dtype:
-    """What the model's projections will be in: autocast's dtype where it is on."""
+    """The dtype of the model's keys: that of autocast if it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -14,9 +14,8 @@ from fastattn.errors import DataError, input_error
 from fastattn.lm.generate.batching import complete
 from fastattn.lm.generate.beams import beam_search
 from fastattn.lm.generate.decode import ENDED, generate
+from fastattn.lm.generate.protocols import Model, is_decoder
 from fastattn.lm.generate.sampling import Sampling
-from fastattn.lm.generate.sequences import Model
-from fastattn.lm.models import Decoder
 
 
 class Texts:
@@ -31,7 +30,7 @@ class Texts:
         stop: strings that end a text; they and what follows them are left out.
 
     Raises:
-        InputError: a stop string is empty, or the tokenizer does not know the marks.
+        InputError: a stop string is empty, or the tokenizer lacks the special tokens.
     """
 
     def __init__(
@@ -70,13 +69,13 @@ class Texts:
         return until(decode_stream(self.tokenizer, tokens, special, after=after), self.stop)
 
     def length(self, prompt: str) -> int:
-        """Tokens that the model reads of a prompt, marks included."""
+        """Tokens that the model reads of a prompt, special tokens included."""
         begin, source = self._inputs(prompt)
         return len(source["source"][0]) if source else len(begin)
 
     def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
-        """What the model goes on with, and what an encoder reads: a whole text."""
-        if isinstance(self.model, Decoder):
+        """Tokens that the decoder continues, and the source of an encoder-decoder."""
+        if is_decoder(self.model):
             return self.encode(prompt), {}
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         return self.target, {"source": [[*self.opening, *ids, self.last]]}
@@ -144,7 +143,7 @@ class Texts:
 
         An encoder-decoder answers them one batch after the other.
         """
-        if not isinstance(self.model, Decoder):
+        if not is_decoder(self.model):
             yield from self._answer(prompts, max_new_tokens, sampling or Sampling(), rows, batch, page_size)
             return
         begins = [self.encode(prompt) for prompt in prompts]
@@ -206,7 +205,7 @@ class Texts:
 
 
 def consecutive(rows: Sequence[int], batch: int) -> Iterator[slice]:
-    """Where ``rows`` go up by one at a time, at most ``batch`` together: a batch draws with ``seed + n`` of its first.
+    """Slices of consecutive ``rows``, at most ``batch`` long: a batch draws with the ``seed + n`` of its first.
 
     Example:
         >>> from fastattn.lm.generate.text import consecutive
