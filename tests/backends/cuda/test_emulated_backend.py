@@ -42,7 +42,7 @@ MORE = [
     Case("only dq", needs=("q",), dtype=torch.bfloat16),
     Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
     Case("strided", memory="strided", dtype=torch.float16, right=0),
-    Case("several configs", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
+    Case("several tiles", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
@@ -118,7 +118,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
     wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
-    cases.append(CacheCase("more heads in a group than rows in a config", **wide))
+    cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
     return [
         (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
         for i, case in enumerate(cases)
