@@ -78,6 +78,11 @@ def load(path: Path) -> ctypes.CDLL:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
+def refusals() -> list[str]:
+    """What was said of folders and files that are not used: for `fastattn doctor`."""
+    return sorted(_said)
+
+
 def folders() -> Iterator[Path]:
     """Where compiled code may lie: in the folder of all caches, and in one of this user among temporary files.
 
@@ -120,11 +125,9 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
         OSError: there is no folder to keep it in.
         BuildError: by ``build``.
     """
-    places = list(folders())
-    for folder in places:
-        if _is_sound(folder / name):
-            return folder / name
-    for folder in places:
+    if (found := find(name)) is not None:
+        return found
+    for folder in folders():
         if os.access(folder, os.W_OK | os.X_OK):
             path = folder / name
             with _only_one(path):
@@ -132,6 +135,11 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
                     _build(path, build)
             return path
     raise OSError("there is no folder for compiled code that can be written; set FASTATTN_CACHE to a folder of yours")
+
+
+def find(name: str) -> Path | None:
+    """The sealed file of this name, if there is a sound one."""
+    return next((folder / name for folder in folders() if _is_sound(folder / name)), None)
 
 
 def _is_sound(path: Path) -> bool:

@@ -57,14 +57,19 @@ UNITS: dict[str, tuple[Unit, ...]] = {
 LIBRARY_SOURCES = ("machines", "attention_library", "decode_library")
 
 
+def machine() -> str:
+    """The kind of machine to compile for: FASTATTN_MACHINE, where CXX is a cross compiler, else this one."""
+    return os.environ.get("FASTATTN_MACHINE") or platform.machine()
+
+
 def machines() -> tuple[str, ...]:
     """The instruction sets to compile for on this kind of machine."""
-    return MACHINES.get(platform.machine(), ("baseline",))
+    return MACHINES.get(machine(), ("baseline",))
 
 
 def units() -> tuple[Unit, ...]:
     """What is compiled on this kind of machine."""
-    return UNITS.get(platform.machine(), ANYWHERE)
+    return UNITS.get(machine(), ANYWHERE)
 
 
 def find_compiler() -> str:

@@ -6,6 +6,7 @@ Python and no CUDA library (the runtime is linked statically), so one build serv
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -58,6 +59,14 @@ def instance_source(instance: Instance) -> str:
     config = instance.config
     function = f"fa::{config.launcher}<{instance.traits}>({config.launcher_arguments})"
     return f'#include "sm90/launch.cuh"\ntemplate char const* {function};\n'
+
+
+def fingerprint(csrc: Path) -> str:
+    """What the library is built from, in 24 digits."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(path for name in ("common", "sm90") for path in (csrc / name).iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def write_if_new(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import InputError
+from fastattn import InputError, compiled
 from fastattn.backends import load, native
 from fastattn.backends.cpu import build, decode, delivery, library
 from fastattn.decoding import explain_with_kv_cache
@@ -213,6 +213,7 @@ def test_a_library_of_other_sources_is_not_used(tmp_path):
         (csrc / name).write_bytes((native.source_folder() / name).read_bytes())
     (csrc / "common" / "mask.h").write_text((csrc / "common" / "mask.h").read_text() + "// another\n")
     build.build_library(tmp_path / "other.so", csrc)
+    compiled.seal(tmp_path / "other.so")
     with pytest.raises(OSError, match="built from other sources"):
         library.Library(tmp_path / "other.so")
 

@@ -1,0 +1,31 @@
+"""The public names of the package, as ``fastattn`` has them."""
+
+from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
+from fastattn.dispatch import Explanation, backends, use_backend
+from fastattn.errors import InputError, UnsupportedError
+from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
+from fastattn.inspection import attention_weights, plot_attention
+from fastattn.nn import MultiHeadAttention, replace_attention
+from fastattn.ops import SAC_SAVE_OPS
+from fastattn.version import __version__
+
+__all__ = [
+    "SAC_SAVE_OPS",
+    "Explanation",
+    "InputError",
+    "MultiHeadAttention",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+    "attention_with_kv_cache",
+    "backends",
+    "explain",
+    "explain_varlen",
+    "explain_with_kv_cache",
+    "plot_attention",
+    "replace_attention",
+    "scaled_dot_product_attention",
+    "use_backend",
+]
