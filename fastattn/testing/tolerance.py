@@ -75,9 +75,9 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
     """
     forward = _load(backend)
     found = run(forward, sample, forward if backward_backend is None else _load(backward_backend))
-    exact = _reference(_in_float64(sample), None)
+    exact = _reference(in_float64(sample), None)
     eager = _reference(sample, sample.inputs.q.dtype)
-    condition = _condition(_in_float64(sample), exact)
+    condition = _condition(in_float64(sample), exact)
     arithmetic = reference.compute_dtype(sample.inputs)
     return [
         row
@@ -177,7 +177,7 @@ def _check_contract(
     assert x.is_contiguous() or not needs_contiguous, f"{name} is not contiguous, its strides are {x.stride()}"
 
 
-def _in_float64(sample: Sample) -> Sample:
+def in_float64(sample: Sample) -> Sample:
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
     given = {name: getattr(sample.inputs, name) for name in names}
     inputs = sample.inputs.replace(**{name: x.double() for name, x in given.items() if x is not None})

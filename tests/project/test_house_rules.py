@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "imports": set(),
     "__init__": {"api", "imports", "version"},
     "api": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
-    "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
+    "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "reference"},
     "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
     "cli": PUBLIC | {"backends", "compiled", "lm", "measure"},
