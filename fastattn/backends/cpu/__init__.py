@@ -1,8 +1,8 @@
 """C++ for CPUs: attention forward and backward, and to a cache, as it is stored. Built from ``csrc/cpu/``.
 
-Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses from
-instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works with the
-threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
+Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses
+from instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works
+with the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from fastattn import kv_cache
 from fastattn.backends.base import Run
 from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
 from fastattn.errors import input_error
-from fastattn.problem import Problem
 from fastattn.kv_cache import CacheInputs
+from fastattn.problem import Problem
 from fastattn.spec import AttentionSpec
 
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
