@@ -135,10 +135,11 @@ class Backward {
     write_keys(keys);
   }
 
-  // Until the unit before has added to dbias what it does for this block; for all of them, if heads add to one dbias.
+  // Until the unit before has added to dbias what it does for this block; or for all of them, where heads or keys share
+  // its numbers and every block adds to the same ones.
   void wait() const {
     if (!item_.before) return;
-    bool const is_shared = !p_.dbias_head && group_ > 1;
+    bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_key;
     int64 const blocks = (keys_of(item_.parts.end - 1).end - keys_of(item_.parts.begin).begin + kKeys - 1) / kKeys;
     int64 const needed = is_shared ? blocks * group_ : step_ + 1;
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
