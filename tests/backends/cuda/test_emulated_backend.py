@@ -16,7 +16,7 @@ import torch
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
 from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
-from fastattn.kv_cache import cache_problem
+from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid
@@ -128,7 +128,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
 @pytest.mark.parametrize(("case", "splits"), cache_cases(), ids=lambda x: getattr(x, "id", f"{x} splits"))
 def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make_cache_sample(case)
-    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    problem = dataclasses.replace(facts_of(sample.inputs, sample.spec), device="cuda", arch=90)
     assert not cuda.BACKEND.unsupported_reasons(problem)
     monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
     assert_within(measure_cache(cuda.BACKEND, sample))
