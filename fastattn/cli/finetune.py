@@ -76,6 +76,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="examples to evaluate on, file by file",
     )
     add_columns(parser)
+    add_start(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    device.add_flag(parser)
+    add_flags(parser, FLAGS)
+    parser.set_defaults(run=run)
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the weights to start from."""
     parser.add_argument(
         "--checkpoint",
         default=argparse.SUPPRESS,
@@ -88,11 +98,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="DIR",
         help="start from a folder in Hugging Face's format; nothing is downloaded",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    device.add_flag(parser)
-    add_flags(parser, FLAGS)
-    parser.set_defaults(run=run)
+
+
+def paths(args: argparse.Namespace) -> dict[str, Any]:
+    """The files and folders on the command line, by field of ``FinetuneConfig``; one as it is, several together."""
+    found: dict[str, Any] = {}
+    for name in _PATHS:
+        if name in args:
+            value = getattr(args, name)
+            several = tuple(map(_findable, value if isinstance(value, list) else [value]))
+            found[name] = several[0] if len(several) == 1 else several
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,11 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.lm.train.parallel import joined, ranks
 
     flags = given(args, FLAGS) | {name: value for name, value in vars(args).items() if name == "task"}
-    for name in _PATHS:
-        if name in args:
-            value = getattr(args, name)
-            paths = tuple(map(_findable, value if isinstance(value, list) else [value]))
-            flags[name] = paths[0] if len(paths) == 1 else paths
+    flags |= paths(args)
     if "field" in args:
         flags["columns"] = tuple(columns_of(args).items())
     if args.resume:

@@ -52,7 +52,7 @@ class Finetuned:
             >>> import pathlib, tempfile
             >>> from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
             >>> folder = pathlib.Path(tempfile.mkdtemp())
-            >>> _ = (folder / "data.csv").write_text("text,label\\nup,yes\\ndown,no\\n" * 4)
+            >>> _ = (folder / "data.csv").write_text("text,label\\n" + "up,yes\\ndown,no\\n" * 4)
             >>> data = str(folder / "data.csv")
             >>> config = FinetuneConfig("classify", data, eval=data, preset="tiny", vocab_size=300, steps=2)
             >>> outcome = finetune(folder / "run", config, show_progress=False)
