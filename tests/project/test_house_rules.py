@@ -26,15 +26,22 @@ STAND_INS = {
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
-VOCABULARY = {"errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "version"}
-CORE = VOCABULARY | {"autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference"}
+VOCABULARY = {
+    "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "torch_internals",
+    "version",
+}  # fmt: skip
+CORE = VOCABULARY | {
+    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference", "serving"
+}  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "spec": set(),
     "rotary": set(),
-    "numerics": set(),
+    "state": set(),
+    "torch_internals": set(),
+    "numerics": {"torch_internals"},
     "files": {"errors"},
     "layout": {"errors"},
     "rng": {"spec"},
@@ -43,13 +50,15 @@ MAY_IMPORT = {
     "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"files", "problem", "version"},
-    "plan": {"backends"},
-    "dispatch": {"backends", "errors", "problem"},
+    "plan": {"backends", "state", "torch_internals"},
+    "arguments": VOCABULARY,
+    "dispatch": {"backends", "errors", "problem", "state"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
-    "autograd": {"backends", "ops", "problem", "reference", "spec"},
-    "functional": VOCABULARY | {"autograd", "dispatch", "ops", "plan", "reference"},
-    "decoding": VOCABULARY | {"dispatch", "functional", "ops", "plan"},
-    "inspection": VOCABULARY | {"functional", "reference"},
+    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
+    "serving": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan"},
+    "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
+    "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
+    "inspection": VOCABULARY | {"arguments", "reference"},
     "nn": {"decoding", "errors", "functional", "rotary"},
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},

@@ -1,6 +1,6 @@
-// The kernel of the queries: dq of 128 query rows, block by block of keys, with nothing added up across blocks.
+// backward_dq: dq of 128 query rows, accumulated over blocks of keys by one thread block.
 //
-// Together with the kernel of the keys it computes all gradients in a fixed order. Q and dout stay; K and V stream:
+// Together with backward_dkdv it computes all gradients in a fixed order. Q and dout stay in shared memory, K and V stream:
 //
 //     S = Q K^T     P = 2^(S - lse)     dP = dout V^T     dS = P (dP - delta)     dq += dS K
 #pragma once
@@ -12,7 +12,7 @@
 namespace fa::sm90 {
 
 template <class C>
-struct QueriesShared {  // addresses
+struct DqShared {  // addresses
   uint32 base;
   FA_DEVICE uint32 q() const { return base + C::Q; }
   FA_DEVICE uint32 dout() const { return base + C::DOUT; }
@@ -27,7 +27,7 @@ struct QueriesShared {  // addresses
 
 // By one thread, before the others begin. Chooses the tile, and tells it to all.
 template <class C>
-FA_DEVICE void begin_queries(BackwardArgs const& args, QueriesShared<C> const& shared) {
+FA_DEVICE void begin_dq(BackwardArgs const& args, DqShared<C> const& shared) {
   Tile tile = find_tile<C::BLOCK_M, false>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_q) blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of(args.p, tile), tile.row);
@@ -47,7 +47,7 @@ FA_DEVICE void begin_queries(BackwardArgs const& args, QueriesShared<C> const& s
 }
 
 template <class C>
-FA_DEVICE void produce_keys(BackwardArgs const& args, QueriesShared<C> const& shared) {
+FA_DEVICE void produce(BackwardArgs const& args, DqShared<C> const& shared) {
   Tile const tile = read_tile(shared.tile());
   Range const blocks = read_blocks(shared.tile()).all;
   if (blocks.begin == blocks.end) return;
@@ -71,7 +71,7 @@ FA_DEVICE void produce_keys(BackwardArgs const& args, QueriesShared<C> const& sh
 
 // Rows of K and V that the tile's sequence does not keep.
 template <class C>
-FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, QueriesShared<C> const& shared, int block,
+FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, DqShared<C> const& shared, int block,
                                  Ring<C::K_STAGES> const& k, Ring<C::V_STAGES> const& v) {
   if (!args.p.cu_seqlens_q) return;
   Range const kept = keys_to_keep(args.p, read_tile(shared.tile()), block * C::BLOCK_N, C::BLOCK_N);
@@ -85,7 +85,7 @@ FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, QueriesShared<C> cons
 
 // Weights of a block, times the slope of softcap.
 template <class C>
-FA_DEVICE void weigh_block(BackwardArgs const& args, QueriesShared<C> const& shared, int block, float const (&lse)[2],
+FA_DEVICE void weigh_block(BackwardArgs const& args, DqShared<C> const& shared, int block, float const (&lse)[2],
                            float (&scores)[C::BLOCK_N / 2]) {
   ScoreScales const scales = scales_of(args.p);
   FA_UNROLL
@@ -97,7 +97,7 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, QueriesShared<C> const& sha
 }
 
 template <class C>
-FA_DEVICE void sum_over_keys(BackwardArgs const& args, QueriesShared<C> const& shared, int consumer,
+FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared, int consumer,
                              float (&dq)[C::D_QK / 2]) {
   using T = typename C::Element;
   constexpr int N = C::BLOCK_N;
@@ -127,11 +127,11 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, QueriesShared<C> const& s
     multiply_by_rows<T, C::D_V, C::BLOCK_M, N>(dp, k_major(shared.dout() + rows), k_major(shared.v(v.stage)));
     wgmma_wait<1>(scores);
     weigh_block<C>(args, shared, block, lse, scores);
-    if (C::HOLD) {
+    if (C::EXP_OVERLAP) {
       float all = scores[0];
       FA_UNROLL
       for (int i = 1; i < N / 2; ++i) all = joined(all, scores[i]);
-      hold_above_wait(shared.base, all);
+      pin_above_wait(shared.base, all);
     }
     wgmma_wait<0>(dp);
     release(v);
@@ -147,7 +147,7 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, QueriesShared<C> const& s
 
 // dq to memory, through the consumer's own rows of Q.
 template <class C>
-FA_DEVICE void write_queries(BackwardArgs const& args, QueriesShared<C> const& shared, int consumer,
+FA_DEVICE void write_dq(BackwardArgs const& args, DqShared<C> const& shared, int consumer,
                              float (&dq)[C::D_QK / 2]) {
   BackwardParams const& p = args.p;
   Tile const tile = read_tile(shared.tile());
@@ -179,35 +179,35 @@ FA_DEVICE void write_queries(BackwardArgs const& args, QueriesShared<C> const& s
 }
 
 template <class C>
-FA_DEVICE void consume_keys(BackwardArgs const& args, QueriesShared<C> const& shared, int consumer) {
+FA_DEVICE void consume(BackwardArgs const& args, DqShared<C> const& shared, int consumer) {
   float dq[C::D_QK / 2];
   FA_UNROLL
   for (int i = 0; i < C::D_QK / 2; ++i) dq[i] = 0.f;
   Range const blocks = read_blocks(shared.tile()).all;
   if (blocks.begin < blocks.end) sum_over_keys<C>(args, shared, consumer, dq);
-  write_queries<C>(args, shared, consumer, dq);
+  write_dq<C>(args, shared, consumer, dq);
 }
 
 template <class C>
-FA_DEVICE void differentiate_queries(BackwardArgs const& args) {
-  QueriesShared<C> const shared{shared_base()};
+FA_DEVICE void backward_dq(BackwardArgs const& args) {
+  DqShared<C> const shared{shared_base()};
   int const warpgroup = warp_uniform(thread_index() / kWarpgroup);
-  if (thread_index() == 0) begin_queries<C>(args, shared);
+  if (thread_index() == 0) begin_dq<C>(args, shared);
   block_sync();
   if (read_tile(shared.tile()).row == kNoTile) return;
   if (warpgroup == 0) {
     give_registers<C::PRODUCER_REGISTERS>();
-    if (warp_uniform(thread_index() / 32) == 0 && elect_one()) produce_keys<C>(args, shared);
+    if (warp_uniform(thread_index() / 32) == 0 && elect_one()) produce<C>(args, shared);
   } else {
     take_registers<C::CONSUMER_REGISTERS>();
-    consume_keys<C>(args, shared, warpgroup - 1);
+    consume<C>(args, shared, warpgroup - 1);
   }
 }
 
 template <class C>
 FA_GLOBAL(C::THREADS)
-queries_kernel(FA_KERNEL_ARGUMENT BackwardArgs args) {
-  differentiate_queries<C>(args);
+backward_dq_kernel(FA_KERNEL_ARGUMENT BackwardArgs args) {
+  backward_dq<C>(args);
 }
 
 }  // namespace fa::sm90

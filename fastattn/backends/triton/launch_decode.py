@@ -16,18 +16,18 @@ from torch import Tensor
 
 from fastattn.backends.triton import arguments, launch
 from fastattn.backends.triton.arguments import (
+    Bshd,
     Cache,
     Flags,
-    Parts,
     PerHead,
     PerToken,
-    Rows,
     Scores,
     Sizes,
+    Splits,
     Terms,
     coded,
 )
-from fastattn.backends.triton.configs import Tile
+from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
 from fastattn.errors import input_error
@@ -35,12 +35,12 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 BLOCK = 16  # rows that one program puts into their places
-COMBINED_PARTS = 32  # in one step
-LEAST_TILES = 4  # of keys in a part: fewer, and putting the parts together costs more than they save
+COMBINED_SPLITS = 32  # in one step
+LEAST_TILES = 4  # of keys in a split: fewer, and putting the splits together costs more than they save
 
 
-def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """Store the new keys and values, if any; ``(out, lse)``. ``tile`` overrides the table."""
+def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Store the new keys and values, if any; ``(out, lse)``. ``config`` overrides the table."""
     if inputs.capacity >= arguments.UNBOUNDED:
         todo = "Make the cache shorter."
         raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
@@ -51,20 +51,20 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, tile: Tile | None 
             _append(inputs, spec, inputs.k, inputs.v)
         if lse.numel():
             turned = inputs if inputs.rotary_cos is None else inputs.replace(q=_turned_queries(inputs, spec))
-            _decode(turned, spec, out, lse, tile)
+            _decode(turned, spec, out, lse, config)
     return out, lse
 
 
 def _append(inputs: CacheInputs, spec: AttentionSpec, k: Tensor, v: Tensor) -> None:
     blocks = triton.cdiv(inputs.max_seqlen_q if inputs.is_packed else k.shape[1], BLOCK)
-    caches = (Rows.of(_bytes(inputs.k_cache)), Rows.of(_bytes(inputs.v_cache)))
-    append_kernel[inputs.batch * blocks, inputs.heads_kv](Rows.of(k), Rows.of(v), *caches, **_placing(inputs, spec))
+    caches = (Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache)))
+    append_kernel[inputs.batch * blocks, inputs.heads_kv](Bshd.of(k), Bshd.of(v), *caches, **_placing(inputs, spec))
 
 
 def _turned_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
     q = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
     blocks = triton.cdiv(inputs.max_seqlen_q, BLOCK)
-    turn_kernel[inputs.batch * blocks, inputs.heads_q](Rows.of(inputs.q), Rows.of(q), **_placing(inputs, spec))
+    turn_kernel[inputs.batch * blocks, inputs.heads_q](Bshd.of(inputs.q), Bshd.of(q), **_placing(inputs, spec))
     return q
 
 
@@ -94,44 +94,45 @@ def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
-def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, tile: Tile | None) -> None:
-    """Attend, in as many parts as it takes to occupy the device, and put these together if there are several."""
-    q, k, v = Rows.of(inputs.q), Rows.of(_bytes(inputs.k_cache)), Rows.of(_bytes(inputs.v_cache))
+def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, config: Config | None) -> None:
+    """Attend, in as many splits as it takes to occupy the device, and put these together if there are several."""
+    q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
     flags = launch.flags_of(inputs, spec, (q, k, v))
     flags = dataclasses.replace(flags, paged=inputs.block_table is not None, fp8=inputs.is_fp8)
     rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
-    tile = tile or launch.tile_of(out.device, "decode", flags)
-    block_m = min(tile.block_m, max(16, triton.next_power_of_2(rows)))
+    config = config or launch.config_of(out.device, "decode", flags)
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block_m)
     programs = inputs.batch * inputs.heads_kv * blocks
-    count = parts(programs, _reach(inputs, spec), tile.block_n, processors(out.device))
-    of_parts, lse_of_parts = out, lse.transpose(-1, -2)
+    count = splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
+    partial_out, partial_lse, partial_low = out, lse.transpose(-1, -2), None
     if count > 1:
-        of_parts = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
-        lse_of_parts = torch.empty(count, *out.shape[:-1], dtype=torch.float32, device=out.device)
-    first, lse_of_first = (of_parts[0], lse_of_parts[0]) if count > 1 else (of_parts, lse_of_parts)
+        partial_out = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
+        partial_lse, partial_low = torch.empty(2, count, *out.shape[:-1], dtype=torch.float32, device=out.device)
+    first, lse_of_first = (partial_out[0], partial_lse[0]) if count > 1 else (partial_out, partial_lse)
     decode_kernel[(programs * count,)](
         q,
         k,
         v,
-        Rows.of(first),
-        Rows.of(lse_of_first.unsqueeze(-1)),
+        Bshd.of(first),
+        Bshd.of(lse_of_first.unsqueeze(-1)),
+        None if partial_low is None else Bshd.of(partial_low[0].unsqueeze(-1)),
         _cache(inputs),
         _terms(inputs),
         _sizes(inputs, spec),
-        Parts(coded(blocks), coded(count), coded(out.numel()), coded(lse.numel())),
-        **launch.compiled(out.device, flags, tile._replace(block_m=block_m)),
+        Splits(coded(blocks), coded(count), coded(out.numel()), coded(lse.numel())),
+        **launch.compiled(out.device, flags, config._replace(block_m=block_m)),
     )
     if count > 1:
         s_q = inputs.q.shape[-3]
         combine_kernel[(lse.numel(),)](
-            of_parts, lse_of_parts, out, lse, coded(count), coded(lse.numel()), coded(s_q), coded(inputs.heads_q),
-            D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_PARTS=COMBINED_PARTS, **launch.ALWAYS,
+            partial_out, partial_lse, partial_low, out, lse, coded(count), coded(lse.numel()), coded(s_q),
+            coded(inputs.heads_q), D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_SPLITS=COMBINED_SPLITS, **launch.ALWAYS,
         )  # fmt: skip
 
 
-def parts(programs: int, reach: int, block_n: int, on: int) -> int:
-    """Into how many parts the keys are cut, so that ``on`` processors have two programs each if the keys suffice.
+def splits(programs: int, reach: int, block_n: int, on: int) -> int:
+    """Into how many splits the keys are cut, so that ``on`` processors have two programs each if the keys suffice.
 
     Args:
         programs: those that there are without cutting.

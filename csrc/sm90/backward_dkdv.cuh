@@ -1,4 +1,4 @@
-// The kernel of the keys: dk and dv of a block of keys, and with FUSED what these keys add to dq.
+// backward_dkdv: dk and dv of a block of keys, and with FUSED the contribution of these keys to dq.
 //
 // K and V stay; Q, dout, lse and delta of one block of queries after the other come by TMA, for all query heads that
 // share the key/value head. Scores are transposed, so that a consumer's weights and score gradients are the operands in
@@ -22,7 +22,7 @@ namespace fa::sm90 {
 constexpr int kPartFreeBarrier = 8, kPartStagedBarrier = 10;
 
 template <class C>
-struct KeysShared {  // addresses
+struct DkdvShared {  // addresses
   uint32 base;
   FA_DEVICE uint32 k() const { return base + C::K; }
   FA_DEVICE uint32 v() const { return base + C::V; }
@@ -41,7 +41,7 @@ struct KeysShared {  // addresses
 
 // By one thread, before the others begin. Chooses the tile, and tells it to all.
 template <class C>
-FA_DEVICE void begin_keys(BackwardArgs const& args, KeysShared<C> const& shared) {
+FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile tile = find_tile<C::BLOCK_N, true>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_kv) {
@@ -62,7 +62,7 @@ FA_DEVICE void begin_keys(BackwardArgs const& args, KeysShared<C> const& shared)
 }
 
 template <class C>
-FA_DEVICE void produce_queries(BackwardArgs const& args, KeysShared<C> const& shared) {
+FA_DEVICE void produce(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile const tile = read_tile(shared.tile());
   Range const blocks = read_blocks(shared.tile()).all;
   if (blocks.begin == blocks.end) return;
@@ -91,7 +91,7 @@ FA_DEVICE void produce_queries(BackwardArgs const& args, KeysShared<C> const& sh
 
 // Rows of K and V that the tile's sequence does not keep.
 template <class C>
-FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, KeysShared<C> const& shared) {
+FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile const tile = read_tile(shared.tile());
   Range const kept = keys_to_keep(args.p, tile, tile.row, C::BLOCK_N);
   if (contains(kept, {0, C::BLOCK_N})) return;
@@ -103,7 +103,7 @@ FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, KeysShared<C> const& 
 
 // Rows of Q and dout past the end of a packed sequence.
 template <class C>
-FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, KeysShared<C> const& shared, int block,
+FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, DkdvShared<C> const& shared, int block,
                                    Ring<C::STAGES> const& q) {
   if (!args.p.cu_seqlens_q) return;
   int const rows = read_tile(shared.tile()).s_q - block * C::BLOCK_M;
@@ -115,14 +115,13 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, KeysShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Where the statistics of this thread's columns begin: those of columns 8 j and 8 j + 1 past its first lie 32 j bytes
-// on.
+// Address of the statistics of this thread's first column; those of columns 8 j and 8 j + 1 past it lie 32 j bytes on.
 FA_DEVICE uint32 of_columns(uint32 statistics) { return statistics + this_place().first_column() * 4; }
 
 // p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
 // band does not keep.
 template <class C>
-FA_DEVICE void weigh_block(BackwardArgs const& args, KeysShared<C> const& shared, int keys, int block, int stage,
+FA_DEVICE void weigh_block(BackwardArgs const& args, DkdvShared<C> const& shared, int keys, int block, int stage,
                            float (&scores)[C::BLOCK_M / 2], uint32 (&p)[C::BLOCK_M / 4],
                            uint32 (&sloped)[C::BLOCK_M / 4]) {
   using T = typename C::Element;
@@ -151,7 +150,7 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, KeysShared<C> const& shared
 
 // dp becomes the gradient of the scores.
 template <class C>
-FA_DEVICE void score_gradients(KeysShared<C> const& shared, int stage, float const (&scores)[C::BLOCK_M / 2],
+FA_DEVICE void score_gradients(DkdvShared<C> const& shared, int stage, float const (&scores)[C::BLOCK_M / 2],
                                uint32 const (&sloped)[C::BLOCK_M / 4], float (&dp)[C::BLOCK_M / 2]) {
   using T = typename C::Element;
   uint32 const statistics = of_columns(shared.delta(stage));
@@ -171,7 +170,7 @@ FA_DEVICE void score_gradients(KeysShared<C> const& shared, int stage, float con
 
 // This consumer's part of dS K for a block of queries; the sums of both consumers' parts are whole.
 template <class C>
-FA_DEVICE void issue_dq(float (&dq)[32], KeysShared<C> const& shared, int consumer, int buffer) {
+FA_DEVICE void issue_dq(float (&dq)[32], DkdvShared<C> const& shared, int consumer, int buffer) {
   uint32 const ds = n_major(shared.ds(buffer) + (C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0), 64);
   uint32 const k = n_major(shared.k() + (C::DQ_BY_ROWS ? 0 : consumer * C::BLOCK_N * kRowBytes), C::BLOCK_N);
   FA_UNROLL
@@ -182,7 +181,7 @@ FA_DEVICE void issue_dq(float (&dq)[32], KeysShared<C> const& shared, int consum
   wgmma_commit();
 }
 
-// Where it goes in dq_sums.
+// Address of that part in dq_sums.
 template <class C>
 FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int consumer, int head, int block) {
   int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;
@@ -191,7 +190,7 @@ FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int co
 
 // Adds it there, or stages it for the thread that does: four numbers of each thread beside those of the next.
 template <class C>
-FA_DEVICE void add_dq(BackwardArgs const& args, KeysShared<C> const& shared, int consumer, int head, int block,
+FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer, int head, int block,
                       float const (&dq)[32]) {
   int const first = this_place().thread % kWarpgroup * 4;
   if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);
@@ -210,7 +209,7 @@ FA_DEVICE void add_dq(BackwardArgs const& args, KeysShared<C> const& shared, int
 
 // Adds staged parts of dq to their sums, by one warp beside the producer.
 template <class C>
-FA_DEVICE void add_staged(BackwardArgs const& args, KeysShared<C> const& shared) {
+FA_DEVICE void add_staged(BackwardArgs const& args, DkdvShared<C> const& shared) {
   int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
   for (int i = 0; i < group; ++i) {  // what is not needed throughout is read anew: this warp has 24 registers
     Tile const tile = read_tile(shared.tile());
@@ -237,7 +236,7 @@ FA_DEVICE void add_staged(BackwardArgs const& args, KeysShared<C> const& shared)
 // Sums over all queries that see the tile. OF_K, OF_V: which of the sums this consumer owns; `keys` is the first of its
 // 64 keys in the tile.
 template <class C, bool OF_K, bool OF_V, int NK, int NV>
-FA_DEVICE void sum_over_queries(BackwardArgs const& args, KeysShared<C> const& shared, int consumer, int keys,
+FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer, int keys,
                                 float (&dk)[NK], float (&dv)[NV]) {
   using T = typename C::Element;
   constexpr int N = C::BLOCK_M;
@@ -306,7 +305,7 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, KeysShared<C> const& s
 
 // One finished sum of 64 keys to memory, through the tile that held the operand. `to` is row 0 of the tensor.
 template <class C, int N>
-FA_DEVICE void write_keys(BackwardArgs const& args, Tile const& tile, int keys, int64 columns, TensorMap const& map,
+FA_DEVICE void write_sum(BackwardArgs const& args, Tile const& tile, int keys, int64 columns, TensorMap const& map,
                           void* to, uint32 staging, float const (&sum)[N]) {
   BackwardParams const& p = args.p;
   int const first = tile.row + keys, map_row = tile.first_kv + static_cast<int>(p.key_begin) + first;
@@ -332,7 +331,7 @@ FA_DEVICE void write_keys(BackwardArgs const& args, Tile const& tile, int keys, 
 }
 
 template <class C, bool OF_K, bool OF_V>
-FA_DEVICE void consume_queries(BackwardArgs const& args, KeysShared<C> const& shared, int consumer) {
+FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer) {
   int const keys = C::SPLIT ? 0 : consumer * 64;
   constexpr int kSumsK = OF_K ? C::D_QK / 2 : 1, kSumsV = OF_V ? C::D_V / 2 : 1;
   float dk[kSumsK], dv[kSumsV];
@@ -345,44 +344,44 @@ FA_DEVICE void consume_queries(BackwardArgs const& args, KeysShared<C> const& sh
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more
   Tile const tile = read_tile(shared.tile());
   if constexpr (OF_V) {
-    write_keys<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
+    write_sum<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
   }
   if constexpr (OF_K) {
     float const scale = static_cast<float>(args.p.scale);
     FA_UNROLL
     for (int i = 0; i < kSumsK; ++i) dk[i] *= scale;
-    write_keys<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
+    write_sum<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
   }
 }
 
 template <class C>
-FA_DEVICE void differentiate_keys(BackwardArgs const& args) {
-  KeysShared<C> const shared{shared_base()};
+FA_DEVICE void backward_dkdv(BackwardArgs const& args) {
+  DkdvShared<C> const shared{shared_base()};
   int const warpgroup = warp_uniform(thread_index() / kWarpgroup);
-  if (thread_index() == 0) begin_keys<C>(args, shared);
+  if (thread_index() == 0) begin_dkdv<C>(args, shared);
   block_sync();
   if (read_tile(shared.tile()).row == kNoTile) return;
   if (warpgroup == 0) {
     give_registers<C::PRODUCER_REGISTERS>();
     int const warp = warp_uniform(thread_index() / 32);
-    if (warp == 0 && elect_one()) produce_queries<C>(args, shared);
+    if (warp == 0 && elect_one()) produce<C>(args, shared);
     if (C::STAGED && warp == 1) add_staged<C>(args, shared);
     return;
   }
   take_registers<C::CONSUMER_REGISTERS>();
   if constexpr (!C::SPLIT) {
-    consume_queries<C, true, true>(args, shared, warpgroup - 1);
+    consume<C, true, true>(args, shared, warpgroup - 1);
   } else if (warpgroup == 1) {
-    consume_queries<C, false, true>(args, shared, 0);
+    consume<C, false, true>(args, shared, 0);
   } else {
-    consume_queries<C, true, false>(args, shared, 1);
+    consume<C, true, false>(args, shared, 1);
   }
 }
 
 template <class C>
 FA_GLOBAL(C::THREADS)
-keys_kernel(FA_KERNEL_ARGUMENT BackwardArgs args) {
-  differentiate_keys<C>(args);
+backward_dkdv_kernel(FA_KERNEL_ARGUMENT BackwardArgs args) {
+  backward_dkdv<C>(args);
 }
 
 }  // namespace fa::sm90

@@ -1,14 +1,14 @@
-// The small kernels around the backward pass, each bound by memory: delta and lse of every query row before it, the
-// gradient of the sinks, and dq out of its sums after it.
+// The kernels that run before the large ones of the backward pass, both bound by memory: backward_preprocess computes
+// delta and lse of every query row, backward_dsinks the gradient of the sinks.
 //
-// A block has eight warps and works on the 128 padded rows of one head that begin at a multiple of 128.
+// A block of backward_preprocess has eight warps and works on 128 padded rows of one head (kPaddedRows).
 #pragma once
 #include "../common/gradient.h"
 #include "backward.h"
 
 namespace fa::sm90 {
 
-constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
+constexpr int kRowWarps = kRowThreads / 32;
 
 template <class T>
 FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
@@ -23,7 +23,7 @@ FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
 
 // lse_log2 and delta of a tile, and zeros in dq_sums. Eight lanes share a row.
 template <class T>
-FA_DEVICE void prepare_rows(BackwardParams const& p) {
+FA_DEVICE void backward_preprocess(BackwardParams const& p) {
   Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
   int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
   int const warp = thread_index() / 32, lane = thread_index() % 32, pieces = static_cast<int>(p.head_dim_v) / 8;
@@ -60,7 +60,7 @@ FA_DEVICE void prepare_rows(BackwardParams const& p) {
 }
 
 // The gradient of a sink's logit: minus the sum of its weight times delta, over the rows of one sequence and head.
-FA_DEVICE void differentiate_sink(BackwardParams const& p) {
+FA_DEVICE void backward_dsinks(BackwardParams const& p) {
   int const n = block_index() / static_cast<int>(p.heads_q), head = block_index() - n * static_cast<int>(p.heads_q);
   Tile tile{};
   tile.batch = n;
@@ -87,49 +87,16 @@ FA_DEVICE void differentiate_sink(BackwardParams const& p) {
   store_global(p.dsinks + n * p.heads_q + head, total);
 }
 
-// dq of a tile out of its sums, in the order of the registers of the kernel that made them (keys.cuh, add_dq).
-// A lane takes eight columns of a row, from four threads of that kernel.
-template <class C>
-FA_DEVICE void finish_rows(BackwardParams const& p) {
-  Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
-  int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
-  int const columns = static_cast<int>(p.head_dim_qk);
-  float const scale = static_cast<float>(p.scale);
-  constexpr int kGroups = (C::D_QK + 7) / 8;
-  for (int i = thread_index(); i < kPaddedRows * kGroups; i += kRowThreads) {
-    int const row = i % 16 + i / (16 * kGroups) * 16, group = i / 16 % kGroups;  // a half warp takes 16 rows
-    if (tile.row + row >= tile.s_q || 8 * group >= columns) continue;
-    int const in_block = row % C::BLOCK_M, part = C::DQ_BY_ROWS ? in_block / 64 : group / 8;
-    float const* from = p.dq_sums + (first_padded + row - in_block) * C::D_QK + part * 64 * 64;
-    from += (C::DQ_BY_ROWS ? group : group % 8) * 512 + in_block % 64 / 16 * 128 + row % 8 * 16 + row / 8 % 2 * 2;
-    Packed8 packed;
-    FA_UNROLL
-    for (int pair = 0; pair < 4; ++pair) {
-      Float2 const x = load_global(reinterpret_cast<Float2 const*>(from + 4 * pair));
-      packed.pair[pair] = pack(typename C::Element{}, x.x * scale, x.y * scale);
-    }
-    int64 const map_row = tile.map_batch * p.seqlen_q + tile.first_q + tile.row + row;
-    uint16* const to = static_cast<uint16*>(p.dq) + (map_row * p.heads_q + tile.head) * columns + 8 * group;
-    store_global(reinterpret_cast<Packed8*>(to), packed);
-  }
+template <class T>
+FA_GLOBAL(kRowThreads)
+backward_preprocess_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
+  backward_preprocess<T>(p);
 }
 
 template <class T>
 FA_GLOBAL(kRowThreads)
-prepare_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
-  prepare_rows<T>(p);
-}
-
-template <class T>
-FA_GLOBAL(kRowThreads)
-sinks_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
-  differentiate_sink(p);
-}
-
-template <class C>
-FA_GLOBAL(kRowThreads)
-finish_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
-  finish_rows<C>(p);
+backward_dsinks_kernel(FA_KERNEL_ARGUMENT BackwardParams p) {
+  backward_dsinks(p);
 }
 
 }  // namespace fa::sm90
