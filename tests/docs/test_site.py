@@ -20,7 +20,10 @@ pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'fast
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 # Modules whose names are public without a list of them.
-OPEN = ("fastattn.integrations.", "fastattn.measure.", "fastattn.inspection", "fastattn.testing.", "fastattn.spec", "fastattn.lm.load")
+OPEN = (
+    "fastattn.inspection", "fastattn.integrations.", "fastattn.lm.load", "fastattn.measure.", "fastattn.spec",
+    "fastattn.testing.fuzz", "fastattn.testing.verify",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
