@@ -2,8 +2,8 @@
 
 The rule needs the whole score matrix in fp64, which does not fit into memory for long sequences. Therefore sampled
 query rows of sampled heads are judged against a smaller problem with the same exact result: these rows as its queries,
-all keys, and the band as a mask. For the gradients ``dout`` is zero outside the sampled rows, so that dk, dv and dbias of
-the whole problem equal those of the smaller one. The rows are spread over the length, so that every tile has some.
+all keys, and the band as a mask. For the gradients ``dout`` is zero outside the sampled rows, so that dk, dv and dbias
+of the whole problem equal those of the smaller one. The rows are spread over the length, so that every tile has some.
 """
 
 from __future__ import annotations

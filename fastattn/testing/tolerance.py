@@ -11,12 +11,12 @@ systematic error. All backends get the same bits as inputs; the exact result is 
 
 The first term is the error that a user has without this package. The other two cover results that eager computes
 exactly by luck, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
-lse is off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32 arithmetic
-that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the root of the
-sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic rounding error
-analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a relative error of
-its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays above zero where
-the exact result cancels to zero: ``dp - delta`` with one key.
+lse is off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32
+arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
+root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
+rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
+relative error of its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays
+above zero where the exact result cancels to zero: ``dp - delta`` with one key.
 
 Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
 """
