@@ -63,6 +63,8 @@ def kind_of(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hasha
         device = x.device
         if device.type != "cpu":
             kind.append(x.data_ptr() % ALIGNMENT)
+            if x.dtype is torch.float32:
+                kind.append(torch.backends.cuda.matmul.fp32_precision)
         kind += (x.shape, x.stride(), x.dtype, device, grad and x.requires_grad)
     found = tuple(kind)
     try:
