@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
-    "serving": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan"},
+    "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plan"},
     "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "reference"},
