@@ -105,17 +105,19 @@ def compile_commands(
     compiler: str, csrc: Path, folder: Path, *, kind: str | None = None, more: tuple[str, ...] = ()
 ) -> list[list[str]]:
     """One command for each object, whose path comes last; those that take longest come first."""
-    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}", *more]
+    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}"]
     commands = []
     for source, operand, machine, flags in units(kind):
         optimise = EXPLICIT if operand else ARITHMETIC
         defined = [f"-DFA_MACHINE={machine}", *([f"-DFA_OPERAND={operand}"] if operand else [])]
         path = str(folder / f"{source}{operand}-{machine}.o")
-        commands.append([*common, *optimise, *flags, *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+        commands.append(
+            [*common, *optimise, *flags, *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path]
+        )
     for source in LIBRARY_SOURCES:
         defined = [f'-DFA_SOURCES="{fingerprint(csrc)}"']
         path = str(folder / f"{source}.o")
-        commands.append([*common, "-O2", *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+        commands.append([*common, "-O2", *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
     return commands
 
 
