@@ -1,8 +1,8 @@
 """C++ for CPUs: attention forward and backward, and to a cache, as it is stored. Built from ``csrc/cpu/``.
 
-Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses
-from instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works
-with the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
+Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses from
+instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works with
+the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class CpuBackend(Backend):
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        return attention.prepared_forward(_library(), inputs, spec)
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+        return attention.prepared_forward(_library(), inputs, spec, keep=keep)
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        return attention.prepared_backward(_library(), inputs, spec)
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        return attention.prepared_backward(_library(), inputs, spec, dout)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
+HOST = torch.device("cpu")  # said each time: torch.device as a context changes where new tensors are made
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
 MAX_HEAD_DIM = 512
 
@@ -69,9 +71,8 @@ class Call:
 def forward(library: Library, inputs: Inputs, spec: AttentionSpec, machine: int | None = None) -> Outputs:
     """``(out, lse, lse_low)``."""
     call = Call(inputs, spec, library.machine if machine is None else machine)
-    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype)
-    lse = torch.empty(inputs.lse_shape(), dtype=call.words)
-    low = torch.empty(inputs.lse_shape(), dtype=call.words)
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=HOST)
+    lse, low = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(2))
     library.attend("forward", call.packed(out=out, lse=lse, lse_low=low))
     return out, lse, low
 
@@ -93,14 +94,14 @@ def backward(
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()
     grads: dict[str, Tensor] = {
-        f"d{name}": torch.empty(x.shape, dtype=x.dtype)
+        f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
         for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
         if name in needs
     }
     if inputs.bias is not None and "bias" in needs:
-        grads["dbias"] = torch.zeros(inputs.bias.shape, dtype=call.words)
+        grads["dbias"] = torch.zeros(inputs.bias.shape, dtype=call.words, device=HOST)
     if inputs.sinks is not None and "sinks" in needs:
-        grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words)
+        grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
     library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
     if "dbias" in grads and inputs.bias is not None:
         grads["dbias"] = grads["dbias"].to(inputs.bias.dtype)
@@ -111,42 +112,49 @@ def backward(
     return Grads(**grads)
 
 
-def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-    """``forward`` for calls on q, k and v alone."""
+def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+    """``forward`` for calls on q, k and v alone; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
-    out_shape, lse_shape, dtype = inputs.out_shape(), inputs.lse_shape(), inputs.q.dtype
+    out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    empty, threads = torch.empty, torch.get_num_threads
+    empty, threads, low = torch.empty, torch.get_num_threads, math.prod(inputs.lse_shape()) * words.itemsize
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        out, lse, low = empty(out_shape, dtype=dtype), empty(lse_shape, dtype=words), empty(lse_shape, dtype=words)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
+        if keep:
+            kept = empty(kept_shape, dtype=words, device=HOST)
+            at = kept.data_ptr()
+            at_low = at + low
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-                 low.data_ptr()) + rest
-        )  # fmt: skip
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
+            + rest
+        )
         if failed:
             library.explain(failed)
-        return out, lse, low
+        return (out,) if kept is None else (out, kept)
 
     return run
 
 
-def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
     """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
     q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
-    rest = _rest(inputs, spec, BACKWARD_PART, torch.empty(inputs.out_shape(), dtype=dtype, device="meta"))
+    rest = _rest(inputs, spec, BACKWARD_PART, dout)
     if rest is None:
         return None
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     empty, threads = torch.empty, torch.get_num_threads
+    low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
 
-    def run(dout: Tensor, out: Tensor, lse: Tensor, low: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        dq, dk, dv = empty(q_shape, dtype=dtype), empty(k_shape, dtype=dtype), empty(v_shape, dtype=dtype)
+    def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        dq = empty(q_shape, dtype=dtype, device=HOST)
+        dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
+        at = kept.data_ptr()
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-                 low.data_ptr(), dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
         )  # fmt: skip
         if failed:
             library.explain(failed)
