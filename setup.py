@@ -19,7 +19,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 # What is compiled at first use, where it was not built: by NVRTC for a GPU, by a C++ compiler for a CPU.
-SOURCES = ("*.h", "instances.inc", "sm90/*.h", "sm90/*.cuh", "cpu/*.h", "cpu/*.cpp")
+SOURCES = ("common/*.h", "sm90/*.h", "sm90/*.cuh", "sm90/instances.inc", "cpu/*.h", "cpu/*.cpp")
 
 
 def load(backend: str, name: str) -> ModuleType:

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from fastattn.testing.timing import Contender, compare, stopwatch
-from fastattn.testing.workload import DTYPES
+from fastattn.measure.timing import Contender, compare, stopwatch
+from fastattn.measure.workload import DTYPES
 
 
 def measure(device: torch.device, dtypes: set[str], quick: bool = False) -> dict[str, float]:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 import fastattn
 from benchmarks import ceilings, command_line, tables
 from fastattn.errors import InputError
-from fastattn.generate import Sampling
-from fastattn.models import Decoder, preset
-from fastattn.testing.timing import compare, stopwatch
+from fastattn.lm.generate import Sampling
+from fastattn.lm.models import Decoder, preset
+from fastattn.measure.timing import compare, stopwatch
 
 COLUMNS = [
     "what",

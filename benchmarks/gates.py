@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fastattn.backends.triton.tools import gates
 from fastattn.errors import InputError
-from fastattn.testing import gates
 
 EXPECTED = Path(__file__).parent / "expected"
 

@@ -25,15 +25,15 @@ from benchmarks import ceilings, command_line, tables
 from benchmarks.record import Record
 from fastattn import attention_with_kv_cache
 from fastattn.errors import InputError
-from fastattn.generate import Sampling, generate
-from fastattn.models import PRESETS, Decoder, TransformerConfig, preset
+from fastattn.lm.generate import Sampling, generate
+from fastattn.lm.models import PRESETS, Decoder, TransformerConfig, preset
+from fastattn.lm.train.metrics import peak_flops
+from fastattn.lm.train.optim import OptimConfig, make_optimizer, update
+from fastattn.measure import memory
+from fastattn.measure.peers import eager_attention
+from fastattn.measure.timing import compare, stopwatch
+from fastattn.measure.workload import Operands, Workload
 from fastattn.nn import paged
-from fastattn.testing import memory
-from fastattn.testing.peers import eager_attention
-from fastattn.testing.timing import compare, stopwatch
-from fastattn.testing.workload import Operands, Workload
-from fastattn.train.metrics import peak_flops
-from fastattn.train.optim import OptimConfig, make_optimizer, update
 
 COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
 VOCABULARY = 256  # bytes

@@ -15,8 +15,8 @@ from benchmarks import ceilings, command_line, tables
 from benchmarks.peers import chosen
 from benchmarks.suites import SUITES, Suite
 from fastattn.errors import InputError
-from fastattn.testing.comparison import Effort, compare_peers
-from fastattn.testing.workload import Workload
+from fastattn.measure.comparison import Effort, compare_peers
+from fastattn.measure.workload import Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,9 +20,9 @@ import fastattn
 from benchmarks import command_line, tables
 from benchmarks.environment import REPOSITORY
 from benchmarks.peers import PEERS
-from fastattn.testing.peers import pass_call
-from fastattn.testing.timing import compare, stopwatch
-from fastattn.testing.workload import Operands, Workload
+from fastattn.measure.peers import pass_call
+from fastattn.measure.timing import compare, stopwatch
+from fastattn.measure.workload import Operands, Workload
 
 COLUMNS = ["what", "value", "beside", "note"]
 Row = dict[str, str]

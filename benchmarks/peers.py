@@ -1,4 +1,4 @@
-"""Every peer by name: those of ``fastattn.testing.peers`` and the ones that compile, force a kernel or need a package.
+"""Every peer by name: those of ``fastattn.measure.peers`` and the ones that compile, force a kernel or need a package.
 
 The output of every peer passes the correctness gate before its time is printed, so a peer that means something else
 than the workload shows up as red, not as fast.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn.errors import InputError
-from fastattn.testing.peers import (
+from fastattn.measure.peers import (
     EAGER,
     SDPA,
     Forward,
@@ -28,7 +28,7 @@ from fastattn.testing.peers import (
     prepare_sdpa,
     sdpa_reasons,
 )
-from fastattn.testing.workload import Operands, Workload
+from fastattn.measure.workload import Operands, Workload
 
 Reasons = Callable[[Workload, str], list[str]]
 

@@ -7,8 +7,8 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastattn.testing.peers import fastattn_peer, pass_call
-from fastattn.testing.workload import Operands, Workload
+from fastattn.measure.peers import fastattn_peer, pass_call
+from fastattn.measure.workload import Operands, Workload
 
 
 def main(device_type: str, backend: str) -> None:

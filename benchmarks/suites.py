@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.testing.workload import Workload
+from fastattn.measure.workload import Workload
 
 
 @dataclass(frozen=True)

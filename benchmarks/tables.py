@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastattn.testing.timing import Timing
+from fastattn.measure.timing import Timing
 
 Record = dict[str, Any]
 OURS = "fastattn"  # the automatic choice, which is what a user gets

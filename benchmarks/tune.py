@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fastattn.backends.triton.tools import gates, tuning
 from fastattn.errors import InputError
-from fastattn.testing import gates, tuning
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops, replay
-from fastattn.cache import CacheInputs, cache_problem, check_cache_inputs
+from fastattn import dispatch, ops, plan
 from fastattn.errors import input_error
 from fastattn.functional import Window, autocast, band, four_dims, longest, make_spec, per_head
+from fastattn.kv_cache import CacheInputs, cache_problem, check_cache_inputs
 from fastattn.problem import check_rank
 
 
@@ -110,7 +110,7 @@ def attention_with_kv_cache(
     like = None
     if cu_seqlens_q is rotary_cos is rotary_sin is k_scale is v_scale is bias is alibi_slopes is sinks is None:
         like = _likeness(tensors, (causal, window, scale, softcap, max_seqlen_q, backend))
-        if like is not None and (run := replay.known(like)) is not None:
+        if like is not None and (run := plan.known(like)) is not None:
             out, lse = run(*tensors)
             return (out, lse) if return_lse else out
     dispatch.check_name(backend)
@@ -148,8 +148,8 @@ def attention_with_kv_cache(
         return q
     with torch.no_grad():
         out, lse = ops.attend_to_cache(inputs, spec, dispatch.requested(backend))
-    if like is not None and not replay.is_known(like):
-        replay.remember(like, ops.prepared_for_cache(inputs, spec, dispatch.requested(backend)))
+    if like is not None and not plan.is_known(like):
+        plan.remember(like, ops.prepared_for_cache(inputs, spec, dispatch.requested(backend)))
     return (out, lse) if return_lse else out
 
 
@@ -158,7 +158,7 @@ explain_with_kv_cache = dispatch.explainer(attention_with_kv_cache)
 
 def _likeness(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
     """What the call has in common with those like it; None if it has to go the long way."""
-    like = None if dispatch.explained else replay.signature(tensors, (*options, dispatch.requested(None)))
+    like = None if dispatch.explained else plan.signature(tensors, (*options, dispatch.requested(None)))
     if like is not None:
         ops.refuse_context_parallel()
     return like

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, replay, rng
+from fastattn import dispatch, plan, reference, rng
 from fastattn.autograd import attend
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, from_internal, to_internal
@@ -320,16 +320,16 @@ def dense_problem(
 
 def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     backend, qkv = dispatch.requested(backend), (inputs.q, inputs.k, inputs.v)
-    like = None if dispatch.explained or inputs.has_more_than_qkv else replay.signature(qkv, (spec, backend))
-    if like is not None and (run := replay.known(like)) is not None:
+    like = None if dispatch.explained or inputs.has_more_than_qkv else plan.signature(qkv, (spec, backend))
+    if like is not None and (run := plan.known(like)) is not None:
         refuse_context_parallel()
         return run(*qkv)
     check_inputs(inputs, spec)
     if dispatch.explained and dispatch.note(lambda: Problem.of(inputs, spec)):
         return inputs.q, inputs.q
     out, lse = attend(inputs, spec, backend)
-    if like is not None and not replay.is_known(like):
-        replay.remember(like, prepared_forward(inputs, spec, backend))
+    if like is not None and not plan.is_known(like):
+        plan.remember(like, prepared_forward(inputs, spec, backend))
     return out, lse
 
 

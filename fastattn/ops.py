@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Run
-from fastattn.cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
 from fastattn.dispatch import select
 from fastattn.errors import UnsupportedError
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs

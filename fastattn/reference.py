@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import cache, rng
-from fastattn.cache import CacheInputs
+from fastattn import kv_cache, rng
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -191,7 +191,7 @@ def attend_to_cache(
     inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Append, gather every position that the cache can hold, and attend: ``(out, lse)`` by the formula of the spec."""
-    cache.append(inputs)
+    kv_cache.append(inputs)
     dtype = dtype or lse_dtype(inputs.q.dtype)
     dense, at = gathered(inputs, spec, dtype)
     out, lse = forward(dense, spec, dtype, at)
@@ -205,18 +205,18 @@ def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tu
     """
     device, reach = inputs.q.device, _reach(inputs)
     b, j = torch.arange(inputs.batch, device=device)[:, None], torch.arange(reach, device=device)[None, :]
-    page, row = cache.rows_of(inputs, b, j)
+    page, row = kv_cache.rows_of(inputs, b, j)
     page = page.clamp(0, max(0, inputs.k_cache.shape[0] - 1))  # entries that are not in use may be anything
-    k = cache.read(inputs.k_cache, inputs.k_scale, page, row, dtype)  # [B, S, H_kv, D]
-    v = cache.read(inputs.v_cache, inputs.v_scale, page, row, dtype)
-    q = cache.rotated_queries(inputs, spec).to(dtype)
+    k = kv_cache.read(inputs.k_cache, inputs.k_scale, page, row, dtype)  # [B, S, H_kv, D]
+    v = kv_cache.read(inputs.v_cache, inputs.v_scale, page, row, dtype)
+    q = kv_cache.rotated_queries(inputs, spec).to(dtype)
     dense = Inputs(q, k, v, bias=inputs.bias, alibi_slopes=inputs.alibi_slopes, sinks=inputs.sinks)
     s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()
     h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
     if inputs.cu_seqlens_q is None:
         i, b = torch.arange(q.shape[1], device=device)[None, None, :, None], b[:, None, None]
         return dense, Positions(h, inputs.heads_q, i, j[:, None, None], b, b, q.shape[1], s_kv[:, None, None, None])
-    sequence, i = cache.packed_positions(inputs)
+    sequence, i = kv_cache.packed_positions(inputs)
     ends = torch.arange(inputs.batch + 1, device=device, dtype=torch.int32) * reach
     dense = dense.replace(k=k.flatten(0, 1), v=v.flatten(0, 1), cu_seqlens_q=inputs.cu_seqlens_q, cu_seqlens_kv=ends)
     of_rows = (x[None, None, :, None] for x in (i, sequence, inputs.cu_seqlens_q.diff()[sequence], s_kv[sequence]))

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import fastattn
-from fastattn import replay
+from fastattn import plan
 
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def nothing_replayed() -> None:
     """Each test takes the long way first: what others have changed for themselves is not remembered."""
-    replay.forget()
+    plan.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@
 // the largest score, the sum of the weights, and the weighted sum of the values; who finishes a sequence joins them.
 #pragma once
 
-#include "mask.h"
+#include "../common/mask.h"
 #include "params.h"
 
 namespace fa::cpu {

@@ -128,7 +128,7 @@ static void append(Params const& p, Sequence const& s, void const* rows, Strides
   }
 }
 
-// Whether a sequence and its page numbers stay inside the cache, as fastattn.cache.check_cache_values has it.
+// Whether a sequence and its page numbers stay inside the cache, as fastattn.kv_cache.check_cache_values has it.
 static bool has_right_values(Params const& p, Sequence const& s, Range keys) {
   int const have = p.cache_lengths[s.b], s_q = s.band.s_q, s_kv = s.band.s_kv;
   if (s_kv > p.capacity || s_q < 0 || s_q > p.longest_q) return false;

@@ -13,7 +13,7 @@ CAPPED_64 = ("FORWARD", 64, 64, 1, 1)
 PRODUCER, CONSUMER, SHARED = "sm90/producer.cuh", "sm90/consumer.cuh", "sm90/shared.h"
 FORWARD, SCHEDULE, TRAITS = "sm90/forward.cuh", "sm90/schedule.h", "sm90/traits.h"
 FRAGMENT = "sm90/fragment.cuh"
-SOFTMAX, MASK = "softmax.h", "mask.h"
+SOFTMAX, MASK = "common/softmax.h", "common/mask.h"
 
 OWN_BARRIER = "named_sync(kOwnBarrier + consumer, kWarpgroup);"
 FINISH_STEP = "wgmma_wait<0>(out);\n    release(v);\n    pack_fragment<typename C::Element>(p, scores);"

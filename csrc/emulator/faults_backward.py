@@ -13,7 +13,7 @@ SPLIT_192 = ("KEYS", 192, 128, 0)
 QUERIES_128, QUERIES_256 = ("QUERIES", 128, 128, 0), ("QUERIES", 256, 256, 0)
 
 KEYS, QUERIES, ROWS = "sm90/keys.cuh", "sm90/queries.cuh", "sm90/rows.cuh"
-BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "gradient.h", "mask.h"
+BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "common/gradient.h", "common/mask.h"
 
 BACKWARD_FAULTS = [
     # What the producers may do when

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../maps.h"
+#include "../sm90/maps.h"
 #include "machine.h"
 
 namespace fa::emu {

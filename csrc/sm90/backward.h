@@ -3,7 +3,7 @@
 // A block works on one tile: the hardware hands out blocks in order, so long tiles come first. Tiles are numbered pass
 // by pass as in schedule.h, and a tile is told to all warps through shared memory in the same form.
 #pragma once
-#include "../gradient.h"
+#include "../common/gradient.h"
 #include "shared.h"
 
 namespace fa::sm90 {

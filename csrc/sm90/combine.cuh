@@ -3,7 +3,7 @@
 // One warp for each row of q and query head. A split whose lse is -inf has no keys of that row, and its out may hold
 // anything.
 #pragma once
-#include "../softmax.h"
+#include "../common/softmax.h"
 #include "decode.h"
 
 namespace fa::sm90 {

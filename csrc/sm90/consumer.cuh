@@ -1,6 +1,6 @@
 // A consumer warpgroup: the products, the softmax and the output of 64 query rows of every tile.
 #pragma once
-#include "../softmax.h"
+#include "../common/softmax.h"
 #include "fragment.cuh"
 
 namespace fa::sm90 {

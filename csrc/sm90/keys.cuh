@@ -10,7 +10,7 @@
 // dq = dS K sums over the keys of both consumers: dS^T goes through shared memory, each consumer takes a part of dq and
 // adds it to dq_sums, in the order of its registers. csrc/README.md draws the roles.
 #pragma once
-#include "../gradient.h"
+#include "../common/gradient.h"
 #include "backward.h"
 #include "backward_traits.h"
 #include "fragment.cuh"

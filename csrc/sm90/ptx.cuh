@@ -4,7 +4,7 @@
 // CPU. Compiles with nvcc and NVRTC: no header of the standard library or of CUDA. Everything is force-inlined,
 // since a function call between the issue of a wgmma and its wait makes ptxas serialise it.
 #pragma once
-#include "../params.h"
+#include "../common/params.h"
 
 #ifdef FA_EMULATE
 #include "../emulator/ptx.h"

@@ -4,7 +4,7 @@
 //
 //     S = Q K^T     P = 2^(S - lse)     dP = dout V^T     dS = P (dP - delta)     dq += dS K
 #pragma once
-#include "../gradient.h"
+#include "../common/gradient.h"
 #include "backward.h"
 #include "backward_traits.h"
 #include "fragment.cuh"

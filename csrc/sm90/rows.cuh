@@ -3,7 +3,7 @@
 //
 // A block has eight warps and works on the 128 padded rows of one head that begin at a multiple of 128.
 #pragma once
-#include "../gradient.h"
+#include "../common/gradient.h"
 #include "backward.h"
 
 namespace fa::sm90 {

@@ -6,8 +6,8 @@
 // last query rows come first, since under a causal mask they have the most keys: long tiles first, short ones fill
 // the gaps at the end.
 #pragma once
-#include "../mask.h"
-#include "../params.h"
+#include "../common/mask.h"
+#include "../common/params.h"
 #include "ptx.cuh"
 
 namespace fa::sm90 {

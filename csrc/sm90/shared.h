@@ -1,7 +1,7 @@
 // What producer and consumers of the forward kernel have in common: arguments, shared memory, rings, ranges of keys.
 #pragma once
-#include "../mask.h"
-#include "../params.h"
+#include "../common/mask.h"
+#include "../common/params.h"
 #include "ptx.cuh"
 #include "schedule.h"
 #include "traits.h"

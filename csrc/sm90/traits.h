@@ -1,6 +1,6 @@
 // What is fixed when a forward kernel is compiled: tile, flags, and the map of shared memory that follows from them.
 #pragma once
-#include "../params.h"
+#include "../common/params.h"
 
 // The experiments of docs/measured.md, one macro each; the defaults are what is shipped.
 #ifndef FA_HOLD

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 

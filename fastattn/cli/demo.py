@@ -19,7 +19,7 @@ from fastattn.files import write_text
 if TYPE_CHECKING:
     import torch
 
-    from fastattn.train import Outcome, RunConfig, Trainer
+    from fastattn.lm.train import Outcome, RunConfig, Trainer
 
 _MARK = ".fastattn-demo"  # a folder with it is ours to write over
 PROMPTS = ("def main(", "import ", "class ")
@@ -115,7 +115,7 @@ def _verify(report: Report, target: torch.device) -> bool:
 
 
 def _speed(report: Report, target: torch.device) -> None:
-    from fastattn.testing.speed import speed_table
+    from fastattn.measure.speed import speed_table
 
     with report.section("Speed and memory"):
         found = speed_table(str(target), quick=True)
@@ -127,7 +127,7 @@ def _speed(report: Report, target: torch.device) -> None:
 
 
 def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Outcome:
-    from fastattn.train import Log, pretrain
+    from fastattn.lm.train import Log, pretrain
 
     with report.section("Training"):
         folder = report.folder / "run"
@@ -143,7 +143,7 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
             f"entropy, {entropy:.3f}."
         )
         with _plotting(report):
-            from fastattn.train.plots import plot_losses
+            from fastattn.lm.train.plots import plot_losses
 
             levels = {"unigram entropy of the text": entropy}
             plot_losses(Log(folder / "log.jsonl").records(), levels, report.folder / "loss.png")
@@ -153,7 +153,7 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
 
 def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device) -> RunConfig:
     """A tiny model, and as many steps as the machine can do in the time."""
-    from fastattn.train import RunConfig, make_trainer
+    from fastattn.lm.train import RunConfig, make_trainer
 
     # A small vocabulary and few rows make steps cheap: in so short a training, many of them count most.
     flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
@@ -186,7 +186,7 @@ def _fastest_threads(trainer: Trainer) -> tuple[int, float]:
 
 
 def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
-    from fastattn.generate import Sampling, stream_text
+    from fastattn.lm.generate import Sampling, stream_text
 
     with report.section("What it writes"):
         model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()

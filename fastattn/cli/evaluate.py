@@ -32,8 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.files import write_text
-    from fastattn.finetune.evaluate import evaluate
-    from fastattn.train import find_checkpoint
+    from fastattn.lm.finetune.evaluate import evaluate
+    from fastattn.lm.train import find_checkpoint
 
     if args.limit is not None and args.limit < 1:
         raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")

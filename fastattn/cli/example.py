@@ -36,8 +36,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
-    from fastattn.examples.shipped import run_example
     from fastattn.files import write_text
+    from fastattn.lm.examples.shipped import run_example
 
     if args.steps is not None and args.steps < 1:
         raise input_error("--steps", args.steps, "a positive int", "Leave it out for what the example needs.")

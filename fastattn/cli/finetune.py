@@ -80,9 +80,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
-    from fastattn.finetune.run import FinetuneConfig, finetune, resumed_config
-    from fastattn.train import find_checkpoint
-    from fastattn.train.parallel import joined, ranks
+    from fastattn.lm.finetune.run import FinetuneConfig, finetune, resumed_config
+    from fastattn.lm.train import find_checkpoint
+    from fastattn.lm.train.parallel import joined, ranks
 
     flags = given(args, FLAGS) | {name: value for name, value in vars(args).items() if name == "task"}
     for name in _PATHS:

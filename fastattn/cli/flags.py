@@ -27,7 +27,7 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] | None = None
 
 
-# The fields of ``fastattn.train.TrainConfig``, where they stand in a config as ``train``.
+# The fields of ``fastattn.lm.train.TrainConfig``, where they stand in a config as ``train``.
 TRAINING = (
     Flag("--steps", "train.steps", int, 1000, "updates of the weights"),
     Flag("--max-minutes", "train.max_minutes", float, None, "stop after this long, with a checkpoint"),

@@ -74,9 +74,9 @@ def _add_strategy(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastattn.generate import Sampling, Texts
-    from fastattn.train import find_checkpoint
-    from fastattn.train.marks import Marks
+    from fastattn.lm.generate import Sampling, Texts
+    from fastattn.lm.train import find_checkpoint
+    from fastattn.lm.train.marks import Marks
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
     _check(args)
@@ -123,7 +123,7 @@ def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
 
     from tqdm import tqdm
 
-    from fastattn.generate.prompts import Results, read_prompts
+    from fastattn.lm.generate.prompts import Results, read_prompts
 
     prompts = read_prompts(args.prompts)
     out = args.out or args.prompts.with_name(args.prompts.name + ".out.jsonl")

@@ -29,7 +29,7 @@ _CLEANING = ("kind", "quality", "min_words", "max_words", "duplicates", "persona
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from fastattn.data.quality import RULES
+    from fastattn.lm.data.quality import RULES
 
     text = (
         "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
@@ -57,10 +57,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastattn.data import Cleaning, find_sources
-    from fastattn.data.formats import ReadOptions
     from fastattn.errors import input_error
-    from fastattn.train.prepare import PrepareConfig, prepare_at
+    from fastattn.lm.data import Cleaning, find_sources
+    from fastattn.lm.data.formats import ReadOptions
+    from fastattn.lm.train.prepare import PrepareConfig, prepare_at
 
     flags = given(args, FLAGS)
     cleaning = {name: flags.pop(name) for name in _CLEANING if name in flags}
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _told(folder: Path, documents: dict[str, int], tokens: dict[str, int], vocab_size: int) -> str:
-    from fastattn.data.report import Report
+    from fastattn.lm.data.report import Report
 
     report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} documents, {tokens[name]:,} tokens" for name in documents]

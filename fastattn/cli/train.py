@@ -80,8 +80,8 @@ def _findable(path: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastattn.train import RunConfig, find_checkpoint, pretrain, resumed_config
-    from fastattn.train.parallel import joined, ranks
+    from fastattn.lm.train import RunConfig, find_checkpoint, pretrain, resumed_config
+    from fastattn.lm.train.parallel import joined, ranks
 
     flags = given_flags(args)
     with joined(device.choose(args.device)) as target:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastattn import attention, explain
 from fastattn.errors import input_error
+from fastattn.functional import attention, explain
 from fastattn.nn.rotary import Rotary
 
 Window = tuple[int | None, int | None]

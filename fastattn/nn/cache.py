@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import attention_with_kv_cache
+from fastattn.decoding import attention_with_kv_cache
 from fastattn.errors import input_error
 
 Window = tuple[int | None, int | None]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastattn import attention_with_kv_cache
+from fastattn.decoding import attention_with_kv_cache
 from fastattn.errors import input_error
 from fastattn.nn.cache import Window, check_sizes
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastattn import cache, reference
+from fastattn import kv_cache, reference
 from fastattn.backends import load
 from fastattn.backends.base import Backend
-from fastattn.cache import FP8, CacheInputs
+from fastattn.kv_cache import FP8, CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, keep, page_and_row
 from fastattn.testing.cases import Case
@@ -193,9 +193,9 @@ def make_cache_sample(case: CacheCase, device: torch.device | str = "cpu", seed:
         max_seqlen_q=longest_q,
         rotary_interleaved=case.rotary == "interleaved",
     )  # fmt: skip
-    moved = {name: getattr(inputs, name) for name in cache.CACHE_TENSORS}
+    moved = {name: getattr(inputs, name) for name in kv_cache.CACHE_TENSORS}
     inputs = inputs.replace(**{name: x.to(device) for name, x in moved.items() if x is not None})
-    cache.check_cache_inputs(inputs, spec)
+    kv_cache.check_cache_inputs(inputs, spec)
     return CacheSample(case, inputs, spec)
 
 
@@ -284,8 +284,8 @@ def _judge_stored(before: CacheInputs, after: CacheInputs) -> list[Row]:
         exact = _in_float64(before.replace(k_scale=None, v_scale=None))
         marks = exact.replace(k=torch.ones_like(exact.k), v=torch.ones_like(exact.v), rotary_cos=None, rotary_sin=None)  # type: ignore[arg-type]
         marks = marks.replace(k_cache=torch.zeros_like(exact.k_cache), v_cache=torch.zeros_like(exact.v_cache))
-        cache.append(exact)
-        cache.append(marks)
+        kv_cache.append(exact)
+        kv_cache.append(marks)
         expected, is_new = {"k_cache": exact.k_cache, "v_cache": exact.v_cache}, marks.k_cache[..., 0, 0] > 0
     rows = []
     for name, scale in (("k_cache", before.k_scale), ("v_cache", before.v_scale)):
@@ -317,14 +317,14 @@ def _in_float64(inputs: CacheInputs) -> CacheInputs:
 def _by_sequence(inputs: CacheInputs, sample: CacheSample, dtype: torch.dtype) -> list[Sample]:
     """Each sequence as a dense problem of its own, read from a full cache."""
     given = _in_float64(inputs) if dtype == torch.float64 else inputs
-    q = cache.rotated_queries(given.replace(k_scale=None, v_scale=None), sample.spec)
+    q = kv_cache.rotated_queries(given.replace(k_scale=None, v_scale=None), sample.spec)
     samples = []
     for b, (s_q, s_kv) in enumerate(zip(sample.case.s_q, sample.case.s_kv, strict=True)):
         entry, row = page_and_row(torch.arange(s_kv), inputs.page_size)
         page = torch.full_like(row, b) if inputs.block_table is None else inputs.block_table.cpu()[b, entry].long()
         page = page.clamp(min=0)  # what a window has left behind is masked, whatever it is
-        k = cache.read(inputs.k_cache, inputs.k_scale, page, row, torch.float64).to(dtype)[None]
-        v = cache.read(inputs.v_cache, inputs.v_scale, page, row, torch.float64).to(dtype)[None]
+        k = kv_cache.read(inputs.k_cache, inputs.k_scale, page, row, torch.float64).to(dtype)[None]
+        v = kv_cache.read(inputs.v_cache, inputs.v_scale, page, row, torch.float64).to(dtype)[None]
         alibi, sinks = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (given.alibi_slopes, given.sinks))
         bias = None if given.bias is None else given.bias[b : b + 1, ..., :s_kv]
         one = Inputs(_rows(q, b, sample.case)[None], k, v, bias, alibi_slopes=alibi, sinks=sinks,

@@ -12,7 +12,7 @@ import torch
 
 from fastattn.backends import load
 from fastattn.backends.base import Backend
-from fastattn.backends.evidence import WRONG_RESULT
+from fastattn.evidence import WRONG_RESULT
 from fastattn.testing.caches import cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import grid
 from fastattn.testing.inputs import make

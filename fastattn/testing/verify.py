@@ -13,8 +13,8 @@ import torch
 
 from fastattn import dispatch
 from fastattn.backends import load
-from fastattn.cache import cache_problem
 from fastattn.errors import unsupported_error
+from fastattn.kv_cache import cache_problem
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid

@@ -10,9 +10,9 @@ import fastattn
 from benchmarks import peers, suites
 from benchmarks.__main__ import main
 from benchmarks.record import read
-from fastattn.testing import speed
-from fastattn.testing.speed import SpeedReport
-from fastattn.testing.workload import Workload
+from fastattn.measure import speed
+from fastattn.measure.speed import SpeedReport
+from fastattn.measure.workload import Workload
 
 QUICK = ["--device", "cpu", "--threads", "1", "--quick", "--quiet"]
 

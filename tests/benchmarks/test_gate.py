@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.testing import comparison, gate, peers
-from fastattn.testing.workload import Operands, Workload
+from fastattn.measure import comparison, correctness, peers
+from fastattn.measure.workload import Operands, Workload
 
 CPU = torch.device("cpu")
 BASE = Workload(s_q=192, s_kv=192, heads_q=4, heads_kv=2, d_qk=32, d_v=32, dtype="fp32", causal=True)
@@ -39,7 +39,7 @@ def test_right_results_are_green(workload, peer):
         pytest.skip(reason="; ".join(why))
     operands = Operands.of(workload, CPU)
     for pass_name in ("forward", "both"):
-        verdict = gate.check(peer.prepare(operands), operands, pass_name)
+        verdict = correctness.check(peer.prepare(operands), operands, pass_name)
         assert verdict.ok, verdict
 
 
@@ -73,7 +73,7 @@ def recomputed(**changes):
 
 
 def one_row_dropped(operands, out):
-    rows = gate.Part.of(operands).rows
+    rows = correctness.Part.of(operands).rows
     keep = torch.ones(out.shape[1], dtype=torch.bool)
     keep[rows[5]] = False
     return torch.where(keep[None, :, None, None], out, 0)
@@ -92,15 +92,15 @@ FAULTS = {
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_wrong_outputs_are_red(fault, dtype):
     operands = Operands.of(dataclasses.replace(BASE, dtype=dtype), CPU)
-    verdict = gate.check(planted(fault).prepare(operands), operands, "forward")
+    verdict = correctness.check(planted(fault).prepare(operands), operands, "forward")
     assert not verdict.ok and verdict.worst > 1 and str(verdict).startswith("red")
 
 
 def test_wrong_gradients_are_red_and_the_forward_pass_stays_green():
     operands = Operands.of(BASE, CPU)
     forward = planted(lambda operands, out: WrongGradient.apply(out, 1.01)).prepare(operands)
-    assert gate.check(forward, operands, "forward").ok
-    verdict = gate.check(forward, operands, "both")
+    assert correctness.check(forward, operands, "forward").ok
+    verdict = correctness.check(forward, operands, "both")
     assert not verdict.ok and verdict.where.startswith("d")
 
 
@@ -111,14 +111,14 @@ def test_a_gradient_where_there_is_none_is_red():
     def leaks(operands, out):
         return out + 0 * operands.q.mean() + (operands.q - operands.q.detach()).sum() * 1e-3
 
-    verdict = gate.check(planted(leaks).prepare(operands), operands, "both")
+    verdict = correctness.check(planted(leaks).prepare(operands), operands, "both")
     assert not verdict.ok and "where dout is zero" in verdict.where
 
 
 def test_the_part_has_rows_in_every_tile_and_distinct_heads():
     long = dataclasses.replace(BASE, s_q=8192, s_kv=8192, heads_q=8, heads_kv=4)
-    part = gate.Part.of(Operands.of(dataclasses.replace(long, d_qk=8, d_v=8), CPU))
-    assert len(part.rows) == gate.ROWS and len({head for _, head in part.pairs}) == gate.SLICES
+    part = correctness.Part.of(Operands.of(dataclasses.replace(long, d_qk=8, d_v=8), CPU))
+    assert len(part.rows) == correctness.ROWS and len({head for _, head in part.pairs}) == correctness.SLICES
     assert len(torch.unique(part.rows // 64)) == 8192 // 64
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastattn.testing import memory
-from fastattn.testing.workload import Workload
+from fastattn.measure import memory
+from fastattn.measure.workload import Workload
 
 MEGABYTE = 1 << 20
 needs_linux = pytest.mark.skipif(memory.cannot_measure_process() is not None, reason="needs Linux's clear_refs")

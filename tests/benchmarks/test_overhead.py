@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.testing.peers import EAGER, SDPA, fastattn_peer, pass_call
-from fastattn.testing.workload import Operands, Workload
+from fastattn.measure.peers import EAGER, SDPA, fastattn_peer, pass_call
+from fastattn.measure.workload import Operands, Workload
 
 TINY = Workload(s_q=16, s_kv=16, heads_q=1, heads_kv=1, d_qk=16, d_v=16, dtype="fp32", causal=True)
 LONGER = Workload(s_q=512, s_kv=512, heads_q=2, heads_kv=2, d_qk=64, d_v=64, dtype="fp32", causal=True)

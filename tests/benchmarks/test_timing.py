@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from fastattn.testing import timing
-from fastattn.testing.timing import HostStopwatch, Timing, compare
+from fastattn.measure import timing
+from fastattn.measure.timing import HostStopwatch, Timing, compare
 
 
 class Clock:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastattn.models import PRESETS
+from fastattn.lm.models import PRESETS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -16,4 +16,4 @@ def smaller_tiny():
 @pytest.fixture(autouse=True)
 def no_loss_curves(monkeypatch):
     """Drawing takes longer than these runs do; what draws is tested by itself."""
-    monkeypatch.setattr("fastattn.train.loop.plot_losses", lambda *_: None)
+    monkeypatch.setattr("fastattn.lm.train.loop.plot_losses", lambda *_: None)

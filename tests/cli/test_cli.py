@@ -9,7 +9,7 @@ import pytest
 
 import fastattn
 from fastattn.cli import main, train
-from fastattn.train import RunConfig, find_checkpoint
+from fastattn.lm.train import RunConfig, find_checkpoint
 
 SMALL = ["--batch", "2", "--length", "16", "--vocab-size", "300", "--eval-rows", "2", "--device", "cpu", "--quiet"]
 
@@ -310,7 +310,7 @@ def test_interrupted_outside_the_loop(tmp_path, capsys, monkeypatch):
 def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, capsys):
     import signal
 
-    from fastattn.train import loop
+    from fastattn.lm.train import loop
 
     real = loop.Trainer._train_step
 

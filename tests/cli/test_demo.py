@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from fastattn.cli import demo, main
-from fastattn.train import RunConfig, Trainer
+from fastattn.lm.train import RunConfig, Trainer
 
 
 @pytest.fixture
 def short(monkeypatch):
     """Stand-ins with the interface of the two reports."""
-    from fastattn.testing import speed, verify
+    from fastattn.measure import speed
+    from fastattn.testing import verify
 
     found = SimpleNamespace(ok=True, table=lambda: "the table", to_dict=lambda: {"ok": found.ok})
     found.plot = lambda path: path.write_bytes(b"png")

@@ -9,14 +9,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from fastattn.cli import finetune, main
-from fastattn.examples import shipped
-from fastattn.examples.stdlib import Docstring, Sentence, Summary
-from fastattn.finetune.examples import FIELDS, read_examples
-from fastattn.finetune.run import FinetuneConfig
-from fastattn.finetune.tasks import TASKS
-from fastattn.models import PRESETS, make_model, preset, save_pretrained
-from fastattn.train import find_checkpoint
-from fastattn.train.tokens import train_tokenizer
+from fastattn.lm.examples import shipped
+from fastattn.lm.examples.stdlib import Docstring, Sentence, Summary
+from fastattn.lm.finetune.examples import FIELDS, read_examples
+from fastattn.lm.finetune.run import FinetuneConfig
+from fastattn.lm.finetune.tasks import TASKS
+from fastattn.lm.models import PRESETS, make_model, preset, save_pretrained
+from fastattn.lm.train import find_checkpoint
+from fastattn.lm.train.tokens import train_tokenizer
 
 QUICK = ["--batch", "4", "--vocab-size", "300", "--device", "cpu", "--quiet"]
 PROMPTS = [{"prompt": f"say {word}: ", "response": word.upper()} for word in ("up", "down", "left", "right")]
@@ -218,7 +218,9 @@ def small_library(monkeypatch, tmp_path):
     prose = [Sentence(m, p, f"About {t}.") for m, p, t in items]
     monkeypatch.setattr(shipped, "sentences", lambda: prose)
     monkeypatch.setattr(shipped, "find_files", lambda: files)
-    monkeypatch.setattr("fastattn.examples.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")})
+    monkeypatch.setattr(
+        "fastattn.lm.examples.stdlib.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "library")}
+    )
 
 
 @pytest.mark.parametrize("name", sorted(shipped.EXAMPLES))

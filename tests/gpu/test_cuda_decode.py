@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn.backends import cuda
 from fastattn.backends.cuda import decode
 from fastattn.backends.cuda.instances import DecodeTile, Instance, decode_instances
-from fastattn.cache import CACHE_TENSORS, CacheInputs, cache_problem
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem
 from fastattn.spec import AttentionSpec
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.tolerance import assert_within

@@ -12,8 +12,8 @@ import fastattn
 from fastattn import InputError
 from fastattn.backends import load, native
 from fastattn.backends.cpu import build, decode, delivery, library
-from fastattn.cache import CacheInputs
 from fastattn.decoding import explain_with_kv_cache
+from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
@@ -211,7 +211,7 @@ def test_a_library_of_other_sources_is_not_used(tmp_path):
     for name in build.SOURCES:
         (csrc / name).parent.mkdir(parents=True, exist_ok=True)
         (csrc / name).write_bytes((native.source_folder() / name).read_bytes())
-    (csrc / "mask.h").write_text((csrc / "mask.h").read_text() + "// another\n")
+    (csrc / "common" / "mask.h").write_text((csrc / "common" / "mask.h").read_text() + "// another\n")
     build.build_library(tmp_path / "other.so", csrc)
     with pytest.raises(OSError, match="built from other sources"):
         library.Library(tmp_path / "other.so")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastattn.backends.cuda import abi, decode
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 

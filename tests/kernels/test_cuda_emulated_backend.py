@@ -16,7 +16,7 @@ import torch
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
 from fastattn.backends.cuda.instances import decode_tiles, forward_tiles, keys_tiles, queries_tiles
-from fastattn.cache import cache_problem
+from fastattn.kv_cache import cache_problem
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid

@@ -1,4 +1,4 @@
-"""csrc/mask.h is the CUDA transcription of keep, tile_range and full_range: here it is enumerated against the spec."""
+"""csrc/common/mask.h, the C++ transcription of keep, tile_range and full_range, enumerated against the spec."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SIDES = (None, 0, 1, 3, 100)
 LENGTHS = (0, 1, 2, 5)
 
 SOURCE = """
-#include "params.h"
-#include "mask.h"
+#include "common/params.h"
+#include "common/mask.h"
 
 using namespace fa;
 static Band band;
@@ -32,7 +32,7 @@ void full(int i0, int i1, int* range) { Range r = full_range(band, i0, i1); rang
 }
 """
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile csrc/mask.h")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile csrc/common/mask.h")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.testing import gates
+from fastattn.backends.triton.tools import gates
 
 triton = pytest.importorskip("triton")
 

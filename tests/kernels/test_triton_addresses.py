@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from fastattn.backends import load
 from fastattn.backends.triton import launch
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 

@@ -13,8 +13,8 @@ import triton.language as tl  # noqa: E402
 from fastattn.backends import load  # noqa: E402
 from fastattn.backends.triton import launch_cache  # noqa: E402
 from fastattn.backends.triton.pages import from_e4m3, to_e4m3  # noqa: E402
-from fastattn.cache import FP8  # noqa: E402
 from fastattn.decoding import explain_with_kv_cache  # noqa: E402
+from fastattn.kv_cache import FP8  # noqa: E402
 from fastattn.testing import CacheCase, assert_within, cache_grid, make_cache_sample, measure_cache  # noqa: E402
 
 GRID = cache_grid((torch.float32, torch.float16, torch.bfloat16))

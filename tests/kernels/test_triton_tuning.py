@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from fastattn.backends.triton import configs, table
+from fastattn.backends.triton.tools import tuning
 from fastattn.errors import InputError
-from fastattn.testing import tuning
 
 KEY = ("gfx942", "forward", 16, 64)
 

@@ -7,11 +7,11 @@ import torch
 from torch.library import opcheck
 
 import fastattn
-from fastattn import InputError, UnsupportedError, cache, reference
+from fastattn import InputError, UnsupportedError, kv_cache, reference
 from fastattn.backends import load
 from fastattn.backends.portable import decode
-from fastattn.cache import CACHE_TENSORS, CacheInputs
 from fastattn.decoding import explain_with_kv_cache
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs
 from fastattn.nn.rotary import rotary_tables
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
@@ -33,8 +33,8 @@ class PortableAsOnADevice(type(load("portable"))):
     """The path that looks at no length."""
 
     def attend_to_cache(self, inputs, spec):
-        cache.append(inputs)
-        inputs = inputs.replace(q=cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
+        kv_cache.append(inputs)
+        inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
         out, lse = decode._on_device(inputs, spec)
         return (out, lse) if inputs.sinks is None else decode.terms.add_sinks(out, lse, inputs)
 
@@ -160,7 +160,7 @@ def test_a_backend_that_declares_no_cache_is_not_asked():
     from fastattn.backends.base import Capabilities, capability_reasons
 
     sample = make_cache_sample(GRID[0])
-    reasons = capability_reasons(Capabilities(), cache.cache_problem(sample.inputs, sample.spec))
+    reasons = capability_reasons(Capabilities(), kv_cache.cache_problem(sample.inputs, sample.spec))
     assert "no cache" in reasons
 
 

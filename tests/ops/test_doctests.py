@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-MODULES = ("fastattn", "fastattn.models", "fastattn.nn", "fastattn.testing.verify", "fastattn.testing.fuzz")
+MODULES = ("fastattn", "fastattn.lm.models", "fastattn.nn", "fastattn.testing.verify", "fastattn.testing.fuzz")
 
 
 def documented():

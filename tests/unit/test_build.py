@@ -31,8 +31,8 @@ from fastattn.backends.cuda.instances import (
     select_keys,
     select_queries,
 )
-from fastattn.cache import CacheInputs
 from fastattn.errors import InputError
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
@@ -52,7 +52,7 @@ def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
     offsets = "\n".join(f'  printf("%zu ", offsetof(fa::{name}Params, {member}));' for member in members)
     source = tmp_path / "offsets.cpp"
     source.write_text(
-        '#include <cstddef>\n#include <cstdio>\n#include "params.h"\nint main() {\n'
+        '#include <cstddef>\n#include <cstdio>\n#include "common/params.h"\nint main() {\n'
         f'{offsets}\n  printf("%zu %lld", sizeof(fa::{name}Params), fa::k{name}Version);\n'
         '  printf(" %d %d", fa::kUnbounded, fa::kPaddedRows);\n}\n'
     )
@@ -271,7 +271,7 @@ def test_setup_without_a_compiler_builds_a_wheel_for_every_machine(tmp_path: Pat
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    sources = ("instances.inc", "mask.h", "sm90/forward.cuh", "cpu/decode.cpp", "cpu/vector.h")
+    sources = ("sm90/instances.inc", "common/mask.h", "sm90/forward.cuh", "cpu/decode.cpp", "cpu/vector.h")
     assert {f"fastattn/csrc/{name}" for name in sources} <= set(names)
     assert not any(name.endswith(".so") for name in names)
 
@@ -311,7 +311,7 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
         pytest.skip(str(error))
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
-    table = (csrc / "instances.inc").read_text().splitlines(keepends=True)
+    table = (csrc / "sm90" / "instances.inc").read_text().splitlines(keepends=True)
     kept = (
         "FORWARD(64, 64, 0, 0",
         "KEYS(64, 64, 0, 128, 128, 2, 1)",
@@ -319,7 +319,7 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
         "QUERIES(64, 64, 0",
         "DECODE(64, 64, 0",
     )
-    (csrc / "instances.inc").write_text("".join(x for x in table if not x[0].isupper() or x.startswith(kept)))
+    (csrc / "sm90" / "instances.inc").write_text("".join(x for x in table if not x[0].isupper() or x.startswith(kept)))
     build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, library_instances(csrc))
     loaded = library.Library(tmp_path / "libfastattn.so")
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
@@ -357,7 +357,7 @@ def test_cache_is_read_the_second_time(nvrtc_cache: Path, monkeypatch: pytest.Mo
 def test_cache_key_holds_source_options_and_version(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = Instance(forward_tiles(CSRC)[0], "bfloat16")
     paths = {nvrtc.cache_path(instance), nvrtc.cache_path(Instance(instance.tile, "float16"))}
-    changed = {**nvrtc.headers(), "mask.h": "another"}
+    changed = {**nvrtc.headers(), "common/mask.h": "another"}
     for name, value in (("version", lambda: "13.1"), ("OPTIONS", ("--std=c++20",)), ("headers", lambda: changed)):
         monkeypatch.setattr(nvrtc, name, value)
         paths.add(nvrtc.cache_path(instance))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch, reference
-from fastattn.backends import evidence, load
+from fastattn import dispatch, evidence, reference
+from fastattn.backends import load
 from fastattn.backends.base import Backend, Capabilities
 from fastattn.problem import Problem
 from fastattn.testing import self_check

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import importlib
 import inspect
 import re
@@ -23,64 +24,37 @@ STAND_INS = {
 }  # fmt: skip
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
-# caller -> functional -> spec/problem -> dispatch -> autograd/ops -> backends: what each part may import of fastattn.
-UNDERNEATH = {"cache", "errors", "spec", "layout", "rng", "rotary", "problem", "version"}
+# The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
+VOCABULARY = {"errors", "files", "kv_cache", "layout", "problem", "rng", "rotary", "spec", "version"}
+CORE = VOCABULARY | {"autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference"}
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
     "version": set(),
     "spec": set(),
+    "rotary": set(),
+    "files": {"errors"},
     "layout": {"errors"},
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
-    "rotary": set(),
-    "cache": {"errors", "layout", "problem", "rotary", "spec"},
-    "reference": {"cache", "problem", "rng", "spec"},
+    "kv_cache": {"errors", "layout", "problem", "rotary", "spec"},
+    "reference": {"kv_cache", "problem", "rng", "spec"},
+    "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
+    "evidence": {"problem", "version"},
+    "plan": {"backends"},
     "dispatch": {"backends", "errors", "problem"},
-    "ops": {"backends", "cache", "dispatch", "errors", "problem", "reference", "spec"},
+    "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
     "autograd": {"ops", "problem", "reference", "spec"},
-    "functional": {
-        "autograd",
-        "cache",
-        "dispatch",
-        "errors",
-        "layout",
-        "ops",
-        "problem",
-        "reference",
-        "replay",
-        "rng",
-        "spec",
-    },
-    "replay": {"backends"},
-    "decoding": {"cache", "dispatch", "errors", "functional", "ops", "problem", "replay"},
-    "inspection": {"errors", "functional", "layout", "problem", "reference", "spec"},
+    "functional": VOCABULARY | {"autograd", "dispatch", "ops", "plan", "reference"},
+    "decoding": VOCABULARY | {"dispatch", "functional", "ops", "plan"},
+    "inspection": VOCABULARY | {"functional", "reference"},
+    "nn": {"decoding", "errors", "functional", "rotary"},
+    "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
-    "testing": {
-        "",
-        "backends",
-        "cache",
-        "dispatch",
-        "errors",
-        "ops",
-        "problem",
-        "reference",
-        "spec",
-        "testing",
-        "version",
-    },
-    "nn": PUBLIC | {"rotary"},
-    "models": PUBLIC | {"generate", "models"},  # generate for model.generate alone, imported when it is called
-    "data": PUBLIC | {"data"},
-    "train": PUBLIC
-    | {"data", "finetune", "models", "train"},  # finetune for its own checkpoints alone, when one is loaded
-    "finetune": PUBLIC | {"data", "finetune", "generate", "models", "train"},
-    "examples": PUBLIC | {"data", "examples", "finetune", "train"},
-    "generate": PUBLIC | {"models", "generate"},
-    # glue between other packages and ours, so it may reach for any of the core; nothing but users imports it
-    "integrations": UNDERNEATH
-    | {"", "backends", "decoding", "dispatch", "functional", "inspection", "integrations", "nn", "ops", "reference"},
+    "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
+    "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
+    "lm": PUBLIC | {"nn"},
+    "cli": PUBLIC | {"backends", "lm", "measure"},
 }
 
 
@@ -136,18 +110,30 @@ def test_there_is_something_to_hold():
 @pytest.mark.parametrize("part", sorted(MAY_IMPORT))
 def test_imports_go_one_way(part):
     paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}")
+    allowed = MAY_IMPORT[part] | ({part} if part != "__init__" else set())
     for path in paths:
         for imported in imports_of(path):
-            assert imported.split(".")[0] in MAY_IMPORT[part], f"{name_of(path)} must not import fastattn.{imported}"
+            assert imported.split(".")[0] in allowed, f"{name_of(path)} must not import fastattn.{imported}"
 
 
 def test_every_part_of_the_package_has_its_rule():
-    parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if not path.name.startswith(".")}
-    assert parts - {"__pycache__", "__main__", "cli", "backends"} <= set(MAY_IMPORT)
+    parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert parts - {"__pycache__", "__main__"} == set(MAY_IMPORT)
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions count: a circle that is loaded late is a circle."""
+    imports = {module_of(path): set(imports_of(path)) for path in tracked("fastattn", suffixes={".py"})}
+    order = graphlib.TopologicalSorter({module: found - {module} for module, found in imports.items()})
+    order.prepare()  # raises CycleError, which names the modules of a circle
+
+
+def module_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
 def test_backends_know_nothing_of_each_other():
-    lower = UNDERNEATH | {"backends.base", "backends.evidence", "backends.native"}
+    lower = VOCABULARY | {"evidence", "backends.base", "backends.native"}
     for path in tracked("fastattn/backends"):
         inside = path.relative_to(PACKAGE / "backends").parts
         own = f"backends.{inside[0]}" if len(inside) > 1 else "backends"
@@ -157,13 +143,13 @@ def test_backends_know_nothing_of_each_other():
             assert imported in lower or is_own or is_reference_of_eager, f"{name_of(path)} imports fastattn.{imported}"
 
 
-def test_callers_see_public_names_only():
-    """Benchmarks use the package as its users do; for the masks of what they compare with they read the spec."""
+def test_benchmarks_use_the_package_as_its_users_do():
+    """For the masks of what they compare with they read the spec, and for the kernels' tools that of Triton."""
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
-            assert imported.split(".")[0] in PUBLIC | {"generate", "models", "spec", "train"}, (
-                f"{name_of(path)} imports {imported}"
-            )
+            is_tool = imported.startswith("backends.triton.tools")
+            allowed = PUBLIC | {"lm", "measure", "spec"}
+            assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
 
 
 def test_importing_the_package_imports_no_kernel():
@@ -218,7 +204,7 @@ def test_nothing_banned_in_kernels():
 
 
 def public_callables():
-    for module_name in ("fastattn", "fastattn.nn", "fastattn.models", "fastattn.testing"):
+    for module_name in ("fastattn", "fastattn.nn", "fastattn.lm.models", "fastattn.testing"):
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
 from fastattn.backends.cpu import decode, library
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Problem
 from fastattn.spec import AttentionSpec
 

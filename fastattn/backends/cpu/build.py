@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 LIBRARY = "libfastattn_cpu.so"
-SOURCES = ("mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
+SOURCES = ("common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
 ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-std=c++17", *ARITHMETIC, "-fPIC", "-fvisibility=hidden")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")

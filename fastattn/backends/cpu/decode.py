@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn import cache
+from fastattn import kv_cache
 from fastattn.backends.base import Run
 from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
-from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
+from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, cache.FP8: 3}  # Dtype of csrc/cpu/params.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, kv_cache.FP8: 3}  # Dtype of csrc/cpu/params.h
 BEST = -1  # of the instruction sets that this machine has
 NO_STRIDES = (0, 0, 0)
 
@@ -22,9 +22,9 @@ def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: 
     """Append, then ``(out, lse)``."""
     given = inputs
     if inputs.rotary_cos is not None or inputs.is_fp8:  # what is appended is not stored as it is
-        cache.check_cache_values(inputs, spec)
-        cache.append(inputs)
-        inputs = inputs.replace(q=cache.rotated_queries(inputs, spec))
+        kv_cache.check_cache_values(inputs, spec)
+        kv_cache.append(inputs)
+        inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec))
     is_stored = inputs is not given
     inputs = _readable(inputs)
     q = inputs.q
@@ -74,7 +74,7 @@ def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run 
 
 
 def _raise_wrong_values(inputs: CacheInputs, spec: AttentionSpec) -> None:
-    cache.check_cache_values(inputs, spec)
+    kv_cache.check_cache_values(inputs, spec)
     raise RuntimeError("the lengths or the block table of this call changed while it ran")
 
 
@@ -98,7 +98,7 @@ def _readable(inputs: CacheInputs) -> CacheInputs:
 
 def _fixed(inputs: CacheInputs, spec: AttentionSpec) -> bytes:
     """The part of the struct that calls with tensors of the same kind share."""
-    positions = cache.most_positions(inputs)
+    positions = kv_cache.most_positions(inputs)
     if positions >= UNBOUNDED:
         given, allowed = f"{positions} positions", f"fewer than {UNBOUNDED}"
         raise input_error("k_cache", given, allowed, "The kernel counts in 32 bits.")

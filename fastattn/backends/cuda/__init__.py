@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities
 from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 

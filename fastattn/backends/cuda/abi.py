@@ -1,4 +1,4 @@
-"""The flat structs of ``csrc/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
+"""The flat structs of ``csrc/common/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
 ``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/unit/test_build.py holds them against C++.
 Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
@@ -187,7 +187,7 @@ def _all_heads(inputs: Inputs, heads: int) -> int:
 
 
 def padded_rows(inputs: Inputs, rows: int) -> int:
-    """Rows of the backward pass's own tensors for ``rows`` rows: csrc/params.h says how they are padded."""
+    """Rows of the backward pass's own tensors for ``rows`` rows: csrc/common/params.h says how they are padded."""
     extra = inputs.batch * PADDED_ROWS if inputs.is_packed else 0
     return -(-(rows + extra) // PADDED_ROWS) * PADDED_ROWS
 

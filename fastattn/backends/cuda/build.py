@@ -61,7 +61,7 @@ def instance_source(instance: Instance) -> str:
     """A file that holds one kernel."""
     tile = instance.tile
     function = f"fa::{tile.launcher}<{instance.traits}>({tile.launcher_arguments})"
-    return f'#include "launch.cuh"\ntemplate char const* {function};\n'
+    return f'#include "sm90/launch.cuh"\ntemplate char const* {function};\n'
 
 
 def write_if_new(path: Path, text: str) -> None:
@@ -88,7 +88,7 @@ def write_ninja_file(
         f'  command = "{nvcc}" -shared -cudart static {" ".join(ARCHITECTURE)} '
         "-Xcompiler=-static-libstdc++,-static-libgcc $in -o $out",
         "  description = link $out",
-        f"build host.o: compile {str(csrc / 'host.cu').translate(escape)}",
+        f"build host.o: compile {str(csrc / 'sm90' / 'host.cu').translate(escape)}",
     ]
     for instance in instances:
         write_if_new(folder / f"{instance.name}.cu", instance_source(instance))

@@ -1,6 +1,6 @@
-"""Attention to a cache with the CUDA kernels: into how many splits, the struct of csrc/params.h, what the splits write.
+"""Attention to a cache with the CUDA kernels: how many splits, the struct of params.h, the partial results.
 
-New keys and values are stored, and queries turned to their positions, by the shared steps of ``fastattn.cache``.
+New keys and values are stored, and queries turned to their positions, by the shared steps of ``fastattn.kv_cache``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import cache
+from fastattn import kv_cache
 from fastattn.backends.cuda import abi
-from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
+from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
-MOST_SPLITS = 128  # kMostSplits of csrc/params.h
+MOST_SPLITS = 128  # kMostSplits of csrc/common/params.h
 LEAST_KEYS = 256  # of a split: kLeastKeys of csrc/sm90/decode.h
 # What else a split costs, in the time that a multiprocessor takes for one key: beginning it, and combining it all.
 BLOCK_KEYS, COMBINE_KEYS = 192, 256
@@ -30,8 +30,8 @@ def attend(
     launch: Callable[[abi.Fields], None], inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, stream: int
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, the new keys and values being stored."""
-    q = cache.rotated_queries(inputs, spec)
-    cache.append(inputs)
+    q = kv_cache.rotated_queries(inputs, spec)
+    kv_cache.append(inputs)
     q, scale = abi.with_positive_scale(q, spec)
     spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
     inputs = readable(inputs.replace(q=q))

@@ -1,6 +1,6 @@
 """The CUDA driver, through ctypes: tensor maps, modules and launches, for kernels that NVRTC compiled.
 
-It does what ``csrc/host.cu`` does in the built library, for machines without a compiler of host code.
+It does what ``csrc/sm90/host.cu`` does in the built library, for machines without a compiler of host code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import ctypes
 import functools
 
 TILED_4D = 4
-DTYPES = (9, 6)  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and _FLOAT16, in the order of Dtype in csrc/params.h
+DTYPES = (9, 6)  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and _FLOAT16, in the order of Dtype in csrc/common/params.h
 INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_256B, FILL_NONE = 0, 3, 3, 0
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -1,4 +1,4 @@
-"""Which kernels exist: ``csrc/instances.inc`` as objects, and which of them serves a problem.
+"""Which kernels exist: ``csrc/sm90/instances.inc`` as objects, and which of them serves a problem.
 
 Only the standard library is imported: ``setup.py``, the gates and the emulator read this before torch is there.
 """
@@ -11,10 +11,10 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-DTYPES = ("bfloat16", "float16")  # in the order of Dtype in csrc/params.h
+DTYPES = ("bfloat16", "float16")  # in the order of Dtype in csrc/common/params.h
 TAGS = {"bfloat16": "Bf16", "float16": "F16"}
 ROW_THREADS = 256  # kRowThreads of csrc/sm90/rows.cuh
-PADDED_ROWS = 128  # kPaddedRows of csrc/params.h
+PADDED_ROWS = 128  # kPaddedRows of csrc/common/params.h
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _lines(kind: type[TABLED], folder: Path | None) -> list[TABLED]:
         from fastattn.backends.native import source_folder  # here, because setup.py reads this file alone
 
         folder = source_folder()
-    text = (folder / "instances.inc").read_text()
+    text = (folder / "sm90" / "instances.inc").read_text()
     lines = re.findall(rf"^{kind.macro}\(([\d, ]+)\)$", text, flags=re.MULTILINE)
     return [kind(*map(int, line.split(","))) for line in lines]
 

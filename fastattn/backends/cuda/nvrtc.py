@@ -96,8 +96,8 @@ def source_of(instance: Instance) -> str:
 def headers() -> dict[str, str]:
     """The device headers, by the path under ``csrc/`` by which they are included."""
     folder = native.source_folder()
-    found = [*folder.glob("*.h"), *(folder / "sm90").glob("*.h"), *(folder / "sm90").glob("*.cuh")]
-    found.remove(folder / "launch.h")  # host code
+    found = [path for name in ("common", "sm90") for path in (folder / name).glob("*.*h")]
+    found = [path for path in found if path.stem not in ("launch", "maps")]  # host code
     return {path.relative_to(folder).as_posix(): path.read_text() for path in sorted(found)}
 
 
@@ -144,7 +144,7 @@ def cached_kernel(instance: Instance) -> bytes:
 
 
 class NvrtcKernels:
-    """All passes, as csrc/host.cu has them, through kernels compiled here, each when it is first needed."""
+    """All passes, as csrc/sm90/host.cu has them, through kernels compiled here, each when it is first needed."""
 
     def __init__(self) -> None:
         load()

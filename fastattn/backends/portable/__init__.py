@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities, Run
 from fastattn.backends.portable import decode, flash, terms, tiles
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs
 from fastattn.spec import AttentionSpec
 

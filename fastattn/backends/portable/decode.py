@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastattn import cache
+from fastattn import kv_cache
 from fastattn.backends.portable import flash, terms
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
 
@@ -64,9 +64,9 @@ class Group:
 
 def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``; ``forward`` is the backend's for dense problems."""
-    cache.append(inputs)
+    kv_cache.append(inputs)
     if inputs.rotary_cos is not None:
-        inputs = inputs.replace(q=cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
+        inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
     if inputs.q.numel() == 0:
         return inputs.q.new_zeros(inputs.out_shape()), _empty_lse(inputs)
     out, lse = _on_host(inputs, spec, forward) if inputs.q.device.type == "cpu" else _on_device(inputs, spec)
@@ -110,7 +110,7 @@ def _on_device(inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor
     group = dataclasses.replace(group, s_q=inputs.cu_seqlens_q.diff().long()[:, None, None, None])
     rows = inputs.cu_seqlens_q[:-1, None].long() + torch.arange(group.rows, device=b.device)
     out, lse = _attend_group(inputs, spec, group, inputs.q[rows.clamp(max=inputs.q.shape[0] - 1)])
-    sequence, i = cache.packed_positions(inputs)
+    sequence, i = kv_cache.packed_positions(inputs)
     return out[sequence, i].to(inputs.q.dtype), _as_lse(lse[sequence, i], inputs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import rng
 from fastattn.backends.portable import plan
 from fastattn.backends.portable.plan import Block
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 

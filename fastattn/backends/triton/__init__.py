@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends import evidence
+from fastattn import evidence
 from fastattn.backends.base import Backend, Capabilities, capability_reasons
-from fastattn.cache import CacheInputs
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 

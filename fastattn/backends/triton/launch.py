@@ -34,8 +34,8 @@ from fastattn.backends.triton.configs import Tile
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
-from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
+from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 

@@ -30,8 +30,8 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.configs import Tile
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
-from fastattn.cache import CacheInputs
 from fastattn.errors import input_error
+from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 BLOCK = 16  # rows that one program puts into their places

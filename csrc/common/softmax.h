@@ -1,0 +1,88 @@
+// Online softmax on the fragment of scores that one thread holds, in base 2.
+//
+// A thread of a warpgroup holds N values of an accumulator [64, 2 N]: element e of group i (4 i + e) belongs to its row
+// e / 2 (8 rows apart) and to column 8 i + e % 2 past its first. Four neighbouring threads share a row. Written in the
+// names of sm90/ptx.cuh, so it compiles for the device and for the emulator.
+#pragma once
+#include "mask.h"
+#include "../sm90/ptx.cuh"
+
+namespace fa {
+using namespace sm90;
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
+struct RowState {   // of a thread's two rows
+  float max[2];     // largest score so far, before the factor scale_log2
+  float sum[2];     // of 2^(scale_log2 * (score - max)) over this thread's columns
+};
+
+// Scores become tanh(cap_scale * score), by an exponential and a reciprocal: tanh.approx is good to 2^-11 only, which
+// softcap would multiply.
+FA_DEVICE float capped(float score, float cap_scale) {
+  float const e = exp2_approx(score * (2 * kLog2E * cap_scale));
+  return multiply_add(-2.f, reciprocal_approx(e + 1.f), 1.f);
+}
+
+template <int N>
+FA_DEVICE void cap_scores(float (&scores)[N], float cap_scale) {
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) scores[i] = capped(scores[i], cap_scale);
+}
+
+// Scores of keys outside of what a thread's two rows keep become -inf. `column` is this thread's first.
+template <int N>
+FA_DEVICE void mask_scores(float (&scores)[N], Range const (&kept)[2], int column) {
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    if (!contains(kept[i / 2 % 2], column + i / 4 * 8 + i % 2)) scores[i] = negative_infinity();
+  }
+}
+
+// The same where the rows are `row` and the one 8 below it.
+template <int N>
+FA_DEVICE void mask_scores(float (&scores)[N], Band const& band, int row, int column) {
+  Range const kept[2] = {tile_range(band, row, row + 1), tile_range(band, row + 8, row + 9)};
+  mask_scores(scores, kept, column);
+}
+
+// Scores become weights 2^(scale_log2 * (score - max)), and `state` takes them in. `rescale` is the factor on
+// everything accumulated before, by which the maximum has grown.
+template <bool FIRST, int N>
+FA_DEVICE void softmax_step(float (&scores)[N], RowState& state, float (&rescale)[2], float scale_log2) {
+  float largest[2] = {FIRST ? scores[0] : state.max[0], FIRST ? scores[2] : state.max[1]};
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) largest[i / 2 % 2] = maximum(largest[i / 2 % 2], scores[i]);
+  float shift[2];
+  FA_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    largest[r] = maximum(largest[r], shuffle_xor(largest[r], 1));
+    largest[r] = maximum(largest[r], shuffle_xor(largest[r], 2));
+    shift[r] = largest[r] == negative_infinity() ? 0.f : largest[r] * scale_log2;  // no key kept so far
+    rescale[r] = FIRST ? 1.f : exp2_approx(multiply_add(state.max[r], scale_log2, -shift[r]));
+    state.max[r] = largest[r];
+    state.sum[r] = FIRST ? 0.f : state.sum[r] * rescale[r];
+  }
+  FA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    scores[i] = exp2_approx(multiply_add(scores[i], scale_log2, -shift[i / 2 % 2]));
+    state.sum[i / 2 % 2] += scores[i];
+  }
+}
+
+// A finished row: the factor that normalises its output, and its log-sum-exp (natural). `sink` is a further logit,
+// -inf if there is none. A row without keys gives 0 and the sink.
+struct FinishedRow {
+  float factor, lse;
+};
+
+FA_DEVICE FinishedRow finish_row(float max, float sum, float scale_log2, float sink) {
+  float const of_keys = max == negative_infinity() ? max : max * scale_log2, of_sink = sink * kLog2E;
+  float const top = maximum(of_keys, of_sink);
+  if (top == negative_infinity()) return {0.f, top};
+  float const shrink = exp2_approx(of_keys - top);
+  float const total = multiply_add(sum, shrink, exp2_approx(of_sink - top));
+  return {shrink / total, (top + log2_approx(total)) * kLn2};
+}
+
+}  // namespace fa

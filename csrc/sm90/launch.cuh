@@ -1,0 +1,82 @@
+// The definitions of launch.h, for the files that hold one kernel each.
+#pragma once
+#include "launch.h"
+#include "combine.cuh"
+#include "decode.cuh"
+#include "forward.cuh"
+#include "keys.cuh"
+#include "queries.cuh"
+#include "rows.cuh"
+
+namespace fa {
+
+// Null, or what went wrong.
+template <class Args>
+char const* launch(void (*kernel)(Args), Args const& args, int64 blocks, int threads, int shared_bytes,
+                   cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) {
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <class C>
+char const* launch_forward(ForwardParams const& p, MakeMaps make_maps, int blocks, cudaStream_t stream) {
+  sm90::ForwardArgs args;
+  args.p = p;
+  if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
+  return launch(sm90::forward_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class C>
+char const* launch_keys(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
+  sm90::BackwardArgs args;
+  args.p = p;
+  if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
+  int64 const blocks = sm90::tile_count<C::BLOCK_N, true>(p);
+  char const* wrong = launch(sm90::keys_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
+  if constexpr (C::FUSED) {
+    int64 const row_blocks = sm90::tile_count<kPaddedRows, false>(p);
+    if (!wrong) wrong = launch(sm90::finish_kernel<C>, p, row_blocks, sm90::kRowThreads, 0, stream);
+  }
+  return wrong;
+}
+
+template <class C>
+char const* launch_queries(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
+  sm90::BackwardArgs args;
+  args.p = p;
+  if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
+  int64 const blocks = sm90::tile_count<C::BLOCK_M, false>(p);
+  return launch(sm90::queries_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class T>
+char const* launch_rows(BackwardParams const& p, cudaStream_t stream) {
+  int64 const blocks = sm90::tile_count<kPaddedRows, false>(p);
+  char const* wrong = launch(sm90::prepare_kernel<T>, p, blocks, sm90::kRowThreads, 0, stream);
+  if (!wrong && p.dsinks) {
+    int const bytes = sm90::kRowWarps * 16;
+    wrong = launch(sm90::sinks_kernel<T>, p, p.batch * p.heads_q, sm90::kRowThreads, bytes, stream);
+  }
+  return wrong;
+}
+
+template <class C>
+char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream) {
+  sm90::DecodeArgs args;
+  args.p = p;
+  if (char const* wrong = make_maps(p, args)) return wrong;
+  return launch(sm90::decode_kernel<C>, args, p.tiles * p.splits * p.heads_kv, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class T>
+char const* launch_combine(DecodeParams const& p, cudaStream_t stream) {
+  constexpr int kOutputs = sm90::kCombineThreads / 32;  // of a block
+  int64 const blocks = (sm90::rows_of(p) * p.heads_q + kOutputs - 1) / kOutputs;
+  return launch(sm90::combine_kernel<T>, p, blocks, sm90::kCombineThreads, 0, stream);
+}
+
+}  // namespace fa

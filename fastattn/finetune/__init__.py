@@ -1,9 +1,0 @@
-"""Fine-tuning and evaluation: from labelled examples to a model for a task and its scores.
-
-Needs ``pip install 'fastattn[eval]'``, and ``'fastattn[lora]'`` for adapters.
-"""
-
-from fastattn.finetune.evaluate import Evaluation, evaluate
-from fastattn.finetune.run import FinetuneConfig, Finetuned, finetune, load_finetuned
-
-__all__ = ["Evaluation", "FinetuneConfig", "Finetuned", "evaluate", "finetune", "load_finetuned"]

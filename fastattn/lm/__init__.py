@@ -1,0 +1,1 @@
+"""The bundled transformer: data, models, training, fine-tuning, generation. It imports public names alone."""

@@ -1,0 +1,166 @@
+"""Rules that say which documents are worth learning from. Each has a name, can be turned off, and is counted.
+
+For prose: the quality and repetition rules of Gopher (Rae et al., "Scaling language models: methods, analysis &
+insights from training Gopher", 2021, appendix A.1.1 and table A1), with its numbers. For source code: those of Codex
+and The Stack (Chen et al., "Evaluating large language models trained on code", 2021, section 3.1; Kocetkov et al.,
+"The Stack", 2022): length and kind of lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePath
+
+# Suffixes of source code; a file of another is prose.
+CODE = frozenset(
+    f".{name}"
+    for name in (
+        *("py", "pyi", "pyx", "c", "h", "cc", "cpp", "cxx", "hpp", "cu", "cuh", "java", "kt", "scala", "go", "rs"),
+        *("swift", "m", "cs", "fs", "js", "mjs", "jsx", "ts", "tsx", "rb", "php", "pl", "lua", "r", "jl", "hs", "ml"),
+        *("clj", "ex", "erl", "sh", "bash", "zsh", "ps1", "sql", "css", "scss", "html", "xml", "yaml", "yml", "toml"),
+        *("cmake", "gradle", "vim", "el", "lisp", "asm", "s", "v", "sv", "vhd", "proto", "mk"),
+    )
+)
+_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+_BULLETS = ("•", "‣", "⁃", "◦", "▪", "-", "*", "·")
+_ALPHABETIC = re.compile(r"[^\W\d_]")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and what the rules look at, computed when first asked for."""
+
+    text: str
+
+    @cached_property
+    def words(self) -> list[str]:
+        return self.text.split()
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in map(str.strip, self.text.split("\n")) if line]
+
+    @cached_property
+    def paragraphs(self) -> list[str]:
+        return [part for part in map(str.strip, re.split(r"\n\s*\n", self.text)) if part]
+
+    @cached_property
+    def word_characters(self) -> int:
+        return sum(map(len, self.words))
+
+    def repeated_part(self, n: int) -> float:
+        """Part of the characters in the most frequent run of ``n`` words, if it occurs more than once."""
+        runs = Counter(zip(*(self.words[i:] for i in range(n)), strict=False))
+        most = max(runs.values(), default=0)
+        if most < 2:
+            return 0.0
+        longest = max(sum(map(len, run)) for run, count in runs.items() if count == most)
+        return most * longest / self.word_characters
+
+    def covered_by_repeats(self, n: int) -> float:
+        """Part of the characters in any run of ``n`` words that occurred before, each character counted once."""
+        words, seen, covered, end = self.words, set(), 0, 0
+        for start, run in enumerate(zip(*(words[i:] for i in range(n)), strict=False)):
+            if run in seen:
+                covered += sum(map(len, words[max(start, end) : start + n]))
+                end = start + n
+            seen.add(run)
+        return covered / max(self.word_characters, 1)
+
+
+def _part_repeated(parts: Sequence[str]) -> float:
+    return 1 - len(set(parts)) / len(parts) if parts else 0.0
+
+
+def _characters_repeated(parts: Sequence[str]) -> float:
+    total = sum(map(len, parts))
+    return 1 - sum(map(len, set(parts))) / total if total else 0.0
+
+
+def _part(parts: Sequence[str], is_so: Callable[[str], bool]) -> float:
+    return sum(map(is_so, parts)) / len(parts) if parts else 0.0
+
+
+# Largest part of the characters in the most frequent run of n words, and in any repeated run of n words.
+_TOP_RUNS = {2: 0.20, 3: 0.18, 4: 0.16}
+_ALL_RUNS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+
+def _repeats_runs(text: Text) -> bool:
+    if text.covered_by_repeats(5) == 0:
+        return False  # then no longer run repeats either
+    return any(text.covered_by_repeats(n) > most for n, most in _ALL_RUNS.items())
+
+
+Rule = Callable[[Text, "Lengths"], bool]  # whether a document is to be dropped
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Fewest and most words of a document."""
+
+    min_words: int = 50
+    max_words: int = 100_000
+
+
+PROSE: Mapping[str, Rule] = {
+    "too-short": lambda text, lengths: len(text.words) < lengths.min_words,
+    "too-long": lambda text, lengths: len(text.words) > lengths.max_words,
+    "word-length": lambda text, _: not 3 <= text.word_characters / max(len(text.words), 1) <= 10,
+    "symbols": lambda text, _: (
+        max(text.text.count("#"), text.text.count("...") + text.text.count("…")) > 0.1 * len(text.words)
+    ),
+    "bullets": lambda text, _: _part(text.lines, lambda line: line.startswith(_BULLETS)) > 0.9,
+    "ellipses": lambda text, _: _part(text.lines, lambda line: line.endswith(("...", "…"))) > 0.3,
+    "alphabetic-words": lambda text, _: _part(text.words, lambda word: _ALPHABETIC.search(word) is not None) < 0.8,
+    "stop-words": lambda text, _: len(_STOP_WORDS.intersection(map(str.lower, text.words))) < 2,
+    "repeated-lines": lambda text, _: _part_repeated(text.lines) > 0.3 or _characters_repeated(text.lines) > 0.2,
+    "repeated-paragraphs": lambda text, _: (
+        _part_repeated(text.paragraphs) > 0.3 or _characters_repeated(text.paragraphs) > 0.2
+    ),
+    "frequent-run": lambda text, _: any(text.repeated_part(n) > most for n, most in _TOP_RUNS.items()),
+    "repeated-runs": lambda text, _: _repeats_runs(text),
+}
+
+SOURCE_CODE: Mapping[str, Rule] = {
+    "too-long": lambda text, lengths: len(text.words) > lengths.max_words,
+    "long-lines": lambda text, _: max(map(len, text.lines), default=0) > 1000,
+    "mean-line-length": lambda text, _: sum(map(len, text.lines)) > 100 * len(text.lines),
+    "alphanumeric": lambda text, _: sum(map(str.isalnum, text.text)) < 0.25 * len(text.text),
+}
+
+RULES = tuple(dict.fromkeys([*PROSE, *SOURCE_CODE]))
+
+
+def is_code(source: str) -> bool:
+    """Whether a file's name says that it is source code."""
+    path = PurePath(source.lower().removesuffix(".gz").removesuffix(".zst"))
+    return path.suffix in CODE or path.name in ("makefile", "dockerfile")
+
+
+def broken_rule(text: str, code: bool, lengths: Lengths, without: frozenset[str] = frozenset()) -> str | None:
+    """The name of the first rule that ``text`` breaks; None if it breaks none.
+
+    Args:
+        text: a document.
+        code: judge it as source code, not as prose.
+        lengths: fewest and most words.
+        without: names of rules that are turned off.
+
+    Example:
+        >>> from fastattn.lm.data.quality import Lengths, broken_rule
+        >>> broken_rule("The end.", code=False, lengths=Lengths())
+        'too-short'
+    """
+    document = Text(text)
+    return next(_broken(document, SOURCE_CODE if code else PROSE, lengths, without), None)
+
+
+def _broken(text: Text, rules: Mapping[str, Rule], lengths: Lengths, without: frozenset[str]) -> Iterator[str]:
+    for name, is_broken in rules.items():
+        if name not in without and is_broken(text, lengths):
+            yield name

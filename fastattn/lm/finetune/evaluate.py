@@ -1,0 +1,141 @@
+"""How good a checkpoint is on a file: what ``fastattn evaluate`` calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from fastattn.errors import DataError
+from fastattn.lm.data import Skipped, find_sources, read_documents
+from fastattn.lm.finetune.examples import read_examples
+from fastattn.lm.finetune.run import is_finetuned, load_finetuned
+from fastattn.lm.finetune.scoring import score
+from fastattn.lm.train.checkpoint import Checkpoint
+from fastattn.lm.train.data import PackedRows
+from fastattn.lm.train.log import aligned
+from fastattn.lm.train.marks import Marks
+from fastattn.lm.train.metrics import bits_per_byte, perplexity
+from fastattn.lm.train.tasks import find_objective
+from fastattn.lm.train.tokens import TokenFile
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        task: an objective of pre-training or a task of fine-tuning.
+        checkpoint: its folder.
+        data: what it was evaluated on.
+        sizes: how much that was, by name.
+        scores: by name. Losses are in nats per label.
+    """
+
+    task: str
+    checkpoint: str
+    data: str
+    sizes: dict[str, int]
+    scores: dict[str, float]
+
+    def table(self) -> str:
+        """Everything as aligned lines."""
+        rounded = {name: f"{value:.4f}" for name, value in self.scores.items()}
+        return aligned({"task": self.task, "checkpoint": self.checkpoint, **self.sizes, **rounded})
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__, indent=1) + "\n"
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    limit: int | None = None,
+    show_progress: bool = True,
+) -> Evaluation:
+    """Score a checkpoint: of fine-tuning on one file of examples of its task, of pre-training on text.
+
+    Args:
+        checkpoint: of ``fastattn train`` or ``fastattn finetune``.
+        data: a .jsonl, .csv or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
+        device: where to compute.
+        attention: "fastattn" or "eager", instead of what the run used.
+        limit: only the first so many examples, or rows of text; None is all.
+        show_progress: show progress bars.
+
+    Raises:
+        DataError: the checkpoint or the data cannot be used.
+    """
+    if is_finetuned(checkpoint):
+        return _of_task(checkpoint, data, device, attention, limit, show_progress)
+    return _of_text(checkpoint, data, device, attention, limit, show_progress)
+
+
+def _of_task(
+    checkpoint: Checkpoint,
+    data: Sequence[str],
+    device: torch.device | str,
+    attention: str | None,
+    limit: int | None,
+    show_progress: bool,
+) -> Evaluation:
+    found = load_finetuned(checkpoint, device, attention)
+    if len(data) != 1:
+        raise DataError(f"Give one file of examples for {found.task.name} with --data, not {len(data)}.")
+    examples = read_examples(Path(data[0]), found.task.name)[:limit]
+    scores = score(found.task, found.model, examples, show_progress)
+    return Evaluation(found.task.name, str(checkpoint.folder), data[0], {"examples": len(examples)}, scores)
+
+
+def _of_text(
+    checkpoint: Checkpoint,
+    data: Sequence[str],
+    device: torch.device | str,
+    attention: str | None,
+    limit: int | None,
+    show_progress: bool,
+) -> Evaluation:
+    model, tokenizer = checkpoint.load_model(device, attention), checkpoint.tokenizer()
+    length = model.config.max_length
+    name = checkpoint.trainer_state()["settings"].get("run", {}).get("objective", "causal")
+    task = find_objective(name)(tokenizer, length)
+    skipped: list[Skipped] = []
+    texts = [document.text for document in read_documents(find_sources(data), skipped)]
+    if not texts:
+        reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
+        raise DataError(f"There is no text to evaluate on ({reasons}).")
+    packed = PackedRows(_as_tokens(texts, tokenizer), length)
+    rows = min(limit or packed.num_rows, packed.num_rows)
+    nats, labels = 0.0, 0
+    bar = tqdm(total=rows, desc="evaluate", unit="row", disable=not show_progress)
+    with torch.no_grad(), bar:
+        for batch in task.rows(packed).sample(rows, _BATCH):
+            on_device = batch.to(torch.device(device))
+            nats += float(task.loss(model, on_device))
+            labels += batch.num_labels()
+            bar.update(min(_BATCH, rows - bar.n))
+    loss = nats / max(labels, 1)
+    scores = {"loss": loss, "perplexity": perplexity(loss)}
+    if task.name == "causal" and rows == packed.num_rows:
+        scores["bits per byte"] = bits_per_byte(loss, labels, sum(len(text.encode()) for text in texts))
+    sizes = {"documents": len(texts), "tokens": labels, "files skipped": len(skipped)}
+    return Evaluation(task.name, str(checkpoint.folder), ", ".join(data), sizes, scores)
+
+
+def _as_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> TokenFile:
+    """The tokens of texts in memory, each text between its marks."""
+    marks = Marks.of(tokenizer)
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    documents = [np.array([*marks.opening(), *encoding.ids, marks.end], np.uint32) for encoding in encoded]
+    return TokenFile(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))

@@ -1,0 +1,181 @@
+"""Beam search: the likeliest continuations, as far as a few kept at a time can find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastattn.errors import input_error
+from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating
+from fastattn.lm.generate.sequences import Cached, Model, Recomputed, Sequences, Tokens, checked, encoded
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A continuation of a prompt.
+
+    Attributes:
+        tokens: the new ones, the stop token included.
+        score: sum of their log-probabilities, divided by their number to the power of the length penalty.
+    """
+
+    tokens: list[int]
+    score: float
+
+
+def beam_search(
+    model: Model,
+    tokens: Tokens,
+    max_new_tokens: int,
+    *,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    source: Tokens | None = None,
+    stop_token: StopTokens = None,
+    use_cache: bool = True,
+    page_size: int | None = None,
+) -> list[list[Beam]]:
+    """The best ``beams`` continuations found for each prompt, the best first.
+
+    At each step every kept continuation is extended by every token, and the ``beams`` likeliest go on. One that stops
+    is set aside with its score; the search ends when as many are, and none that goes on could still beat them.
+
+    Args:
+        model: used in evaluation mode.
+        tokens: this and the others as in ``fastattn.lm.generate.generate``.
+        max_new_tokens: as there.
+        beams: how many are kept at a time.
+        length_penalty: scores are divided by ``length ** length_penalty``: 0 favours short texts, above 1 long ones.
+        source: as there.
+        stop_token: as there.
+        use_cache: as there. Continuations share the keys and values of their common beginning.
+        page_size: as there.
+
+    Returns:
+        for each prompt its continuations.
+
+    Raises:
+        InputError: as there, or ``beams`` is not positive.
+
+    Source:
+        Wu et al., "Google's neural machine translation system", 2016.
+
+    Example:
+        >>> from fastattn.lm.generate import beam_search
+        >>> from fastattn.lm.models import Decoder, preset
+        >>> model = Decoder(preset("tiny", vocab_size=300))
+        >>> best = beam_search(model, [[1, 2, 3]], 5, beams=3)[0][0]
+        >>> len(best.tokens)
+        5
+    """
+    rows = checked("tokens", tokens)
+    check_lengths(model, rows, max_new_tokens)
+    if beams < 1:
+        raise input_error("beams", beams, "a positive int", "1 is greedy.")
+    with evaluating(model), torch.no_grad():
+        read = encoded(model, source)
+        longest = min(max(len(row) for row in rows) + max_new_tokens - 1, model.config.longest)
+        sequences: Sequences = Recomputed(model, read)
+        if use_cache:  # a beam and the copy that it branches into exist at the same time
+            sequences = Cached(model, 2 * beams * len(rows), longest, page_size=page_size, source=read)
+        searches = [
+            _Search(beams, length_penalty, min(max_new_tokens, model.config.longest - len(row) + 1)) for row in rows
+        ]
+        names = [sequences.add(row) for row in range(len(rows))]
+        logits = sequences.feed(names, rows)
+        for search, name in zip(searches, names, strict=True):
+            search.running = [_Running(name, [], 0.0)]
+        while any(search.running for search in searches):
+            _extend(searches, logits, sequences, as_set(stop_token))
+            going = [beam for search in searches for beam in search.running]
+            if going:
+                last = torch.tensor([beam.tokens[-1] for beam in going]).to(logits.device, non_blocking=True)
+                logits = sequences.feed([beam.name for beam in going], last)
+    return [sorted(search.finished, key=lambda beam: -beam.score)[:beams] for search in searches]
+
+
+@dataclass
+class _Running:
+    name: int
+    tokens: list[int]
+    total: float  # of log-probabilities
+
+
+@dataclass
+class _Search:
+    """The search for one prompt."""
+
+    beams: int
+    length_penalty: float
+    steps: int  # most new tokens
+    running: list[_Running] = field(default_factory=list)
+    finished: list[Beam] = field(default_factory=list)
+
+    def finish(self, tokens: list[int], total: float) -> None:
+        self.finished.append(Beam(tokens, self.score(total, len(tokens))))
+        self.finished = sorted(self.finished, key=lambda beam: -beam.score)[: self.beams]
+
+    def score(self, total: float, length: int) -> float:
+        return total / length**self.length_penalty
+
+    def is_over(self) -> bool:
+        """Whether nothing that goes on can still enter the finished: totals only fall, lengths may help."""
+        if len(self.finished) < self.beams or not self.running:
+            return not self.running
+        best, length = max(beam.total for beam in self.running), len(self.running[0].tokens)
+        reachable = max(self.score(best, length + 1), self.score(best, self.steps))
+        return self.finished[-1].score >= reachable
+
+
+def _extend(searches: list[_Search], logits: Tensor, sequences: Sequences, stops: frozenset[int]) -> None:
+    """One step of all searches. ``logits`` has a row for each of their running beams, in order."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    begin = 0
+    for search in searches:
+        if not search.running:
+            continue
+        of_mine = log_p[begin : begin + len(search.running)]
+        begin += len(search.running)
+        totals = torch.tensor([beam.total for beam in search.running], dtype=torch.float64).to(log_p.device)
+        candidates = (totals[:, None] + of_mine).flatten()
+        count = min(search.beams * (1 + len(stops)), candidates.numel())
+        best = candidates.topk(count)
+        vocabulary = log_p.shape[-1]
+        ranked = [
+            (total, *divmod(at, vocabulary))
+            for total, at in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        _choose(search, ranked, sequences, stops)
+
+
+def _choose(search: _Search, ranked: list[tuple[float, int, int]], sequences: Sequences, stops: frozenset[int]) -> None:
+    """Which of the ranked (total, beam, token) go on and which are finished."""
+    going: list[tuple[_Running, list[int], float]] = []
+    for rank, (total, parent, token) in enumerate(ranked):
+        beam = search.running[parent]
+        tokens = [*beam.tokens, token]
+        if token in stops:
+            if rank < search.beams:
+                search.finish(tokens, total)
+        elif len(going) < search.beams:
+            going.append((beam, tokens, total))
+    used: set[int] = set()
+    extended = []
+    for parent_beam, tokens, total in going:
+        name = sequences.fork(parent_beam.name) if parent_beam.name in used else parent_beam.name
+        used.add(parent_beam.name)
+        extended.append(_Running(name, tokens, total))
+    for beam in search.running:
+        if beam.name not in used:
+            sequences.free(beam.name)
+    search.running = extended
+    at_the_end = bool(extended) and len(extended[0].tokens) == search.steps
+    if at_the_end:
+        for beam in extended:
+            search.finish(beam.tokens, beam.total)
+    if at_the_end or search.is_over():
+        for beam in extended:
+            sequences.free(beam.name)
+        search.running = []

@@ -1,0 +1,28 @@
+"""The bundled transformers. They know attention only as ``fastattn.attention`` and the modules of ``fastattn.nn``."""
+
+from fastattn.lm.models.config import HeadShape, TransformerConfig
+from fastattn.lm.models.convert import from_pretrained, save_pretrained
+from fastattn.lm.models.decoder import Decoder
+from fastattn.lm.models.encoder import Encoder, VisionEncoder
+from fastattn.lm.models.encoder_decoder import EncoderDecoder
+from fastattn.lm.models.heads import MaskedLM, SequenceClassifier, SpanExtractor, TokenClassifier
+from fastattn.lm.models.make import make_model
+from fastattn.lm.models.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "HeadShape",
+    "MaskedLM",
+    "SequenceClassifier",
+    "SpanExtractor",
+    "TokenClassifier",
+    "TransformerConfig",
+    "VisionEncoder",
+    "from_pretrained",
+    "make_model",
+    "preset",
+    "save_pretrained",
+]

@@ -1,0 +1,374 @@
+"""Models from and to folders in Hugging Face's format: ``config.json`` and safetensors. The forms are in ``forms``.
+
+A folder is written under another name and renamed when complete. What is wrong with one that is read, a ``DataError``
+says in a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastattn.errors import DataError, InputError, input_error
+from fastattn.files import new_folder
+from fastattn.lm.models import heads
+from fastattn.lm.models.config import AttentionKind, TransformerConfig
+from fastattn.lm.models.hf_formats import FORMS, Form, Json, Tensors
+from fastattn.lm.models.make import AnyModel, make_model
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+AnyHead = heads.MaskedLM | heads.SequenceClassifier | heads.TokenClassifier | heads.SpanExtractor
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SPECIAL = ("bos", "eos", "pad", "decoder_start")
+
+
+def from_pretrained(
+    path: str | Path, *, backbone_only: bool = False, attention: AttentionKind = "fastattn"
+) -> AnyModel | AnyHead:
+    """The model of a folder in Hugging Face's format: GPT-2, BERT, Llama, T5 or ViT.
+
+    The weights keep the dtype they are stored in. BERT's heads for masked tokens, classification, token classification
+    and spans come as those of ``fastattn.lm.models``, and ViT's classifier too.
+
+    Args:
+        path: a folder with ``config.json`` and ``model.safetensors``, or the parts named in
+            ``model.safetensors.index.json``; or a name on the Hugging Face hub, where ``huggingface_hub`` is installed.
+        backbone_only: leave out the head of an encoder, for another one to be put on.
+        attention: as in ``TransformerConfig``.
+
+    Returns:
+        the model, in evaluation mode.
+
+    Raises:
+        DataError: the folder is missing, incomplete, damaged, or of a form that fastattn does not have.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fastattn.lm.models import Encoder, MaskedLM, from_pretrained, preset, save_pretrained
+        >>> model = MaskedLM(Encoder(preset("bert-tiny", vocab_size=100)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, f"{folder}/bert")
+        ...     again = from_pretrained(f"{folder}/bert")
+        >>> bool((again.backbone.embedding.weight == model.backbone.embedding.weight).all())
+        True
+    """
+    folder = _find(path)
+    fields = _read_json(folder / "config.json")
+    form = FORMS.get(fields.get("model_type", ""))
+    if form is None:
+        raise DataError(
+            f"{folder} holds a model of type {fields.get('model_type')!r}; fastattn has {', '.join(FORMS)}."
+        )
+    with _open(folder, form) as stored:
+        config = _config(form, fields, stored, folder)
+        config = dataclasses.replace(config, attention=attention)
+        head = None if backbone_only else _head_class(form, fields)
+        with torch.device("meta"):
+            model = _build(config, head, stored, fields)
+        names = {ours: form.names(ours, config, head) for ours in model.state_dict()}
+        _check_names(form, folder, names, stored, backbone_only)
+        state = {
+            ours: _gather(form, [(name, stored[name]) for name in names[ours]], ours, like, folder)
+            for ours, like in model.state_dict().items()
+        }
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save_pretrained(
+    model: AnyModel | AnyHead,
+    path: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    special_tokens: Mapping[str, int] | None = None,
+) -> None:
+    """Write a folder that ``transformers`` loads, and ``from_pretrained`` too.
+
+    Args:
+        model: whose config is of the form of GPT-2, BERT, Llama, T5 or ViT.
+        path: of the folder, which must not exist. It appears when it is complete.
+        tokenizer: is written too, as ``tokenizer.json``.
+        special_tokens: ids of "bos", "eos", "pad" and "decoder_start" where the model has them, for their generation.
+
+    Raises:
+        InputError: no form can say what the model is; the message names what is in the way.
+        DataError: the folder exists, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from fastattn.lm.models import Decoder, TransformerConfig, save_pretrained
+        >>> model = Decoder(TransformerConfig(vocab_size=100, width=64, layers=2, heads=4, kv_heads=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(model, f"{folder}/llama")
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.exists():
+        raise DataError(f"{path} exists already: choose another folder, or remove it.")
+    odd = sorted(set(special_tokens or {}) - set(_SPECIAL))
+    if odd:
+        raise input_error("special_tokens", odd, f"names of {_SPECIAL}", "Give the ids by these names.")
+    fields, tensors = _describe(model)
+    fields |= {f"{name}_token_id": (special_tokens or {}).get(name) for name in _SPECIAL[:3]}
+    if special_tokens and "decoder_start" in special_tokens:
+        fields["decoder_start_token_id"] = special_tokens["decoder_start"]
+    with new_folder(path) as folder:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.longest}
+            (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n", encoding="utf-8")
+
+
+def _find(path: str | Path) -> Path:
+    """The folder at ``path``, or of a copy of the hub's model of this name."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise DataError(f"{folder} holds no config.json: give the folder of a model in Hugging Face's format.")
+    if not isinstance(path, str) or not _HUB_NAME.fullmatch(path):
+        raise DataError(f"{folder} does not exist: give the folder of a model in Hugging Face's format.")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError:
+        todo = "give a folder, or install huggingface_hub to fetch a model by its name"
+        raise DataError(f"There is no folder {path!r}: {todo}.") from None
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(f"There is no folder {path!r}, and the hub gives no model of this name ({reason}).") from error
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a folder under the names of its form; each is read when asked for."""
+
+    def __init__(self, files: Sequence[Any], form: Form) -> None:
+        self._files: dict[str, tuple[Any, str]] = {}
+        names = [(file, name) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
+        # A file of a backbone alone lacks the prefix; the first BERT has TensorFlow's names of the norm.
+        prefix = "" if any(name.startswith(form.prefix) for _, name in names) else form.prefix
+        for file, name in names:
+            known = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            self._files[prefix + known] = (file, name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored_name = self._files[name]
+        return file.get_tensor(stored_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextlib.contextmanager
+def _open(folder: Path, form: Form) -> Iterator[_Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.is_file() and not index.is_file():
+        todo = "fastattn reads safetensors only; transformers' save_pretrained writes them"
+        raise DataError(f"{folder} has no model.safetensors: {todo}.")
+    paths = [single] if single.is_file() else [folder / name for name in _parts(index)]
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in paths:
+            try:
+                files.append(stack.enter_context(safe_open(path, framework="pt")))
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
+        yield _Stored(files, form)
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names."""
+    parts = _read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(x, str) and Path(x).name == x for x in parts.values()):
+        raise DataError(f"{index} does not name the files of a model.")
+    return sorted(set(parts.values()))
+
+
+def _config(form: Form, fields: Json, stored: Tensors, folder: Path) -> TransformerConfig:
+    try:
+        return form.read(fields, stored)
+    except KeyError as error:
+        raise DataError(
+            f"{folder / 'config.json'} lacks {error}, which a model of type {form.model_type} has."
+        ) from error
+    except (InputError, DataError) as error:
+        raise DataError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _head_class(form: Form, fields: Json) -> str | None:
+    """The class of ``heads.py`` for the model that ``config.json`` names."""
+    architecture = (fields.get("architectures") or [form.architecture])[0]
+    of_theirs = form.also | {theirs: ours for ours, (theirs, _) in form.heads.items()}
+    return of_theirs.get(architecture)
+
+
+def _build(config: TransformerConfig, head: str | None, stored: Tensors, fields: Json) -> AnyModel | AnyHead:
+    """A model without weights."""
+    model: Any = make_model(config)
+    if head is None:
+        return model
+    if head in ("SequenceClassifier", "TokenClassifier"):
+        count = stored["classifier.weight"].shape[0] if "classifier.weight" in stored else 1
+        names = [name for _, name in sorted((int(i), name) for i, name in (fields.get("id2label") or {}).items())]
+        return getattr(heads, head)(model, count, labels=names if len(set(names)) == count else None)
+    return getattr(heads, head)(model)
+
+
+def _check_names(
+    form: Form, folder: Path, names: Mapping[str, Sequence[str]], stored: Tensors, backbone_only: bool
+) -> None:
+    wanted = {name for theirs in names.values() for name in theirs}
+    missing = sorted(wanted - set(stored))
+    foreign = {x for x in stored if not re.fullmatch(form.unused, x) and not (backbone_only and _is_of_head(form, x))}
+    for what, odd in (("lacks", missing), ("has, beside those of the model,", sorted(foreign - wanted))):
+        if odd:
+            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+            raise DataError(f"{folder} {what} the tensors {', '.join(odd[:5])}{more}.")
+
+
+def _is_of_head(form: Form, name: str) -> bool:
+    return bool(form.heads) and not name.startswith(form.prefix)
+
+
+def _gather(form: Form, parts: Sequence[tuple[str, Tensor]], ours: str, like: Tensor, folder: Path) -> Tensor:
+    """Our tensor from theirs."""
+    tensors = [x.T if _is_transposed(form, ours, x) else x for _, x in parts]
+    whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].clone(memory_format=torch.contiguous_format)
+    if parts[0][0] in form.shapes and whole.numel() == like.numel():
+        whole = whole.reshape(like.shape)
+    if whole.shape != like.shape:
+        names = " + ".join(name for name, _ in parts)
+        shapes = f"{tuple(whole.shape)}, and config.json asks for {tuple(like.shape)}"
+        raise DataError(f"{folder}: {names} has the shape {shapes}{' (transposed)' if form.transposed else ''}.")
+    return whole
+
+
+def _is_transposed(form: Form, ours: str, tensor: Tensor) -> bool:
+    return form.transposed and tensor.dim() == 2 and "blocks." in ours
+
+
+def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
+    """Config and tensors of ``model`` in the form that can say what it is; InputError if none can."""
+    config = _explicit(model.config)
+    head = type(model).__name__ if isinstance(model, AnyHead) else None
+    reasons = []
+    for form in FORMS.values():
+        if form.kind == config.kind:
+            fields = form.write(config)
+            tensors, unplaced = _scatter(model, form, config, head)
+            known = _explicit(form.read(fields, tensors))
+            reason = _differences(config, known) or _head_reason(form, model, head) or unplaced
+            if not reason:
+                if head is None and form.heads:  # their class of a backbone alone has no prefix
+                    tensors = {name.removeprefix(form.prefix): tensor for name, tensor in tensors.items()}
+                return _with_facts(fields, form, model, head), tensors
+            reasons.append(f"for {form.model_type}, {reason}")
+    todo = "The checkpoints of fastattn train hold any model."
+    given = "; ".join(reasons) or f"a model of kind {config.kind!r}"
+    raise input_error("model", given, "the form of one of " + ", ".join(FORMS), todo)
+
+
+def _differences(config: TransformerConfig, known: TransformerConfig) -> str:
+    """What of ``config`` a form cannot say, having said ``known``."""
+    pairs = ((f.name, getattr(config, f.name), getattr(known, f.name)) for f in dataclasses.fields(config))
+    differ = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs and name != "attention"]
+    return ", ".join(f"{name} is {ours!r} and would be {theirs!r}" for name, ours, theirs in differ)
+
+
+def _head_reason(form: Form, model: AnyModel | AnyHead, head: str | None) -> str:
+    """Why the form has not this head."""
+    if head is not None and head not in form.heads:
+        return f"there is no {head}"
+    if isinstance(model, heads.SequenceClassifier) and (model.pool, model.config.pooler) != ("first", form.pools):
+        return f"pool would be 'first', with pooler={form.pools} in the config"
+    return ""
+
+
+def _with_facts(fields: Json, form: Form, model: AnyModel | AnyHead, head: str | None) -> Json:
+    """The config with what the weights and the head add to it."""
+    architecture = form.heads[head][0] if head else form.architecture
+    fields |= {"model_type": form.model_type, "architectures": [architecture]}
+    fields |= {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if isinstance(model, heads.SequenceClassifier | heads.TokenClassifier):
+        fields |= {"id2label": {str(i): label for i, label in enumerate(model.labels)}}
+        fields |= {"label2id": {label: i for i, label in enumerate(model.labels)}}
+    return fields
+
+
+def _scatter(
+    model: AnyModel | AnyHead, form: Form, config: TransformerConfig, head: str | None
+) -> tuple[dict[str, Tensor], str]:
+    """Their tensors from ours, and a word on those that the form has no place for."""
+    found: dict[str, Tensor] = {}
+    unplaced = []
+    for ours, tensor in model.state_dict().items():
+        try:
+            names = form.names(ours, config, head)
+        except KeyError:
+            unplaced.append(ours)
+            continue
+        sizes = [len(tensor) // len(names)] * len(names)
+        if len(names) == 3:  # queries, keys and values
+            sizes = [heads * config.head_shape.head_dim for heads in (config.heads, *[config.head_shape.kv_heads] * 2)]
+        for name, part in zip(names, tensor.detach().split(sizes if len(names) > 1 else len(tensor)), strict=True):
+            if name in form.shapes:
+                part = part.reshape(form.shapes[name](config))
+            found[name] = (part.T if _is_transposed(form, ours, part) else part).contiguous()
+    return found, f"there is no place for {', '.join(unplaced[:3])}" if unplaced else ""
+
+
+def _explicit(config: TransformerConfig) -> TransformerConfig:
+    """The same model with defaults filled in, and the fields that it does not read at theirs."""
+    _, kv_heads, head_dim = config.head_shape
+    values: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": config.hidden}
+    values |= {"norm_eps": config.norm_eps or (1e-6 if config.norm == "rms" else 1e-5)}
+    unused = {
+        "rope_base": config.positions != "rope",
+        "rope_scaling": config.positions != "rope",
+        "relative_buckets": config.positions != "relative",
+        "relative_distance": config.positions != "relative",
+        "image_size": config.kind != "vision",
+        "patch_size": config.kind != "vision",
+        "channels": config.kind != "vision",
+        "max_length": config.kind == "vision",
+        "tie_embeddings": config.kind in ("encoder", "vision"),
+        "logit_scale": config.kind in ("encoder", "vision"),
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    values |= {name: defaults[name] for name, is_unused in unused.items() if is_unused}
+    if config.kind == "encoder-decoder":
+        values["decoder_layers"] = config.decoder_layers or config.layers
+    return dataclasses.replace(config, **values)
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is missing or not readable as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold the settings of a model.")
+    return content

@@ -1,0 +1,23 @@
+"""Training the bundled models: text to tokens to batches to checkpoints. Needs ``pip install 'fastattn[train]'``."""
+
+from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
+from fastattn.lm.train.log import Log
+from fastattn.lm.train.loop import Trainer
+from fastattn.lm.train.optim import OptimConfig
+from fastattn.lm.train.pretrain import Outcome, RunConfig, make_trainer, pretrain, resumed_config
+from fastattn.lm.train.settings import Progress, TrainConfig
+
+__all__ = [
+    "Checkpoint",
+    "Log",
+    "OptimConfig",
+    "Outcome",
+    "Progress",
+    "RunConfig",
+    "TrainConfig",
+    "Trainer",
+    "find_checkpoint",
+    "make_trainer",
+    "pretrain",
+    "resumed_config",
+]

@@ -1,0 +1,1 @@
+"""Benchmarks measured: workloads, peers, timing, memory, and the check that precedes each number."""

@@ -1,0 +1,177 @@
+"""A call like one before goes a shorter way, to the same result; one that is not, or is watched, does not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastattn
+from fastattn import InputError, functional, ops, plan
+from fastattn.backends import load
+
+needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def long_ways(monkeypatch):
+    """How many calls went through an operator."""
+    counted = []
+    for module, name in ((ops, "attend_to_cache"), (functional, "attend")):
+        way = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, way=way: counted.append(1) or way(*args))
+    return counted
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_again(long_ways, layout, causal):
+    for _ in range(3):
+        q, k, v = (torch.randn(2, 9, heads, 16) for heads in (4, 2, 2))
+        reference = fastattn.attention(q, k, v, causal=causal, return_lse=True, backend="eager")
+        given = [x.transpose(1, 2) if layout == "BHSD" else x for x in (q, k, v)]
+        out, lse = fastattn.attention(*given, causal=causal, layout=layout, return_lse=True)
+        out = out.transpose(1, 2) if layout == "BHSD" else out
+        assert out.is_contiguous() and lse.is_contiguous()
+        torch.testing.assert_close((out, lse), reference)
+    assert len(long_ways) == 3 + 1, "the reference, and the first call"
+
+
+def test_torchs_function_again(long_ways):
+    for _ in range(3):
+        q, k, v = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+        out = fastattn.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    assert len(long_ways) == 1
+
+
+def test_attention_in_need_of_more(long_ways):
+    q = torch.randn(1, 8, 2, 16)
+    out = fastattn.attention(q, q, q)
+    calls = (
+        {"dropout_p": 0.5}, {"bias": torch.zeros(8, 8)}, {"mask": torch.ones(8, 8, dtype=torch.bool)},
+        {"window": (2, 2)}, {"sinks": torch.zeros(2)}, {"segment_ids": torch.zeros(1, 8, dtype=torch.int32)},
+        {"alibi_slopes": torch.ones(2)}, {"softcap": 3.0}, {"scale": -1.0}, {"backend": "eager"},
+    )  # fmt: skip
+    for options in calls:
+        for _ in range(2):
+            fastattn.attention(q, q, q, **options)
+    assert len(long_ways) == 1 + 2 * len(calls)
+    learned = q.clone().requires_grad_()
+    fastattn.attention(learned, q, q).sum().backward()
+    assert learned.grad is not None
+    with torch.no_grad():
+        assert torch.equal(fastattn.attention(learned, q, q), out)
+
+
+def test_derivatives_of_every_kind_are_not_replayed():
+    q = torch.randn(1, 8, 2, 16, dtype=torch.float64)
+    fastattn.attention(q, q, q)
+    _, tangent = torch.func.jvp(lambda x: fastattn.attention(x, q, q), (q,), (torch.ones_like(q),))
+    gradient = torch.func.grad(lambda x: fastattn.attention(x, q, q).sum())(q)
+    each = torch.vmap(lambda x: fastattn.attention(x, x, x))(q[None].repeat(3, 1, 1, 1, 1))
+    assert tangent.abs().sum() > 0 and gradient.abs().sum() > 0
+    torch.testing.assert_close(each[0], fastattn.attention(q, q, q))
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+def step(have=9, **changes):
+    torch.manual_seed(have)
+    arguments = {
+        "q": torch.randn(2, 1, 4, 16), "k_cache": torch.randn(6, 8, 2, 16), "v_cache": torch.randn(6, 8, 2, 16),
+        "cache_lengths": torch.tensor([have, 3], dtype=torch.int32), "k": torch.randn(2, 1, 2, 16),
+        "v": torch.randn(2, 1, 2, 16), "block_table": torch.tensor([[5, 0, 3], [1, 2, 4]], dtype=torch.int32),
+    }  # fmt: skip
+    return arguments | changes
+
+
+def both_ways(**arguments):
+    """The results and caches of the short way, and of the reference."""
+    results = []
+    for backend in (None, "eager"):
+        mine = arguments | {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+        out, lse = fastattn.attention_with_kv_cache(**mine, return_lse=True, backend=backend)
+        results.append((out, lse, mine["k_cache"], mine["v_cache"]))
+    return results
+
+
+@needs_kernel
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("appends", [True, False])
+def test_the_short_way_is_taken_and_right(long_ways, paged, appends):
+    changes = {} if appends else {"k": None, "v": None}
+    if not paged:
+        changes |= {"block_table": None, "k_cache": torch.randn(2, 24, 2, 16), "v_cache": torch.randn(2, 24, 2, 16)}
+    for have in (9, 10, 0, 22):
+        short, reference = both_ways(**step(have, **changes), window=(7, 0), softcap=9.0)
+        torch.testing.assert_close(short, reference)
+    assert len(long_ways) == 1 + 4, "the first call, and those of the reference"
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": torch.randn(2, 1, 2, 16)},
+        {"q": torch.randn(2, 1, 8, 16)[:, :, ::2]},
+        {"q": torch.randn(2, 3, 4, 16)},
+        {"scale": 0.3},
+        {"window": (2, 0)},
+        {"causal": False},
+        {"backend": "portable"},
+        {"sinks": torch.zeros(4)},
+        {"block_table": torch.tensor([[5, 0, 3, 1], [1, 2, 4, 0]], dtype=torch.int32)},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_another_kind_of_call_is_looked_at_anew(long_ways, changes):
+    fastattn.attention_with_kv_cache(**step())
+    fastattn.attention_with_kv_cache(**step(**changes))
+    assert len(long_ways) == 2
+
+
+@needs_kernel
+def test_who_watches_sees_the_operator(long_ways):
+    fastattn.attention_with_kv_cache(**step())
+    with FlopCounterMode(display=False) as flops:
+        fastattn.attention_with_kv_cache(**step())
+    with torch.profiler.profile() as profile:
+        fastattn.attention_with_kv_cache(**step())
+    assert len(long_ways) == 3 and flops.get_total_flops() > 0
+    assert any(event.key == "fastattn::extend_cache" for event in profile.key_averages())
+
+
+@needs_kernel
+def test_states_that_change_the_meaning(long_ways):
+    out = fastattn.attention_with_kv_cache(**step())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="k_cache"):
+        fastattn.attention_with_kv_cache(**step())
+    with fastattn.use_backend("portable"):
+        torch.testing.assert_close(fastattn.attention_with_kv_cache(**step()), out)
+    assert fastattn.explain_with_kv_cache(**step()).chosen == "cpu"
+    assert len(long_ways) == 2
+    with pytest.raises(InputError, match="requires grad"):
+        fastattn.attention_with_kv_cache(**step(q=torch.randn(2, 1, 4, 16, requires_grad=True)))
+    with pytest.raises(InputError, match=r"q: got torch\.sparse_coo"):
+        fastattn.attention_with_kv_cache(**step(q=torch.randn(2, 1, 4, 16).to_sparse()))
+    with pytest.raises(InputError, match="causal"):
+        fastattn.attention_with_kv_cache(**step(), causal=1)
+    with pytest.raises(InputError, match="cache_lengths"):
+        fastattn.attention_with_kv_cache(**step(have=24))
+    with pytest.raises(InputError, match="block_table"):
+        fastattn.attention_with_kv_cache(**step(block_table=torch.full((2, 3), 6, dtype=torch.int32)))
+
+
+@needs_kernel
+def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(plan, "LIMIT", 3)
+    for batch in range(1, 9):
+        tensors = step(
+            q=torch.randn(batch, 1, 4, 16), k=None, v=None, block_table=torch.zeros(batch, 3, dtype=torch.int32)
+        )
+        fastattn.attention_with_kv_cache(**tensors | {"cache_lengths": torch.ones(batch, dtype=torch.int32)})
+    assert len(plan._known) <= 3
