@@ -26,7 +26,7 @@ def patches(machine: Machine) -> list[Patch]:
     found += [(torch.cuda.random, name, functions[name]) for name in ("device_count", "current_device")]
     found += [(torch.cuda.streams, name, functions[name]) for name in ("Stream", "Event")]
     found += [(torch._C, "_host_emptyCache", lambda: None)]
-    found += [(torch._C, "_cuda_getCurrentRawStream", machine.library.sim_stream)]
+    found += [(torch._C, "_cuda_getCurrentRawStream", lambda device: machine.library.sim_stream(device))]
     return [*found, (torch.version, "cuda", CUDA_VERSION), (torch.backends.cuda, "is_built", lambda: True)]
 
 
@@ -64,10 +64,10 @@ def _current(machine: Machine) -> dict[str, object]:
         return library.sim_exchange_device(device)
 
     return {
-        "current_device": library.sim_device,
+        "current_device": lambda: library.sim_device(),  # torch hashes it, which a function of ctypes refuses
         "set_device": lambda device: exchange(_index(machine, device)),
         "_exchange_device": exchange,
-        "_maybe_exchange_device": exchange,
+        "_maybe_exchange_device": lambda device: exchange(device),  # torch wants a function of its own
     }
 
 
