@@ -1,4 +1,7 @@
-"""Writing so that a kill or a full disk at any moment leaves what was there before: a temporary name, fsync, rename."""
+"""Where caches lie, and how files are written.
+
+A kill or a full disk at any moment leaves what was there before: a temporary name, fsync, rename.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,24 @@ import glob
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fastattn.errors import DataError
 
 _TEMPORARY = ".unfinished-"
+
+
+def cache_folder() -> Path:
+    """The folder for what can be made again: ``FASTATTN_CACHE``, else that of the user, else one of temporary files."""
+    given = os.environ.get("FASTATTN_CACHE")
+    if given:
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastattn"
+    except RuntimeError:  # neither HOME nor an entry for this user, as in many containers
+        return Path(tempfile.gettempdir()) / "fastattn"
 
 
 @contextlib.contextmanager

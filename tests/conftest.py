@@ -11,6 +11,10 @@ import pytest
 
 import fastattn
 from fastattn import plan
+from fastattn.testing import simulated
+
+if not torch.cuda.is_available() and simulated.unavailable_reason() is None:
+    simulated.load()  # torch has to know of the devices before its first backward pass
 
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 

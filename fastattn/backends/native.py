@@ -1,4 +1,4 @@
-"""Where the C++ sources lie, and where what is compiled from them at first use is kept. Standard library only."""
+"""Where the C++ sources lie, and how what is compiled from them at first use is kept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ def source_folder() -> Path:
     package = Path(__file__).parents[1]
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
-
-
-def cache_folder() -> Path:
-    """``FASTATTN_CACHE``, or ``~/.cache/fastattn``."""
-    given = os.environ.get("FASTATTN_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "fastattn"
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -36,6 +36,7 @@ from fastattn.backends.cuda.instances import (
     select_keys,
     select_queries,
 )
+from fastattn.files import cache_folder
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
@@ -129,7 +130,7 @@ def compile_kernel(instance: Instance) -> bytes:
 
 def cache_path(instance: Instance) -> Path:
     text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *OPTIONS, version()])
-    return native.cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    return cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:

@@ -7,8 +7,8 @@ the line that caused it. Memory that nothing was written to holds NaN. Work is d
 so nothing here finds a race.
 """
 
-from fastattn.testing.simulated.build import load, unavailable_reason
+from fastattn.testing.simulated.build import load, startup_folder, unavailable_reason
 from fastattn.testing.simulated.machine import Launch, Machine, Wait
 from fastattn.testing.simulated.present import present
 
-__all__ = ["Launch", "Machine", "Wait", "load", "present", "unavailable_reason"]
+__all__ = ["Launch", "Machine", "Wait", "load", "present", "startup_folder", "unavailable_reason"]

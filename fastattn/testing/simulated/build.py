@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from fastattn.backends import native
+from fastattn.files import cache_folder
 
 SOURCE = Path(__file__).with_name("device.cpp")
 TORCH = Path(torch.__file__).parent
@@ -29,6 +31,11 @@ def unavailable_reason() -> str | None:
     if shutil.which("g++") is None:
         return "the simulated GPU needs g++"
     return None
+
+
+def startup_folder() -> Path:
+    """In ``PYTHONPATH``, it gives the devices to a whole program."""
+    return Path(__file__).with_name("startup")
 
 
 @functools.cache
@@ -56,9 +63,15 @@ def load() -> ctypes.CDLL:
 
 def _built() -> Path:
     key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, *OPTIONS]).encode())
-    path = native.cache_folder() / f"simulated-{key.hexdigest()[:24]}.so"
-    if path.exists():
-        return path
+    path = cache_folder() / f"simulated-{key.hexdigest()[:24]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # test processes start together
+        if not path.exists():
+            _compile(path)
+    return path
+
+
+def _compile(path: Path) -> None:
     includes = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name
@@ -68,7 +81,6 @@ def _built() -> Path:
         if done.returncode:
             raise RuntimeError(f"the simulated GPU does not compile against torch {torch.__version__}:\n{done.stderr}")
         native.write_whole(path, target.read_bytes())
-    return path
 
 
 def _unchecked_operators() -> list[str]:

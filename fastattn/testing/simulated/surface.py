@@ -92,11 +92,9 @@ class Stream(torch.Stream):
         return self.stream_id
 
 
-class Event(torch.Event):
-    """``torch.cuda.Event``."""
-
-    def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
-        return super().__new__(cls, device="cuda", enable_timing=enable_timing)
+def Event(enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> torch.Event:
+    """``torch.cuda.Event``; no class of its own, since torch measures time between its own class alone."""
+    return torch.Event(device="cuda", enable_timing=enable_timing)
 
 
 def _streams(machine: Machine) -> dict[str, object]:
