@@ -287,8 +287,9 @@ def _watched(child: subprocess.Popen[str]) -> Verdict:
 
 def _read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
     assert child.stdout is not None
-    for line in child.stdout:
-        lines.put(line.rstrip("\n"))
+    with child.stdout:
+        for line in child.stdout:
+            lines.put(line.rstrip("\n"))
     lines.put(None)
 
 
