@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "kv_cache": {"errors", "layout", "problem", "rotary", "spec"},
     "reference": {"kv_cache", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
-    "evidence": {"problem", "version"},
+    "evidence": {"errors", "files", "problem", "version"},
     "plan": {"backends"},
     "dispatch": {"backends", "errors", "problem"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
     "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
-    "cli": PUBLIC | {"backends", "lm", "measure"},
+    "cli": PUBLIC | {"backends", "evidence", "lm", "measure"},
 }
 
 
@@ -109,7 +109,7 @@ def test_there_is_something_to_hold():
 
 @pytest.mark.parametrize("part", sorted(MAY_IMPORT))
 def test_imports_go_one_way(part):
-    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}")
+    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}", suffixes={".py"})
     allowed = MAY_IMPORT[part] | ({part} if part != "__init__" else set())
     for path in paths:
         for imported in imports_of(path):
@@ -200,7 +200,8 @@ def test_nothing_banned_in_kernels():
     for path in (path for path in SOURCES if path.suffix != ".py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text), name_of(path)
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), f"{name_of(path)}: built without torch"
+        is_of_torch = "simulated" in path.parts  # devices for torch, made of its own headers
+        assert is_of_torch or not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), f"{name_of(path)}: built without torch"
 
 
 def public_callables():

@@ -194,7 +194,8 @@ class Backward:
         vector = min(call.flags.vector, incoming.vector())
         contiguous = call.flags.contiguous and dout.stride(-1) == 1
         call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
-        lse2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
+        # two allocations: the second half of one is aligned for some lengths alone, and Triton compiles for either
+        lse2, delta = (torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(2))
         self = cls(call, incoming, PerRow.of(lse2), PerRow.of(delta))
         if delta.numel():
             self._fill(_rows(out), PerRow.of(lse.contiguous()), None if dlse is None else PerRow.of(dlse.contiguous()))
@@ -378,7 +379,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Rows
         bias=int(inputs.bias is not None),
         plain=not finished and spec.scale > 0,
         precise=inputs.q.dtype == torch.float32,
-        precision="tf32" if _tf32() else "ieee",
+        precision="tf32" if inputs.q.dtype == torch.float32 and _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
     )
 

@@ -62,7 +62,8 @@ def load() -> ctypes.CDLL:
 
 
 def _built() -> Path:
-    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, *OPTIONS]).encode())
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, SOURCE.with_name("memory.h"))]
+    key = hashlib.sha256("\0".join([*sources, torch.__version__, *OPTIONS]).encode())
     path = cache_folder() / f"simulated-{key.hexdigest()[:24]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # test processes start together
