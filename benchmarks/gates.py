@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from fastattn.backends.triton.tools import gates
 from fastattn.errors import InputError
+from fastattn.files import write_text
 
 EXPECTED = Path(__file__).parent / "expected"
 
@@ -58,10 +57,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, figures: dict[str, object]) -> None:
-    path.parent.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figures[name])}" for name in sorted(figures))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"{{\n{lines}\n}}\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_text(path, f"{{\n{lines}\n}}\n")

@@ -31,8 +31,7 @@ from typing import Any
 
 import torch
 
-from fastattn.errors import DataError
-from fastattn.files import cache_folder, write_text
+from fastattn.files import cache_root, replaced_file
 from fastattn.problem import Problem
 from fastattn.version import __version__
 
@@ -200,9 +199,10 @@ def _only_one(key: str) -> Iterator[None]:
 
 def _folder() -> Path | None:
     """A folder for verdicts that this user can write: in the cache, else among temporary files; None without one."""
-    own = Path(tempfile.gettempdir()) / f"fastattn-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    for folder in (cache_folder() / "self-check", own / "self-check"):
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    for root in (cache_root, lambda: Path(tempfile.gettempdir()) / f"fastattn-{user}"):
         with contextlib.suppress(OSError):
+            folder = root() / "self-check"
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
                 continue  # a verdict decides which code runs, so nobody else's counts
@@ -230,8 +230,9 @@ def _remember(key: str, verdict: Verdict) -> None:
         log.warning("fastattn: no folder to keep the verdict of the self-check in; FASTATTN_CACHE names one")
         return
     try:
-        write_text(folder / f"{key}.json", json.dumps(asdict(verdict)))
-    except DataError as error:
+        with replaced_file(folder / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
+    except OSError as error:
         log.warning("fastattn: the verdict of the self-check could not be kept: %s", error)
 
 

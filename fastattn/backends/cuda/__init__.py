@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
@@ -95,7 +95,7 @@ class CudaBackend(Backend):
         """Why it should not serve unless asked by name: there is no evidence yet that it is right, or fast."""
         return ["not yet run on a GPU"]
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
         q = inputs.q
@@ -103,7 +103,7 @@ class CudaBackend(Backend):
         lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
         with _current_stream(q.device) as stream:
             kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
-        return out, lse
+        return out, lse, torch.zeros_like(lse)
 
     def backward(
         self,
@@ -111,6 +111,7 @@ class CudaBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],

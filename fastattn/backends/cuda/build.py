@@ -124,9 +124,7 @@ def build(
 
 
 def build_library(folder: Path, target: Path, csrc: Path, instances: Sequence[Instance]) -> None:
-    """The shared library at ``target``, complete or not at all; ``folder`` keeps what need not be compiled again."""
+    """Write the shared library to ``target``; ``folder`` keeps what need not be compiled again."""
     build(folder, LIBRARY, csrc, instances)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".tmp")
-    shutil.copyfile(folder / LIBRARY, unfinished)
-    os.replace(unfinished, target)
+    shutil.copyfile(folder / LIBRARY, target)

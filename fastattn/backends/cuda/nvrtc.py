@@ -36,7 +36,7 @@ from fastattn.backends.cuda.instances import (
     select_keys,
     select_queries,
 )
-from fastattn.files import cache_folder
+from fastattn.files import cache_root, replaced_file
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
@@ -130,17 +130,20 @@ def compile_kernel(instance: Instance) -> bytes:
 
 def cache_path(instance: Instance) -> Path:
     text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *OPTIONS, version()])
-    return cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    return cache_root() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:
     """The cubin of a kernel, from the disk cache if it is there. Without a writable cache it is compiled each time."""
-    path = cache_path(instance)
+    try:
+        path = cache_path(instance)
+    except OSError:  # no home: slower, not wrong
+        return compile_kernel(instance)
     if path.exists():
         return path.read_bytes()
     cubin = compile_kernel(instance)
-    with contextlib.suppress(OSError):  # a read-only home: slower, not wrong
-        native.write_whole(path, cubin)
+    with contextlib.suppress(OSError), replaced_file(path) as temporary:  # nor is a read-only home
+        temporary.write_bytes(cubin)
     return cubin
 
 

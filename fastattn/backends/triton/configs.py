@@ -6,7 +6,7 @@ dq), one that only runs it one. On top come dbias, dsinks, and for masks and seg
 ``prescan.py``. Decoding compiles one kernel for each height of its tile that is asked for (16, 32 or 64 packed rows of
 queries), twice if keys are cut into parts, with one that combines them, and one that stores new rows. Each takes
 1 to 5 seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch and head counts, page sizes and
-the number of parts are run-time arguments: they compile nothing anew, as ``tests/kernels/test_gates.py`` holds. Two
+the number of parts are run-time arguments: they compile nothing anew (``tests/backends/triton/test_gates.py``). Two
 facts about memory double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and
 whether those of bias or mask do.
 """

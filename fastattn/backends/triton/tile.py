@@ -1,9 +1,9 @@
 """What every kernel does to a tile: where it lies, its loads, its mask, its scores, its dropout.
 
 ``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``,
-and hold the only comparisons of positions; ``tests/kernels/test_mask_transcriptions.py`` enumerates them. Scores
-are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are broadcastable
-tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels whose tiles are transposed.
+and hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them.
+Scores are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are
+broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels with transposed tiles.
 """
 
 # mypy: disallow-untyped-defs=False

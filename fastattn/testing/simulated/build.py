@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from fastattn.backends import native
-from fastattn.files import cache_folder
+from fastattn.files import cache_root, replaced_file
 
 SOURCE = Path(__file__).with_name("device.cpp")
 TORCH = Path(torch.__file__).parent
@@ -64,7 +63,7 @@ def load() -> ctypes.CDLL:
 def _built() -> Path:
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, SOURCE.with_name("memory.h"))]
     key = hashlib.sha256("\0".join([*sources, torch.__version__, *OPTIONS]).encode())
-    path = cache_folder() / f"simulated-{key.hexdigest()[:24]}.so"
+    path = cache_root() / f"simulated-{key.hexdigest()[:24]}.so"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # test processes start together
         if not path.exists():
@@ -81,7 +80,8 @@ def _compile(path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         if done.returncode:
             raise RuntimeError(f"the simulated GPU does not compile against torch {torch.__version__}:\n{done.stderr}")
-        native.write_whole(path, target.read_bytes())
+        with replaced_file(path) as temporary:
+            temporary.write_bytes(target.read_bytes())
 
 
 def _unchecked_operators() -> list[str]:

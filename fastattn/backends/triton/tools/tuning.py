@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastattn.backends.triton import table
+from fastattn.files import write_text
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
@@ -114,15 +113,7 @@ def text_of(rows: dict[Key, Tile]) -> str:
 
 def write(rows: dict[Key, Tile], path: Path = TABLE_FILE) -> None:
     """Replace the table, whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text_of(rows))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, text_of(rows))
 
 
 def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]:

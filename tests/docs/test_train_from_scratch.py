@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastattn.cli import main
 
-PAGE = Path(__file__).parents[3] / "docs" / "train_from_scratch.md"
+PAGE = Path(__file__).parents[2] / "docs" / "train_from_scratch.md"
 
 
 def test_every_block_runs(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from fastattn.spec import ANCHORS, AttentionSpec, full_range, keep, tile_range
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 SIDES = (None, 0, 1, 3, 100)
 LENGTHS = (0, 1, 2, 5)
 

@@ -46,8 +46,8 @@ def only_last(rows: int, *shape: int) -> Tensor:
 
 def results(inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> list[Tensor | None]:
     backend = load("triton")
-    out, lse = backend.forward(inputs, spec)
-    grads = backend.backward(dout, None, out, lse, inputs, spec, ("q", "k", "v", "bias"))
+    out, lse, low = backend.forward(inputs, spec)
+    grads = backend.backward(dout, None, out, lse, low, inputs, spec, ("q", "k", "v", "bias"))
     return [out, lse, grads.dq, grads.dk, grads.dv, grads.dbias]
 
 

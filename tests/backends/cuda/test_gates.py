@@ -10,7 +10,7 @@ import pytest
 from fastattn.backends.cuda.build import BuildError, build, find_ninja
 from fastattn.backends.cuda.instances import Instance, forward_tiles, keys_tiles, queries_tiles, select, select_queries
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 CAUSAL_128 = Instance(select(forward_tiles(CSRC), 128, 128, True, False), "bfloat16")
 FUSED_128 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_qk == 128 and tile.fused), "bfloat16")
 SPLIT_192 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_v == 192), "bfloat16")

@@ -13,7 +13,7 @@ from fastattn.backends.triton.tools import gates
 triton = pytest.importorskip("triton")
 
 EXPECTED = gates.expected_figures(
-    Path(__file__).parents[2] / "benchmarks" / "expected" / f"triton-{triton.__version__}.json"
+    Path(__file__).parents[3] / "benchmarks" / "expected" / f"triton-{triton.__version__}.json"
 )
 GOOD = gates.Figures(registers=255, stack=0, shared=65536, tensor_core=16, tile=(128, 64, 8, 2))
 BUILD = gates.Build("sm_90", "sm_90", "forward", "causal", 16, 128)

@@ -84,9 +84,9 @@ def test_opcheck(case):
     sample = make(case)
     flat = ops.flatten(sample.inputs, sample.spec, HOME[0])
     torch.library.opcheck(torch.ops.fastattn.forward.default, (*flat, True), test_utils=OPERATOR_TESTS)
-    out, lse = torch.ops.fastattn.forward(*flat, True)
+    out, lse, low = torch.ops.fastattn.forward(*flat, True)
     needed = [name in sample.needs for name in ("q", "k", "v", "bias", "sinks")]
-    args = (sample.dout, sample.dlse, out, lse, *flat, needed)
+    args = (sample.dout, sample.dlse, out, lse, low, *flat, needed)
     torch.library.opcheck(torch.ops.fastattn.backward.default, args, test_utils=OPERATOR_TESTS)
 
 

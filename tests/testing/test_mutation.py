@@ -20,7 +20,7 @@ class Mutant(Backend):
 
     def __init__(self, before=None, after=None, gradients=None, in_forward=True):
         self.before = before or (lambda inputs, spec: (inputs, spec))
-        self.after = after or (lambda out, lse: (out, lse))
+        self.after = after or (lambda *results: results)
         self.gradients = gradients or (lambda grads: grads)
         self.in_forward = in_forward
 
@@ -28,9 +28,9 @@ class Mutant(Backend):
         changed = self.before(inputs, spec) if self.in_forward else (inputs, spec)
         return self.after(*reference.forward(*changed))
 
-    def backward(self, dout, dlse, out, lse, inputs, spec, needs):
+    def backward(self, dout, dlse, out, lse, low, inputs, spec, needs):
         inputs, spec = self.before(inputs, spec)
-        return self.gradients(reference.backward(dout, dlse, out, lse, inputs, spec, needs))
+        return self.gradients(reference.backward(dout, dlse, out, lse, low, inputs, spec, needs))
 
 
 def with_spec(**changes):
@@ -77,7 +77,7 @@ MUTANTS = {
     "last key dropped": (Mutant(with_inputs(without_last_key)), {}),
     "softcap forgotten": (Mutant(with_spec(softcap=None)), {"softcap": 5.0, "magnitude": 2.0}),
     "wrong seed": (Mutant(with_inputs(lambda i: {"rng_state": i.rng_state + 2**33})), {"dropout_p": 0.2}),
-    "dropout not rescaled": (Mutant(after=lambda out, lse: (out * 0.8, lse)), {"dropout_p": 0.2}),
+    "dropout not rescaled": (Mutant(after=lambda out, *lse: (out * 0.8, *lse)), {"dropout_p": 0.2}),
     "bias forgotten": (Mutant(with_inputs(lambda i: {"bias": i.bias * 0})), {"bias": (1, 2, 37, 37)}),
     "slopes of other heads": (Mutant(with_inputs(lambda i: {"alibi_slopes": i.alibi_slopes.flip(1)})), {"alibi": True}),
     "sink ignored": (Mutant(with_inputs(lambda i: {"sinks": i.sinks - 99})), {"sinks": True}),
@@ -86,16 +86,16 @@ MUTANTS = {
         {"segments": 3},
     ),
     "heads swapped": (Mutant(with_inputs(lambda i: {"k": i.k.flip(2), "v": i.v.flip(2)})), {"H_q": 4}),
-    "out row dropped": (Mutant(after=lambda out, lse: (zero_row(out), lse)), {}),
-    "out unwritten": (Mutant(after=lambda out, lse: (unwritten_row(out), lse)), {}),
-    "lse unwritten": (Mutant(after=lambda out, lse: (out, unwritten_row(lse))), {}),
-    "lse in base two": (Mutant(after=lambda out, lse: (out, lse * 1.4427)), {}),
+    "out row dropped": (Mutant(after=lambda out, *lse: (zero_row(out), *lse)), {}),
+    "out unwritten": (Mutant(after=lambda out, *lse: (unwritten_row(out), *lse)), {}),
+    "lse unwritten": (Mutant(after=lambda out, lse, low: (out, unwritten_row(lse), low)), {}),
+    "lse in base two": (Mutant(after=lambda out, lse, low: (out, lse * 1.4427, low)), {}),
     "lse of an empty row is finite": (
-        Mutant(after=lambda out, lse: (out, lse.clamp(min=-1e30))),
+        Mutant(after=lambda out, lse, low: (out, lse.clamp(min=-1e30), low)),
         {"right": 0, "S_q": 60, "S_kv": 30},
     ),
     "empty row is NaN": (
-        Mutant(after=lambda out, lse: (out.masked_fill((lse == -torch.inf).mT[..., None], torch.nan), lse)),
+        Mutant(after=lambda out, lse, low: (out.masked_fill((lse == -torch.inf).mT[..., None], torch.nan), lse, low)),
         {"right": 0, "S_q": 60, "S_kv": 30},
     ),
     "dq row dropped": (Mutant(gradients=lambda g: changed(g, dq=zero_row)), {}),
@@ -113,22 +113,22 @@ MUTANTS = {
 class StaleLse(Mutant):
     """Backward with the lse of another step."""
 
-    def backward(self, dout, dlse, out, lse, inputs, spec, needs):
-        return super().backward(dout, dlse, out, lse.roll(1, -1), inputs, spec, needs)
+    def backward(self, dout, dlse, out, lse, low, inputs, spec, needs):
+        return super().backward(dout, dlse, out, lse.roll(1, -1), low, inputs, spec, needs)
 
 
 class NoDelta(Mutant):
     """Backward that forgets delta."""
 
-    def backward(self, dout, dlse, out, lse, inputs, spec, needs):
-        return super().backward(dout, dlse, out * 0, lse, inputs, spec, needs)
+    def backward(self, dout, dlse, out, lse, low, inputs, spec, needs):
+        return super().backward(dout, dlse, out * 0, lse, low, inputs, spec, needs)
 
 
 class NoDlse(Mutant):
     """Backward that forgets the gradient of lse."""
 
-    def backward(self, dout, dlse, out, lse, inputs, spec, needs):
-        return super().backward(dout, None, out, lse, inputs, spec, needs)
+    def backward(self, dout, dlse, out, lse, low, inputs, spec, needs):
+        return super().backward(dout, None, out, lse, low, inputs, spec, needs)
 
 
 MUTANTS |= {
@@ -168,7 +168,7 @@ def test_faults_of_one_side_are_found_by_the_other():
 
 class WrongContract(Mutant):
     def __init__(self, out=lambda x: x, lse=lambda x: x, dq=lambda x: x):
-        super().__init__(after=lambda o, m: (out(o), lse(m)), gradients=lambda g: changed(g, dq=dq))
+        super().__init__(after=lambda o, m, low: (out(o), lse(m), low), gradients=lambda g: changed(g, dq=dq))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_overflow_of_eager_leaves_a_bound_that_still_judges():
     """In fp16 with scores beyond 65504, same-dtype eager is NaN; right backends pass and wrong ones do not."""
     overflowing = case(torch.float16, magnitude=60.0, scale=0.004)
     sample = make(overflowing)
-    eager_out, _ = reference.forward(sample.inputs, dataclasses.replace(sample.spec, scale=0.004), torch.float16)
+    eager_out, *_ = reference.forward(sample.inputs, dataclasses.replace(sample.spec, scale=0.004), torch.float16)
     assert not eager_out.isfinite().all()
     assert_within(measure(Mutant(), sample))
     with pytest.raises(AssertionError, match="outside the tolerance"):

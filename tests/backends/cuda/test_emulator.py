@@ -11,7 +11,7 @@ from fault import Fault
 
 from fastattn.backends.cuda.instances import DecodeTile, Tile
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(__file__).parents[3] / "csrc"
 CASES = 2  # for each kernel and dtype; `make emulate` runs more
 # One line of each form of the backward pass, and every third of its faults and of decoding's: `make emulate` runs and
 # plants all.

@@ -107,8 +107,8 @@ def test_tanh_is_relatively_exact(is_precise: bool, worst: float) -> None:
 
 def results(inputs: Inputs, spec: AttentionSpec, dout: torch.Tensor) -> list[torch.Tensor]:
     backend = load("triton")
-    out, lse = backend.forward(inputs, spec)
-    grads = backend.backward(dout, None, out, lse, inputs, spec, ("q", "k", "v"))
+    out, lse, low = backend.forward(inputs, spec)
+    grads = backend.backward(dout, None, out, lse, low, inputs, spec, ("q", "k", "v"))
     return [out, lse, grads.dq, grads.dk, grads.dv]  # type: ignore[list-item]
 
 
@@ -122,8 +122,8 @@ def test_a_key_that_one_head_of_the_group_uses_is_used(heads_kv: int) -> None:
     for j in range(s):
         mask[0, j % heads, (7 * j) % s, j] = True
     inputs, spec = Inputs(q, k, v, mask=mask, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(0.25)
-    out, lse = reference.forward(inputs, spec)
-    grads = reference.backward(dout, None, out, lse, inputs, spec)
+    out, lse, low = reference.forward(inputs, spec)
+    grads = reference.backward(dout, None, out, lse, low, inputs, spec)
     expected = [out, lse, grads.dq, grads.dk, grads.dv]
     for found, right in zip(results(inputs, spec, dout), expected, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)

@@ -185,10 +185,10 @@ def test_the_kernel_runs_where_it_can(spy, changes, kernel_calls):
 
 def test_a_bias_gradient_is_left_to_the_tiles(spy):
     sample = make(Case(id="dbias", bias=(1, 2, 37, 37)))
-    out, lse = BACKEND.forward(sample.inputs, sample.spec)
+    out, lse, low = BACKEND.forward(sample.inputs, sample.spec)
     for needs, has_tiles in ((("q", "k", "v"), False), (("bias",), True)):
         spy.tiles = 0
-        grads = BACKEND.backward(sample.dout, None, out, lse, sample.inputs, sample.spec, needs)
+        grads = BACKEND.backward(sample.dout, None, out, lse, low, sample.inputs, sample.spec, needs)
         assert (
             (spy.tiles > 0) == has_tiles and (grads.dbias is not None) == has_tiles and (grads.dq is None) == has_tiles
         )
@@ -291,17 +291,18 @@ def test_keys_that_nothing_keeps_may_hold_nan(executor, by_head, monkeypatch):
     results = []
     for inputs in (clean, dirty):
         inputs = inputs.replace(mask=mask)
-        out, lse = BACKEND.forward(inputs, spec)
-        grads = BACKEND.backward(torch.ones_like(out), None, out, lse, inputs, spec, ("q", "k", "v"))
+        out, lse, low = BACKEND.forward(inputs, spec)
+        grads = BACKEND.backward(torch.ones_like(out), None, out, lse, low, inputs, spec, ("q", "k", "v"))
         results.append((out, lse, grads.dq, grads.dk, grads.dv))
-    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
+    for clean, dirty in zip(*results, strict=True):  # torch's kernel computes the one, tiles the other
+        torch.testing.assert_close(dirty, clean)
     assert not results[1][3][0, 7].any() and not results[1][4][:, 3].any()
 
 
 def test_a_nan_that_is_kept_is_seen():
     inputs = dense(10, 10)
     inputs.k[0, 4] = float("nan")
-    out, _ = BACKEND.forward(inputs.replace(mask=torch.ones(1, 1, 1, 10, dtype=torch.bool)), AttentionSpec(1.0))
+    out, *_ = BACKEND.forward(inputs.replace(mask=torch.ones(1, 1, 1, 10, dtype=torch.bool)), AttentionSpec(1.0))
     assert out.isnan().all()
 
 
@@ -312,17 +313,17 @@ def test_an_honest_zero_lse_is_not_an_empty_row():
     mask[..., 4, :] = False
     inputs.q.zero_()
     for more in ({"mask": mask}, {"bias": torch.where(mask, 0.0, float("-inf"))}):
-        out, lse = BACKEND.forward(inputs.replace(**more), AttentionSpec(1.0))
+        out, lse, _ = BACKEND.forward(inputs.replace(**more), AttentionSpec(1.0))
         assert lse[0, 0].tolist() == [0, 0, 0, 0, float("-inf"), 0]
         assert not out[:, 4].any() and torch.equal(out[:, 5], inputs.v[:, 5])
 
 
 def test_left_padding_under_a_causal_band_empties_rows():
     inputs = dense(8, 8, mask=(torch.arange(8) >= 3)[None, None, None])
-    out, lse = BACKEND.forward(inputs, AttentionSpec(1.0, right=0))
+    out, lse, low = BACKEND.forward(inputs, AttentionSpec(1.0, right=0))
     assert lse[0, 0].isinf().tolist() == [True] * 3 + [False] * 5 and not out[:, :3].any()
     grads = BACKEND.backward(
-        torch.ones_like(out), torch.ones_like(lse), out, lse, inputs, AttentionSpec(1.0, right=0), ("q", "k", "v")
+        torch.ones_like(out), torch.ones_like(lse), out, lse, low, inputs, AttentionSpec(1.0, right=0), ("q", "k", "v")
     )
     assert not grads.dq[:, :3].any() and not grads.dk[:, :3].any() and grads.dq.isfinite().all()
 
@@ -347,8 +348,8 @@ def test_runs_repeat_bit_for_bit(changes):
     sample = make(Case(id="again", H_q=4, **changes))
 
     def run():
-        out, lse = BACKEND.forward(sample.inputs, sample.spec)
-        g = BACKEND.backward(sample.dout, None, out, lse, sample.inputs, sample.spec, sample.needs)
+        out, lse, low = BACKEND.forward(sample.inputs, sample.spec)
+        g = BACKEND.backward(sample.dout, None, out, lse, low, sample.inputs, sample.spec, sample.needs)
         return [x for x in (out, lse, g.dq, g.dk, g.dv, g.dbias) if x is not None]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -392,8 +393,8 @@ def peak_bytes(changes, length):
     if case.segments:
         sample.inputs.segment_ids_q.copy_((torch.arange(length) * 7 % 5)[None])
     with LiveBytes() as bytes_:
-        out, lse = BACKEND.forward(sample.inputs, sample.spec)
-        BACKEND.backward(sample.dout, None, out, lse, sample.inputs, sample.spec, sample.needs)
+        out, lse, low = BACKEND.forward(sample.inputs, sample.spec)
+        BACKEND.backward(sample.dout, None, out, lse, low, sample.inputs, sample.spec, sample.needs)
     return bytes_.peak
 
 
