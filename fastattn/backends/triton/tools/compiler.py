@@ -27,13 +27,15 @@ def present_target(device: torch.device) -> Target:
     return Target(found.backend, found.arch, found.warp_size)
 
 
-def compile_only(target: Callable[[], Target], device: Callable[[], int], launched: Callable[[str, Compile], Any]) -> None:
+def compile_only(
+    target: Callable[[], Target], device: Callable[[], int], launched: Callable[[str, Any, Compile], Any]
+) -> None:
     """Replace Triton's driver and its launches in this process, for good.
 
     Args:
         target: what to compile for now.
         device: a number for it: Triton keeps what it compiled by device.
-        launched: called instead of a launch, with the kernel's name and what compiles it; may leave it.
+        launched: called instead of a launch, with the kernel's name, all its arguments and what compiles it, or not.
     """
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -54,9 +56,20 @@ def compile_only(target: Callable[[], Target], device: Callable[[], int], launch
     run = JITFunction.run
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return launched(self.__name__, lambda: run(self, *args, grid=grid, warmup=True, **options))
+        return launched(self.__name__, (args, options), lambda: run(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run = launch
+
+
+def signature(value: Any) -> str:
+    """What a kernel is compiled for, of the arguments of a launch; numbers count by their kind alone."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={value[name]!r}" if name[0].isupper() else signature(value[name]) for name in value)
+    if isinstance(value, (tuple, list)):
+        return f"({' '.join(map(signature, value))})"
+    return repr(value) if value is None else type(value).__name__
 
 
 def on_meta(x: Any) -> Any:

@@ -305,7 +305,7 @@ def _start_compiler(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     torch.set_num_threads(1)
 
-    def launched(name: str, compile_kernel: compiler.Compile) -> Any:
+    def launched(name: str, arguments: Any, compile_kernel: compiler.Compile) -> Any:
         begin = time.perf_counter()
         kernel = compile_kernel()
         _launched.append((name, kernel, time.perf_counter() - begin))
