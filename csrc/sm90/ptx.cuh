@@ -17,6 +17,10 @@
 
 #include "wgmma.cuh"
 
+#if defined(FA_WATCHDOG) && !defined(__CUDACC_RTC__)
+extern "C" __host__ __device__ int printf(char const*, ...);
+#endif
+
 namespace fa::sm90 {
 
 struct alignas(64) TensorMap {  // CUtensorMap, whose header does not compile under NVRTC
@@ -74,7 +78,7 @@ FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-#ifdef FA_WATCHDOG  // a build for finding faults: what would hang for good says where, and ends the kernel
+#ifdef FA_WATCHDOG  // for finding faults, and slow: what would hang for good says where, and ends the kernel
     if (++tries > FA_WATCHDOG) {
       printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(), block_index(),
              parity, thread_index());

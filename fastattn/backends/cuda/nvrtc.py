@@ -55,8 +55,9 @@ class NvrtcError(Exception):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """NVRTC from the libraries beside torch, or from the system."""
-    for major in MAJORS:
+    """NVRTC from the libraries beside torch, or from the system: the newest whose kernels the driver knows."""
+    known = driver.supported_major()
+    for major in (major for major in MAJORS if major <= known):
         for path in _wheel_libraries(major):
             # NVRTC asks for its builtins by name alone: loaded first, they are found wherever they lie.
             for builtins in path.parent.glob(f"libnvrtc-builtins.so.{major}*"):
@@ -66,7 +67,8 @@ def load() -> ctypes.CDLL:
             return ctypes.CDLL(f"libnvrtc.so.{major}")
         except OSError:
             continue
-    raise NvrtcError("NVRTC was not found (it comes with CUDA builds of torch)")
+    limit = "" if known >= MAJORS[0] else f", none newer than {known}, which is what the driver knows"
+    raise NvrtcError(f"NVRTC was not found (it comes with CUDA builds of torch){limit}")
 
 
 def _wheel_libraries(major: int) -> list[Path]:
@@ -216,6 +218,7 @@ class NvrtcKernels:
             self._launch(COMBINE, given, [], packed, -(-outputs // (COMBINE.threads // 32)))
 
     def _launch(self, tile: AnyTile, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
+        driver.use_device(given["device"])
         function = self._function(given["device"], Instance(tile, DTYPES[given["dtype"]]))
         buffer, address = aligned_arguments(given["dtype"], views, packed)
         driver.launch(function, address, blocks, tile.threads, shared_bytes(tile), given["stream"])

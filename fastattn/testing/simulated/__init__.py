@@ -9,6 +9,6 @@ so nothing here finds a race.
 
 from fastattn.testing.simulated.build import load, startup_folder, unavailable_reason
 from fastattn.testing.simulated.machine import Launch, Machine, Wait
-from fastattn.testing.simulated.present import present
+from fastattn.testing.simulated.present import is_present, present
 
-__all__ = ["Launch", "Machine", "Wait", "load", "present", "startup_folder", "unavailable_reason"]
+__all__ = ["Launch", "Machine", "Wait", "is_present", "load", "present", "startup_folder", "unavailable_reason"]

@@ -11,6 +11,14 @@ from fastattn.testing.simulated import build, kernels, surface
 from fastattn.testing.simulated.machine import Machine
 
 
+_count = 0
+
+
+def is_present() -> bool:
+    """Whether this process has them now."""
+    return _count > 0
+
+
 @contextlib.contextmanager
 def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) -> Iterator[Machine]:
     """Two GPUs are there while inside.
@@ -25,6 +33,7 @@ def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) 
     Yields:
         the ``Machine``, which tells what it saw.
     """
+    global _count
     machine = Machine(build.load(), name, capability)
     machine.turn(on=True)
     replaced = [*surface.patches(machine), *kernels.patches(machine), (triton, "is_interpreting", lambda: False)]
@@ -38,4 +47,11 @@ def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) 
                 undo.callback(delattr, owner, attribute)
             setattr(owner, attribute, value)
         dispatch.reasons.cache_clear()
+        _count += 1
+        undo.callback(_leave)
         yield machine
+
+
+def _leave() -> None:
+    global _count
+    _count -= 1
