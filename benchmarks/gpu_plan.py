@@ -91,7 +91,7 @@ class Plan:
         command = [*BENCH, "ops", "--device", "cuda", "--quiet", "--no-memory", "--out", str(path)]
         if self.rehearses:
             peers = [peer for peer in peers if peer.startswith("fastattn")] or ["sdpa"]
-            command += ["--suite", REHEARSED_SUITE, "--case", REHEARSED_CASE, "--quick", "--effort", "0.01", "--budget", "0"]
+            command += ["--suite", REHEARSED_SUITE, "--case", REHEARSED_CASE, "--quick", "--effort", "0.01", "--budget", "1"]
         else:
             command += ["--suite", suite, "--effort", "0.25", "--budget", str(limit_s - 10)]
         backend = contenders[0] if suite == "telling" else None

@@ -22,7 +22,7 @@ STAND_INS = {
     "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
     "flash_attn_with_kvcache", "_flash_forward", "_flash_backward",
 }  # fmt: skip
-CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
+CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {"errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "version"}
