@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         record.finish(device)
         _conclude(record, out)
     if args.rehearse:
-        print("\n".join(_left_undone(plan, args.limit)))
+        print("\n".join(_left_undone(Plan(out, KERNELS), args.limit)))
     return int(args.rehearse and any(row["result"] in ("failed", "crashed", "timed out") for row in record.data["results"]))
 
 
