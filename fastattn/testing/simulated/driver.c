@@ -95,6 +95,7 @@ int cuModuleLoadData(void** module, void const* image) {
 }
 int cuModuleUnload(void* module) { return OK; }
 int cuModuleGetFunction(void** function, void* module, char const* name) {
+  if (!module) return refuse(INVALID_HANDLE, "a function of no module");
   *function = module;
   if (strcmp(((Function*)module)->name, "cubin") == 0) snprintf(((Function*)module)->name, 128, "%s", name);
   return current ? OK : refuse(INVALID_CONTEXT, "cuModuleGetFunction without a context on this thread");
@@ -102,7 +103,7 @@ int cuModuleGetFunction(void** function, void* module, char const* name) {
 int cuFuncGetAttribute(int* value, int attribute, Function* f) { *value = 0; return OK; }
 int cuFuncSetCacheConfig(Function* f, int config) { return OK; }
 int cuFuncSetAttribute(Function* f, int attribute, int value) {
-  if (f->context != current) return refuse(INVALID_HANDLE, "a function of another context");
+  if (!f || f->context != current) return refuse(INVALID_HANDLE, "a function of another context");
   if (attribute == 8 && value > SHARED_LIMIT) return refuse(INVALID_VALUE, "more shared memory than a block can have");
   if (attribute == 8) f->shared = value < SHARED_DEFAULT ? SHARED_DEFAULT : value;
   return OK;
@@ -111,7 +112,7 @@ int cuPointerGetAttribute(void* data, int attribute, uint64_t pointer) { *(uint6
 
 static int launch(Function* f, unsigned const* grid, unsigned const* block, unsigned shared, uint64_t stream, void** params) {
   if (!current) return refuse(INVALID_CONTEXT, "a launch without a context on this thread");
-  if (f->context != current) return refuse(INVALID_HANDLE, "a launch in another context than that of its module");
+  if (!f || f->context != current) return refuse(INVALID_HANDLE, "a launch in another context than that of its module");
   if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 2147483647u || grid[1] > 65535 || grid[2] > 65535)
     return refuse(INVALID_VALUE, "a grid that is empty or too large");
   unsigned const threads = block[0] * block[1] * block[2];
