@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+GPU_JOBS ?= 6
 
-.PHONY: help install demo test test-gpu lint format bench gpu emulate gates readme clean
+.PHONY: help install demo test test-gpu test-gpu-cuda test-gpu-triton rehearse lint format bench gpu emulate gates readme clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,8 +27,17 @@ demo: install    ## check, compare, train, generate: a report in fastattn-demo/
 test: install    ## all tests, on CPU; no GPU needed
 	$(BIN)/python -m pytest -n $(JOBS)
 
-test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
+GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
+  $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
+
+test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
+	$(GPU_PYTEST) tests/core tests/measure
+
+test-gpu-cuda:   ## those of CUDA C++
+	$(GPU_PYTEST) tests/gpu/test_cuda_forward.py tests/gpu/test_cuda_backward.py tests/gpu/test_cuda_decode.py
+
+test-gpu-triton: ## those of Triton
+	$(GPU_PYTEST) tests/gpu/test_triton.py tests/gpu/test_triton_cache.py
 
 lint: install    ## ruff and mypy
 	$(BIN)/ruff check .
@@ -44,6 +54,9 @@ bench: install   ## operator benchmarks on this machine's CPU
 gpu:             ## everything a GPU can tell, in under 9 minutes; installs nothing, so it works offline
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
+rehearse: install  ## the same plan on a simulated GPU: does every step work, and what would be left undone?
+	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
+
 emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
 
@@ -55,4 +68,4 @@ readme: install  ## rewrite the tables of README.md from benchmarks/results/
 	$(BIN)/python -m benchmarks report --readme README.md
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal
