@@ -1,15 +1,16 @@
-# Every target sets itself up: a virtual environment in .venv, the package and its tools, at the tested versions.
-# The plain pip lines that this stands for are in README.md.
+# Targets that need it create .venv first, with the package and its tools at the tested versions. README.md has the
+# equivalent commands.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 GPU_JOBS ?= 6
+CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install demo test test-gpu test-gpu-cuda test-gpu-triton rehearse lint format bench gpu emulate gates readme clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
 
-help:            ## this list
+help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## create .venv and install the package with all its tools
@@ -21,41 +22,37 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install    ## check, compare, train, generate: a report in fastattn-demo/
-	$(BIN)/fastattn demo
-
-test: install    ## all tests, on CPU; no GPU needed
-	$(BIN)/python -m pytest -n $(JOBS)
-
-GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
-  $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
-
-test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
-	$(GPU_PYTEST) tests/core tests/measure
-
-test-gpu-cuda:   ## those of CUDA C++
-	$(GPU_PYTEST) tests/gpu/test_cuda_forward.py tests/gpu/test_cuda_backward.py tests/gpu/test_cuda_decode.py
-
-test-gpu-triton: ## those of Triton
-	$(GPU_PYTEST) tests/gpu/test_triton.py tests/gpu/test_triton_cache.py
+quick: install   ## under a minute, after a small change: lint, house rules, and the tests beside the changed files
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/quick.py --jobs $(JOBS)
 
 lint: install    ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install  ## let ruff rewrite what lint would refuse
+format: install  ## rewrite what lint refuses: ruff for Python, clang-format for csrc/
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+test: install    ## all tests, on a CPU; no GPU needed. lint and test are what CI runs
+	$(BIN)/python -m pytest -n $(JOBS)
+
+demo: install    ## check, compare, train, generate: a report in fastattn-demo/
+	$(BIN)/fastattn demo
+
+docs: install    ## build the documentation in site/, offline, with warnings as errors
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
+
+tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
+	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md
+	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU
 	$(BIN)/python -m benchmarks ops --suite cpu
-
-gpu:             ## everything a GPU can tell, in under 9 minutes; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
-
-rehearse: install  ## the same plan on a simulated GPU: does every step work, and what would be left undone?
-	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
 
 emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
@@ -64,8 +61,23 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
-readme: install  ## rewrite the tables of README.md from benchmarks/results/
-	$(BIN)/python -m benchmarks report --readme README.md
+GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
+  $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
+
+test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
+	$(GPU_PYTEST) tests/core/test_forward_backward.py tests/measure/test_timing.py
+
+test-gpu-cuda:   ## those of CUDA C++
+	$(GPU_PYTEST) tests/gpu/test_cuda_forward.py tests/gpu/test_cuda_backward.py tests/gpu/test_cuda_decode.py
+
+test-gpu-triton: ## those of Triton
+	$(GPU_PYTEST) tests/gpu/test_triton.py tests/gpu/test_triton_cache.py
+
+gpu:             ## everything that needs a GPU in one report, under 9 minutes; installs nothing, so it works offline
+	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
+
+rehearse: install  ## the plan of gpu on a simulated GPU: does every step work, and what would be left undone?
+	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastattn.backends.triton.tools import gates
+from fastattn.backends.triton.tools import builds, gates
 from fastattn.errors import InputError
 from fastattn.files import write_text
 
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("gates: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
     expected_file = EXPECTED / f"triton-{triton.__version__}.json"
     expected = gates.expected_figures(expected_file)
-    todo = gates.sampled(args.sample) if args.sample else gates.builds(args.quick)
+    todo = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
     todo = [build for build in todo if args.only in build.name]
-    there = {build.name for build in gates.builds()}
+    there = {build.name for build in builds.all_builds()}
     figures_now = {name: figures for name, figures in expected.items() if name in there}
     results, failed = [], {}
     for build, figures in tqdm(gates.compiled(todo, args.processes), total=len(todo), desc="gates", disable=None):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
-from fastattn.functional import Window, dense_problem
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 
@@ -92,6 +92,7 @@ def attention_weights(
         rng_state=rng_state,
         layout=layout,
     )
+    inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
     chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)

@@ -139,7 +139,7 @@ FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" 
 
 // Keeps what x depends on above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
 // keeps its order with memory operations: a store that never happens, because x is never negative, pins it.
-FA_DEVICE void hold_above_wait(uint32 address, float x) {
+FA_DEVICE void pin_above_wait(uint32 address, float x) {
   asm volatile("{.reg .pred p; setp.lt.f32 p, %1, 0f00000000; @p st.shared.f32 [%0], %1;}" ::"r"(address), "f"(x)
                : "memory");
 }
@@ -248,6 +248,11 @@ struct alignas(16) Float4 {
 FA_DEVICE void store_shared_floats(uint32 to, Float4 v) {  // 16 bytes, aligned
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
+FA_DEVICE Float4 load_shared_floats(uint32 from) {  // 16 bytes, aligned; volatile as above
+  Float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  return v;
+}
 struct alignas(8) Packed4 {  // 16-bit numbers in pairs
   uint32 pair[2];
 };
@@ -272,6 +277,8 @@ FA_DEVICE void store_global(T* to, T x) {
 
 namespace fa::sm90 {
 
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
+
 // Shared memory holds a [ROWS, columns] tile as chunks of 64 columns (128 bytes). Chunk c begins at c * ROWS * 128,
 // 1024-byte aligned; inside, rows are 128 bytes apart and the 16-byte pieces of row r are permuted by XOR with r % 8.
 constexpr int kChunkColumns = 64, kRowBytes = 128;
@@ -284,7 +291,7 @@ FA_DEVICE uint32 k_major(uint32 address) { return start_address(address) | (1u <
 // M- or N-major: the other dimension lies along the rows (V): its next 64 columns are one chunk further.
 FA_DEVICE uint32 n_major(uint32 address, int rows) { return start_address(address) | ((rows * kRowBytes >> 4) << 16); }
 
-// What to add to a descriptor to move k columns (K-major, chunks of `rows` rows) or k rows (N-major) on; 16 divides k.
+// Increment of a descriptor for k columns (K-major, chunks of `rows` rows) or k rows (N-major); k is a multiple of 16.
 FA_DEVICE constexpr uint32 k_major_step(int rows, int k) {
   return (k / kChunkColumns * rows * kRowBytes + k % kChunkColumns * 2) >> 4;
 }

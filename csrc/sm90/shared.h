@@ -1,4 +1,4 @@
-// What producer and consumers of the forward kernel have in common: arguments, shared memory, rings, ranges of keys.
+// Shared by producer and consumers of the forward kernel: arguments, shared memory, rings, ranges of keys.
 #pragma once
 #include "../common/mask.h"
 #include "../common/params.h"
@@ -47,6 +47,12 @@ template <class C>
 FA_DEVICE Band band_of(ForwardParams const& p, Tile const& tile) {
   if (!C::BAND) return make_band(kUnbounded, kUnbounded, false, tile.s_q, tile.s_kv);
   return make_band(static_cast<int>(p.left), static_cast<int>(p.right), p.lower_right != 0, tile.s_q, tile.s_kv);
+}
+
+// The factor between differences of scores and exponents of 2.
+template <class Params>
+FA_DEVICE float scale_log2_of(Params const& p) {
+  return static_cast<float>(p.score_scale) * kLog2E;
 }
 
 // For the ROWS rows from `row` on, in blocks of COLUMNS columns.

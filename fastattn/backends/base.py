@@ -102,16 +102,21 @@ class Backend:
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
         """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
 
         The function reads the addresses of q, k and v alone: their shapes and strides are those of ``inputs``, and it
-        may be given any view that begins at the same element. None: there is no shorter way than ``forward``.
+        may be given any view that begins at the same element. It gives ``(out, *kept)``, what is kept being lse and
+        lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it gives ``(out,)``. None: there is no shorter way
+        than ``forward``.
         """
         return None
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        """``(dq, dk, dv)`` as a function of contiguous dout, out, lse and lse_low, and of q, k and v; as above."""
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        """``(dq, dk, dv)`` as a function of dout, out, what is kept, and q, k and v; as above.
+
+        ``dout`` is on the meta device and has the strides that gradients will have.
+        """
         return None
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:

@@ -74,16 +74,23 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     forward = _load(backend)
-    found = run(forward, sample, forward if backward_backend is None else _load(backward_backend))
+    backward = forward if backward_backend is None else _load(backward_backend)
+    (rows,) = measure_each([(forward, backward)], sample)
+    return rows
+
+
+def measure_each(pairs: Sequence[tuple[Backend, Backend]], sample: Sample) -> list[list[Row]]:
+    """As ``measure`` for several pairs of a forward and a backward backend, which one reference judges."""
     exact = _reference(_in_float64(sample), None)
     eager = _reference(sample, sample.inputs.q.dtype)
     condition = _condition(_in_float64(sample), exact)
     arithmetic = reference.compute_dtype(sample.inputs)
-    return [
-        row
-        for name in condition
-        for row in _judge(name, found[name], exact[name], eager[name], condition[name], arithmetic)
-    ]
+    judged = []
+    for forward, backward in pairs:
+        found = run(forward, sample, backward)
+        rows = (_judge(n, found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
+        judged.append([row for each in rows for row in each])
+    return judged
 
 
 def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, suffix: str = "") -> list[Row]:
@@ -188,7 +195,7 @@ def _in_float64(sample: Sample) -> Sample:
 def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
     inputs, spec = sample.inputs, sample.spec
     out, lse, low = reference.forward(inputs, spec, dtype)
-    grads = reference.backward(sample.dout, sample.dlse, out, lse, low, inputs, spec, sample.needs, dtype)
+    grads = reference.backward(sample.dout, sample.dlse, out, lse, low, inputs, spec, sample.needs, dtype=dtype)
     return {"out": out, "lse": lse, "lse_low": low} | _named(grads, sample.needs)
 
 

@@ -169,7 +169,7 @@ def test_the_plan_of_a_gpu_tells_the_most_first(tmp_path):
         (["gpu", "--device", "cpu"], "allowed: cuda, or --rehearse"),
         (["report"], "no record given"),
         (["report", "nowhere.json"], "nowhere.json: No such file"),
-        (["report", "--readme", "nowhere.md"], "nowhere.md: No such file"),
+        (["report", "--pages", "nowhere.md"], "nowhere.md: No such file"),
     ],
 )
 def test_wrong_arguments_end_with_a_sentence_and_code_2(arguments, message, capsys):

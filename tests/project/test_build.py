@@ -21,15 +21,15 @@ from fastattn.backends.cuda.instances import (
     DTYPES,
     PADDED_ROWS,
     Instance,
-    decode_tiles,
-    forward_tiles,
-    keys_tiles,
+    decode_configs,
+    dkdv_configs,
+    dq_configs,
+    forward_configs,
     library_instances,
-    queries_tiles,
     select,
     select_decode,
-    select_keys,
-    select_queries,
+    select_dkdv,
+    select_dq,
 )
 from fastattn.errors import InputError
 from fastattn.kv_cache import CacheInputs
@@ -73,7 +73,13 @@ def cache_of(x: torch.Tensor) -> CacheInputs:
 
 def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
     out, lse = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype), torch.empty(inputs.lse_shape())
-    return abi.forward_fields(inputs, spec, out, lse, stream=0)
+    return abi.forward_fields(inputs, spec, (out, lse, torch.empty_like(lse)), stream=0)
+
+
+def test_a_softcap_that_one_float_has_no_room_for_is_refused() -> None:
+    q = torch.zeros(1, 5, 2, 16, dtype=torch.float16)
+    with pytest.raises(InputError, match=r"softcap.*at most 4096"):
+        fields_of(inputs_of(q, q), AttentionSpec(0.25, softcap=4097.0))
 
 
 def test_fields_say_what_the_spec_says() -> None:
@@ -83,7 +89,7 @@ def test_fields_say_what_the_spec_says() -> None:
     assert len(abi.FORWARD.pack(fields)) == abi.FORWARD.size
     assert (fields["key_begin"], fields["key_end"]) == (0, 5)  # no query sees the last four keys
     assert (fields["left"], fields["right"], fields["lower_right"], fields["dtype"]) == (3, 0, 0, 1)
-    assert fields["scale_log2"] == pytest.approx(5.0 * abi.LOG2E) and fields["cap_scale"] == pytest.approx(0.05)
+    assert fields["score_scale"] == 5.0 and fields["cap_scale"] == pytest.approx(0.05)
     assert (fields["q_batch_stride"], fields["q_row_stride"], fields["q_head_stride"]) == q.stride()[:3]
     plain = fields_of(inputs_of(q, k), AttentionSpec(0.25))
     assert (plain["left"], plain["right"], plain["has_band"], plain["has_softcap"]) == (1 << 29, 1 << 29, 0, 0)
@@ -129,7 +135,9 @@ def gradients_of(
     out, lse = torch.zeros(inputs.out_shape(), dtype=q.dtype), torch.zeros(inputs.lse_shape())
     names = (*needs, *(("sinks",) if sinks is not None else ()))
     scalars = AttentionSpec(0.125, **spec)  # type: ignore[arg-type]
-    return backward.backward(backward.BackwardProblem(out, None, out, lse, inputs, scalars, names), launch, stream=0)
+    return backward.backward(
+        backward.BackwardProblem(out, None, out, lse, lse, inputs, scalars, names), launch, stream=0
+    )
 
 
 def launched(q: torch.Tensor, needs: str = "qkv", **more: Any) -> abi.Fields:
@@ -172,7 +180,7 @@ def test_without_a_side_the_gradients_are_zero() -> None:
         inputs = inputs_of(rows_q, rows_kv, sinks=torch.zeros(1, 2))
         out, lse = torch.zeros(inputs.out_shape()).half(), torch.zeros(inputs.lse_shape())
         scalars, needs = AttentionSpec(1.0), ("q", "k", "v", "sinks")
-        problem = backward.BackwardProblem(out, None, out, lse, inputs, scalars, needs)
+        problem = backward.BackwardProblem(out, None, out, lse, lse, inputs, scalars, needs)
         grads = backward.backward(problem, seen.append, stream=0)
         for grad, like in ((grads.dq, rows_q), (grads.dk, rows_kv), (grads.dv, rows_kv)):
             assert grad is not None and grad.shape == like.shape and not grad.any()
@@ -184,28 +192,28 @@ def test_without_a_side_the_gradients_are_zero() -> None:
 
 
 def test_every_head_dim_has_the_smallest_kernel_that_holds_it() -> None:
-    tiles = forward_tiles(CSRC)
+    configs = forward_configs(CSRC)
     for d_qk in range(8, 257, 8):
         for d_v in range(8, 257, 8):
             for band, softcap in ((False, False), (True, False), (False, True), (True, True)):
-                tile = select(tiles, d_qk, d_v, band, softcap)
-                can = [t for t in tiles if t.serves(d_qk, d_v, band, softcap)]
-                assert tile.d_qk + tile.d_v == min(t.d_qk + t.d_v for t in can)
-    assert len({Instance(tile, dtype).name for tile in tiles for dtype in DTYPES}) == 2 * len(tiles)
+                config = select(configs, d_qk, d_v, band, softcap)
+                can = [t for t in configs if t.serves(d_qk, d_v, band, softcap)]
+                assert config.d_qk + config.d_v == min(t.d_qk + t.d_v for t in can)
+    assert len({Instance(config, dtype).name for config in configs for dtype in DTYPES}) == 2 * len(configs)
 
 
 def test_every_head_dim_has_a_kernel_for_each_gradient_and_for_decoding() -> None:
-    keys, queries, of_cache = keys_tiles(CSRC), queries_tiles(CSRC), decode_tiles(CSRC)
+    keys, queries, of_cache = dkdv_configs(CSRC), dq_configs(CSRC), decode_configs(CSRC)
     for d_qk in range(8, 257, 8):
         for d_v in range(8, 257, 8):
             for softcap in (False, True):
                 alone, of_queries = (
-                    select_keys(keys, d_qk, d_v, softcap, False),
-                    select_queries(queries, d_qk, d_v, softcap),
+                    select_dkdv(keys, d_qk, d_v, softcap, False),
+                    select_dq(queries, d_qk, d_v, softcap),
                 )
                 assert alone is not None and not alone.fused
                 assert (alone.d_qk, alone.d_v) == (of_queries.d_qk, of_queries.d_v)
-                fused = select_keys(keys, d_qk, d_v, softcap, True)
+                fused = select_dkdv(keys, d_qk, d_v, softcap, True)
                 assert (fused is not None) == (max(d_qk, d_v) <= 128)
                 assert select_decode(of_cache, d_qk, d_v, softcap).softcap == softcap
     names = [instance.name for instance in library_instances(CSRC)]
@@ -347,7 +355,7 @@ def nvrtc_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cache_is_read_the_second_time(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    instance = Instance(forward_tiles(CSRC)[0], "bfloat16")
+    instance = Instance(forward_configs(CSRC)[0], "bfloat16")
     first = nvrtc.cached_kernel(instance)
     assert [path.name for path in nvrtc_cache.iterdir()] == [nvrtc.cache_path(instance).name]
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: pytest.fail("compiled again"))
@@ -355,8 +363,8 @@ def test_cache_is_read_the_second_time(nvrtc_cache: Path, monkeypatch: pytest.Mo
 
 
 def test_cache_key_holds_source_options_and_version(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    instance = Instance(forward_tiles(CSRC)[0], "bfloat16")
-    paths = {nvrtc.cache_path(instance), nvrtc.cache_path(Instance(instance.tile, "float16"))}
+    instance = Instance(forward_configs(CSRC)[0], "bfloat16")
+    paths = {nvrtc.cache_path(instance), nvrtc.cache_path(Instance(instance.config, "float16"))}
     changed = {**nvrtc.headers(), "common/mask.h": "another"}
     for name, value in (("version", lambda: "13.1"), ("OPTIONS", ("--std=c++20",)), ("headers", lambda: changed)):
         monkeypatch.setattr(nvrtc, name, value)
@@ -367,7 +375,7 @@ def test_cache_key_holds_source_options_and_version(nvrtc_cache: Path, monkeypat
 def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (nvrtc_cache / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE", str(nvrtc_cache / "file" / "folder"))
-    assert nvrtc.cached_kernel(Instance(forward_tiles(CSRC)[0], "bfloat16")).startswith(b"cubin of")
+    assert nvrtc.cached_kernel(Instance(forward_configs(CSRC)[0], "bfloat16")).startswith(b"cubin of")
 
 
 def test_kernels_compile_with_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +384,7 @@ def test_kernels_compile_with_nvrtc(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     except nvrtc.NvrtcError as error:
         pytest.skip(str(error))
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
-    assert nvrtc.cached_kernel(Instance(forward_tiles(CSRC)[0], "bfloat16"))[:4] == b"\x7fELF"
+    assert nvrtc.cached_kernel(Instance(forward_configs(CSRC)[0], "bfloat16"))[:4] == b"\x7fELF"
 
 
 def test_device_headers_include_no_standard_header() -> None:

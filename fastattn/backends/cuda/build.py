@@ -24,7 +24,7 @@ LIBRARY = "libfastattn.so"
 
 
 class BuildError(Exception):
-    """Why the library cannot be built here."""
+    """The library cannot be built; the message says why."""
 
 
 def find_nvcc() -> str:
@@ -59,8 +59,8 @@ def first_line(text: str) -> str:
 
 def instance_source(instance: Instance) -> str:
     """A file that holds one kernel."""
-    tile = instance.tile
-    function = f"fa::{tile.launcher}<{instance.traits}>({tile.launcher_arguments})"
+    config = instance.config
+    function = f"fa::{config.launcher}<{instance.traits}>({config.launcher_arguments})"
     return f'#include "sm90/launch.cuh"\ntemplate char const* {function};\n'
 
 

@@ -47,7 +47,7 @@ def attend(
     if splits > 1:
         outputs, columns = (splits, rows, inputs.heads_q), inputs.v_cache.shape[-1]
         tensors["partial_out"] = torch.empty(*outputs, columns, dtype=torch.float32, device=device)
-        tensors["partial_lse"] = torch.empty(outputs, dtype=torch.float32, device=device)
+        tensors["partial_lse"] = torch.empty(*outputs, 2, dtype=torch.float32, device=device)
     if rows:
         launch(decode_fields(inputs, spec, tensors, tiling, splits, stream))
     out, lse = tensors["out"], tensors["lse"]
@@ -57,7 +57,7 @@ def attend(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How query heads and positions fill tiles of 64 rows. Each K/V head has ``tiles`` of them."""
+    """The query heads and positions of a tile of 64 rows, and the number of ``tiles`` of each K/V head."""
 
     heads: int
     positions: int

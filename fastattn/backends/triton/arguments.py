@@ -1,8 +1,10 @@
-"""What the kernels are told: the tensors and numbers of one call as named tuples, and what they are compiled for.
+"""Arguments of the kernels: the tensors and numbers of one call as named tuples, and the compile-time ``Flags``.
 
-Triton compiles a kernel anew when an int argument becomes 1, or a multiple of 16. Lengths and strides must not do
-that, so every int in these tuples travels as ``coded(n)``, which is never either; kernels read it with
-``tile.number``. What a kernel *is* compiled for stands in ``Flags``, and in nothing else but the dtypes.
+Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
+``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
+tuple all the same (``tests/backends/triton/test_gates.py`` holds it, and fails once that changes), and 60 scalars
+would be no signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read
+it with ``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastattn.backends.triton.configs import CROWDING
+from fastattn.backends.triton.configs import REGISTER_HEAVY
 
 UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
@@ -22,7 +25,7 @@ def coded(n: int) -> int:
     return 2 * n + 3
 
 
-class Rows(NamedTuple):
+class Bshd(NamedTuple):
     """A ``(B, S, H, D)`` tensor; packed ``(T, H, D)`` with ``stride_b`` 0."""
 
     ptr: Any
@@ -32,7 +35,7 @@ class Rows(NamedTuple):
     stride_d: Any
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
+    def of(cls, x: Tensor) -> Bshd:
         stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
         return cls(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
 
@@ -69,6 +72,27 @@ class PerRow(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> PerRow:
         return cls(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
+
+
+class Stats(NamedTuple):
+    """What the backward kernels know of each query row: three arrays of the shape and strides of one ``PerRow``.
+
+    ``lse`` is natural and ``+inf`` for an empty row; ``low_log2`` is ``lse_low`` in base 2; ``delta`` is
+    ``rowsum(dout * out) - dlse``.
+    """
+
+    lse: Any
+    low_log2: Any
+    delta: Any
+    stride_b: Any
+    stride_h: Any
+
+    @classmethod
+    def like(cls, lse: Tensor) -> Stats:
+        """Memory for the statistics of the rows of ``lse``."""
+        arrays = [torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(3)]
+        _, stride_b, stride_h = PerRow.of(arrays[0])
+        return cls(arrays[0], arrays[1], arrays[2], stride_b, stride_h)
 
 
 class PerHead(NamedTuple):
@@ -131,7 +155,7 @@ class Sizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How the programs of a one-dimensional grid share the work: see ``tile.scheduled``. Ints are coded."""
+    """The work of a one-dimensional grid, divided by ``tile.scheduled``. Ints are coded."""
 
     blocks: Any
     heads: Any
@@ -139,7 +163,7 @@ class Schedule(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Where the keys and values of a cache lie; all ints are coded.
+    """Layout of the keys and values of a cache; all ints are coded.
 
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
     query rows. Its pages stand in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
@@ -156,22 +180,22 @@ class Cache(NamedTuple):
     v_scale: Any = None
 
 
-class Parts(NamedTuple):
-    """How the programs of the decoding kernel share the work. Ints are coded.
+class Splits(NamedTuple):
+    """The work of the decoding kernel, divided among its programs. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``parts``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
     """
 
     blocks: Any
-    parts: Any
+    splits: Any
     stride_out: Any
     stride_lse: Any
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What a kernel is compiled for, besides the dtypes and the tile.
+    """Compile-time constants of a kernel, besides the dtypes and its configuration.
 
     Attributes:
         d_qk, d_v: head dims; tiles are padded to ``block_qk`` and ``block_v``, powers of two.
@@ -213,8 +237,8 @@ class Flags:
 
     @property
     def features(self) -> frozenset[str]:
-        """What is in use of that which may need a smaller tile."""
-        return frozenset(name for name in CROWDING if getattr(self, name))
+        """The features in use that need registers, and so may need a smaller tile."""
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name))
 
     @property
     def in_chunks(self) -> bool:

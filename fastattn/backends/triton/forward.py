@@ -7,17 +7,16 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.tile import (
-    LOG2E,
     dot_in_chunks,
     factor_of,
     finish,
+    head_matrix,
     load_per_head,
     load_rows,
     masked,
     number,
     open_head,
     per_row,
-    rows_of,
     scheduled,
     softmax_end,
     softmax_step,
@@ -29,9 +28,9 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, v, out, lse, lse_low, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """``out`` and ``lse`` of ``BLOCK_M`` query rows of one head.
+    """``out`` and both parts of ``lse`` of ``BLOCK_M`` query rows of one head.
 
     Every tile takes the same way but for one branch, which all threads take alike: a full tile skips the mask.
     """
@@ -44,20 +43,15 @@ def forward_kernel(
     if i0 >= head.band.s_q:
         return
 
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    k_rows = head_matrix(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    v_rows = head_matrix(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    q_rows = head_matrix(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     if not F.in_chunks:
         q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if F.sinks:  # the running sum begins with the sink
-        m = tl.zeros([BLOCK_M], tl.float32) + load_per_head(terms.sinks, head.b, head.h) * LOG2E
-        total = tl.where(m == float("-inf"), 0.0, 1.0)
-    else:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+    m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
@@ -81,9 +75,11 @@ def forward_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     head = open_head(head.b, head.h, terms, sizes, F)  # again, so that the loop need not keep all of it in registers
-    norm, logsumexp = softmax_end(m, total)
+    sink = load_per_head(terms.sinks, head.b, head.h) if F.sinks else 0.0
+    norm, logsumexp, low = softmax_end(m, total, sink, head.scale, F)
     if F.dropout:
         norm *= sizes.dropout_scale
-    out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector_out, True)
+    out_rows = head_matrix(out, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, BLOCK_V)
     tl.store(per_row(lse, head) + i, logsumexp, mask=i < head.band.s_q)
+    tl.store(per_row(lse_low, head) + i, low, mask=i < head.band.s_q)

@@ -33,11 +33,11 @@ from fastattn.lm.examples.stdlib import (
 )
 from fastattn.lm.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
 from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
+from fastattn.lm.finetune.datasets import read_examples
 from fastattn.lm.finetune.evaluate import evaluate
-from fastattn.lm.finetune.examples import read_examples
 from fastattn.lm.finetune.run import Outcome
 from fastattn.lm.finetune.scores import label_scores, text_scores
-from fastattn.lm.finetune.scoring import answer_all
+from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.metrics import unigram_entropy
@@ -50,7 +50,7 @@ Records = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an example, on held-out data.
+    """The outcome of an example on held-out data.
 
     Attributes:
         name: of the example.
@@ -134,7 +134,7 @@ def run_example(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where and how long an example runs."""
+    """The folder, device and time limit of an example."""
 
     out: Path
     device: torch.device | str
@@ -154,7 +154,7 @@ class _Place:
         return dataclasses.replace(config, steps=steps, eval_every=max(1, steps // 4), save_every=max(1, steps // 4))
 
     def finetune(self, folder: str, config: FinetuneConfig) -> Outcome:
-        """What comes of a run in the folder; raises KeyboardInterrupt if it was stopped."""
+        """The outcome of a run in the folder; raises KeyboardInterrupt if it was stopped."""
         train = self.training(config.train)
         say = f"fastattn finetune --task {config.task} --data {config.data} ..."
         print(f"{folder}: {say} ({train.steps} steps)", flush=True)
@@ -165,7 +165,7 @@ class _Place:
         return outcome
 
     def seconds(self) -> dict[str, float]:
-        """What it took so far, by the fields of ``Result``."""
+        """The time taken so far, by the fields of ``Result``."""
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began}
 
 
@@ -176,7 +176,7 @@ def _training(steps: int, batch: int, lr: float, final_lr: float = 0.05) -> Trai
 
 
 def _classify(place: _Place) -> Result:
-    """Which package a docstring comes from."""
+    """Classify a docstring by the package it comes from."""
     found = docstrings()
     packages = largest_packages(found, fewest_modules=5, fewest_items=60)
     train, held_out = split_by_module([item for item in found if item.package in packages])
@@ -235,12 +235,12 @@ def _seq2seq(
     """One of the runs of ``_summarise``; all of them read and write the same tokens."""
     return FinetuneConfig(
         task="seq2seq", data=data, vocab_size=2048, held_out=0.005, length=48,
-        preset=preset, checkpoint=checkpoint, eval=eval_data, train=_training(steps, 64, 3e-3, final_lr),
+        preset=preset, checkpoint=checkpoint, eval=eval_data or (), train=_training(steps, 64, 3e-3, final_lr),
     )  # fmt: skip
 
 
 def _best_count(train: Sequence[Summary]) -> int:
-    """How many first words of a function are most like its summary, by ROUGE-L on some of the training functions."""
+    """The number of first words of a function closest to its summary, by ROUGE-L on some training functions."""
     some = train[:: max(1, len(train) // 500)]
     expected = [item.summary for item in some]
 
@@ -307,8 +307,8 @@ def _samples(checkpoint: Checkpoint, data: str, field: str, place: _Place, count
     found = load_finetuned(checkpoint, place.device)
     examples = read_examples(Path(data), found.task.name)
     some = examples[:: max(1, len(examples) // count)][:count]
-    answers = answer_all(found.task, found.model, some)
-    return [{"expected": x.fields[field], "answer": answer} for x, answer in zip(some, answers, strict=True)]
+    answers = predict_all(found.task, found.model, some)
+    return [{"expected": x.fields[field], "answer": answer[field]} for x, answer in zip(some, answers, strict=True)]
 
 
 EXAMPLES: dict[str, Callable[[_Place], Result]] = {"classify": _classify, "summarise": _summarise, "code": _code}

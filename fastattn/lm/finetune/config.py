@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.errors import DataError, input_error
-from fastattn.lm.finetune.adapters import Lora, Method
+from fastattn.lm.finetune.adapters import Lora, Method, check_method
 from fastattn.lm.finetune.tasks import TASKS
-from fastattn.lm.models import TransformerConfig
+from fastattn.lm.models import TransformerConfig, preset
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.settings import RunSettings, TrainConfig
+from fastattn.lm.train.tasks import preset_for
+from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
@@ -24,8 +26,10 @@ class FinetuneConfig(RunSettings):
 
     Attributes:
         task: a key of ``fastattn.lm.finetune.tasks.TASKS``.
-        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.lm.finetune.examples``.
-        eval: another one to evaluate on; None holds out a part of ``data``.
+        data: a file of examples or a folder with splits, see ``fastattn.lm.finetune.datasets``; for "seq2seq" two files
+            whose lines belong together, too.
+        eval: files to evaluate on, each by itself; empty takes the folder's, or holds out a part of ``data``.
+        columns: pairs of a field of the task and the column that it is taken from.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
         preset: size of a model that starts from nothing, a key of ``fastattn.lm.models.PRESETS``.
@@ -34,7 +38,7 @@ class FinetuneConfig(RunSettings):
         lora_alpha: see there.
         lora_dropout: see there.
         vocab_size: of the tokenizer that is learned where the model starts from nothing.
-        held_out: part of ``data`` that is held out if there is no ``eval``, chosen by the hash of each example.
+        held_out: part of ``data`` that is held out where there is no ``eval``, chosen by the hash of each example.
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
@@ -44,8 +48,9 @@ class FinetuneConfig(RunSettings):
     """
 
     task: str
-    data: str
-    eval: str | None = None
+    data: str | tuple[str, ...]
+    eval: str | tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
     checkpoint: str | None = None
     pretrained: str | None = None
     preset: str | None = None
@@ -75,9 +80,13 @@ class FinetuneConfig(RunSettings):
             raise input_error("steps", self.steps, "a positive int, or None", "None goes by epochs.")
         if self.length is not None and self.length < 8:
             raise input_error("length", self.length, "an int >= 8, or None", "None is the model's longest row.")
-        if not 0 < self.held_out < 1:
-            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", "0.1 holds out one in ten.")
+        task = TASKS[self.task]
+        check_held_out(self.held_out)
+        check_vocabulary_size(self.vocab_size)
+        check_method(self.method, has_head=task.answer_field is None)
         _ = self.lora  # checks its fields
+        sizes = preset(preset_for(task.kinds, self.preset or "tiny"), self.vocab_size)
+        self.adjusted(sizes)  # checks dropout and attention
 
     @property
     def lora(self) -> Lora:

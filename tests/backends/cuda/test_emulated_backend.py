@@ -15,8 +15,8 @@ import torch
 
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
-from fastattn.backends.cuda.instances import decode_tiles, forward_tiles, keys_tiles, queries_tiles
-from fastattn.kv_cache import cache_problem
+from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
+from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid
@@ -52,9 +52,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The backend's kernels come from a library on the emulated machine."""
     folder = tmp_path_factory.mktemp("emulated")
-    lines = [*(tile for tile in forward_tiles() if tile.band), *keys_tiles(), *queries_tiles(), *decode_tiles()]
-    tiles = [tile for tile in lines if tile.d_qk == MAX_HEAD_DIM]
-    path = emulate.Emulator(folder, jobs=1).build_library(tiles, folder / "libfastattn.so")
+    lines = [
+        *(config for config in forward_configs() if config.band),
+        *dkdv_configs(),
+        *dq_configs(),
+        *decode_configs(),
+    ]
+    configs = [config for config in lines if config.d_qk == MAX_HEAD_DIM]
+    path = emulate.Emulator(folder, jobs=1).build_library(configs, folder / "libfastattn.so")
     kernels = library.Library(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))
@@ -123,7 +128,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
 @pytest.mark.parametrize(("case", "splits"), cache_cases(), ids=lambda x: getattr(x, "id", f"{x} splits"))
 def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make_cache_sample(case)
-    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    problem = dataclasses.replace(facts_of(sample.inputs, sample.spec), device="cuda", arch=90)
     assert not cuda.BACKEND.unsupported_reasons(problem)
     monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
     assert_within(measure_cache(cuda.BACKEND, sample))

@@ -9,18 +9,18 @@ import emulate
 import pytest
 from fault import Fault
 
-from fastattn.backends.cuda.instances import DecodeTile, Tile
+from fastattn.backends.cuda.instances import DecodeConfig, ForwardConfig
 
 CSRC = Path(__file__).parents[3] / "csrc"
 CASES = 2  # for each kernel and dtype; `make emulate` runs more
 # One line of each form of the backward pass, and every third of its faults and of decoding's: `make emulate` runs and
 # plants all.
 BACKWARD_DIMS = ((64, 64), (96, 96), (192, 128), (256, 256))
-TILES = [
-    tile
-    for tile in emulate.emulated_tiles(CSRC)
-    if isinstance(tile, (Tile, DecodeTile))
-    or (tile.softcap == (tile.d_qk != 96) and (tile.d_qk, tile.d_v) in BACKWARD_DIMS)
+CONFIGS = [
+    config
+    for config in emulate.emulated_configs(CSRC)
+    if isinstance(config, (ForwardConfig, DecodeConfig))
+    or (config.softcap == (config.d_qk != 96) and (config.d_qk, config.d_v) in BACKWARD_DIMS)
 ]
 PLANTED = [*emulate.FAULTS, *emulate.BACKWARD_FAULTS[::3], *emulate.DECODE_FAULTS[::3]]
 
@@ -32,9 +32,11 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
     return emulate.Emulator(tmp_path_factory.mktemp("emulator"), jobs=1)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "_".join([tile.macro.lower(), *map(str, tile.numbers)]))
-def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, tile: emulate.AnyLine) -> None:
-    is_right, printed = emulator.check_instance(tile, CASES, seed=1000 * TILES.index(tile))
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: "_".join([config.macro.lower(), *map(str, config.numbers)])
+)
+def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, config: emulate.TableConfig) -> None:
+    is_right, printed = emulator.check_instance(config, CASES, seed=1000 * CONFIGS.index(config))
     assert is_right, printed
     assert printed.count("ok ") == 2, "both dtypes ran"
 

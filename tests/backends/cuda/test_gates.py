@@ -8,13 +8,20 @@ import gates
 import pytest
 
 from fastattn.backends.cuda.build import BuildError, build, find_ninja
-from fastattn.backends.cuda.instances import Instance, forward_tiles, keys_tiles, queries_tiles, select, select_queries
+from fastattn.backends.cuda.instances import (
+    Instance,
+    dkdv_configs,
+    dq_configs,
+    forward_configs,
+    select,
+    select_dq,
+)
 
 CSRC = Path(__file__).parents[3] / "csrc"
-CAUSAL_128 = Instance(select(forward_tiles(CSRC), 128, 128, True, False), "bfloat16")
-FUSED_128 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_qk == 128 and tile.fused), "bfloat16")
-SPLIT_192 = Instance(next(tile for tile in keys_tiles(CSRC) if tile.d_v == 192), "bfloat16")
-QUERIES_128 = Instance(select_queries(queries_tiles(CSRC), 128, 128, False), "bfloat16")
+CAUSAL_128 = Instance(select(forward_configs(CSRC), 128, 128, True, False), "bfloat16")
+FUSED_128 = Instance(next(config for config in dkdv_configs(CSRC) if config.d_qk == 128 and config.fused), "bfloat16")
+SPLIT_192 = Instance(next(config for config in dkdv_configs(CSRC) if config.d_v == 192), "bfloat16")
+DQ_128 = Instance(select_dq(dq_configs(CSRC), 128, 128, False), "bfloat16")
 CLEAN_LOG = "ptxas info    : 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 
@@ -57,7 +64,7 @@ def test_each_fault_is_refused(log: str, listing: str, complaint: str) -> None:
         (CAUSAL_128, 2 * (8 + 8), 64),
         (FUSED_128, 8 + 8 + 4 + 4 + 8, 0),
         (SPLIT_192, 2 * 12 + 12 + 8, 0),
-        (QUERIES_128, 24, 64),
+        (DQ_128, 24, 64),
     ],
     ids=lambda x: x.name if isinstance(x, Instance) else str(x),
 )

@@ -1,4 +1,4 @@
-"""The decoding kernels through Triton's interpreter: the grid of caches against fp64, whole and in parts."""
+"""The decoding kernels through Triton's interpreter: the grid of caches against fp64, whole and in splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fastattn.backends import load  # noqa: E402
-from fastattn.backends.triton import launch_cache  # noqa: E402
+from fastattn.backends.triton import launch_decode  # noqa: E402
 from fastattn.backends.triton.pages import from_e4m3, to_e4m3  # noqa: E402
 from fastattn.decoding import explain_with_kv_cache  # noqa: E402
 from fastattn.kv_cache import FP8  # noqa: E402
@@ -32,15 +32,15 @@ def test_caches(case: CacheCase) -> None:
 
 @pytest.mark.parametrize("case", [c for c in FP32_PAGES if c.id.startswith(IN_PARTS)], ids=lambda case: case.id)
 def test_caches_in_parts(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More parts than some rows have tiles, so that there are empty ones."""
-    monkeypatch.setattr(launch_cache, "parts", lambda *_: 3)
+    """More splits than some rows have tiles, so that there are empty ones."""
+    monkeypatch.setattr(launch_decode, "splits", lambda *_: 3)
     assert_within(measure_cache(load("triton"), make_cache_sample(case)))
 
 
 def test_more_parts_than_one_step_combines(monkeypatch: pytest.MonkeyPatch) -> None:
     (case,) = (case for case in GRID if case.id == "one token [pages of 8, float32]")
-    monkeypatch.setattr(launch_cache, "parts", lambda *_: 7)
-    monkeypatch.setattr(launch_cache, "COMBINED_PARTS", 4)
+    monkeypatch.setattr(launch_decode, "splits", lambda *_: 7)
+    monkeypatch.setattr(launch_decode, "COMBINED_SPLITS", 4)
     assert_within(measure_cache(load("triton"), make_cache_sample(case)))
 
 
@@ -71,19 +71,19 @@ def test_one_tensor_may_be_queries_keys_and_values() -> None:
 
 
 def test_parts_fill_the_device_and_no_more() -> None:
-    assert launch_cache.parts(programs=1, reach=1 << 20, block_n=64, on=132) == 264
-    assert launch_cache.parts(programs=8, reach=1 << 17, block_n=64, on=132) == 33
-    assert launch_cache.parts(programs=264, reach=1 << 17, block_n=64, on=132) == 1
-    assert launch_cache.parts(programs=1000, reach=1 << 17, block_n=64, on=132) == 1
-    assert launch_cache.parts(programs=8, reach=512, block_n=64, on=132) == 2
-    assert launch_cache.parts(programs=8, reach=100, block_n=64, on=132) == 1
+    assert launch_decode.splits(programs=1, reach=1 << 20, block_n=64, on=132) == 264
+    assert launch_decode.splits(programs=8, reach=1 << 17, block_n=64, on=132) == 33
+    assert launch_decode.splits(programs=264, reach=1 << 17, block_n=64, on=132) == 1
+    assert launch_decode.splits(programs=1000, reach=1 << 17, block_n=64, on=132) == 1
+    assert launch_decode.splits(programs=8, reach=512, block_n=64, on=132) == 2
+    assert launch_decode.splits(programs=8, reach=100, block_n=64, on=132) == 1
 
 
 def test_a_window_bounds_the_parts() -> None:
     (case,) = (case for case in GRID if case.id == "pages of 16")
     sample = make_cache_sample(case)
-    assert launch_cache._reach(sample.inputs, sample.spec) == 2 + 70
-    assert launch_cache._reach(sample.inputs, dataclasses.replace(sample.spec, left=None)) == sample.inputs.capacity
+    assert launch_decode._reach(sample.inputs, sample.spec) == 2 + 70
+    assert launch_decode._reach(sample.inputs, dataclasses.replace(sample.spec, left=None)) == sample.inputs.capacity
 
 
 @triton.jit

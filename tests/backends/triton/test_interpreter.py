@@ -45,11 +45,11 @@ def test_forward_and_backward_of_different_backends(case: testing.Case, pair: tu
 @pytest.mark.parametrize("name", ["everything [float32]", "everything, packed [float32]", "segments, causal [float32]"])
 def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest there is: many blocks of rows, and many of columns."""
-    monkeypatch.setattr(configs, "INTERPRETED", configs.Tile(16, 16, 4, 1))
-    configs.tile_for.cache_clear()
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))
+    configs.config_for.cache_clear()
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
-    configs.tile_for.cache_clear()
+    configs.config_for.cache_clear()
 
 
 def test_dbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:

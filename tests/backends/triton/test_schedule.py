@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fastattn.backends.triton import launch  # noqa: E402
-from fastattn.backends.triton.arguments import Rows, Schedule, coded  # noqa: E402
+from fastattn.backends.triton.arguments import Bshd, Schedule, coded  # noqa: E402
 from fastattn.backends.triton.tile import scheduled  # noqa: E402
 from fastattn.problem import Inputs  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
@@ -57,7 +57,7 @@ def test_as_many_heads_together_as_fit_the_cache() -> None:
 @pytest.mark.parametrize(("switch", "precision"), [("ieee", "ieee"), ("none", "ieee"), ("tf32", "tf32")])
 def test_tf32_is_opt_in(switch: str, precision: str) -> None:
     x, before = torch.empty(1, 8, 1, 16), torch.backends.cuda.matmul.fp32_precision
-    inputs, rows = Inputs(x, x, x, max_seqlen_q=8, max_seqlen_kv=8), Rows.of(x)
+    inputs, rows = Inputs(x, x, x, max_seqlen_q=8, max_seqlen_kv=8), Bshd.of(x)
     torch.backends.cuda.matmul.fp32_precision = switch
     try:
         assert launch.flags_of(inputs, AttentionSpec(1.0), (rows, rows, rows)).precision == precision

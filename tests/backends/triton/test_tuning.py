@@ -44,7 +44,7 @@ def three_candidates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, in
     return tiles
 
 
-def rows_in(path: Path) -> dict[tuning.Key, tuning.Tile]:
+def rows_in(path: Path) -> dict[tuning.Key, tuning.Config]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return ast.literal_eval(tree.body[-1].value)  # type: ignore[attr-defined]
 
@@ -93,7 +93,7 @@ def test_every_kernel_can_be_timed(kernel):
         return next(times)
 
     results = list(tuning.measured(key, tiles, timer, tuning.torch.device("cpu")))
-    assert [(r.tile, r.seconds, r.failure) for r in results] == [(tiles[0], 2.0, None), (tiles[1], 1.0, None)]
+    assert [(r.config, r.seconds, r.failure) for r in results] == [(tiles[0], 2.0, None), (tiles[1], 1.0, None)]
 
 
 def test_a_gpu_without_rows_gets_its_own(tmp_path, three_candidates):
