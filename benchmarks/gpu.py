@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         _conclude(record, out)
     if args.rehearse:
         print("\n".join(_left_undone(Plan(out, KERNELS), args.limit)))
-    return int(args.rehearse and any(row["result"] in ("failed", "crashed", "timed out") for row in record.data["results"]))
+    return int(
+        args.rehearse and any(row["result"] in ("failed", "crashed", "timed out") for row in record.data["results"])
+    )
 
 
 def _follow(plan: Plan, record: Record, deadline: float, quiet: bool) -> None:
@@ -198,7 +200,9 @@ def _conclude(record: Record, out: Path) -> None:
                 sections += [f"![{path.stem}]({path.name})" for path in report.draw(part, out, name)]
             except Exception as error:  # a picture must not cost the numbers
                 sections.append(f"No plots of {name}: {error}")
-    outputs = [row for row in record.data["results"] if row.get("output") and row["step"].startswith(("profile", "ncu"))]
+    outputs = [
+        row for row in record.data["results"] if row.get("output") and row["step"].startswith(("profile", "ncu"))
+    ]
     sections += [f"## {row['step']}\n\n```\n{row['output'].rstrip()}\n```" for row in outputs]
     write_text(out / "report.md", "\n\n".join(sections) + "\n")
     print("\n".join(_short(record, [part for part in parts.values() if part["kind"] == "ops"], out)))

@@ -25,12 +25,16 @@ def main(arguments: Sequence[str]) -> int:
     env = dict(os.environ)
     if arguments[:1] == ["--rehearse"]:  # the real compiler, so neither the interpreter nor the simulated device
         env.pop("TRITON_INTERPRET", None)
-        env["PYTHONPATH"] = os.pathsep.join(p for p in env.get("PYTHONPATH", "").split(os.pathsep) if "simulated" not in p)
+        env["PYTHONPATH"] = os.pathsep.join(
+            p for p in env.get("PYTHONPATH", "").split(os.pathsep) if "simulated" not in p
+        )
         commands = [[*precompile.COMMAND, precompile.GRID, *REHEARSED, *HOPPER]]
     else:
         commands = precompile.commands("cuda", precompile.GRID)
         parts = str(len(commands))
-        commands += [[sys.executable, "-m", "benchmarks.gpu_compile", NVRTC, str(n), parts] for n in range(len(commands))]
+        commands += [
+            [sys.executable, "-m", "benchmarks.gpu_compile", NVRTC, str(n), parts] for n in range(len(commands))
+        ]
     codes = [process.wait() for process in [subprocess.Popen(command, env=env) for command in commands]]
     print(f"{codes.count(0)} of {len(codes)} processes compiled their part")
     return int(any(codes))

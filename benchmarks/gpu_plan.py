@@ -12,8 +12,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.suites import SUITES
-
 BENCH = (sys.executable, "-m", "benchmarks")
 KERNELS = ("cuda", "triton")  # backends with kernels of their own for a GPU
 RIVALS = ("sdpa-cudnn", "sdpa-flash")
@@ -91,7 +89,17 @@ class Plan:
         command = [*BENCH, "ops", "--device", "cuda", "--quiet", "--no-memory", "--out", str(path)]
         if self.rehearses:
             peers = [peer for peer in peers if peer.startswith("fastattn")] or ["sdpa"]
-            command += ["--suite", REHEARSED_SUITE, "--case", REHEARSED_CASE, "--quick", "--effort", "0.01", "--budget", "1"]
+            command += [
+                "--suite",
+                REHEARSED_SUITE,
+                "--case",
+                REHEARSED_CASE,
+                "--quick",
+                "--effort",
+                "0.01",
+                "--budget",
+                "1",
+            ]
         else:
             command += ["--suite", suite, "--effort", "0.25", "--budget", str(limit_s - 10)]
         backend = contenders[0] if suite == "telling" else None
@@ -123,7 +131,9 @@ class Plan:
 
     def _bench(self, name: str, command: str, limit_s: float, *options: str, is_rehearsed: bool = True) -> Step:
         out = ("--out", str(self.out / f"{name}.json"))
-        return Step(name, (*BENCH, command, "--device", "cuda", "--quiet", *options, *out), limit_s, is_rehearsed=is_rehearsed)
+        return Step(
+            name, (*BENCH, command, "--device", "cuda", "--quiet", *options, *out), limit_s, is_rehearsed=is_rehearsed
+        )
 
 
 def timetable(plan: Plan, limit_s: float) -> list[tuple[float, float, tuple[Step, ...]]]:

@@ -118,7 +118,9 @@ def _warn_slow(chosen: str, device: str, why_not: tuple[tuple[str, tuple[str, ..
     how = "quadratic in memory" if chosen == "eager" else "in torch operators"
     others = "; ".join(f"{name}: {', '.join(why)}" for name, why in why_not)
     todo = "fastattn.explain() shows it for a call, and backend='...' asks for one by name"
-    warnings.warn(f"fastattn: the slow '{chosen}' backend, {how}, serves {device} tensors ({others}); {todo}", stacklevel=2)
+    warnings.warn(
+        f"fastattn: the slow '{chosen}' backend, {how}, serves {device} tensors ({others}); {todo}", stacklevel=2
+    )
 
 
 @dataclass(frozen=True)

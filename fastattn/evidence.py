@@ -282,7 +282,9 @@ def _watched(child: subprocess.Popen[str]) -> Verdict:
     if code == 0:
         return Verdict(None)
     if code is not None and code < 0:
-        return Verdict(f"it was ended by {signal.Signals(-code).name} while {stage}", final=False, hung=stage == "running")
+        return Verdict(
+            f"it was ended by {signal.Signals(-code).name} while {stage}", final=False, hung=stage == "running"
+        )
     return Verdict(said, final=code == WRONG_RESULT)
 
 

@@ -28,7 +28,7 @@ COMMAND = (sys.executable, "-m", "fastattn.testing.precompile")
 
 
 def compile_ahead(device: str, what: str) -> None:
-    """Compile a set for the GPU ``device``, and return when all is done; what fails to compile fails again when used."""
+    """Compile a set for the GPU ``device``; what fails to compile fails again, and is told, when it is used."""
     for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands(device, what)]:
         process.wait()
 

@@ -115,7 +115,7 @@ needs_simulation = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_simulation
 def test_gpu_rehearsed(tmp_path, capsys, monkeypatch):
-    """The plan of a GPU on the simulated one: every kind of step once, few files, a short table, what would be undone."""
+    """The plan of a GPU on the simulated one: every kind of step once, a short table, what would be undone."""
     phases = Plan.phases
 
     def each_kind(plan, unsafe=()):
@@ -130,7 +130,9 @@ def test_gpu_rehearsed(tmp_path, capsys, monkeypatch):
         assert rows[step]["result"] == "ok", rows[step]
     assert "green" in rows["first numbers, triton"]["note"] and "1 passed" in rows["tests, triton"]["note"]
     assert rows["tune D 128"]["result"] == "not rehearsed"
-    assert {"gpu.json", "first-numbers-triton.json", "ops-cells.json", "report.md"} <= {path.name for path in out.iterdir()}
+    assert {"gpu.json", "first-numbers-triton.json", "ops-cells.json", "report.md"} <= {
+        path.name for path in out.iterdir()
+    }
     said = capsys.readouterr().out
     assert "fastattn-triton" in said and "| minute 1 |" in said and len(said.splitlines()) < 100
 
@@ -138,7 +140,11 @@ def test_gpu_rehearsed(tmp_path, capsys, monkeypatch):
 @needs_simulation
 def test_gpu_out_of_time_is_rows_too(tmp_path, capsys):
     assert main(["gpu", "--rehearse", "--limit", "0", "--quiet", "--out", str(tmp_path)]) == 0
-    assert {row["result"] for row in read(tmp_path / "gpu.json")["results"]} <= {"not begun", "missing", "not rehearsed"}
+    assert {row["result"] for row in read(tmp_path / "gpu.json")["results"]} <= {
+        "not begun",
+        "missing",
+        "not rehearsed",
+    }
     assert "out of time" in capsys.readouterr().out
 
 

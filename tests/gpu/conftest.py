@@ -34,7 +34,9 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
     if call.when == "call" and report.failed and os.environ.get("PYTEST_XDIST_WORKER") and _device_is_lost():
-        print(f"{item.nodeid}: {report.longreprtext}\nthe device failed; this process ends", file=sys.stderr, flush=True)
+        print(
+            f"{item.nodeid}: {report.longreprtext}\nthe device failed; this process ends", file=sys.stderr, flush=True
+        )
         os._exit(70)
     return report
 

@@ -149,7 +149,12 @@ def test_nothing_waits_for_the_device() -> None:
         grads(out, [q, k, v], torch.ones_like(out))
         packed = [x.detach().flatten(0, 1) for x in (q, k, v)]
         fastattn.attention_varlen(
-            *packed, cu_seqlens, cu_seqlens, max_seqlen_q=2 * LENGTH - 10, max_seqlen_kv=2 * LENGTH - 10, backend="triton"
+            *packed,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen_q=2 * LENGTH - 10,
+            max_seqlen_kv=2 * LENGTH - 10,
+            backend="triton",
         )
 
     step()

@@ -1,4 +1,4 @@
-"""Everything public on the simulated GPU: what is computed, by which kernels, on which device and stream, and no waits."""
+"""Everything public on the simulated GPU: what is computed, by which kernels, where, and without waits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def no_wait(machine: simulated.Machine) -> Iterator[None]:
 
 
 def packed() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (*(normal(20, 4, 16) for _ in range(3)), ints(0, 5, 20), ints(0, 5, 20)), {"max_seqlen_q": 15, "max_seqlen_kv": 15}
+    return (*(normal(20, 4, 16) for _ in range(3)), ints(0, 5, 20), ints(0, 5, 20)), {
+        "max_seqlen_q": 15,
+        "max_seqlen_kv": 15,
+    }
 
 
 CALLS: dict[str, Callable[[], Callable[[], object]]] = {}
@@ -60,7 +63,15 @@ def terms() -> Callable[[], object]:
     q, ids = normal(1, 20, 2, 16), torch.zeros(1, 20, dtype=torch.int64, device="cuda")
     more = {"bias": normal(1, 2, 20, 20), "mask": torch.ones(1, 1, 20, 20, dtype=torch.bool, device="cuda")}
     return lambda: fastattn.attention(
-        q, q, q, segment_ids=ids, dropout_p=0.1, sinks=q[0, 0, :, 0], alibi_slopes=q[0, 0, :, 0].float(), softcap=3.0, **more
+        q,
+        q,
+        q,
+        segment_ids=ids,
+        dropout_p=0.1,
+        sinks=q[0, 0, :, 0],
+        alibi_slopes=q[0, 0, :, 0].float(),
+        softcap=3.0,
+        **more,
     )
 
 
@@ -122,7 +133,9 @@ def mapped() -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("prepare", CALLS.values(), ids=CALLS)
-def test_a_call_runs_kernels_and_never_waits(prepare: Callable[[], Callable[[], object]], machine: simulated.Machine) -> None:
+def test_a_call_runs_kernels_and_never_waits(
+    prepare: Callable[[], Callable[[], object]], machine: simulated.Machine
+) -> None:
     run = prepare()
     with no_wait(machine):
         run()
@@ -160,7 +173,12 @@ def test_gradients_without_a_wait(machine: simulated.Machine) -> None:
     with no_wait(machine):
         out = fastattn.attention(*leaves, window=(7, 3))
         out.backward(torch.ones_like(out))
-    assert [launch.kernel for launch in machine.launches] == ["forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel"]
+    assert [launch.kernel for launch in machine.launches] == [
+        "forward_kernel",
+        "delta_kernel",
+        "dkdv_kernel",
+        "dq_kernel",
+    ]
     assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves)
 
 
@@ -186,7 +204,9 @@ def test_a_fresh_thread(machine: simulated.Machine) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_compiled(needs_grad: bool, machine: simulated.Machine) -> None:
     q = normal(1, 20, 2, 16, grad=needs_grad)
-    compiled = torch.compile(lambda x: fastattn.attention(x, x, x, causal=True) + 1, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: fastattn.attention(x, x, x, causal=True) + 1, backend="aot_eager", fullgraph=True
+    )
     out = compiled(q)
     assert torch.equal(out, fastattn.attention(q, q, q, causal=True) + 1)
     if needs_grad:
@@ -227,7 +247,13 @@ def test_the_path_of_hugging_face(machine: simulated.Machine) -> None:
     from fastattn.integrations.transformers import register
 
     register()
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
     config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, attn_implementation="fastattn")
     model = transformers.LlamaForCausalLM(config).to("cuda").to(BF16)
     ids = torch.randint(1, 40, (1, 12), device="cuda")

@@ -61,7 +61,7 @@ def test_views_share_memory(machine: simulated.Machine) -> None:
     ],
 )
 def test_what_a_gpu_refuses(mix: Callable[[Tensor, Tensor], object], machine: simulated.Machine) -> None:
-    with pytest.raises((RuntimeError, TypeError), match="device|Expected a 'cuda'"):
+    with pytest.raises((RuntimeError, TypeError), match=r"device|Expected a 'cuda'"):
         mix(on(), torch.randn(3, 4))
 
 

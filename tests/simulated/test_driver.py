@@ -30,12 +30,14 @@ MAPS = {"forward": 4, "keys": 7, "queries": 7, "decode": 2}
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
-    """The backend through ctypes and NVRTC, whose cubins are texts that say their name and the size of their argument."""
+    """The backend through ctypes, with cubins that are texts: their name and the size of their argument."""
     recording = RecordingDriver()
     monkeypatch.setattr(driver, "_driver", lambda: recording.library)
     driver._primary_context.cache_clear()
     monkeypatch.setattr(nvrtc, "load", lambda: None)
-    monkeypatch.setattr(nvrtc, "cached_kernel", lambda instance: f"{instance.name} {argument_bytes(instance)}".encode() + b"\0")
+    monkeypatch.setattr(
+        nvrtc, "cached_kernel", lambda instance: f"{instance.name} {argument_bytes(instance)}".encode() + b"\0"
+    )
     kernels = nvrtc.NvrtcKernels()
     monkeypatch.setattr(cuda, "_delivered", lambda: (kernels, "recorded"))
     yield recording
@@ -46,7 +48,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
 def argument_bytes(instance: Instance) -> int:
     """Of the struct that the kernel takes, by what csrc/ declares: maps, then the flat struct."""
     tile = instance.tile
-    struct = {"ForwardArgs": abi.FORWARD, "BackwardArgs": abi.BACKWARD, "BackwardParams": abi.BACKWARD}.get(tile.arguments, abi.DECODE)
+    struct = {"ForwardArgs": abi.FORWARD, "BackwardArgs": abi.BACKWARD, "BackwardParams": abi.BACKWARD}.get(
+        tile.arguments, abi.DECODE
+    )
     maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(tile.arguments, 0)
     return maps * driver.MAP_BYTES + struct.size
 
@@ -56,14 +60,19 @@ def normal(*shape: int, device: str = "cuda", grad: bool = False) -> Tensor:
 
 
 def attend(device: str = "cuda", grad: bool = False, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    leaves = [normal(2, 70, 4, 64, device=device, grad=grad), *(normal(2, 70, 2, 64, device=device, grad=grad) for _ in range(2))]
+    leaves = [
+        normal(2, 70, 4, 64, device=device, grad=grad),
+        *(normal(2, 70, 2, 64, device=device, grad=grad) for _ in range(2)),
+    ]
     return fastattn.attention(*leaves, causal=True, backend="cuda", **options), leaves
 
 
 def decode() -> Tensor:
     cache, table = normal(64, 64, 2, 64), torch.arange(64, device="cuda").int().view(2, 32)
     lengths = torch.tensor([3, 900], dtype=torch.int32, device="cuda")
-    out = fastattn.attention_with_kv_cache(normal(2, 1, 8, 64), cache, cache, lengths, block_table=table, backend="cuda")
+    out = fastattn.attention_with_kv_cache(
+        normal(2, 1, 8, 64), cache, cache, lengths, block_table=table, backend="cuda"
+    )
     assert isinstance(out, Tensor)
     return out
 
@@ -171,7 +180,9 @@ ODD_TENSORS = {
 
 @pytest.mark.parametrize("make", ODD_TENSORS.values(), ids=ODD_TENSORS)
 @pytest.mark.parametrize("head_dim", [64, 40])
-def test_whatever_the_strides_maps_keep_the_rules(make: Callable[[], Tensor], head_dim: int, recorded: RecordingDriver) -> None:
+def test_whatever_the_strides_maps_keep_the_rules(
+    make: Callable[[], Tensor], head_dim: int, recorded: RecordingDriver
+) -> None:
     """The fixture asserts that no rule was broken."""
     x = make()[..., :head_dim].requires_grad_()
     out = fastattn.attention(x, x, x, backend="cuda")
@@ -246,10 +257,23 @@ def test_arguments_have_the_size_that_the_kernel_declares(tile: Any, tmp_path: P
         path.write_text(text)
     source = tmp_path / "kernel.cu"
     source.write_text(nvrtc.source_of(instance))
-    command = ["nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", f"-I{tmp_path}", str(source), "-o", str(tmp_path / "kernel.ptx")]
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-arch=sm_90a",
+        "-ptx",
+        f"-I{tmp_path}",
+        str(source),
+        "-o",
+        str(tmp_path / "kernel.ptx"),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (size,) = re.findall(rf"{nvrtc.KERNEL}_param_0\[(\d+)\]", (tmp_path / "kernel.ptx").read_text())[:1]
-    rounded = -(-argument_bytes(instance) // 64) * 64 if tile.function == forward_tiles()[0].function else argument_bytes(instance)
+    rounded = (
+        -(-argument_bytes(instance) // 64) * 64
+        if tile.function == forward_tiles()[0].function
+        else argument_bytes(instance)
+    )
     assert int(size) in (rounded, argument_bytes(instance))
 
 

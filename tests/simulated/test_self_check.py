@@ -1,4 +1,4 @@
-"""The self-check and ``fastattn verify`` on the simulated GPU: as functions, as a process, and by a call that chooses."""
+"""The self-check and ``fastattn verify`` on the simulated GPU: as a process, and by a call that chooses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_a_failed_check_is_said_once_with_what_to_do(monkeypatch: pytest.MonkeyP
     failed = evidence.Verdict("dq max is off by 1", final=True)
     monkeypatch.setattr(evidence, "_self_check", lambda backend, facts: failed)
     dispatch._warn_slow.cache_clear()
-    with pytest.warns(UserWarning, match=r"slow 'portable'.*triton: its self-check on this GPU failed: dq max.*backend="):
+    with pytest.warns(
+        UserWarning, match=r"slow 'portable'.*triton: its self-check on this GPU failed: dq max.*backend="
+    ):
         fastattn.attention(*qkv())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -63,7 +65,9 @@ def test_verify_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_verify_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verdicts = iter([evidence.Verdict("it did not end in time while running", final=False, hung=True), evidence.Verdict(None)])
+    verdicts = iter(
+        [evidence.Verdict("it did not end in time while running", final=False, hung=True), evidence.Verdict(None)]
+    )
     monkeypatch.setattr(evidence, "_self_check", lambda backend, facts: next(verdicts))
     assert main(["verify", "--device", "cuda", "--record"]) == 1
     assert "did not end in time" in capsys.readouterr().out

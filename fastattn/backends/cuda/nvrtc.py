@@ -138,7 +138,9 @@ def compile_kernel(instance: Instance) -> bytes:
 
 
 def cache_path(instance: Instance) -> Path:
-    text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *options(), version()])
+    text = "\0".join(
+        [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
+    )
     return cache_root() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 

@@ -2,8 +2,8 @@
 
 ``device.cpp`` gives torch the devices, ``surface.py`` the functions of ``torch.cuda``, ``kernels.py`` launches Triton's
 kernels there, in its interpreter. Results are real. What a GPU refuses is refused: operands of several devices, host
-memory in a kernel, waiting during a capture. What it leaves unsaid is counted: each wait of the host for the device, with
-the line that caused it. Memory that nothing was written to holds NaN. Work is done at once, in the order of its calls,
+memory in a kernel, waiting during a capture. What it leaves unsaid is counted: each wait of the host for it, with the
+line that caused it. Memory that nothing was written to holds NaN. Work is done at once, in the order of its calls,
 so nothing here finds a race.
 """
 

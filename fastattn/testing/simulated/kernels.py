@@ -92,5 +92,3 @@ def fast_interpreter() -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.__call__, interpreter_builder.options = before, options
-
-

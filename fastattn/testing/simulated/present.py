@@ -10,7 +10,6 @@ from fastattn.backends import triton
 from fastattn.testing.simulated import build, kernels, surface
 from fastattn.testing.simulated.machine import Machine
 
-
 _count = 0
 
 

@@ -177,5 +177,3 @@ def _waiting(machine: Machine) -> dict[str, object]:
 def alias_on_host(x: torch.Tensor) -> torch.Tensor:
     """The same memory as a CPU tensor, for what runs kernels."""
     return torch.ops.fastattn_simulated.alias_on_host(x)
-
-
