@@ -11,7 +11,8 @@ from fastattn.testing.caches import CacheCase, cache_grid
 from fastattn.testing.cases import Case, grid
 
 _GROUPED: dict[str, Any] = {"B": 1, "S_q": 140, "S_kv": 140, "H_q": 2, "H_kv": 1}
-_D128, _D64 = {"D_qk": 128, "D_v": 128}, {"D_qk": 64, "D_v": 64}
+_D128: dict[str, Any] = {"D_qk": 128, "D_v": 128}
+_D64: dict[str, Any] = {"D_qk": 64, "D_v": 64}
 _DECODE: dict[str, Any] = {"page_size": 16, "before": (40, 200), "H_q": 8, "H_kv": 2}
 _EVERYTHING = next(case for case in grid((torch.bfloat16,)) if case.id.startswith("everything ["))
 _EVERY_CACHE = next(case for case in cache_grid((torch.bfloat16,)) if case.id.startswith("e4m3, ragged [pages"))

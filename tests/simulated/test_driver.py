@@ -21,11 +21,11 @@ from torch import Tensor
 import fastattn
 from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, driver, library, nvrtc
-from fastattn.backends.cuda.instances import COMBINE, PADDED_ROWS, PREPARE, Instance, forward_tiles
+from fastattn.backends.cuda.instances import COMBINE, PADDED_ROWS, PREPROCESS, Instance, forward_configs
 from fastattn.testing.simulated.recording import RecordedLaunch, RecordingDriver
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to build the recording driver")
-MAPS = {"forward": 4, "keys": 7, "queries": 7, "decode": 2}
+MAPS = {"forward": 4, "dkdv": 7, "decode": 2}
 
 
 @pytest.fixture
@@ -47,11 +47,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
 
 def argument_bytes(instance: Instance) -> int:
     """Of the struct that the kernel takes, by what csrc/ declares: maps, then the flat struct."""
-    tile = instance.tile
     struct = {"ForwardArgs": abi.FORWARD, "BackwardArgs": abi.BACKWARD, "BackwardParams": abi.BACKWARD}.get(
-        tile.arguments, abi.DECODE
+        instance.config.arguments, abi.DECODE
     )
-    maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(tile.arguments, 0)
+    maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(instance.config.arguments, 0)
     return maps * driver.MAP_BYTES + struct.size
 
 
@@ -78,15 +77,15 @@ def decode() -> Tensor:
 
 
 def kernels(launches: list[RecordedLaunch]) -> list[str]:
-    return [launch.kernel.decode().split("_")[0] for launch in launches]
+    return [launch.kernel.decode().split("_bfloat16")[0] for launch in launches]
 
 
 def test_forward_and_backward(recorded: RecordingDriver) -> None:
     out, _ = attend(grad=True)
     assert kernels(recorded.launches) == ["forward"] and len(recorded.maps) == MAPS["forward"]
     out.backward(torch.ones_like(out))
-    assert kernels(recorded.launches)[1:] == ["rows", "keys", "rows"]
-    assert len(recorded.maps) == MAPS["forward"] + MAPS["keys"]
+    assert kernels(recorded.launches)[1:] == ["rowwise", "backward_dkdv", "rowwise"]
+    assert len(recorded.maps) == MAPS["forward"] + MAPS["dkdv"]
     forward = recorded.launches[0]
     assert forward.grid[0] == 132 and forward.shared == nvrtc.SHARED_BYTES and forward.device == 0
 
@@ -211,8 +210,8 @@ def test_arguments_are_as_long_as_the_driver_reads(recorded: RecordingDriver) ->
 def test_the_bytes_arrive(recorded: RecordingDriver) -> None:
     q = normal(1, 70, 2, 64)
     inputs = fastattn.problem.Inputs(q, q, q, max_seqlen_q=70, max_seqlen_kv=70)
-    out, lse = torch.empty_like(q), torch.empty(1, 2, 70, device="cuda")
-    fields = abi.forward_fields(inputs, fastattn.spec.AttentionSpec(0.125), out, lse, 7)
+    results = (torch.empty_like(q), *(torch.empty(1, 2, 70, device="cuda") for _ in range(2)))
+    fields = abi.forward_fields(inputs, fastattn.spec.AttentionSpec(0.125), results, 7)
     cuda._kernels().forward(fields)
     (launch,) = recorded.launches
     assert bytes(launch.params)[MAPS["forward"] * driver.MAP_BYTES : launch.param_bytes] == abi.FORWARD.pack(fields)
@@ -247,10 +246,10 @@ def test_a_library_newer_than_the_driver_is_left(recorded: RecordingDriver, tmp_
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("tile", [COMBINE, PREPARE, forward_tiles()[0]], ids=lambda tile: tile.function)
-def test_arguments_have_the_size_that_the_kernel_declares(tile: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [COMBINE, PREPROCESS, forward_configs()[0]], ids=lambda config: config.function)
+def test_arguments_have_the_size_that_the_kernel_declares(config: Any, tmp_path: Path) -> None:
     """By the compiler's own word: the size of the parameter in its PTX."""
-    instance = Instance(tile, "bfloat16")
+    instance = Instance(config, "bfloat16")
     for name, text in nvrtc.headers().items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,11 +268,7 @@ def test_arguments_have_the_size_that_the_kernel_declares(tile: Any, tmp_path: P
     ]
     subprocess.run(command, check=True, timeout=300)
     (size,) = re.findall(rf"{nvrtc.KERNEL}_param_0\[(\d+)\]", (tmp_path / "kernel.ptx").read_text())[:1]
-    rounded = (
-        -(-argument_bytes(instance) // 64) * 64
-        if tile.function == forward_tiles()[0].function
-        else argument_bytes(instance)
-    )
+    rounded = -(-argument_bytes(instance) // 64) * 64 if config == forward_configs()[0] else argument_bytes(instance)
     assert int(size) in (rounded, argument_bytes(instance))
 
 

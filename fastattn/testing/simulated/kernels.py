@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from fastattn.testing.simulated.surface import Patch, alias_on_host
 def patches(machine: Machine) -> list[Patch]:
     """As in ``surface``; none where Triton is missing or does not interpret."""
     try:
-        from triton.runtime.interpreter import GridExecutor
+        from triton.runtime.interpreter import GridExecutor, InterpretedFunction
     except ImportError:
         return []
-    interpret = GridExecutor.__call__
+    interpret, compile_or_run = GridExecutor.__call__, InterpretedFunction.run
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         tensors = list(_tensors([*args, *kwargs.values()]))
@@ -40,7 +40,84 @@ def patches(machine: Machine) -> list[Patch]:
 
         return machine.launch(self.fn.__name__, tuple(self.grid) if isinstance(self.grid, tuple) else (), run)
 
-    return [(GridExecutor, "__call__", launch)]
+    def run_or_compile(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if not warmup:
+            return compile_or_run(self, *args, grid=grid, warmup=False, **options)
+        named = (options[name] for name in self.arg_names[len(args) :])
+        return _Compiled(machine, self, (*args, *named), interpret)
+
+    return [(GridExecutor, "__call__", launch), (InterpretedFunction, "run", run_or_compile)]
+
+
+class _Compiled:
+    """What stands for a compiled kernel: launched with addresses in the places of the tensors it was compiled for."""
+
+    def __init__(self, machine: Machine, kernel: Any, compiled_for: tuple[Any, ...], interpret: Any) -> None:
+        self.machine, self.kernel, self.interpret = machine, kernel, interpret
+        self.compiled_for = _described(compiled_for)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        from triton.runtime.interpreter import GridExecutor
+
+        executor = GridExecutor(self.kernel.rewrite(), self.kernel.arg_names, grid, [])
+        executor._init_args_hst = lambda args, kwargs: (args, kwargs)  # addresses are those of this memory already
+        executor._restore_args_dev = lambda *_: None
+
+        def launch(*args: Any) -> None:
+            given = _with_types(args, self.compiled_for)
+            _check_devices(given, self.machine.library.sim_device())
+
+            def run() -> None:
+                with _disable_current_modes(), torch.no_grad():
+                    self.interpret(executor, *given)
+
+            self.machine.launch(self.kernel.fn.__name__, tuple(grid), run)
+
+        return launch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pointer:
+    """An address with the type that a kernel was compiled for; what Triton asks of a tensor."""
+
+    dtype: torch.dtype
+    device: torch.device
+    is_aligned: bool
+    address: int = 0
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Pointer(value.dtype, value.device, value.data_ptr() % 16 == 0)
+    return _like(value, map(_described, value)) if isinstance(value, tuple) else value
+
+
+def _with_types(value: Any, compiled_for: Any) -> Any:
+    if isinstance(compiled_for, _Pointer):
+        if compiled_for.is_aligned and value % 16:
+            raise RuntimeError(
+                "Triton Error [CUDA]: misaligned address: the kernel was compiled for multiples of 16 bytes"
+            )
+        return dataclasses.replace(compiled_for, address=value)
+    if isinstance(compiled_for, tuple):
+        return _like(compiled_for, (_with_types(x, y) for x, y in zip(value, compiled_for, strict=True)))
+    return value
+
+
+def _check_devices(values: Any, current: int) -> None:
+    for value in values:
+        if isinstance(value, tuple):
+            _check_devices(value, current)
+        elif isinstance(value, _Pointer) and value.device.index != current:
+            where = f"compiled for {value.device}, launched on cuda:{current}"
+            raise RuntimeError(f"Triton Error [CUDA]: invalid device context: {where}")
+
+
+def _like(value: tuple[Any, ...], inside: Iterable[Any]) -> tuple[Any, ...]:
+    return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -63,10 +140,7 @@ def _check(tensors: list[Tensor], current: int) -> None:
 def _mapped(value: Any) -> Any:
     if isinstance(value, Tensor):
         return alias_on_host(value)
-    if isinstance(value, tuple):
-        inside = [_mapped(x) for x in value]
-        return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
-    return value
+    return _like(value, map(_mapped, value)) if isinstance(value, tuple) else value
 
 
 @contextlib.contextmanager

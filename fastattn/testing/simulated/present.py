@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from fastattn import dispatch
+from fastattn import state
 from fastattn.backends import triton
 from fastattn.testing.simulated import build, kernels, surface
 from fastattn.testing.simulated.machine import Machine
@@ -37,7 +37,7 @@ def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) 
     machine.turn(on=True)
     replaced = [*surface.patches(machine), *kernels.patches(machine), (triton, "is_interpreting", lambda: False)]
     with contextlib.ExitStack() as undo:
-        undo.callback(dispatch.reasons.cache_clear)
+        undo.callback(state.forget)
         undo.callback(machine.turn, on=False)
         for owner, attribute, value in replaced:
             if hasattr(owner, attribute):
@@ -45,7 +45,7 @@ def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) 
             else:
                 undo.callback(delattr, owner, attribute)
             setattr(owner, attribute, value)
-        dispatch.reasons.cache_clear()
+        state.forget()
         _count += 1
         undo.callback(_leave)
         yield machine

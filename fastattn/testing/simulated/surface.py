@@ -83,7 +83,7 @@ class Stream(torch.Stream):
 
     def __new__(cls, device: Any = None, priority: int = 0, **known: int) -> Stream:
         if known:
-            return super().__new__(cls, **known)  # type: ignore[call-overload]
+            return super().__new__(cls, **known)
         at = torch.cuda.current_device() if device is None else torch.device(device).index or 0
         return super().__new__(cls, device=f"cuda:{at}")
 
