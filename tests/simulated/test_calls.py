@@ -175,9 +175,9 @@ def test_gradients_without_a_wait(machine: simulated.Machine) -> None:
         out.backward(torch.ones_like(out))
     assert [launch.kernel for launch in machine.launches] == [
         "forward_kernel",
-        "delta_kernel",
-        "dkdv_kernel",
-        "dq_kernel",
+        "backward_preprocess_kernel",
+        "backward_dkdv_kernel",
+        "backward_dq_kernel",
     ]
     assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves)
 
@@ -211,7 +211,7 @@ def test_compiled(needs_grad: bool, machine: simulated.Machine) -> None:
     assert torch.equal(out, fastattn.attention(q, q, q, causal=True) + 1)
     if needs_grad:
         out.sum().backward()
-        assert q.grad is not None and "dq_kernel" in {launch.kernel for launch in machine.launches}
+        assert q.grad is not None and "backward_dq_kernel" in {launch.kernel for launch in machine.launches}
 
 
 @pytest.mark.parametrize("kind", ["tiny", "encoder-tiny", "seq2seq-tiny"])

@@ -97,6 +97,32 @@ def triton_call(room: Room, s: int = 20, grad: bool = False, device: str = "cuda
     return out
 
 
+def keeps_plans_apart(room: Room) -> None:
+    """Calls of another kind than the one before, which differ in one thing, are served as they are."""
+
+    def call(q: Tensor) -> Tensor:
+        for _ in range(2):  # the second time by a plan
+            out = fastattn.attention(q, q.detach() + 0, q.detach() * 1, backend="triton")
+        assert out.device == q.device and out.requires_grad == q.requires_grad and bool(out.isfinite().all())
+        return out
+
+    q = normal(1, 20, 2, 16)
+    call(q)
+    call(normal(1, 20, 2, 16, device="cuda:1"))
+    call(normal(1, 20, 2, 16, grad=True))
+    call(normal(20 * 2 * 16 + 4)[4:].view(1, 20, 2, 16))  # 8 bytes off
+
+
+def runs_plans_on_the_stream(room: Room) -> None:
+    q, side = normal(1, 20, 2, 16), torch.cuda.Stream()
+    for _ in range(2):
+        fastattn.attention(q, q.clone(), q.clone(), backend="triton")
+    with torch.cuda.stream(side), torch.cuda.device(1):
+        fastattn.attention(q, q.clone(), q.clone(), backend="triton")
+    last = room.machine.launches[-1]
+    assert (last.device, last.stream) == (0, side.cuda_stream)
+
+
 def served_on_another_device(room: Room) -> None:
     triton_call(room, device="cuda:1", grad=True)
 
@@ -326,6 +352,20 @@ FAULTS = [
         serves,
     ),
     Fault("a wait in backward", L + "Backward.dkdv", "config = config or", "x.k.sum().item(); config = config or", trains),
+    Fault(
+        "a plan for another alignment", "fastattn.plan:look_up", "x.data_ptr() % ALIGNMENT", "0", keeps_plans_apart
+    ),
+    Fault(
+        "a plan for another device", "fastattn.plan:look_up", "device := x.device", "(device := x.device) and 0",
+        keeps_plans_apart,
+    ),
+    Fault(
+        "a plan without a gradient", "fastattn.plan:look_up", "grad and x.requires_grad", "False", keeps_plans_apart
+    ),
+    Fault(
+        "a plan without a device guard", "fastattn.backends.triton.plans:_run",
+        "torch.cuda.current_device() != device.index", "False", runs_plans_on_the_stream,
+    ),
     Fault("a program too few", L + "Call.schedule", "(blocks * heads,)", "(blocks * heads - 1,)", serves),
     Fault("a gradient that nothing writes", L + "Backward.dq", "if dq.numel():", "if False:", trains),
     Fault(
