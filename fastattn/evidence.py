@@ -5,7 +5,7 @@ A record is a file under ``benchmarks/results/``, of a run of the tests on a GPU
 kernel that crashes takes only that with it), once for each version of the backend, GPU and driver. One process of a
 machine checks, the others wait for its verdict, which is kept in the user's cache folder. ``fastattn verify --device
 cuda --record`` checks again; ``FASTATTN_SELF_CHECK=0`` turns self-checks off. Nothing serves before its check has
-ended: see docs/decisions/0001-no-kernel-before-its-check.md.
+ended: see docs/decisions/no_kernel_before_its_check.md.
 """
 
 from __future__ import annotations

@@ -351,7 +351,9 @@ FAULTS = [
         "a wait in forward", L + "sizes_of", "coded(s_q)", "coded(s_q + 0 * int(torch.ones(1, device='cuda')))",
         serves,
     ),
-    Fault("a wait in backward", L + "Backward.dkdv", "config = config or", "x.k.sum().item(); config = config or", trains),
+    Fault(
+        "a wait in backward", L + "Backward.dkdv", "config = config or", "x.k.sum().item(); config = config or", trains
+    ),
     Fault(
         "a plan for another alignment", "fastattn.plan:look_up", "x.data_ptr() % ALIGNMENT", "0", keeps_plans_apart
     ),
