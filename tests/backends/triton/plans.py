@@ -142,14 +142,14 @@ def main():
 
     problem = inputs_of(*dense())
     found = {
-        "forward": compared(forward, BACKEND.prepared_forward(problem, SPEC), dense),
-        "backward": compared(backward, BACKEND.prepared_backward(problem, SPEC), with_gradient),
+        "forward": compared(forward, BACKEND.prepared_forward(problem, SPEC, keep=True), dense),
+        "backward": compared(backward, BACKEND.prepared_backward(problem, SPEC, problem.q.to("meta")), with_gradient),
     }
     for paged in (True, False):
         prepared = BACKEND.prepared_for_cache(cache_of(*step(paged)), SPEC)
         found[f"decode, paged={paged}"] = compared(decode, prepared, lambda paged=paged: step(paged))
     x = dense()[1]
-    found["shared"] = BACKEND.prepared_forward(inputs_of(x, x, x), SPEC) is None
+    found["shared"] = BACKEND.prepared_forward(inputs_of(x, x, x), SPEC, keep=True) is None
     found["copied"] = plans.prepare(lambda q, k, v: forward(q + 0, k, v), dense()) is None
     print(json.dumps(found))
 
