@@ -324,7 +324,7 @@ def test_every_obstacle_is_a_sentence(monkeypatch, capsys, error, sentence):
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(self_check, "compile_ahead", refuse)
+    monkeypatch.setattr(self_check, "self_check", refuse)
     assert self_check.main(["eager", "cpu"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert sentence in last and ("--record" in last or "could not run" in last)
