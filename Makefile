@@ -8,7 +8,7 @@ JOBS   ?= 2
 GPU_JOBS ?= 6
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,7 +48,7 @@ docs: install    ## build the documentation in site/, offline, with warnings as 
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
 
 tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
-	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md
+	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md docs/guides/train_from_scratch.md
 	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU
@@ -56,6 +56,13 @@ bench: install   ## operator benchmarks on this machine's CPU
 
 emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
+
+sanitize: install ## run the CPU kernels under the sanitizers of addresses, undefined behaviour and threads
+	$(BIN)/python csrc/cpu/check/check.py --sanitize address,undefined
+	$(BIN)/python csrc/cpu/check/check.py --sanitize thread
+
+cross: install   ## compile the CPU kernels for arm64 and run them under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
+	$(BIN)/python csrc/cpu/check/check.py --cross
 
 gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates

@@ -157,7 +157,7 @@ def explain_with_kv_cache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``attention_with_kv_cache`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``attention_with_kv_cache``, with the reasons against the others.
 
     Nothing is computed and nothing is appended. As ``fastattn.explain`` otherwise.
 

@@ -74,7 +74,7 @@ def attention(
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
         return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
-            for looking at, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
+            for inspection, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
             over the heads, computed one by one. ``out`` is not touched.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
@@ -290,7 +290,7 @@ def explain(
     return_weights: bool | Literal["mean"] = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``fastattn.attention`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
 
     Nothing is computed and no random number is drawn; tensors may lie on the meta device.
 
@@ -350,7 +350,7 @@ def explain_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``fastattn.attention_varlen`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``fastattn.attention_varlen``, with the reasons against the others.
 
     As ``fastattn.explain``; the longest sequences are read from ``cu_seqlens`` where they are not given.
 

@@ -1,13 +1,13 @@
-"""Plans: for calls of one kind, what was checked, chosen and packed before, so that it is not done again.
+"""Plans: calls of a kind seen before are served without being checked, dispatched and packed again.
 
 Calls are of one kind if their tensors agree in shape, strides, dtype, device, alignment and need of a gradient, and
-everything else in their values. From one step of a model to the next nothing of this changes, and finding that out
-takes Python a small part of the time that checking and choosing do, in which a short sequence could have been computed.
+and the options in everything. From one step of a model to the next none of this changes. Recognising the kind takes
+Python a small part of the time that checking and choosing take, in which a short sequence could have been computed.
 
     call -> look_up -> run                               a kind seen before
     call -> arguments -> check -> dispatch -> operator   any other; then its plan is made and remembered
 
-What a kind must hold is what a kernel was prepared for: two tensors that differ in anything else are served alike.
+A kind holds everything that a kernel was prepared for; tensors that differ in nothing else are served alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _known: dict[Hashable, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How calls on q, k and v alone are served.
+    """The way to serve calls on q, k and v alone.
 
     Attributes:
         forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
@@ -46,7 +46,7 @@ class Plan:
 
 
 def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Hashable | None, Any]:
-    """The kind of a call, and what serves it: a ``Plan``, the run of a cache's, or None if there is none.
+    """The kind of a call, and its ``Plan`` (for a cache the run itself), or None if there is none.
 
     The kind is None for a call that has to go the long way: somebody watches or transforms it, or its tensors are no
     plain dense ones. On the way of every call, so it is written to be fast.

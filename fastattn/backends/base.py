@@ -24,7 +24,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do. A feature of the spec that is not named here is one it lacks.
+    """The abilities of a backend. A feature of the spec that is not named here is one it lacks.
 
     Attributes:
         devices: device types; empty means any.
@@ -64,16 +64,16 @@ class Backend:
     checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
 
     def unavailable_reason(self) -> str | None:
-        """Why this backend cannot run on this machine at all; None if it can."""
+        """The reason why this backend cannot run on this machine at all; None if it can."""
         return None
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Why this backend cannot serve ``problem``; [] means it can. Cheap; reads no tensor values."""
+        """The reasons why this backend cannot serve ``problem``; [] means it can. Cheap; reads no tensor values."""
         missing = self.unavailable_reason()
         return [missing] if missing else capability_reasons(self.capabilities, problem)
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
-        """Why this backend, which can serve ``problem``, should not do so unless asked by name; [] means it may."""
+        """The reasons why this backend, which can serve ``problem``, should only do so by name; [] means it may."""
         return []
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:

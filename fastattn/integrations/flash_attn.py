@@ -1,6 +1,6 @@
 """The functions of the flash-attn package (2.8) under their names: import them from here instead.
 
-Signatures are theirs, positions and defaults included, and so are the meanings: ``(B, S, H, D)`` or packed
+Signatures, positions, defaults and meanings are those of flash-attn: ``(B, S, H, D)`` or packed
 ``(T, H, D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes
 without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and an empty row has lse
 ``-inf`` (``+inf`` in flash-attn 2).

@@ -38,7 +38,7 @@ _unpacked = WeakTensorKeyDictionary()  # position_ids that hold one sequence per
 
 
 def register(name: str = "fastattn") -> None:
-    """Make ``attn_implementation=name`` known to transformers. Changes no model by itself; may be called again.
+    """Register ``attn_implementation=name`` with transformers. It changes no model by itself and may be called again.
 
     Args:
         name: the name to register under.
@@ -81,7 +81,7 @@ def attention_forward(
     """Attention as transformers calls it; ``register`` is what users need.
 
     Args:
-        module: the attention layer; its ``is_causal`` holds unless the keyword is given.
+        module: the attention layer; its ``is_causal`` applies unless the keyword is given.
         query: ``(B, H_q, S_q, D_qk)``.
         key: ``(B, H_kv, S_kv, D_qk)``.
         value: ``(B, H_kv, S_kv, D_v)``.
@@ -94,7 +94,7 @@ def attention_forward(
         softcap: Gemma 2's ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H_q,)``, GPT-OSS's sinks.
         position_bias: ``(1|B, H_q, S_q, S_kv)``, T5's; added to the scores.
-        position_ids: only looked at: packed sequences that came without a mask are refused.
+        position_ids: only checked: packed sequences without a mask are refused.
         cu_seq_lens_q: boundaries of sequences packed into a batch of one, with the next three.
         cu_seq_lens_k: boundaries of the keys.
         max_length_q: longest query sequence.
@@ -107,8 +107,8 @@ def attention_forward(
         with ``output_attentions=True``, else None.
 
     Raises:
-        InputError: the mask is of another kind, or packed ``position_ids`` came without one.
-        UnsupportedError: a keyword that may change attention is not known.
+        InputError: the mask has another form, or packed ``position_ids`` come without one.
+        UnsupportedError: an unknown keyword, which may change attention.
     """
     _refuse_unknown(others)
     if query.shape[0] == 1 != key.shape[0]:
@@ -170,7 +170,7 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
 
 
 def _refuse_packed(position_ids: Tensor | None, s_q: int) -> None:
-    """Raise where transformers drops the boundaries of packed sequences: it makes no mask for them beside a cache.
+    """Raise if transformers has dropped the boundaries of packed sequences: with a cache it makes no mask for them.
 
     Reads values once for each forward, so not while compiling or capturing a CUDA graph.
     """

@@ -280,7 +280,7 @@ def test_setup_without_a_compiler_builds_a_wheel_for_every_machine(tmp_path: Pat
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     sources = ("sm90/instances.inc", "common/mask.h", "sm90/forward.cuh", "cpu/decode.cpp", "cpu/vector.h")
-    assert {f"fastattn/csrc/{name}" for name in sources} <= set(names)
+    assert {"fastattn/py.typed", *(f"fastattn/csrc/{name}" for name in sources)} <= set(names)
     assert not any(name.endswith(".so") for name in names)
 
 

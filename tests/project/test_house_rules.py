@@ -160,6 +160,12 @@ def with_import_table(page):
     return f"{before}<!-- imports -->\n{import_table()}\n<!-- /imports -->{rest.partition('<!-- /imports -->')[2]}"
 
 
+def test_the_architecture_page_draws_modules_that_exist():
+    drawing = ARCHITECTURE.read_text(encoding="utf-8").partition("```{layers}")[2].partition("```")[0]
+    names = re.findall(r"[:;] (\w+)(?= =)", drawing.partition("\n")[2])
+    assert len(names) > 20 and all(is_module(name) or is_module(f"backends/{name}") for name in names), names
+
+
 def test_the_architecture_page_shows_the_import_table():
     text = ARCHITECTURE.read_text(encoding="utf-8")
     assert text == with_import_table(text), "run `make tables`"
