@@ -1,4 +1,4 @@
-"""Reads hostile files one after the other and prints, for each, how it ended, its seconds of CPU time and the growth of memory.
+"""Reads hostile files one by one and prints how each ended, its seconds of CPU time and the growth of memory.
 
 A program of its own, so that the peak is that of these files alone: ``python hostile.py FOLDER``.
 """
