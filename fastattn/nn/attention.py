@@ -6,12 +6,16 @@ else, attention masks may carry the heads inside the batch, and ``is_causal`` is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastattn import rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, explain
+from fastattn.nn.lazy import weights_when_read
 from fastattn.nn.rotary import Rotary
 
 Window = tuple[int | None, int | None]
@@ -30,8 +34,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
       torch gives NaN or 0, depending on the path it takes.
     - Dropout drops other elements than torch does for the same seed, in the same proportion.
     - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
-    - ``need_weights=True``, torch's default, returns what is quadratic in the length, averaged over the heads one by
-      one. Pass False to be fast.
+    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, and never if they
+      are not. Until then, changing a floating mask in place makes reading them an error.
 
     Args:
         embed_dim: E, the width of queries and outputs.
@@ -172,7 +176,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             value: ``(S, N, vdim)``, likewise.
             key_padding_mask: ``(N, S)``, or ``(S,)`` without a batch: boolean, True = masked, the opposite of
                 ``fastattn.attention``; or floating, added to the scores.
-            need_weights: also return the attention weights. False is faster and takes memory linear in the length.
+            need_weights: also return the attention weights, which are computed when they are first read.
             attn_mask: ``(L, S)``, or ``(N * H_q, L, S)``: boolean, True = masked; or floating, added to the scores.
             average_attn_weights: average the weights over the heads.
             is_causal: a promise that ``attn_mask``, which must be given, is the causal one. It is relied on where
@@ -203,17 +207,18 @@ class MultiHeadAttention(nn.MultiheadAttention):
         bias, keep, segment_ids = self._scores_terms(
             _padded(key_padding_mask, appended), _padded(attn_mask, appended), q
         )
-        result = attention(
-            q, k, v, window=window, softcap=self.softcap, bias=bias, mask=keep, sinks=self.sinks,
-            segment_ids=segment_ids, dropout_p=self.dropout if self.training else 0.0,
-            return_weights="mean" if need_weights and average_attn_weights else need_weights, backend=self.backend,
-        )  # fmt: skip
-        out, weights = result if isinstance(result, tuple) else (result, None)
+        options: dict[str, Any] = {
+            "window": window, "softcap": self.softcap, "bias": bias, "mask": keep, "sinks": self.sinks,
+            "segment_ids": segment_ids, "dropout_p": self.dropout if self.training else 0.0,
+        }  # fmt: skip
+        if need_weights and options["dropout_p"]:
+            options["rng_state"] = rng.new_rng_state(q.device)
+        out = attention(q, k, v, backend=self.backend, **options)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
-        if weights is None:
+        if not need_weights:
             return out, None
-        weights = weights.to(out.dtype)
-        return out, weights if is_batched else weights[0]
+        how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
+        return out, weights_when_read(q, k, out.dtype, **how, **options)
 
     def _widths(self) -> tuple[int, int, int]:
         """The widths of q, k and v over all heads: the rows of their projections."""

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "functional": VOCABULARY | {"autograd", "dispatch", "ops", "plan", "reference"},
     "decoding": VOCABULARY | {"dispatch", "functional", "ops", "plan"},
     "inspection": VOCABULARY | {"functional", "reference"},
-    "nn": {"decoding", "errors", "functional", "rotary"},
+    "nn": {"decoding", "errors", "functional", "inspection", "rng", "rotary"},
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
     "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
