@@ -20,6 +20,7 @@ import torch
 
 from fastattn.errors import UnsupportedError
 
+DECODER = r"self\.is_causal = (True|not getattr\(config\b)"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling code calls attention through
 
 
@@ -78,11 +79,11 @@ def _layers_say(modeling: ModuleType | None) -> bool:
         return False
     if all(x._supports_sdpa for x in models):
         return True
-    return all(x._supports_flash_attn for x in models) and all(_says(x, "self.is_causal = True\n") for x in layers)
+    return all(x._supports_flash_attn for x in models) and all(_says(x, DECODER) for x in layers)
 
 
-def _says(layer: type, text: str) -> bool:
-    return any(text in _source(base) for base in layer.__mro__ if base.__module__ == layer.__module__)
+def _says(layer: type, pattern: str) -> bool:
+    return any(re.search(pattern, _source(base)) for base in layer.__mro__ if base.__module__ == layer.__module__)
 
 
 @functools.cache
