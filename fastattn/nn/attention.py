@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from fastattn import rng
@@ -62,7 +63,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         softcap: ``softcap * tanh(scores / softcap)`` before the masks (Gemma 2); None is off.
         rope: rotary position embedding of queries and keys, at positions 0, 1, ...; True, or its base if not 10000.
-            For self-attention only (Su et al., "RoFormer", 2021).
+            For self-attention only, so query and key have one shape (Su et al., "RoFormer", 2021).
         qk_norm: RMSNorm over each head of the queries and keys, before ``rope``; adds ``q_norm.weight`` and
             ``k_norm.weight`` (Dehghani et al., "Scaling vision transformers to 22 billion parameters", 2023).
         sinks: a learned logit for each head that takes part in the softmax but has no value, 0 at first; adds
@@ -118,8 +119,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        # torch's encoder layers bypass forward() in inference unless this is False; nothing here reads it
-        self._qkv_same_embed_dim = False
+        keep_from_shortcut(self)
         self.num_kv_heads = num_kv_heads
         self.window = window
         self.softcap = softcap
@@ -144,18 +144,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             self.bias_k = nn.Parameter(self.bias_k.new_empty(1, 1, e_kv))
             self.bias_v = nn.Parameter(self.bias_v.new_empty(1, 1, e_kv))
         self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        """torch's initial values, in torch's order; torch decides by an attribute that means something else here."""
-        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        if self.bias_k is not None and self.bias_v is not None:
-            nn.init.xavier_normal_(self.bias_k)
-            nn.init.xavier_normal_(self.bias_v)
 
     def forward(
         self,
@@ -191,6 +179,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             InputError: a tensor's shape or dtype does not fit, ``is_causal`` comes without a mask, or ``rope`` meets
                 cross-attention.
         """
+        if isinstance(query, Proxy):  # torch.fx records torch's own modules as one node, too
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
         self._check_inputs(query, key, value)
         is_batched = query.dim() == 3
         q, k, v = self._heads(query, key, value, is_batched)
@@ -313,9 +305,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if query.dim() == 3 and query.shape[n] != key.shape[n]:
             allowed = f"batch {query.shape[n]}, that of query"
             raise input_error("key", f"batch {key.shape[n]}", allowed, "Check batch_first, or expand the smaller one.")
-        if self.rotary is not None and key is not query:
-            todo = "Rotary positions count within one sequence: pass one tensor as both, or build it without rope."
-            raise input_error("key", "another tensor than query, with rope on", "the query itself", todo)
+        if self.rotary is not None and key.shape != query.shape:
+            todo = "Rotary positions count within one sequence: pass one sequence as both, or build it without rope."
+            raise input_error("key", f"shape {tuple(key.shape)}, with rope on", f"{tuple(query.shape)}", todo)
 
     def _check_masks(
         self,
@@ -348,6 +340,24 @@ class MultiHeadAttention(nn.MultiheadAttention):
         options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
         sizes = f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, num_kv_heads={self.num_kv_heads}"
         return sizes + options
+
+
+class _ShortcutGuard(nn.Module):
+    """A child that is never called, with a hook: where torch's encoder layers see one, they call their submodules."""
+
+
+def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
+    """Have ``nn.TransformerEncoderLayer`` call ``module`` in inference instead of reading its weights.
+
+    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim``, by which it
+    could be told as well, stays what PEFT and others read it for.
+    """
+    guard = _ShortcutGuard()
+    guard.register_forward_pre_hook(_no_hook)
+    module.add_module("_shortcut_guard", guard)
+
+
+def _no_hook(module: nn.Module, args: Any) -> None: ...
 
 
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
