@@ -27,7 +27,7 @@ test: install    ## all tests, on CPU; no GPU needed
 	$(BIN)/python -m pytest -n $(JOBS)
 
 test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/ops tests/benchmarks/test_timing.py
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
 
 lint: install    ## ruff and mypy
 	$(BIN)/ruff check .

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fastattn.backends.triton.tools import gates
+from fastattn.backends.triton.tools import builds, gates
 from fastattn.errors import InputError
+from fastattn.files import write_text
 
 EXPECTED = Path(__file__).parent / "expected"
 
@@ -33,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("gates: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
     expected_file = EXPECTED / f"triton-{triton.__version__}.json"
     expected = gates.expected_figures(expected_file)
-    todo = gates.sampled(args.sample) if args.sample else gates.builds(args.quick)
+    todo = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
     todo = [build for build in todo if args.only in build.name]
-    there = {build.name for build in gates.builds()}
+    there = {build.name for build in builds.all_builds()}
     figures_now = {name: figures for name, figures in expected.items() if name in there}
     results, failed = [], {}
     for build, figures in tqdm(gates.compiled(todo, args.processes), total=len(todo), desc="gates", disable=None):
@@ -58,10 +57,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(path: Path, figures: dict[str, object]) -> None:
-    path.parent.mkdir(exist_ok=True)
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figures[name])}" for name in sorted(figures))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"{{\n{lines}\n}}\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_text(path, f"{{\n{lines}\n}}\n")

@@ -25,9 +25,10 @@ import fastattn
 from benchmarks import command_line, report, tables
 from benchmarks.environment import REPOSITORY
 from benchmarks.peers import chosen
-from benchmarks.record import Record, read, write_atomically
+from benchmarks.record import Record, read
 from benchmarks.suites import SUITES
 from fastattn.errors import DataError
+from fastattn.files import write_text
 
 COLUMNS = ["step", "result", "seconds", "note"]
 TAIL = 3000  # characters of output that a row keeps
@@ -278,7 +279,7 @@ def _conclude(record: Record, out: Path) -> None:
         row for row in record.data["results"] if row.get("output") and row["step"].startswith(("profile", "ncu"))
     ]
     sections += [f"## {row['step']}\n\n```\n{row['output'].rstrip()}\n```" for row in outputs]
-    write_atomically(out / "report.md", "\n\n".join(sections) + "\n")
+    write_text(out / "report.md", "\n\n".join(sections) + "\n")
     print("\n".join(_short(record, parts.get("ops"), out)))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import OURS, Record, best_rival, passes_of
+from fastattn.files import replaced_file
 
 COLUMNS = 4  # of panels
 MOST_PANELS = 16
@@ -132,9 +131,6 @@ def _colours(record: Record) -> dict[str, Any]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as file:
-        figure.savefig(file)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from benchmarks import environment
 from fastattn.errors import DataError, InputError
+from fastattn.files import write_text
 
 SCHEMA = 1
 
@@ -74,23 +73,7 @@ class Record:
 
     def save(self) -> None:
         if self.path is not None:
-            write_atomically(self.path, json.dumps(self.data, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` in one step: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            write_text(self.path, json.dumps(self.data, indent=1))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from benchmarks import plots, tables
-from benchmarks.record import read, write_atomically
+from benchmarks.record import read
 from benchmarks.tables import Record
 from fastattn.errors import DataError, InputError
+from fastattn.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _REGION = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n(?P<body>.*?)<!-- /results:(?P=name) -->", re.DOTALL)
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text)
     else:
-        write_atomically(args.out / "report.md", text + "\n")
+        write_text(args.out / "report.md", text + "\n")
         print(f"report: {args.out / 'report.md'}")
     return 0
 
@@ -97,7 +98,7 @@ def _write_readme(path: Path, results: Path) -> int:
         )
     for name in names:
         draw(read(results / f"{name}.json"), results, name)
-    write_atomically(path, rendered(text, results, path.resolve().parent))
+    write_text(path, rendered(text, results, path.resolve().parent))
     print(f"{path}: {', '.join(names)}")
     return 0
 

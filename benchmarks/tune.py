@@ -1,4 +1,4 @@
-"""``python -m benchmarks tune``: measure the tiles of the Triton kernels on this GPU and rewrite their table."""
+"""``python -m benchmarks tune``: measure the configs of the Triton kernels on this GPU and rewrite their table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fastattn.backends.triton.tools import gates, tuning
+from fastattn.backends.triton.tools import builds, gates, tuning
 from fastattn.errors import InputError
 
 
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace, timer: tuning.Timer | None = None, arch: str |
     keys = list(itertools.product([arch], args.kernels, args.bits, args.head_dims))
     for key in tqdm(keys, desc="rows", disable=None):
         now = tuning.row_of(key)
-        tiles = _sound(key, tuning.candidates(key[1], key[2], now), args.processes)
-        results = list(tuning.measured(key, tqdm(tiles, desc=str(key), leave=False, disable=None), timer, device))
+        configs = _sound(key, tuning.candidates(key[1], key[2], now), args.processes)
+        results = list(tuning.measured(key, tqdm(configs, desc=str(key), leave=False, disable=None), timer, device))
         rows[key] = tuning.fastest(results, now)
         _report(key, now, rows[key], results)
         if not args.dry_run:
@@ -51,16 +51,20 @@ def run(args: argparse.Namespace, timer: tuning.Timer | None = None, arch: str |
     return 0
 
 
-def _sound(key: tuning.Key, tiles: list[tuning.Tile], processes: int) -> list[tuning.Tile]:
-    """The tiles that pass the compile gates, where there are gates for the architecture."""
+def _sound(key: tuning.Key, configs: list[tuning.Config], processes: int) -> list[tuning.Config]:
+    """The configs that pass the compile gates, where there are gates for the architecture."""
     arch, kernel, bits, head_dim = key
-    if arch not in gates.TARGETS:
-        return tiles
+    if arch not in builds.TARGETS:
+        return configs
     plain = kernel.partition(" ")[0]
-    problems = gates.served_by(kernel, bits)
-    todo = [gates.Build(arch, arch, plain, problem, bits, head_dim, tile) for tile in tiles for problem in problems]
-    failed = {build.tile for build, figures in gates.compiled(todo, processes) if gates.problems(build, figures, None)}
-    return [tile for tile in tiles if tile not in failed] or tiles[:1]
+    problems = builds.served_by(kernel, bits)
+    todo = [
+        builds.Build(arch, arch, plain, problem, bits, head_dim, config) for config in configs for problem in problems
+    ]
+    failed = {
+        build.config for build, figures in gates.compiled(todo, processes) if gates.problems(build, figures, None)
+    }
+    return [config for config in configs if config not in failed] or configs[:1]
 
 
 def _seconds(work: object) -> float:
@@ -70,7 +74,7 @@ def _seconds(work: object) -> float:
     return do_bench(work, return_mode="median") / 1e3
 
 
-def _report(key: tuning.Key, now: tuning.Tile, chosen: tuning.Tile, results: list[tuning.Measured]) -> None:
-    seconds = {result.tile: result.seconds for result in results}
+def _report(key: tuning.Key, now: tuning.Config, chosen: tuning.Config, results: list[tuning.Measured]) -> None:
+    seconds = {result.config: result.seconds for result in results}
     was = f"{now} {seconds[now] * 1e3:.3f} ms" if now in seconds else f"{now} does not pass the gates"
-    print(f"{key}: {was} -> {chosen} {seconds.get(chosen, float('nan')) * 1e3:.3f} ms, of {len(results)} tiles")
+    print(f"{key}: {was} -> {chosen} {seconds.get(chosen, float('nan')) * 1e3:.3f} ms, of {len(results)} configs")

@@ -1,8 +1,8 @@
 """Compile every CUDA kernel and check its machine code, with no GPU: ``python csrc/gates.py [--build DIR] [NAME ...]``.
 
 A kernel fails if it spills or touches local memory, if ptxas warns that it serialised a wgmma (C75xx; C7519, an
-inserted fence, is harmless), if the tensor-core instructions are not as many as the tile asks for, or if exponentials
-are left outside of the P V product that should hide them. ``--options`` passes flags on to nvcc, such as -DFA_HOLD=0.
+inserted fence, is harmless), if the number of tensor-core instructions is unexpected, or if exponentials stand
+outside of the P V product that should hide them. ``--options`` passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from fastattn.backends.cuda.build import BuildError, build, find_nvcc
 from fastattn.backends.cuda.instances import (
-    DecodeTile,
+    DecodeConfig,
+    DkdvConfig,
+    DqConfig,
+    ForwardConfig,
     Instance,
-    KeysTile,
-    QueriesTile,
-    Tile,
     backward_instances,
     decode_instances,
     forward_instances,
@@ -38,7 +38,7 @@ INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z0-9_
 
 @dataclass(frozen=True)
 class Facts:
-    """What the compiler made of a kernel. ``exponentials`` are those of its loop: under the P V product, and after."""
+    """Figures of a compiled kernel. ``exponentials`` counts those of its loop: under the P V product, and after it."""
 
     registers: int
     spilled: int
@@ -89,27 +89,27 @@ def expected_products(instance: Instance) -> int:
     Both products of a forward pass and of decoding stand in the loop, and before or after it. Those of a backward pass
     stand in its loop alone, and twice where one consumer sums dv, the other dk.
     """
-    tile = instance.tile
-    if isinstance(tile, KeysTile):
-        scores, dp, sums = tile.d_qk // 16, tile.d_v // 16, 2 * tile.block_m // 16
-        return scores * (2 if tile.is_split else 1) + dp + sums + (tile.block_n // 16 if tile.fused else 0)
-    assert isinstance(tile, (Tile, QueriesTile, DecodeTile))
-    if isinstance(tile, QueriesTile):
-        return (tile.d_qk + tile.d_v + tile.block_n) // 16
-    return 2 * (tile.d_qk // 16 + tile.block_n // 16)
+    config = instance.config
+    if isinstance(config, DkdvConfig):
+        scores, dp, sums = config.d_qk // 16, config.d_v // 16, 2 * config.block_m // 16
+        return scores * (2 if config.is_split else 1) + dp + sums + (config.block_n // 16 if config.fused else 0)
+    assert isinstance(config, (ForwardConfig, DqConfig, DecodeConfig))
+    if isinstance(config, DqConfig):
+        return (config.d_qk + config.d_v + config.block_n) // 16
+    return 2 * (config.d_qk // 16 + config.block_n // 16)
 
 
 def expected_exponentials(instance: Instance) -> int:
-    """How many a thread has to compute under a product, at least: those of its scores, but those of softcap's tanh."""
-    tile = instance.tile
-    if isinstance(tile, (Tile, DecodeTile)):
-        return tile.block_n // 2
-    # The kernel of the keys needs no hold, its next product waits for the weights; with softcap there is no hold.
-    return tile.block_n // 2 if isinstance(tile, QueriesTile) and not tile.softcap else 0
+    """The least number a thread computes under a product: one for each score, not counting softcap's tanh."""
+    config = instance.config
+    if isinstance(config, (ForwardConfig, DecodeConfig)):
+        return config.block_n // 2
+    # dk/dv needs no exp/PV overlap barrier, since its next product waits for the weights; dq with softcap has none.
+    return config.block_n // 2 if isinstance(config, DqConfig) and not config.softcap else 0
 
 
 def faults(instance: Instance, facts: Facts) -> list[str]:
-    """What is wrong with a kernel; [] if nothing is."""
+    """Reasons why a kernel fails its gates; [] if it passes."""
     under, after = facts.exponentials
     found = []
     if facts.spilled or facts.local:

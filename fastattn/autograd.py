@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastattn import ops, reference
+from fastattn.backends.base import Outputs
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
 
@@ -26,19 +26,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
-    # Forward mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
+    # Outputs mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
     if torch.autograd.forward_ad._current_level >= 0 or (compiling and transformed):
         with ops.without_autocast(inputs.q.device.type):
-            return reference.forward(inputs, spec)
+            out, lse, _ = reference.forward(inputs, spec)
+            return out, lse
     tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
     flat = ops.flatten(inputs, spec, backend)
     if not needs_grad and not transformed:
-        return torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
-    if compiling or transformed:
-        return Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
-    # What Function.apply does, but for binding the defaults of arguments, which takes longer than all the rest.
-    return super(torch.autograd.Function, Attention).apply(*unwrap_dead_wrappers((*flat, needs_grad)))
+        out, lse, _ = torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
+        return out, lse
+    out, lse, _ = Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
+    return out, lse
 
 
 def _distinct(flat: ops.Flat) -> ops.Flat:
@@ -66,18 +66,19 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     @_with_arguments_of(torch.ops.fastattn.forward)
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> Outputs:
         return torch.ops.fastattn.forward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         ctx.save_for_backward(*output, *inputs[: len(TENSORS)])
         ctx.scalars = inputs[len(TENSORS) : -1]
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        out, lse, lse_low, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         flat = (*tensors, *ctx.scalars)
@@ -85,7 +86,7 @@ class Attention(torch.autograd.Function):
         # The Function costs more time than the operator, and is of use only where its result is differentiated again.
         is_final = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         gradient = torch.ops.fastattn.backward if is_final else AttentionBackward.apply
-        grads = gradient(dout, dlse, out, lse, *flat, needed)
+        grads = gradient(dout, dlse, out, lse, lse_low, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
 
@@ -93,8 +94,8 @@ class Attention(torch.autograd.Function):
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
         folded = _fold(info.batch_size, in_dims, args[:-1], per_sample=())
         needs_grad = args[-1]
-        out, lse = Attention.apply(*folded, needs_grad)
-        return _unfold_outputs(info.batch_size, out, lse, is_packed=_is_packed(args))
+        results = Attention.apply(*folded, needs_grad)
+        return _unfold_outputs(info.batch_size, results, is_packed=_is_packed(args))
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -107,7 +108,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        dout, dlse, _out, _lse, *flat = inputs[:-1]
+        dout, dlse, _out, _lse, _lse_low, *flat = inputs[:-1]
         ctx.save_for_backward(dout, dlse, *flat[: len(TENSORS)])
         ctx.scalars = flat[len(TENSORS) :]
         ctx.needs = [name for name, needed in zip(DIFFERENTIABLE, inputs[-1], strict=True) if needed]
@@ -124,8 +125,8 @@ class AttentionBackward(torch.autograd.Function):
             at = dict(zip(primals, values, strict=True))
             moved = inputs.replace(**{name: at[name] for name in DIFFERENTIABLE if name in at})
             with ops.without_autocast(moved.q.device.type):
-                out, lse = reference.forward(moved, spec)
-                grads = reference.backward(at["dout"], at.get("dlse"), out, lse, moved, spec, ctx.needs)
+                results = reference.forward(moved, spec)
+                grads = reference.backward(at["dout"], at.get("dlse"), *results, moved, spec, ctx.needs)
             return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
 
         values, pull_back = torch.func.vjp(gradients, *primals.values())  # type: ignore[misc]
@@ -133,25 +134,25 @@ class AttentionBackward(torch.autograd.Function):
         seeds = (given[name] for name in ctx.needs)
         found = pull_back(tuple(torch.zeros_like(x) if s is None else s for x, s in zip(values, seeds, strict=True)))
         second = dict(zip(primals, found, strict=True))
-        first = (second["dout"], second.get("dlse"), None, None)
+        first = (second["dout"], second.get("dlse"), None, None, None)
         return (*first, *(second.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        size, flat, needed = info.batch_size, args[4:-1], args[-1]
+        size, flat, needed = info.batch_size, args[5:-1], args[-1]
         needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
         is_packed = _is_packed(flat)
         dout, out = (_into_batch(size, d, x) for d, x in ((in_dims[0], args[0]), (in_dims[2], args[2])))
-        dlse, lse = (_fold_lse(size, d, x, is_packed) for d, x in ((in_dims[1], args[1]), (in_dims[3], args[3])))
-        folded = _fold(size, in_dims[4:], flat, per_sample=needs)
-        grads = AttentionBackward.apply(dout, dlse, out, lse, *folded, needed)
+        dlse, lse, lse_low = (_fold_lse(size, in_dims[n], args[n], is_packed) for n in (1, 3, 4))
+        folded = _fold(size, in_dims[5:], flat, per_sample=needs)
+        grads = AttentionBackward.apply(dout, dlse, out, lse, lse_low, *folded, needed)
         by_sample = []
         for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
             if name not in needs:
                 by_sample.append(grad)
                 continue
             grad = grad.unflatten(0, (size, -1))
-            was_shared = name in ("bias", "sinks") and _batch_size(flat, in_dims[4:], name) == 1
+            was_shared = name in ("bias", "sinks") and _batch_size(flat, in_dims[5:], name) == 1
             by_sample.append(grad.sum(1, keepdim=True) if was_shared else grad)
         return tuple(by_sample), tuple(0 if name in needs else None for name in DIFFERENTIABLE)
 
@@ -205,9 +206,10 @@ def _join_sequences(size: int, dim: int | None, cu_seqlens: Tensor, total: int) 
     return torch.cat([(each[:, :-1] + begins).flatten(), end])
 
 
-def _unfold_outputs(size: int, out: Tensor, lse: Tensor, is_packed: bool) -> tuple[Any, Any]:
-    batch_dim = 1 if is_packed else 0
-    return (out.unflatten(0, (size, -1)), lse.unflatten(batch_dim, (size, -1))), (0, batch_dim)
+def _unfold_outputs(size: int, results: Outputs, is_packed: bool) -> tuple[Any, Any]:
+    of_lse = 1 if is_packed else 0
+    dims = (0, of_lse, of_lse)
+    return tuple(x.unflatten(dim, (size, -1)) for x, dim in zip(results, dims, strict=True)), dims
 
 
 def _is_packed(flat: Sequence[Any]) -> bool:

@@ -16,12 +16,12 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastattn.files import cache_root, replaced_file
 from fastattn.problem import Problem
 from fastattn.version import __version__
 
@@ -113,8 +113,7 @@ WRONG_RESULT = 3  # exit code of the self-check where the backend ran, and its r
 
 
 def _path(key: str) -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastattn" / "self-check" / f"{key}.json"
+    return cache_root() / "self-check" / f"{key}.json"
 
 
 def _remembered(key: str) -> dict[str, Any] | None:
@@ -129,12 +128,8 @@ def _remember(key: str, verdict: dict[str, Any]) -> None:
     """Write the verdict, whole or not at all. Without a place to write, it is found again in the next process."""
     if not verdict["final"]:
         return
-    path = _path(key)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(verdict, file)
-        os.replace(name, path)
+        with replaced_file(_path(key)) as temporary:
+            temporary.write_text(json.dumps(verdict), encoding="utf-8")
     except OSError as error:
         log.warning("fastattn: the verdict of the self-check could not be kept: %s", error)

@@ -1,4 +1,7 @@
-"""Writing so that a kill or a full disk at any moment leaves what was there before: a temporary name, fsync, rename."""
+"""Files that are complete or absent: a kill or a full disk at any moment leaves what was there before.
+
+Everything is written under a temporary name, synced and renamed. The folder of all caches is here, too.
+"""
 
 from __future__ import annotations
 
@@ -73,22 +76,50 @@ def only_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block, which writes to it, ends without an error.
+
+    Raises:
+        OSError: the disk is full or cannot be written; the old file is intact then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file at ``path`` with ``text``.
 
     Raises:
         DataError: the disk is full or cannot be written; the old file is intact then.
     """
-    with saying_why(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(_TEMPORARY + path.name)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            _sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with saying_why(path), replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def cache_root() -> Path:
+    """The folder of everything that is kept between processes: ``FASTATTN_CACHE``, else the user's cache folder.
+
+    That is ``$XDG_CACHE_HOME/fastattn``, or ``~/.cache/fastattn`` where the variable is not set.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    given = os.environ.get("FASTATTN_CACHE")
+    if given:
+        return Path(given)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(caches or Path.home() / ".cache") / "fastattn"
+    except RuntimeError as error:
+        raise OSError("there is no home folder to keep caches in; set FASTATTN_CACHE to a folder of yours") from error
 
 
 def remove_folder(path: Path) -> None:

@@ -323,7 +323,8 @@ def _serve(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
     like = None if dispatch.explained or inputs.has_more_than_qkv else plan.signature(qkv, (spec, backend))
     if like is not None and (run := plan.known(like)) is not None:
         refuse_context_parallel()
-        return run(*qkv)
+        out, lse, *_ = run(*qkv)
+        return out, lse
     check_inputs(inputs, spec)
     if dispatch.explained and dispatch.note(lambda: Problem.of(inputs, spec)):
         return inputs.q, inputs.q

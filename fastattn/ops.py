@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn.backends.base import Run
+from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import select
 from fastattn.errors import UnsupportedError
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
@@ -32,9 +32,9 @@ _ARGUMENTS = """
     float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor lse)")
+_LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor lse, Tensor lse_low)")
 _LIBRARY.define(
-    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}, bool[] needs) "
+    f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_low, {_ARGUMENTS}, bool[] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
@@ -71,7 +71,7 @@ def unflatten(flat: Flat) -> tuple[Inputs, AttentionSpec, str | None]:
     return Inputs(*flat[:_INPUT_FIELDS]), AttentionSpec(*flat[_INPUT_FIELDS:-1]), flat[-1]
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> Outputs:
     *flat, needs_grad = args
     inputs, spec, backend = unflatten(tuple(flat))
     refuse_context_parallel()
@@ -79,14 +79,16 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
 
 
-def _backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     *flat, needed = args
     inputs, spec, backend = unflatten(tuple(flat))
     if dout.stride(-1) != 1:
         dout = dout.contiguous()  # autograd may hand over expanded scalars
     needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
     chosen = select(Problem.of(inputs, spec, needs_grad=True), backend)
-    grads = chosen.backward(dout, dlse, out, lse, inputs, spec, needs)
+    grads = chosen.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
     found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
 
@@ -118,13 +120,15 @@ def prepared_forward(inputs: Inputs, spec: AttentionSpec, backend: str | None) -
     return select(Problem.of(inputs, spec), backend).prepared_forward(inputs, spec)
 
 
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any) -> Outputs:
     inputs, _, _ = unflatten(args[:-1])
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
-    return inputs.q.new_empty(inputs.out_shape()), lse
+    return inputs.q.new_empty(inputs.out_shape()), lse, torch.empty_like(lse)
 
 
-def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     inputs, _, _ = unflatten(args[:-1])
     like = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return tuple(
@@ -216,7 +220,7 @@ def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
 def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[4:-1])
+    inputs, spec, _backend = unflatten(args[5:-1])
     return backward_flops(inputs, spec)
 
 

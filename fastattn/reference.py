@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn import kv_cache, rng
+from fastattn import kv_cache, numerics, rng
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
 from fastattn.spec import AttentionSpec, distance, keep
@@ -93,17 +93,19 @@ class _Terms:
 
 
 def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """The whole of ``keep``: band and lengths, sequences, segments and the boolean mask."""
+    """The whole of ``keep``: band and lengths, sequences, segments, the boolean mask and a bias of -inf."""
     kept = keep(spec, at.i, at.j, at.s_q, at.s_kv) & (at.sequence_q == at.sequence_kv)
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         kept = kept & (inputs.segment_ids_q[:, None, :, None] == inputs.segment_ids_kv[:, None, None, :])
+    if inputs.bias is not None:
+        kept = kept & (inputs.bias != float("-inf"))
     return kept if inputs.mask is None else kept & inputs.mask
 
 
 def forward(
     inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None, at: Positions | None = None
-) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` by the formula of the spec.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, lse_low)`` by the formula of the spec; ``numerics.py`` says what the last is for.
 
     Args:
         inputs: the tensors.
@@ -113,11 +115,12 @@ def forward(
     """
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype, at)
-    lse = _logsumexp(t)
-    p = _dropped(_probabilities(t, lse), inputs, spec, t.positions)
-    out = (p @ t.v).transpose(1, 2).to(inputs.q.dtype)
-    lse = lse.to(lse_dtype(inputs.q.dtype))
-    return (out[0].contiguous(), lse[0].contiguous()) if inputs.is_packed else (out.contiguous(), lse.contiguous())
+    largest, total = _normaliser(t)
+    p = _dropped(_weights(t, largest, total), inputs, spec, t.positions)
+    out = numerics.kept_product(p, t.v, t.kept).transpose(1, 2).to(inputs.q.dtype)
+    lse, low = (x.to(lse_dtype(inputs.q.dtype)) for x in numerics.split_lse(largest, total))
+    results = (out, lse, low)
+    return tuple((x[0] if inputs.is_packed else x).contiguous() for x in results)  # type: ignore[return-value]
 
 
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
@@ -126,7 +129,7 @@ def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) ->
     ``at`` says which rows and heads those of ``inputs`` are, if they are some of a larger problem's.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
-    return _dropped(_probabilities(t, _logsumexp(t)), inputs, spec, t.positions)
+    return _dropped(_weights(t, *_normaliser(t)), inputs, spec, t.positions)
 
 
 def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -161,6 +164,7 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str] = DIFFERENTIABLE,
@@ -170,20 +174,22 @@ def backward(
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype)
     dout, out = (_heads_first(x, inputs).to(dtype) for x in (dout, out))
-    lse = lse.view(t.q.shape[:-1]).to(dtype)
+    lse, lse_low = (x.view(t.q.shape[:-1]).to(dtype) for x in (lse, lse_low))
     shift = (dout * out).sum(-1)
     if dlse is not None:
         shift = shift - dlse.reshape(lse.shape).to(dtype)  # delta - dlse
-    p = _probabilities(t, lse)
+    p = _weights_again(t, lse, lse_low)
     dt = p * (_dropped(dout @ t.v.transpose(-1, -2), inputs, spec, t.positions) - shift[..., None])
     dt = torch.where(t.kept, dt, 0)
-    ds = dt if t.capped is None or spec.softcap is None else dt * (1 - (t.capped / spec.softcap) ** 2)
+    ds = dt if t.capped is None else torch.where(t.kept, dt * (1 - (t.capped / float(spec.softcap or 1)) ** 2), 0)
+    kept, columns = t.kept, t.kept.transpose(-1, -2)
+    dropped = _dropped(p, inputs, spec, t.positions)
     return Grads(
-        dq=_rows(spec.scale * (ds @ t.k), inputs.q) if "q" in needs else None,
-        dk=_rows(spec.scale * (ds.transpose(-1, -2) @ t.q), inputs.k) if "k" in needs else None,
-        dv=_rows(_dropped(p, inputs, spec, t.positions).transpose(-1, -2) @ dout, inputs.v) if "v" in needs else None,
+        dq=_rows(spec.scale * numerics.kept_product(ds, t.k, kept), inputs.q) if "q" in needs else None,
+        dk=_rows(spec.scale * numerics.kept_product(ds.mT, t.q, columns), inputs.k) if "k" in needs else None,
+        dv=_rows(numerics.kept_product(dropped.mT, dout, columns), inputs.v) if "v" in needs else None,
         dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
-        dsinks=_sink_gradient(t, lse, shift, inputs) if inputs.sinks is not None and "sinks" in needs else None,
+        dsinks=_sink_gradient(t, (lse, lse_low), shift, inputs) if "sinks" in needs else None,
     )
 
 
@@ -194,7 +200,7 @@ def attend_to_cache(
     kv_cache.append(inputs)
     dtype = dtype or lse_dtype(inputs.q.dtype)
     dense, at = gathered(inputs, spec, dtype)
-    out, lse = forward(dense, spec, dtype, at)
+    out, lse, _ = forward(dense, spec, dtype, at)
     return out.to(inputs.q.dtype), lse
 
 
@@ -281,22 +287,41 @@ def _per_sequence(x: Tensor, inputs: Inputs, at: Positions) -> Tensor:
     return x[:, :, None, None]
 
 
-def _logsumexp(t: _Terms) -> Tensor:
-    scores = t.scores
-    if t.sinks is not None:
-        column = t.sinks[..., None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    if scores.shape[-1] == 0:
-        return scores.new_full(scores.shape[:-1], float("-inf"))
-    # An empty row has no finite maximum; computing it on zeros keeps its derivative free of NaN.
-    empty = (scores == float("-inf")).all(-1)
-    lse = torch.logsumexp(torch.where(empty[..., None], 0, scores), dim=-1)
-    return torch.where(empty, float("-inf"), lse)
+def _normaliser(t: _Terms) -> tuple[Tensor, Tensor]:
+    """``m`` and ``l``: the largest score of each row, the sink among them, and the sum of ``exp(score - m)``.
+
+    They are kept apart because ``m + log(l)`` rounds ``log(l)`` away where all scores of a row share an offset of 1e8.
+    In an empty row they are -inf and 1.
+    """
+    columns = t.scores if t.sinks is None else torch.cat([t.scores, _sink_column(t)], dim=-1)
+    if columns.shape[-1] == 0:
+        nothing = columns.new_full(columns.shape[:-1], float("-inf"))
+        return nothing, torch.ones_like(nothing)
+    largest = columns.detach().amax(-1)
+    empty = largest == float("-inf")
+    total = _exponentials(columns, largest).sum(-1)
+    return largest, torch.where(empty, 1, total)
 
 
-def _probabilities(t: _Terms, lse: Tensor) -> Tensor:
+def _sink_column(t: _Terms) -> Tensor:
+    assert t.sinks is not None
+    return t.sinks[..., None].expand(*t.scores.shape[:-1], 1)
+
+
+def _exponentials(scores: Tensor, largest: Tensor) -> Tensor:
+    """``exp(score - largest)``; in an empty row ``exp(-inf - 0) = 0``."""
+    return torch.exp(scores - torch.where(largest == float("-inf"), 0, largest)[..., None])
+
+
+def _weights(t: _Terms, largest: Tensor, total: Tensor) -> Tensor:
+    return torch.where(t.kept, _exponentials(t.scores, largest) / total[..., None], 0)
+
+
+def _weights_again(t: _Terms, lse: Tensor, lse_low: Tensor) -> Tensor:
+    """The weights from what the forward pass kept: first the large numbers cancel, then the small one is taken off."""
     finite_lse = torch.where(lse == float("-inf"), 0, lse)
-    return torch.exp(t.scores - finite_lse[..., None])  # an empty row: exp(-inf - 0) = 0
+    p = torch.exp((t.scores - finite_lse[..., None]) - lse_low[..., None])
+    return torch.where(t.kept, p, 0)  # in a row that is NaN the others are not 0 by themselves
 
 
 def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
@@ -321,9 +346,11 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
     return (x.sum(broadcast, keepdim=True) if broadcast else x).to(like.dtype)
 
 
-def _sink_gradient(t: _Terms, lse: Tensor, shift: Tensor, inputs: Inputs) -> Tensor:
-    assert t.sinks is not None and inputs.sinks is not None
-    dsink = -torch.exp(t.sinks - lse) * shift  # [B, H_q, S_q]
+def _sink_gradient(t: _Terms, lses: tuple[Tensor, Tensor], shift: Tensor, inputs: Inputs) -> Tensor | None:
+    if t.sinks is None or inputs.sinks is None:
+        return None
+    lse, lse_low = lses
+    dsink = -torch.exp((t.sinks - lse) - lse_low) * shift  # [B, H_q, S_q]
     if inputs.is_packed and inputs.sinks.shape[0] > 1:
         by_sequence = torch.zeros_like(inputs.sinks, dtype=dsink.dtype)
         return by_sequence.index_add(0, t.positions.sequence_q.flatten(), dsink[0].transpose(0, 1)).to(

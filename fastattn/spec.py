@@ -5,7 +5,7 @@ For one query row ``i`` of ``S_q`` and one key row ``j`` of ``S_kv``, with head 
     scores = scale * q @ k^T                              (fp32, or fp64 for fp64 inputs)
     scores = softcap * tanh(scores / softcap)             if softcap
     scores = scores + bias + alibi                        if given; alibi = -slope * distance(i, j)
-    scores = -inf where not keep(i, j)                    band, boolean mask, segments, lengths
+    scores = -inf where not keep(i, j)                    band, boolean mask, segments, lengths, bias = -inf
     p      = softmax(scores, plus one sink column per head if sinks are given)
     out    = dropout(p) @ v
     lse    = logsumexp(scores, plus the sink)             (natural log)
@@ -55,7 +55,12 @@ Window ``(1, 0)`` and window ``(1, 1)``, ``S_q = S_kv = 4``:
 Segments (packed documents): a pair is kept only where ``segment_ids_q[i] == segment_ids_kv[j]``.
 
 Empty rows keep no key: ``out`` is 0, every gradient is 0, and ``lse`` is ``-inf`` (the sink's logit if there
-is one). A key or value row that no query keeps may hold anything, NaN included, without effect.
+is one).
+
+NaN and infinity stay where they belong. A key or value reaches those rows alone that keep it: in any other row, in its
+``out`` and in the gradients of what it keeps, it may hold anything without effect. A row that keeps a NaN, or whose own
+query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Rows whose scores are all hugely negative
+(-1e9, finfo.min) or share any other offset have the weights that softmax, which does not see an offset, gives them.
 
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.

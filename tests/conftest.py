@@ -1,6 +1,7 @@
 """What every test needs: the interpreter where there is no GPU, honest skips, seeds, a header that says what ran."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -10,7 +11,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import fastattn
-from fastattn import plan
+from fastattn import dispatch, plan
 
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
 
@@ -55,3 +56,12 @@ def seed() -> int:
     """Every test starts from the same seed, which is also its value."""
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is measured is what users run, so Triton's interpreter is off for the tests of measuring."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch.reasons.cache_clear()
+    yield
+    dispatch.reasons.cache_clear()

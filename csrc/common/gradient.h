@@ -1,7 +1,7 @@
-// What the backward pass does with a fragment of scores: weights from lse, masks, and the gradient of the scores.
+// The backward pass on a fragment of scores: weights from lse, masks, and the gradient of the scores.
 //
 // With lse in base 2 nothing has to be searched for: p = 2^(scale_log2 * score - lse) is the weight itself. Fragments
-// are laid out as in softmax.h. In the kernel of the keys they are transposed: rows are keys, columns are queries.
+// are laid out as in softmax.h. In backward_dkdv they are transposed: rows are keys, columns are queries.
 #pragma once
 #include "softmax.h"
 

@@ -1,6 +1,6 @@
-// Which query sees which key: the transcription of keep, tile_range and full_range of fastattn/spec.py.
+// The mask, which says which query sees which key: the transcription of keep, tile_range and full_range of fastattn/spec.py.
 //
-// Nothing else in csrc/ compares positions; tests/kernels/test_cuda_mask.py enumerates these functions against the
+// Nothing else in csrc/ compares positions; tests/backends/cuda/test_mask.py enumerates these functions against the
 // spec. Plain C++: it compiles for the device, for the emulator and as a host library.
 #pragma once
 

@@ -64,7 +64,7 @@ constexpr int32 kPaddedRows = 128;
 
 struct BackwardParams {
   int64 version;  // kBackwardVersion
-  // What the forward pass was given and gave. out, lse and dlse are contiguous, shaped as there.
+  // Inputs and results of the forward pass. out, lse and dlse are contiguous, shaped as there.
   const void* q;
   const void* k;
   const void* v;

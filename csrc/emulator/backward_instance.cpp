@@ -1,8 +1,9 @@
-// A KEYS or QUERIES line of instances.inc for the emulator: compiled with -DFA_KEYS=D_QK,D_V,... or -DFA_QUERIES=...
+// A BACKWARD_DKDV or BACKWARD_DQ line of instances.inc for the emulator: compiled with -DFA_KEYS=D_QK,D_V,... or -DFA_QUERIES=...
 // Both types, or bfloat16 alone with -DFA_BFLOAT16_ONLY.
-#include "../sm90/keys.cuh"
-#include "../sm90/queries.cuh"
-#include "../sm90/rows.cuh"
+#include "../sm90/backward_dkdv.cuh"
+#include "../sm90/backward_dq.cuh"
+#include "../sm90/backward_postprocess.cuh"
+#include "../sm90/backward_preprocess.cuh"
 #include "backward_case.h"
 
 namespace {
@@ -12,33 +13,33 @@ using namespace fa;
 #define FA_TEXT_OF(...) #__VA_ARGS__
 #define FA_TEXT(...) FA_TEXT_OF(__VA_ARGS__)
 
-#ifdef FA_KEYS
-#define FA_LINE "keys<", FA_TEXT(FA_KEYS)
+#ifdef FA_BACKWARD_DKDV
+#define FA_LINE "backward_dkdv<", FA_TEXT(FA_BACKWARD_DKDV)
 template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_M, int BLOCK_N, int STAGES, int FUSED>
 emu::BackwardInstance instance_of() {
-  using C = sm90::KeysTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_M, BLOCK_N, STAGES, FUSED != 0>;
+  using C = sm90::BackwardDkdvTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_M, BLOCK_N, STAGES, FUSED != 0>;
   emu::BackwardInstance made{};
   made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
   made.threads = C::THREADS, made.is_fused = C::FUSED;
-  made.kernel = sm90::keys_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, true>;
-  made.prepare = sm90::prepare_kernel<T>, made.sinks = sm90::sinks_kernel<T>;
-  if constexpr (C::FUSED) made.finish = sm90::finish_kernel<C>;
+  made.kernel = sm90::backward_dkdv_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, true>;
+  made.prepare = sm90::backward_preprocess_kernel<T>, made.sinks = sm90::backward_dsinks_kernel<T>;
+  if constexpr (C::FUSED) made.finish = sm90::backward_postprocess_kernel<C>;
   return made;
 }
-#define FA_INSTANCE(T) instance_of<T, FA_KEYS>()
+#define FA_INSTANCE(T) instance_of<T, FA_BACKWARD_DKDV>()
 #else
-#define FA_LINE "queries<", FA_TEXT(FA_QUERIES)
+#define FA_LINE "backward_dq<", FA_TEXT(FA_BACKWARD_DQ)
 template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_N, int K_STAGES, int V_STAGES>
 emu::BackwardInstance instance_of() {
-  using C = sm90::QueriesTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_N, K_STAGES, V_STAGES>;
+  using C = sm90::BackwardDqTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_N, K_STAGES, V_STAGES>;
   emu::BackwardInstance made{};
   made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
   made.threads = C::THREADS, made.of_queries = true;
-  made.kernel = sm90::queries_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, false>;
-  made.prepare = sm90::prepare_kernel<T>, made.sinks = sm90::sinks_kernel<T>;
+  made.kernel = sm90::backward_dq_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, false>;
+  made.prepare = sm90::backward_preprocess_kernel<T>, made.sinks = sm90::backward_dsinks_kernel<T>;
   return made;
 }
-#define FA_INSTANCE(T) instance_of<T, FA_QUERIES>()
+#define FA_INSTANCE(T) instance_of<T, FA_BACKWARD_DQ>()
 #endif
 
 struct Register {

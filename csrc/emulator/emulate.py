@@ -21,23 +21,28 @@ from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
 
 from fastattn.backends.cuda.instances import (
-    DecodeTile,
-    KeysTile,
-    QueriesTile,
-    Tile,
-    decode_tiles,
-    forward_tiles,
-    keys_tiles,
-    queries_tiles,
+    DecodeConfig,
+    DkdvConfig,
+    DqConfig,
+    ForwardConfig,
+    decode_configs,
+    dkdv_configs,
+    dq_configs,
+    forward_configs,
 )
 
 CSRC = Path(__file__).parents[1]
 COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
-DIRECTIONS = {Tile: "forward", KeysTile: "backward", QueriesTile: "backward", DecodeTile: "decode"}
+DIRECTIONS = {
+    ForwardConfig: "forward",
+    DkdvConfig: "backward",
+    DqConfig: "backward",
+    DecodeConfig: "decode",
+}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
 ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
-AnyLine = Tile | KeysTile | QueriesTile | DecodeTile
+TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -53,21 +58,21 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
     return target
 
 
-def emulated_tiles(csrc: Path) -> list[AnyLine]:
+def emulated_configs(csrc: Path) -> list[TableConfig]:
     """Every line of the table."""
-    return [*forward_tiles(csrc), *keys_tiles(csrc), *queries_tiles(csrc), *decode_tiles(csrc)]
+    return [*forward_configs(csrc), *dkdv_configs(csrc), *dq_configs(csrc), *decode_configs(csrc)]
 
 
-def emulated_kernels(csrc: Path) -> list[tuple[AnyLine, tuple[str, ...]]]:
+def emulated_kernels(csrc: Path) -> list[tuple[TableConfig, tuple[str, ...]]]:
     """Every line, and the variants that docs/measured.md compares with it: dq staged in shared memory."""
-    lines = emulated_tiles(csrc)
-    staged = [tile for tile in lines if isinstance(tile, KeysTile) and tile.fused and not tile.softcap]
-    return [*((tile, ()) for tile in lines), *((tile, ("-DFA_STAGED=1",)) for tile in staged)]
+    lines = emulated_configs(csrc)
+    staged = [config for config in lines if isinstance(config, DkdvConfig) and config.fused and not config.softcap]
+    return [*((config, ()) for config in lines), *((config, ("-DFA_STAGED=1",)) for config in staged)]
 
 
-def compile_instance(tile: AnyLine, csrc: Path, target: Path, *options: str) -> Path:
-    line = f"-DFA_{tile.macro}={','.join(map(str, tile.numbers))}"
-    return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(tile)]}_instance.cpp", target, line, *options)
+def compile_instance(config: TableConfig, csrc: Path, target: Path, *options: str) -> Path:
+    line = f"-DFA_{config.macro}={','.join(map(str, config.numbers))}"
+    return compile_object(csrc / "emulator" / f"{DIRECTIONS[type(config)]}_instance.cpp", target, line, *options)
 
 
 def link(objects: Sequence[Path], target: Path, *options: str) -> Path:
@@ -95,18 +100,19 @@ class Emulator:
         with ThreadPoolExecutor(self.jobs) as pool:
             yield from pool.map(function, items)
 
-    def check_instance(self, tile: AnyLine, cases: int, seed: int, *options: str) -> tuple[bool, str]:
+    def check_instance(self, config: TableConfig, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
-        name = "_".join([tile.macro.lower(), *map(str, tile.numbers), *options])
-        compiled = compile_instance(tile, CSRC, self.build / f"{name}.o", "-O1", *options)
+        name = "_".join([config.macro.lower(), *map(str, config.numbers), *options])
+        compiled = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", *options)
         result = run(link([compiled, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, result.stdout + result.stderr
 
-    def build_library(self, tiles: Sequence[AnyLine], target: Path) -> Path:
+    def build_library(self, configs: Sequence[TableConfig], target: Path) -> Path:
         """The C interface of these lines on the emulated machine (library.cpp): a shared library for host memory."""
         folder = self.build / "library"
         lines = [
-            compile_instance(tile, CSRC, folder / f"{number}.o", "-O1", "-fPIC") for number, tile in enumerate(tiles)
+            compile_instance(config, CSRC, folder / f"{number}.o", "-O1", "-fPIC")
+            for number, config in enumerate(configs)
         ]
         parts = [
             compile_object(CSRC / "emulator" / f"{name}.cpp", folder / f"{name}.o", "-O2", "-fPIC")
@@ -118,13 +124,13 @@ class Emulator:
         """Whether the machine reports ``fault``, and how."""
         folder = self.build / "faults" / "".join(c if c.isalnum() else "_" for c in fault.what)
         plant(fault, folder)
-        lines = [(tile.macro, *tile.numbers) for tile in emulated_tiles(CSRC)]
-        tile = emulated_tiles(CSRC)[
+        lines = [(config.macro, *config.numbers) for config in emulated_configs(CSRC)]
+        config = emulated_configs(CSRC)[
             next(i for i, line in enumerate(lines) if line[: len(fault.kernel)] == fault.kernel)
         ]
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
         compiled = compile_instance(
-            tile, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
+            config, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
         )
         result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
         is_reported = result.returncode == 1 and "FAILED" in result.stdout

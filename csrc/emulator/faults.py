@@ -100,14 +100,14 @@ FAULTS = [
     ),
     Fault("P is taken in the wrong order", FRAGMENT, "a[i + 1], a[i + 2]", "a[i + 2], a[i + 1]"),
     Fault("out is staged without swizzle", FRAGMENT, " ^ swizzle;", ";"),
-    # Turns, and the way of out to memory
+    # Ping-pong, and the way of out to memory
     Fault(
-        "nobody has the first turn",
+        "no consumer may issue first",
         CONSUMER,
         "if (C::PINGPONG && consumer == 0) named_arrive",
         "if (false) named_arrive",
     ),
-    Fault("a consumer keeps its turn", CONSUMER, "(consumer + 1) % C::CONSUMERS", "consumer"),
+    Fault("a consumer hands ping-pong to itself", CONSUMER, "(consumer + 1) % C::CONSUMERS", "consumer"),
     Fault(
         "out is staged while other warps read Q", CONSUMER, OWN_BARRIER + "  // all four warps have read their Q", ""
     ),

@@ -4,84 +4,85 @@ from __future__ import annotations
 
 from fault import Fault
 
-FUSED_64 = ("KEYS", 64, 64, 0, 128, 128, 2, 1)
-FUSED_96 = ("KEYS", 96, 96, 0, 64, 128, 2, 1)
-FUSED_128 = ("KEYS", 128, 128, 0, 64, 128, 2, 1)
-CAPPED_64 = ("KEYS", 64, 64, 1, 128, 128, 2, 1)
+FUSED_64 = ("BACKWARD_DKDV", 64, 64, 0, 128, 128, 2, 1)
+FUSED_96 = ("BACKWARD_DKDV", 96, 96, 0, 64, 128, 2, 1)
+FUSED_128 = ("BACKWARD_DKDV", 128, 128, 0, 64, 128, 2, 1)
+CAPPED_64 = ("BACKWARD_DKDV", 64, 64, 1, 128, 128, 2, 1)
 STAGED = ("-DFA_STAGED=1",)
-SPLIT_192 = ("KEYS", 192, 128, 0)
-QUERIES_128, QUERIES_256 = ("QUERIES", 128, 128, 0), ("QUERIES", 256, 256, 0)
+SPLIT_192 = ("BACKWARD_DKDV", 192, 128, 0)
+DQ_128, DQ_256 = ("BACKWARD_DQ", 128, 128, 0), ("BACKWARD_DQ", 256, 256, 0)
 
-KEYS, QUERIES, ROWS = "sm90/keys.cuh", "sm90/queries.cuh", "sm90/rows.cuh"
+DKDV, DQ = "sm90/backward_dkdv.cuh", "sm90/backward_dq.cuh"
+PREPROCESS, POSTPROCESS = "sm90/backward_preprocess.cuh", "sm90/backward_postprocess.cuh"
 BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "common/gradient.h", "common/mask.h"
 
 BACKWARD_FAULTS = [
     # What the producers may do when
     Fault(
-        "backward: Q is loaded without waiting for room", KEYS, "mbarrier_wait(q.empty(), q.parity ^ 1);", "", FUSED_128
+        "backward: Q is loaded without waiting for room", DKDV, "mbarrier_wait(q.empty(), q.parity ^ 1);", "", FUSED_128
     ),
     Fault(
-        "backward: Q is loaded with the wrong parity", KEYS, "q.empty(), q.parity ^ 1", "q.empty(), q.parity", FUSED_128
+        "backward: Q is loaded with the wrong parity", DKDV, "q.empty(), q.parity ^ 1", "q.empty(), q.parity", FUSED_128
     ),
     Fault(
         "backward: bytes of lse come unannounced",
-        KEYS,
+        DKDV,
         "mbarrier_expect(q.full(), C::ROW_BYTES);",
         "mbarrier_arrive(q.full());",
         FUSED_128,
     ),
     Fault(
         "backward: bytes of delta are announced twice",
-        KEYS,
+        DKDV,
         "mbarrier_expect(dout_full, C::ROW_BYTES);",
         "mbarrier_expect(dout_full, 2 * C::ROW_BYTES);",
         FUSED_128,
     ),
-    Fault("backward: a stage counts consumers, not warps", KEYS, "4 * C::CONSUMERS", "C::CONSUMERS", FUSED_128),
+    Fault("backward: a stage counts consumers, not warps", DKDV, "4 * C::CONSUMERS", "C::CONSUMERS", FUSED_128),
     Fault(
         "backward: K is loaded without waiting for room",
-        QUERIES,
+        DQ,
         "mbarrier_wait(k.empty(), k.parity ^ 1);",
         "",
-        QUERIES_128,
+        DQ_128,
     ),
     Fault(
         "backward: V is loaded with the wrong parity",
-        QUERIES,
+        DQ,
         "v.empty(), v.parity ^ 1",
         "v.empty(), v.parity",
-        QUERIES_128,
+        DQ_128,
     ),
     # What they load
-    Fault("backward: lse of the first rows", KEYS, "lse_log2 + statistics + first", "lse_log2 + statistics", FUSED_128),
-    Fault("backward: delta of the first rows", KEYS, "delta + statistics + first", "delta + statistics", FUSED_128),
+    Fault("backward: lse of the first rows", DKDV, "lse_log2 + statistics + first", "lse_log2 + statistics", FUSED_128),
+    Fault("backward: delta of the first rows", DKDV, "delta + statistics + first", "delta + statistics", FUSED_128),
     Fault(
         "backward: statistics of the first head of the group",
-        KEYS,
+        DKDV,
         "padded_row(args.p, tile, head);\n    for",
         "padded_row(args.p, tile, tile.head * group);\n    for",
         FUSED_128,
     ),
     Fault(
         "backward: K and V ignore where their sequence begins",
-        KEYS,
+        DKDV,
         "row = tile.first_kv + tile.row;",
         "row = tile.row;",
         FUSED_128,
     ),
     Fault(
         "backward: dout ignores where its sequence begins",
-        KEYS,
+        DKDV,
         "args.dout, dout_full, tile.first_q + first",
         "args.dout, dout_full, first",
         FUSED_128,
     ),
     Fault(
         "backward: K and V of the query head's number",
-        QUERIES,
+        DQ,
         "tile.head / static_cast<int>(args.p.heads_q / args.p.heads_kv)",
         "tile.head",
-        QUERIES_128,
+        DQ_128,
     ),
     Fault(
         "backward: keys that are kept are looked for at row 0",
@@ -90,50 +91,50 @@ BACKWARD_FAULTS = [
         "",
         FUSED_128,
     ),
-    # Waits of the kernel of the keys
-    Fault("backward: no wait for K", KEYS, "mbarrier_wait(shared.k_full(), 0);", "", FUSED_128),
-    Fault("backward: no wait for V", KEYS, "mbarrier_wait(shared.v_full(), 0);", "", FUSED_128),
-    Fault("backward: no wait for Q", KEYS, "mbarrier_wait(q.full(), q.parity);\n      clear", "clear", FUSED_128),
+    # Waits of backward_dkdv
+    Fault("backward: no wait for K", DKDV, "mbarrier_wait(shared.k_full(), 0);", "", FUSED_128),
+    Fault("backward: no wait for V", DKDV, "mbarrier_wait(shared.v_full(), 0);", "", FUSED_128),
+    Fault("backward: no wait for Q", DKDV, "mbarrier_wait(q.full(), q.parity);\n      clear", "clear", FUSED_128),
     Fault(
         "backward: no wait for dout",
-        KEYS,
+        DKDV,
         "mbarrier_wait(shared.dout_full(q.stage), q.parity);\n      if",
         "if",
         FUSED_128,
     ),
-    Fault("backward: scores are used before the wait", KEYS, "wgmma_wait<1>(scores);", "", FUSED_128),
-    Fault("backward: dP is used before the wait", KEYS, "wgmma_wait<OF_V ? 1 : 0>(dp);", "", FUSED_128),
+    Fault("backward: scores are used before the wait", DKDV, "wgmma_wait<1>(scores);", "", FUSED_128),
+    Fault("backward: dP is used before the wait", DKDV, "wgmma_wait<OF_V ? 1 : 0>(dp);", "", FUSED_128),
     Fault(
         "backward: Q is released before its products are done",
-        KEYS,
+        DKDV,
         "wgmma_wait<0>(dq);\n          release(q);",
         "release(q);\n          wgmma_wait<0>(dq);",
         FUSED_128,
     ),
     Fault(
         "backward: a stage is never released",
-        KEYS,
+        DKDV,
         "wgmma_wait<0>(dq);\n          release(q);",
         "wgmma_wait<0>(dq);\n          q.advance();",
         FUSED_128,
     ),
     Fault(
         "backward: dout is released before its product is done, dv apart",
-        KEYS,
+        DKDV,
         "wgmma_wait<0>(dv);\n        release(q);",
         "release(q);\n        wgmma_wait<0>(dv);",
         SPLIT_192,
     ),
     Fault(
         "backward: the consumer of dv never releases",
-        KEYS,
+        DKDV,
         "wgmma_wait<0>(dv);\n        release(q);",
         "wgmma_wait<0>(dv);\n        q.advance();",
         SPLIT_192,
     ),
     Fault(
         "backward: the consumer of dk releases too early",
-        KEYS,
+        DKDV,
         "wgmma_wait<0>(dk);\n          release(q);",
         "release(q);\n          wgmma_wait<0>(dk);",
         SPLIT_192,
@@ -141,82 +142,82 @@ BACKWARD_FAULTS = [
     # The way of dS to dq
     Fault(
         "backward: dS is used before both consumers have staged it",
-        KEYS,
+        DKDV,
         "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // dS^T of both is there",
         "",
         FUSED_128,
     ),
-    Fault("backward: no proxy fence after dS", KEYS, "ds);\n          fence_proxy_async();", "ds);", FUSED_128),
-    Fault("backward: dS has one buffer", KEYS, "buffer ^= 1;", "", FUSED_128),
+    Fault("backward: no proxy fence after dS", DKDV, "ds);\n          fence_proxy_async();", "ds);", FUSED_128),
+    Fault("backward: dS has one buffer", DKDV, "buffer ^= 1;", "", FUSED_128),
     Fault("backward: dS is staged without swizzle", FRAGMENT, " ^ swizzle;", ";", FUSED_128),
-    Fault("backward: dS is read as K-major", KEYS, "wgmma_ss<1, 1>", "wgmma_ss<0, 1>", FUSED_128),
-    Fault("backward: K is read as K-major for dq", KEYS, "wgmma_ss<1, 1>", "wgmma_ss<1, 0>", FUSED_128),
+    Fault("backward: dS is read as K-major", DKDV, "wgmma_ss<1, 1>", "wgmma_ss<0, 1>", FUSED_128),
+    Fault("backward: K is read as K-major for dq", DKDV, "wgmma_ss<1, 1>", "wgmma_ss<1, 0>", FUSED_128),
     Fault(
         "backward: both consumers compute the left columns of dq",
-        KEYS,
+        DKDV,
         "consumer * C::BLOCK_N * kRowBytes",
         "0",
         FUSED_128,
     ),
     Fault(
         "backward: both consumers compute the upper rows of dq",
-        KEYS,
+        DKDV,
         "C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0",
         "0",
         FUSED_64,
     ),
     Fault(
         "backward: dq takes the first consumer's dS for both",
-        KEYS,
+        DKDV,
         "(key / 64 * (C::BLOCK_M / 64)",
         "(0 * (C::BLOCK_M / 64)",
         FUSED_128,
     ),
     Fault(
         "backward: both consumers add to the same sums",
-        KEYS,
+        DKDV,
         "row * C::D_QK + consumer * 64 * 64;",
         "row * C::D_QK;",
         FUSED_128,
     ),
     Fault(
         "backward: dq of the wrong head's rows",
-        KEYS,
+        DKDV,
         "padded_row(args.p, tile, head) + block",
         "padded_row(args.p, tile, tile.head) + block",
         FUSED_128,
     ),
     Fault(
         "backward: columns that dq does not have are added",
-        KEYS,
+        DKDV,
         "if (C::D_QK % 64 && consumer * 64 + 8 * j >= C::D_QK) continue;",
         "",
         FUSED_96,
     ),
-    Fault("backward: the sums for dq are not cleared", ROWS, "if (!p.dq_sums) return;", "return;", FUSED_128),
-    Fault("backward: dq takes one row of its fragment for both", ROWS, " + row / 8 % 2 * 2;", ";", FUSED_128),
-    Fault("backward: dq ignores the part of the second consumer", ROWS, "part * 64 * 64", "0", FUSED_128),
-    Fault("backward: dq is not scaled", ROWS, "x.x * scale", "x.x", FUSED_128),
+    Fault("backward: the sums for dq are not cleared", PREPROCESS, "if (!p.dq_sums) return;", "return;", FUSED_128),
+    Fault("backward: dq takes one row of its fragment for both", POSTPROCESS, " + row / 8 % 2 * 2;", ";", FUSED_128),
+    Fault("backward: dq ignores the part of the second consumer", POSTPROCESS, "part * 64 * 64", "0", FUSED_128),
+    Fault("backward: dq is not scaled", POSTPROCESS, "x.x * scale", "x.x", FUSED_128),
     # Weights and gradients of scores
-    Fault("backward: the gradient of the scores forgets delta", KEYS, "(dp[i] - delta.x)", "dp[i]", FUSED_128),
+    Fault("backward: the gradient of the scores forgets delta", DKDV, "(dp[i] - delta.x)", "dp[i]", FUSED_128),
     Fault(
-        "backward: statistics are those of the first columns", KEYS, " + this_place().first_column() * 4", "", FUSED_128
+        "backward: statistics are those of the first columns", DKDV, " + this_place().first_column() * 4", "", FUSED_128
     ),
     Fault(
         "backward: delta of the first stage",
-        KEYS,
+        DKDV,
         "of_columns(shared.delta(stage))",
         "of_columns(shared.delta(0))",
         FUSED_128,
     ),
-    Fault("backward: dk of the weights", KEYS, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
+    Fault("backward: dk of the weights", DKDV, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
     Fault(
-        "backward: weights in fp32 are not masked", KEYS, "else mask_weights(scores, band, row, column);", "", FUSED_128
+        "backward: weights in fp32 are not masked", DKDV, "else mask_weights(scores, band, row, column);", "", FUSED_128
     ),
-    Fault("backward: weights in 16 bits are not masked", KEYS, "mask_packed(p, band, row, column);\n", "", FUSED_128),
+    Fault("backward: weights in 16 bits are not masked", DKDV, "mask_packed(p, band, row, column);\n", "", FUSED_128),
     Fault(
         "backward: weights that dS takes in 16 bits are not masked",
-        KEYS,
+        DKDV,
         "if (C::SLOPED_IN_16_BITS) mask_packed(sloped, band, row, column);\n  else",
         "if (!C::SLOPED_IN_16_BITS)",
         FUSED_64,
@@ -231,7 +232,7 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "backward: the band is not transposed",
-        KEYS,
+        DKDV,
         "Band const band = transposed(band_of(args.p, tile));",
         "Band const band = band_of(args.p, tile);",
         FUSED_128,
@@ -246,17 +247,17 @@ BACKWARD_FAULTS = [
     Fault("backward: the transposed band keeps its diagonal", MASK, "-band.diagonal", "band.diagonal", FUSED_128),
     Fault("backward: softcap has no slope", GRADIENT, "score = p * multiply_add(-t, t, 1.f);", "score = p;", CAPPED_64),
     Fault(
-        "backward: the kernel of the queries masks nothing",
-        QUERIES,
+        "backward: the dq kernel masks nothing",
+        DQ,
         "if (contains(read_blocks(shared.tile()).unmasked, block)) return;",
         "return;",
-        QUERIES_128,
+        DQ_128,
     ),
-    Fault("backward: lse of one row for both", QUERIES, "lse_log2 + row + 8 * r", "lse_log2 + row", QUERIES_128),
+    Fault("backward: lse of one row for both", DQ, "lse_log2 + row + 8 * r", "lse_log2 + row", DQ_128),
     # Rows that count for nothing
     Fault(
         "backward: rows past the end of a sequence are not cleared",
-        KEYS,
+        DKDV,
         "if (rows >= C::BLOCK_M) return;",
         "return;",
         FUSED_128,
@@ -264,122 +265,122 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "backward: rows past the end are cleared without a fence",
-        KEYS,
+        DKDV,
         "{0, rows});\n  fence_proxy_async();",
         "{0, rows});",
         FUSED_128,
     ),
     Fault(
         "backward: unkept rows of K are not cleared",
-        KEYS,
+        DKDV,
         "clear_rows<C::BLOCK_N, C::CHUNKS_QK, C::CONSUMERS>(shared.k(), kept);",
         "",
         FUSED_128,
     ),
     Fault(
         "backward: unkept rows of V are not cleared",
-        KEYS,
+        DKDV,
         "clear_rows<C::BLOCK_N, C::CHUNKS_V, C::CONSUMERS>(shared.v(), kept);",
         "",
         FUSED_128,
     ),
     Fault(
-        "backward: the kernel of the queries clears nothing",
-        QUERIES,
+        "backward: the dq kernel clears nothing",
+        DQ,
         "if (!args.p.cu_seqlens_q) return;",
         "return;",
-        QUERIES_128,
+        DQ_128,
     ),
     # Products and results
     Fault(
         "backward: V is released before its product is done",
-        QUERIES,
+        DQ,
         "wgmma_wait<0>(dp);\n    release(v);",
         "release(v);\n    wgmma_wait<0>(dp);",
-        QUERIES_256,
+        DQ_256,
     ),
     Fault(
         "backward: K is released before its product is done",
-        QUERIES,
+        DQ,
         "wgmma_wait<0>(dq);\n    release(k);",
         "release(k);\n    wgmma_wait<0>(dq);",
-        QUERIES_128,
+        DQ_128,
     ),
     Fault(
         "backward: dq is staged while other warps read Q",
-        QUERIES,
+        DQ,
         "named_sync(kOwnBarrier + consumer, kWarpgroup);  // all four warps have read their Q",
         "",
-        QUERIES_128,
+        DQ_128,
     ),
     Fault(
         "backward: no proxy fence before the store of dq",
-        QUERIES,
+        DQ,
         "packed);\n  fence_proxy_async();",
         "packed);",
-        QUERIES_128,
+        DQ_128,
     ),
     Fault(
         "backward: dk and dv are staged while K and V are read",
-        KEYS,
+        DKDV,
         "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more",
         "",
         FUSED_128,
     ),
     Fault(
         "backward: dk is stored before all warps have staged it",
-        KEYS,
+        DKDV,
         "named_sync(kOwnBarrier + this_place().consumer(), kWarpgroup);",
         "",
         FUSED_128,
     ),
     Fault(
         "backward: the block ends before dk has arrived",
-        KEYS,
+        DKDV,
         "tma_store_commit();\n    tma_store_wait();",
         "tma_store_commit();",
         FUSED_128,
     ),
     Fault(
         "backward: the last rows of dk overwrite the next sequence",
-        KEYS,
+        DKDV,
         "p.cu_seqlens_q && first + 64 > tile.s_kv",
         "false",
         FUSED_128,
     ),
     Fault(
         "backward: the last rows of dq overwrite the next sequence",
-        QUERIES,
+        DQ,
         "p.cu_seqlens_q && first + 64 > tile.s_q",
         "false",
-        QUERIES_128,
+        DQ_128,
     ),
-    Fault("backward: dk is not scaled", KEYS, "dk[i] *= scale", "dk[i] *= 1", FUSED_128),
+    Fault("backward: dk is not scaled", DKDV, "dk[i] *= scale", "dk[i] *= 1", FUSED_128),
     # Before and after
     Fault(
         "backward: delta forgets the gradient of lse",
-        ROWS,
+        PREPROCESS,
         "if (p.dlse) sum -= load_global(p.dlse + of_row);",
         "",
         FUSED_128,
     ),
     Fault(
         "backward: delta of half a row",
-        ROWS,
+        PREPROCESS,
         "for (int mask = 1; mask < 8; mask *= 2)",
         "for (int mask = 1; mask < 4; mask *= 2)",
         FUSED_128,
     ),
-    Fault("backward: lse stays natural", ROWS, "lse * kLog2E", "lse", FUSED_128),
+    Fault("backward: lse stays natural", PREPROCESS, "lse * kLog2E", "lse", FUSED_128),
     Fault(
         "backward: statistics of the next sequence",
-        ROWS,
+        PREPROCESS,
         "bool const exists = i < tile.s_q;",
         "bool const exists = true;",
         FUSED_128,
     ),
-    Fault("backward: the gradient of a sink has the wrong sign", ROWS, "sum -= exp2", "sum += exp2", FUSED_128),
-    Fault("backward: the gradient of a sink is one warp's", ROWS, "warp < kRowWarps", "warp < 1", FUSED_128),
+    Fault("backward: the gradient of a sink has the wrong sign", PREPROCESS, "sum -= exp2", "sum += exp2", FUSED_128),
+    Fault("backward: the gradient of a sink is one warp's", PREPROCESS, "warp < kRowWarps", "warp < 1", FUSED_128),
     Fault(
         "backward: padded sequences overlap",
         BACKWARD,
@@ -407,7 +408,7 @@ BACKWARD_FAULTS = [
     # Sums for dq by way of shared memory
     Fault(
         "backward: staged dq is added without a fence",
-        KEYS,
+        DKDV,
         "fence_proxy_async();\n  named_arrive(kPartStagedBarrier",
         "named_arrive(kPartStagedBarrier",
         FUSED_128,
@@ -415,7 +416,7 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "backward: dq is staged before there is room",
-        KEYS,
+        DKDV,
         "if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);",
         "if (C::STAGED) named_arrive(kPartFreeBarrier + consumer, kWarpgroup + 32);",
         FUSED_128,
@@ -423,7 +424,7 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "backward: staged dq is not committed",
-        KEYS,
+        DKDV,
         "columns * 64 * 4);\n        tma_store_commit();",
         "columns * 64 * 4);",
         FUSED_128,
@@ -431,7 +432,7 @@ BACKWARD_FAULTS = [
     ),
     Fault(
         "backward: the block ends before staged dq has arrived",
-        KEYS,
+        DKDV,
         "if (elect_one()) tma_store_wait();",
         "",
         FUSED_96,

@@ -72,7 +72,7 @@ template <int GROUPS, int R>
 void wgmma_wait(float (&)[R]) {
   emu::wgmma_wait(GROUPS);
 }
-inline void hold_above_wait(uint32, float) {}
+inline void pin_above_wait(uint32, float) {}
 
 template <int REGISTERS>
 void take_registers() {

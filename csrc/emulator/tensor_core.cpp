@@ -54,7 +54,7 @@ float const* decoder(bool is_half) {
 }
 
 // ---- operands --------------------------------------------------------------------------------------------------------
-// Where the 8 elements are that begin at (mn, k), along k, or along mn if transposed: PTX ISA, canonical layouts with
+// Address of the 8 elements that begin at (mn, k), along k, or along mn if transposed: PTX ISA, canonical layouts with
 // 128-byte swizzle. Groups of 8 rows are 1024 bytes apart.
 static uint32_t piece_address(uint32_t descriptor, bool transposed, int mn, int k) {
   uint32_t const start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;

@@ -1,4 +1,4 @@
-// What the kernels of the backward pass have in common: arguments, and which tile a block works on.
+// Shared by the kernels of the backward pass: arguments, and the tile of each thread block.
 //
 // A block works on one tile: the hardware hands out blocks in order, so long tiles come first. Tiles are numbered pass
 // by pass as in schedule.h, and a tile is told to all warps through shared memory in the same form.
@@ -8,13 +8,15 @@
 
 namespace fa::sm90 {
 
+constexpr int kRowThreads = 256;  // of a block of the kernels before and after the large ones
+
 // Tensor maps as in ForwardArgs. A kernel has those that it needs: boxes of dq, dk and dv have 64 rows.
 struct BackwardArgs {
   TensorMap q, k, v, dout, dq, dk, dv;
   BackwardParams p;
 };
 
-// Where packed sequence n, which begins at row `begin`, begins among the padded rows.
+// First padded row of packed sequence n, which begins at row `begin`.
 FA_DEVICE int padded_begin(int begin, int n) { return (begin + n * kPaddedRows) / kPaddedRows * kPaddedRows; }
 
 // The packed sequence to which a padded row belongs.
@@ -62,7 +64,7 @@ FA_DEVICE Tile find_tile(BackwardParams const& p, int index) {
   return tile;
 }
 
-// How many there are.
+// The number of tiles of `find_tile`.
 template <int BLOCK, bool OF_KEYS>
 FA_EVERYWHERE int64 tile_count(BackwardParams const& p) {
   return (OF_KEYS ? p.padded_kv * p.heads_kv : p.padded_q * p.heads_q) / BLOCK * (p.cu_seqlens_q ? 1 : p.batch);

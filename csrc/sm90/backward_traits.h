@@ -1,4 +1,4 @@
-// What is fixed when a kernel of the backward pass is compiled: tile, flags, and its map of shared memory.
+// Compile-time constants of the kernels of the backward pass: tile, flags, and the map of shared memory.
 #pragma once
 #include "traits.h"
 
@@ -11,7 +11,7 @@ namespace fa::sm90 {
 // dk and dv of BLOCK_N keys; with FUSED also their part of dq. Either two consumers own 64 keys each and both sums, or
 // (64 keys, for head dims whose sums do not fit) the first owns dv and the second dk of the same keys.
 template <class T, int D_QK_, int D_V_, bool SOFTCAP_, int BLOCK_M_, int BLOCK_N_, int STAGES_, bool FUSED_>
-struct KeysTraits {
+struct BackwardDkdvTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool SOFTCAP = SOFTCAP_, FUSED = FUSED_, SPLIT = BLOCK_N == 64;
@@ -48,12 +48,12 @@ struct KeysTraits {
 
 // dq of 128 query rows, 64 for each consumer.
 template <class T, int D_QK_, int D_V_, bool SOFTCAP_, int BLOCK_N_, int K_STAGES_, int V_STAGES_>
-struct QueriesTraits {
+struct BackwardDqTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = 128, BLOCK_N = BLOCK_N_;
   static constexpr int K_STAGES = K_STAGES_, V_STAGES = V_STAGES_;
-  // The hold needs numbers that are never negative; with softcap's slope, 1 - t^2 rounded, they may be.
-  static constexpr bool SOFTCAP = SOFTCAP_, HOLD = FA_HOLD && !SOFTCAP;
+  // The barrier needs values that are never negative; times softcap's slope, 1 - t^2 rounded, they may be.
+  static constexpr bool SOFTCAP = SOFTCAP_, EXP_OVERLAP = FA_EXP_OVERLAP && !SOFTCAP;
 
   static constexpr int CONSUMERS = 2, THREADS = kWarpgroup * (CONSUMERS + 1);
   static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;

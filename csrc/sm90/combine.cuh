@@ -1,4 +1,4 @@
-// The kernel that puts the splits of decoding together: out and lse of every row from those of its splits.
+// combine: out and lse of every row from the partial results of its splits.
 //
 // One warp for each row of q and query head. A split whose lse is -inf has no keys of that row, and its out may hold
 // anything.

@@ -61,21 +61,21 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
   clear(block, v);
 
   while (--block >= blocks.all.begin) {
-    if (C::PINGPONG) named_sync(kTurnBarrier + consumer, 2 * kWarpgroup);
+    if (C::PINGPONG) named_sync(kPingPongBarrier + consumer, 2 * kWarpgroup);
     mbarrier_wait(k.full(), k.parity);
     wgmma_fence();
     issue_scores<C>(scores, shared, consumer, k.stage);
     mbarrier_wait(v.full(), v.parity);
     wgmma_fence();
     issue_output<C>(out, p, shared, v.stage);
-    if (C::PINGPONG) named_arrive(kTurnBarrier + (consumer + 1) % C::CONSUMERS, 2 * kWarpgroup);
+    if (C::PINGPONG) named_arrive(kPingPongBarrier + (consumer + 1) % C::CONSUMERS, 2 * kWarpgroup);
     wgmma_wait<1>(scores);
     release(k);
     finish_scores(block, C::BAND && !contains(blocks.unmasked, block));
     softmax_step<false>(scores, state, rescale, scale_log2);
-    if (C::HOLD) {
-      hold_above_wait(shared.base, state.sum[0]);
-      hold_above_wait(shared.base, state.sum[1]);
+    if (C::EXP_OVERLAP) {
+      pin_above_wait(shared.base, state.sum[0]);
+      pin_above_wait(shared.base, state.sum[1]);
     }
     wgmma_wait<0>(out);
     release(v);
@@ -169,7 +169,7 @@ template <class C>
 FA_DEVICE void consume(ForwardArgs const& args, Shared<C> const& shared, int consumer) {
   Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
   uint32 q_parity = 0;
-  if (C::PINGPONG && consumer == 0) named_arrive(kTurnBarrier, 2 * kWarpgroup);  // the first turn
+  if (C::PINGPONG && consumer == 0) named_arrive(kPingPongBarrier, 2 * kWarpgroup);  // consumer 0 issues first
   while (true) {
     mbarrier_wait(shared.q_full(), q_parity);
     q_parity ^= 1;

@@ -1,4 +1,4 @@
-// What the roles of the decode kernel have in common: traits, arguments, and which part of the work a block does.
+// Shared by the roles of the decode kernel: traits, arguments, and the work of each thread block.
 //
 // A block works on one tile (64 rows: the query heads of one K/V head, times positions), and of its keys on one split.
 #pragma once
@@ -14,7 +14,7 @@ template <class T, int D_QK_, int D_V_, bool SOFTCAP_, int BLOCK_N_, int STAGES_
 struct DecodeTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = 64, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  static constexpr bool SOFTCAP = SOFTCAP_, BAND = true, PINGPONG = false, HOLD = FA_HOLD;
+  static constexpr bool SOFTCAP = SOFTCAP_, BAND = true, PINGPONG = false, EXP_OVERLAP = FA_EXP_OVERLAP;
   static constexpr int CONSUMERS = 1, THREADS = 2 * kWarpgroup;  // with registers enough for every thread
 
   static constexpr int CHUNKS_QK = (D_QK + 63) / 64, CHUNKS_V = (D_V + 63) / 64;  // of 64 columns
@@ -36,7 +36,7 @@ struct DecodeArgs {
 // Rows of q, of all sequences.
 FA_EVERYWHERE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
 
-// Where lse is, of a head of row `row` among all rows of q. Packed sequences are one here.
+// Index into lse of a head and of row `row` among all rows of q. A packed batch counts as one sequence.
 FA_DEVICE int64 lse_index(DecodeParams const& p, int64 row, int64 head) {
   int64 const sequence = row / p.seqlen_q;
   return (sequence * p.heads_q + head) * p.seqlen_q + row - sequence * p.seqlen_q;

@@ -6,7 +6,7 @@
 //      tensor cores    S1  |  P0 V0  S2  |  P1 V1  S3  | ...
 //      softmax             S1          S2          S3
 //
-// Consumers take turns at issuing products (ping-pong), so one's softmax also lies under another's products.
+// Consumers alternate in issuing products (ping-pong), so one's softmax also runs under another's products.
 // Roles, barriers and the map of shared memory are drawn in csrc/README.md. This file holds what both roles do;
 // the producer and the consumer have theirs.
 #pragma once

@@ -1,4 +1,4 @@
-// What kernels do with tiles and accumulators, whatever they compute: loads, products, and ways back to memory.
+// Operations on tiles and accumulators that all kernels use: loads, products, and stores.
 //
 // An accumulator [64, COLUMNS] lies in COLUMNS / 2 registers of each thread (softmax.h says where). The same layout, in
 // pairs of 16-bit numbers, is that of an operand in registers.
@@ -7,8 +7,9 @@
 
 namespace fa::sm90 {
 
-// Named barriers: 0 is that of the whole block; then one for each consumer's turn and one for its own threads.
-constexpr int kTurnBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
+// Named barriers: 0 is that of the whole block; then one per consumer for ping-pong and one per consumer for
+// its own threads.
+constexpr int kPingPongBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
 
 struct Place {  // which part of the fragments this thread holds; asked for anew wherever it is needed (thread_index)
   int thread;    // among all consumers

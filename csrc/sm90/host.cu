@@ -66,41 +66,41 @@ static char const* launch(ForwardParams const& p, int blocks) {
   return "no kernel holds these head dims";
 }
 
-#define FA_KEYS_TRAITS(T, QK, V, SOFTCAP, M, N, STAGES, FUSED) \
-  sm90::KeysTraits<sm90::T, QK, V, SOFTCAP != 0, M, N, STAGES, FUSED != 0>
-#define FA_QUERIES_TRAITS(T, QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
-  sm90::QueriesTraits<sm90::T, QK, V, SOFTCAP != 0, N, K_STAGES, V_STAGES>
+#define FA_BACKWARD_DKDV_TRAITS(T, QK, V, SOFTCAP, M, N, STAGES, FUSED) \
+  sm90::BackwardDkdvTraits<sm90::T, QK, V, SOFTCAP != 0, M, N, STAGES, FUSED != 0>
+#define FA_BACKWARD_DQ_TRAITS(T, QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
+  sm90::BackwardDqTraits<sm90::T, QK, V, SOFTCAP != 0, N, K_STAGES, V_STAGES>
 #define FA_EXTERN(LAUNCH, TRAITS) \
   extern template char const* LAUNCH<TRAITS>(BackwardParams const&, MakeBackwardMaps, cudaStream_t);
 
-extern template char const* launch_rows<sm90::Bf16>(BackwardParams const&, cudaStream_t);
-extern template char const* launch_rows<sm90::F16>(BackwardParams const&, cudaStream_t);
-#define KEYS(...)                                              \
-  FA_EXTERN(launch_keys, FA_KEYS_TRAITS(Bf16, __VA_ARGS__)) \
-  FA_EXTERN(launch_keys, FA_KEYS_TRAITS(F16, __VA_ARGS__))
-#define QUERIES(...)                                                 \
-  FA_EXTERN(launch_queries, FA_QUERIES_TRAITS(Bf16, __VA_ARGS__)) \
-  FA_EXTERN(launch_queries, FA_QUERIES_TRAITS(F16, __VA_ARGS__))
+extern template char const* launch_backward_preprocess<sm90::Bf16>(BackwardParams const&, cudaStream_t);
+extern template char const* launch_backward_preprocess<sm90::F16>(BackwardParams const&, cudaStream_t);
+#define BACKWARD_DKDV(...)                                              \
+  FA_EXTERN(launch_backward_dkdv, FA_BACKWARD_DKDV_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN(launch_backward_dkdv, FA_BACKWARD_DKDV_TRAITS(F16, __VA_ARGS__))
+#define BACKWARD_DQ(...)                                                 \
+  FA_EXTERN(launch_backward_dq, FA_BACKWARD_DQ_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN(launch_backward_dq, FA_BACKWARD_DQ_TRAITS(F16, __VA_ARGS__))
 #include "instances.inc"
 
 // dk and dv; with dq_sums also dq, by the kernel for whose head dim they were made.
-static char const* launch_for_keys(BackwardParams const& p, cudaStream_t stream) {
-#define KEYS(QK, V, SOFTCAP, M, N, STAGES, FUSED)                                                                       \
+static char const* launch_dkdv(BackwardParams const& p, cudaStream_t stream) {
+#define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED)                                                                       \
   if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) {      \
     return p.dtype == kFloat16                                                                                          \
-               ? launch_keys<FA_KEYS_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream)   \
-               : launch_keys<FA_KEYS_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream); \
+               ? launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream)   \
+               : launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";
 }
 
-static char const* launch_for_queries(BackwardParams const& p, cudaStream_t stream) {
-#define QUERIES(QK, V, SOFTCAP, N, K_STAGES, V_STAGES)                                                                  \
+static char const* launch_dq(BackwardParams const& p, cudaStream_t stream) {
+#define BACKWARD_DQ(QK, V, SOFTCAP, N, K_STAGES, V_STAGES)                                                                  \
   if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
-    return p.dtype == kFloat16 ? launch_queries<FA_QUERIES_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(         \
+    return p.dtype == kFloat16 ? launch_backward_dq<FA_BACKWARD_DQ_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(         \
                                      p, make_backward_maps, stream)                                                     \
-                               : launch_queries<FA_QUERIES_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(        \
+                               : launch_backward_dq<FA_BACKWARD_DQ_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(        \
                                      p, make_backward_maps, stream);                                                    \
   }
 #include "instances.inc"
@@ -109,9 +109,9 @@ static char const* launch_for_queries(BackwardParams const& p, cudaStream_t stre
 
 static char const* launch(BackwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
-  char const* wrong = p.dtype == kFloat16 ? launch_rows<sm90::F16>(p, stream) : launch_rows<sm90::Bf16>(p, stream);
-  if (!wrong && p.dk) wrong = launch_for_keys(p, stream);
-  if (!wrong && p.dq && !p.dq_sums) wrong = launch_for_queries(p, stream);
+  char const* wrong = p.dtype == kFloat16 ? launch_backward_preprocess<sm90::F16>(p, stream) : launch_backward_preprocess<sm90::Bf16>(p, stream);
+  if (!wrong && p.dk) wrong = launch_dkdv(p, stream);
+  if (!wrong && p.dq && !p.dq_sums) wrong = launch_dq(p, stream);
   return wrong;
 }
 
@@ -184,7 +184,7 @@ static int run(Params const* params, int64 version, char* error, long long error
 
 #define FA_EXPORT extern "C" __attribute__((visibility("default")))
 
-// What the caller's structs have to be like.
+// Versions and sizes that the caller's structs must have.
 FA_EXPORT long long fa_forward_version() { return fa::kForwardVersion; }
 FA_EXPORT long long fa_forward_bytes() { return sizeof(fa::ForwardParams); }
 FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }

@@ -4,9 +4,10 @@
 #include "combine.cuh"
 #include "decode.cuh"
 #include "forward.cuh"
-#include "keys.cuh"
-#include "queries.cuh"
-#include "rows.cuh"
+#include "backward_dkdv.cuh"
+#include "backward_dq.cuh"
+#include "backward_postprocess.cuh"
+#include "backward_preprocess.cuh"
 
 namespace fa {
 
@@ -31,35 +32,35 @@ char const* launch_forward(ForwardParams const& p, MakeMaps make_maps, int block
 }
 
 template <class C>
-char const* launch_keys(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
+char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
   sm90::BackwardArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
   int64 const blocks = sm90::tile_count<C::BLOCK_N, true>(p);
-  char const* wrong = launch(sm90::keys_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
+  char const* wrong = launch(sm90::backward_dkdv_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
   if constexpr (C::FUSED) {
     int64 const row_blocks = sm90::tile_count<kPaddedRows, false>(p);
-    if (!wrong) wrong = launch(sm90::finish_kernel<C>, p, row_blocks, sm90::kRowThreads, 0, stream);
+    if (!wrong) wrong = launch(sm90::backward_postprocess_kernel<C>, p, row_blocks, sm90::kRowThreads, 0, stream);
   }
   return wrong;
 }
 
 template <class C>
-char const* launch_queries(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
+char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream) {
   sm90::BackwardArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
   int64 const blocks = sm90::tile_count<C::BLOCK_M, false>(p);
-  return launch(sm90::queries_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
+  return launch(sm90::backward_dq_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
 }
 
 template <class T>
-char const* launch_rows(BackwardParams const& p, cudaStream_t stream) {
+char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream) {
   int64 const blocks = sm90::tile_count<kPaddedRows, false>(p);
-  char const* wrong = launch(sm90::prepare_kernel<T>, p, blocks, sm90::kRowThreads, 0, stream);
+  char const* wrong = launch(sm90::backward_preprocess_kernel<T>, p, blocks, sm90::kRowThreads, 0, stream);
   if (!wrong && p.dsinks) {
     int const bytes = sm90::kRowWarps * 16;
-    wrong = launch(sm90::sinks_kernel<T>, p, p.batch * p.heads_q, sm90::kRowThreads, bytes, stream);
+    wrong = launch(sm90::backward_dsinks_kernel<T>, p, p.batch * p.heads_q, sm90::kRowThreads, bytes, stream);
   }
   return wrong;
 }

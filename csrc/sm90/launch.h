@@ -23,15 +23,15 @@ char const* launch_forward(ForwardParams const& p, MakeMaps make_maps, int block
 
 // dk and dv, and if the kernel is fused dq out of its sums.
 template <class C>
-char const* launch_keys(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
+char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 
 // dq.
 template <class C>
-char const* launch_queries(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
+char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 
 // lse_log2, delta and zeros in dq_sums, which the others need; and dsinks.
 template <class T>
-char const* launch_rows(BackwardParams const& p, cudaStream_t stream);
+char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream);
 
 // out and lse of each split.
 template <class C>

@@ -1,4 +1,4 @@
-// Which part of which tensor each tensor map of a kernel shows. Host code; who includes it says how one map is encoded:
+// The part of a tensor that each tensor map of a kernel covers. Host code; the including file defines encode():
 // host.cu through the driver, emulator/library.cpp for the emulated machine.
 #pragma once
 #include "backward.h"

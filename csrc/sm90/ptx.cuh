@@ -125,7 +125,7 @@ FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" 
 
 // Keeps what x depends on above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
 // keeps its order with memory operations: a store that never happens, because x is never negative, pins it.
-FA_DEVICE void hold_above_wait(uint32 address, float x) {
+FA_DEVICE void pin_above_wait(uint32 address, float x) {
   asm volatile("{.reg .pred p; setp.lt.f32 p, %1, 0f00000000; @p st.shared.f32 [%0], %1;}" ::"r"(address), "f"(x)
                : "memory");
 }
@@ -268,7 +268,7 @@ FA_DEVICE uint32 k_major(uint32 address) { return (address >> 4) | (1u << 16); }
 // M- or N-major: the other dimension lies along the rows (V): its next 64 columns are one chunk further.
 FA_DEVICE uint32 n_major(uint32 address, int rows) { return (address >> 4) | ((rows * kRowBytes >> 4) << 16); }
 
-// What to add to a descriptor to move k columns (K-major, chunks of `rows` rows) or k rows (N-major) on; 16 divides k.
+// Increment of a descriptor for k columns (K-major, chunks of `rows` rows) or k rows (N-major); k is a multiple of 16.
 FA_DEVICE constexpr uint32 k_major_step(int rows, int k) {
   return (k / kChunkColumns * rows * kRowBytes + k % kChunkColumns * 2) >> 4;
 }

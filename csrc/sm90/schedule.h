@@ -1,4 +1,4 @@
-// Which tile a block works on next. Blocks are persistent: block b takes tiles b, b + blocks, ... The producer walks
+// The tile scheduler of the forward kernel. Blocks are persistent: block b takes tiles b, b + blocks, ... The producer walks
 // this sequence and leaves each tile in shared memory beside its Q; consumers read it there, as often as they need it,
 // and so spend no registers on it while they compute.
 //

@@ -1,4 +1,4 @@
-// What producer and consumers of the forward kernel have in common: arguments, shared memory, rings, ranges of keys.
+// Shared by producer and consumers of the forward kernel: arguments, shared memory, rings, ranges of keys.
 #pragma once
 #include "../common/mask.h"
 #include "../common/params.h"

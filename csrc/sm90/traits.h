@@ -1,10 +1,10 @@
-// What is fixed when a forward kernel is compiled: tile, flags, and the map of shared memory that follows from them.
+// Compile-time constants of the forward kernel: tile, flags, and the map of shared memory that follows from them.
 #pragma once
 #include "../common/params.h"
 
 // The experiments of docs/measured.md, one macro each; the defaults are what is shipped.
-#ifndef FA_HOLD
-#define FA_HOLD 1  // keep the exponentials under the P V product (ptx.cuh, hold_above_wait)
+#ifndef FA_EXP_OVERLAP
+#define FA_EXP_OVERLAP 1  // exp/PV overlap barrier: keeps the exponentials under the P V product (ptx.cuh, pin_above_wait)
 #endif
 
 namespace fa::sm90 {
@@ -17,7 +17,7 @@ template <class T, int D_QK_, int D_V_, int BLOCK_M_, int BLOCK_N_, int STAGES_,
 struct ForwardTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  static constexpr bool PINGPONG = PINGPONG_, BAND = BAND_, SOFTCAP = SOFTCAP_, HOLD = FA_HOLD;
+  static constexpr bool PINGPONG = PINGPONG_, BAND = BAND_, SOFTCAP = SOFTCAP_, EXP_OVERLAP = FA_EXP_OVERLAP;
 
   // Warpgroup 0 produces; the others own 64 query rows each. 65536 registers are shared out between them.
   static constexpr int CONSUMERS = BLOCK_M / 64, THREADS = kWarpgroup * (CONSUMERS + 1);

@@ -16,8 +16,10 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
-# Computes (out, lse) for calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
-Run = Callable[..., tuple[Tensor, Tensor]]
+# Serves calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
+Run = Callable[..., tuple[Tensor, ...]]
+# What a forward pass gives: out, lse, and lse_low, which rounding took from lse.
+Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Capabilities:
 class Backend:
     """One implementation of the spec.
 
-    ``out`` is contiguous and shaped ``inputs.out_shape()``; ``lse`` is contiguous fp32 (fp64 for fp64 inputs) and
-    shaped ``inputs.lse_shape()``. They mean the same in every backend, so one may run forward and another backward.
+    ``out`` is contiguous and shaped ``inputs.out_shape()``; ``lse`` and ``lse_low`` are contiguous fp32 (fp64 for fp64
+    inputs) and shaped ``inputs.lse_shape()``; ``numerics.py`` says why there are two. They mean the same in every
+    backend, so one may run forward and another backward.
     """
 
     name: str
@@ -73,8 +76,8 @@ class Backend:
         """Why this backend, which can serve ``problem``, should not do so unless asked by name; [] means it may."""
         return []
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """``(out, lse)`` as the spec defines them. A backend that serves caches alone has neither this nor backward."""
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
+        """``(out, lse, lse_low)``. A backend that serves caches alone has neither this nor ``backward``."""
         raise NotImplementedError(f"the {self.name} backend serves caches alone")
 
     def backward(
@@ -83,6 +86,7 @@ class Backend:
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],
@@ -101,8 +105,13 @@ class Backend:
     def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
         """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
 
-        It is called where nothing has a gradient. None: there is no shorter way than ``forward``.
+        The function reads the addresses of q, k and v alone: their shapes and strides are those of ``inputs``, and it
+        may be given any view that begins at the same element. None: there is no shorter way than ``forward``.
         """
+        return None
+
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+        """``(dq, dk, dv)`` as a function of contiguous dout, out, lse and lse_low, and of q, k and v; as above."""
         return None
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:

@@ -1,10 +1,7 @@
-"""Where the C++ sources lie, and where what is compiled from them at first use is kept. Standard library only."""
+"""The C++ sources of the kernels."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 
@@ -13,23 +10,3 @@ def source_folder() -> Path:
     package = Path(__file__).parents[1]
     installed = package / "csrc"
     return installed if installed.is_dir() else package.parent / "csrc"
-
-
-def cache_folder() -> Path:
-    """``FASTATTN_CACHE``, or ``~/.cache/fastattn``."""
-    given = os.environ.get("FASTATTN_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "fastattn"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Make ``path`` hold ``content``, at once: nobody ever sees a part of it. OSError where it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

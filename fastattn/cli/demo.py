@@ -189,7 +189,7 @@ def _sample(report: Report, outcome: Outcome, target: torch.device) -> None:
     from fastattn.lm.generate import Sampling, stream_text
 
     with report.section("What it writes"):
-        model, tokenizer = outcome.checkpoint.load_model(target), outcome.checkpoint.tokenizer()
+        model, tokenizer = outcome.checkpoint.load_pretrained(target), outcome.checkpoint.tokenizer()
         samples = {}
         for prompt in PROMPTS:
             pieces = stream_text(model, tokenizer, prompt, 60, Sampling(temperature=0.7, top_p=0.9, seed=0))

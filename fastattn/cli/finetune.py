@@ -80,7 +80,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
-    from fastattn.lm.finetune.run import FinetuneConfig, finetune, resumed_config
+    from fastattn.lm.finetune import FinetuneConfig, finetune
+    from fastattn.lm.finetune.config import resumed_config
     from fastattn.lm.train import find_checkpoint
     from fastattn.lm.train.parallel import joined, ranks
 

@@ -75,15 +75,18 @@ def _add_strategy(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.lm.generate import Sampling, Texts
+    from fastattn.lm.load import load_model
     from fastattn.lm.train import find_checkpoint
     from fastattn.lm.train.marks import Marks
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
     _check(args)
     checkpoint = find_checkpoint(args.checkpoint)
-    model = checkpoint.load_model(device.choose(args.device), args.attention)
+    model = load_model(checkpoint, device.choose(args.device), args.attention)
     if model.config.kind not in ("decoder", "encoder-decoder"):
-        raise DataError(f"{checkpoint.folder} is an {model.config.kind}, which writes no text: see fastattn evaluate.")
+        raise DataError(
+            f"{checkpoint.folder} is an {model.config.kind}, which generates no text: see fastattn evaluate."
+        )
     tokenizer = checkpoint.tokenizer()
     start, end, target = Marks.of(tokenizer).names(tokenizer)
     texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=args.stop)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastattn import ops
+from fastattn import numerics, ops
 from fastattn.dispatch import check_name, requested
 from fastattn.errors import input_error
 from fastattn.functional import Window, attention, dense_problem
@@ -285,21 +285,22 @@ class _Ring(torch.autograd.Function):
         mine, needs_grad = sharding.runs(length, sharding.rank), any(ctx.needs_input_grad)
         dtype = lse_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
-        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=dtype)
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), numerics.NEVER, dtype=dtype)
+        low = torch.zeros_like(lse)
         for source, (k_there, v_there) in _travelling((k, v), sharding):
             for block in _blocks(mine, sharding.runs(length, source), length, spec):
                 flat = _flat(q, k_there, v_there, block, backend)
-                out_here, lse_here = torch.ops.fastattn.forward(*flat, needs_grad)
-                _merge(out[:, block.rows], lse[:, :, block.rows], out_here, lse_here)
+                here = torch.ops.fastattn.forward(*flat, needs_grad)
+                _merge(out[:, block.rows], lse[:, :, block.rows], low[:, :, block.rows], here)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, low)
         ctx.sharding, ctx.spec, ctx.backend = sharding, spec, backend
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, low = ctx.saved_tensors
         sharding, spec = ctx.sharding, ctx.spec
         length = q.shape[1] * sharding.size
         mine = sharding.runs(length, sharding.rank)
@@ -307,9 +308,9 @@ class _Ring(torch.autograd.Function):
         for source, (k_there, v_there) in _travelling((k, v), sharding):
             for block in _blocks(mine, sharding.runs(length, source), length, spec):
                 dout_here, out_here = (x[:, block.rows].contiguous() for x in (dout, out))
-                lse_here = lse[:, :, block.rows].contiguous()
+                lses_here = (x[:, :, block.rows].contiguous() for x in (lse, low))
                 flat = _flat(q, k_there, v_there, block, ctx.backend)
-                grads = torch.ops.fastattn.backward(dout_here, None, out_here, lse_here, *flat, NEEDS_QKV)
+                grads = torch.ops.fastattn.backward(dout_here, None, out_here, *lses_here, *flat, NEEDS_QKV)
                 dq[:, block.rows] += grads[0]
                 dk[:, block.keys] += grads[1]
                 dv[:, block.keys] += grads[2]
@@ -323,12 +324,14 @@ def _flat(q: Tensor, k: Tensor, v: Tensor, block: _Block, backend: str | None) -
     return ops.flatten(inputs, block.spec, backend)
 
 
-def _merge(out: Tensor, lse: Tensor, out_here: Tensor, lse_here: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, low: Tensor, here: tuple[Tensor, Tensor, Tensor]) -> None:
     """Add the keys of one block to what is there, in place: weighted by their shares of the softmax."""
-    total = torch.logaddexp(lse, lse_here)
-    share, share_here = ((x - total).exp().nan_to_num(0.0).transpose(1, 2)[..., None] for x in (lse, lse_here))
+    out_here, lse_here, low_here = here
+    merged = numerics.merge_lse(torch.stack([lse, lse_here]), torch.stack([low, low_here]))
+    share, share_here = merged[2].transpose(2, 3)[..., None]
     out.mul_(share).add_(out_here * share_here)
-    lse.copy_(total)
+    lse.copy_(merged[0])
+    low.copy_(merged[1])
 
 
 def _travelling(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

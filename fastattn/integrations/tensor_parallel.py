@@ -49,14 +49,14 @@ def _forward_rule(*args: Any) -> list[tuple[Placements, Placements]]:
     flat = args[:-1]
     rules = []
     for split in _ways(flat):
-        outputs: Placements = [_of("out", split), _of("lse", split)]
+        outputs: Placements = [_of("out", split), _of("lse", split), _of("lse", split)]
         rules.append((outputs, [*_of_inputs(flat, split), None]))
     return rules
 
 
-def _backward_rule(dout: Any, dlse: Any, out: Any, lse: Any, *args: Any) -> list[tuple[Placements, Placements]]:
+def _backward_rule(dout: Any, dlse: Any, *args: Any) -> list[tuple[Placements, Placements]]:
     """The same for ``fastattn::backward``: the gradient of what is shared is a sum over the shards."""
-    flat, needed = args[:-1], args[-1]
+    flat, needed = args[3:-1], args[-1]  # behind out, lse and lse_low
     rules = []
     for split in _ways(flat):
         of_out, of_lse = _of("out", split), _of("lse", split)
@@ -66,7 +66,7 @@ def _backward_rule(dout: Any, dlse: Any, out: Any, lse: Any, *args: Any) -> list
             placement = inputs[TENSORS.index(name)]
             is_shared = is_needed and bool(split) and isinstance(placement, Replicate)
             outputs.append(Partial() if is_shared else placement if is_needed else Replicate())
-        results: Placements = [of_out, None if dlse is None else of_lse, of_out, of_lse]
+        results: Placements = [of_out, None if dlse is None else of_lse, of_out, of_lse, of_lse]
         rules.append((outputs, [*results, *inputs, None]))
     return rules
 

@@ -206,7 +206,7 @@ def _flash_forward(
         raise UnsupportedError("return_debug_mask: fastattn has no debug mask; see fastattn.attention_weights.")
     rng_state = rng.new_rng_state(query.device)  # returned also when unused: the schema wants a tensor
     flat = _flat(query, key, value, dropout_p, is_causal, rng_state, scale)
-    out, lse = torch.ops.fastattn.forward(*flat, query.requires_grad)
+    out, lse, _ = torch.ops.fastattn.forward(*flat, query.requires_grad)
     results = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
     results = results.copy_(out.transpose(1, 2))  # in the memory order of query, as torch promises
     unused = rng_state.new_zeros(()).view(torch.uint64)
@@ -237,7 +237,8 @@ def _flash_backward(
     flat = _flat(query, key, value, dropout_p, is_causal, philox_seed.view(torch.int64), scale)
     grad_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
     needs = [True, True, True, False, False]
-    grads = torch.ops.fastattn.backward(grad_out, None, out, logsumexp.contiguous(), *flat, needs)
+    lse = logsumexp.contiguous()  # torch keeps no more of it
+    grads = torch.ops.fastattn.backward(grad_out, None, out, lse, torch.zeros_like(lse), *flat, needs)
     dq, dk, dv = (x.transpose(1, 2) for x in grads[:3])
     return dq, dk, dv
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.measure.peers import Forward, pass_call
 from fastattn.measure.workload import Operands
 from fastattn.problem import Grads, Inputs
@@ -188,7 +188,7 @@ def judge(part: Part, operands: Operands, out: Tensor, gradients: Sequence[Tenso
         total, inside = grad.double().abs().sum(), found[f"d{name}"].double().abs().sum()
         if not torch.isclose(total, inside, rtol=1e-9):
             return Verdict(False, math.inf, f"d{name} where dout is zero")
-    lse = reference.forward(sample.inputs, sample.spec)[1]  # peers return none, and it is not judged
+    _, *lse = reference.forward(sample.inputs, sample.spec)  # peers return none, and it is not judged
     rows = tolerance.measure(_Found(found, lse), sample)
     judged = [row for row in rows if not row.name.startswith("lse")]
     worst = max(judged, key=_share)
@@ -208,12 +208,13 @@ class _Found(Backend):
     name = "found"
     capabilities = Capabilities()
 
-    def __init__(self, found: dict[str, Tensor], lse: Tensor) -> None:
+    def __init__(self, found: dict[str, Tensor], lse: Sequence[Tensor]) -> None:
         self._found = found
         self._lse = lse
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        return self._found["out"], self._lse
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
+        lse, lse_low = self._lse
+        return self._found["out"], lse, lse_low
 
     def backward(
         self,
@@ -221,6 +222,7 @@ class _Found(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],

@@ -6,13 +6,13 @@ The timer, the gate, the memory meter and the peers are those of ``python -m ben
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastattn.files import replaced_file
 from fastattn.measure.comparison import Effort, compare_peers
 from fastattn.measure.peers import EAGER, SDPA, fastattn_peer
 from fastattn.measure.timing import Timing
@@ -119,10 +119,8 @@ class SpeedReport:
         panels[0].set_ylabel("ms, forward and backward")
         panels[0].legend()
         _memory_panel(panels[-1], self.entries)
-        target = Path(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".png", delete=False) as file:
-            figure.savefig(file)
-        os.replace(file.name, target)
+        with replaced_file(Path(path)) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def speed_table(device: str = "cpu", quick: bool = True) -> SpeedReport:

@@ -81,7 +81,7 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
     arithmetic = reference.compute_dtype(sample.inputs)
     return [
         row
-        for name in exact
+        for name in condition
         for row in _judge(name, found[name], exact[name], eager[name], condition[name], arithmetic)
     ]
 
@@ -98,10 +98,10 @@ def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, 
     exact, eager = _reference(exact_sample, None), _reference(rounded_sample, rounded_sample.inputs.q.dtype)
     condition = _condition(exact_sample, exact)
     arithmetic = reference.compute_dtype(rounded_sample.inputs)
-    shaped = {name: x.view(exact[name].shape) for name, x in found.items()}
+    shaped = {name: x.view(exact[name].shape) for name, x in found.items() if name in condition}
     return [
         row
-        for name in exact
+        for name in condition
         for row in _judge(f"{name}{suffix}", shaped[name], exact[name], eager[name], condition[name], arithmetic)
     ]
 
@@ -125,10 +125,11 @@ def run(forward: Backend, sample: Sample, backward: Backend) -> Results:
     """Results by name, computed with poisoned memory and held to the contract of backends."""
     inputs, spec = sample.inputs, sample.spec
     with poisoned():
-        out, lse = forward.forward(inputs, spec)
+        out, lse, lse_low = forward.forward(inputs, spec)
         _check_contract("out", out, inputs.out_shape(), inputs.q.dtype, needs_contiguous=True)
-        _check_contract("lse", lse, inputs.lse_shape(), reference.lse_dtype(inputs.q.dtype), needs_contiguous=True)
-        grads = backward.backward(sample.dout, sample.dlse, out, lse, inputs, spec, sample.needs)
+        for name, x in (("lse", lse), ("lse_low", lse_low)):
+            _check_contract(name, x, inputs.lse_shape(), reference.lse_dtype(inputs.q.dtype), needs_contiguous=True)
+        grads = backward.backward(sample.dout, sample.dlse, out, lse, lse_low, inputs, spec, sample.needs)
     results = {"out": out, "lse": lse} | _named(grads, sample.needs)
     for name in sample.needs:
         like = getattr(inputs, name)
@@ -185,11 +186,10 @@ def _in_float64(sample: Sample) -> Sample:
 
 
 def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
-    out, lse = reference.forward(sample.inputs, sample.spec, dtype)
-    grads = reference.backward(
-        sample.dout, sample.dlse, out, lse, sample.inputs, sample.spec, sample.needs, dtype=dtype
-    )
-    return {"out": out, "lse": lse} | _named(grads, sample.needs)
+    inputs, spec = sample.inputs, sample.spec
+    out, lse, low = reference.forward(inputs, spec, dtype)
+    grads = reference.backward(sample.dout, sample.dlse, out, lse, low, inputs, spec, sample.needs, dtype)
+    return {"out": out, "lse": lse, "lse_low": low} | _named(grads, sample.needs)
 
 
 def _judge(
@@ -261,7 +261,7 @@ def _score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor |
     full = (batch, inputs.heads_q, inputs.q.shape[-3], inputs.k.shape[-3])
     bias = inputs.q.new_zeros(full) if inputs.bias is None else inputs.bias.expand(full)
     inputs = inputs.replace(bias=bias)
-    grads = reference.backward(dout, dlse, exact["out"], exact["lse"], inputs, sample.spec, ("bias",))
+    grads = reference.backward(dout, dlse, exact["out"], exact["lse"], exact["lse_low"], inputs, sample.spec, ("bias",))
     assert grads.dbias is not None
     return grads.dbias
 

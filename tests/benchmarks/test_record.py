@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import report, tables
-from benchmarks.record import Record, read, write_atomically
+from benchmarks.record import Record, read
 from fastattn.errors import DataError, InputError
+from fastattn.files import write_text
 
 CPU = torch.device("cpu")
 ROOT = report.RESULTS.parent.parent
@@ -42,14 +43,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_record(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    write_atomically(path, "old")
+    write_text(path, "old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(path, "new")
+    with pytest.raises(DataError, match="disk is full"):
+        write_text(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["record.json"]
 
 
@@ -161,7 +162,7 @@ def test_plots_are_drawn_for_what_there_is(tmp_path):
 
 
 def test_regions_are_rewritten_and_the_rest_is_left_alone(tmp_path):
-    write_atomically(tmp_path / "results" / "cpu.json", json.dumps(ops_record()))
+    write_text(tmp_path / "results" / "cpu.json", json.dumps(ops_record()))
     text = "# Title\n<!-- results:cpu -->\nold numbers\n<!-- /results:cpu -->\nafter\n"
     new = report.rendered(text, tmp_path / "results", tmp_path)
     assert new.startswith("# Title\n<!-- results:cpu -->\n") and new.endswith("<!-- /results:cpu -->\nafter\n")

@@ -148,7 +148,7 @@ def test_objectives_of_train(tmp_path, capsys):
         assert re.search(f"objective +{objective}", capsys.readouterr().out)
         assert find_checkpoint(run).config().kind == kind
         assert main(["evaluate", "--checkpoint", str(run), "--data", str(tmp_path / "1.txt"), "--quiet"]) == 0
-    fails(capsys, ["generate", "--checkpoint", tmp_path / "runs" / "masked"], "is an encoder, which writes no text")
+    fails(capsys, ["generate", "--checkpoint", tmp_path / "runs" / "masked"], "is an encoder, which generates no text")
     command = ["generate", "--checkpoint", str(tmp_path / "runs" / "span"), "--prompt", "the source", "--tokens", "4"]
     for how in (["--temperature", "0"], ["--beams", "2"]):
         assert main([*command, *how]) == 0
@@ -193,7 +193,9 @@ def test_errors(out, data, tmp_path, capsys):
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "Give one file of examples for classify")
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, "--limit", "0"], "--limit: got 0")
     fails(capsys, ["evaluate", "--checkpoint", tmp_path / "no", "--data", data], "does not exist")
-    fails(capsys, ["generate", "--checkpoint", out, "--prompt", "x"], "is a model for classify, which writes no text")
+    fails(
+        capsys, ["generate", "--checkpoint", out, "--prompt", "x"], "is a model for classify, which generates no text"
+    )
     fails(capsys, ["example", "code", "--out", out], "holds something already: choose another --out")
     fails(capsys, ["example", "code", "--out", tmp_path / "e", "--steps", "0"], "--steps: got 0")
 

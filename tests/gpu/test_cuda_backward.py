@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.backends.cuda.instances import Instance, KeysTile, QueriesTile, backward_instances
+from fastattn.backends.cuda.instances import DkdvConfig, DqConfig, Instance, backward_instances
 from fastattn.problem import Problem
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.inputs import make
@@ -47,13 +47,13 @@ def deterministic() -> Iterator[None]:
 
 
 def cases_of(instance: Instance) -> list[Case]:
-    """Problems that reach the kernel: several tiles of rows and keys, with neither a multiple of a block."""
-    tile = instance.tile
-    assert isinstance(tile, (KeysTile, QueriesTile))
+    """Problems that reach the kernel: several configs of rows and keys, with neither a multiple of a block."""
+    config = instance.config
+    assert isinstance(config, (DkdvConfig, DqConfig))
     # A kernel that computes only some gradients is asked for those, else the fused one would serve.
-    needs = ("q",) if isinstance(tile, QueriesTile) else ("q", "k", "v", "sinks") if tile.fused else ("k", "v")
-    sizes = {"D_qk": tile.d_qk, "D_v": tile.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
-    common: dict[str, Any] = {**sizes, "needs": needs, **({"softcap": 8.0} if tile.softcap else {})}
+    needs = ("q",) if isinstance(config, DqConfig) else ("q", "k", "v", "sinks") if config.fused else ("k", "v")
+    sizes = {"D_qk": config.d_qk, "D_v": config.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
+    common: dict[str, Any] = {**sizes, "needs": needs, **({"softcap": 8.0} if config.softcap else {})}
     bands: dict[str, dict[str, Any]] = {
         "full": {},
         "causal": {"right": 0},
@@ -67,11 +67,13 @@ def cases_of(instance: Instance) -> list[Case]:
         cases += [
             Case(f"{name}, fewer queries", S_q=333, S_kv=700, nan_rows=some_unkept, **more),
             Case(f"{name}, fewer keys", S_q=700, S_kv=333, sinks=True, dlse=True, **more),
-            Case(f"{name}, one tile", S_q=64, S_kv=64, **more),
+            Case(f"{name}, one config", S_q=64, S_kv=64, **more),
             Case(f"{name}, heads first", S_q=300, S_kv=300, memory="BHSD", **more),
             Case(f"{name}, packed", lengths=((300, 300), (0, 5), (1, 400), (130, 7), (64, 0)), nan_rows=True, **more),
         ]
-    cases.append(Case("smaller head dims", S_q=200, S_kv=200, **{**common, "D_qk": tile.d_qk - 8, "D_v": tile.d_v - 8}))
+    cases.append(
+        Case("smaller head dims", S_q=200, S_kv=200, **{**common, "D_qk": config.d_qk - 8, "D_v": config.d_v - 8})
+    )
     return cases
 
 

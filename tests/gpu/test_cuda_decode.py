@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn.backends import cuda
 from fastattn.backends.cuda import decode
-from fastattn.backends.cuda.instances import DecodeTile, Instance, decode_instances
+from fastattn.backends.cuda.instances import DecodeConfig, Instance, decode_instances
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem
 from fastattn.spec import AttentionSpec
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
@@ -66,10 +66,10 @@ def check(case: CacheCase) -> None:
 
 def cases_of(instance: Instance) -> list[CacheCase]:
     """Problems that the kernel serves: short and long caches, one split and many, every way to hold pages."""
-    tile = instance.tile
-    assert isinstance(tile, DecodeTile)
-    more: dict[str, Any] = {"D_qk": tile.d_qk, "D_v": tile.d_v, "dtype": getattr(torch, instance.dtype)}
-    more |= {"softcap": 8.0} if tile.softcap else {}
+    config = instance.config
+    assert isinstance(config, DecodeConfig)
+    more: dict[str, Any] = {"D_qk": config.d_qk, "D_v": config.d_v, "dtype": getattr(torch, instance.dtype)}
+    more |= {"softcap": 8.0} if config.softcap else {}
     long: dict[str, Any] = {**more, "before": (5000, 0, 3111), "sinks": True}
     cases = [
         CacheCase("one token", **more),
@@ -81,7 +81,7 @@ def cases_of(instance: Instance) -> list[CacheCase]:
         CacheCase("many heads", page_size=16, **{**long, "before": (300, 0, 77), "H_q": 140, "H_kv": 2}),
     ]
     cases += [CacheCase(f"pages of {size}", page_size=size, **long) for size in (1, 2, 8, 24, 100, 128, 256)]
-    smaller = {**long, "D_qk": tile.d_qk - 8, "D_v": tile.d_v - 8}
+    smaller = {**long, "D_qk": config.d_qk - 8, "D_v": config.d_v - 8}
     return [*cases, CacheCase("smaller head dims", page_size=32, **smaller)]
 
 

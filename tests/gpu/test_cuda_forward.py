@@ -37,12 +37,12 @@ def _on_hopper() -> None:
 
 
 def cases_of(instance: Instance) -> list[Case]:
-    """Problems that the kernel serves: several tiles of rows and keys, with neither a multiple of a block."""
-    tile = instance.tile
-    sizes = {"D_qk": tile.d_qk, "D_v": tile.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
-    softcap = {"softcap": 8.0} if tile.softcap else {}
+    """Problems that the kernel serves: several configs of rows and keys, with neither a multiple of a block."""
+    config = instance.config
+    sizes = {"D_qk": config.d_qk, "D_v": config.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
+    softcap = {"softcap": 8.0} if config.softcap else {}
     bands: dict[str, dict[str, Any]] = {"no band": {}}
-    if tile.band:
+    if config.band:
         bands = {
             "causal": {"right": 0},
             "causal, upper left": {"right": 0, "anchor": "upper_left"},
@@ -55,12 +55,12 @@ def cases_of(instance: Instance) -> list[Case]:
         cases += [
             Case(f"{name}, fewer queries", S_q=333, S_kv=700, nan_rows=some_unkept, **more),
             Case(f"{name}, fewer keys", S_q=700, S_kv=333, sinks=True, **more),
-            Case(f"{name}, one tile", S_q=64, S_kv=64, **more),
+            Case(f"{name}, one config", S_q=64, S_kv=64, **more),
             Case(f"{name}, no keys", S_q=70, S_kv=0, **more),
             Case(f"{name}, heads first", S_q=300, S_kv=300, memory="BHSD", **more),
             Case(f"{name}, packed", lengths=((300, 300), (0, 5), (1, 400), (130, 7), (64, 0)), nan_rows=True, **more),
         ]
-    smaller = {**sizes, "D_qk": tile.d_qk - 8, "D_v": tile.d_v - 8}
+    smaller = {**sizes, "D_qk": config.d_qk - 8, "D_v": config.d_v - 8}
     cases.append(Case("smaller head dims", S_q=200, S_kv=200, needs=(), **{**smaller, **softcap, **band}))
     return cases
 

@@ -46,7 +46,7 @@ LONG = {"page_size": 64, "D_qk": 128, "D_v": 128, "H_q": 8, "dtype": torch.bfloa
     ids=lambda case: case.id,
 )
 def test_long_caches(case: testing.CacheCase) -> None:
-    """In many parts, and in blocks of many rows."""
+    """In many splits, and in blocks of many rows."""
     testing.assert_within(testing.measure_cache(load("triton"), testing.make_cache_sample(case, "cuda")))
 
 
@@ -102,9 +102,9 @@ def test_caches_of_more_than_2_to_the_31_elements(monkeypatch: pytest.MonkeyPatc
     free, _ = torch.cuda.mem_get_info()
     if free < 24 << 30:
         pytest.skip(f"needs 24 GiB of free GPU memory, there are {free / 2**30:.0f}")
-    from fastattn.backends.triton import launch_cache
+    from fastattn.backends.triton import launch_decode
 
-    monkeypatch.setattr(launch_cache, "parts", lambda *_: 8)
+    monkeypatch.setattr(launch_decode, "splits", lambda *_: 8)
     k = torch.randn(5, 2**17, 32, 128, device="cuda", dtype=torch.bfloat16)
     assert k.numel() > 2**31
     q = torch.randn(5, 1, 32, 128, device="cuda", dtype=torch.bfloat16)

@@ -57,7 +57,7 @@ def fingerprint(csrc: Path) -> str:
 
 
 def build_library(target: Path, csrc: Path) -> None:
-    """The shared library at ``target``, complete or not at all. Raises BuildError with the compiler's words."""
+    """Write the shared library to ``target``. Raises BuildError with the compiler's words."""
     compiler, names = find_compiler(), machines()
     listed = " ".join(f"X({name})" for name in names)
     common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}"]
@@ -69,12 +69,8 @@ def build_library(target: Path, csrc: Path) -> None:
         defined = (f"-DFA_MACHINES(X)={listed}", f'-DFA_SOURCES="{fingerprint(csrc)}"')
         commands.append([*common, *defined, "-c", library, "-o", objects[-1]])
         _run(commands)
-        built = Path(folder, LIBRARY)
-        _run([[compiler, "-shared", *objects, "-o", str(built)]])
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        shutil.copyfile(built, unfinished)
-        os.replace(unfinished, target)
+        _run([[compiler, "-shared", *objects, "-o", str(target)]])
 
 
 def _run(commands: list[list[str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fastattn.backends import native
 from fastattn.backends.cpu import build
 from fastattn.backends.cpu.build import BuildError
+from fastattn.files import cache_root, replaced_file
 
 PATH = Path(__file__).with_name(build.LIBRARY)
 VERSION = 1  # kVersion of csrc/cpu/params.h
@@ -107,8 +108,9 @@ def delivered() -> tuple[Library | None, str]:
 def _compiled() -> Library:
     """The library from the cache folder, compiled if it is not there."""
     source = native.source_folder()
-    path = native.cache_folder() / f"{build.fingerprint(source)}-{build.LIBRARY}"
+    path = cache_root() / f"{build.fingerprint(source)}-{build.LIBRARY}"
     if not path.exists():
         log.warning("fastattn: compiling the CPU kernels, once; this takes some seconds")
-        build.build_library(path, source)
+        with replaced_file(path) as temporary:
+            build.build_library(temporary, source)
     return Library(path)

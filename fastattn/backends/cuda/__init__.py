@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities
+from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 256
 
 @functools.cache
 def _delivered() -> tuple[library.Library | nvrtc.NvrtcKernels | None, str]:
-    """What launches the kernels, and how it came to be; None and why there is nothing."""
+    """The launcher of the kernels and how it was obtained; None and the reason if there is none."""
     if library.PATH.exists():
         try:
             return library.Library(), "built with the package"
@@ -60,7 +60,7 @@ def _current_stream(device: torch.device) -> Iterator[int]:
 
 
 def delivery() -> str:
-    """How the CUDA kernels come to this machine: built, compiled at first use, or why there are none."""
+    """The source of the CUDA kernels: built, compiled at first use, or the reason why there are none."""
     return _delivered()[1]
 
 
@@ -92,10 +92,10 @@ class CudaBackend(Backend):
         return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
-        """Why it should not serve unless asked by name: there is no evidence yet that it is right, or fast."""
+        """The reason against automatic selection: no kernel has run on a GPU yet."""
         return ["not yet run on a GPU"]
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
         q = inputs.q
@@ -103,7 +103,7 @@ class CudaBackend(Backend):
         lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
         with _current_stream(q.device) as stream:
             kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
-        return out, lse
+        return out, lse, torch.zeros_like(lse)
 
     def backward(
         self,
@@ -111,6 +111,7 @@ class CudaBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],
@@ -128,7 +129,7 @@ class CudaBackend(Backend):
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many blocks run at a time: one, where the device is emulated."""
+    """The number of blocks that run at a time; 1 on an emulated device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

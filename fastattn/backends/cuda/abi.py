@@ -1,6 +1,6 @@
 """The flat structs of ``csrc/common/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
-``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/unit/test_build.py holds them against C++.
+``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/project/test_build.py holds them against C++.
 Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
 some query keeps, the padding of the backward pass's own tensors.
 """

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.cuda import abi
-from fastattn.backends.cuda.instances import keys_tiles, select_keys
+from fastattn.backends.cuda.instances import dkdv_configs, select_dkdv
 from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
 class BackwardProblem:
-    """What ``Backend.backward`` is given."""
+    """The arguments of ``Backend.backward``."""
 
     dout: Tensor
     dlse: Tensor | None
@@ -54,15 +54,15 @@ def fused_columns(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> 
     """The columns of the sums for dq if one kernel computes everything; None if two do."""
     if not {"q", "k", "v"} <= set(needs) or torch.are_deterministic_algorithms_enabled():
         return None
-    tile = select_keys(_tiles(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
-    return None if tile is None else tile.d_qk
+    config = select_dkdv(_configs(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
+    return None if config is None else config.d_qk
 
 
-_tiles = functools.cache(keys_tiles)
+_configs = functools.cache(dkdv_configs)
 
 
 def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
-    """What the kernels write. dk and dv come together; where a side has no rows, the other side's gradients are 0."""
+    """The outputs of the kernels. dk and dv come together; if a side has no rows, the other side's gradients are 0."""
     q, k, v = inputs.q, inputs.k, inputs.v
     has_pairs = q.numel() > 0 and k.numel() > 0
     dsinks = None

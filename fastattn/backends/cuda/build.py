@@ -24,7 +24,7 @@ LIBRARY = "libfastattn.so"
 
 
 class BuildError(Exception):
-    """Why the library cannot be built here."""
+    """The library cannot be built; the message says why."""
 
 
 def find_nvcc() -> str:
@@ -59,8 +59,8 @@ def first_line(text: str) -> str:
 
 def instance_source(instance: Instance) -> str:
     """A file that holds one kernel."""
-    tile = instance.tile
-    function = f"fa::{tile.launcher}<{instance.traits}>({tile.launcher_arguments})"
+    config = instance.config
+    function = f"fa::{config.launcher}<{instance.traits}>({config.launcher_arguments})"
     return f'#include "sm90/launch.cuh"\ntemplate char const* {function};\n'
 
 
@@ -124,9 +124,7 @@ def build(
 
 
 def build_library(folder: Path, target: Path, csrc: Path, instances: Sequence[Instance]) -> None:
-    """The shared library at ``target``, complete or not at all; ``folder`` keeps what need not be compiled again."""
+    """Write the shared library to ``target``; ``folder`` keeps what need not be compiled again."""
     build(folder, LIBRARY, csrc, instances)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".tmp")
-    shutil.copyfile(folder / LIBRARY, unfinished)
-    os.replace(unfinished, target)
+    shutil.copyfile(folder / LIBRARY, target)

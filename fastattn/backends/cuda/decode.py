@@ -57,7 +57,7 @@ def attend(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How query heads and positions fill tiles of 64 rows. Each K/V head has ``tiles`` of them."""
+    """The query heads and positions of a tile of 64 rows, and the number of ``tiles`` of each K/V head."""
 
     heads: int
     positions: int

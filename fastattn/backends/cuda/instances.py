@@ -1,4 +1,4 @@
-"""Which kernels exist: ``csrc/sm90/instances.inc`` as objects, and which of them serves a problem.
+"""The kernels: ``csrc/sm90/instances.inc`` as objects, and the selection of one for a problem.
 
 Only the standard library is imported: ``setup.py``, the gates and the emulator read this before torch is there.
 """
@@ -13,12 +13,12 @@ from typing import ClassVar, TypeVar
 
 DTYPES = ("bfloat16", "float16")  # in the order of Dtype in csrc/common/params.h
 TAGS = {"bfloat16": "Bf16", "float16": "F16"}
-ROW_THREADS = 256  # kRowThreads of csrc/sm90/rows.cuh
+ROW_THREADS = 256  # kRowThreads of csrc/sm90/backward.h
 PADDED_ROWS = 128  # kPaddedRows of csrc/common/params.h
 
 
 @dataclass(frozen=True)
-class Tile:
+class ForwardConfig:
     """A FORWARD line of ``instances.inc``; the fields are its numbers, in order."""
 
     d_qk: int
@@ -48,7 +48,7 @@ class Tile:
 
     @property
     def label(self) -> str:
-        """What tells its kernels from others of the same macro and dtype."""
+        """A name that differs from all others of the same macro and dtype."""
         form = "softcap" if self.softcap else "band" if self.band else "full"
         return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
 
@@ -62,8 +62,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class KeysTile:
-    """A KEYS line: dk and dv of ``block_n`` keys, and if it is fused their part of dq."""
+class DkdvConfig:
+    """A BACKWARD_DKDV line: dk and dv of ``block_n`` keys, and if it is fused their part of dq."""
 
     d_qk: int
     d_v: int
@@ -73,11 +73,11 @@ class KeysTile:
     stages: int
     fused: int
 
-    macro: ClassVar[str] = "KEYS"
-    header: ClassVar[str] = "sm90/keys.cuh"
+    macro: ClassVar[str] = "BACKWARD_DKDV"
+    header: ClassVar[str] = "sm90/backward_dkdv.cuh"
     arguments: ClassVar[str] = "BackwardArgs"
-    function: ClassVar[str] = "differentiate_keys"
-    launcher: ClassVar[str] = "launch_keys"
+    function: ClassVar[str] = "backward_dkdv"
+    launcher: ClassVar[str] = "launch_backward_dkdv"
     launcher_arguments: ClassVar[str] = "fa::BackwardParams const&, fa::MakeBackwardMaps, cudaStream_t"
     threads: ClassVar[int] = 384
 
@@ -98,15 +98,17 @@ class KeysTile:
     def traits(self, tag: str) -> str:
         """The C++ type that stands for it: csrc/sm90/backward_traits.h."""
         sizes = f"{self.block_m}, {self.block_n}, {self.stages}, {_flags(self.fused)}"
-        return f"fa::sm90::KeysTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
+        return (
+            f"fa::sm90::BackwardDkdvTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
+        )
 
     def serves(self, d_qk: int, d_v: int, softcap: bool, fused: bool) -> bool:
         return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap and fused == self.fused
 
 
 @dataclass(frozen=True)
-class QueriesTile:
-    """A QUERIES line: dq of 128 query rows."""
+class DqConfig:
+    """A BACKWARD_DQ line: dq of 128 query rows."""
 
     d_qk: int
     d_v: int
@@ -115,12 +117,12 @@ class QueriesTile:
     k_stages: int
     v_stages: int
 
-    macro: ClassVar[str] = "QUERIES"
-    header: ClassVar[str] = "sm90/queries.cuh"
+    macro: ClassVar[str] = "BACKWARD_DQ"
+    header: ClassVar[str] = "sm90/backward_dq.cuh"
     arguments: ClassVar[str] = "BackwardArgs"
-    function: ClassVar[str] = "differentiate_queries"
-    launcher: ClassVar[str] = "launch_queries"
-    launcher_arguments: ClassVar[str] = KeysTile.launcher_arguments
+    function: ClassVar[str] = "backward_dq"
+    launcher: ClassVar[str] = "launch_backward_dq"
+    launcher_arguments: ClassVar[str] = DkdvConfig.launcher_arguments
     threads: ClassVar[int] = 384
     block_m: ClassVar[int] = 128
 
@@ -136,25 +138,31 @@ class QueriesTile:
     def traits(self, tag: str) -> str:
         """The C++ type that stands for it: csrc/sm90/backward_traits.h."""
         sizes = f"{self.block_n}, {self.k_stages}, {self.v_stages}"
-        return f"fa::sm90::QueriesTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
+        return f"fa::sm90::BackwardDqTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
 
     def serves(self, d_qk: int, d_v: int, softcap: bool) -> bool:
         return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap
 
 
 @dataclass(frozen=True)
-class RowsTile:
-    """One of the small kernels of csrc/sm90/rows.cuh: "prepare", "sinks", or "finish" after a fused kernel."""
+class RowwiseConfig:
+    """A kernel around the large ones that works row by row: backward_preprocess, backward_dsinks, backward_postprocess.
+
+    backward_postprocess belongs to a fused kernel, which ``after`` names.
+    """
 
     function: str
-    after: KeysTile | None = None
+    after: DkdvConfig | None = None
 
-    header: ClassVar[str] = "sm90/rows.cuh"
     arguments: ClassVar[str] = "BackwardParams"
-    macro: ClassVar[str] = "ROWS"
-    launcher: ClassVar[str] = "launch_rows"
+    macro: ClassVar[str] = "ROWWISE"
+    launcher: ClassVar[str] = "launch_backward_preprocess"
     launcher_arguments: ClassVar[str] = "fa::BackwardParams const&, cudaStream_t"
     threads: ClassVar[int] = ROW_THREADS
+
+    @property
+    def header(self) -> str:
+        return "sm90/backward_preprocess.cuh" if self.after is None else "sm90/backward_postprocess.cuh"
 
     @property
     def label(self) -> str:
@@ -165,7 +173,7 @@ class RowsTile:
 
 
 @dataclass(frozen=True)
-class DecodeTile:
+class DecodeConfig:
     """A DECODE line: 64 query rows, or query heads of one K/V head, against a cache."""
 
     d_qk: int
@@ -202,7 +210,7 @@ class DecodeTile:
 
 
 @dataclass(frozen=True)
-class CombineTile:
+class CombineConfig:
     """The kernel that puts splits together."""
 
     header: ClassVar[str] = "sm90/combine.cuh"
@@ -218,26 +226,26 @@ class CombineTile:
         return f"fa::sm90::{tag}"
 
 
-AnyTile = Tile | KeysTile | QueriesTile | RowsTile | DecodeTile | CombineTile
-TABLED = TypeVar("TABLED", Tile, KeysTile, QueriesTile, DecodeTile)
-PREPARE, SINKS = RowsTile("prepare_rows"), RowsTile("differentiate_sink")
-COMBINE = CombineTile()
+AnyConfig = ForwardConfig | DkdvConfig | DqConfig | RowwiseConfig | DecodeConfig | CombineConfig
+TABLED = TypeVar("TABLED", ForwardConfig, DkdvConfig, DqConfig, DecodeConfig)
+PREPROCESS, DSINKS = RowwiseConfig("backward_preprocess"), RowwiseConfig("backward_dsinks")
+COMBINE = CombineConfig()
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel: a tile for a dtype."""
+    """A kernel: a config for a dtype."""
 
-    tile: AnyTile
+    config: AnyConfig
     dtype: str
 
     @property
     def name(self) -> str:
-        return f"{self.tile.macro.lower()}_{self.dtype}_{self.tile.label}"
+        return f"{self.config.macro.lower()}_{self.dtype}_{self.config.label}"
 
     @property
     def traits(self) -> str:
-        return self.tile.traits(TAGS[self.dtype])
+        return self.config.traits(TAGS[self.dtype])
 
 
 def _flags(*flags: int) -> str:
@@ -254,56 +262,56 @@ def _lines(kind: type[TABLED], folder: Path | None) -> list[TABLED]:
     return [kind(*map(int, line.split(","))) for line in lines]
 
 
-def forward_tiles(folder: Path | None = None) -> list[Tile]:
+def forward_configs(folder: Path | None = None) -> list[ForwardConfig]:
     """Every FORWARD line of the table, in order."""
-    return _lines(Tile, folder)
+    return _lines(ForwardConfig, folder)
 
 
-def keys_tiles(folder: Path | None = None) -> list[KeysTile]:
-    return _lines(KeysTile, folder)
+def dkdv_configs(folder: Path | None = None) -> list[DkdvConfig]:
+    return _lines(DkdvConfig, folder)
 
 
-def queries_tiles(folder: Path | None = None) -> list[QueriesTile]:
-    return _lines(QueriesTile, folder)
+def dq_configs(folder: Path | None = None) -> list[DqConfig]:
+    return _lines(DqConfig, folder)
 
 
-def decode_tiles(folder: Path | None = None) -> list[DecodeTile]:
-    return _lines(DecodeTile, folder)
+def decode_configs(folder: Path | None = None) -> list[DecodeConfig]:
+    return _lines(DecodeConfig, folder)
 
 
 def forward_instances(folder: Path | None = None) -> list[Instance]:
-    return [Instance(tile, dtype) for tile in forward_tiles(folder) for dtype in DTYPES]
+    return [Instance(config, dtype) for config in forward_configs(folder) for dtype in DTYPES]
 
 
 def backward_instances(folder: Path | None = None) -> list[Instance]:
     """The large kernels of the backward pass."""
-    tiles: Sequence[AnyTile] = [*keys_tiles(folder), *queries_tiles(folder)]
-    return [Instance(tile, dtype) for tile in tiles for dtype in DTYPES]
+    configs: Sequence[AnyConfig] = [*dkdv_configs(folder), *dq_configs(folder)]
+    return [Instance(config, dtype) for config in configs for dtype in DTYPES]
 
 
 def decode_instances(folder: Path | None = None) -> list[Instance]:
-    return [Instance(tile, dtype) for tile in decode_tiles(folder) for dtype in DTYPES]
+    return [Instance(config, dtype) for config in decode_configs(folder) for dtype in DTYPES]
 
 
 def library_instances(folder: Path | None = None) -> list[Instance]:
     """One for each file of the library: what ``launcher`` is instantiated for."""
-    small = [Instance(tile, dtype) for tile in (PREPARE, COMBINE) for dtype in DTYPES]
+    small = [Instance(config, dtype) for config in (PREPROCESS, COMBINE) for dtype in DTYPES]
     return [*forward_instances(folder), *backward_instances(folder), *decode_instances(folder), *small]
 
 
-def select(tiles: list[Tile], d_qk: int, d_v: int, band: bool, softcap: bool) -> Tile:
+def select(configs: list[ForwardConfig], d_qk: int, d_v: int, band: bool, softcap: bool) -> ForwardConfig:
     """The first line that holds the problem; the host code of the library chooses in the same way."""
-    return next(tile for tile in tiles if tile.serves(d_qk, d_v, band, softcap))
+    return next(config for config in configs if config.serves(d_qk, d_v, band, softcap))
 
 
-def select_keys(tiles: list[KeysTile], d_qk: int, d_v: int, softcap: bool, fused: bool) -> KeysTile | None:
+def select_dkdv(configs: list[DkdvConfig], d_qk: int, d_v: int, softcap: bool, fused: bool) -> DkdvConfig | None:
     """The first line that holds the problem; None if there is no fused kernel for it."""
-    return next((tile for tile in tiles if tile.serves(d_qk, d_v, softcap, fused)), None)
+    return next((config for config in configs if config.serves(d_qk, d_v, softcap, fused)), None)
 
 
-def select_queries(tiles: list[QueriesTile], d_qk: int, d_v: int, softcap: bool) -> QueriesTile:
-    return next(tile for tile in tiles if tile.serves(d_qk, d_v, softcap))
+def select_dq(configs: list[DqConfig], d_qk: int, d_v: int, softcap: bool) -> DqConfig:
+    return next(config for config in configs if config.serves(d_qk, d_v, softcap))
 
 
-def select_decode(tiles: list[DecodeTile], d_qk: int, d_v: int, softcap: bool) -> DecodeTile:
-    return next(tile for tile in tiles if tile.serves(d_qk, d_v, softcap))
+def select_decode(configs: list[DecodeConfig], d_qk: int, d_v: int, softcap: bool) -> DecodeConfig:
+    return next(config for config in configs if config.serves(d_qk, d_v, softcap))

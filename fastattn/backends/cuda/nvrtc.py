@@ -19,23 +19,24 @@ from fastattn.backends import native
 from fastattn.backends.cuda import abi, driver
 from fastattn.backends.cuda.instances import (
     COMBINE,
+    DSINKS,
     DTYPES,
     PADDED_ROWS,
-    PREPARE,
-    SINKS,
-    AnyTile,
-    CombineTile,
+    PREPROCESS,
+    AnyConfig,
+    CombineConfig,
     Instance,
-    RowsTile,
-    decode_tiles,
-    forward_tiles,
-    keys_tiles,
-    queries_tiles,
+    RowwiseConfig,
+    decode_configs,
+    dkdv_configs,
+    dq_configs,
+    forward_configs,
     select,
     select_decode,
-    select_keys,
-    select_queries,
+    select_dkdv,
+    select_dq,
 )
+from fastattn.files import cache_root, replaced_file
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
@@ -80,13 +81,13 @@ def version() -> str:
 
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
-    tile = instance.tile
-    namespace = "fa" if isinstance(tile, (RowsTile, CombineTile)) else "fa::sm90"
-    call = "fa::sm90::differentiate_sink" if tile == SINKS else f"fa::sm90::{tile.function}<Traits>"
+    config = instance.config
+    namespace = "fa" if isinstance(config, (RowwiseConfig, CombineConfig)) else "fa::sm90"
+    call = "fa::sm90::backward_dsinks" if config == DSINKS else f"fa::sm90::{config.function}<Traits>"
     return (
-        f'#include "{tile.header}"\n'
+        f'#include "{config.header}"\n'
         f"using Traits = {instance.traits};\n"
-        f'extern "C" FA_GLOBAL({tile.threads}) {KERNEL}(FA_KERNEL_ARGUMENT {namespace}::{tile.arguments} args) {{\n'
+        f'extern "C" FA_GLOBAL({config.threads}) {KERNEL}(FA_KERNEL_ARGUMENT {namespace}::{config.arguments} args) {{\n'
         f"  {call}(args);\n"
         "}\n"
     )
@@ -129,17 +130,20 @@ def compile_kernel(instance: Instance) -> bytes:
 
 def cache_path(instance: Instance) -> Path:
     text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *OPTIONS, version()])
-    return native.cache_folder() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    return cache_root() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:
     """The cubin of a kernel, from the disk cache if it is there. Without a writable cache it is compiled each time."""
-    path = cache_path(instance)
+    try:
+        path = cache_path(instance)
+    except OSError:  # no home: slower, not wrong
+        return compile_kernel(instance)
     if path.exists():
         return path.read_bytes()
     cubin = compile_kernel(instance)
-    with contextlib.suppress(OSError):  # a read-only home: slower, not wrong
-        native.write_whole(path, cubin)
+    with contextlib.suppress(OSError), replaced_file(path) as temporary:  # nor is a read-only home
+        temporary.write_bytes(cubin)
     return cubin
 
 
@@ -148,8 +152,8 @@ class NvrtcKernels:
 
     def __init__(self) -> None:
         load()
-        self._forward, self._keys, self._queries = forward_tiles(), keys_tiles(), queries_tiles()
-        self._decode = decode_tiles()
+        self._forward, self._dkdv, self._dq = forward_configs(), dkdv_configs(), dq_configs()
+        self._decode = decode_configs()
         self._functions: dict[tuple[int, Instance], ctypes.c_void_p] = {}
 
     def forward(self, fields: abi.Fields) -> None:
@@ -163,10 +167,10 @@ class NvrtcKernels:
         if not (given["batch"] and given["seqlen_q"]):
             return
         dims = given["head_dim_qk"], given["head_dim_v"]
-        tile = select(self._forward, *dims, bool(given["has_band"]), bool(given["has_softcap"]))
+        config = select(self._forward, *dims, bool(given["has_band"]), bool(given["has_softcap"]))
         blocks = given["blocks"] or driver.multiprocessors(given["device"])
-        views = [*input_views(given, tile.block_m, tile.block_n), result_view(given, "out", "q", "head_dim_v")]
-        self._launch(tile, given, views, abi.FORWARD.pack(fields), blocks)
+        views = [*input_views(given, config.block_m, config.block_n), result_view(given, "out", "q", "head_dim_v")]
+        self._launch(config, given, views, abi.FORWARD.pack(fields), blocks)
 
     def backward(self, fields: abi.Fields) -> None:
         """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
@@ -176,20 +180,20 @@ class NvrtcKernels:
         packed = abi.BACKWARD.pack(fields)
         problem = given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"])
         row_blocks = tiles_of(given, "q", PADDED_ROWS)
-        self._launch(PREPARE, given, [], packed, row_blocks)
+        self._launch(PREPROCESS, given, [], packed, row_blocks)
         if given["dsinks"]:
-            self._launch(SINKS, given, [], packed, given["batch"] * given["heads_q"])
+            self._launch(DSINKS, given, [], packed, given["batch"] * given["heads_q"])
         if given["dk"]:
-            keys = select_keys(self._keys, *problem, fused=bool(given["dq_sums"]))
-            assert keys is not None, "sums for dq are given only where a fused kernel holds the problem"
-            views = backward_views(given, keys.block_m, keys.block_n)
-            self._launch(keys, given, views, packed, tiles_of(given, "kv", keys.block_n))
-            if keys.fused:
-                self._launch(RowsTile("finish_rows", keys), given, [], packed, row_blocks)
+            dkdv = select_dkdv(self._dkdv, *problem, fused=bool(given["dq_sums"]))
+            assert dkdv is not None, "sums for dq are given only where a fused kernel holds the problem"
+            views = backward_views(given, dkdv.block_m, dkdv.block_n)
+            self._launch(dkdv, given, views, packed, tiles_of(given, "kv", dkdv.block_n))
+            if dkdv.fused:
+                self._launch(RowwiseConfig("backward_postprocess", dkdv), given, [], packed, row_blocks)
         if given["dq"] and not given["dq_sums"]:
-            queries = select_queries(self._queries, *problem)
-            views = backward_views(given, queries.block_m, queries.block_n)
-            self._launch(queries, given, views, packed, tiles_of(given, "q", queries.block_m))
+            dq = select_dq(self._dq, *problem)
+            views = backward_views(given, dq.block_m, dq.block_n)
+            self._launch(dq, given, views, packed, tiles_of(given, "q", dq.block_m))
 
     def decode(self, fields: abi.Fields) -> None:
         """Launch attention to a cache, and the combination of its splits. Raises as ``forward`` does."""
@@ -197,23 +201,23 @@ class NvrtcKernels:
         if not (given["batch"] and given["seqlen_q"]):
             return
         packed = abi.DECODE.pack(fields)
-        tile = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
+        config = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
         views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
-        self._launch(tile, given, views, packed, given["tiles"] * given["splits"] * given["heads_kv"])
+        self._launch(config, given, views, packed, given["tiles"] * given["splits"] * given["heads_kv"])
         if given["splits"] > 1:
             outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
             self._launch(COMBINE, given, [], packed, -(-outputs // (COMBINE.threads // 32)))
 
-    def _launch(self, tile: AnyTile, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
-        function = self._function(given["device"], Instance(tile, DTYPES[given["dtype"]]))
+    def _launch(self, config: AnyConfig, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
+        function = self._function(given["device"], Instance(config, DTYPES[given["dtype"]]))
         buffer, address = aligned_arguments(given["dtype"], views, packed)
-        driver.launch(function, address, blocks, tile.threads, shared_bytes(tile), given["stream"])
+        driver.launch(function, address, blocks, config.threads, shared_bytes(config), given["stream"])
         del buffer  # held until the launch has copied it
 
     def _function(self, device: int, instance: Instance) -> ctypes.c_void_p:
         key = (device, instance)
         if key not in self._functions:
-            self._functions[key] = driver.load_function(cached_kernel(instance), KERNEL, shared_bytes(instance.tile))
+            self._functions[key] = driver.load_function(cached_kernel(instance), KERNEL, shared_bytes(instance.config))
         return self._functions[key]
 
 
@@ -227,11 +231,11 @@ class View:
     box_rows: int
 
 
-def shared_bytes(tile: AnyTile) -> int:
+def shared_bytes(config: AnyConfig) -> int:
     """Of a block. The large kernels get all that there is: one block runs on each multiprocessor in any case."""
-    if isinstance(tile, CombineTile):
+    if isinstance(config, CombineConfig):
         return 0
-    return ROW_SHARED_BYTES if isinstance(tile, RowsTile) else SHARED_BYTES
+    return ROW_SHARED_BYTES if isinstance(config, RowwiseConfig) else SHARED_BYTES
 
 
 def tiles_of(given: dict[str, int], side: str, block: int) -> int:

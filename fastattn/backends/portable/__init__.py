@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Run
+from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.backends.portable import decode, flash, terms, tiles
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs
@@ -23,14 +24,9 @@ class PortableBackend(Backend):
     name = "portable"
     capabilities = Capabilities(features=frozenset(FEATURES + CACHE_FEATURES))
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        inputs = terms.without_unused_keys(inputs, spec)
-        run = flash if flash.serves(inputs, spec) else tiles
-        out, lse = run.forward(inputs, spec)
-        return (out, lse) if inputs.sinks is None else terms.add_sinks(out, lse, inputs)
-
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        return flash.prepared(inputs, spec) if flash.serves(inputs, spec) else None
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
+        results = _without_sinks(inputs, spec)
+        return results if inputs.sinks is None else terms.add_sinks(*results, inputs)
 
     def backward(
         self,
@@ -38,25 +34,36 @@ class PortableBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],
     ) -> Grads:
-        inputs = terms.without_unused_keys(inputs, spec)
         has_sinks = inputs.sinks is not None and "sinks" in needs
-        dsinks = terms.sink_gradient(dout, dlse, out, lse, inputs) if has_sinks else None
+        dsinks = terms.sink_gradient(dout, dlse, out, lse, lse_low, inputs) if has_sinks else None
         if not {"q", "k", "v", "bias"} & set(needs):
             return Grads(dsinks=dsinks)
         found: tuple[Tensor | None, ...]
-        if flash.serves(inputs, spec, needs):
+        if flash.serves(inputs, spec, needs) and terms.is_moderate(lse) and terms.are_finite(inputs):
             found = flash.backward(dout, dlse, out, lse, inputs, spec)
         else:
-            found = tiles.backward(dout, dlse, out, lse, inputs, spec, needs)
+            found = tiles.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
         wanted = {f"d{name}": x for name, x in zip(("q", "k", "v", "bias"), found, strict=False) if name in needs}
         return Grads(**wanted, dsinks=dsinks)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(inputs, spec, self.forward)
+
+
+def _without_sinks(inputs: Inputs, spec: AttentionSpec) -> Outputs:
+    """On torch's kernel where it serves, nothing is NaN, and lse as one number tells enough; else on tiles."""
+    if flash.serves(inputs, spec) and terms.are_finite(inputs):
+        out, lse = flash.forward(inputs, spec)
+        if terms.is_moderate(lse):
+            return out, lse, torch.zeros_like(lse)
+    shrink = terms.shrink_of_values(inputs)
+    out, lse, low = tiles.forward(inputs if shrink == 1 else inputs.replace(v=inputs.v * shrink), spec)
+    return (out if shrink == 1 else out / shrink), lse, low
 
 
 BACKEND = PortableBackend()

@@ -2,7 +2,8 @@
 
 Sequences whose queries and lengths are alike make a *group*, and a group reads its positions a *piece* at a time:
 a view of the cache where that is possible, else a copy in the dtype of the computation, small enough to stay in a
-CPU's cache. All query heads that share a key/value head are rows of one product. Pieces are joined by their lse:
+CPU's cache. All query heads that share a key/value head are rows of one product. Pieces are joined by their lse, and
+so is the sink, a piece without values:
 
     lse = logsumexp(lse of the pieces)        out = sum(exp(lse of the piece - lse) * out of the piece)
 
@@ -23,14 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastattn import kv_cache
-from fastattn.backends.portable import flash, terms
+from fastattn import kv_cache, numerics
+from fastattn.backends.base import Outputs
+from fastattn.backends.portable import flash
 from fastattn.kv_cache import CacheInputs
+from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
 
-Part = tuple[Tensor, Tensor]  # out [p, n, H_kv, R, D] and lse [p, n, H_kv, R] of p parts of the keys
-Forward = Callable[[Inputs, AttentionSpec], tuple[Tensor, Tensor]]
+Part = tuple[Tensor, Tensor, Tensor]  # out [p, n, H_kv, R, D], lse and lse_low [p, n, H_kv, R] of p parts of the keys
+Dense = Callable[[Inputs, AttentionSpec], Outputs]
 
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 20  # elements of the keys of a piece that is copied
@@ -62,18 +65,18 @@ class Group:
     full: tuple[int, int]
 
 
-def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
+def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``; ``forward`` is the backend's for dense problems."""
     kv_cache.append(inputs)
     if inputs.rotary_cos is not None:
         inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
     if inputs.q.numel() == 0:
-        return inputs.q.new_zeros(inputs.out_shape()), _empty_lse(inputs)
-    out, lse = _on_host(inputs, spec, forward) if inputs.q.device.type == "cpu" else _on_device(inputs, spec)
-    return (out, lse) if inputs.sinks is None else terms.add_sinks(out, lse, inputs)
+        lse = inputs.q.new_full(inputs.lse_shape(), NEVER, dtype=_compute_dtype(inputs))
+        return inputs.q.new_zeros(inputs.out_shape()), lse
+    return _on_host(inputs, spec, forward) if inputs.q.device.type == "cpu" else _on_device(inputs, spec)
 
 
-def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tuple[Tensor, Tensor]:
+def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[Tensor, Tensor]:
     s_q, s_kv = inputs.host_lengths()
     groups = list(_groups(inputs, spec, s_q, s_kv))
     if not inputs.is_packed and len(groups) == 1 and groups[0].count == inputs.batch:
@@ -84,7 +87,7 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Forward) -> tupl
         first = inputs.cu_seqlens_q.tolist()[:-1]
     q = inputs.q.reshape(-1, *inputs.q.shape[-2:])  # [T, H_q, D], whether packed or not
     out = q.new_zeros(*q.shape[:2], inputs.v_cache.shape[-1])
-    lse = q.new_full(q.shape[:2], terms.NEVER, dtype=_compute_dtype(inputs))
+    lse = q.new_full(q.shape[:2], NEVER, dtype=_compute_dtype(inputs))
     for b in range(inputs.batch):
         if s_q[b] > MANY_ROWS and s_kv[b]:
             rows = slice(first[b], first[b] + s_q[b])
@@ -115,7 +118,7 @@ def _on_device(inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor
 
 
 def _prompt(
-    inputs: CacheInputs, spec: AttentionSpec, forward: Forward, sequence: tuple[int, int], q: Tensor
+    inputs: CacheInputs, spec: AttentionSpec, forward: Dense, sequence: tuple[int, int], q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A sequence with many query rows, as the dense problem that it is."""
     b, s_kv = sequence
@@ -126,12 +129,14 @@ def _prompt(
     k_room, v_room = (_room(name, inputs, 1, [span], dtype) for name in ("k_cache", "v_cache"))
     piece = _piece(inputs, one, span)
     k, v = _read(inputs.k_cache, inputs.k_scale, piece, k_room), _read(inputs.v_cache, inputs.v_scale, piece, v_room)
-    bias, alibi = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (inputs.bias, inputs.alibi_slopes))
+    of_sequences = (inputs.bias, inputs.alibi_slopes, inputs.sinks)
+    bias, alibi, sinks = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in of_sequences)
     if bias is not None and bias.shape[3] > 1:
         bias = bias[..., begin:s_kv]
     # the diagonal is counted from the last key, so leaving out the first ones moves nothing
-    dense = Inputs(q[None].to(dtype), k, v, bias, alibi_slopes=alibi, max_seqlen_q=q.shape[0], max_seqlen_kv=k.shape[1])
-    out, lse = forward(dense, spec)
+    dense = Inputs(q[None].to(dtype), k, v, bias, alibi_slopes=alibi, sinks=sinks)
+    dense = dense.replace(max_seqlen_q=q.shape[0], max_seqlen_kv=k.shape[1])
+    out, lse, _ = forward(dense, spec)
     return out.to(q.dtype), lse
 
 
@@ -185,7 +190,7 @@ def _group(
 
 
 def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``, without sinks."""
+    """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``."""
     dtype = _compute_dtype(inputs)
     n, rows = q.shape[:2]
     q = _grouped(q.to(dtype), inputs.heads_kv)
@@ -202,7 +207,9 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
             unused = ~kept.any(2)[:, 0, :, None, None]  # may hold NaN, and 0 * NaN is NaN
             k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
         mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, (n, rows, span[1] - span[0]))
-        parts.append(_attend_piece(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec))
+        parts.append(_attend_piece(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec, inputs.bias is not None))
+    if inputs.sinks is not None:
+        parts.append(_sink(inputs.sinks, group, parts[0]))
     out, lse = _joined(parts)
     return _by_rows(out, rows), _by_rows(lse, rows)
 
@@ -390,7 +397,7 @@ def _mask(
         result = alibi if result is None else result + alibi
     if kept is not None:
         zeros = torch.zeros((), dtype=dtype, device=kept.device) if result is None else result
-        result = torch.where(kept, zeros, terms.NEVER)
+        result = torch.where(kept, zeros, NEVER)
     return result
 
 
@@ -404,23 +411,27 @@ def _as_rows(mask: Tensor | None, inputs: CacheInputs, sizes: tuple[int, int, in
     return mask.expand(n, -1, rows, keys).reshape(n, inputs.heads_kv, group * rows, keys)
 
 
-def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Part:
-    """The results of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys."""
-    if q.device.type == "cpu" and spec.softcap is None:
+def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, has_bias: bool) -> Part:
+    """The results of ``[n, H_kv, R, D]`` queries and ``[n, H_kv, C, D]`` keys.
+
+    torch's kernel gives lse as one number, which is enough where no bias may move all scores of a row far away.
+    """
+    if q.device.type == "cpu" and spec.softcap is None and not has_bias:
         if mask is None and k[0].numel() >= LONG and k.shape[2] >= 2 * FOLD:
             return _attend_folded(q, k, v, spec)
         out, lse = flash.attend(q, k, v, mask, spec.scale)
-        return out[None], lse[None]
+        return out[None], lse[None], torch.zeros_like(lse)[None]
     scores = spec.scale * (q @ k.transpose(-1, -2))
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if mask is not None:
         scores = scores + mask
     largest = scores.amax(-1, keepdim=True)
-    base = torch.where(largest == terms.NEVER, 0, largest)
+    base = torch.where(largest == NEVER, 0, largest)
     p = torch.exp(scores - base)
     total = p.sum(-1, keepdim=True)
-    return ((p @ v) / torch.where(total == 0, 1, total))[None], (base + total.log())[None, ..., 0]
+    lse, low = numerics.split_lse(base[..., 0], total[..., 0])
+    return ((p @ v) / torch.where(total == 0, 1, total))[None], lse[None], low[None]
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part:
@@ -431,20 +442,28 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part
         k_parts, v_parts = (x[n, :, :whole].unflatten(1, (-1, FOLD)).transpose(0, 1) for x in (k, v))
         sequences.append(flash.attend(q[n].expand(k_parts.shape[0], -1, -1, -1), k_parts, v_parts, None, spec.scale))
     out, lse = (torch.stack(x, 1) for x in zip(*sequences, strict=True))
-    if whole == k.shape[2]:
-        return out, lse
-    last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
-    return torch.cat([out, last[0][None]]), torch.cat([lse, last[1][None]])
+    if whole < k.shape[2]:
+        last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
+        out, lse = torch.cat([out, last[0][None]]), torch.cat([lse, last[1][None]])
+    return out, lse, torch.zeros_like(lse)
+
+
+def _sink(sinks: Tensor, group: Group, like: Part) -> Part:
+    """The sink's column as one more part, without values."""
+    out, lse, _ = like
+    logits = sinks if sinks.shape[0] == 1 else sinks[group.index]
+    logits = logits.to(lse.dtype).unflatten(1, (lse.shape[2], -1))[..., None]  # [1|n, H_kv, G, 1]
+    logits = logits.expand(lse.shape[1], -1, -1, group.rows).flatten(2)
+    return torch.zeros_like(out[:1]), logits[None], torch.zeros_like(logits)[None]
 
 
 def _joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
     """``[n, H_kv, R, D]`` and ``[n, H_kv, R]`` of all keys."""
-    outs, lses = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
+    outs, lses, lows = parts[0] if len(parts) == 1 else (torch.cat(x) for x in zip(*parts, strict=True))
     if len(lses) == 1:
         return outs[0], lses[0]
-    lse = lses.logsumexp(0)
-    weight = torch.exp(lses - torch.where(lse == terms.NEVER, 0, lse))
-    return (outs * weight[..., None]).sum(0), lse
+    lse, _, shares = numerics.merge_lse(lses, lows)
+    return (outs * shares[..., None]).sum(0), lse
 
 
 # --- forms --------------------------------------------------------------------------------------------------------
@@ -460,7 +479,3 @@ def _as_lse(lse: Tensor, inputs: CacheInputs) -> Tensor:
     if not inputs.is_packed:
         lse = lse.unflatten(1, (inputs.batch, -1)).transpose(0, 1)
     return lse.contiguous()
-
-
-def _empty_lse(inputs: CacheInputs) -> Tensor:
-    return inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=_compute_dtype(inputs))

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastattn.backends.base import Run
 from fastattn.backends.portable import plan, terms
 from fastattn.backends.portable.plan import Block, Call
+from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -55,20 +55,6 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def prepared(inputs: Inputs, spec: AttentionSpec) -> Run | None:
-    """``forward`` as a function of q, k and v, for problems that are one call of the kernel on tensors as they are."""
-    shape, width = _plain_shape(inputs, spec), max(inputs.q.shape[-1], inputs.v.shape[-1])
-    if shape is None or any(_operand(x, width) is not x for x in (inputs.q, inputs.k, inputs.v)):
-        return None
-    is_causal, scale = shape == "causal", spec.scale
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, is_causal, scale=scale)
-        return out.transpose(1, 2).contiguous(), lse.contiguous()
-
-    return run
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """One call: ``(out, lse)`` of ``[n, H, M, D]`` queries and ``[n, H, N, D]`` keys, ``mask`` added to the scores."""
     width, dim_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
@@ -76,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     if mask is not None:
-        lse = lse.masked_fill((mask == terms.NEVER).all(-1), terms.NEVER)
+        lse = lse.masked_fill((mask == NEVER).all(-1), NEVER)
     return out[..., :dim_v], lse
 
 
@@ -95,7 +81,7 @@ def backward(
         return _like_inputs([x.transpose(1, 2) for x in grads], inputs)
     todo = planned(inputs, spec)
     if any(_has_data_mask(inputs, call.block) for call in todo):
-        lse = torch.where(lse == terms.NEVER, -terms.NEVER, lse)  # empty rows: exp(scores - inf) = 0
+        lse = torch.where(lse == NEVER, -NEVER, lse)  # empty rows: exp(scores - inf) = 0
     dq, dk, dv = _no_gradients(inputs, are_shared=len(todo) > 1)
     for step in _steps(todo, inputs, spec):
         call = step.call
@@ -190,7 +176,7 @@ def _used_columns(kept: Tensor, block: Block) -> plan.Span:
 def _additive(kept: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if kept is not None:
         zeros = torch.zeros((), dtype=dtype) if bias is None else bias
-        bias = torch.where(kept, zeros, terms.NEVER)
+        bias = torch.where(kept, zeros, NEVER)
     if bias is not None and bias.stride(-1) not in (0, 1):
         bias = bias.contiguous()
     return bias
@@ -202,8 +188,8 @@ def _mark_empty_rows(lse: Tensor, step: _Step, inputs: Inputs, spec: AttentionSp
         return
     block = step.call.block
     kept = terms.kept(inputs, spec, block)
-    mask = step.mask if kept is None else torch.where(kept, step.mask, terms.NEVER)
-    lse.masked_fill_((mask == terms.NEVER).all(-1), terms.NEVER)
+    mask = step.mask if kept is None else torch.where(kept, step.mask, NEVER)
+    lse.masked_fill_((mask == NEVER).all(-1), NEVER)
 
 
 # --- views and sums -----------------------------------------------------------------------------------------------
@@ -267,7 +253,7 @@ def _with_dlse(dout: Tensor, out: Tensor, dlse: Tensor) -> tuple[Tensor, Tensor]
 
 def _no_results(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse`` of empty rows."""
-    lse = inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=terms.compute_dtype(inputs))
+    lse = inputs.q.new_full(inputs.lse_shape(), NEVER, dtype=terms.compute_dtype(inputs))
     return inputs.q.new_zeros(inputs.out_shape()), lse
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends.portable.terms import NEVER
+from fastattn.backends.base import Outputs
+from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -39,11 +40,12 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.data_ptr() == b.data_ptr()
 
 
-def forward(dense_forward: Callable[..., Any], inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def forward(dense_forward: Callable[..., Any], inputs: Inputs, spec: AttentionSpec) -> Outputs:
     """What ``dense_forward(inputs, spec)`` gives for packed inputs."""
     to_q, to_kv = _places(inputs, spec)
-    out, lse = dense_forward(_pad_inputs(inputs, to_q, to_kv), spec)
-    return out.flatten(0, 1)[to_q], lse.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous()
+    out, *lses = dense_forward(_pad_inputs(inputs, to_q, to_kv), spec)
+    lse, low = (x.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous() for x in lses)
+    return out.flatten(0, 1)[to_q], lse, low
 
 
 def backward(
@@ -52,6 +54,7 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str],
@@ -61,9 +64,10 @@ def backward(
     n = inputs.batch
     dout, out = (_pad(x, to_q, n, inputs.max_seqlen_q) for x in (dout, out))
     lse = _pad(lse.transpose(0, 1), to_q, n, inputs.max_seqlen_q, fill=NEVER).transpose(1, 2)
+    lse_low = _pad(lse_low.transpose(0, 1), to_q, n, inputs.max_seqlen_q).transpose(1, 2)
     if dlse is not None:
         dlse = _pad(dlse.transpose(0, 1), to_q, n, inputs.max_seqlen_q).transpose(1, 2)
-    grads = dense_backward(dout, dlse, out, lse, _pad_inputs(inputs, to_q, to_kv), spec, needs)
+    grads = dense_backward(dout, dlse, out, lse, lse_low, _pad_inputs(inputs, to_q, to_kv), spec, needs)
     places = (to_q, to_kv, to_kv)
     return *(x if x is None else x.flatten(0, 1)[to] for x, to in zip(grads, places, strict=False)), None
 

@@ -5,17 +5,20 @@ Tensors are ``[b, H_q, M, N]``, with size 1 where they broadcast: ``b`` batch en
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastattn import rng
+from fastattn import numerics, rng
+from fastattn.backends.base import Outputs
 from fastattn.backends.portable import plan
 from fastattn.backends.portable.plan import Block
-from fastattn.kv_cache import CacheInputs
+from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
-NEVER = float("-inf")
+MODERATE = 1024.0  # up to here, in magnitude, lse alone is enough: rounding it moves a weight by 6e-5 of itself
 
 
 def compute_dtype(inputs: Inputs) -> torch.dtype:
@@ -100,49 +103,41 @@ def _of_sequences(x: Tensor, block: Block) -> Tensor:
     return x[block.sequence : block.sequence + block.size[0]] if x.shape[0] > 1 else x
 
 
-def without_unused_keys(inputs: Inputs, spec: AttentionSpec) -> Inputs:
-    """``inputs`` with zeros in the key and value rows that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
-
-    Bands and boundaries need none of this, for the plan leaves such rows out. In host memory it is done only where
-    something is not finite; elsewhere finding out would wait for the device.
-    """
-    if inputs.mask is None and inputs.segment_ids_q is None:
-        return inputs
-    on_host = inputs.q.device.type == "cpu"
-    if on_host and all(bool(x.sum(dtype=compute_dtype(inputs)).isfinite()) for x in (inputs.k, inputs.v)):
-        return inputs
-    used = _used_keys(inputs, spec)[..., None]
-    return inputs.replace(k=torch.where(used, inputs.k, 0), v=torch.where(used, inputs.v, 0))
+def are_finite(inputs: Inputs) -> bool:
+    """Whether q, k and v hold neither NaN nor infinity, in host memory: a sum of either is not finite."""
+    operands = (inputs.q, inputs.k, inputs.v)
+    return all(bool(x.sum(dtype=compute_dtype(inputs)).isfinite()) for x in operands)
 
 
-def _used_keys(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    """``(B, S_kv, H_kv)``: True where some query of some head keeps the key."""
-    by_head = inputs.heads_q if inputs.mask is not None and inputs.mask.shape[1] > 1 else 1
-    used = torch.zeros(inputs.batch, by_head, inputs.k.shape[1], dtype=torch.bool, device=inputs.q.device)
-    for block in plan.cut(plan.whole_batch(inputs), spec, max_rows=plan.BAND_ROWS):
-        part = used[:, :, slice(*block.keys)]
-        here = kept(inputs, spec, block)
-        part |= True if here is None else here.any(2)
-    if by_head > 1:
-        used = used.unflatten(1, (inputs.heads_kv, -1)).any(2)
-    return used.transpose(1, 2)
+def shrink_of_values(inputs: Inputs) -> float:
+    """A power of two that values near the largest number are multiplied by, so that sums of them stay finite."""
+    if inputs.q.device.type != "cpu" or inputs.v.numel() == 0 or inputs.v.dtype == torch.float16:
+        return 1.0
+    largest, limit = float(inputs.v.abs().max()), torch.finfo(compute_dtype(inputs)).max / inputs.k.shape[-3]
+    return 2.0**-32 if limit < largest < math.inf else 1.0
 
 
-def add_sinks(out: Tensor, lse: Tensor, inputs: Inputs | CacheInputs) -> tuple[Tensor, Tensor]:
-    """``out`` and ``lse`` with the sink's column in the denominator."""
-    logits = _sinks_by_row(inputs, lse)
-    total = torch.logaddexp(lse, logits)
-    shrink = torch.where(lse == NEVER, 0, torch.exp(lse - total))
-    return (out * shrink.transpose(-1, -2)[..., None]).to(out.dtype), total
+def is_moderate(lse: Tensor) -> bool:
+    """Whether ``lse_low`` may be taken for 0 in host memory."""
+    return lse.numel() == 0 or bool((torch.where(lse == NEVER, 0, lse).abs() <= MODERATE).all())
 
 
-def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs) -> Tensor:
+def add_sinks(out: Tensor, lse: Tensor, lse_low: Tensor, inputs: Inputs) -> Outputs:
+    """The results with the sink's column in the denominator."""
+    logits = _sinks_by_row(inputs, lse).expand_as(lse)
+    lse, lse_low, shares = numerics.merge_lse(torch.stack([lse, logits]), torch.stack([lse_low, torch.zeros_like(lse)]))
+    return (out * shares[0].transpose(-1, -2)[..., None]).to(out.dtype), lse, lse_low
+
+
+def sink_gradient(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, inputs: Inputs
+) -> Tensor:
     """``dsink = sum_i p_sink * (dlse - delta)``."""
     assert inputs.sinks is not None
     shift = (dout.to(lse.dtype) * out).sum(-1).transpose(-1, -2)
     if dlse is not None:
         shift = shift - dlse
-    weight = torch.where(lse == NEVER, 0, torch.exp(_sinks_by_row(inputs, lse) - lse))
+    weight = torch.where(lse == NEVER, 0, torch.exp((_sinks_by_row(inputs, lse) - lse) - lse_low))
     rows = -weight * shift  # [B, H_q, S_q] or [H_q, T_q]
     if not inputs.is_packed:
         by_sequence = rows.sum(-1)
@@ -158,7 +153,7 @@ def sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, i
     return (by_sequence.sum(0, keepdim=True) if shared else by_sequence).to(inputs.sinks.dtype)
 
 
-def _sinks_by_row(inputs: Inputs | CacheInputs, lse: Tensor) -> Tensor:
+def _sinks_by_row(inputs: Inputs, lse: Tensor) -> Tensor:
     """The sink of each row, broadcasting to the shape of ``lse``."""
     assert inputs.sinks is not None
     sinks = inputs.sinks.to(lse.dtype)

@@ -6,19 +6,23 @@ normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022):
     m'    = max(m, rowmax(scores))           p = exp(scores - m')
     total = total * exp(m - m') + rowsum(p)  acc = acc * exp(m - m') + dropout(p) @ v
 
-and in the end ``out = acc / total``, ``lse = m + log(total)``. The backward pass computes ``p`` again from lse; its
-formulas are those of the reference.
+and in the end ``out = acc / total``, ``lse = m + log(total)``, in two parts. The backward pass computes ``p``
+again from them; its formulas are those of the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn import numerics
+from fastattn.backends.base import Outputs
 from fastattn.backends.portable import padded, plan, terms
 from fastattn.backends.portable.plan import Block
+from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -27,41 +31,48 @@ TILE = {"cpu": (256, 512), "other": (1024, 1024)}
 MAX_SCORES = {"cpu": 1 << 20, "other": 1 << 25}
 
 
-def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, without the sinks."""
+def forward(inputs: Inputs, spec: AttentionSpec) -> Outputs:
+    """``(out, lse, lse_low)``, without the sinks."""
     if padded.is_needed(inputs, spec):
         return padded.forward(forward, inputs, spec)
     out = inputs.q.new_zeros(inputs.out_shape())
-    lse = inputs.q.new_full(inputs.lse_shape(), terms.NEVER, dtype=terms.compute_dtype(inputs))
-    out_rows, lse_rows = terms.dense(out), terms.dense(lse.transpose(-1, -2)[..., None])
+    lse = inputs.q.new_full(inputs.lse_shape(), NEVER, dtype=terms.compute_dtype(inputs))
+    low = torch.zeros_like(lse)
+    out_rows, lse_rows, low_rows = terms.dense(out), _by_rows(lse), _by_rows(low)
     for block in blocks(inputs, spec):
         acc, total, largest = _online(inputs, spec, block)
         weight = spec.dropout_scale / torch.where(total == 0, 1, total)
         terms.queries(out_rows, block).copy_(acc * weight)
-        terms.queries(lse_rows, block).copy_(largest + total.log())
-    return out, lse
+        for rows, part in zip((lse_rows, low_rows), numerics.split_lse(largest, total), strict=True):
+            terms.queries(rows, block).copy_(part)
+    return out, lse, low
+
+
+def _by_rows(lse: Tensor) -> Tensor:
+    """``(B, H, S)`` or packed ``(H, T)`` -> ``(B, S, H, 1)``."""
+    return terms.dense(lse.transpose(-1, -2)[..., None])
 
 
 def _online(inputs: Inputs, spec: AttentionSpec, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """``acc`` ``[b, H_q, M, D_v]``, ``total`` and ``largest`` ``[b, H_q, M, 1]`` of a block's query rows."""
     q = _folded(terms.queries(inputs.q, block), inputs)
     rows = (block.size[0], inputs.heads_q, block.size[1])
-    largest = q.new_full((*rows, 1), terms.NEVER)
+    largest = q.new_full((*rows, 1), NEVER)
     total = q.new_zeros((*rows, 1))
     acc = q.new_zeros((*rows, inputs.v.shape[-1]))
     for tile, kept in _tiles(inputs, spec, block):
         scores, _ = _scores(q, inputs, spec, tile, kept)
         new = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        base = torch.where(new == terms.NEVER, 0, new)
+        base = torch.where(new == NEVER, 0, new)
         p = scores.sub_(base).exp_()
         decay = torch.exp(largest - base)
         total = total * decay + p.sum(-1, keepdim=True)
         if spec.dropout_p > 0:
             p = torch.where(terms.survives(inputs, spec, tile), p, 0)
         v = _computed(terms.keys(inputs.v, tile), inputs)
-        acc = acc * decay + _unfolded(_fold_heads(p, inputs) @ v, inputs)
+        acc = acc * decay + _unfolded(_product(_fold_heads(p, inputs), v, _fold_kept(kept, inputs)), inputs)
         largest = new
-    return acc, total, torch.where(largest == terms.NEVER, 0, largest)
+    return acc, total, torch.where(largest == NEVER, 0, largest)
 
 
 def backward(
@@ -69,64 +80,74 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str],
 ) -> tuple[Tensor | None, ...]:
     """``(dq, dk, dv, dbias)``, None where not needed. ``out`` and ``lse`` are the final ones, sinks included."""
     if padded.is_needed(inputs, spec):
-        return padded.backward(backward, dout, dlse, out, lse, inputs, spec, needs)
+        return padded.backward(backward, dout, dlse, out, lse, lse_low, inputs, spec, needs)
     sums = {
         name: torch.zeros(x.shape, dtype=terms.compute_dtype(inputs), device=x.device)
         for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("bias", inputs.bias))
         if name in needs and x is not None
     }
-    lse = terms.dense(lse.transpose(-1, -2)[..., None])
-    lse = torch.where(lse == terms.NEVER, 0, lse)  # an empty row: exp(-inf - 0) = 0
+    lse, low = _by_rows(lse), _by_rows(lse_low)
+    lse = torch.where(lse == NEVER, 0, lse)  # an empty row: exp(-inf - 0) = 0
     shift = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)  # delta - dlse
     if dlse is not None:
         shift = shift - dlse.transpose(-1, -2)[..., None]
     for block in blocks(inputs, spec):
         q, dout_rows = (_folded(terms.queries(x, block), inputs) for x in (inputs.q, dout))
-        lse_rows, shift_rows = (terms.queries(x, block) for x in (lse, shift))
-        _accumulate(sums, q, dout_rows, lse_rows, shift_rows, inputs, spec, block)
+        rows = _Rows(q, dout_rows, *(terms.queries(x, block) for x in (lse, low, shift)))
+        _accumulate(sums, rows, inputs, spec, block)
     names = ("q", "k", "v", "bias")
     return tuple(sums[name].to(getattr(inputs, name).dtype) if name in sums else None for name in names)
 
 
-def _accumulate(
-    sums: dict[str, Tensor],
-    q: Tensor,
-    dout: Tensor,
-    lse: Tensor,
-    shift: Tensor,
-    inputs: Inputs,
-    spec: AttentionSpec,
-    block: Block,
-) -> None:
+@dataclass(frozen=True)
+class _Rows:
+    """What the backward pass knows of a block's query rows: ``[b, H_kv, G * M, D]`` and ``[b, H_q, M, 1]``."""
+
+    q: Tensor
+    dout: Tensor
+    lse: Tensor
+    lse_low: Tensor
+    shift: Tensor  # delta - dlse
+
+
+def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: AttentionSpec, block: Block) -> None:
     """Add to ``sums`` what a block's query rows contribute to the gradients."""
+    q, dout = rows.q, rows.dout
     for tile, kept in _tiles(inputs, spec, block):
         scores, capped = _scores(q, inputs, spec, tile, kept)
         k, v = (_computed(terms.keys(x, tile), inputs) for x in (inputs.k, inputs.v))
-        p = scores.sub_(lse).exp_()
+        p = scores.sub_(rows.lse).sub_(rows.lse_low).exp_()
+        if kept is not None:
+            p.masked_fill_(~kept, 0)  # in a row that is NaN they are not 0 by themselves
         dt = _unfolded(dout @ v.transpose(-1, -2), inputs)
         alive = terms.survives(inputs, spec, tile) if spec.dropout_p > 0 else None
         if alive is not None:
             dt = torch.where(alive, dt * spec.dropout_scale, 0)
-        dt = dt.sub_(shift).mul_(p)
+        dt = dt.sub_(rows.shift).mul_(p)
+        dt = dt if kept is None else torch.where(kept, dt, 0)
+        folded = _fold_kept(kept, inputs)
+        columns = None if folded is None else folded.mT
         if "v" in sums:
             dropped = p if alive is None else torch.where(alive, p * spec.dropout_scale, 0)
-            terms.keys(sums["v"], tile).add_(_fold_heads(dropped, inputs).transpose(-1, -2) @ dout)
+            terms.keys(sums["v"], tile).add_(_product(_fold_heads(dropped, inputs).mT, dout, columns))
         if "bias" in sums:
             part = terms.window(sums["bias"], tile)
             part += dt.sum_to_size(part.shape)
         if capped is not None and spec.softcap is not None:
             dt = dt * (1 - (capped / spec.softcap) ** 2)
+            dt = dt if kept is None else torch.where(kept, dt, 0)
         ds = _fold_heads(dt, inputs)
         if "q" in sums:
-            terms.queries(sums["q"], tile).add_(_unfolded(ds @ k, inputs), alpha=spec.scale)
+            terms.queries(sums["q"], tile).add_(_unfolded(_product(ds, k, folded), inputs), alpha=spec.scale)
         if "k" in sums:
-            terms.keys(sums["k"], tile).add_(ds.transpose(-1, -2) @ q, alpha=spec.scale)
+            terms.keys(sums["k"], tile).add_(_product(ds.mT, q, columns), alpha=spec.scale)
 
 
 # --- what is computed ---------------------------------------------------------------------------------------------
@@ -161,11 +182,20 @@ def _tiles(inputs: Inputs, spec: AttentionSpec, block: Block) -> Iterator[tuple[
     step = min(keys, max(64, _max_scores(inputs) // (b * inputs.heads_q * m)))
     for j in range(*block.keys, step):
         tile = block.replace(keys=(j, min(j + step, block.keys[1])))
-        kept = terms.kept(inputs, spec, tile)
+        kept = _kept(inputs, spec, tile)
         is_data = inputs.mask is not None or not block.is_exact
         if kept is not None and is_data and inputs.q.device.type == "cpu" and not bool(kept.any()):
             continue
         yield tile, kept
+
+
+def _kept(inputs: Inputs, spec: AttentionSpec, tile: Block) -> Tensor | None:
+    """``terms.kept`` and a bias of -inf, which an additive mask says by itself."""
+    kept = terms.kept(inputs, spec, tile)
+    if inputs.bias is None:
+        return kept
+    finite = terms.window(inputs.bias, tile) != NEVER
+    return finite if kept is None else kept & finite
 
 
 def _scores(
@@ -181,7 +211,7 @@ def _scores(
     bias = terms.bias(inputs, spec, tile)
     if bias is not None:
         scores += bias
-    return (scores if kept is None else scores.masked_fill_(~kept, terms.NEVER)), capped
+    return (scores if kept is None else scores.masked_fill_(~kept, NEVER)), capped
 
 
 # --- heads: the query heads of a group are folded into the rows, so that K and V need no copies -----------------------
@@ -198,6 +228,15 @@ def _folded(x: Tensor, inputs: Inputs) -> Tensor:
 
 def _fold_heads(x: Tensor, inputs: Inputs) -> Tensor:
     return x.unflatten(1, (inputs.heads_kv, -1)).flatten(2, 3)
+
+
+def _fold_kept(kept: Tensor | None, inputs: Inputs) -> Tensor | None:
+    """``[b, 1|H_q, M, N]`` -> ``[b, H_kv, G * M, N]``."""
+    return None if kept is None else _fold_heads(kept.expand(-1, inputs.heads_q, -1, -1), inputs)
+
+
+def _product(weights: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+    return weights @ x if kept is None else numerics.kept_product(weights, x, kept)
 
 
 def _unfolded(x: Tensor, inputs: Inputs) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import evidence
-from fastattn.backends.base import Backend, Capabilities, capability_reasons
+from fastattn.backends.base import Backend, Capabilities, Outputs, capability_reasons
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -51,10 +51,11 @@ class TritonBackend(Backend):
             return ["TRITON_INTERPRET=1 makes it very slow"]
         return evidence.reasons_against(self.name, problem)
 
-    def forward(self, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         from fastattn.backends.triton import launch
 
-        return launch.forward(inputs, spec)
+        out, lse = launch.forward(inputs, spec)
+        return out, lse, torch.zeros_like(lse)
 
     def backward(
         self,
@@ -62,6 +63,7 @@ class TritonBackend(Backend):
         dlse: Tensor | None,
         out: Tensor,
         lse: Tensor,
+        lse_low: Tensor,
         inputs: Inputs,
         spec: AttentionSpec,
         needs: Sequence[str],
@@ -71,9 +73,9 @@ class TritonBackend(Backend):
         return launch.backward(dout, dlse, out, lse, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        from fastattn.backends.triton import launch_cache
+        from fastattn.backends.triton import launch_decode
 
-        return launch_cache.attend_to_cache(inputs, spec)
+        return launch_decode.attend_to_cache(inputs, spec)
 
 
 @functools.cache

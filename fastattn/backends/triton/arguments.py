@@ -1,8 +1,10 @@
-"""What the kernels are told: the tensors and numbers of one call as named tuples, and what they are compiled for.
+"""Arguments of the kernels: the tensors and numbers of one call as named tuples, and the compile-time ``Flags``.
 
-Triton compiles a kernel anew when an int argument becomes 1, or a multiple of 16. Lengths and strides must not do
-that, so every int in these tuples travels as ``coded(n)``, which is never either; kernels read it with
-``tile.number``. What a kernel *is* compiled for stands in ``Flags``, and in nothing else but the dtypes.
+Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
+``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
+tuple all the same (``tests/kernels/test_gates.py`` holds it, and fails once that changes), and 60 scalars would be no
+signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read it with
+``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastattn.backends.triton.configs import CROWDING
+from fastattn.backends.triton.configs import REGISTER_HEAVY
 
 UNBOUNDED = 1 << 29  # longer than any sequence; coded, and added to a length, it fits an int32
 
@@ -22,7 +24,7 @@ def coded(n: int) -> int:
     return 2 * n + 3
 
 
-class Rows(NamedTuple):
+class Bshd(NamedTuple):
     """A ``(B, S, H, D)`` tensor; packed ``(T, H, D)`` with ``stride_b`` 0."""
 
     ptr: Any
@@ -32,7 +34,7 @@ class Rows(NamedTuple):
     stride_d: Any
 
     @classmethod
-    def of(cls, x: Tensor) -> Rows:
+    def of(cls, x: Tensor) -> Bshd:
         stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
         return cls(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
 
@@ -131,7 +133,7 @@ class Sizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How the programs of a one-dimensional grid share the work: see ``tile.scheduled``. Ints are coded."""
+    """The work of a one-dimensional grid, divided by ``tile.scheduled``. Ints are coded."""
 
     blocks: Any
     heads: Any
@@ -139,7 +141,7 @@ class Schedule(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Where the keys and values of a cache lie; all ints are coded.
+    """Layout of the keys and values of a cache; all ints are coded.
 
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
     query rows. Its pages stand in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
@@ -156,22 +158,22 @@ class Cache(NamedTuple):
     v_scale: Any = None
 
 
-class Parts(NamedTuple):
-    """How the programs of the decoding kernel share the work. Ints are coded.
+class Splits(NamedTuple):
+    """The work of the decoding kernel, divided among its programs. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``parts``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
     """
 
     blocks: Any
-    parts: Any
+    splits: Any
     stride_out: Any
     stride_lse: Any
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What a kernel is compiled for, besides the dtypes and the tile.
+    """Compile-time constants of a kernel, besides the dtypes and its configuration.
 
     Attributes:
         d_qk, d_v: head dims; tiles are padded to ``block_qk`` and ``block_v``, powers of two.
@@ -213,8 +215,8 @@ class Flags:
 
     @property
     def features(self) -> frozenset[str]:
-        """What is in use of that which may need a smaller tile."""
-        return frozenset(name for name in CROWDING if getattr(self, name))
+        """The features in use that need registers, and so may need a smaller tile."""
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name))
 
     @property
     def in_chunks(self) -> bool:

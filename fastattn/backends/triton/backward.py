@@ -23,6 +23,7 @@ from fastattn.backends.triton.tile import (
     factor_of,
     finish,
     head_in,
+    head_matrix,
     load_rows,
     masked,
     number,
@@ -30,7 +31,6 @@ from fastattn.backends.triton.tile import (
     open_head,
     per_row,
     row_offset,
-    rows_of,
     scheduled,
     store_rows,
     survivors,
@@ -41,7 +41,9 @@ from fastattn.backends.triton.tile import (
 
 
 @triton.jit
-def delta_kernel(out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr):
+def backward_preprocess_kernel(
+    out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """``delta``, and ``lse`` in units of log2, of ``BLOCK_M`` query rows. An empty row gets ``+inf``: so its p is 0."""
     block, of = scheduled(schedule, LAST_FIRST=False)
     heads_q = number(sizes.heads_q)
@@ -51,8 +53,8 @@ def delta_kernel(out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: t
     if i0 >= s_q:
         return
     i = i0 + tl.arange(0, BLOCK_M)
-    out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    out_rows = head_matrix(out, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    dout_rows = head_matrix(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     out_tile = load_rows(out_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
     dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, F.block_v, F.upcast).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
@@ -103,7 +105,7 @@ def score_gradients(p, spared, t, dp, of_delta, dropout_scale, F: tl.constexpr):
 
 
 @triton.jit
-def dkdv_kernel(
+def backward_dkdv_kernel(
     q, k, v, dout, dk, dv, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -120,8 +122,8 @@ def dkdv_kernel(
         return
 
     k_rows, v_rows = (
-        rows_of(k, b, h_kv, begin_kv, F.vector, F.contiguous),
-        rows_of(v, b, h_kv, begin_kv, F.vector, F.contiguous),
+        head_matrix(k, b, h_kv, begin_kv, F.vector, F.contiguous),
+        head_matrix(v, b, h_kv, begin_kv, F.vector, F.contiguous),
     )
     first, last = tile_range(j0 * 0, band.s_q, band, F.left, F.right)  # keys that no row keeps may hold NaN
     if not F.in_chunks:
@@ -137,8 +139,8 @@ def dkdv_kernel(
     count = end - begin
     for n in tl.range(0, count * group):
         head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
-        q_rows = rows_of(q, b, head.h, head.begin_q, F.vector, F.contiguous)
-        dout_rows = rows_of(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
+        q_rows = head_matrix(q, b, head.h, head.begin_q, F.vector, F.contiguous)
+        dout_rows = head_matrix(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
         at = row_offset(lse2, head)
         tile = begin + n % count
         i0 = tile * BLOCK_M
@@ -170,13 +172,13 @@ def dkdv_kernel(
     if F.dropout:
         dv_acc *= sizes.dropout_scale
     store_rows(
-        rows_of(dk, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, BLOCK_QK
+        head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, BLOCK_QK
     )  # fmt: skip
-    store_rows(rows_of(dv, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
+    store_rows(head_matrix(dv, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
-def dq_kernel(
+def backward_dq_kernel(
     q, k, v, dout, dq, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -191,10 +193,10 @@ def dq_kernel(
     if i0 >= s_q:
         return
 
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
-    dout_rows = rows_of(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    k_rows = head_matrix(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    v_rows = head_matrix(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    q_rows = head_matrix(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    dout_rows = head_matrix(dout, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     if not F.in_chunks:
         q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
         dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
@@ -226,5 +228,5 @@ def dq_kernel(
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
         dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
 
-    dq_rows = rows_of(dq, head.b, head.h, head.begin_q, F.vector_out, True)
+    dq_rows = head_matrix(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

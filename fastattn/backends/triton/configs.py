@@ -1,14 +1,14 @@
-"""Which tile a kernel uses where: the lookup in ``table.py``.
+"""The configuration of each kernel: the lookup in ``table.py``.
 
-How many kernels get compiled: one for each dtype, pair of head dims and set of features in use
-(``arguments.Flags``), and nothing else. So a program that trains one causal model compiles four (forward, delta, dkdv,
-dq), one that only runs it one. On top come dbias, dsinks, and for masks and segments the one or two small kernels of
-``prescan.py``. Decoding compiles one kernel for each height of its tile that is asked for (16, 32 or 64 packed rows of
-queries), twice if keys are cut into parts, with one that combines them, and one that stores new rows. Each takes
-1 to 5 seconds, once for a machine (Triton keeps them on disk). Lengths, strides, batch and head counts, page sizes and
-the number of parts are run-time arguments: they compile nothing anew, as ``tests/kernels/test_gates.py`` holds. Two
-facts about memory double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and
-whether those of bias or mask do.
+Triton compiles one kernel for each dtype, pair of head dims and set of features in use (``arguments.Flags``). A
+program that trains one causal model compiles four (forward, backward_preprocess, backward_dkdv, backward_dq), one
+that only runs it compiles one. dbias and dsinks add one each, masks and segments the one or two small kernels of
+``prescan.py``. Decoding compiles one kernel for each height of its tile (16, 32 or 64 packed query rows), another one
+for several splits with the one that combines them, and one that stores new rows. Each takes 1 to 5 seconds, once per
+machine (Triton caches them on disk). Lengths, strides, batch and head counts, page sizes and the number of splits are
+run-time arguments and recompile nothing, as ``tests/backends/triton/test_gates.py`` asserts. Two properties of memory double
+the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether those of bias or
+mask do.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
 
-# Features that hold registers: with one of them a kernel takes the row of its heavy kind, "forward heavy", with more
-# that of its crowded kind, where the table has such a row.
-CROWDING = frozenset({"mask", "bias", "softcap", "alibi", "segments", "dropout"})
+# Features that need registers. A kernel with one of them in use takes the row "<kernel> one", with several of them
+# "<kernel> several", if the table has such a row.
+REGISTER_HEAVY = frozenset({"mask", "bias", "softcap", "alibi", "segments", "dropout"})
 DEFAULT = "default"
 
 
-class Tile(NamedTuple):
-    """``BLOCK_M`` query rows and ``BLOCK_N`` key rows; ``BLOCK_N`` is 16 or a multiple of 32, as dropout needs.
+class Config(NamedTuple):
+    """A kernel's tile, ``block_m`` query rows and ``block_n`` key rows, and its warps and pipeline stages.
 
-    Of decoding ``block_m`` is the most rows: fewer take a smaller power of two.
+    ``block_n`` is 16 or a multiple of 32, as dropout needs. In decoding ``block_m`` is an upper limit: fewer rows take
+    a smaller power of two.
     """
 
     block_m: int
@@ -38,13 +39,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-INTERPRETED = Tile(64, 32, 4, 1)  # its time follows the number of tiles, not their size
+INTERPRETED = Config(64, 32, 4, 1)  # its time follows the number of tiles, not their size
 
 
 @functools.cache
-def tile_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozenset[str] = frozenset()) -> Tile:
-    """The tile of the row that ``row_for`` finds."""
-    return INTERPRETED if arch == "interpreter" else Tile(*TABLE[row_for(arch, kernel, bits, head_dim, features)])
+def config_for(arch: str, kernel: str, bits: int, head_dim: int, features: frozenset[str] = frozenset()) -> Config:
+    """The configuration of the row that ``row_for`` finds."""
+    return INTERPRETED if arch == "interpreter" else Config(*TABLE[row_for(arch, kernel, bits, head_dim, features)])
 
 
 def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable[str]) -> tuple[str, str, int, int]:
@@ -52,7 +53,7 @@ def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable
 
     Args:
         arch: from ``arch_name``.
-        kernel: "forward", "dkdv", "dq", "dbias" or "decode".
+        kernel: "forward", "backward_dkdv", "backward_dq", "backward_dbias" or "decode".
         bits: of an element of q.
         head_dim: the larger of ``D_qk`` and ``D_v``.
         features: those in use, as ``problem.FEATURES`` names them.
@@ -66,8 +67,8 @@ def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable
 
 def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
     """The kinds of rows that serve a kernel with these features in use, the one to prefer first."""
-    crowd = len(CROWDING.intersection(features))
-    return [f"{kernel} crowded", f"{kernel} heavy", kernel][2 - min(crowd, 2) :]
+    count = len(REGISTER_HEAVY.intersection(features))
+    return [f"{kernel} several", f"{kernel} one", kernel][2 - min(count, 2) :]
 
 
 def arch_name(backend: str, arch: int | str) -> str:

@@ -1,4 +1,4 @@
-"""The decoding kernels: attention to a cache, cut into parts along the keys, and what puts the parts together."""
+"""The decoding kernels: attention to a cache, in splits of the keys, and the combination of the splits."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, lse, cache, terms, sizes, parts, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, v, out, lse, cache, terms, sizes, splits, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """``out`` and ``lse`` of ``BLOCK_M`` query rows of one key/value head, over one part of the keys they keep.
+    """``out`` and ``lse`` of ``BLOCK_M`` query rows of one key/value head, over one split of the keys they keep.
 
     The query heads of a group share the tile, and so each load of keys and values: with ``G = H_q // H_kv``, row ``r``
     is query row ``r // G`` of the group's head ``r % G``. Blocks of rows that share keys run next to each other.
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    group, blocks, part_count = number(sizes.group), number(parts.blocks), number(parts.parts)
+    group, blocks, split_count = number(sizes.group), number(splits.blocks), number(splits.splits)
     heads_kv = number(sizes.heads_q) // group
     pid = tl.program_id(0)
-    part, of = pid // blocks % part_count, pid // blocks // part_count
+    split, of = pid // blocks % split_count, pid // blocks // split_count
     b, h_kv = of // heads_kv, of % heads_kv
     begin_q, band = open_cache(b, cache, terms, sizes, F)
     r0 = pid % blocks * BLOCK_M
@@ -55,16 +55,16 @@ def decode_kernel(
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    if F.sinks:  # the running sum of the first part begins with the sink
-        m = tl.where(part == 0, load_per_head(terms.sinks, b, h) * LOG2E, m)
+    if F.sinks:  # the running sum of the first split begins with the sink
+        m = tl.where(split == 0, load_per_head(terms.sinks, b, h) * LOG2E, m)
         total = tl.where(m == float("-inf"), 0.0, 1.0)
 
     low, high = tile_range(i0, i1, band, F.left, F.right)
     full_low, full_high = full_range(i0, i1, band, F.left, F.right)
     begin, end = low // BLOCK_N, tl.cdiv(high, BLOCK_N)
-    tiles_of_part = tl.cdiv(end - begin, part_count)
-    begin += part * tiles_of_part
-    for tile in tl.range(begin, tl.minimum(begin + tiles_of_part, end)):
+    tiles_of_split = tl.cdiv(end - begin, split_count)
+    begin += split * tiles_of_split
+    for tile in tl.range(begin, tl.minimum(begin + tiles_of_split, end)):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         valid = (j >= low) & (j < high)
@@ -79,33 +79,33 @@ def decode_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     norm, logsumexp = softmax_end(m, total)
-    at = row_pointers(out, b, begin_q + i, h, F.vector_out) + part.to(tl.int64) * number(parts.stride_out)
+    at = row_pointers(out, b, begin_q + i, h, F.vector_out) + split.to(tl.int64) * number(splits.stride_out)
     result = (acc * norm[:, None]).to(at.dtype.element_ty)
     tl.store(at[:, None] + d_v[None, :], result, mask=is_row[:, None] & (d_v < F.d_v)[None, :])
-    at = row_pointers(lse, b, begin_q + i, h, 1) + part.to(tl.int64) * number(parts.stride_lse)
+    at = row_pointers(lse, b, begin_q + i, h, 1) + split.to(tl.int64) * number(splits.stride_lse)
     tl.store(at, logsumexp, mask=is_row)
 
 
 @triton.jit
 def combine_kernel(
-    of_parts, lse_of_parts, out, lse, parts, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
+    partial_out, partial_lse, out, lse, splits, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``out`` and ``lse`` of one row, which are those of its parts weighted by their ``lse``.
+    """``out`` and ``lse`` of one row, which are those of its splits weighted by their ``lse``.
 
     Rows are counted over (sequence, query, head), as they lie in ``out``; ``lse`` is ``(B, H_q, s_q)``. Grid: rows.
     """
-    parts, rows, s_q, heads = number(parts), number(rows), number(s_q), number(heads)
+    splits, rows, s_q, heads = number(splits), number(rows), number(s_q), number(heads)
     n, d, first = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, 1)
     acc = tl.zeros([BLOCK_D], tl.float32)
     m, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    for begin in tl.range(0, parts, BLOCK_PARTS):
-        part = begin + tl.arange(0, BLOCK_PARTS)
-        at, is_part = part.to(tl.int64) * rows + n, part < parts
-        scores = tl.load(lse_of_parts + at, mask=is_part, other=float("-inf"))[None, :] * LOG2E  # [1, BLOCK_PARTS]
+    for begin in tl.range(0, splits, BLOCK_SPLITS):
+        split = begin + tl.arange(0, BLOCK_SPLITS)
+        at, is_split = split.to(tl.int64) * rows + n, split < splits
+        scores = tl.load(partial_lse + at, mask=is_split, other=float("-inf"))[None, :] * LOG2E  # [1, BLOCK_SPLITS]
         weight, m, total, alpha = softmax_step(scores, 1.0, m, total)
-        mask = is_part[:, None] & (d < D)[None, :]
-        tile = tl.load(of_parts + at[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_PARTS, BLOCK_D]
+        mask = is_split[:, None] & (d < D)[None, :]
+        tile = tl.load(partial_out + at[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_SPLITS, BLOCK_D]
         acc = acc * alpha + tl.sum(tl.trans(weight) * tile, 0)
 
     norm, logsumexp = softmax_end(m, total)

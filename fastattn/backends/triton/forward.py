@@ -11,13 +11,13 @@ from fastattn.backends.triton.tile import (
     dot_in_chunks,
     factor_of,
     finish,
+    head_matrix,
     load_per_head,
     load_rows,
     masked,
     number,
     open_head,
     per_row,
-    rows_of,
     scheduled,
     softmax_end,
     softmax_step,
@@ -44,9 +44,9 @@ def forward_kernel(
     if i0 >= head.band.s_q:
         return
 
-    k_rows = rows_of(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    v_rows = rows_of(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
-    q_rows = rows_of(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
+    k_rows = head_matrix(k, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    v_rows = head_matrix(v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+    q_rows = head_matrix(q, head.b, head.h, head.begin_q, F.vector, F.contiguous)
     if not F.in_chunks:
         q_tile = load_rows(q_rows, i0, 0, head.band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
@@ -84,6 +84,6 @@ def forward_kernel(
     norm, logsumexp = softmax_end(m, total)
     if F.dropout:
         norm *= sizes.dropout_scale
-    out_rows = rows_of(out, head.b, head.h, head.begin_q, F.vector_out, True)
+    out_rows = head_matrix(out, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, BLOCK_V)
     tl.store(per_row(lse, head) + i, logsumexp, mask=i < head.band.s_q)

@@ -18,22 +18,22 @@ from torch import Tensor
 
 from fastattn.backends.triton import arguments, configs
 from fastattn.backends.triton.arguments import (
+    Bshd,
     Flags,
     PerHead,
     PerRow,
     PerToken,
-    Rows,
     Schedule,
     Scores,
     Sizes,
     Terms,
     coded,
 )
-from fastattn.backends.triton.backward import delta_kernel, dkdv_kernel, dq_kernel
-from fastattn.backends.triton.configs import Tile
+from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
+from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
-from fastattn.backends.triton.reductions import dbias_kernel, dsinks_kernel
+from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs
@@ -42,7 +42,7 @@ from fastattn.spec import AttentionSpec
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
 MAX_ROW_STRIDE = 1 << 22
 # Tiles of the small kernels.
-DELTA_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
+PREPROCESS_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 ALWAYS = {"enable_fp_fusion": True}  # compiler options; the default of this one changes between versions of Triton
 
@@ -52,9 +52,9 @@ class Call:
     """One call, described for the kernels."""
 
     inputs: Inputs
-    q: Rows
-    k: Rows
-    v: Rows
+    q: Bshd
+    k: Bshd
+    v: Bshd
     terms: Terms
     sizes: Sizes
     flags: Flags
@@ -100,8 +100,8 @@ class Call:
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
         return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
 
-    def tile(self, kernel: str) -> Tile:
-        return tile_of(self.inputs.q.device, kernel, self.flags)
+    def config(self, kernel: str) -> Config:
+        return config_of(self.inputs.q.device, kernel, self.flags)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
@@ -130,17 +130,17 @@ class Call:
         return self.terms._replace(segment_tiles=found_at)
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``. ``tile`` overrides the table."""
+def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``. ``config`` overrides the table's."""
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
     if lse.numel() == 0:
         return out, lse
     with device_of(out):
         call = Call.of(inputs, spec)
-        tile = tile or call.tile("forward")
-        grid, schedule = call.schedule(inputs.max_seqlen_q, tile.block_m, inputs.batch * inputs.heads_q)
-        terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
+        config = config or call.config("forward")
+        grid, schedule = call.schedule(inputs.max_seqlen_q, config.block_m, inputs.batch * inputs.heads_q)
+        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
         forward_kernel[grid](
             call.q,
             call.k,
@@ -150,7 +150,7 @@ def forward(inputs: Inputs, spec: AttentionSpec, tile: Tile | None = None) -> tu
             terms,
             call.sizes,
             schedule,
-            **compiled(call.inputs.q.device, call.flags, tile),
+            **compiled(call.inputs.q.device, call.flags, config),
         )
     return out, lse
 
@@ -182,7 +182,7 @@ class Backward:
     """One backward pass: the call, the gradients that came in, and the statistics of each row."""
 
     call: Call
-    dout: Rows
+    dout: Bshd
     lse2: PerRow
     delta: PerRow
 
@@ -200,9 +200,9 @@ class Backward:
             self._fill(_rows(out), PerRow.of(lse.contiguous()), None if dlse is None else PerRow.of(dlse.contiguous()))
         return self
 
-    def _fill(self, out: Rows, lse: PerRow, dlse: PerRow | None) -> None:
+    def _fill(self, out: Bshd, lse: PerRow, dlse: PerRow | None) -> None:
         x, full = self.call.inputs, self.call.flags
-        grid, schedule = self.call.schedule(x.max_seqlen_q, DELTA_ROWS, x.batch * x.heads_q)
+        grid, schedule = self.call.schedule(x.max_seqlen_q, PREPROCESS_ROWS, x.batch * x.heads_q)
         flags = Flags(
             d_qk=full.d_v,
             d_v=full.d_v,
@@ -213,7 +213,7 @@ class Backward:
             packed=full.packed,
             upcast=full.upcast,
         )
-        delta_kernel[grid](
+        backward_preprocess_kernel[grid](
             out,
             self.dout,
             dlse,
@@ -224,51 +224,51 @@ class Backward:
             self.call.sizes,
             schedule,
             F=flags,
-            BLOCK_M=DELTA_ROWS,
+            BLOCK_M=PREPROCESS_ROWS,
             **ALWAYS,
         )
 
-    def dkdv(self, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    def dkdv(self, config: Config | None = None) -> tuple[Tensor, Tensor]:
         call, x = self.call, self.call.inputs
-        tile = tile or call.tile("dkdv")
+        config = config or call.config("backward_dkdv")
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.k, x.v))
         if dk.numel():
-            grid, schedule = call.schedule(x.max_seqlen_kv, tile.block_n, x.batch * x.heads_kv)
-            terms = call.with_segment_tiles("kv", tile.block_n, tile.block_m)
-            dkdv_kernel[grid](
+            grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
+            terms = call.with_segment_tiles("kv", config.block_n, config.block_m)
+            backward_dkdv_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse2, self.delta, terms, call.sizes,
-                schedule, **compiled(call.inputs.q.device, call.flags, tile),
+                schedule, **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
         return dk, dv
 
-    def dq(self, tile: Tile | None = None) -> Tensor:
+    def dq(self, config: Config | None = None) -> Tensor:
         call, x = self.call, self.call.inputs
-        tile = tile or call.tile("dq")
+        config = config or call.config("backward_dq")
         dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
         if dq.numel():
-            grid, schedule = call.schedule(x.max_seqlen_q, tile.block_m, x.batch * x.heads_q)
-            terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
-            dq_kernel[grid](
+            grid, schedule = call.schedule(x.max_seqlen_q, config.block_m, x.batch * x.heads_q)
+            terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+            backward_dq_kernel[grid](
                 call.q, call.k, call.v, self.dout, _rows(dq), self.lse2, self.delta, terms, call.sizes, schedule,
-                **compiled(call.inputs.q.device, call.flags, tile),
+                **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
         return dq
 
-    def dbias(self, tile: Tile | None = None) -> Tensor:
+    def dbias(self, config: Config | None = None) -> Tensor:
         call, x = self.call, self.call.inputs
         assert x.bias is not None
         if 0 in (x.batch, x.q.shape[1], x.k.shape[1]):
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
-        tile = tile or call.tile("dbias")
-        rows, columns = triton.cdiv(x.q.shape[1], tile.block_m), triton.cdiv(x.k.shape[1], tile.block_n)
+        config = config or call.config("backward_dbias")
+        rows, columns = triton.cdiv(x.q.shape[1], config.block_m), triton.cdiv(x.k.shape[1], config.block_n)
         sum_rows, sum_columns = x.bias.shape[2] == 1, x.bias.shape[3] == 1
         shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
-        terms = call.with_segment_tiles("q", tile.block_m, tile.block_n)
-        dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
+        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+        backward_dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
             call.q, call.k, call.v, self.dout, _scores(sums), self.lse2, self.delta, terms, call.sizes,
             coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), IN_CHUNKS=self._dbias_in_chunks(),
-            SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, tile),
+            SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, config),
         )  # fmt: skip
         dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
@@ -289,7 +289,7 @@ class Backward:
         if found.numel() and self.delta.ptr.numel():
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
-            dsinks_kernel[x.batch, x.heads_q](
+            backward_dsinks_kernel[x.batch, x.heads_q](
                 self.lse2, self.delta, PerHead.of(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS, **ALWAYS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
@@ -298,10 +298,10 @@ class Backward:
 # --- description --------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> Rows:
-    """``x`` as ``Rows``, whose tensor it may have to copy if its rows lie very far apart."""
+def _rows(x: Tensor) -> Bshd:
+    """``x`` as ``Bshd``, whose tensor it may have to copy if its rows lie very far apart."""
     is_far = x.stride(-1) >= MAX_ROW_STRIDE or x.stride(-3) >= MAX_ROW_STRIDE
-    return Rows.of(x.contiguous() if is_far else x)
+    return Bshd.of(x.contiguous() if is_far else x)
 
 
 def _scores(x: Tensor) -> Scores:
@@ -358,8 +358,8 @@ def sizes_of(spec: AttentionSpec, s_q: int, s_kv: int, heads_q: int, heads_kv: i
     )
 
 
-def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -> Flags:
-    """What attention to given keys and attention to a cache are compiled for alike; ``rows`` are those of q, k, v."""
+def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -> Flags:
+    """The flags that attention to given keys and attention to a cache share; ``rows`` are those of q, k, v."""
     d_qk, d_v = rows[0].ptr.shape[-1], rows[2].ptr.shape[-1]
     finished = spec.softcap is not None or inputs.bias is not None or inputs.alibi_slopes is not None
     return Flags(
@@ -383,7 +383,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Rows
     )
 
 
-def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -> Flags:
+def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -> Flags:
     return dataclasses.replace(
         flags_of(inputs, spec, rows),
         segments=inputs.segment_ids_q is not None,
@@ -393,19 +393,19 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Rows, Rows, Rows]) -
     )
 
 
-def tile_of(device: torch.device, kernel: str, flags: Flags) -> Tile:
-    """The tile of the table."""
+def config_of(device: torch.device, kernel: str, flags: Flags) -> Config:
+    """The configuration of the table."""
     bits, head_dim = (32 if flags.precise else 16), max(flags.d_qk, flags.d_v)
-    return configs.tile_for(target(device)[1], kernel, bits, head_dim, flags.features)
+    return configs.config_for(target(device)[1], kernel, bits, head_dim, flags.features)
 
 
-def compiled(device: torch.device, flags: Flags, tile: Tile) -> dict[str, Any]:
+def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, Any]:
     options = {
         "F": flags,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
         **ALWAYS,
     }
     if target(device)[0] == "cuda":

@@ -27,7 +27,7 @@ def open_cache(b, cache, terms, sizes, F: tl.constexpr):
 
 @triton.jit
 def row_pointers(x, b, i, h, VECTOR: tl.constexpr):
-    """Pointers to rows ``i`` of heads ``h`` of sequences (or pages) ``b`` of ``x``, as ``Rows``."""
+    """Pointers to rows ``i`` of heads ``h`` of sequences (or pages) ``b`` of ``x``, as ``Bshd``."""
     at = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + i.to(tl.int64) * stride(x.stride_s, VECTOR)
     return at + h.to(tl.int64) * stride(x.stride_h, VECTOR)
 
@@ -68,7 +68,7 @@ def load_scales(scale, page, h, valid):
 
 @triton.jit
 def from_e4m3(byte):
-    """What a byte means as e4m3, in fp32. Read as the bits of fp16 its exponent is too small by 8.
+    """The fp32 value of an e4m3 byte. Read as bits of fp16, its exponent is too small by 8.
 
     By hand, as GPUs before sm_89 have no such conversion.
     """

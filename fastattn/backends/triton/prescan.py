@@ -1,4 +1,4 @@
-"""What masks and segments, which are data, leave to do: found on the device, so that nothing waits for them."""
+"""Kernels that read masks and segments on the device: which tiles remain active, and which keys some query keeps."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations

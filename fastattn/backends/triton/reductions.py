@@ -10,18 +10,18 @@ from fastattn.backends.triton.backward import load_delta, load_lse, probabilitie
 from fastattn.backends.triton.tile import (
     LOG2E,
     dot_in_chunks,
+    head_matrix,
     load_per_head,
     load_rows,
     number,
     open_head,
     row_offset,
-    rows_of,
     tiles,
 )
 
 
 @triton.jit
-def dbias_kernel(
+def backward_dbias_kernel(
     q, k, v, dout, dbias, lse2, delta, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, IN_CHUNKS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -50,8 +50,8 @@ def dbias_kernel(
             row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
         )
         if (column_block >= begin) & (column_block < end):
-            q_rows = rows_of(q, b, h, head.begin_q, F.vector, F.contiguous)
-            k_rows = rows_of(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            q_rows = head_matrix(q, b, h, head.begin_q, F.vector, F.contiguous)
+            k_rows = head_matrix(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             s_q = head.band.s_q
             if IN_CHUNKS:
                 raw = dot_in_chunks(q_rows, i0, 0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)
@@ -65,8 +65,8 @@ def dbias_kernel(
             p, spared, t = probabilities(
                 raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
             )  # fmt: skip
-            dout_rows = rows_of(dout, b, h, head.begin_q, F.vector, F.contiguous)
-            v_rows = rows_of(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
+            dout_rows = head_matrix(dout, b, h, head.begin_q, F.vector, F.contiguous)
+            v_rows = head_matrix(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             if IN_CHUNKS:
                 dp = dot_in_chunks(dout_rows, i0, 0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)
             else:
@@ -92,7 +92,7 @@ def dbias_kernel(
 
 
 @triton.jit
-def dsinks_kernel(lse2, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
+def backward_dsinks_kernel(lse2, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
     """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(B, H_q)``."""
     head = open_head(tl.program_id(0), tl.program_id(1), terms, sizes, F)
     s_q, at = head.band.s_q, row_offset(lse2, head)

@@ -1,9 +1,9 @@
-"""What every kernel does to a tile: where it lies, its loads, its mask, its scores, its dropout.
+"""Operations on tiles that all kernels share: schedule, loads, mask, scores, softmax, dropout.
 
 ``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``,
-and hold the only comparisons of positions; ``tests/kernels/test_mask_transcriptions.py`` enumerates them. Scores
-are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are broadcastable
-tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels whose tiles are transposed.
+and hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them.
+Scores are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are
+broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels with transposed tiles.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -29,15 +29,15 @@ class Band(NamedTuple):
     right: Any
 
 
-class RowsOfHead(NamedTuple):
-    """The rows of one head of one sequence: ``arguments.Rows`` from its first row on."""
+class HeadMatrix(NamedTuple):
+    """The rows of one head of one sequence: ``arguments.Bshd`` from its first row on."""
 
     ptr: Any
     stride_s: Any
     stride_d: Any
 
 
-class ScoresOfHead(NamedTuple):
+class ScoreMatrix(NamedTuple):
     """A bias or mask of one head of one sequence."""
 
     ptr: Any
@@ -130,9 +130,9 @@ def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
     bias, mask, slope, ids_q, ids_kv = 0, 0, 0, 0, 0
     seed, offset, dropout_head, threshold = 0, 0, 0, 0
     if F.bias:
-        bias = scores_of(terms.bias, b, h, F.bias)
+        bias = score_matrix(terms.bias, b, h, F.bias)
     if F.mask:
-        mask = scores_of(terms.mask, b, h, F.mask)
+        mask = score_matrix(terms.mask, b, h, F.mask)
     if F.alibi:
         slope = load_per_head(terms.alibi_slopes, b, h) * LOG2E
     if F.segments:
@@ -225,14 +225,14 @@ def tiles(
 
 
 @triton.jit
-def rows_of(x, b, h, begin, VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr):
+def head_matrix(x, b, h, begin, VECTOR: tl.constexpr, CONTIGUOUS: tl.constexpr):
     """The rows of head ``h`` of sequence ``b``, which begins at row ``begin`` of a packed batch."""
     stride_s = stride(x.stride_s, VECTOR)
     ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
     ptr += begin.to(tl.int64) * stride_s
     if CONTIGUOUS:
-        return RowsOfHead(ptr, stride_s, 1)
-    return RowsOfHead(ptr, stride_s, number(x.stride_d))
+        return HeadMatrix(ptr, stride_s, 1)
+    return HeadMatrix(ptr, stride_s, number(x.stride_d))
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def load_rows(
 @triton.jit
 def load_chunk(rows, i0, low, high, d0, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """Elements ``d0 .. d0 + CHUNK`` of rows ``i0 .. i0 + BLOCK``, zero outside ``low .. high`` and past D."""
-    of_chunk = RowsOfHead(rows.ptr + d0 * rows.stride_d, rows.stride_s, rows.stride_d)
+    of_chunk = HeadMatrix(rows.ptr + d0 * rows.stride_d, rows.stride_s, rows.stride_d)
     i, d = i0 + tl.arange(0, BLOCK), d0 + tl.arange(0, CHUNK)
     valid = ((i >= low) & (i < high))[:, None] & (d < D)[None, :]
     return tl.load(pointers(of_chunk, i0, BLOCK, CHUNK), mask=valid, other=0.0)
@@ -297,7 +297,7 @@ def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK
 
 @triton.jit
 def row_offset(x, head):
-    """Where the numbers begin that ``x``, as ``PerRow``, has for the rows of a head."""
+    """Offset of the numbers that ``x``, as ``PerRow``, holds for the rows of a head."""
     return head.b.to(tl.int64) * number(x.stride_b) + head.h.to(tl.int64) * number(x.stride_h) + head.begin_q
 
 
@@ -316,16 +316,16 @@ def load_per_head(x, b, h):
 @triton.jit
 def tokens_of(x, b):
     """``x``, as ``PerToken``, of sequence ``b``."""
-    return RowsOfHead(x.ptr + b.to(tl.int64) * number(x.stride_b), number(x.stride_s), 0)
+    return HeadMatrix(x.ptr + b.to(tl.int64) * number(x.stride_b), number(x.stride_s), 0)
 
 
 @triton.jit
-def scores_of(x, b, h, VECTOR: tl.constexpr):
+def score_matrix(x, b, h, VECTOR: tl.constexpr):
     """``x``, as ``Scores``, of one head."""
     ptr = x.ptr + b.to(tl.int64) * stride(x.stride_b, VECTOR) + h.to(tl.int64) * stride(x.stride_h, VECTOR)
     if VECTOR > 1:
-        return ScoresOfHead(ptr, stride(x.stride_q, VECTOR), 1)
-    return ScoresOfHead(ptr, number(x.stride_q), number(x.stride_kv))
+        return ScoreMatrix(ptr, stride(x.stride_q, VECTOR), 1)
+    return ScoreMatrix(ptr, number(x.stride_q), number(x.stride_kv))
 
 
 @triton.jit
@@ -375,7 +375,7 @@ def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
 
 @triton.jit
 def factor_of(head, F: tl.constexpr):
-    """What finished scores must still be multiplied with."""
+    """The factor that finished scores still lack: ``scale`` in units of log2 if ``F.plain``, else 1."""
     if F.plain:
         return head.scale * LOG2E
     return 1.0

@@ -32,9 +32,10 @@ from fastattn.lm.examples.stdlib import (
     words,
 )
 from fastattn.lm.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
 from fastattn.lm.finetune.evaluate import evaluate
 from fastattn.lm.finetune.examples import read_examples
-from fastattn.lm.finetune.run import FinetuneConfig, Outcome, finetune, load_finetuned
+from fastattn.lm.finetune.run import Outcome
 from fastattn.lm.finetune.scores import label_scores, text_scores
 from fastattn.lm.finetune.scoring import answer_all
 from fastattn.lm.train.checkpoint import Checkpoint

@@ -3,7 +3,9 @@
 Needs ``pip install 'fastattn[eval]'``, and ``'fastattn[lora]'`` for adapters.
 """
 
+from fastattn.lm.finetune.config import FinetuneConfig
 from fastattn.lm.finetune.evaluate import Evaluation, evaluate
-from fastattn.lm.finetune.run import FinetuneConfig, Finetuned, finetune, load_finetuned
+from fastattn.lm.finetune.load import Finetuned, load_finetuned
+from fastattn.lm.finetune.run import finetune
 
 __all__ = ["Evaluation", "FinetuneConfig", "Finetuned", "evaluate", "finetune", "load_finetuned"]

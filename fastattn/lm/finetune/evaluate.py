@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fastattn.errors import DataError
 from fastattn.lm.data import Skipped, find_sources, read_documents
 from fastattn.lm.finetune.examples import read_examples
-from fastattn.lm.finetune.run import is_finetuned, load_finetuned
+from fastattn.lm.finetune.load import is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import score
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
@@ -106,7 +106,7 @@ def _of_text(
     limit: int | None,
     show_progress: bool,
 ) -> Evaluation:
-    model, tokenizer = checkpoint.load_model(device, attention), checkpoint.tokenizer()
+    model, tokenizer = checkpoint.load_pretrained(device, attention), checkpoint.tokenizer()
     length = model.config.max_length
     name = checkpoint.trainer_state()["settings"].get("run", {}).get("objective", "causal")
     task = find_objective(name)(tokenizer, length)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from fastattn.errors import DataError, input_error
+from fastattn.errors import DataError
 from fastattn.files import write_text
 from fastattn.lm.data import text_rank
-from fastattn.lm.finetune.adapters import Lora, Method, add_adapters, choose_trained, merge_adapters
+from fastattn.lm.finetune.adapters import choose_trained
+from fastattn.lm.finetune.config import FinetuneConfig
 from fastattn.lm.finetune.examples import Example, read_examples
+from fastattn.lm.finetune.load import build_without_weights, is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import answer_all, score
 from fastattn.lm.finetune.tasks import TASKS, Task, label_names
 from fastattn.lm.models import TransformerConfig, from_pretrained, make_model, preset
@@ -27,89 +27,10 @@ from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint, sorted_ste
 from fastattn.lm.train.example_rows import ExampleRows
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
-from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.parallel import ranks
-from fastattn.lm.train.settings import Progress, RunSettings, TrainConfig
+from fastattn.lm.train.settings import Progress
 from fastattn.lm.train.tasks import preset_for
 from fastattn.lm.train.tokens import load_tokenizer, train_tokenizer
-
-_TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(RunSettings):
-    """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
-
-    Attributes:
-        task: a key of ``fastattn.lm.finetune.tasks.TASKS``.
-        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.lm.finetune.examples``.
-        eval: another one to evaluate on; None holds out a part of ``data``.
-        checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
-        pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
-        preset: size of a model that starts from nothing, a key of ``fastattn.lm.models.PRESETS``.
-        method: "full", "frozen" (the head alone is trained) or "lora".
-        lora_rank: as in ``Lora``, as are the next two.
-        lora_alpha: see there.
-        lora_dropout: see there.
-        vocab_size: of the tokenizer that is learned where the model starts from nothing.
-        held_out: part of ``data`` that is held out if there is no ``eval``, chosen by the hash of each example.
-        length: most tokens in a row; None is the model's.
-        dropout: probability of dropping; None is the model's.
-        attention: "fastattn" or "eager".
-        epochs: passes over the examples.
-        steps: updates of the weights, instead of ``epochs``.
-        train: the training itself; its number of steps follows from the two above.
-    """
-
-    task: str
-    data: str
-    eval: str | None = None
-    checkpoint: str | None = None
-    pretrained: str | None = None
-    preset: str | None = None
-    method: Method = "full"
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    vocab_size: int = 4096
-    held_out: float = 0.1
-    length: int | None = None
-    dropout: float | None = None
-    attention: str = "fastattn"
-    epochs: float = 3.0
-    steps: int | None = None
-    train: TrainConfig = field(default_factory=lambda: _TRAIN)
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise input_error("task", repr(self.task), ", ".join(TASKS), "See fastattn finetune --help.")
-        starts = [f"--{name}" for name in ("checkpoint", "pretrained", "preset") if getattr(self, name) is not None]
-        if len(starts) != 1:
-            allowed = "one of --checkpoint, --pretrained and --preset"
-            raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
-        if not 0 < self.epochs < math.inf:
-            raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
-        if self.steps is not None and self.steps < 1:
-            raise input_error("steps", self.steps, "a positive int, or None", "None goes by epochs.")
-        if self.length is not None and self.length < 8:
-            raise input_error("length", self.length, "an int >= 8, or None", "None is the model's longest row.")
-        if not 0 < self.held_out < 1:
-            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", "0.1 holds out one in ten.")
-        _ = self.lora  # checks its fields
-
-    @property
-    def lora(self) -> Lora:
-        return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
-
-    def training(self, features: int) -> TrainConfig:
-        """``train`` with the number of steps for so many rows."""
-        steps = self.steps or max(1, round(self.epochs * features / self.train.batch))
-        return dataclasses.replace(self.train, steps=steps)
-
-    def adjusted(self, config: TransformerConfig) -> TransformerConfig:
-        """The config of a model as this run uses it."""
-        dropout = config.dropout if self.dropout is None else self.dropout
-        return TransformerConfig.from_dict(config.to_dict() | {"attention": self.attention, "dropout": dropout})
 
 
 @dataclass(frozen=True)
@@ -177,7 +98,9 @@ def finetune(
     if resume is None and sorted_steps(out / "checkpoints"):
         raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
     examples, held_out = _examples(config)
-    task, model = _fresh(config, examples, held_out) if resume is None else _unfilled(resume, config.attention)
+    task, model = (
+        _fresh(config, examples, held_out) if resume is None else build_without_weights(resume, config.attention)
+    )
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -214,74 +137,6 @@ def finetune(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Finetuned:
-    """A fine-tuned model, in evaluation mode, and its task."""
-
-    model: nn.Module
-    task: Task
-
-
-def is_finetuned(checkpoint: Checkpoint) -> bool:
-    """Whether ``fastattn finetune`` made the checkpoint."""
-    return "finetune" in checkpoint.trainer_state().get("settings", {})
-
-
-def load_finetuned(
-    checkpoint: Checkpoint, device: torch.device | str = "cpu", attention: str | None = None
-) -> Finetuned:
-    """The model with its weights, adapters merged into them, and its task; ``attention`` overrides the run's.
-
-    Raises:
-        DataError: the checkpoint is damaged, or not of a fine-tuning run.
-    """
-    task, model = _unfilled(checkpoint, attention)
-    config = _settings(checkpoint)
-    if config.method == "lora":
-        add_adapters(model, config.lora)
-    checkpoint.load_weights(model)
-    if config.method == "lora":
-        merge_adapters(model)
-    return Finetuned(model.to(device).eval(), task)
-
-
-def load_writer(checkpoint: Checkpoint, device: torch.device | str, attention: str | None) -> nn.Module:
-    """The model of a task that writes; raises DataError for the other tasks."""
-    found = load_finetuned(checkpoint, device, attention)
-    if found.task.answer_field is None:
-        name = found.task.name
-        raise DataError(f"{checkpoint.folder} is a model for {name}, which writes no text: see fastattn evaluate.")
-    return found.model
-
-
-def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> FinetuneConfig:
-    """The settings of the run that wrote ``checkpoint``, with those of ``flags`` that a continuation may change.
-
-    Raises:
-        DataError: the checkpoint's settings cannot be read.
-        InputError: a flag would make it another run.
-    """
-    return _settings(checkpoint).continued(flags, {"epochs", "steps"})
-
-
-def _settings(checkpoint: Checkpoint) -> FinetuneConfig:
-    try:
-        return FinetuneConfig.from_dict(checkpoint.trainer_state()["settings"]["finetune"])
-    except (KeyError, TypeError) as error:
-        path = checkpoint.folder / "trainer.json"
-        raise DataError(f"{path} does not hold the settings of a fastattn finetune run ({error}).") from error
-
-
-def _unfilled(checkpoint: Checkpoint, attention: str | None = None) -> tuple[Task, nn.Module]:
-    """The task of a checkpoint, and its model without the weights."""
-    config = checkpoint.config()
-    if attention is not None:
-        config = TransformerConfig.from_dict(config.to_dict() | {"attention": attention})
-    settings, labels = _settings(checkpoint), checkpoint.trainer_state()["settings"]["labels"]
-    task = TASKS[settings.task](checkpoint.tokenizer(), config, labels, settings.length)
-    return task, task.add_head(make_model(config))
-
-
 def _fresh(config: FinetuneConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> tuple[Task, nn.Module]:
     """The task and the model at the start of a run; a label of ``data`` may be so rare that all of it is held out."""
     task = TASKS[config.task]
@@ -305,7 +160,7 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
     else:
         checkpoint = find_checkpoint(Path(str(config.checkpoint)))
         tokenizer = checkpoint.tokenizer()
-        found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_model()
+        found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
     backbone: Any = getattr(found, "backbone", found)
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())

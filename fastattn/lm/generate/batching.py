@@ -10,9 +10,9 @@ import torch
 
 from fastattn.errors import input_error
 from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating, seen_tokens
+from fastattn.lm.generate.protocols import DecoderModel, is_decoder
 from fastattn.lm.generate.sampling import Draws, Sampling
 from fastattn.lm.generate.sequences import Cached, Tokens, checked
-from fastattn.lm.models import Decoder
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Running:
 
 
 def complete(
-    model: Decoder,
+    model: DecoderModel,
     prompts: Tokens,
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -89,7 +89,7 @@ def complete(
         >>> sorted(completion.index for completion in done)
         [0, 1, 2]
     """
-    if not isinstance(model, Decoder):
+    if not is_decoder(model):
         raise input_error("model", type(model).__name__, "a Decoder", "Call generate for an encoder-decoder.")
     texts = checked("prompts", prompts)
     check_lengths(model, texts, max_new_tokens)
@@ -131,7 +131,7 @@ class _Ends:
 class _Batch:
     """The places, who sits in them, and who waits."""
 
-    def __init__(self, model: Decoder, sequences: Cached, sampling: Sampling, ends: _Ends, places: int) -> None:
+    def __init__(self, model: DecoderModel, sequences: Cached, sampling: Sampling, ends: _Ends, places: int) -> None:
         self.model, self.sequences, self.sampling, self.ends = model, sequences, sampling, ends
         self.draws, self.places = Draws(sampling), places
         self.running: list[_Running] = []

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastattn.errors import input_error
 from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating
-from fastattn.lm.generate.sequences import Cached, Model, Recomputed, Sequences, Tokens, checked, encoded
+from fastattn.lm.generate.protocols import Model
+from fastattn.lm.generate.sequences import Cached, Recomputed, Sequences, Tokens, checked, encoded
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastattn.errors import input_error
+from fastattn.lm.generate.protocols import Model
 from fastattn.lm.generate.sampling import Draws, Sampling
-from fastattn.lm.generate.sequences import Cached, Model, Recomputed, Sequences, Tokens, checked, encoded
+from fastattn.lm.generate.sequences import Cached, Recomputed, Sequences, Tokens, checked, encoded
 
 ENDED = -1  # yielded for rows that have ended
 StopTokens = int | Sequence[int] | None
@@ -102,7 +103,7 @@ def _steps(
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """The model in evaluation mode, and afterwards as it was."""
     if not model.training:  # going through all modules at each step would take a quarter of the time
         yield

@@ -7,8 +7,9 @@ import torch
 from fastattn.errors import input_error
 from fastattn.lm.generate.beams import beam_search
 from fastattn.lm.generate.decode import ENDED, StopTokens, generate
+from fastattn.lm.generate.protocols import Model
 from fastattn.lm.generate.sampling import Sampling
-from fastattn.lm.generate.sequences import Model, Tokens
+from fastattn.lm.generate.sequences import Tokens
 
 
 def new_tokens(

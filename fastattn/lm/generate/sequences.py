@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.lm.models import Decoder, EncoderDecoder
+from fastattn.lm.generate.protocols import Model, is_decoder, is_encoder_decoder
 from fastattn.nn import PagedKVCache
 
-Model = Decoder | EncoderDecoder
 Tokens = Tensor | Sequence[Sequence[int]]
 
 
@@ -60,9 +59,9 @@ class Recomputed:
             [self._tokens[name] for name in names], device
         )  # causal: nothing sees the padding behind it
         last = mask.sum(1) - 1
-        if isinstance(self.model, Decoder):
+        if is_decoder(self.model):
             hidden = self.model.hidden(rows)
-        else:
+        elif is_encoder_decoder(self.model):
             states, of_source = (x[[self._rows[name] for name in names]] for x in _given(self.source))
             hidden = self.model.hidden(None, rows, memory=states, source_mask=of_source)
         return self.model.logits(hidden[torch.arange(len(names), device=device), last])
@@ -92,7 +91,6 @@ class Cached:
     ) -> None:
         self.model, self.source = model, source
         size = max_length if page_size is None else page_size
-        stack = model if isinstance(model, Decoder) else model.decoder
         _, kv_heads, head_dim = model.config.head_shape
         weight = model.embedding.weight
         self.cache = PagedKVCache(
@@ -100,7 +98,7 @@ class Cached:
             size,
             kv_heads,
             head_dim,
-            layers=len(stack.blocks),
+            layers=model.cached_layers,
             max_length=max_length,
             window=model.config.window,
             device=weight.device,
@@ -142,8 +140,9 @@ class Cached:
         return self.model.logits(last)
 
     def _hidden(self, names: Sequence[int], tokens: Tensor, layers: Any) -> Tensor:
-        if isinstance(self.model, Decoder):
+        if is_decoder(self.model):
             return self.model.hidden(tokens, caches=layers)
+        assert is_encoder_decoder(self.model)
         rows = [self._rows[name] for name in names]
         if rows != self._rows_of_step:  # the model computes the keys and values of these sources, and keeps them
             self.cache.sources, self._rows_of_step = [None] * len(self.cache.sources), rows
@@ -169,7 +168,7 @@ def encoded(model: Model, source: Tokens | None) -> Source | None:
     Raises:
         InputError: an encoder-decoder without sources, sources for a decoder, or an empty one.
     """
-    if isinstance(model, Decoder):
+    if not is_encoder_decoder(model):
         if source is not None:
             raise input_error("source", "tokens", "None for a decoder", "Put them before the prompt.")
         return None

@@ -14,9 +14,8 @@ from fastattn.errors import DataError, input_error
 from fastattn.lm.generate.batching import complete
 from fastattn.lm.generate.beams import beam_search
 from fastattn.lm.generate.decode import ENDED, generate
+from fastattn.lm.generate.protocols import Model, is_decoder
 from fastattn.lm.generate.sampling import Sampling
-from fastattn.lm.generate.sequences import Model
-from fastattn.lm.models import Decoder
 
 
 class Texts:
@@ -76,7 +75,7 @@ class Texts:
 
     def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
         """What the model goes on with, and what an encoder reads: a whole text."""
-        if isinstance(self.model, Decoder):
+        if is_decoder(self.model):
             return self.encode(prompt), {}
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         return self.target, {"source": [[*self.opening, *ids, self.last]]}
@@ -144,7 +143,7 @@ class Texts:
 
         An encoder-decoder answers them one batch after the other.
         """
-        if not isinstance(self.model, Decoder):
+        if not is_decoder(self.model):
             yield from self._answer(prompts, max_new_tokens, sampling or Sampling(), rows, batch, page_size)
             return
         begins = [self.encode(prompt) for prompt in prompts]

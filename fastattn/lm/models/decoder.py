@@ -91,6 +91,11 @@ class Decoder(Generates, Stack):
             hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values of earlier tokens."""
+        return len(self.blocks)
+
     def make_caches(self, batch: int, max_length: int | None = None) -> list[KVCache]:
         """An empty key/value cache for each layer, with room for ``max_length`` tokens (None: the config's)."""
         return self.empty_caches(batch, max_length, self.embedding.weight)

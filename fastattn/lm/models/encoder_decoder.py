@@ -113,6 +113,11 @@ class EncoderDecoder(Generates, Model):
             hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
+    @property
+    def cached_layers(self) -> int:
+        """Layers of the decoder, which keep keys and values of earlier tokens."""
+        return len(self.decoder.blocks)
+
     def make_caches(self, batch: int, max_length: int | None = None) -> list[KVCache]:
         """An empty cache for each layer of the decoder, with room for ``max_length`` tokens (None: the config's)."""
         return self.decoder.empty_caches(batch, max_length, self.embedding.weight)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastattn.lm.generate import Sampling
+from fastattn.lm.generate.rows import new_tokens
+from fastattn.lm.generate.sampling import Sampling
 
 
 class Generates:
@@ -54,8 +53,6 @@ class Generates:
             >>> [len(row) for row in model.generate([[1, 2, 3], [4]], 5, Sampling(temperature=0))]
             [5, 5]
         """
-        from fastattn.lm.generate.rows import new_tokens  # not before: fastattn.lm.generate builds on the models
-
         return new_tokens(
             self,  # type: ignore[arg-type]
             tokens,

@@ -54,20 +54,18 @@ class Checkpoint:
             raise DataError(f"{self.folder} is not a checkpoint of fastattn (format {state.get('format')!r}).")
         return state
 
-    def load_model(self, device: torch.device | str = "cpu", attention: str | None = None) -> Any:
-        """The model with its weights, in evaluation mode: of pre-training, or of fine-tuning without a head.
+    def load_pretrained(self, device: torch.device | str = "cpu", attention: str | None = None) -> Any:
+        """The model of a pre-training run with its weights, in evaluation mode.
 
         Args:
             device: where to put it.
             attention: overrides the config's.
 
         Raises:
-            DataError: the checkpoint is damaged, or its model has the head of a task: see ``load_finetuned``.
+            DataError: the checkpoint is damaged, or was written by another kind of run: see ``fastattn.lm.load``.
         """
         if "finetune" in self.trainer_state().get("settings", {}):
-            from fastattn.lm.finetune.run import load_writer  # which imports this module
-
-            return load_writer(self, device, attention)
+            raise DataError(f"{self.folder} is of a fine-tuning run: load it with fastattn.lm.finetune.load_finetuned.")
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})
         with torch.device(device):
             model = make_model(TransformerConfig.from_dict(fields))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from fastattn.files import replaced_file
 
 
 def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], path: Path) -> None:
@@ -30,6 +31,5 @@ def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], pa
     axes.set(xlabel="step", ylabel="loss (nats per label)", title="fastattn: training")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".unfinished-{path.name}")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png")

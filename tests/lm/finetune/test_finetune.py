@@ -12,11 +12,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fastattn.errors import DataError, InputError
+from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
 from fastattn.lm.finetune.adapters import Lora, add_adapters, choose_trained, merge_adapters
+from fastattn.lm.finetune.config import resumed_config
 from fastattn.lm.finetune.evaluate import evaluate
 from fastattn.lm.finetune.examples import Example
-from fastattn.lm.finetune.run import FinetuneConfig, finetune, load_finetuned, resumed_config
 from fastattn.lm.finetune.tasks import Task
+from fastattn.lm.load import load_model
 from fastattn.lm.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.lm.train import RunConfig, find_checkpoint, pretrain
 from fastattn.lm.train.optim import OptimConfig
@@ -89,7 +91,7 @@ def test_it_starts_from_a_pre_trained_checkpoint(pretrained, tmp_path, objective
     frozen = TrainConfig(batch=2, optim=OptimConfig(lr=1e-12))  # so small that nothing changes
     config = settings(path, task=task, checkpoint=str(pretrained / objective), eval=path, steps=1, train=frozen)
     found = model_of(run(tmp_path / "run", config))
-    before = start.load_model()
+    before = start.load_pretrained()
     before, after = (getattr(x, "backbone", x).state_dict() for x in (before, found))
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -120,7 +122,7 @@ def test_a_fine_tuned_model_can_be_fine_tuned_for_another_task(data, prompts, pr
 
 def test_frozen_trains_the_head_alone(data, pretrained, tmp_path):
     outcome = run(tmp_path / "run", settings(data, checkpoint=str(pretrained / "masked"), method="frozen"))
-    before = find_checkpoint(pretrained / "masked").load_model().backbone.state_dict()
+    before = find_checkpoint(pretrained / "masked").load_pretrained().backbone.state_dict()
     model = model_of(outcome)
     assert all(torch.equal(before[name], weight) for name, weight in model.backbone.state_dict().items())
     assert outcome.parameters["trained"] == 3 * 32 + 3
@@ -128,7 +130,7 @@ def test_frozen_trains_the_head_alone(data, pretrained, tmp_path):
 
 def test_lora_trains_adapters_and_the_head_and_is_merged_when_loaded(data, pretrained, tmp_path):
     outcome = run(tmp_path / "run", settings(data, checkpoint=str(pretrained / "masked"), method="lora", lora_rank=2))
-    before = find_checkpoint(pretrained / "masked").load_model().backbone.state_dict()
+    before = find_checkpoint(pretrained / "masked").load_pretrained().backbone.state_dict()
     after = model_of(outcome).backbone.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.startswith("blocks.") and before[name].dim() == 2}
@@ -265,10 +267,10 @@ def test_the_best_checkpoint_is_kept_and_scored(data, tmp_path):
 
 def test_a_model_that_writes_can_be_loaded_as_one_and_others_say_so(data, prompts, tmp_path):
     run(tmp_path / "writes", settings(prompts, task="instruct", eval=prompts, method="lora"))
-    assert isinstance(find_checkpoint(tmp_path / "writes").load_model(), Decoder)
+    assert isinstance(load_model(find_checkpoint(tmp_path / "writes")), Decoder)
     run(tmp_path / "labels", settings(data, steps=1))
-    with pytest.raises(DataError, match="is a model for classify, which writes no text: see fastattn evaluate"):
-        find_checkpoint(tmp_path / "labels").load_model()
+    with pytest.raises(DataError, match="is a model for classify, which generates no text: see fastattn evaluate"):
+        load_model(find_checkpoint(tmp_path / "labels"))
 
 
 def test_evaluating_a_pre_trained_model(pretrained):

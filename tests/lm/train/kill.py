@@ -59,7 +59,7 @@ def check(out):
     for path in steps:
         assert load_file(path / "optimizer.safetensors")
     if steps:
-        find_checkpoint(out).load_model()
+        find_checkpoint(out).load_pretrained()
     return newest(out)
 
 

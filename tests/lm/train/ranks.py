@@ -107,7 +107,7 @@ def run_all(corpus, folder):
             train(corpus, folder / f"alone, then {way}", resume=half(folder / "alone"), parallel=way)
         train(corpus, folder / "fsdp, then ddp", resume=half(folder / "fsdp"), parallel="ddp")
         if ranks().leads:
-            find_checkpoint(folder / "fsdp").load_model()
+            find_checkpoint(folder / "fsdp").load_pretrained()
             shutil.rmtree(folder / "fsdp parts" / "checkpoints")
 
 

@@ -28,7 +28,7 @@ def contents(folder):
 
 def test_everything_comes_back(run, make_trainer, tmp_path):
     checkpoint = find_checkpoint(run.folder)
-    model = checkpoint.load_model()
+    model = checkpoint.load_pretrained()
     assert not model.training and model.config == run.model.config
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -39,7 +39,7 @@ def test_everything_comes_back(run, make_trainer, tmp_path):
         for key, value in run.optimizer.state[ours].items():
             assert torch.equal(other.optimizer.state[theirs][key], value), key
     assert checkpoint.tokenizer().to_str() == run.tokenizer.to_str()
-    assert checkpoint.load_model(attention="eager").config.attention == "eager"
+    assert checkpoint.load_pretrained(attention="eager").config.attention == "eager"
 
 
 def test_the_newest_are_kept_and_found(run):
@@ -137,7 +137,7 @@ def test_damage_is_said_in_a_sentence(run, damage):
     do_damage, words = DAMAGES[damage]
     do_damage(checkpoint.folder)
     with pytest.raises(DataError, match=words):
-        checkpoint.load_model()
+        checkpoint.load_pretrained()
 
 
 def test_a_damaged_optimizer_or_state_stops_resuming(run, make_trainer, tmp_path):

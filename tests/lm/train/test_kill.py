@@ -25,7 +25,7 @@ def test_kill_9_loses_nothing(texts, tmp_path):
         reached
     )  # they were killed at work, not at the start
     runs = [tmp_path / "straight", tmp_path / "killed"]
-    ours, theirs = (find_checkpoint(out).load_model().state_dict() for out in runs)
+    ours, theirs = (find_checkpoint(out).load_pretrained().state_dict() for out in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("loss", "held_out_loss", "grad_norm"):
         first, second = ([r[name] for r in Log(out / "log.jsonl").records() if name in r] for out in runs)

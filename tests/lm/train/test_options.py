@@ -90,7 +90,7 @@ def test_compiled_it_learns_the_same(make_trainer, tmp_path, monkeypatch):
     plain = make_trainer(tmp_path / "a", steps=3, dropout=0.0)
     fast = make_trainer(tmp_path / "b", steps=3, dropout=0.0, compile=True, recompute=True)
     assert fast.run().loss == pytest.approx(plain.run().loss, rel=1e-5) and used
-    assert find_checkpoint(tmp_path / "b").load_model().state_dict().keys() == plain.model.state_dict().keys()
+    assert find_checkpoint(tmp_path / "b").load_pretrained().state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_adamw_is_fused_on_a_cpu_too(make_trainer, tmp_path):

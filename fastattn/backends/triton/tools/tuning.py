@@ -1,10 +1,8 @@
-"""Choosing the tiles of the Triton backend by measurement, and writing them where the backend reads them."""
+"""Choosing the configurations of the Triton backend by measurement, and writing them where the backend reads them."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +10,13 @@ from pathlib import Path
 import torch
 
 from fastattn.backends.triton import table
+from fastattn.files import write_text
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
 Key = tuple[str, str, int, int]
-Tile = tuple[int, int, int, int]
+Config = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
 KERNELS = tuple(sorted({kind for _, kind, _, _ in table.TABLE}))
@@ -31,13 +30,13 @@ class Measured:
 
     Attributes:
         key: the row: ``(arch, kernel, bits, head dim)``.
-        tile: ``(BLOCK_M, BLOCK_N, num_warps, num_stages)``.
+        config: ``(BLOCK_M, BLOCK_N, num_warps, num_stages)``.
         seconds: its time; infinite where it does not run.
         failure: why it does not.
     """
 
     key: Key
-    tile: Tile
+    config: Config
     seconds: float
     failure: str | None = None
 
@@ -53,80 +52,72 @@ def arch_of(device: torch.device) -> str:
     return configs.chip_name(target.backend, target.arch)
 
 
-def row_of(key: Key) -> Tile:
-    """The tile that the backend now uses for a row, its own or one that stands in for it."""
+def row_of(key: Key) -> Config:
+    """The configuration that the backend now uses for a row, its own or one that stands in for it."""
     from fastattn.backends.triton import configs
 
     arch, kind, bits, head_dim = key
     kernel = kind.partition(" ")[0]
-    return tuple(configs.tile_for(arch, kernel, bits, head_dim, features_of(kind)))  # type: ignore[return-value]
+    return tuple(configs.config_for(arch, kernel, bits, head_dim, features_of(kind)))  # type: ignore[return-value]
 
 
 def features_of(kind: str) -> frozenset[str]:
-    """What is measured for the rows of a kind, besides the causal mask."""
-    kernel, _, load = kind.partition(" ")
-    crowd = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
-    return frozenset(crowd[: {"": 0, "heavy": 1, "crowded": 2}[load]])
+    """The features that a kind of row is measured with, besides the causal mask."""
+    kernel, _, count = kind.partition(" ")
+    heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
+    return frozenset(heavy[: {"": 0, "one": 1, "several": 2}[count]])
 
 
-def candidates(kernel: str, bits: int, now: Tile) -> list[Tile]:
-    """The tiles worth measuring, that of the table among them."""
+def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
+    """The configurations worth measuring, that of the table among them."""
     rows: tuple[int, ...]
     columns: tuple[int, ...]
-    rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("dkdv") else ((64, 128), (32, 64, 128))
+    rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("backward_dkdv") else ((64, 128), (32, 64, 128))
     if kernel == "decode":
         rows, columns = now[:1], (32, 64, 128)  # one query row in each sequence is what is measured
     elif bits == 32:
         rows, columns = (16, 32, 64), (32, 64)
-    stages = (1,) if kernel == "dbias" else (1, 2, 3)
+    stages = (1,) if kernel == "backward_dbias" else (1, 2, 3)
     found = list(itertools.product(rows, columns, (4, 8), stages))
-    return [now, *(tile for tile in found if tile != now)]
+    return [now, *(config for config in found if config != now)]
 
 
-def measured(key: Key, tiles: Iterable[Tile], timer: Timer, device: torch.device) -> Iterator[Measured]:
-    """Time each of ``tiles`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
+def measured(key: Key, todo: Iterable[Config], timer: Timer, device: torch.device) -> Iterator[Measured]:
+    """Time each of ``todo`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
 
     Decoding has caches of 16k positions for four sequences, in pages.
     """
     from fastattn.backends.triton import configs
 
     work = _work(key, device)
-    for tile in tiles:
+    for config in todo:
         try:
-            yield Measured(key, tile, timer(lambda tile=tile: work(configs.Tile(*tile))))  # type: ignore[misc]
-        except Exception as error:  # a tile may ask for more than the GPU has: that is the finding
-            yield Measured(key, tile, float("inf"), f"{type(error).__name__}: {error}".splitlines()[0][:120])
+            yield Measured(key, config, timer(lambda config=config: work(configs.Config(*config))))  # type: ignore[misc]
+        except Exception as error:  # a configuration may ask for more than the GPU has: that is the finding
+            yield Measured(key, config, float("inf"), f"{type(error).__name__}: {error}".splitlines()[0][:120])
 
 
-def fastest(results: Sequence[Measured], now: Tile, least_gain: float = 0.02) -> Tile:
-    """The fastest tile; the one of the table unless another gains at least ``least_gain``, which noise does not."""
+def fastest(results: Sequence[Measured], now: Config, least_gain: float = 0.02) -> Config:
+    """The fastest configuration; that of the table unless another gains ``least_gain``, more than noise does."""
     best = min(results, key=lambda result: result.seconds)
-    of_table = next((result.seconds for result in results if result.tile == now), float("inf"))
-    return best.tile if best.seconds < of_table * (1 - least_gain) else now
+    of_table = next((result.seconds for result in results if result.config == now), float("inf"))
+    return best.config if best.seconds < of_table * (1 - least_gain) else now
 
 
-def text_of(rows: dict[Key, Tile]) -> str:
+def text_of(rows: dict[Key, Config]) -> str:
     """The source of ``table.py`` with these rows."""
     head = TABLE_FILE.read_text(encoding="utf-8").partition("TABLE:")[0]
-    lines = "".join(f"    {str(key).replace(chr(39), chr(34))}: {tile},\n" for key, tile in sorted(rows.items()))
+    lines = "".join(f"    {str(key).replace(chr(39), chr(34))}: {config},\n" for key, config in sorted(rows.items()))
     return f"{head}TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {{\n{lines}}}\n"
 
 
-def write(rows: dict[Key, Tile], path: Path = TABLE_FILE) -> None:
+def write(rows: dict[Key, Config], path: Path = TABLE_FILE) -> None:
     """Replace the table, whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text_of(rows))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(path, text_of(rows))
 
 
 def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]:
-    """What runs the kernel of a row with a given tile."""
+    """A function that runs the kernel of a row with a given configuration."""
     from fastattn.backends.triton import launch
 
     _, kind, bits, d = key
@@ -138,21 +129,21 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     batch = 4 if device.type == "cuda" else 1
     q, k, v, dout = (torch.randn(batch, tokens // batch, heads, d, device=device, dtype=dtype) for _ in range(4))
     s = q.shape[1]
-    bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "dbias" else None
+    bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "backward_dbias" else None
     mask = torch.rand(1, 1, s, s, device=device) < 0.9 if "mask" in features else None
     rng_state = torch.tensor([1, 2], device=device) if "dropout" in features else None
     inputs = Inputs(q, k, v, bias=bias, mask=mask, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
     spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.0 if rng_state is None else 0.1)
     if kernel == "forward":
-        return lambda tile: launch.forward(inputs, spec, tile)  # type: ignore[arg-type]
+        return lambda config: launch.forward(inputs, spec, config)  # type: ignore[arg-type]
     out, lse = launch.forward(inputs, spec)
-    return getattr(launch.Backward.of(dout, None, out, lse, inputs, spec), kernel)
+    return getattr(launch.Backward.of(dout, None, out, lse, inputs, spec), kernel.removeprefix("backward_"))
 
 
 def _decoding(
     d: int, dtype: torch.dtype, device: torch.device, features: frozenset[str]
 ) -> Callable[[tuple[int, ...]], object]:
-    from fastattn.backends.triton import launch_cache
+    from fastattn.backends.triton import launch_decode
 
     batch, page_size = 4, 16
     pages = (TOKENS if device.type == "cuda" else 32) // page_size
@@ -164,4 +155,4 @@ def _decoding(
     slopes = torch.rand(1, HEADS, device=device) if "alibi" in features else None
     inputs = CacheInputs(q, k, v, lengths, block_table=table, alibi_slopes=slopes, max_seqlen_q=1)
     spec = AttentionSpec(d**-0.5, softcap=30.0 if "softcap" in features else None, right=0)
-    return lambda tile: launch_cache.attend_to_cache(inputs, spec, tile)  # type: ignore[arg-type]
+    return lambda config: launch_decode.attend_to_cache(inputs, spec, config)  # type: ignore[arg-type]

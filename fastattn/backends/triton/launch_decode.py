@@ -1,0 +1,189 @@
+"""The host side of decoding: describes a call on a cache to the kernels and launches them.
+
+Nothing here reads a length or a block table: sizes known to the host bound them, so a call can be captured in a CUDA
+graph and replayed at other lengths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.backends.triton import arguments, launch
+from fastattn.backends.triton.arguments import (
+    Bshd,
+    Cache,
+    Flags,
+    PerHead,
+    PerToken,
+    Scores,
+    Sizes,
+    Splits,
+    Terms,
+    coded,
+)
+from fastattn.backends.triton.configs import Config
+from fastattn.backends.triton.decode import combine_kernel, decode_kernel
+from fastattn.backends.triton.pages import append_kernel, turn_kernel
+from fastattn.errors import input_error
+from fastattn.kv_cache import CacheInputs
+from fastattn.spec import AttentionSpec
+
+BLOCK = 16  # rows that one program puts into their places
+COMBINED_SPLITS = 32  # in one step
+LEAST_TILES = 4  # of keys in a split: fewer, and putting the splits together costs more than they save
+
+
+def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
+    """Store the new keys and values, if any; ``(out, lse)``. ``config`` overrides the table."""
+    if inputs.capacity >= arguments.UNBOUNDED:
+        todo = "Make the cache shorter."
+        raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
+    with launch.device_of(out):
+        if inputs.k is not None and inputs.v is not None and inputs.k.numel():
+            _append(inputs, spec, inputs.k, inputs.v)
+        if lse.numel():
+            turned = inputs if inputs.rotary_cos is None else inputs.replace(q=_turned_queries(inputs, spec))
+            _decode(turned, spec, out, lse, config)
+    return out, lse
+
+
+def _append(inputs: CacheInputs, spec: AttentionSpec, k: Tensor, v: Tensor) -> None:
+    blocks = triton.cdiv(inputs.max_seqlen_q if inputs.is_packed else k.shape[1], BLOCK)
+    caches = (Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache)))
+    append_kernel[inputs.batch * blocks, inputs.heads_kv](Bshd.of(k), Bshd.of(v), *caches, **_placing(inputs, spec))
+
+
+def _turned_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
+    q = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
+    blocks = triton.cdiv(inputs.max_seqlen_q, BLOCK)
+    turn_kernel[inputs.batch * blocks, inputs.heads_q](Bshd.of(inputs.q), Bshd.of(q), **_placing(inputs, spec))
+    return q
+
+
+def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
+    """The arguments that the kernels share which put rows into their places."""
+    cos, sin = inputs.rotary_cos, inputs.rotary_sin
+    d_qk, d_v = inputs.q.shape[-1], inputs.v_cache.shape[-1]
+    return {
+        "cos": None if cos is None else cos.contiguous(),
+        "sin": None if sin is None else sin.contiguous(),
+        "cache": _cache(inputs),
+        "terms": _terms(inputs),
+        "sizes": _sizes(inputs, spec),
+        "F": Flags(
+            d_qk=d_qk,
+            d_v=d_v,
+            block_qk=triton.next_power_of_2(d_qk),
+            block_v=triton.next_power_of_2(d_v),
+            packed=inputs.is_packed,
+            paged=inputs.block_table is not None,
+            fp8=inputs.is_fp8,
+        ),
+        "ROTARY": 0 if cos is None else cos.shape[1],
+        "INTERLEAVED": inputs.rotary_interleaved,
+        "BLOCK": BLOCK,
+        **launch.ALWAYS,
+    }
+
+
+def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, config: Config | None) -> None:
+    """Attend, in as many splits as it takes to occupy the device, and put these together if there are several."""
+    q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
+    flags = launch.flags_of(inputs, spec, (q, k, v))
+    flags = dataclasses.replace(flags, paged=inputs.block_table is not None, fp8=inputs.is_fp8)
+    rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
+    config = config or launch.config_of(out.device, "decode", flags)
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(rows, block_m)
+    programs = inputs.batch * inputs.heads_kv * blocks
+    count = splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
+    partial_out, partial_lse = out, lse.transpose(-1, -2)
+    if count > 1:
+        partial_out = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
+        partial_lse = torch.empty(count, *out.shape[:-1], dtype=torch.float32, device=out.device)
+    first, lse_of_first = (partial_out[0], partial_lse[0]) if count > 1 else (partial_out, partial_lse)
+    decode_kernel[(programs * count,)](
+        q,
+        k,
+        v,
+        Bshd.of(first),
+        Bshd.of(lse_of_first.unsqueeze(-1)),
+        _cache(inputs),
+        _terms(inputs),
+        _sizes(inputs, spec),
+        Splits(coded(blocks), coded(count), coded(out.numel()), coded(lse.numel())),
+        **launch.compiled(out.device, flags, config._replace(block_m=block_m)),
+    )
+    if count > 1:
+        s_q = inputs.q.shape[-3]
+        combine_kernel[(lse.numel(),)](
+            partial_out, partial_lse, out, lse, coded(count), coded(lse.numel()), coded(s_q), coded(inputs.heads_q),
+            D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_SPLITS=COMBINED_SPLITS, **launch.ALWAYS,
+        )  # fmt: skip
+
+
+def splits(programs: int, reach: int, block_n: int, on: int) -> int:
+    """Into how many splits the keys are cut, so that ``on`` processors have two programs each if the keys suffice.
+
+    Args:
+        programs: those that there are without cutting.
+        reach: the most keys that one of them may have to visit.
+        block_n: keys of a tile.
+        on: processors of the device.
+    """
+    return max(1, min(2 * on // programs, reach // (LEAST_TILES * block_n)))
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+# --- description --------------------------------------------------------------------------------------------------
+
+
+def _reach(inputs: CacheInputs, spec: AttentionSpec) -> int:
+    """The most keys that the rows of one sequence may keep."""
+    if spec.left is None:
+        return inputs.capacity
+    return min(inputs.capacity, inputs.max_seqlen_q + spec.left + (spec.right or 0))
+
+
+def _bytes(cache: Tensor) -> Tensor:
+    """An e4m3 cache as bytes: kernels convert it themselves."""
+    return cache.view(torch.uint8) if cache.element_size() == 1 else cache
+
+
+def _cache(inputs: CacheInputs) -> Cache:
+    new = 0 if inputs.k is None or inputs.is_packed else inputs.k.shape[1]
+    return Cache(
+        lengths=inputs.cache_lengths,
+        new_rows=coded(new),
+        new_queries=coded(int(inputs.k is not None and inputs.is_packed)),
+        capacity=coded(inputs.capacity),
+        page_size=coded(inputs.page_size),
+        block_table=None if inputs.block_table is None else PerToken.of(inputs.block_table),
+        k_scale=None if inputs.k_scale is None else PerHead.of(inputs.k_scale),
+        v_scale=None if inputs.v_scale is None else PerHead.of(inputs.v_scale),
+    )
+
+
+def _terms(inputs: CacheInputs) -> Terms:
+    return Terms(
+        bias=None if inputs.bias is None else Scores.of(inputs.bias),
+        alibi_slopes=None if inputs.alibi_slopes is None else PerHead.of(inputs.alibi_slopes),
+        sinks=None if inputs.sinks is None else PerHead.of(inputs.sinks),
+        cu_seqlens_q=inputs.cu_seqlens_q,
+    )
+
+
+def _sizes(inputs: CacheInputs, spec: AttentionSpec) -> Sizes:
+    return launch.sizes_of(spec, inputs.max_seqlen_q, inputs.capacity, inputs.heads_q, inputs.heads_kv)

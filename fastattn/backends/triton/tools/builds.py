@@ -1,0 +1,236 @@
+"""The builds of the compile gates: each row of the table with the GPUs and problems for which it is compiled."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastattn.kv_cache import FP8, CacheInputs
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.triton.configs import Config
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU that Triton compiles for, and its limits."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+    tensor_core: str
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912, "HMMA"),
+    "sm_90": Target("cuda", 90, 32, 232448, "HGMMA"),
+    "sm_100": Target("cuda", 100, 32, 232448, "UTCHMMA|HMMA"),
+    "gfx942": Target("hip", "gfx942", 64, 65536, "mfma"),
+}
+# The rows for GPUs without rows of their own must fit the smallest: consumer chips have 99 KiB, AMD's 64.
+DEFAULT_SHARED_LIMITS = {"cuda": 101376, "hip": 65536}
+KERNELS = ("forward", "backward_dkdv", "backward_dq", "backward_dbias", "decode")
+# What each row of the table is compiled for: features alone and together, the easy ones together at once.
+EVERYTHING = "mask bias softcap alibi sinks segments dropout window causal"
+COMBINATIONS = (
+    "causal", "packed window sinks causal", "mask", "bias", "softcap causal", "alibi causal", "segments causal",
+    "dropout causal", "mask dropout", "bias softcap dropout causal", EVERYTHING,
+)  # fmt: skip
+# "tokens": many query rows, which fill the tile; else there is one in each sequence.
+DECODING = (
+    "causal", "tokens causal", "paged causal", "paged e4m3 causal", "tokens paged e4m3 causal", "bias causal",
+    "tokens paged packed softcap alibi sinks causal", "tokens paged e4m3 bias softcap alibi sinks window causal",
+)  # fmt: skip
+OF_DBIAS = ("bias causal", "bias dropout causal", EVERYTHING)
+# fp32 needs less: its products, without tensor cores, take most of the registers.
+IN_FP32 = ("causal", "dropout causal", EVERYTHING)
+DECODING_IN_FP32 = ("paged causal", "tokens paged bias softcap alibi sinks window causal")
+# Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
+BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel to compile: the row of the table, what for, and for which problem."""
+
+    row: str
+    target: str
+    kernel: str
+    combination: str
+    bits: int
+    head_dim: int
+    config: tuple[int, ...] | None = None  # instead of that of the table
+    head_dim_v: int | None = None  # where it is not head_dim
+
+    @property
+    def name(self) -> str:
+        dims = f"D{self.head_dim}" + (f"/{self.head_dim_v}" if self.head_dim_v else "")
+        return f"{self.row}@{self.target} {self.kernel} {self.bits} {dims} {self.combination}"
+
+
+def config_of(build: Build) -> Config:
+    """The configuration that a build is compiled with."""
+    from fastattn.backends.triton import configs
+
+    features = frozenset(build.combination.split())
+    return configs.Config(
+        *build.config or configs.config_for(build.row, build.kernel, build.bits, build.head_dim, features)
+    )
+
+
+def combinations_of(kernel: str, bits: int) -> tuple[str, ...]:
+    """The problems for which a kernel is compiled, at every width."""
+    if kernel == "decode":
+        return DECODING if bits == 16 else DECODING_IN_FP32
+    if kernel == "backward_dbias":
+        return OF_DBIAS
+    return COMBINATIONS if bits == 16 else IN_FP32
+
+
+def served_by(kind: str, bits: int) -> list[str]:
+    """Those of them that take a kind of row, where the table has it."""
+    from fastattn.backends.triton import configs, table
+
+    kernel, kinds = kind.partition(" ")[0], {kind for _, kind, _, _ in table.TABLE}
+    problems = {c: configs.kinds_of(kernel, c.split()) for c in combinations_of(kernel, bits)}
+    return [c for c, preferred in problems.items() if kind == next(k for k in preferred if k in kinds)]
+
+
+def all_builds(quick: bool = False) -> list[Build]:
+    """Every row of the table, and in bf16 other head dims.
+
+    Args:
+        quick: those of ``cuda:90`` and ``hip`` that most people use.
+    """
+    from fastattn.backends.triton.table import TABLE
+
+    found = set()
+    for row, kind, bits, head_dim in TABLE:
+        kernel = kind.partition(" ")[0]
+        if row != "default":
+            targets = [row]
+        elif bits == 16:
+            targets = ["sm_80"]  # for chips without rows of their own: like this one, but smaller
+        else:
+            targets = [t for t in TARGETS if (t, kernel, bits, head_dim) not in TABLE]
+        for target, combination in itertools.product(targets, combinations_of(kernel, bits)):
+            found.add(Build(row, target, kernel, combination, bits, head_dim))
+    tensor_core_targets = ("sm_80", "sm_90", "sm_100")
+    for target, kernel, head_dim in itertools.product(tensor_core_targets, KERNELS[:4], (128, 256)):
+        found.add(Build("default", target, kernel, f"tf32 {combinations_of(kernel, 32)[0]}", 32, head_dim))
+    for (d_qk, d_v), kernel in itertools.product(BETWEEN_ROWS, KERNELS[:3]):
+        found.add(Build("sm_90", "sm_90", kernel, "causal", 16, d_qk, head_dim_v=d_v))
+    if quick:
+        found = {b for b in found if b in _quick()}
+    return sorted(found, key=lambda build: build.name)
+
+
+def sampled(count: int, seed: int = 0) -> list[Build]:
+    """Up to as many more in bf16, features drawn at random: what ``all_builds`` may not have thought of."""
+    from fastattn.backends.triton.table import TABLE
+
+    draw = random.Random(seed)
+    rows = sorted({(row, kind.partition(" ")[0], d) for row, kind, bits, d in TABLE if bits == 16 and row in TARGETS})
+    found: dict[Build, None] = {}
+    for _ in range(100 * count):  # draws may repeat
+        row, kernel, head_dim = draw.choice(rows)
+        words = "paged packed e4m3 bias softcap alibi sinks window" if kernel == "decode" else f"packed {EVERYTHING}"
+        features = [word for word in words.split() if draw.random() < 0.5]
+        if kernel == "decode":
+            features += ["causal", *draw.choice(([], ["tokens"]))]
+        elif "packed" in features:  # what has no rows of one length
+            features = [word for word in features if word not in ("mask", "bias", "segments")]
+        if kernel != "backward_dbias" or "bias" in features:
+            found[Build(row, row, kernel, " ".join(features) or "plain", 16, head_dim)] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def _quick() -> set[Build]:
+    return {Build(row, row, kernel, "causal", 16, 128) for row in ("sm_90", "gfx942") for kernel in KERNELS[:3]}
+
+
+def tensor_core_of(build: Build) -> str:
+    """The instructions to look for. HGMMA multiplies 64 rows at a time, which decoding and small tiles do not have."""
+    wanted = TARGETS[build.target].tensor_core
+    config = config_of(build)
+    rows = config.block_n if build.kernel == "backward_dkdv" else config.block_m
+    is_small = build.kernel == "decode" or rows < 64
+    return f"{wanted}|HMMA" if is_small and wanted == "HGMMA" else wanted
+
+
+def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
+    """Grouped heads, 16k tokens, no memory."""
+    batch, s, heads_q, heads_kv, d, d_v = 2, 16384, 16, 4, build.head_dim, build.head_dim_v or build.head_dim
+    features = build.combination.split()
+    dtype = torch.bfloat16 if build.bits == 16 else torch.float32
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows: Callable[..., torch.Tensor] = lambda h, d: empty(batch, s, h, d)  # noqa: E731
+    terms: dict[str, torch.Tensor] = {}
+    if "packed" in features:
+        rows = lambda h, d: empty(batch * s, h, d)  # noqa: E731
+        terms["cu_seqlens_q"] = terms["cu_seqlens_kv"] = empty(batch + 1, dtype=torch.int32)
+    if "bias" in features:
+        terms["bias"] = empty(1, heads_q, s, s)
+    if "mask" in features:
+        terms["mask"] = empty(1, 1, s, s, dtype=torch.bool)
+    if "alibi" in features:
+        terms["alibi_slopes"] = empty(1, heads_q, dtype=torch.float32)
+    if "sinks" in features:
+        terms["sinks"] = empty(1, heads_q)
+    if "segments" in features:
+        terms["segment_ids_q"] = terms["segment_ids_kv"] = empty(batch, s, dtype=torch.int32)
+    if "dropout" in features:
+        terms["rng_state"] = empty(2, dtype=torch.int64)
+    inputs = Inputs(rows(heads_q, d), rows(heads_kv, d), rows(heads_kv, d_v), **terms, max_seqlen_q=s, max_seqlen_kv=s)
+    spec = AttentionSpec(
+        scale=d**-0.5,
+        left=1023 if "window" in features else None,
+        right=0 if "causal" in features else None,
+        softcap=30.0 if "softcap" in features else None,
+        dropout_p=0.1 if "dropout" in features else 0.0,
+    )
+    return inputs, spec
+
+
+def cache_problem_of(build: Build) -> tuple[CacheInputs, AttentionSpec]:
+    """Grouped heads, caches for 32k tokens each, no memory."""
+    batch, s, heads_q, heads_kv, page_size, d = 2, 32768, 32, 4, 16, build.head_dim
+    features = build.combination.split()
+    dtype = torch.bfloat16 if build.bits == 16 else torch.float32
+    s_q = 64 if "tokens" in features else 1
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    terms: dict[str, Any] = {}
+    if "packed" in features:
+        terms["cu_seqlens_q"] = empty(batch + 1, dtype=torch.int32)
+    if "paged" in features:
+        terms["block_table"] = empty(batch, s // page_size, dtype=torch.int32)
+    if "e4m3" in features:
+        terms["k_scale"] = terms["v_scale"] = empty(1, heads_kv, dtype=torch.float32)
+    if "bias" in features:
+        terms["bias"] = empty(1, heads_q, s_q, s)
+    if "alibi" in features:
+        terms["alibi_slopes"] = empty(1, heads_q, dtype=torch.float32)
+    if "sinks" in features:
+        terms["sinks"] = empty(1, heads_q)
+    pages = (batch * s // page_size, page_size) if "paged" in features else (batch, s)
+    cache = empty(*pages, heads_kv, d, dtype=FP8 if "e4m3" in features else dtype)
+    q = empty(batch * s_q, heads_q, d) if "packed" in features else empty(batch, s_q, heads_q, d)
+    left = 1023 if "window" in features else None
+    spec = AttentionSpec(d**-0.5, 30.0 if "softcap" in features else None, left=left, right=0)
+    return CacheInputs(q, cache, cache, empty(batch, dtype=torch.int32), **terms, max_seqlen_q=s_q), spec

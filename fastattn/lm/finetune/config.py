@@ -1,0 +1,113 @@
+"""The settings of a fine-tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastattn.errors import DataError, input_error
+from fastattn.lm.finetune.adapters import Lora, Method
+from fastattn.lm.finetune.tasks import TASKS
+from fastattn.lm.models import TransformerConfig
+from fastattn.lm.train.checkpoint import Checkpoint
+from fastattn.lm.train.optim import OptimConfig
+from fastattn.lm.train.settings import RunSettings, TrainConfig
+
+_TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunSettings):
+    """A fine-tuning run. It starts from exactly one of ``checkpoint``, ``pretrained`` and ``preset``.
+
+    Attributes:
+        task: a key of ``fastattn.lm.finetune.tasks.TASKS``.
+        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.lm.finetune.examples``.
+        eval: another one to evaluate on; None holds out a part of ``data``.
+        checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
+        pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
+        preset: size of a model that starts from nothing, a key of ``fastattn.lm.models.PRESETS``.
+        method: "full", "frozen" (the head alone is trained) or "lora".
+        lora_rank: as in ``Lora``, as are the next two.
+        lora_alpha: see there.
+        lora_dropout: see there.
+        vocab_size: of the tokenizer that is learned where the model starts from nothing.
+        held_out: part of ``data`` that is held out if there is no ``eval``, chosen by the hash of each example.
+        length: most tokens in a row; None is the model's.
+        dropout: probability of dropping; None is the model's.
+        attention: "fastattn" or "eager".
+        epochs: passes over the examples.
+        steps: updates of the weights, instead of ``epochs``.
+        train: the training itself; its number of steps follows from the two above.
+    """
+
+    task: str
+    data: str
+    eval: str | None = None
+    checkpoint: str | None = None
+    pretrained: str | None = None
+    preset: str | None = None
+    method: Method = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    vocab_size: int = 4096
+    held_out: float = 0.1
+    length: int | None = None
+    dropout: float | None = None
+    attention: str = "fastattn"
+    epochs: float = 3.0
+    steps: int | None = None
+    train: TrainConfig = field(default_factory=lambda: _TRAIN)
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise input_error("task", repr(self.task), ", ".join(TASKS), "See fastattn finetune --help.")
+        starts = [f"--{name}" for name in ("checkpoint", "pretrained", "preset") if getattr(self, name) is not None]
+        if len(starts) != 1:
+            allowed = "one of --checkpoint, --pretrained and --preset"
+            raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
+        if not 0 < self.epochs < math.inf:
+            raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
+        if self.steps is not None and self.steps < 1:
+            raise input_error("steps", self.steps, "a positive int, or None", "None goes by epochs.")
+        if self.length is not None and self.length < 8:
+            raise input_error("length", self.length, "an int >= 8, or None", "None is the model's longest row.")
+        if not 0 < self.held_out < 1:
+            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", "0.1 holds out one in ten.")
+        _ = self.lora  # checks its fields
+
+    @property
+    def lora(self) -> Lora:
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_dropout)
+
+    def training(self, features: int) -> TrainConfig:
+        """``train`` with the number of steps for so many rows."""
+        steps = self.steps or max(1, round(self.epochs * features / self.train.batch))
+        return dataclasses.replace(self.train, steps=steps)
+
+    def adjusted(self, config: TransformerConfig) -> TransformerConfig:
+        """The config of a model as this run uses it."""
+        dropout = config.dropout if self.dropout is None else self.dropout
+        return TransformerConfig.from_dict(config.to_dict() | {"attention": self.attention, "dropout": dropout})
+
+
+def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> FinetuneConfig:
+    """The settings of the run that wrote ``checkpoint``, with those of ``flags`` that a continuation may change.
+
+    Raises:
+        DataError: the checkpoint's settings cannot be read.
+        InputError: a flag would make it another run.
+    """
+    return saved_config(checkpoint).continued(flags, {"epochs", "steps"})
+
+
+def saved_config(checkpoint: Checkpoint) -> FinetuneConfig:
+    """The settings of the run that wrote ``checkpoint``; raises DataError if they cannot be read."""
+    try:
+        return FinetuneConfig.from_dict(checkpoint.trainer_state()["settings"]["finetune"])
+    except (KeyError, TypeError) as error:
+        path = checkpoint.folder / "trainer.json"
+        raise DataError(f"{path} does not hold the settings of a fastattn finetune run ({error}).") from error

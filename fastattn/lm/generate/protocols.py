@@ -1,0 +1,76 @@
+"""The interfaces through which generation reaches a model, so that it depends on none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
+
+from torch import Tensor, nn
+
+
+class LanguageModelConfig(Protocol):
+    """Fields of a model's config that generation reads; see ``fastattn.lm.models.TransformerConfig``."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def positions(self) -> str: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def longest(self) -> int: ...
+    @property
+    def head_shape(self) -> tuple[int, int, int]: ...
+
+
+class LanguageModel(Protocol):
+    """A model that predicts the next token."""
+
+    training: bool
+    embedding: nn.Embedding
+
+    @property
+    def config(self) -> LanguageModelConfig: ...
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values of earlier tokens."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+class DecoderModel(LanguageModel, Protocol):
+    """A model that continues its own tokens."""
+
+    def hidden(self, tokens: Tensor, *, caches: Sequence[Any] | None = None) -> Tensor: ...
+
+
+class EncoderDecoderModel(LanguageModel, Protocol):
+    """A model that reads a source and generates a target."""
+
+    def encode(self, source: Tensor, source_mask: Tensor | None = None) -> Tensor: ...
+    def hidden(
+        self,
+        source: Tensor | None,
+        target: Tensor,
+        *,
+        source_mask: Tensor | None = None,
+        caches: Sequence[Any] | None = None,
+        memory: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+Model = DecoderModel | EncoderDecoderModel
+
+
+def is_decoder(model: Any) -> TypeGuard[DecoderModel]:
+    """Whether the model continues its prompt instead of answering a source."""
+    return getattr(getattr(model, "config", None), "kind", None) == "decoder"
+
+
+def is_encoder_decoder(model: Any) -> TypeGuard[EncoderDecoderModel]:
+    """Whether the model answers a source."""
+    return getattr(getattr(model, "config", None), "kind", None) == "encoder-decoder"

@@ -1,0 +1,134 @@
+"""The whole cuda backend on CPU tensors: its own Python, structs, tensor maps and kernels, on the emulated machine.
+
+Judged by the rule of every backend, alone and with the other pass on another backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+
+import emulate
+import pytest
+import torch
+
+from fastattn.backends import cuda, load
+from fastattn.backends.cuda import decode, library
+from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
+from fastattn.kv_cache import cache_problem
+from fastattn.problem import Problem
+from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
+from fastattn.testing.cases import Case, grid
+from fastattn.testing.inputs import Sample, make
+from fastattn.testing.tolerance import assert_within, measure, run
+
+MAX_HEAD_DIM = 64  # of the emulated library: its lines are those for 64
+# Every feature, and what only Python decides: strides, padding, scales, empty sides.
+CASES = [
+    case
+    for case in grid([torch.bfloat16])
+    if case.group not in ("bias", "mask", "alibi", "segments", "dropout", "together")
+    and max(case.D_qk, case.D_v) <= MAX_HEAD_DIM
+    and not case.D_qk % 8
+]
+MORE = [
+    Case("negative scale", scale=-0.3, dtype=torch.float16, right=0),
+    Case("zero scale", scale=0.0, dtype=torch.bfloat16),
+    Case("no key, sinks", S_q=9, S_kv=0, sinks=True, dlse=True, dtype=torch.float16),
+    Case("no query", S_q=0, S_kv=9, dtype=torch.float16),
+    Case("unused keys", S_q=20, S_kv=90, left=6, right=3, anchor="upper_left", nan_rows=True, dtype=torch.bfloat16),
+    Case("sinks per sequence", sinks=True, per_sequence=True, H_q=4, H_kv=2, dtype=torch.bfloat16, dlse=True),
+    Case("only dq", needs=("q",), dtype=torch.bfloat16),
+    Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
+    Case("strided", memory="strided", dtype=torch.float16, right=0),
+    Case("several configs", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
+]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The backend's kernels come from a library on the emulated machine."""
+    folder = tmp_path_factory.mktemp("emulated")
+    lines = [
+        *(config for config in forward_configs() if config.band),
+        *dkdv_configs(),
+        *dq_configs(),
+        *decode_configs(),
+    ]
+    configs = [config for config in lines if config.d_qk == MAX_HEAD_DIM]
+    path = emulate.Emulator(folder, jobs=1).build_library(configs, folder / "libfastattn.so")
+    kernels = library.Library(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))
+        patch.setattr(cuda, "_sees_gpu", lambda: True)
+        yield
+
+
+def served(case: Case) -> Sample:
+    sample = make(case)
+    facts = Problem.of(sample.inputs, sample.spec, needs_grad=True)
+    reasons = [reason for reason in cuda.BACKEND.unsupported_reasons(facts) if not reason.startswith("device cpu")]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return sample
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.id)
+def test_forward_and_backward(case: Case) -> None:
+    assert_within(measure(cuda.BACKEND, served(case)))
+
+
+@pytest.mark.parametrize("case", CASES[3:], ids=lambda case: case.id)
+def test_without_atomics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = served(case)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert_within(measure("eager", sample, cuda.BACKEND))
+
+
+def test_same_bits_every_time_without_atomics(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = served(Case("bits", B=1, S_q=130, S_kv=130, dtype=torch.float16, right=0, sinks=True))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    first, second = (run(load("eager"), sample, cuda.BACKEND) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("others", ["portable", "eager"])
+@pytest.mark.parametrize("direction", ["forward here", "backward here"])
+def test_the_other_pass_elsewhere(direction: str, others: str) -> None:
+    for changes in ({"right": 0, "S_q": 70, "sinks": True}, {"softcap": 5.0, "left": 9, "dlse": True, "H_q": 4}):
+        sample = served(Case("cross", dtype=torch.bfloat16, **changes))
+        forward, backward = (cuda.BACKEND, others) if direction == "forward here" else (others, cuda.BACKEND)
+        assert_within(measure(forward, sample, backward))
+
+
+# --- attention to a cache -----------------------------------------------------------------------------------------
+
+
+def cache_cases() -> list[tuple[CacheCase, int]]:
+    """What the kernels take of the grid, in 16 bits, some with one split and some with several; and longer caches."""
+    cases = [
+        case
+        for case in cache_grid((torch.float32,))
+        if not (case.fp8 or case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8)
+    ]
+    long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
+    changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
+    cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
+    wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
+    cases.append(CacheCase("more heads in a group than rows in a config", **wide))
+    return [
+        (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
+        for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("case", "splits"), cache_cases(), ids=lambda x: getattr(x, "id", f"{x} splits"))
+def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = make_cache_sample(case)
+    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    assert not cuda.BACKEND.unsupported_reasons(problem)
+    monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
+    assert_within(measure_cache(cuda.BACKEND, sample))

@@ -1,0 +1,57 @@
+"""The CUDA kernels' own source on the emulated machine: right on random problems, visibly wrong with every fault."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import emulate
+import pytest
+from fault import Fault
+
+from fastattn.backends.cuda.instances import DecodeConfig, ForwardConfig
+
+CSRC = Path(__file__).parents[3] / "csrc"
+CASES = 2  # for each kernel and dtype; `make emulate` runs more
+# One line of each form of the backward pass, and every third of its faults and of decoding's: `make emulate` runs and
+# plants all.
+BACKWARD_DIMS = ((64, 64), (96, 96), (192, 128), (256, 256))
+CONFIGS = [
+    config
+    for config in emulate.emulated_configs(CSRC)
+    if isinstance(config, (ForwardConfig, DecodeConfig))
+    or (config.softcap == (config.d_qk != 96) and (config.d_qk, config.d_v) in BACKWARD_DIMS)
+]
+PLANTED = [*emulate.FAULTS, *emulate.BACKWARD_FAULTS[::3], *emulate.DECODE_FAULTS[::3]]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulate.Emulator:
+    return emulate.Emulator(tmp_path_factory.mktemp("emulator"), jobs=1)
+
+
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: "_".join([config.macro.lower(), *map(str, config.numbers)])
+)
+def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, config: emulate.TableConfig) -> None:
+    is_right, printed = emulator.check_instance(config, CASES, seed=1000 * CONFIGS.index(config))
+    assert is_right, printed
+    assert printed.count("ok ") == 2, "both dtypes ran"
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.what)
+def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> None:
+    is_reported, printed = emulator.check_fault(fault)
+    assert is_reported, printed
+
+
+def test_there_are_enough_faults() -> None:
+    assert len(emulate.FAULTS) >= 40 and len(emulate.BACKWARD_FAULTS) >= 30 and len(emulate.DECODE_FAULTS) >= 40
+    assert len({fault.what for fault in emulate.ALL_FAULTS}) == len(emulate.ALL_FAULTS)
+
+
+def test_a_fault_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="0 times, not once"):
+        emulate.plant(Fault("no such source", "mask.h", "no such text", ""), tmp_path)

@@ -1,0 +1,122 @@
+"""The decoding kernels through Triton's interpreter: the grid of caches against fp64, whole and in splits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from fastattn.backends import load  # noqa: E402
+from fastattn.backends.triton import launch_decode  # noqa: E402
+from fastattn.backends.triton.pages import from_e4m3, to_e4m3  # noqa: E402
+from fastattn.decoding import explain_with_kv_cache  # noqa: E402
+from fastattn.kv_cache import FP8  # noqa: E402
+from fastattn.testing import CacheCase, assert_within, cache_grid, make_cache_sample, measure_cache  # noqa: E402
+
+GRID = cache_grid((torch.float32, torch.float16, torch.bfloat16))
+# Kernels of contiguous caches differ in where a row lies and in nothing else.
+CONTIGUOUS = ("one token", "strided", "window", "ragged, everything", "everything", "e4m3")
+WALKED = [case for case in GRID if case.page_size or case.id.startswith(CONTIGUOUS)]
+FP32_PAGES = [case for case in GRID if case.page_size and case.dtype == torch.float32]
+IN_PARTS = ("some tokens", "window of tokens", "sinks", "ragged", "everything", "e4m3", "an empty", "pages of 16")
+
+
+@pytest.mark.parametrize("case", WALKED, ids=lambda case: case.id)
+def test_caches(case: CacheCase) -> None:
+    assert_within(measure_cache(load("triton"), make_cache_sample(case)))
+
+
+@pytest.mark.parametrize("case", [c for c in FP32_PAGES if c.id.startswith(IN_PARTS)], ids=lambda case: case.id)
+def test_caches_in_parts(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than some rows have tiles, so that there are empty ones."""
+    monkeypatch.setattr(launch_decode, "splits", lambda *_: 3)
+    assert_within(measure_cache(load("triton"), make_cache_sample(case)))
+
+
+def test_more_parts_than_one_step_combines(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = (case for case in GRID if case.id == "one token [pages of 8, float32]")
+    monkeypatch.setattr(launch_decode, "splits", lambda *_: 7)
+    monkeypatch.setattr(launch_decode, "COMBINED_SPLITS", 4)
+    assert_within(measure_cache(load("triton"), make_cache_sample(case)))
+
+
+def test_new_rows_beyond_the_cache_are_dropped() -> None:
+    """Lengths on a GPU are the caller's duty; wrong ones must not write into other memory."""
+    (case,) = (case for case in GRID if case.id == "some tokens [pages of 8, float32]")
+    inputs = make_cache_sample(case).inputs
+    assert inputs.k is not None and inputs.block_table is not None
+    lengths = torch.full_like(inputs.cache_lengths, inputs.capacity - 2)
+    table = torch.arange(inputs.block_table.numel(), dtype=torch.int32).view(inputs.block_table.shape)
+    inputs = inputs.replace(cache_lengths=lengths, block_table=table)
+    before = inputs.k_cache.clone()
+    load("triton").attend_to_cache(inputs, make_cache_sample(case).spec)
+    last = table[:, -1].long()
+    assert torch.equal(inputs.k_cache[last, -2:], inputs.k[:, :2])
+    before[last, -2:] = inputs.k[:, :2]
+    assert torch.equal(inputs.k_cache.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_one_tensor_may_be_queries_keys_and_values() -> None:
+    """What is done to each follows from its place, not from which tensor it is: values are never turned."""
+    (case,) = (case for case in GRID if case.id == "rotary [pages of 8, float32]")
+    case = dataclasses.replace(case, H_q=2)
+    sample = make_cache_sample(case)
+    x = sample.inputs.q
+    one = dataclasses.replace(sample, inputs=sample.inputs.replace(k=x, v=x))
+    assert_within(measure_cache(load("triton"), one))
+
+
+def test_parts_fill_the_device_and_no_more() -> None:
+    assert launch_decode.splits(programs=1, reach=1 << 20, block_n=64, on=132) == 264
+    assert launch_decode.splits(programs=8, reach=1 << 17, block_n=64, on=132) == 33
+    assert launch_decode.splits(programs=264, reach=1 << 17, block_n=64, on=132) == 1
+    assert launch_decode.splits(programs=1000, reach=1 << 17, block_n=64, on=132) == 1
+    assert launch_decode.splits(programs=8, reach=512, block_n=64, on=132) == 2
+    assert launch_decode.splits(programs=8, reach=100, block_n=64, on=132) == 1
+
+
+def test_a_window_bounds_the_parts() -> None:
+    (case,) = (case for case in GRID if case.id == "pages of 16")
+    sample = make_cache_sample(case)
+    assert launch_decode._reach(sample.inputs, sample.spec) == 2 + 70
+    assert launch_decode._reach(sample.inputs, dataclasses.replace(sample.spec, left=None)) == sample.inputs.capacity
+
+
+@triton.jit
+def e4m3_kernel(byte, meaning, x, rounded):
+    at = tl.program_id(0) * 256 + tl.arange(0, 256)
+    tl.store(meaning + at, from_e4m3(tl.load(byte + at)))
+    tl.store(rounded + at, to_e4m3(tl.load(x + at)))
+
+
+def test_e4m3_is_that_of_torch() -> None:
+    """Every byte; as numbers to round every e4m3 number, what lies half-way between two, and what is next to that."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    numbers = byte.view(FP8).float()
+    finite = numbers[numbers.isfinite()].sort().values
+    middles = (finite[1:] + finite[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, far)) for far in (-1e9, 1e9)]
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-30, -1e-30, 460.0, 1e30])
+    x = torch.cat([numbers, middles, *beside, odd])
+    x = torch.cat([x, torch.zeros(-len(x) % 256)])
+    repeated = byte.repeat(len(x) // 256)
+    meaning, rounded = torch.empty(len(x)), torch.empty(len(x), dtype=torch.uint8)
+    e4m3_kernel[(len(x) // 256,)](repeated, meaning, x, rounded)
+    torch.testing.assert_close(meaning, repeated.view(FP8).float(), rtol=0, atol=0, equal_nan=True)
+    expected = x.clamp(-448, 448).to(FP8)
+    is_number = ~x.isnan()
+    assert torch.equal(rounded[is_number], expected.view(torch.uint8)[is_number])
+    assert bool(rounded[~is_number].view(FP8).float().isnan().all())
+
+
+def test_it_says_what_it_can() -> None:
+    q, cache, lengths = torch.randn(1, 1, 2, 64), torch.randn(1, 8, 2, 64), torch.ones(1, dtype=torch.int32)
+    found = explain_with_kv_cache(q, cache, cache, lengths)
+    assert found.reasons["triton"] == [] and found.passed_over["triton"], "it is never chosen unasked without evidence"
+    wide = [x.repeat(1, 1, 1, 5) for x in (q, cache)]
+    (reason,) = explain_with_kv_cache(wide[0], wide[1], wide[1], lengths).reasons["triton"]
+    assert reason == "head dim 320/320 (at most 256)"

@@ -1,0 +1,244 @@
+"""The rules that keep the project readable, held by machine: the way of imports, sizes, what is banned."""
+
+import ast
+import functools
+import graphlib
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fastattn
+
+PACKAGE = Path(fastattn.__file__).parent
+ROOT = PACKAGE.parent
+HERE = Path(__file__).resolve()
+
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
+# These stand in for functions of torch and flash-attn, so their parameters are those of what they replace.
+STAND_INS = {
+    "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
+    "flash_attn_with_kvcache", "_flash_forward", "_flash_backward",
+}  # fmt: skip
+CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
+
+# The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
+VOCABULARY = {"errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "version"}
+CORE = VOCABULARY | {"autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference"}
+PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
+MAY_IMPORT = {
+    "errors": set(),
+    "version": set(),
+    "spec": set(),
+    "rotary": set(),
+    "numerics": set(),
+    "files": {"errors"},
+    "layout": {"errors"},
+    "rng": {"spec"},
+    "problem": {"errors", "layout", "spec"},
+    "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec"},
+    "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
+    "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
+    "evidence": {"files", "problem", "version"},
+    "plan": {"backends"},
+    "dispatch": {"backends", "errors", "problem"},
+    "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
+    "autograd": {"backends", "ops", "problem", "reference", "spec"},
+    "functional": VOCABULARY | {"autograd", "dispatch", "ops", "plan", "reference"},
+    "decoding": VOCABULARY | {"dispatch", "functional", "ops", "plan"},
+    "inspection": VOCABULARY | {"functional", "reference"},
+    "nn": {"decoding", "errors", "functional", "inspection", "rng", "rotary"},
+    "integrations": CORE | {"", "backends", "nn"},
+    "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
+    "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
+    "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
+    "lm": PUBLIC | {"nn"},
+    "cli": PUBLIC | {"backends", "lm", "measure"},
+}
+
+
+def tracked(*folders, suffixes=CODE):
+    """Files of ours below folders of the repository; a folder that is not there yet has none."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+    hidden = {"__pycache__", ".venv", "build"}
+    return sorted(path for path in found if not hidden & set(path.relative_to(ROOT).parts))
+
+
+PYTHON = [path for path in tracked("fastattn", "tests", "benchmarks") if path.suffix == ".py"]
+SOURCES = tracked("fastattn", "tests", "benchmarks", "csrc")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions_of(path):
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def imports_of(path):
+    """Dotted names below ``fastattn`` that a file imports, "" for the public names themselves."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "fastattn":
+                    yield alias.name.removeprefix("fastattn").removeprefix(".")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            if node.module == "fastattn":
+                yield from (alias.name if is_module(alias.name) else "" for alias in node.names)
+            elif node.module and node.module.startswith("fastattn."):
+                inside = node.module.removeprefix("fastattn.")
+                folder = inside.replace(".", "/")
+                yield from (f"{inside}.{a.name}" if is_module(f"{folder}/{a.name}") else inside for a in node.names)
+
+
+def is_module(name):
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+
+
+def test_there_is_something_to_hold():
+    assert len(PYTHON) > 25 and HERE in PYTHON
+
+
+@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
+def test_imports_go_one_way(part):
+    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}")
+    allowed = MAY_IMPORT[part] | ({part} if part != "__init__" else set())
+    for path in paths:
+        for imported in imports_of(path):
+            assert imported.split(".")[0] in allowed, f"{name_of(path)} must not import fastattn.{imported}"
+
+
+def test_every_part_of_the_package_has_its_rule():
+    parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert parts - {"__pycache__", "__main__"} == set(MAY_IMPORT)
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions count: a circle that is loaded late is a circle."""
+    imports = {module_of(path): set(imports_of(path)) for path in tracked("fastattn", suffixes={".py"})}
+    order = graphlib.TopologicalSorter({module: found - {module} for module, found in imports.items()})
+    order.prepare()  # raises CycleError, which names the modules of a circle
+
+
+def module_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def test_backends_know_nothing_of_each_other():
+    lower = VOCABULARY | {"evidence", "backends.base", "backends.native"}
+    for path in tracked("fastattn/backends"):
+        inside = path.relative_to(PACKAGE / "backends").parts
+        own = f"backends.{inside[0]}" if len(inside) > 1 else "backends"
+        for imported in imports_of(path):
+            is_reference_of_eager = own == "backends.eager" and imported == "reference"
+            is_own = imported == own or imported.startswith(f"{own}.")
+            assert imported in lower or is_own or is_reference_of_eager, f"{name_of(path)} imports fastattn.{imported}"
+
+
+def test_benchmarks_use_the_package_as_its_users_do():
+    """For the masks of what they compare with they read the spec, and for the kernels' tools that of Triton."""
+    for path in tracked("benchmarks", suffixes={".py"}):
+        for imported in imports_of(path):
+            is_tool = imported.startswith("backends.triton.tools")
+            allowed = PUBLIC | {"lm", "measure", "spec"}
+            assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
+
+
+def test_importing_the_package_imports_no_kernel():
+    imported = set(imports_of(PACKAGE / "__init__.py"))
+    assert not any(name.startswith("backends") for name in imported)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_functions_are_short(path):
+    for node in functions_of(path):
+        is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        lines = body_lines(node)
+        assert lines <= (MAX_KERNEL if is_kernel else MAX_FUNCTION), f"{node.name} has {lines} lines"
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+        assert is_kernel or count <= MAX_POSITIONAL or is_stand_in(path, node), f"{node.name} has {count} parameters"
+
+
+def is_stand_in(path, function):
+    classes = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef))
+    owner = next((f"{c.name}." for c in classes if c.lineno < function.lineno <= c.end_lineno), "")
+    return f"{owner}{function.name}" in STAND_INS
+
+
+def body_lines(node):
+    """Lines of the body, apart from the docstring; a signature may be as long as the problem is."""
+    body = node.body
+    if ast.get_docstring(node, clean=False) is not None:
+        body = body[1:]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if path != HERE], ids=name_of)
+def test_nothing_banned(path):
+    text = path.read_text(encoding="utf-8")
+    assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py")
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+    assert "make_block_ptr" not in text, "gone in Triton 3.9: use tensor descriptors or pointers"
+    assert not re.search(r"[\"'](/home/|/root/|/Users/|/work/|/opt/|/mnt/|[A-Z]:\\\\)", text), "an absolute path"
+
+
+def test_nothing_banned_in_kernels():
+    for path in (path for path in SOURCES if path.suffix != ".py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text), name_of(path)
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), f"{name_of(path)}: built without torch"
+
+
+def public_callables():
+    for module_name in ("fastattn", "fastattn.nn", "fastattn.lm.models", "fastattn.testing"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            continue
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value) and not (inspect.isclass(value) and issubclass(value, Exception)):
+                yield f"{module_name}.{name}", value
+
+
+@pytest.mark.parametrize(("name", "value"), [pytest.param(*pair, id=pair[0]) for pair in public_callables()])
+def test_public_names_are_documented_and_have_no_kwargs(name, value):
+    assert inspect.getdoc(value), f"{name} has no docstring"
+    kinds = {parameter.kind for parameter in inspect.signature(value).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds, f"{name} takes **kwargs"
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if path.is_relative_to(PACKAGE)], ids=name_of)
+def test_modules_say_what_lives_in_them(path):
+    assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"
+
+
+def test_tests_mirror_the_package():
+    """tests/<part>/ tests fastattn/<part>/; core/ tests the modules that lie in fastattn/ itself."""
+    others = {"core", "gpu", "benchmarks", "docs", "project"}
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [str(f) for f in folders if f.parts[0] not in others and not (PACKAGE / f / "__init__.py").exists()] == []
+
+
+def test_make_runs_every_test_that_needs_a_gpu():
+    """It names their folders and files, since others import what a machine with a GPU may not have."""
+    (line,) = (line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "-m gpu" in line)
+    named = {ROOT / word for word in line.split() if word.startswith("tests")}
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text("utf-8")]
+    assert marked and all(path.exists() for path in named)
+    assert [path for path in marked if not named & {path, *path.parents}] == []
