@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn import functional as F
 
-from fastattn import rng
+from fastattn import nested, rng
 from fastattn.errors import input_error
-from fastattn.functional import attention, explain
+from fastattn.functional import attention, attention_varlen, explain
 from fastattn.nn.lazy import weights_when_read
 from fastattn.nn.rotary import Rotary
 
@@ -183,11 +183,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
+        if query.is_nested:
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal or None}
+            return self._forward_nested(query, key, value, need_weights, masks)
         self._check_inputs(query, key, value)
         is_batched = query.dim() == 3
         q, k, v = self._heads(query, key, value, is_batched)
         batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
-        self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
         k, v, appended = self._append_keys(k, v)
 
         window = self.window
@@ -212,6 +216,30 @@ class MultiHeadAttention(nn.MultiheadAttention):
         how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        """Sequences of different lengths in nested tensors, without padding."""
+        given = [name for name, mask in masks.items() if mask is not None]
+        given += [name for name in ("bias_k", "add_zero_attn") if getattr(self, name) not in (None, False)]
+        given += ["need_weights"] if need_weights else []
+        if given or not self.batch_first:
+            allowed = "batch_first=True, and neither masks, appended keys nor weights"
+            todo = "Pass need_weights=False: nested tensors carry their lengths. Or pad them and pass key_padding_mask."
+            raise input_error("query", f"a nested tensor with {', '.join(given) or 'batch_first=False'}", allowed, todo)
+        packed = {id(x): nested.Packed.of(x) for x in (query, key, value)}
+        q, k, v = (packed[id(x)] for x in (query, key, value))
+        if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
+            raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
+        heads = (x.unflatten(-1, (-1, self.head_dim)) for x in self._project(q.values, k.values, v.values))
+        out = attention_varlen(
+            *self._rotated(*heads, q.positions() if self.rotary is not None else None), q.offsets, k.offsets,
+            max_seqlen_q=q.longest, max_seqlen_kv=k.longest, window=self.window, softcap=self.softcap,
+            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return q.nested(self.out_proj(out.flatten(1))), None
+
     def _widths(self) -> tuple[int, int, int]:
         """The widths of q, k and v over all heads: the rows of their projections."""
         e_kv = self.head_dim * self.num_kv_heads
@@ -221,10 +249,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
         """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
         projected = self._project(query, key, value)
         q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        return self._rotated(q, k, v, 0)
+
+    def _rotated(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+        if self.rotary is not None and positions is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -289,8 +320,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if not isinstance(x, Tensor):
                 raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
             if x.is_nested:
-                todo = "Pad it and pass key_padding_mask; on a nn.TransformerEncoder set use_nested_tensor = False."
-                raise input_error(name, "a nested tensor", "a dense one", todo)
+                raise input_error(name, "a nested tensor beside dense ones", "all three nested", "Convert the others.")
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 allowed = f"{order.format(width)}, or (S, {width}) where none of the three has a batch"
                 raise input_error(name, f"shape {tuple(x.shape)}", allowed, "Check embed_dim, kdim, vdim, batch_first.")
