@@ -18,13 +18,13 @@ from fastattn import rng
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.integrations import transformers_packing as packing
-from fastattn.integrations.transformers_families import adds_masks, may_leave_masks_out, refuse_outsiders
+from fastattn.integrations.transformers_families import expects_float_masks, may_leave_masks_out, refuse_outsiders
 from fastattn.inspection import attention_weights
 from fastattn.nn.lazy import weights_when_read
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
     from transformers.utils import output_capturing
 except ImportError as error:
     raise ImportError(
@@ -74,24 +74,30 @@ def attention_mask(
         others: as ``sdpa_mask``.
 
     Returns:
-        boolean ``(B, 1, S_q, S_kv)``, True = attend, or None; eager's floating one for families with some layers that
-        add it to scores of their own.
+        boolean ``(B, 1, S_q, S_kv)``, True = attend, or None. Families that were written for eager's masks get its
+        floating one, 0 or the least number, whose attribute ``keeps`` is the boolean one. ``knows_no_documents`` says
+        that transformers may not have seen that documents are packed.
 
     Raises:
         UnsupportedError: the family of the model computes attention itself.
     """
     if config is not None:
         refuse_outsiders(config)
-    function = eager_mask if config is not None and adds_masks(config) else sdpa_mask
-    made = function(
+    keeps = sdpa_mask(
         *args,
         config=config,
         allow_is_causal_skip=allow_is_causal_skip and config is not None and may_leave_masks_out(config),
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         **others,
     )
-    if made is not None and not torch.compiler.is_compiling():
-        made.knows_no_documents = True  # transformers made it, and may not have known that documents are packed
+    if keeps is None:
+        return None
+    made = keeps
+    if config is not None and expects_float_masks(config):
+        dtype = others.get("dtype", torch.float32)
+        made = torch.where(keeps, torch.zeros((), dtype=dtype, device=keeps.device), torch.finfo(dtype).min)
+    if not torch.compiler.is_compiling():
+        made.keeps, made.knows_no_documents = keeps, not allow_is_bidirectional_skip
     return made
 
 
@@ -309,6 +315,7 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) 
         given = f"shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else type(attention_mask)
         todo = "A (B, S) padding mask goes to the model's forward, which makes the complete one."
         raise input_error("attention_mask", given, "None or (B, 1, S_q, S_kv)", todo)
+    attention_mask = getattr(attention_mask, "keeps", attention_mask)  # ours, untouched by the model
     if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
     return None, attention_mask if position_bias is None else position_bias + attention_mask

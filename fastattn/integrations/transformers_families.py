@@ -44,14 +44,15 @@ def refuse_outsiders(config: Any) -> None:
         )
 
 
-def adds_masks(config: Any) -> bool:
-    """Whether some layers of a family add the mask to scores of their own, which a boolean one would not mask."""
-    return _adds_masks(type(config))
+def expects_float_masks(config: Any) -> bool:
+    """Whether a family was written for eager's masks alone: its layers may add them to scores, or put parts to them."""
+    return not _served_by_sdpa(type(config))
 
 
 @torch.compiler.assume_constant_result
-def _adds_masks(config_class: type) -> bool:
-    return _has_layers_that_add(_modeling(config_class))
+def _served_by_sdpa(config_class: type) -> bool:
+    models = _models(_modeling(config_class))
+    return bool(models) and all(x._supports_sdpa for x in models)
 
 
 @torch.compiler.assume_constant_result
@@ -72,14 +73,17 @@ def _modeling(config_class: type) -> ModuleType | None:
 @functools.cache
 def _layers_say(modeling: ModuleType | None) -> bool:
     """Whether each attention layer of a module says ``is_causal``, and transformers relies on it for every model."""
-    own = _classes(modeling)
-    models = [x for x in own if hasattr(x, "_supports_sdpa")]
-    layers = [x for x in own if issubclass(x, torch.nn.Module) and INTERFACE in _source(x)]
+    models = _models(modeling)
+    layers = [x for x in _classes(modeling) if issubclass(x, torch.nn.Module) and INTERFACE in _source(x)]
     if not models or not all(_says(x, "is_causal") for x in layers):
         return False
     if all(x._supports_sdpa for x in models):
         return True
     return all(x._supports_flash_attn for x in models) and all(_says(x, DECODER) for x in layers)
+
+
+def _models(modeling: ModuleType | None) -> list[Any]:
+    return [x for x in _classes(modeling) if hasattr(x, "_supports_sdpa")]
 
 
 def _says(layer: type, pattern: str) -> bool:
@@ -92,13 +96,6 @@ def _calls_interface(modeling: ModuleType | None) -> bool:
     text = _source(modeling)
     has_layers = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
     return not has_layers or f"{INTERFACE}.get_interface(" in text or f"{INTERFACE}[" in text
-
-
-@functools.cache
-def _has_layers_that_add(modeling: ModuleType | None) -> bool:
-    sources = (_source(x) for x in _classes(modeling) if issubclass(x, torch.nn.Module))
-    adds = re.compile(r"\+=? *attention_mask\b")
-    return any(INTERFACE not in text and "softmax(" in text and adds.search(text) for text in sources)
 
 
 def _classes(modeling: ModuleType | None) -> list[type]:

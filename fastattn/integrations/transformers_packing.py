@@ -94,7 +94,10 @@ def says_no_more(mask: Tensor, cu_seq_lens: Tensor, causal: bool, window: tuple[
     question = (version, cu_seq_lens.data_ptr(), causal, window)
     known = _implied.get(mask)
     if known is None or known[0] != question:
-        known = _implied[mask] = (question, bool((mask[0, 0] == _kept(cu_seq_lens, mask.shape[3], causal, window)).all()))
+        known = _implied[mask] = (
+            question,
+            bool((mask[0, 0] == _kept(cu_seq_lens, mask.shape[3], causal, window)).all()),
+        )
     return known[1]
 
 

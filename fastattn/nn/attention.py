@@ -251,7 +251,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         return self._rotated(q, k, v, 0)
 
-    def _rotated(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None and positions is not None:

@@ -167,21 +167,29 @@ def weights_when_read(
         ``(B, H_q, S_q, S_kv)``, or ``(B, S_q, S_kv)`` if averaged.
     """
     function = mean_attention_weights if mean else attention_weights
+    flat = (q, k, *options.values(), *_pair(options.get("segment_ids")))
+    if not _is_plain_eager([x for x in flat if isinstance(x, Tensor)]) or not (owned or _has_count(q, k)):
+        weights = function(q, k, **options).to(dtype)
+        return weights[0] if unbatched else weights
     q, k = autocast(q, k)
     options = {name: _counted(x) for name, x in options.items()}
+    reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
 
     def compute() -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             weights = function(q, k, **options).to(dtype)
         return weights[0] if unbatched else weights
 
-    segments = options.get("segment_ids")
-    flat = (*options.values(), *(segments if isinstance(segments, tuple) else ()))
-    tensors = [q, k, *(x for x in flat if isinstance(x, Tensor))]
-    if not _is_plain_eager(tensors) or not (owned or not (q.is_inference() or k.is_inference())):
-        return compute()
     shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])
-    return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, tensors)
+    return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, reads)
+
+
+def _pair(segment_ids: Any) -> tuple[Tensor, ...]:
+    return segment_ids if isinstance(segment_ids, tuple) else ()
+
+
+def _has_count(*tensors: Tensor) -> bool:
+    return not any(x.is_inference() for x in tensors)
 
 
 def _counted(option: Any) -> Any:

@@ -67,7 +67,9 @@ def shrunk(name, value):
 
 def shrink(config):
     """The dictionary of a configuration with small sizes, its nested ones too."""
-    layers = next((config[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(n), int)), 0)
+    layers = next(
+        (config[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(config.get(n), int)), 0
+    )
     small = {}
     for name, value in config.items():
         if name in ("transformers_version", "architectures", "dtype", "id2label", "label2id", "rope_parameters"):
@@ -153,7 +155,9 @@ def compare(family):
     mask = "attention_mask" if "attention_mask" in inspect.signature(eager.forward).parameters else None
     checks = {"gradients": lambda: gradients(eager, fast, given)}
     if "input_ids" in given and mask:
-        checks |= {f"padding {side}": (lambda side=side: padded(eager, fast, given, side)) for side in ("left", "right")}
+        checks |= {
+            f"padding {side}": (lambda side=side: padded(eager, fast, given, side)) for side in ("left", "right")
+        }
     if text in given and expected.dim() == 3:
         checks["future"] = lambda: future(eager, fast, given, text)
     if eager.can_generate() and "input_ids" in given:
@@ -274,14 +278,16 @@ def one(family):
 
 
 def verdict(results):
-    """"same", "refused", "not built", or the checks that differ."""
+    """ "same", "refused", "not built", or the checks that differ."""
     for word in ("refused", "not built"):
         if word in results:
             return word
     values = {name: x for name, x in results.items() if name != "calls"}
     wrong = [n for n, x in values.items() if (isinstance(x, float) and not x <= TOLERANCE)]
     wrong += [n for n, x in values.items() if isinstance(x, str) and not x.startswith("eager:")]
-    return f"differs: {', '.join(wrong)}" if wrong else ("same" if results["calls"] else "no attention of the interface")
+    return (
+        f"differs: {', '.join(wrong)}" if wrong else ("same" if results["calls"] else "no attention of the interface")
+    )
 
 
 def main():
