@@ -1,14 +1,15 @@
-# Every target sets itself up: a virtual environment in .venv, the package and its tools, at the tested versions.
-# The plain pip lines that this stands for are in README.md.
+# Targets that need it create .venv first, with the package and its tools at the tested versions. README.md has the
+# equivalent commands.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install demo test test-gpu lint format bench gpu emulate gates readme clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu gpu clean
 
-help:            ## this list
+help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## create .venv and install the package with all its tools
@@ -20,29 +21,37 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install    ## check, compare, train, generate: a report in fastattn-demo/
-	$(BIN)/fastattn demo
-
-test: install    ## all tests, on CPU; no GPU needed
-	$(BIN)/python -m pytest -n $(JOBS)
-
-test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
+quick: install   ## under a minute, after a small change: lint, house rules, and the tests beside the changed files
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/quick.py --jobs $(JOBS)
 
 lint: install    ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install  ## let ruff rewrite what lint would refuse
+format: install  ## rewrite what lint refuses: ruff for Python, clang-format for csrc/
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+test: install    ## all tests, on a CPU; no GPU needed. lint and test are what CI runs
+	$(BIN)/python -m pytest -n $(JOBS)
+
+demo: install    ## check, compare, train, generate: a report in fastattn-demo/
+	$(BIN)/fastattn demo
+
+docs: install    ## build the documentation in site/, offline, with warnings as errors
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
+
+tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
+	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md
+	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU
 	$(BIN)/python -m benchmarks ops --suite cpu
-
-gpu:             ## everything a GPU can tell, in under 9 minutes; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
 emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
@@ -51,8 +60,11 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
-readme: install  ## rewrite the tables of README.md from benchmarks/results/
-	$(BIN)/python -m benchmarks report --readme README.md
+test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
+
+gpu:             ## everything that needs a GPU in one report, under 9 minutes; installs nothing, so it works offline
+	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report

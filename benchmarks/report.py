@@ -1,12 +1,13 @@
-"""``python -m benchmarks report``: Markdown and plots from records, and the README's regions from committed ones."""
+"""``python -m benchmarks report``: Markdown and plots from records, and the tables of pages from committed ones."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
-from benchmarks import plots, tables
+from benchmarks import highlights, plots, tables
 from benchmarks.record import read
 from benchmarks.tables import Record
 from fastattn.errors import DataError, InputError
@@ -20,17 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("records", nargs="*", type=Path, metavar="JSON", help="records to report on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write report.md and the plots there (default: print)")
     parser.add_argument("--mixed", action="store_true", help="accept records of different devices or code, and say so")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="rewrite its results regions instead")
+    parser.add_argument("--pages", nargs="+", type=Path, metavar="FILE", help="rewrite their results regions instead")
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="DIR", help="the committed records, for --readme"
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="the committed records, for --pages"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.readme is not None:
-        return _write_readme(args.readme, args.results)
+    if args.pages is not None:
+        for page in args.pages:
+            _write_page(page, args.results)
+        return 0
     if not args.records:
-        raise InputError("report: no record given. Name JSON files, or --readme FILE.")
+        raise InputError("report: no record given. Name JSON files, or --pages FILE.")
     paths = {path.stem: path for path in args.records}
     if len(paths) < len(args.records):
         raise InputError("report: two records have one file name; their plots would overwrite each other. Rename one.")
@@ -83,33 +86,33 @@ def _mixture(records: dict[str, Record]) -> str | None:
     return None
 
 
-# The README
+# Pages: README.md and docs/performance.md
 
 
-def _write_readme(path: Path, results: Path) -> int:
+def _write_page(path: Path, results: Path) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}. Give the README.") from None
+        raise DataError(f"{path}: {error.strerror}. Give README.md or a page of docs/.") from None
     names = list(bodies(text))
     if not names:
         raise DataError(
             f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines."
         )
     for name in names:
-        draw(read(results / f"{name}.json"), results, name)
+        if name != "highlights":
+            draw(read(results / f"{name}.json"), results, name)
     write_text(path, rendered(text, results, path.resolve().parent))
     print(f"{path}: {', '.join(names)}")
-    return 0
 
 
 def rendered(text: str, results: Path, root: Path) -> str:
-    """The README's text with each region ``<!-- results:NAME -->`` made from ``results/NAME.json``.
+    """The text of a page with each region ``<!-- results:NAME -->`` made from ``results/NAME.json``.
 
     Args:
-        text: the README as it stands.
+        text: the page as it stands.
         results: the folder of the records and their plots.
-        root: the folder of the README, from which its links count.
+        root: the folder of the page, from which its links count.
     """
 
     def region(found: re.Match[str]) -> str:
@@ -120,16 +123,19 @@ def rendered(text: str, results: Path, root: Path) -> str:
 
 
 def body(name: str, results: Path, root: Path) -> str:
-    """What stands in the region of a record."""
+    """The content of a region: that of one record, or the README's choice from several."""
+    if name == "highlights":
+        records = {stem: read(results / f"{stem}.json") for stem in highlights.RECORDS}
+        return f"{highlights.table(records)}\n\n{highlights.conditions(records)}\n"
     record = read(results / f"{name}.json")
     return "\n\n".join([tables.conditions(record), tables.summary(record), *_links(results, name, root)]) + "\n"
 
 
 def bodies(text: str) -> dict[str, str]:
-    """The regions of a README: what stands in each."""
+    """The regions of a page: the content of each."""
     return {found["name"]: found["body"] for found in _REGION.finditer(text)}
 
 
 def _links(results: Path, name: str, root: Path) -> list[str]:
     found = [results.resolve() / f"{name}-{plot}.png" for plot in ("speed", "memory", "ratio")]
-    return [f"![{path.stem}]({path.relative_to(root).as_posix()})" for path in found if path.exists()]
+    return [f"![{path.stem}]({Path(os.path.relpath(path, root)).as_posix()})" for path in found if path.exists()]

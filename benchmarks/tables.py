@@ -1,4 +1,4 @@
-"""Markdown from records. Pure functions of their JSON, so that the README can be checked against it."""
+"""Markdown from records: pure functions of their JSON, so that tests can compare pages with records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def table(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """Short enough for the README: a line for each case, fastattn's time and how many times faster it is."""
+    """Short enough for a page of docs/: a line for each case, fastattn's time and how many times faster it is."""
     return _ops_summary(record) if record["kind"] == "ops" else _rows_table(record)
 
 
@@ -147,12 +147,14 @@ def _ops_summary(record: Record) -> str:
         for pass_name in passes:
             ours = timing(result, OURS, pass_name)
             row.append(seconds(ours.median) if ours else "–")
-            row += [_times(ours, timing(result, peer, pass_name)) for peer in peers]
+            row += [times(result, peer, pass_name) for peer in peers]
         rows.append([*row, _memory([OURS, *peers], result)])
     return "\n".join([markdown(header, rows), "", *_footnotes(record)]).rstrip()
 
 
-def _times(ours: Timing | None, theirs: Timing | None) -> str:
+def times(result: Record, peer: str, pass_name: str) -> str:
+    """How many times faster fastattn is than a peer, as a cell."""
+    ours, theirs = timing(result, OURS, pass_name), timing(result, peer, pass_name)
     return f"{ours.times_faster_than(theirs):.2f}×" if ours and theirs else "–"
 
 

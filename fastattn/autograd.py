@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.backends.base import Outputs
+from fastattn.plan import Plan
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
+from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
 
 Dims = Sequence[int | None]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,20 +27,34 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
-    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    compiling, transformed = torch.compiler.is_compiling(), is_transformed()
     # Outputs mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
-    if torch.autograd.forward_ad._current_level >= 0 or (compiling and transformed):
+    if is_in_forward_mode() or (compiling and transformed):
         with ops.without_autocast(inputs.q.device.type):
             out, lse, _ = reference.forward(inputs, spec)
             return out, lse
-    tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
+    needs_grad = needs_gradient(inputs)
     flat = ops.flatten(inputs, spec, backend)
     if not needs_grad and not transformed:
         out, lse, _ = torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
         return out, lse
     out, lse, _ = Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
     return out, lse
+
+
+def needs_gradient(inputs: Inputs) -> bool:
+    """Whether autograd will ask for the gradient of any input."""
+    tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
+
+
+def attend_as_planned(plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
+    if plan.backward is not None:
+        return PlannedAttention.apply(q, k, v, plan, with_lse)
+    out, lse, _ = plan.forward(q, k, v)
+    out = out.transpose(1, 2) if plan.heads_first else out
+    return (out, lse) if with_lse else out
 
 
 def _distinct(flat: ops.Flat) -> ops.Flat:
@@ -84,9 +100,7 @@ class Attention(torch.autograd.Function):
         flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
         # The Function costs more time than the operator, and is of use only where its result is differentiated again.
-        is_final = not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
-        gradient = torch.ops.fastattn.backward if is_final else AttentionBackward.apply
-        grads = gradient(dout, dlse, out, lse, lse_low, *flat, needed)
+        grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
 
@@ -96,6 +110,41 @@ class Attention(torch.autograd.Function):
         needs_grad = args[-1]
         results = Attention.apply(*folded, needs_grad)
         return _unfold_outputs(info.batch_size, results, is_packed=_is_packed(args))
+
+
+def _backward_operator() -> Callable[..., tuple[Tensor, ...]]:
+    """The gradient, itself differentiable where that may be asked for: the Function costs more than the operator."""
+    is_final = not (torch.is_grad_enabled() or is_transformed())
+    return torch.ops.fastattn.backward if is_final else AttentionBackward.apply
+
+
+class PlannedAttention(torch.autograd.Function):
+    """Attention on q, k and v by a plan. It never sees a transform or a compiler: those calls have no plan."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> Any:
+        out, lse, lse_low = plan.forward(q, k, v)
+        ctx.save_for_backward(out, lse, lse_low, q, k, v)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        shown = out.transpose(1, 2) if plan.heads_first else out
+        return (shown, lse) if with_lse else shown
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        plan, (out, lse, lse_low, q, k, v) = ctx.plan, ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1])
+        if plan.heads_first:
+            dout = dout.transpose(1, 2)
+        is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
+        if is_plain and dout.dtype is out.dtype:
+            grads = plan.backward(dout.contiguous(), out, lse, lse_low, q, k, v)
+        else:
+            operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
+            flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
+            grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, [True, True, True, False, False])[:3]
+        return *(x.transpose(1, 2) if plan.heads_first else x for x in grads), None, None
 
 
 class AttentionBackward(torch.autograd.Function):

@@ -1,18 +1,14 @@
-"""``attention_with_kv_cache``: names and defaults, turned into ``CacheInputs`` and ``AttentionSpec``. No arithmetic."""
+"""Attention to a cache of keys and values, as a public function."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops, plan
-from fastattn.errors import input_error
-from fastattn.functional import Window, autocast, band, four_dims, longest, make_spec, per_head
-from fastattn.kv_cache import CacheInputs, cache_problem, check_cache_inputs
-from fastattn.problem import check_rank
+from fastattn import plan
+from fastattn.arguments import Window, cache_problem
+from fastattn.dispatch import Explanation, check_name, requested
+from fastattn.kv_cache import check_cache_inputs, facts_of
+from fastattn.serving import cache_by_plan, serve_cache
 
 
 def attention_with_kv_cache(
@@ -106,65 +102,93 @@ def attention_with_kv_cache(
         >>> out.shape, bool((k_cache[9, 1] == k[0, 0]).all())
         (torch.Size([2, 1, 8, 64]), True)
     """
-    tensors = (q, k_cache, v_cache, cache_lengths, k, v, block_table)
-    like = None
+    tensors, kind = (q, k_cache, v_cache, cache_lengths, k, v, block_table), None
     if cu_seqlens_q is rotary_cos is rotary_sin is k_scale is v_scale is bias is alibi_slopes is sinks is None:
-        like = _likeness(tensors, (causal, window, scale, softcap, max_seqlen_q, backend))
-        if like is not None and (run := plan.known(like)) is not None:
-            out, lse = run(*tensors)
-            return (out, lse) if return_lse else out
-    dispatch.check_name(backend)
-    is_packed = cu_seqlens_q is not None
-    order = "(T_q, H, D), packed as cu_seqlens_q says" if is_packed else "(B, S, H, D); packed needs cu_seqlens_q"
-    check_rank({"q": q}, range(3, 4) if is_packed else range(4, 5), order)
-    check_rank({"k_cache": k_cache, "v_cache": v_cache}, range(4, 5), "(B, S_max, H, D) or (P, page_size, H, D)")
-    _check_tensors(cache_lengths=cache_lengths)
-    optional = {"k": k, "v": v, "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-    _check_tensors(**{name: x for name, x in optional.items() if x is not None})
-    (q,) = autocast(q)
-    k, v = (None if x is None else autocast(x)[0] for x in (k, v))
-    inputs = CacheInputs(
-        q=q,
-        k_cache=k_cache,
-        v_cache=v_cache,
-        cache_lengths=cache_lengths,
-        k=k,
-        v=v,
+        options = ("cache", causal, window, scale, softcap, max_seqlen_q, requested(backend))
+        kind = plan.kind_of(tensors, options)
+        if (planned := cache_by_plan(kind, tensors)) is not None:
+            return planned if return_lse else planned[0]
+    inputs, spec = cache_problem(
+        *tensors[:6],
         block_table=block_table,
         cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
-        k_scale=per_head("k_scale", k_scale),
-        v_scale=per_head("v_scale", v_scale),
-        bias=four_dims("bias", bias),
-        alibi_slopes=per_head("alibi_slopes", alibi_slopes),
-        sinks=per_head("sinks", sinks),
-        max_seqlen_q=q.shape[1] if cu_seqlens_q is None else longest("q", cu_seqlens_q, max_seqlen_q, q.device),
         rotary_interleaved=rotary_interleaved,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
-    spec = make_spec(q, scale, softcap, band(causal, window), 0.0)
-    check_cache_inputs(inputs, spec)
-    if dispatch.explained and dispatch.note(lambda: cache_problem(inputs, spec)):
-        return q
-    with torch.no_grad():
-        out, lse = ops.attend_to_cache(inputs, spec, dispatch.requested(backend))
-    if like is not None and not plan.is_known(like):
-        plan.remember(like, ops.prepared_for_cache(inputs, spec, dispatch.requested(backend)))
+    out, lse = serve_cache(inputs, spec, backend, kind)
     return (out, lse) if return_lse else out
 
 
-explain_with_kv_cache = dispatch.explainer(attention_with_kv_cache)
+def explain_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    block_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    causal: bool = True,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend would serve ``attention_with_kv_cache`` with these arguments, and why the others would not.
 
+    Nothing is computed and nothing is appended. As ``fastattn.explain`` otherwise.
 
-def _likeness(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
-    """What the call has in common with those like it; None if it has to go the long way."""
-    like = None if dispatch.explained else plan.signature(tensors, (*options, dispatch.requested(None)))
-    if like is not None:
-        ops.refuse_context_parallel()
-    return like
-
-
-def _check_tensors(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
+    Example:
+        >>> import torch, fastattn
+        >>> cache, lengths = torch.zeros(2, 16, 2, 64), torch.tensor([5, 9], dtype=torch.int32)
+        >>> fastattn.explain_with_kv_cache(torch.randn(2, 1, 8, 64), cache, cache, lengths).reasons["eager"]
+        []
+    """
+    inputs, spec = cache_problem(
+        q,
+        k_cache,
+        v_cache,
+        cache_lengths,
+        k,
+        v,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    check_name(backend)
+    check_cache_inputs(inputs, spec)
+    return Explanation.of(facts_of(inputs, spec))

@@ -1,14 +1,12 @@
-"""Which backend serves a problem, and why: select(), explain(), use_backend(), backends()."""
+"""The choice of a backend for a problem, and its reasons: select(), Explanation, use_backend(), backends()."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import ParamSpec
 
 import torch
 
@@ -16,10 +14,9 @@ from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Backend
 from fastattn.errors import input_error, unsupported_error
 from fastattn.problem import Problem
+from fastattn.state import remembered
 
-P = ParamSpec("P")
-_forced: str | None = None
-explained: dict[int, list[Problem]] = {}  # threads in explain(): their problems are noted here, not computed
+_forced: ContextVar[str | None] = ContextVar("fastattn_backend", default=None)
 
 
 def check_name(backend: str | None) -> None:
@@ -30,7 +27,11 @@ def check_name(backend: str | None) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Make every fastattn call inside the block, in all threads, use one backend, or raise where it cannot.
+    """Make every fastattn call inside the block use one backend, or raise where it cannot.
+
+    The choice belongs to the thread or asyncio task that makes it: others are not disturbed, and a thread that is
+    started inside the block chooses by itself, unless it runs in a copy of the context (``contextvars.copy_context``).
+    The backward pass of a call uses the backend of its forward pass.
 
     Args:
         name: a name from ``fastattn.backends()``; None lets fastattn choose again.
@@ -44,18 +45,20 @@ def use_backend(name: str | None) -> Iterator[None]:
         >>> with fastattn.use_backend("eager"):
         ...     out = fastattn.attention(q, q, q)
     """
-    global _forced
     check_name(name)
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend that a call asks for: its own argument, else that of the surrounding ``use_backend``."""
-    return backend if backend is not None else _forced
+    """The backend that a call asks for: its own argument, else that of the surrounding ``use_backend``.
+
+    A compiler sees no context: in a compiled graph the operators ask when they run.
+    """
+    return backend if backend is not None or torch.compiler.is_compiling() else _forced.get()
 
 
 def backends() -> dict[str, str | None]:
@@ -69,7 +72,7 @@ def backends() -> dict[str, str | None]:
     return {name: load(name).unavailable_reason() for name in BACKENDS}
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def reasons(problem: Problem) -> dict[str, list[str]]:
     """For every backend, why it cannot serve ``problem``; [] means it can."""
     return {name: load(name).unsupported_reasons(problem) for name in BACKENDS}
@@ -108,7 +111,7 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
     return load(chosen)
 
 
-@functools.lru_cache(maxsize=1024)
+@remembered
 def _warn_slow(problem: Problem) -> None:
     """Say once for each kind of problem that the reference formula serves tensors of an accelerator."""
     why_not = reasons(problem) | choose(problem)[1]
@@ -150,55 +153,3 @@ class Explanation:
                 verdict = f"only when asked by name: {'; '.join(self.passed_over[name])}"
             lines.append(f"  {'->' if name == self.chosen else '  '} {name:<10} {verdict}")
         return "\n".join(lines)
-
-
-def explainer(function: Callable[P, object]) -> Callable[P, Explanation]:
-    """Turn ``function`` into one that reports which backend would serve the call instead of computing it."""
-
-    name = function.__name__
-
-    @functools.wraps(function)
-    def explain(*args: P.args, **kwargs: P.kwargs) -> Explanation:
-        with _noting_problems() as problems, torch.no_grad():
-            function(*args, **kwargs)
-        return Explanation.of(problems[0])
-
-    explain.__name__ = explain.__qualname__ = name.replace("attention", "explain", 1)
-    explain.__doc__ = f"""Which backend would serve ``{name}`` with these arguments, and why the others would not.
-
-    Args:
-        the same as those of ``fastattn.{name}``.
-
-    Returns:
-        an ``Explanation``: prints as a table, and has ``chosen``, ``reasons`` (a list for each backend, empty if it
-        can serve the call) and ``problem``.
-
-    Raises:
-        InputError: an argument is wrong.
-
-    Example:
-        >>> import torch, fastattn
-        >>> q = torch.randn(1, 16, 2, 8)
-        >>> fastattn.explain(q, q, q, causal=True).reasons["eager"]
-        []
-    """
-    return explain
-
-
-@contextlib.contextmanager
-def _noting_problems() -> Iterator[list[Problem]]:
-    thread = threading.get_ident()
-    explained[thread] = []
-    try:
-        yield explained[thread]
-    finally:
-        del explained[thread]
-
-
-def note(problem: Callable[[], Problem]) -> bool:
-    """Whether this thread is in ``explain()``: then the problem is noted, and not to be computed."""
-    noted = explained.get(threading.get_ident())
-    if noted is None:
-        return False
-    noted.append(problem())
-    return True

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
-from fastattn.functional import Window, dense_problem
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -98,6 +98,7 @@ def attention_weights(
         rng_state=rng_state,
         layout=layout,
     )
+    inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     if rows is None and heads is None:
         return _all_weights(inputs, spec)

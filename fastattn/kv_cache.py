@@ -137,7 +137,7 @@ class CacheInputs:
 CACHE_TENSORS = tuple(f.name for f in dataclasses.fields(CacheInputs))[:-2]
 
 
-def cache_problem(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
+def facts_of(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
     """The facts on which a backend may decide."""
     q = inputs.q
     return Problem(

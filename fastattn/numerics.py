@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn.torch_internals import is_transformed
+
 NEVER = float("-inf")  # lse of an empty row, whose lse_low is 0
 
 
@@ -57,7 +59,7 @@ def kept_product(weights: Tensor, x: Tensor, kept: Tensor) -> Tensor:
         x: ``(..., N, D)``.
         kept: boolean, broadcasts to the shape of ``weights``.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_transformed():
         return weights @ x
     finite = x.isfinite()
     if x.device.type == "cpu" and bool(finite.all()):

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Outputs, Run
-from fastattn.dispatch import select
+from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem, check_cache_values
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
@@ -76,7 +76,7 @@ def _forward(*args: Any) -> Outputs:
     inputs, spec, backend = unflatten(tuple(flat))
     refuse_context_parallel()
     _check_values(inputs)
-    return select(Problem.of(inputs, spec, needs_grad), backend).forward(inputs, spec)
+    return select(Problem.of(inputs, spec, needs_grad), requested(backend)).forward(inputs, spec)
 
 
 def _backward(
@@ -87,7 +87,7 @@ def _backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()  # autograd may hand over expanded scalars
     needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
-    chosen = select(Problem.of(inputs, spec, needs_grad=True), backend)
+    chosen = select(Problem.of(inputs, spec, needs_grad=True), requested(backend))
     grads = chosen.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
     found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
@@ -115,9 +115,14 @@ def _check_values(inputs: Inputs) -> None:
         inputs.boundaries()
 
 
-def prepared_forward(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """What serves calls like this one without a look at anything; None if its backend has nothing."""
-    return select(Problem.of(inputs, spec), backend).prepared_forward(inputs, spec)
+def prepared(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool
+) -> tuple[Run, Run | None] | None:
+    """What serves calls on q, k and v like this one, forward and backward; None if its backend has nothing."""
+    chosen = select(Problem.of(inputs, spec, needs_grad), backend)
+    forward = chosen.prepared_forward(inputs, spec)
+    backward = chosen.prepared_backward(inputs, spec) if needs_grad else None
+    return None if forward is None or (needs_grad and backward is None) else (forward, backward)
 
 
 def _fake_forward(*args: Any) -> Outputs:
@@ -171,7 +176,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
     refuse_context_parallel()
-    backend = select(cache_problem(inputs, spec), args[-1])
+    backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)
     return backend.attend_to_cache(inputs, spec)
@@ -179,7 +184,7 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
     """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
-    return select(cache_problem(inputs, spec), backend).prepared_for_cache(inputs, spec)
+    return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:

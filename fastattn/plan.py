@@ -1,69 +1,90 @@
-"""Calls like one before: what was checked and chosen for tensors of the same kind is not checked and chosen again.
+"""Plans: for calls of one kind, what was checked, chosen and packed before, so that it is not done again.
 
-Of the tensors of a model nothing but values changes from one step to the next. Finding that out takes Python a small
-part of the time that checking and choosing do, in which a short sequence could have been computed.
+Calls are of one kind if their tensors agree in shape, strides, dtype, device, alignment and need of a gradient, and
+everything else in their values. From one step of a model to the next nothing of this changes, and finding that out
+takes Python a small part of the time that checking and choosing do, in which a short sequence could have been computed.
+
+    call -> kind_of -> known -> run                      a kind seen before
+    call -> arguments -> check -> dispatch -> operator   any other; then its plan is made and remembered
+
+What a kind must hold is what a kernel was prepared for: two tensors that differ in anything else are served alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn import state
 from fastattn.backends.base import Run
+from fastattn.torch_internals import is_watched
 
-LIMIT = 1024  # kinds of calls that are remembered
-_known: dict[Hashable, Run | None] = {}
+LIMIT = 1024  # kinds that are remembered
+ALIGNMENT = 16  # bytes: what kernels on an accelerator are compiled for
+_known: dict[Hashable, Any] = {}
 
 
-def signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
-    """What a call has in common with those like it; None for one that has to go the long way.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How calls on q, k and v alone are served.
 
-    That is one which somebody watches or transforms (a compiler, a tracer, a profiler, a mode, vmap, forward-mode
-    derivatives, autocast) or whose tensors are no plain dense ones, require grad, or lie on an accelerator, for which
-    no backend prepares anything yet.
+    Attributes:
+        forward: ``(q, k, v) -> (out, lse, lse_low)``.
+        backward: ``(dout, out, lse, lse_low, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        scalars: what follows the tensors among the arguments of the operators.
+        heads_first: q, k, v and out are ``(B, H, S, D)``; the runs take and give ``(B, S, H, D)``, and read addresses.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+
+    forward: Run
+    backward: Run | None
+    scalars: tuple[Any, ...]
+    heads_first: bool = False
+
+
+def kind_of(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
+    """What a call has in common with those of its kind; None if it has to go the long way.
+
+    That is a call which somebody watches or transforms, or whose tensors are no plain dense ones.
+    """
+    if is_watched():
         return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
-        return None
-    if torch.autograd.profiler._is_profiler_enabled or torch.autograd.forward_ad._current_level >= 0:
-        return None
-    kinds: list[tuple[Any, ...] | None] = []
+    grad = torch.is_grad_enabled()
+    kind: list[Any] = [options, tuple(map(type, options)), torch.are_deterministic_algorithms_enabled()]
     for x in tensors:
         if x is None:
-            kinds.append(None)
+            kind.append(None)
             continue
-        if type(x) is not Tensor or not x.is_cpu or x.layout != torch.strided or x.is_nested:
+        if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
-        if x.requires_grad and torch.is_grad_enabled():
-            return None
-        kinds.append((x.shape, x.stride(), x.dtype))
-    found = (*kinds, *options, *map(type, options), torch.are_deterministic_algorithms_enabled())
+        device = x.device
+        if device.type != "cpu":
+            kind.append(x.data_ptr() % ALIGNMENT)
+        kind += (x.shape, x.stride(), x.dtype, device, grad and x.requires_grad)
+    found = tuple(kind)
     try:
         hash(found)
-    except TypeError:  # lists
+    except TypeError:  # an option is a list
         return None
     return found
 
 
-def known(signature: Hashable) -> Run | None:
-    """What serves calls of this kind; None if that was not looked for yet, or there is nothing."""
-    return _known.get(signature)
+def known(kind: Hashable) -> Any:
+    """The ``Plan`` of a kind, or the run of a cache's; None if that was not looked for yet, or there is nothing."""
+    return _known.get(kind)
 
 
-def is_known(signature: Hashable) -> bool:
-    return signature in _known
+def is_known(kind: Hashable) -> bool:
+    return kind in _known
 
 
-def remember(signature: Hashable, run: Run | None) -> None:
+def remember(kind: Hashable, plan: Plan | Run | None) -> None:
     if len(_known) >= LIMIT:
         _known.clear()
-    _known[signature] = run
+    _known[kind] = plan
 
 
-def forget() -> None:
-    """Look again for what serves a call: after backends have come or gone."""
-    _known.clear()
+state.on_forget(_known.clear)

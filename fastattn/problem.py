@@ -137,7 +137,7 @@ def check_rank(
 def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     """Raise InputError unless the tensors fit together. Reads no values, so it never waits for a device."""
     _check_qkv(inputs)
-    _check_scalars(inputs, spec)
+    _check_scalars(spec)
     if inputs.is_packed:
         _check_packed(inputs)
     _check_scores_terms(inputs)
@@ -183,12 +183,10 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, k_name: str = "k", v_name: str 
         )
 
 
-def _check_scalars(inputs: Inputs, spec: AttentionSpec) -> None:
+def _check_scalars(spec: AttentionSpec) -> None:
     check_scale_and_softcap(spec)
     if not 0.0 <= spec.dropout_p <= 1.0:
         raise input_error("dropout_p", spec.dropout_p, "a probability in [0, 1]", "0 turns dropout off.")
-    if spec.dropout_p > 0 and inputs.rng_state is None:
-        raise input_error("rng_state", None, "an int64 tensor of 2 when dropout_p > 0", "Pass a seed and an offset.")
 
 
 def check_scale_and_softcap(spec: AttentionSpec) -> None:

@@ -168,6 +168,7 @@ def backward(
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str] = DIFFERENTIABLE,
+    *,
     dtype: torch.dtype | None = None,
 ) -> Grads:
     """The gradients named in ``needs``, in closed form; see the formulas at the top of this file."""

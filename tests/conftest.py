@@ -1,6 +1,7 @@
 """What every test needs: the interpreter where there is no GPU, honest skips, seeds, a header that says what ran."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +12,22 @@ if not torch.cuda.is_available():
 import pytest
 
 import fastattn
-from fastattn import dispatch, plan
+from fastattn import dispatch, state
 
 torch.set_num_threads(1)  # the problems are small, and xdist starts a process for each core
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="start no test after that long (make quick)")
+
+
+STARTED = time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - STARTED > budget:
+        pytest.skip(f"not run: over the {budget:.0f} s of --budget")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -48,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def nothing_replayed() -> None:
     """Each test takes the long way first: what others have changed for themselves is not remembered."""
-    plan.forget()
+    state.forget()
 
 
 @pytest.fixture(autouse=True)

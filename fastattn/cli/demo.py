@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 @dataclass
 class Report:
-    """What the demo found, as it grows: Markdown, and figures for JSON."""
+    """The report of the demo: Markdown, and figures for JSON."""
 
     folder: Path
     text: list[str] = field(default_factory=lambda: ["# fastattn demo"])

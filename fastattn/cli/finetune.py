@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from fastattn.cli import device
 from fastattn.cli.flags import TRAINING, Flag, add_flags, given, with_defaults
+from fastattn.cli.outcome import report
 
 TEXT = """\
 Train a model for a task on examples of your own, evaluate it on held-out ones, and leave checkpoints, log.jsonl and
@@ -109,8 +109,4 @@ def run(args: argparse.Namespace) -> int:
         outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
         if not ranks().leads:
             return 0
-    print(outcome.summary())
-    if outcome.progress.signal is None:
-        return 0
-    print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
-    return 128 + outcome.progress.signal
+    return report(outcome)

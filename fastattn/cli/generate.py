@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.lm.generate import Sampling, Texts
     from fastattn.lm.load import load_model
     from fastattn.lm.train import find_checkpoint
-    from fastattn.lm.train.marks import Marks
+    from fastattn.lm.train.special_tokens import SpecialTokens
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
     _check(args)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             f"{checkpoint.folder} is an {model.config.kind}, which generates no text: see fastattn evaluate."
         )
     tokenizer = checkpoint.tokenizer()
-    start, end, target = Marks.of(tokenizer).names(tokenizer)
+    start, end, target = SpecialTokens.of(tokenizer).names(tokenizer)
     texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=args.stop)
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)

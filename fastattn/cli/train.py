@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from fastattn.cli import device
 from fastattn.cli.flags import TRAINING, Flag, add_flags, given
+from fastattn.cli.outcome import report
 from fastattn.errors import input_error
 
 FLAGS = (
@@ -90,8 +90,4 @@ def run(args: argparse.Namespace) -> int:
         outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
         if not ranks().leads:
             return 0
-    print(outcome.summary())
-    if outcome.progress.signal is None:
-        return 0
-    print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
-    return 128 + outcome.progress.signal
+    return report(outcome)

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastattn import numerics, ops
+from fastattn.arguments import Window, dense_problem
 from fastattn.dispatch import check_name, requested
 from fastattn.errors import input_error
-from fastattn.functional import Window, attention, dense_problem
+from fastattn.functional import attention
 from fastattn.problem import Inputs, check_inputs
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, full_range, tile_range

@@ -26,7 +26,8 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling code calls attention thro
 
 def may_leave_masks_out(config: Any) -> bool:
     """Whether the layers of this configuration, and of those inside it, all say whether they are causal."""
-    if getattr(config, "is_causal", True) is False:  # a decoder turned into an encoder: its layers may still say causal
+    # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return False
     inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
     return _says_what_is_causal(type(config)) and all(

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.decoding import attention_with_kv_cache
 from fastattn.errors import input_error
+from fastattn.nn.layer_cache import LayerCache
 
-Window = tuple[int | None, int | None]
 FP8 = torch.float8_e4m3fn
 
 
-class KVCache:
+class KVCache(LayerCache):
     """Keys and values of the tokens so far. ``append`` or ``attend`` write new ones in place.
 
     ``keys`` ``(B, S_max, H_kv, D_qk)`` and ``values`` ``(B, S_max, H_kv, D_v)`` are allocated at once and never move.
-    How many tokens each row holds is known twice: on the host, so that errors cost nothing, and on the device in
+    How many tokens each row holds is kept twice: on the host, so that errors cost nothing, and on the device in
     ``lengths`` ``(B,)`` int32, which kernels read. Nothing waits for the device.
 
     Inside ``torch.compile`` and in a replayed CUDA graph no host code runs: such a step counts on the device alone.
@@ -123,50 +122,9 @@ class KVCache:
         self._count(k.shape[1])
         return self.keys[:, :end], self.values[:, :end]
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = True,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        bias: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
-        """Add the next ``S`` tokens of every row, and attend from ``q`` to all that the rows then hold.
-
-        Args:
-            q: ``(B, S_q, H_q, D_qk)``; the last query of a row stands at its last token.
-            k: ``(B, S, H_kv, D_qk)``.
-            v: ``(B, S, H_kv, D_v)``.
-            causal: this and the others as in ``fastattn.attention_with_kv_cache``.
-            window: as there.
-            scale: as there.
-            softcap: as there.
-            bias: as there, ``(B, H_q, S_q, S)`` by position of the key.
-            alibi_slopes: as there.
-            sinks: as there.
-            backend: as there.
-
-        Returns:
-            ``(B, S_q, H_q, D_v)``.
-
-        Raises:
-            InputError: as ``append``, but that rows may differ in length. The cache stays as it was.
-        """
+    def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         self._check_new(k, v)
-        options: dict[str, Any] = {
-            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
-            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
-            "k_scale": self.k_scale, "v_scale": self.v_scale,
-        }  # fmt: skip
-        out = attention_with_kv_cache(q, self.keys, self.values, self.lengths, k, v, **options)
-        assert isinstance(out, Tensor)  # no lse was asked for
+        out = self._attend(q, self.lengths, k, v, options)
         self._count(k.shape[1])
         return out
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastattn.errors import input_error
-from fastattn.functional import autocast
+from fastattn.arguments import autocast
 from fastattn.inspection import attention_weights, mean_attention_weights
+from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_cpu", "is_sparse")
 _METHODS = ("dim", "size", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "ndimension")
@@ -200,9 +201,7 @@ def _counted(option: Any) -> Any:
 
 
 def _is_plain_eager(tensors: list[Tensor]) -> bool:
-    """Whether nothing watches or transforms the call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+    """Whether nothing watches or transforms the call; a profiler and autocast may."""
+    if torch.compiler.is_compiling() or is_transformed() or is_traced() or is_in_forward_mode():
         return False
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastattn.decoding import attention_with_kv_cache
 from fastattn.errors import input_error
-from fastattn.nn.cache import Window, check_sizes
+from fastattn.nn.cache import check_sizes
+from fastattn.nn.layer_cache import LayerCache
 
 EVICTED = -1  # in place of a page that a window has left behind
 
@@ -59,7 +59,7 @@ class CacheStep:
     max_length: int
 
 
-class PagedLayer:
+class PagedLayer(LayerCache):
     """A layer's pages during a step. Models call ``attend``."""
 
     def __init__(self, cache: PagedKVCache, index: int) -> None:
@@ -80,61 +80,21 @@ class PagedLayer:
 
     @property
     def source(self) -> Any:
-        """What cross-attention keeps from one step to the next; see ``PagedKVCache.sources``."""
+        """Keys and values of cross-attention, kept from one step to the next; see ``PagedKVCache.sources``."""
         return self.cache.sources[self.index]
 
     @source.setter
     def source(self, source: Any) -> None:
         self.cache.sources[self.index] = source
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = True,
-        window: Window | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        bias: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        sinks: Tensor | None = None,
-        backend: str | None = None,
-    ) -> Tensor:
-        """Store the new tokens' keys and values, and attend from ``q`` to all of each sequence; see ``KVCache.attend``.
-
-        Args:
-            q: ``(n, S, H_q, D_qk)``, or ``(1, T, H_q, D_qk)`` if the step is packed.
-            k: ``(n, S, H_kv, D_qk)``, or ``(1, T, H_kv, D_qk)``.
-            v: likewise with ``D_v``.
-            causal: this and the others as in ``fastattn.attention_with_kv_cache``.
-            window: as there.
-            scale: as there.
-            softcap: as there.
-            bias: as there.
-            alibi_slopes: as there.
-            sinks: as there.
-            backend: as there.
-
-        Returns:
-            like q with ``D_v``.
-
-        Raises:
-            InputError: an argument is wrong.
-        """
+    def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         step = self._step()
-        if step.cu_seqlens_q is not None:
-            q, k, v = q[0], k[0], v[0]
-        options: dict[str, Any] = {
-            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
-            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
-            "k_scale": self.k_scale, "v_scale": self.v_scale, "block_table": step.block_table,
-            "cu_seqlens_q": step.cu_seqlens_q, "max_seqlen_q": step.max_seqlen_q,
+        options |= {
+            "block_table": step.block_table, "cu_seqlens_q": step.cu_seqlens_q, "max_seqlen_q": step.max_seqlen_q
         }  # fmt: skip
-        out = attention_with_kv_cache(q, self.keys, self.values, step.lengths, k, v, **options)
-        assert isinstance(out, Tensor)  # no lse was asked for
-        return out if step.cu_seqlens_q is None else out[None]
+        if step.cu_seqlens_q is None:
+            return self._attend(q, step.lengths, k, v, options)
+        return self._attend(q[0], step.lengths, k[0], v[0], options)[None]
 
     def _step(self) -> CacheStep:
         assert self.step is not None  # CacheStep sets it
@@ -373,7 +333,7 @@ class PagedKVCache:
         return new
 
     def _left_behind(self, sequence: _Sequence) -> int:
-        """How many of its first pages no token from now on can see."""
+        """Number of its first pages that no later token can see."""
         return 0 if self.window is None else max(0, sequence.length - self.window) // self.page_size
 
     def _plan(self, sequences: Sequence[int], new: Sequence[int]) -> int:

@@ -188,7 +188,7 @@ def _in_float64(sample: Sample) -> Sample:
 def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
     inputs, spec = sample.inputs, sample.spec
     out, lse, low = reference.forward(inputs, spec, dtype)
-    grads = reference.backward(sample.dout, sample.dlse, out, lse, low, inputs, spec, sample.needs, dtype)
+    grads = reference.backward(sample.dout, sample.dlse, out, lse, low, inputs, spec, sample.needs, dtype=dtype)
     return {"out": out, "lse": lse, "lse_low": low} | _named(grads, sample.needs)
 
 

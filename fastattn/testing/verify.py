@@ -14,7 +14,7 @@ import torch
 from fastattn import dispatch
 from fastattn.backends import load
 from fastattn.errors import unsupported_error
-from fastattn.kv_cache import cache_problem
+from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
@@ -141,7 +141,7 @@ def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int =
     run: Callable[[], list[Row]]
     if isinstance(case, CacheCase):
         of_cache = make_cache_sample(case, device, seed)
-        problem = cache_problem(of_cache.inputs, of_cache.spec)
+        problem = facts_of(of_cache.inputs, of_cache.spec)
         run = partial(measure_cache, backend, of_cache)
     else:
         sample = make(case, device, seed)

@@ -141,7 +141,7 @@ def test_gpu_out_of_time_is_rows_too(tmp_path, capsys):
         (["model", "--length", "1", "--device", "cpu"], "--length: got 1; allowed: at least 2"),
         (["report"], "no record given"),
         (["report", "nowhere.json"], "nowhere.json: No such file"),
-        (["report", "--readme", "nowhere.md"], "nowhere.md: No such file"),
+        (["report", "--pages", "nowhere.md"], "nowhere.md: No such file"),
     ],
 )
 def test_wrong_arguments_end_with_a_sentence_and_code_2(arguments, message, capsys):

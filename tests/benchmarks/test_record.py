@@ -158,7 +158,7 @@ def test_plots_are_drawn_for_what_there_is(tmp_path):
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" and f"]({name})" in text for name in pictures)
 
 
-# The README
+# Pages
 
 
 def test_regions_are_rewritten_and_the_rest_is_left_alone(tmp_path):
@@ -172,15 +172,24 @@ def test_regions_are_rewritten_and_the_rest_is_left_alone(tmp_path):
     assert tampered != new and report.rendered(tampered, tmp_path / "results", tmp_path) == new
 
 
-def test_the_readme_shows_the_committed_records():
-    """If this fails, run ``make readme``: the numbers of the README are not those of benchmarks/results."""
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_the_committed_records(page):
+    """If this fails, run ``make tables``: the numbers of the page are not those of benchmarks/results."""
+    shown = report.bodies(page.read_text(encoding="utf-8"))
+    assert shown
+    for name, text in shown.items():
+        assert text == report.body(name, report.RESULTS, page.parent), "run `make tables`"
+
+
+def test_every_committed_record_is_on_a_page():
     committed = {path.stem for path in report.RESULTS.glob("*.json")}
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        return
-    text = readme.read_text(encoding="utf-8")
-    shown = report.bodies(text)
-    assert committed <= set(shown), "a record in benchmarks/results has no region in README.md"
-    assert not [name for name in set(shown) - committed if "|" in shown[name]], "README.md shows numbers of no record"
-    for name in committed:
-        assert shown[name] == report.body(name, report.RESULTS, ROOT), "run `make readme`"
+    shown = {name for page in PAGES for name in report.bodies(page.read_text(encoding="utf-8"))}
+    assert committed | {"highlights"} == shown
+
+
+def test_the_readme_has_six_rows():
+    text = report.bodies(PAGES[0].read_text(encoding="utf-8"))["highlights"]
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == 2 + 6

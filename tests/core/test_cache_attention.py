@@ -160,7 +160,7 @@ def test_a_backend_that_declares_no_cache_is_not_asked():
     from fastattn.backends.base import Capabilities, capability_reasons
 
     sample = make_cache_sample(GRID[0])
-    reasons = capability_reasons(Capabilities(), kv_cache.cache_problem(sample.inputs, sample.spec))
+    reasons = capability_reasons(Capabilities(), kv_cache.facts_of(sample.inputs, sample.spec))
     assert "no cache" in reasons
 
 

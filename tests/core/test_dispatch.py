@@ -1,11 +1,15 @@
 """The choice of a backend: which one, why not the others, and that it is loud."""
 
+import asyncio
+import concurrent.futures
 import dataclasses
+import inspect
 import threading
 import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastattn
 from fastattn import backends as public_backends
@@ -131,33 +135,78 @@ def test_eager_on_an_accelerator_warns_once():
         dispatch.select(on_gpu, "eager")  # asked for
 
 
-def test_explain_computes_nothing_and_leaves_no_trace():
+EXPLAINED = {fastattn.attention: fastattn.explain, fastattn.attention_varlen: fastattn.explain_varlen,
+             fastattn.attention_with_kv_cache: fastattn.explain_with_kv_cache}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", EXPLAINED, ids=lambda function: function.__name__)
+def test_explain_takes_the_arguments_of_what_it_explains(function):
+    def parameters(f):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+
+    assert parameters(EXPLAINED[function]) == parameters(function)
+
+
+class Watch(TorchDispatchMode):
+    """The operators called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_explain_computes_nothing():
+    """No operator but views, so no memory; no random number; nothing appended; no check of values."""
     q = torch.randn(1, 16, 2, 8, requires_grad=True)
-    explained = fastattn.explain(q, q, q, causal=True, dropout_p=0.1)
-    assert explained.chosen in BACKENDS and explained.reasons["eager"] == []
-    assert explained.problem.features == {"band", "dropout"}
-    assert fastattn.attention(q, q, q).grad_fn is not None
+    packed, cu_seqlens = q.detach()[0], torch.tensor([0, 16], dtype=torch.int32)
+    cache, lengths = torch.zeros(1, 32, 2, 8), torch.tensor([5], dtype=torch.int32)
+    before = torch.get_rng_state()
+    with Watch() as watch:
+        dense = fastattn.explain(q, q, q, causal=True, dropout_p=0.1, return_weights=True, bias=torch.zeros(()))
+        varlen = fastattn.explain_varlen(
+            packed, packed, packed, cu_seqlens, cu_seqlens, max_seqlen_q=16, max_seqlen_kv=16, dropout_p=0.1
+        )
+        new = q[:, :1].detach()
+        cached = fastattn.explain_with_kv_cache(new, cache, cache, lengths, new, new)
+    assert torch.equal(torch.get_rng_state(), before) and not cache.any()
+    assert all(op.is_view or op in (torch.ops.aten.detach.default, torch.ops.aten.zeros.default) for op in watch.seen)
+    assert dense.problem.features == {"band", "bias", "dropout"} and dense.problem.needs_grad
+    assert "packed" in varlen.problem.features and "append" in cached.problem.features
+    assert all(found.chosen in BACKENDS and found.reasons["eager"] == [] for found in (dense, varlen, cached))
     with pytest.raises(fastattn.InputError):
         fastattn.explain(q, q, q, window=3)
     assert fastattn.attention(q, q, q).grad_fn is not None
 
 
-def test_explain_in_one_thread_leaves_the_others_computing(monkeypatch):
-    q = torch.randn(1, 16, 2, 8)
-    expected = fastattn.attention(q, q, q)
-    found = []
-    real = Problem.of
+def test_threads_and_tasks_choose_for_themselves():
+    """Overlapping choices neither disturb each other nor outlive their blocks."""
+    turn = threading.Barrier(4, timeout=30)
 
-    def meanwhile(*args, **options):
-        worker = threading.Thread(target=lambda: found.append(fastattn.attention(q, q, q)))
-        monkeypatch.setattr(Problem, "of", real)
-        worker.start()
-        worker.join()
-        return real(*args, **options)
+    def choose(name):
+        assert dispatch.requested(None) is None
+        with fastattn.use_backend(name):
+            turn.wait()
+            found = dispatch.requested(None)
+            turn.wait()
+        return found, dispatch.requested(None)
 
-    monkeypatch.setattr(Problem, "of", meanwhile)
-    assert fastattn.explain(q, q, q).chosen in BACKENDS
-    assert torch.equal(found[0], expected)
+    names = ["eager", "portable", "eager", None]
+    with fastattn.use_backend("eager"), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(choose, names)) == [(name, None) for name in names]
+
+    async def task(name):
+        with fastattn.use_backend(name):
+            await asyncio.sleep(0)
+            return dispatch.requested(None)
+
+    async def tasks():
+        return await asyncio.gather(*(task(name) for name in names))
+
+    assert asyncio.run(tasks()) == names
 
 
 def test_use_backend_nests_and_restores():

@@ -133,7 +133,6 @@ WRONG = [
     (dense(dropout_p=0.1, rng_state=ints(1, 2)), "rng_state", "shape (2,), torch.int32", "an int64 tensor of 2"),
     (dense(dropout_p=0.1, rng_state=STATE[None]), "rng_state", "shape (1, 2)", "an int64 tensor of 2"),
     (dense(dropout_p=0.1, rng_state=STATE.to("meta")), "rng_state", "device meta", "device cpu"),
-    (unchecked(dropout_p=0.1), "rng_state", "None", "an int64 tensor of 2 when dropout_p > 0"),
     # packed sequences
     (packed(cu_q=[0, 5]), "cu_seqlens_q", "list", "an int32 tensor"),
     (packed(cu_kv=None), "cu_seqlens_kv", "NoneType", "an int32 tensor"),

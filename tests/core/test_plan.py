@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import InputError, functional, ops, plan
+from fastattn import InputError, ops, plan, serving
 from fastattn.backends import load
 
 needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
@@ -16,7 +16,7 @@ needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, 
 def long_ways(monkeypatch):
     """How many calls went through an operator."""
     counted = []
-    for module, name in ((ops, "attend_to_cache"), (functional, "attend")):
+    for module, name in ((ops, "attend_to_cache"), (serving, "attend")):
         way = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, way=way: counted.append(1) or way(*args))
     return counted

@@ -1,39 +1,59 @@
-"""The examples in public docstrings run, and print what they say."""
+"""The examples in docstrings run and print what they say, and every public function has one."""
+
+from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-MODULES = ("fastattn", "fastattn.lm.models", "fastattn.nn", "fastattn.testing.verify", "fastattn.testing.fuzz")
+import fastattn
+
+PACKAGE = Path(fastattn.__file__).parent
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-def documented():
-    """Public functions and classes, each once, under the name that users see."""
-    seen = set()
-    for module_name in MODULES:
-        module = importlib.import_module(module_name)
-        for name in getattr(module, "__all__", ("verify", "fuzz")):
-            value = getattr(module, name, None)
-            if callable(value) and value not in seen:
-                seen.add(value)
-                yield pytest.param(value, id=f"{module_name}.{name}")
+def modules_with_examples() -> list[object]:
+    """Every module of the package with a prompt in a docstring."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if ">>> " in path.read_text(encoding="utf-8"):
+            name = ".".join(("fastattn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+            needs = name.rpartition(".")[2] == "transformers" and importlib.util.find_spec("transformers") is None
+            marks = [pytest.mark.skip(reason="transformers is not installed")] if needs else []
+            found.append(pytest.param(name, marks=marks))
+    return found
 
 
-def examples(value):
-    return doctest.DocTestFinder(recurse=False).find(value, name=getattr(value, "__name__", "value"), globs={})
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(name), optionflags=OPTIONS)
+    assert result.attempted > 0 and result.failed == 0
 
 
-@pytest.mark.parametrize("value", list(documented()))
-def test_examples_run(value):
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    report = []
-    for test in examples(value):
-        runner.run(test, out=report.append)
-    assert runner.failures == 0, "".join(report)
+def public_functions() -> list[object]:
+    """The functions that users import: those of the package, of its modules and of the bundled models."""
+    names = ("fastattn", "fastattn.nn", "fastattn.lm.models", "fastattn.inspection")
+    modules = [importlib.import_module(name) for name in names]
+    listed = {id(f): f for module in modules for f in functions_of(module)}
+    return list(listed.values())
 
 
-@pytest.mark.parametrize("value", [p for p in documented() if inspect.isfunction(p.values[0])])
-def test_every_public_function_has_an_example(value):
-    assert any(test.examples for test in examples(value))
+def functions_of(module: ModuleType) -> Iterator[object]:
+    """The functions that a module lists, or without a list, those that it defines."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", own):
+        if inspect.isfunction(getattr(module, name)) and not name.startswith("_"):
+            yield getattr(module, name)
+
+
+@pytest.mark.parametrize("function", public_functions(), ids=lambda function: function.__name__)
+def test_every_public_function_has_an_example(function: object) -> None:
+    tests = doctest.DocTestFinder(recurse=False).find(function, name="function", globs={})
+    assert any(test.examples for test in tests)

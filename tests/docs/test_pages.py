@@ -1,49 +1,157 @@
-"""The code of docs/ and of this package's docstrings, as it stands; what a comment says is printed is printed."""
+"""Every code block of the README and of docs/ runs, in the order in which it stands on its page.
+
+Python runs as it is, and prints what its comments promise: ``print(x)  # 3``. Commands run too, each in the way that
+``COMMANDS`` says. A page has one folder and one namespace for all its blocks.
+"""
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import importlib.util
 import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = ["decoding.md", "flash_attn.md", "long_context.md", "models.md", "torch_mha.md", "transformers.md"]
-MODULES = [
-    "fastattn.inspection",
-    "fastattn.integrations.context_parallel",
-    "fastattn.integrations.flash_attn",
-    "fastattn.integrations.tensor_parallel",
-    "fastattn.integrations.torch",
-    "fastattn.integrations.transformers",
-]
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None,
-    reason="transformers is not installed: pip install 'fastattn[hf]'",
-)
+from benchmarks.__main__ import main as benchmarks
+from fastattn.cli import main as fastattn
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", flags=re.MULTILINE | re.DOTALL)
 
 
-def marked(names):
-    return [pytest.param(name, marks=needs_transformers if "transformers" in name else ()) for name in names]
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of the fenced blocks of a page; those in braces are directives of Sphinx."""
+    found = ((kind.strip(), text) for _, kind, text in FENCE.findall(page.read_text(encoding="utf-8")))
+    return [(kind, text) for kind, text in found if not kind.startswith("{")]
 
 
-@pytest.mark.parametrize("page", marked(PAGES))
-def test_pages(page, tmp_path, monkeypatch, capsys):
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def commands_of(block: str) -> list[str]:
+    lines = (line.split(" #")[0].strip() for line in block.replace("\\\n", " ").splitlines())
+    return [line for line in lines if line]
+
+
+def parameters() -> list[object]:
+    """Pages with something to run; those about transformers need it."""
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    found = []
+    for page in PAGES:
+        if any(kind in ("python", "bash") for kind, _ in blocks_of(page)):
+            skipped = not has_transformers and "transformers" in page.name
+            why = "transformers is not installed: pip install 'fastattn[hf]'"
+            marks = [pytest.mark.skip(reason=why)] if skipped else []
+            found.append(pytest.param(page, id=name_of(page), marks=[*marks, pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize("page", parameters())
+def test_blocks_run(
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    without_interpreter: None,
+) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), namespace)
-        promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
-        assert capsys.readouterr().out.splitlines() == promised
+    namespace: dict[str, object] = {}
+    for kind, block in blocks_of(page):
+        capsys.readouterr()
+        if kind == "python":
+            exec(compile(block, page.name, "exec"), namespace)
+            check_printed(block, capsys.readouterr().out.splitlines())
+        elif kind == "bash":
+            for command in commands_of(block):
+                run(command)
 
 
-@pytest.mark.parametrize("name", marked(MODULES))
-def test_docstrings(name):
-    module = importlib.import_module(name)
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert result.attempted > 0 and result.failed == 0
+def check_printed(block: str, printed: list[str]) -> None:
+    """All that a block prints is promised; a ``print`` without a comment may print anything."""
+    promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
+    if len(promised) == len(re.findall(r"^print\(", block, flags=re.MULTILINE)):
+        assert printed == promised
+    else:
+        assert [line for line in printed if line in promised] == promised
+
+
+def run(command: str) -> None:
+    for beginning, how in COMMANDS.items():
+        if command.startswith(beginning):
+            return how(shlex.split(command))
+    raise AssertionError(f"no test knows how to run {command!r}; it knows {list(COMMANDS)}")
+
+
+def run_fastattn(words: list[str]) -> None:
+    assert fastattn(words[1:]) == 0, words
+
+
+def run_benchmarks(words: list[str]) -> None:
+    """In its quick form, apart from what needs a GPU or 23 minutes, whose tests are elsewhere."""
+    name, *arguments = words[3:]
+    if name in ("gpu", "gates"):
+        return
+    if name == "report":
+        assert all(Path(ROOT, word).exists() for word in arguments if word.endswith(".json"))
+        return
+    assert benchmarks([name, *arguments, "--quick", "--out", "record.json"]) == 0, words
+
+
+def run_make(words: list[str]) -> None:
+    subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def check_plain(words: list[str]) -> None:
+    """A line that creates or uses .venv is a line of the Makefile."""
+    recipes = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for name, value in (("PYTHON", "python3"), ("VENV", ".venv"), ("BIN", ".venv/bin"), ("JOBS", "2")):
+        recipes = recipes.replace(f"$({name})", value)
+    recipes = recipes.replace("$(VENV)", ".venv").replace(" --disable-pip-version-check", "")
+    assert shlex.join(words) in recipes, words
+
+
+def check_pip(words: list[str]) -> None:
+    """The extras that a line installs exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for word in words:
+        for named in re.findall(r"^(?:fastattn|\.)\[(.*)\]", word):
+            assert set(named.split(",")) <= set(extras), words
+
+
+def check_pytest(words: list[str]) -> None:
+    """The tests that a line runs exist."""
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests/")), words
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "fastattn ": run_fastattn,
+    "make ": run_make,
+    "python -m benchmarks ": run_benchmarks,
+    "python -m pytest ": check_pytest,
+    "python3 -m venv .venv": check_plain,
+    ".venv/bin/": check_plain,
+    "pip install ": check_pip,
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_only_known_kinds_of_blocks(page: Path) -> None:
+    assert {kind for kind, _ in blocks_of(page)} <= {"python", "bash", "text"}
+
+
+def test_the_first_page_begins_with_the_commands_of_a_contributor() -> None:
+    blocks = [block for kind, block in blocks_of(ROOT / "README.md") if kind == "bash"]
+    commands = [command for block in blocks for command in commands_of(block)]
+    assert {"make demo", "make test", "make lint"} <= set(commands)
+    assert len([command for command in commands if ".venv" in command]) == 4
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150

@@ -67,7 +67,7 @@ def cases_of(instance: Instance) -> list[Case]:
         cases += [
             Case(f"{name}, fewer queries", S_q=333, S_kv=700, nan_rows=some_unkept, **more),
             Case(f"{name}, fewer keys", S_q=700, S_kv=333, sinks=True, dlse=True, **more),
-            Case(f"{name}, one config", S_q=64, S_kv=64, **more),
+            Case(f"{name}, one tile", S_q=64, S_kv=64, **more),
             Case(f"{name}, heads first", S_q=300, S_kv=300, memory="BHSD", **more),
             Case(f"{name}, packed", lengths=((300, 300), (0, 5), (1, 400), (130, 7), (64, 0)), nan_rows=True, **more),
         ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastattn.backends import cuda
 from fastattn.backends.cuda import decode
 from fastattn.backends.cuda.instances import DecodeConfig, Instance, decode_instances
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, cache_problem
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, facts_of
 from fastattn.spec import AttentionSpec
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.tolerance import assert_within
@@ -100,7 +100,7 @@ def test_kernel_alone_in_a_process(instance: Instance) -> None:
 def test_grid(case: CacheCase, dtype: torch.dtype) -> None:
     case = dataclasses.replace(case, dtype=dtype)
     sample = make_cache_sample(case)
-    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    problem = dataclasses.replace(facts_of(sample.inputs, sample.spec), device="cuda", arch=90)
     if reasons := cuda.BACKEND.unsupported_reasons(problem):
         pytest.skip("; ".join(reasons))
     check(case)

@@ -15,6 +15,7 @@ import fastattn
 PACKAGE = Path(fastattn.__file__).parent
 ROOT = PACKAGE.parent
 HERE = Path(__file__).resolve()
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
 # These stand in for functions of torch and flash-attn, so their parameters are those of what they replace.
@@ -26,8 +27,13 @@ STAND_INS = {
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
-VOCABULARY = {"errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "version"}
-CORE = VOCABULARY | {"autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference"}
+VOCABULARY = {
+    "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "torch_internals",
+    "version",
+}  # fmt: skip
+CORE = VOCABULARY | {
+    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference", "serving"
+}  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
@@ -35,7 +41,9 @@ MAY_IMPORT = {
     "spec": set(),
     "rotary": set(),
     "nested": set(),
-    "numerics": set(),
+    "state": set(),
+    "torch_internals": set(),
+    "numerics": {"torch_internals"},
     "files": {"errors"},
     "layout": {"errors"},
     "rng": {"spec"},
@@ -44,14 +52,16 @@ MAY_IMPORT = {
     "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"files", "problem", "version"},
-    "plan": {"backends"},
-    "dispatch": {"backends", "errors", "problem"},
+    "plan": {"backends", "state", "torch_internals"},
+    "arguments": VOCABULARY | {"nested", "torch_internals"},
+    "dispatch": {"backends", "errors", "problem", "state"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
-    "autograd": {"backends", "ops", "problem", "reference", "spec"},
-    "functional": VOCABULARY | {"autograd", "dispatch", "ops", "plan", "reference"},
-    "decoding": VOCABULARY | {"dispatch", "functional", "ops", "plan"},
-    "inspection": VOCABULARY | {"functional", "reference"},
-    "nn": {"decoding", "errors", "functional", "inspection", "nested", "rng", "rotary"},
+    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
+    "serving": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan"},
+    "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
+    "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
+    "inspection": VOCABULARY | {"arguments", "reference"},
+    "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
     "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
@@ -122,6 +132,37 @@ def test_imports_go_one_way(part):
 def test_every_part_of_the_package_has_its_rule():
     parts = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
     assert parts - {"__pycache__", "__main__"} == set(MAY_IMPORT)
+
+
+def import_table():
+    """The rules as docs/architecture.md shows them: the sets of parts by name, then a line for each part."""
+    sets = {"core": CORE, "vocabulary": VOCABULARY, "public names": PUBLIC}
+    lines = [*(f"- **{name}**: {code_names(members)}" for name, members in sets.items()), ""]
+    lines += ["| part | may import |", "| --- | --- |"]
+    for part, allowed in MAY_IMPORT.items():
+        words = []
+        for name, members in sets.items():
+            if members <= allowed:
+                words.append(name)
+                allowed = allowed - members
+        words += filter(None, [code_names(allowed)])
+        lines.append(f"| `{part}` | {', '.join(words) or 'nothing'} |")
+    return "\n".join(lines)
+
+
+def code_names(parts):
+    return ", ".join(f"`{part or 'fastattn'}`" for part in sorted(parts))
+
+
+def with_import_table(page):
+    """The text of docs/architecture.md with the table between its two marks."""
+    before, _, rest = page.partition("<!-- imports -->\n")
+    return f"{before}<!-- imports -->\n{import_table()}\n<!-- /imports -->{rest.partition('<!-- /imports -->')[2]}"
+
+
+def test_the_architecture_page_shows_the_import_table():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    assert text == with_import_table(text), "run `make tables`"
 
 
 def test_no_module_imports_itself_through_others():
@@ -244,3 +285,7 @@ def test_make_runs_every_test_that_needs_a_gpu():
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text("utf-8")]
     assert marked and all(path.exists() for path in named)
     assert [path for path in marked if not named & {path, *path.parents}] == []
+
+
+if __name__ == "__main__":  # make tables
+    ARCHITECTURE.write_text(with_import_table(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -57,6 +57,7 @@ def backward(
     lse_low: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
+    *,
     needs: Sequence[str],
 ) -> tuple[Tensor | None, ...]:
     """What ``dense_backward`` gives for packed inputs."""

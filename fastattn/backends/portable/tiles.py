@@ -87,7 +87,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """``(dq, dk, dv, dbias)``, None where not needed. ``out`` and ``lse`` are the final ones, sinks included."""
     if padded.is_needed(inputs, spec):
-        return padded.backward(backward, dout, dlse, out, lse, lse_low, inputs, spec, needs)
+        return padded.backward(backward, dout, dlse, out, lse, lse_low, inputs, spec, needs=needs)
     sums = {
         name: torch.zeros(x.shape, dtype=terms.compute_dtype(inputs), device=x.device)
         for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("bias", inputs.bias))

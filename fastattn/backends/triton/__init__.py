@@ -54,8 +54,7 @@ class TritonBackend(Backend):
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         from fastattn.backends.triton import launch
 
-        out, lse = launch.forward(inputs, spec)
-        return out, lse, torch.zeros_like(lse)
+        return launch.forward(inputs, spec)
 
     def backward(
         self,
@@ -70,7 +69,7 @@ class TritonBackend(Backend):
     ) -> Grads:
         from fastattn.backends.triton import launch
 
-        return launch.backward(dout, dlse, out, lse, inputs, spec, needs)
+        return launch.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton import launch_decode

@@ -2,9 +2,9 @@
 
 Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
 ``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
-tuple all the same (``tests/kernels/test_gates.py`` holds it, and fails once that changes), and 60 scalars would be no
-signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read it with
-``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
+tuple all the same (``tests/backends/triton/test_gates.py`` holds it, and fails once that changes), and 60 scalars
+would be no signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read
+it with ``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastattn.backends.triton.configs import REGISTER_HEAVY
@@ -71,6 +72,27 @@ class PerRow(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> PerRow:
         return cls(x, coded(x.stride(0) if x.dim() == 3 else 0), coded(x.stride(-2)))
+
+
+class Stats(NamedTuple):
+    """What the backward kernels know of each query row: three arrays of the shape and strides of one ``PerRow``.
+
+    ``lse`` is natural and ``+inf`` for an empty row; ``low_log2`` is ``lse_low`` in base 2; ``delta`` is
+    ``rowsum(dout * out) - dlse``.
+    """
+
+    lse: Any
+    low_log2: Any
+    delta: Any
+    stride_b: Any
+    stride_h: Any
+
+    @classmethod
+    def like(cls, lse: Tensor) -> Stats:
+        """Memory for the statistics of the rows of ``lse``."""
+        arrays = [torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(3)]
+        _, stride_b, stride_h = PerRow.of(arrays[0])
+        return cls(arrays[0], arrays[1], arrays[2], stride_b, stride_h)
 
 
 class PerHead(NamedTuple):

@@ -1,6 +1,7 @@
 """The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: each sum has one owner, one order.
 
-Each computes the probabilities anew from ``lse``. With ``z`` dropout's factors and ``t`` the softcap's tanh:
+Each computes the probabilities anew from both parts of ``lse``. With ``z`` dropout's factors and ``t`` the softcap's
+tanh:
 
     dv    = (p * z)^T dout
     dp    = z * (dout v^T)
@@ -20,7 +21,6 @@ import triton.language as tl
 from fastattn.backends.triton.tile import (
     LOG2E,
     dot_in_chunks,
-    factor_of,
     finish,
     head_in,
     head_matrix,
@@ -42,9 +42,9 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def backward_preprocess_kernel(
-    out, dout, dlse, lse, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """``delta``, and ``lse`` in units of log2, of ``BLOCK_M`` query rows. An empty row gets ``+inf``: so its p is 0."""
+    out, dout, dlse, lse, lse_low, stats, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The ``Stats`` of ``BLOCK_M`` query rows. An empty row gets an ``lse`` of ``+inf``, so that its p is 0."""
     block, of = scheduled(schedule, LAST_FIRST=False)
     heads_q = number(sizes.heads_q)
     head = open_head(of // heads_q, of % heads_q, terms, sizes, F)
@@ -61,32 +61,37 @@ def backward_preprocess_kernel(
     if dlse is not None:
         total -= tl.load(per_row(dlse, head) + i, mask=i < s_q, other=0.0).to(tl.float32)
     of_lse = tl.load(per_row(lse, head) + i, mask=i < s_q, other=0.0)
-    of_lse = tl.where(of_lse == float("-inf"), float("inf"), of_lse * LOG2E)
-    tl.store(per_row(lse2, head) + i, of_lse, mask=i < s_q)
-    tl.store(per_row(delta, head) + i, total, mask=i < s_q)
+    of_low = tl.load(per_row(lse_low, head) + i, mask=i < s_q, other=0.0)
+    at = row_offset(stats, head) + i
+    tl.store(stats.lse + at, tl.where(of_lse == float("-inf"), float("inf"), of_lse), mask=i < s_q)
+    tl.store(stats.low_log2 + at, of_low * LOG2E, mask=i < s_q)
+    tl.store(stats.delta + at, total, mask=i < s_q)
 
 
 @triton.jit
-def load_lse(lse2, i, s_q):
-    """``lse2`` of rows ``i``; past the last one p is 0 too."""
-    return tl.load(lse2 + i, mask=i < s_q, other=float("inf"))
+def load_lse(stats, at, i, s_q):
+    """``(lse, low_log2)`` of rows ``i``, those of the head being ``at``; past the last one p is 0 too."""
+    lse = tl.load(stats.lse + at + i, mask=i < s_q, other=float("inf"))
+    return lse, tl.load(stats.low_log2 + at + i, mask=i < s_q, other=0.0)
 
 
 @triton.jit
-def load_delta(delta, i, s_q):
+def load_delta(stats, at, i, s_q):
     """``delta`` of rows ``i``."""
-    return tl.load(delta + i, mask=i < s_q, other=0.0)
+    return tl.load(stats.delta + at + i, mask=i < s_q, other=0.0)
 
 
 @triton.jit
 def probabilities(
-    raw, of_lse, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    raw, lse, low_log2, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; ``spared`` is what dropout leaves."""
     scores, t = finish(raw, head, i, j, i0, j0, F)
     scores = masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED, F)
-    p = tl.exp2(scores * factor_of(head, F) - of_lse)
+    # The product is not rounded: softmax_end does not round that of the largest score either.
+    scores = tl.fma(scores, head.scale, -lse) if F.plain else scores - lse
+    p = tl.exp2(scores * LOG2E - low_log2)
     spared = p
     if F.dropout:
         spared = survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED)
@@ -106,7 +111,7 @@ def score_gradients(p, spared, t, dp, of_delta, dropout_scale, F: tl.constexpr):
 
 @triton.jit
 def backward_dkdv_kernel(
-    q, k, v, dout, dk, dv, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dk, dv, stats, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
@@ -141,7 +146,7 @@ def backward_dkdv_kernel(
         head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
         q_rows = head_matrix(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = head_matrix(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
-        at = row_offset(lse2, head)
+        at = row_offset(stats, head)
         tile = begin + n % count
         i0 = tile * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
@@ -150,8 +155,9 @@ def backward_dkdv_kernel(
         else:
             q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
             raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
+        lse, low_log2 = load_lse(stats, at, i, band.s_q)
         p, spared, t = probabilities(
-            raw, load_lse(lse2.ptr + at, i, band.s_q)[None, :], head, i[None, :], j[:, None], i0, j0,
+            raw, lse[None, :], low_log2[None, :], head, i[None, :], j[:, None], i0, j0,
             (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if F.in_chunks:
@@ -163,7 +169,7 @@ def backward_dkdv_kernel(
             q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
         else:
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-        of_delta = load_delta(delta.ptr + at, i, band.s_q)  # not before it is needed: a thread holds many columns
+        of_delta = load_delta(stats, at, i, band.s_q)  # not before it is needed: a thread holds many columns
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
@@ -179,7 +185,7 @@ def backward_dkdv_kernel(
 
 @triton.jit
 def backward_dq_kernel(
-    q, k, v, dout, dq, lse2, delta, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dq, stats, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``dq`` of ``BLOCK_M`` query rows of one head."""
@@ -201,8 +207,9 @@ def backward_dq_kernel(
         q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
         dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
     i = i0 + tl.arange(0, BLOCK_M)
-    at = row_offset(lse2, head)
-    of_lse, of_delta = load_lse(lse2.ptr + at, i, s_q), load_delta(delta.ptr + at, i, s_q)
+    at = row_offset(stats, head)
+    lse, low_log2 = load_lse(stats, at, i, s_q)
+    of_delta = load_delta(stats, at, i, s_q)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_QK], tl.float32)
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
@@ -216,8 +223,8 @@ def backward_dq_kernel(
             k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         p, spared, t = probabilities(
-            raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, (tile >= full_begin) & (tile < full_end),
-            False, F, BLOCK_M, BLOCK_N,
+            raw, lse[:, None], low_log2[:, None], head, i[:, None], j[None, :], i0, j0,
+            (tile >= full_begin) & (tile < full_end), False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if F.in_chunks:
             dp = dot_in_chunks(dout_rows, i0, 0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)

@@ -6,9 +6,9 @@ that only runs it compiles one. dbias and dsinks add one each, masks and segment
 ``prescan.py``. Decoding compiles one kernel for each height of its tile (16, 32 or 64 packed query rows), another one
 for several splits with the one that combines them, and one that stores new rows. Each takes 1 to 5 seconds, once per
 machine (Triton caches them on disk). Lengths, strides, batch and head counts, page sizes and the number of splits are
-run-time arguments and recompile nothing, as ``tests/backends/triton/test_gates.py`` asserts. Two properties of memory double
-the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether those of bias or
-mask do.
+run-time arguments and recompile nothing, as ``tests/backends/triton/test_gates.py`` asserts. Two properties of memory
+double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether those of
+bias or mask do.
 """
 
 from __future__ import annotations

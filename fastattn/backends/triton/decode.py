@@ -15,6 +15,7 @@ from fastattn.backends.triton.tile import (
     head_in,
     kept_tile,
     load_per_head,
+    logarithm_of,
     number,
     softmax_end,
     softmax_step,
@@ -24,7 +25,8 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, lse, cache, terms, sizes, splits, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, v, out, lse, lse_low, cache, terms, sizes, splits, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``out`` and ``lse`` of ``BLOCK_M`` query rows of one key/value head, over one split of the keys they keep.
 
@@ -55,9 +57,6 @@ def decode_kernel(
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    if F.sinks:  # the running sum of the first split begins with the sink
-        m = tl.where(split == 0, load_per_head(terms.sinks, b, h) * LOG2E, m)
-        total = tl.where(m == float("-inf"), 0.0, 1.0)
 
     low, high = tile_range(i0, i1, band, F.left, F.right)
     full_low, full_high = full_range(i0, i1, band, F.left, F.right)
@@ -78,37 +77,54 @@ def decode_kernel(
         v_tile = cached_rows(v, cache.v_scale, page, row, h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
-    norm, logsumexp = softmax_end(m, total)
+    sink = 0.0
+    if F.sinks:  # the first split counts it
+        sink = tl.where(split == 0, load_per_head(terms.sinks, b, h), float("-inf"))
+    norm, logsumexp, low = softmax_end(m, total, sink, head.scale, F)
     at = row_pointers(out, b, begin_q + i, h, F.vector_out) + split.to(tl.int64) * number(splits.stride_out)
     result = (acc * norm[:, None]).to(at.dtype.element_ty)
     tl.store(at[:, None] + d_v[None, :], result, mask=is_row[:, None] & (d_v < F.d_v)[None, :])
     at = row_pointers(lse, b, begin_q + i, h, 1) + split.to(tl.int64) * number(splits.stride_lse)
     tl.store(at, logsumexp, mask=is_row)
+    if lse_low is not None:
+        at = row_pointers(lse_low, b, begin_q + i, h, 1) + split.to(tl.int64) * number(splits.stride_lse)
+        tl.store(at, low, mask=is_row)
 
 
 @triton.jit
 def combine_kernel(
-    partial_out, partial_lse, out, lse, splits, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    partial_out, partial_lse, partial_low, out, lse, splits, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``out`` and ``lse`` of one row, which are those of its splits weighted by their ``lse``.
+    """``out`` and ``lse`` of one row, which are those of its splits weighted by both parts of their ``lse``.
 
     Rows are counted over (sequence, query, head), as they lie in ``out``; ``lse`` is ``(B, H_q, s_q)``. Grid: rows.
     """
     splits, rows, s_q, heads = number(splits), number(rows), number(s_q), number(heads)
     n, d, first = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, 1)
     acc = tl.zeros([BLOCK_D], tl.float32)
-    m, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    top, top_low = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)  # the largest lse so far
+    total = tl.zeros([1], tl.float32)
     for begin in tl.range(0, splits, BLOCK_SPLITS):
         split = begin + tl.arange(0, BLOCK_SPLITS)
         at, is_split = split.to(tl.int64) * rows + n, split < splits
-        scores = tl.load(partial_lse + at, mask=is_split, other=float("-inf"))[None, :] * LOG2E  # [1, BLOCK_SPLITS]
-        weight, m, total, alpha = softmax_step(scores, 1.0, m, total)
+        of_split = tl.load(partial_lse + at, mask=is_split, other=float("-inf"))[None, :]  # [1, BLOCK_SPLITS]
+        low = tl.load(partial_low + at, mask=is_split, other=0.0)[None, :]
+        above = tl.maximum(top, tl.max(of_split, 1))
+        finite = tl.where(above == float("-inf"), 0.0, above)
+        above_low = tl.max(tl.where(of_split == above[:, None], low, float("-inf")), 1)
+        above_low = tl.maximum(above_low, tl.where(top == above, top_low, float("-inf")))
+        weight = tl.exp2(((of_split - finite[:, None]) + (low - above_low[:, None])) * LOG2E)
+        alpha = tl.exp2(((top - finite) + (top_low - above_low)) * LOG2E)
+        top, top_low, total = above, above_low, total * alpha + tl.sum(weight, 1)
         mask = is_split[:, None] & (d < D)[None, :]
         tile = tl.load(partial_out + at[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_SPLITS, BLOCK_D]
         acc = acc * alpha + tl.sum(tl.trans(weight) * tile, 0)
 
-    norm, logsumexp = softmax_end(m, total)
-    tl.store(out + n.to(tl.int64) * D + d, (acc * norm).to(out.dtype.element_ty), mask=d < D)
+    is_empty = total == 0.0
+    total = tl.where(is_empty, 1.0, total)
+    logsumexp, _low = logarithm_of(tl.where(is_empty, 0.0, top), top_low, total)
+    tl.store(out + n.to(tl.int64) * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
     i, h = n // heads, n % heads
-    tl.store(lse + (i // s_q * heads + h) * s_q + i % s_q + first, logsumexp)
+    at = (i // s_q * heads + h) * s_q + i % s_q + first
+    tl.store(lse + at, tl.where(is_empty, float("-inf"), logsumexp))

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.tile import (
-    LOG2E,
     dot_in_chunks,
     factor_of,
     finish,
@@ -29,9 +28,9 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    q, k, v, out, lse, lse_low, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """``out`` and ``lse`` of ``BLOCK_M`` query rows of one head.
+    """``out`` and both parts of ``lse`` of ``BLOCK_M`` query rows of one head.
 
     Every tile takes the same way but for one branch, which all threads take alike: a full tile skips the mask.
     """
@@ -52,12 +51,7 @@ def forward_kernel(
     i = i0 + tl.arange(0, BLOCK_M)
     factor = factor_of(head, F)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if F.sinks:  # the running sum begins with the sink
-        m = tl.zeros([BLOCK_M], tl.float32) + load_per_head(terms.sinks, head.b, head.h) * LOG2E
-        total = tl.where(m == float("-inf"), 0.0, 1.0)
-    else:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
+    m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
@@ -81,9 +75,11 @@ def forward_kernel(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     head = open_head(head.b, head.h, terms, sizes, F)  # again, so that the loop need not keep all of it in registers
-    norm, logsumexp = softmax_end(m, total)
+    sink = load_per_head(terms.sinks, head.b, head.h) if F.sinks else 0.0
+    norm, logsumexp, low = softmax_end(m, total, sink, head.scale, F)
     if F.dropout:
         norm *= sizes.dropout_scale
     out_rows = head_matrix(out, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(out_rows, i0, head.band.s_q, acc * norm[:, None], F.d_v, BLOCK_M, BLOCK_V)
     tl.store(per_row(lse, head) + i, logsumexp, mask=i < head.band.s_q)
+    tl.store(per_row(lse_low, head) + i, low, mask=i < head.band.s_q)

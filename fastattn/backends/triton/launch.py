@@ -26,6 +26,7 @@ from fastattn.backends.triton.arguments import (
     Schedule,
     Scores,
     Sizes,
+    Stats,
     Terms,
     coded,
 )
@@ -130,12 +131,12 @@ class Call:
         return self.terms._replace(segment_tiles=found_at)
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``. ``config`` overrides the table's."""
+def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, lse_low)``. ``config`` overrides the table's."""
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
-    lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
+    lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device) for _ in range(2))
     if lse.numel() == 0:
-        return out, lse
+        return out, lse, low
     with device_of(out):
         call = Call.of(inputs, spec)
         config = config or call.config("forward")
@@ -147,12 +148,13 @@ def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -
             call.v,
             _rows(out),
             PerRow.of(lse),
+            PerRow.of(low),
             terms,
             call.sizes,
             schedule,
             **compiled(call.inputs.q.device, call.flags, config),
         )
-    return out, lse
+    return out, lse, low
 
 
 def backward(
@@ -160,13 +162,14 @@ def backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     inputs: Inputs,
     spec: AttentionSpec,
     needs: Sequence[str],
 ) -> Grads:
     """The gradients named in ``needs``."""
     with device_of(out):
-        pass_ = Backward.of(dout, dlse, out, lse, inputs, spec)
+        pass_ = Backward.of(dout, dlse, out, lse, lse_low, inputs, spec)
         dk, dv = pass_.dkdv() if "k" in needs or "v" in needs else (None, None)
         return Grads(
             dq=pass_.dq() if "q" in needs else None,
@@ -183,24 +186,30 @@ class Backward:
 
     call: Call
     dout: Bshd
-    lse2: PerRow
-    delta: PerRow
+    stats: Stats
 
     @classmethod
     def of(
-        cls, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, inputs: Inputs, spec: AttentionSpec
+        cls,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
     ) -> Backward:
         call, incoming = Call.of(inputs, spec), _rows(dout)
         vector = min(call.flags.vector, incoming.vector())
         contiguous = call.flags.contiguous and dout.stride(-1) == 1
         call = dataclasses.replace(call, flags=dataclasses.replace(call.flags, vector=vector, contiguous=contiguous))
-        lse2, delta = torch.empty(2, *lse.shape, dtype=torch.float32, device=lse.device)
-        self = cls(call, incoming, PerRow.of(lse2), PerRow.of(delta))
-        if delta.numel():
-            self._fill(_rows(out), PerRow.of(lse.contiguous()), None if dlse is None else PerRow.of(dlse.contiguous()))
+        self = cls(call, incoming, Stats.like(lse))
+        if lse.numel():
+            parts = PerRow.of(lse.contiguous()), PerRow.of(lse_low.contiguous())
+            self._fill(_rows(out), *parts, None if dlse is None else PerRow.of(dlse.contiguous()))
         return self
 
-    def _fill(self, out: Bshd, lse: PerRow, dlse: PerRow | None) -> None:
+    def _fill(self, out: Bshd, lse: PerRow, lse_low: PerRow, dlse: PerRow | None) -> None:
         x, full = self.call.inputs, self.call.flags
         grid, schedule = self.call.schedule(x.max_seqlen_q, PREPROCESS_ROWS, x.batch * x.heads_q)
         flags = Flags(
@@ -218,8 +227,8 @@ class Backward:
             self.dout,
             dlse,
             lse,
-            self.lse2,
-            self.delta,
+            lse_low,
+            self.stats,
             self.call.terms,
             self.call.sizes,
             schedule,
@@ -236,7 +245,7 @@ class Backward:
             grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
             terms = call.with_segment_tiles("kv", config.block_n, config.block_m)
             backward_dkdv_kernel[grid](
-                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.lse2, self.delta, terms, call.sizes,
+                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.stats, terms, call.sizes,
                 schedule, **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
         return dk, dv
@@ -249,7 +258,7 @@ class Backward:
             grid, schedule = call.schedule(x.max_seqlen_q, config.block_m, x.batch * x.heads_q)
             terms = call.with_segment_tiles("q", config.block_m, config.block_n)
             backward_dq_kernel[grid](
-                call.q, call.k, call.v, self.dout, _rows(dq), self.lse2, self.delta, terms, call.sizes, schedule,
+                call.q, call.k, call.v, self.dout, _rows(dq), self.stats, terms, call.sizes, schedule,
                 **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
         return dq
@@ -266,7 +275,7 @@ class Backward:
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
         terms = call.with_segment_tiles("q", config.block_m, config.block_n)
         backward_dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
-            call.q, call.k, call.v, self.dout, _scores(sums), self.lse2, self.delta, terms, call.sizes,
+            call.q, call.k, call.v, self.dout, _scores(sums), self.stats, terms, call.sizes,
             coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), IN_CHUNKS=self._dbias_in_chunks(),
             SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, config),
         )  # fmt: skip
@@ -286,11 +295,11 @@ class Backward:
         call, x = self.call, self.call.inputs
         assert x.sinks is not None
         found = torch.zeros(x.batch, x.heads_q, dtype=torch.float32, device=x.q.device)
-        if found.numel() and self.delta.ptr.numel():
+        if found.numel() and self.stats.delta.numel():
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
             backward_dsinks_kernel[x.batch, x.heads_q](
-                self.lse2, self.delta, PerHead.of(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS, **ALWAYS
+                self.stats, PerHead.of(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS, **ALWAYS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)
 
@@ -376,7 +385,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd
         alibi=inputs.alibi_slopes is not None,
         sinks=inputs.sinks is not None,
         bias=int(inputs.bias is not None),
-        plain=not finished and spec.scale > 0,
+        plain=not finished and spec.scale >= torch.finfo(torch.float32).tiny,
         precise=inputs.q.dtype == torch.float32,
         precision="tf32" if _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,

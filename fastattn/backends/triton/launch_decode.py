@@ -105,10 +105,10 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     blocks = triton.cdiv(rows, block_m)
     programs = inputs.batch * inputs.heads_kv * blocks
     count = splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
-    partial_out, partial_lse = out, lse.transpose(-1, -2)
+    partial_out, partial_lse, partial_low = out, lse.transpose(-1, -2), None
     if count > 1:
         partial_out = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
-        partial_lse = torch.empty(count, *out.shape[:-1], dtype=torch.float32, device=out.device)
+        partial_lse, partial_low = torch.empty(2, count, *out.shape[:-1], dtype=torch.float32, device=out.device)
     first, lse_of_first = (partial_out[0], partial_lse[0]) if count > 1 else (partial_out, partial_lse)
     decode_kernel[(programs * count,)](
         q,
@@ -116,6 +116,7 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
         v,
         Bshd.of(first),
         Bshd.of(lse_of_first.unsqueeze(-1)),
+        None if partial_low is None else Bshd.of(partial_low[0].unsqueeze(-1)),
         _cache(inputs),
         _terms(inputs),
         _sizes(inputs, spec),
@@ -125,8 +126,8 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     if count > 1:
         s_q = inputs.q.shape[-3]
         combine_kernel[(lse.numel(),)](
-            partial_out, partial_lse, out, lse, coded(count), coded(lse.numel()), coded(s_q), coded(inputs.heads_q),
-            D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_SPLITS=COMBINED_SPLITS, **launch.ALWAYS,
+            partial_out, partial_lse, partial_low, out, lse, coded(count), coded(lse.numel()), coded(s_q),
+            coded(inputs.heads_q), D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_SPLITS=COMBINED_SPLITS, **launch.ALWAYS,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from fastattn.backends.triton.tile import (
 
 @triton.jit
 def backward_dbias_kernel(
-    q, k, v, dout, dbias, lse2, delta, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
+    q, k, v, dout, dbias, stats, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, IN_CHUNKS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``dbias``, summed over the sequences and heads that share it.
@@ -59,11 +59,12 @@ def backward_dbias_kernel(
                 q_tile = load_rows(q_rows, i0, 0, s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
                 k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
                 raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-            at = row_offset(lse2, head)
-            of_lse = load_lse(lse2.ptr + at, i, s_q)
+            at = row_offset(stats, head)
+            lse, low_log2 = load_lse(stats, at, i, s_q)
             is_full = (column_block >= full_begin) & (column_block < full_end)
             p, spared, t = probabilities(
-                raw, of_lse[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M, BLOCK_N
+                raw, lse[:, None], low_log2[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M,
+                BLOCK_N,
             )  # fmt: skip
             dout_rows = head_matrix(dout, b, h, head.begin_q, F.vector, F.contiguous)
             v_rows = head_matrix(v, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
@@ -73,7 +74,7 @@ def backward_dbias_kernel(
                 dout_tile = load_rows(dout_rows, i0, 0, s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
                 v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
                 dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
-            of_delta = load_delta(delta.ptr + at, i, s_q)
+            of_delta = load_delta(stats, at, i, s_q)
             dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
             acc += dt
 
@@ -92,13 +93,14 @@ def backward_dbias_kernel(
 
 
 @triton.jit
-def backward_dsinks_kernel(lse2, delta, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
+def backward_dsinks_kernel(stats, dsinks, terms, sizes, F: tl.constexpr, BLOCK: tl.constexpr):
     """``dsinks`` of one head of one sequence: ``-sum_i p_sink * delta``. Grid: ``(B, H_q)``."""
     head = open_head(tl.program_id(0), tl.program_id(1), terms, sizes, F)
-    s_q, at = head.band.s_q, row_offset(lse2, head)
-    sink = load_per_head(terms.sinks, head.b, head.h) * LOG2E
+    s_q, at = head.band.s_q, row_offset(stats, head)
+    sink = load_per_head(terms.sinks, head.b, head.h)
     total = tl.zeros([BLOCK], tl.float32)
     for n in tl.range(0, tl.cdiv(s_q, BLOCK)):
         i = n * BLOCK + tl.arange(0, BLOCK)
-        total -= tl.exp2(sink - load_lse(lse2.ptr + at, i, s_q)) * load_delta(delta.ptr + at, i, s_q)
+        lse, low_log2 = load_lse(stats, at, i, s_q)
+        total -= tl.exp2((sink - lse) * LOG2E - low_log2) * load_delta(stats, at, i, s_q)
     tl.store(dsinks.ptr + head.b * number(dsinks.stride_b) + head.h * number(dsinks.stride_h), tl.sum(total))

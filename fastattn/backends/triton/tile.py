@@ -1,9 +1,11 @@
 """Operations on tiles that all kernels share: schedule, loads, mask, scores, softmax, dropout.
 
-``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``,
-and hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them.
-Scores are in units of ``log2``: ``exp2`` is what the hardware has. Row indices ``i`` and columns ``j`` are
-broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels with transposed tiles.
+``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``, and
+hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them. Scores
+are natural, as the spec has them, and the maximum of a row is subtracted before they are scaled to base 2, the base
+of the hardware's exponential: the difference of two scores is exact however far both are from zero. Row indices ``i``
+and columns ``j`` are broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels
+whose tiles are transposed.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -15,7 +17,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
@@ -134,7 +135,7 @@ def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
     if F.mask:
         mask = score_matrix(terms.mask, b, h, F.mask)
     if F.alibi:
-        slope = load_per_head(terms.alibi_slopes, b, h) * LOG2E
+        slope = load_per_head(terms.alibi_slopes, b, h)
     if F.segments:
         ids_q, ids_kv = tokens_of(terms.segment_ids_q, b), tokens_of(terms.segment_ids_kv, b)
     if F.dropout:
@@ -356,18 +357,18 @@ def tanh(x, PRECISE: tl.constexpr):
 def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
-    If ``F.plain``, scaling is left to who takes the exponential: see ``factor_of``.
+    If ``F.plain``, the scores still lack the factor ``scale``: see ``factor_of``.
     """
     if F.plain:
         return raw, raw
     t = raw
     if F.softcap:
         t = tanh(raw * (head.scale / head.softcap), F.precise)
-        scores = t * (head.softcap * LOG2E)
+        scores = t * head.softcap
     else:
-        scores = raw * (head.scale * LOG2E)
+        scores = raw * head.scale
     if F.bias:
-        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32) * LOG2E
+        scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32)
     if F.alibi:
         scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
     return scores, t
@@ -375,10 +376,10 @@ def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
 
 @triton.jit
 def factor_of(head, F: tl.constexpr):
-    """The factor that finished scores still lack: ``scale`` in units of log2 if ``F.plain``, else 1."""
+    """The factor between differences of finished scores and exponents of 2."""
     if F.plain:
         return head.scale * LOG2E
-    return 1.0
+    return LOG2E
 
 
 @triton.jit
@@ -417,19 +418,47 @@ def softmax_step(scores, factor, m, total):
 
     ``m`` is the running maximum of each row and ``total`` its running sum. While a row is empty, ``m`` is ``-inf``.
     """
-    m_new = tl.maximum(m, tl.max(scores, 1) * factor)
+    m_new = tl.maximum(m, tl.max(scores, 1))
     finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores * factor - finite[:, None])
-    alpha = tl.exp2(m - finite)
+    p = tl.exp2((scores - finite[:, None]) * factor)
+    alpha = tl.exp2((m - finite) * factor)
     return p, m_new, total * alpha + tl.sum(p, 1), alpha
 
 
 @triton.jit
-def softmax_end(m, total):
-    """``(norm, logsumexp)`` of finished rows: what to multiply sums with, and the natural logarithm."""
-    is_empty = total == 0.0
+def softmax_end(m, total, sink, scale, F: tl.constexpr):
+    """``(norm, lse, lse_low)`` of finished rows: the factor for accumulated sums, and the two parts of the logarithm.
+
+    ``m`` and ``total`` are those of the keys alone; ``sink`` is a further score, -inf for none, unused without
+    ``F.sinks``.
+    """
+    is_empty = m == float("-inf")
+    top = tl.where(is_empty, 0.0, m)
+    rest = tl.zeros_like(top)
+    if F.plain:  # the largest score is top + rest, which its product with the scale rounds to top
+        m = top
+        top = m * scale
+        rest = tl.fma(m, scale, -top)
+    shrink = 1.0
+    if F.sinks:
+        sink += tl.zeros_like(top)
+        is_sink = (sink > top) | (is_empty & (sink > float("-inf")))
+        of_sink, of_keys = tl.exp2((sink - top - rest) * LOG2E), tl.exp2((top - sink + rest) * LOG2E)
+        shrink = tl.where(is_sink, tl.where(is_empty, 0.0, of_keys), 1.0)
+        total = total * shrink + tl.where(is_sink, 1.0, of_sink)
+        top, rest = tl.where(is_sink, sink, top), tl.where(is_sink, 0.0, rest)
+        is_empty = is_empty & (sink == float("-inf"))
     total = tl.where(is_empty, 1.0, total)
-    return 1.0 / total, tl.where(is_empty, float("-inf"), m * LN2 + tl.log(total))
+    lse, lse_low = logarithm_of(top, rest, total)
+    return shrink / total, tl.where(is_empty, float("-inf"), lse), tl.where(is_empty, 0.0, lse_low)
+
+
+@triton.jit
+def logarithm_of(top, rest, total):
+    """``top + rest + log(total)`` as the nearest fp32 number and what rounding took: ``(lse, lse_low)``."""
+    small = rest + tl.log(total)
+    lse = top + small
+    return lse, (top - lse) + small
 
 
 @triton.jit

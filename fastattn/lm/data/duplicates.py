@@ -50,41 +50,41 @@ def near_keys(text: str) -> Keys:
 
 
 class Table:
-    """A set of 64-bit keys in a memory-mapped file: 8 bytes a place, at most half of them taken.
+    """A set of 64-bit keys in a memory-mapped file: 8 bytes a slot, at most half of them taken.
 
     Args:
         path: of the file, which must not exist; whoever made the folder removes it.
-        places: a power of two; the table doubles when it is half full.
+        slots: a power of two; the table doubles when it is half full.
     """
 
-    def __init__(self, path: Path, places: int = 1 << 16) -> None:
-        self.path, self.places, self.taken = path, places, 0
-        self._keys: Keys = np.memmap(path, np.uint64, "w+", shape=(places,))
+    def __init__(self, path: Path, slots: int = 1 << 16) -> None:
+        self.path, self.slots, self.taken = path, slots, 0
+        self._keys: Keys = np.memmap(path, np.uint64, "w+", shape=(slots,))
 
     def add(self, keys: Keys) -> NDArray[np.bool_]:
         """Add keys; which of them were there before."""
-        if 2 * (self.taken + len(keys)) > self.places:
+        if 2 * (self.taken + len(keys)) > self.slots:
             self._grow()
         known = np.zeros(len(keys), bool)
         for number, key in enumerate(map(int, keys)):
-            known[number] = self._add(key or 1)  # 0 is an empty place
+            known[number] = self._add(key or 1)  # 0 is an empty slot
         return known
 
     def _add(self, key: int) -> bool:
-        place = key & (self.places - 1)
-        while (found := int(self._keys[place])) != key:
+        slot = key & (self.slots - 1)
+        while (found := int(self._keys[slot])) != key:
             if not found:
-                self._keys[place] = key
+                self._keys[slot] = key
                 self.taken += 1
                 return False
-            place = (place + 1) & (self.places - 1)
+            slot = (slot + 1) & (self.slots - 1)
         return True
 
     def _grow(self) -> None:
         old, before = self._keys, self.path
-        self.places *= 2
-        self.path = before.with_name(f"{before.name.split('.')[0]}.{self.places}")
-        self._keys = np.memmap(self.path, np.uint64, "w+", shape=(self.places,))
+        self.slots *= 2
+        self.path = before.with_name(f"{before.name.split('.')[0]}.{self.slots}")
+        self._keys = np.memmap(self.path, np.uint64, "w+", shape=(self.slots,))
         self.taken = 0
         for start in range(0, len(old), _CHUNK):
             for key in old[start : start + _CHUNK][old[start : start + _CHUNK] != 0].tolist():

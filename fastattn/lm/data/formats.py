@@ -40,7 +40,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read.
+    """Options of reading.
 
     Attributes:
         fields: of a JSON object or of a table's header that make up a document, joined by line ends; all of them
@@ -68,7 +68,7 @@ class ReadOptions:
 
 @dataclass
 class Reading:
-    """What reading a file tells on the way.
+    """Progress and problems of reading a file.
 
     Attributes:
         advance: called with the number of bytes read.

@@ -53,7 +53,7 @@ def _is_phone(found: str) -> bool:
 
 
 class Kind(NamedTuple):
-    """What to look for: ``hint`` is a cheap sign, without which the pattern is not tried."""
+    """A kind of personal data: the pattern is tried only on texts that contain ``hint``."""
 
     token: str
     hint: Callable[[str], bool]

@@ -31,7 +31,7 @@ _BATCH = 64  # documents sent to a process at a time
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to documents.
+    """Settings of cleaning.
 
     Attributes:
         steps: repairs, by their names in ``fastattn.lm.data.clean.STEPS``.
@@ -90,7 +90,7 @@ class Cleaning:
 
 @dataclass(frozen=True)
 class Examined:
-    """What can be said of a document by itself; ``rule`` is the one that it breaks."""
+    """The result of inspecting one document; ``rule`` is the quality rule that it breaks."""
 
     name: str
     source: str

@@ -1,4 +1,4 @@
-"""What became of each document: counts by file and by rule, as a table to read and as JSON to keep."""
+"""Counts of kept and dropped documents by file and by rule, as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a corpus is read from: files, folders, patterns and data sets of the Hugging Face hub.
+"""Sources of a corpus: files, folders, patterns and data sets of the Hugging Face hub.
 
 The order of files and documents is the same on every machine, and which documents are held out depends on their text
 alone. What cannot be read is skipped and named, never fatal.

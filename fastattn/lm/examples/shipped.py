@@ -50,7 +50,7 @@ Records = Sequence[dict[str, str]]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an example, on held-out data.
+    """The outcome of an example on held-out data.
 
     Attributes:
         name: of the example.
@@ -134,7 +134,7 @@ def run_example(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where and how long an example runs."""
+    """The folder, device and time limit of an example."""
 
     out: Path
     device: torch.device | str
@@ -154,7 +154,7 @@ class _Place:
         return dataclasses.replace(config, steps=steps, eval_every=max(1, steps // 4), save_every=max(1, steps // 4))
 
     def finetune(self, folder: str, config: FinetuneConfig) -> Outcome:
-        """What comes of a run in the folder; raises KeyboardInterrupt if it was stopped."""
+        """The outcome of a run in the folder; raises KeyboardInterrupt if it was stopped."""
         train = self.training(config.train)
         say = f"fastattn finetune --task {config.task} --data {config.data} ..."
         print(f"{folder}: {say} ({train.steps} steps)", flush=True)
@@ -165,7 +165,7 @@ class _Place:
         return outcome
 
     def seconds(self) -> dict[str, float]:
-        """What it took so far, by the fields of ``Result``."""
+        """The time taken so far, by the fields of ``Result``."""
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began}
 
 
@@ -176,7 +176,7 @@ def _training(steps: int, batch: int, lr: float, final_lr: float = 0.05) -> Trai
 
 
 def _classify(place: _Place) -> Result:
-    """Which package a docstring comes from."""
+    """Classify a docstring by the package it comes from."""
     found = docstrings()
     packages = largest_packages(found, fewest_modules=5, fewest_items=60)
     train, held_out = split_by_module([item for item in found if item.package in packages])
@@ -240,7 +240,7 @@ def _seq2seq(
 
 
 def _best_count(train: Sequence[Summary]) -> int:
-    """How many first words of a function are most like its summary, by ROUGE-L on some of the training functions."""
+    """The number of first words of a function closest to its summary, by ROUGE-L on some training functions."""
     some = train[:: max(1, len(train) // 500)]
     expected = [item.summary for item in some]
 

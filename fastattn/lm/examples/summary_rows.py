@@ -1,4 +1,4 @@
-"""What the example ``summarise`` learns from: functions and their summaries, and two easier tasks on the way there.
+"""Training data of the example ``summarise``: functions with their summaries, and two easier tasks before them.
 
 A small model that sees nothing but functions and summaries learns phrases, and not to name what a function names. So it
 first repeats pieces of text, and then makes sentences of docstrings and comments from some of their words.

@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, its head alone, or low-rank adapters (LoRA, through ``peft``).
+"""Choice of the trained parameters: all, the head alone, or low-rank adapters (LoRA, through ``peft``).
 
 Source:
     Hu et al., "LoRA: low-rank adaptation of large language models", 2022.
@@ -39,6 +39,15 @@ class Lora:
             raise input_error("lora_dropout", self.dropout, "a probability in [0, 1)", "0 turns it off.")
 
 
+def check_method(method: Method, has_head: bool) -> None:
+    """Raise InputError for an unknown method, or if it leaves nothing to train."""
+    if method not in get_args(Method):
+        raise input_error("method", repr(method), ", ".join(get_args(Method)), "full trains all weights.")
+    if method == "frozen" and not has_head:
+        todo = "The task has no head to train on a frozen model; lora keeps the model's own weights, too."
+        raise input_error("method", "'frozen'", "full or lora", todo)
+
+
 def choose_trained(model: nn.Module, method: Method, lora: Lora, has_head: bool) -> None:
     """Leave gradients to what ``method`` trains; "lora" adds adapters, which change nothing before they are trained.
 
@@ -51,13 +60,9 @@ def choose_trained(model: nn.Module, method: Method, lora: Lora, has_head: bool)
     Raises:
         InputError: an unknown method, or nothing is left to train.
     """
-    if method not in get_args(Method):
-        raise input_error("method", repr(method), ", ".join(get_args(Method)), "full trains all weights.")
+    check_method(method, has_head)
     if method == "full":
         return
-    if method == "frozen" and not has_head:
-        todo = "The task has no head to train on a frozen model; lora keeps the model as it is, too."
-        raise input_error("method", "'frozen'", "full or lora", todo)
     head = {name for name, _ in model.named_parameters() if has_head and not name.startswith("backbone.")}
     if method == "lora":
         add_adapters(model, lora)

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.errors import DataError, input_error
-from fastattn.lm.finetune.adapters import Lora, Method
+from fastattn.lm.finetune.adapters import Lora, Method, check_method
 from fastattn.lm.finetune.tasks import TASKS
-from fastattn.lm.models import TransformerConfig
+from fastattn.lm.models import TransformerConfig, preset
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.settings import RunSettings, TrainConfig
+from fastattn.lm.train.tasks import preset_for
+from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size
 
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
@@ -75,9 +77,13 @@ class FinetuneConfig(RunSettings):
             raise input_error("steps", self.steps, "a positive int, or None", "None goes by epochs.")
         if self.length is not None and self.length < 8:
             raise input_error("length", self.length, "an int >= 8, or None", "None is the model's longest row.")
-        if not 0 < self.held_out < 1:
-            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", "0.1 holds out one in ten.")
+        task = TASKS[self.task]
+        check_held_out(self.held_out)
+        check_vocabulary_size(self.vocab_size)
+        check_method(self.method, has_head=task.answer_field is None)
         _ = self.lora  # checks its fields
+        sizes = preset(preset_for(task.kinds, self.preset or "tiny"), self.vocab_size)
+        self.adjusted(sizes)  # checks dropout and attention
 
     @property
     def lora(self) -> Lora:

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on a file: what ``fastattn evaluate`` calls."""
+"""Scores of a checkpoint on a file, for ``fastattn evaluate``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastattn.lm.finetune.scoring import score
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.log import aligned
-from fastattn.lm.train.marks import Marks
 from fastattn.lm.train.metrics import bits_per_byte, perplexity
+from fastattn.lm.train.special_tokens import SpecialTokens
 from fastattn.lm.train.tasks import find_objective
 from fastattn.lm.train.tokens import TokenFile
 
@@ -30,7 +30,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """Scores of a checkpoint.
 
     Attributes:
         task: an objective of pre-training or a task of fine-tuning.
@@ -134,8 +134,8 @@ def _of_text(
 
 
 def _as_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> TokenFile:
-    """The tokens of texts in memory, each text between its marks."""
-    marks = Marks.of(tokenizer)
+    """The tokens of texts in memory, each text between its special tokens."""
+    special = SpecialTokens.of(tokenizer)
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    documents = [np.array([*marks.opening(), *encoding.ids, marks.end], np.uint32) for encoding in encoded]
+    documents = [np.array([*special.opening(), *encoding.ids, special.end], np.uint32) for encoding in encoded]
     return TokenFile(np.concatenate(documents), np.cumsum([0, *map(len, documents)]))

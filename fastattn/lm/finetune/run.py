@@ -23,11 +23,12 @@ from fastattn.lm.finetune.load import build_without_weights, is_finetuned, load_
 from fastattn.lm.finetune.scoring import answer_all, score
 from fastattn.lm.finetune.tasks import TASKS, Task, label_names
 from fastattn.lm.models import TransformerConfig, from_pretrained, make_model, preset
-from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
-from fastattn.lm.train.example_rows import ExampleRows
+from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
+from fastattn.lm.train.example_rows import ExampleRows, Feature
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.parallel import ranks
+from fastattn.lm.train.run import run_folder, start_or_resume
 from fastattn.lm.train.settings import Progress
 from fastattn.lm.train.tasks import preset_for
 from fastattn.lm.train.tokens import load_tokenizer, train_tokenizer
@@ -35,7 +36,7 @@ from fastattn.lm.train.tokens import load_tokenizer, train_tokenizer
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a fine-tuning run.
 
     Attributes:
         progress: where it stands.
@@ -95,12 +96,34 @@ def finetune(
     import sacrebleu  # noqa: F401  # says at once, not after the training, that scores need these two
     import torchmetrics  # noqa: F401
 
-    if resume is None and sorted_steps(out / "checkpoints"):
-        raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
+    if resume is None:
+        _check_start(config)
+    with run_folder(out, config.train, resume):
+        prepared = _prepare(out, config, device, resume, show_progress)
+        progress = start_or_resume(prepared.trainer, resume, prepared.fingerprint, "examples are")
+        return _outcome(out, prepared, progress, device, show_progress)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that is ready to train."""
+
+    task: Task
+    trainer: Trainer
+    features: list[Feature]
+    examples: list[Example]
+    held_out: list[Example]
+    fingerprint: str
+
+
+def _prepare(
+    out: Path, config: FinetuneConfig, device: torch.device | str, resume: Checkpoint | None, show_progress: bool
+) -> _Prepared:
     examples, held_out = _examples(config)
-    task, model = (
-        _fresh(config, examples, held_out) if resume is None else build_without_weights(resume, config.attention)
-    )
+    if resume is None:
+        task, model = _fresh(config, examples, held_out)
+    else:
+        task, model = build_without_weights(resume, config.attention)
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
@@ -115,23 +138,25 @@ def finetune(
         evaluate=None if task.answer_field else lambda model: task.scores(answer_all(task, model, sample), sample),
         model_config=_config_of(model).to_dict(), show_progress=show_progress,
     )  # fmt: skip
-    if resume is None:
-        trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
-    elif resume.trainer_state()["settings"].get("fingerprint") != fingerprint:
-        raise DataError("The examples are not what the run was trained on: restore the files, or start a new --out.")
-    else:
-        trainer.resume(resume)
-    progress = trainer.run()
+    return _Prepared(task, trainer, features, examples, held_out, fingerprint)
+
+
+def _outcome(
+    out: Path, prepared: _Prepared, progress: Progress, device: torch.device | str, show_progress: bool
+) -> Outcome:
+    """Score the run, unless it was stopped, and tell what came of it."""
     checkpoint = find_checkpoint(out, best=True)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    task, examples = prepared.task, prepared.examples
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.trainer.model.parameters()]
     scores: dict[str, float] = {}
     if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
-        scores = score(best.task, best.model, held_out, show_progress)
+        scores = score(best.task, best.model, prepared.held_out, show_progress)
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
         progress, scores,
-        {"train": len(examples), "held out": len(held_out), "longest": sum(map(task.is_longest, features))},
+        {"train": len(examples), "held out": len(prepared.held_out),
+         "longest": sum(map(task.is_longest, prepared.features))},
         {"all": sum(size for size, _ in sizes), "trained": sum(size for size, is_trained in sizes if is_trained)},
         checkpoint,
     )  # fmt: skip
@@ -165,6 +190,14 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
     fresh = make_model(config.adjusted(backbone.config))
     fresh.load_state_dict(backbone.state_dict())
     return tokenizer, fresh
+
+
+def _check_start(config: FinetuneConfig) -> None:
+    """Raise DataError if the weights to start from are not there."""
+    if config.pretrained is not None:
+        _pretrained_folder(config.pretrained)
+    if config.checkpoint is not None:
+        find_checkpoint(Path(config.checkpoint))
 
 
 def _pretrained_folder(given: str) -> Path:

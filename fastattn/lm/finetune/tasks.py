@@ -20,7 +20,7 @@ from fastattn.lm.generate.decode import ENDED
 from fastattn.lm.models import SequenceClassifier, SpanExtractor, TokenClassifier, TransformerConfig
 from fastattn.lm.train.data import IGNORED
 from fastattn.lm.train.example_rows import ExampleBatch, Feature, padded
-from fastattn.lm.train.marks import Marks
+from fastattn.lm.train.special_tokens import SpecialTokens
 from fastattn.lm.train.tasks import cross_entropy, target_loss
 
 _LONGEST_ANSWER = 30  # tokens, as in the papers on extractive question answering
@@ -59,7 +59,7 @@ class Task(ABC):
             raise input_error("length", length, allowed, "Leave it out for the longest.")
         self.tokenizer, self.length, self.labels = tokenizer, length or config.max_length, tuple(labels)
         self.has_types = config.token_types > 1
-        self.marks = Marks.of(tokenizer)
+        self.special = SpecialTokens.of(tokenizer)
         self.numbers = {label: number for number, label in enumerate(labels)}
 
     @abstractmethod
@@ -76,11 +76,11 @@ class Task(ABC):
 
     @abstractmethod
     def answers(self, model: nn.Module, examples: Sequence[Example]) -> list[Any]:
-        """What the model says to a few examples."""
+        """The model's answers to a few examples."""
 
     @abstractmethod
     def scores(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """How good the answers are."""
+        """Scores of the answers, by name."""
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -95,10 +95,10 @@ class Task(ABC):
     def pair(self, first: list[int], second: list[int]) -> Feature:
         """``begin first end second end``, ``first`` cut to what fits, and what belongs to which."""
         room = self.length - len(second) - bool(second)
-        tokens = self.marks.around(first, room)
+        tokens = self.special.around(first, room)
         types = [0] * len(tokens)
         if second:
-            tokens, types = [*tokens, *second, self.marks.end], types + [1] * (len(second) + 1)
+            tokens, types = [*tokens, *second, self.special.end], types + [1] * (len(second) + 1)
         return {"tokens": tokens} | ({"token_types": types} if self.has_types else {})
 
     def is_longest(self, feature: Feature) -> bool:
@@ -161,12 +161,12 @@ class Tag(Task):
         return TokenClassifier(backbone, len(self.labels), labels=self.labels)
 
     def features(self, example: Example) -> list[Feature]:
-        tokens, labels = self.marks.opening(), [IGNORED] * len(self.marks.opening())
+        tokens, labels = self.special.opening(), [IGNORED] * len(self.special.opening())
         for word, label in zip(example.fields["words"], example.fields["labels"], strict=True):
-            ids = self.ids(" " + word) or [self.marks.end]  # a word that the tokenizer drops has a place, too
+            ids = self.ids(" " + word) or [self.special.end]  # a word that the tokenizer drops has a place, too
             tokens += ids
             labels += [self.number(example, label), *[IGNORED] * (len(ids) - 1)][: len(ids)]
-        tokens, labels = [*tokens[: self.length - 1], self.marks.end], [*labels[: self.length - 1], IGNORED]
+        tokens, labels = [*tokens[: self.length - 1], self.special.end], [*labels[: self.length - 1], IGNORED]
         return [{"tokens": tokens, "labels": labels}]
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
@@ -208,7 +208,7 @@ class Answer(Task):
         """Each window and the characters of the context behind each of its tokens. Without the answer it is token 0."""
         question = self.ids(example.fields["question"])[: self.length // 2]
         context = self.tokenizer.encode(example.fields["context"], add_special_tokens=False)
-        before = len(self.marks.around(question, self.length))
+        before = len(self.special.around(question, self.length))
         room = self.length - before - 1
         begin = example.fields["answer_start"]
         end = begin + len(example.fields["answer"])
@@ -262,7 +262,7 @@ class _Writing(Task):
 
     def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[str]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        sampling, end = Sampling(temperature=0), self.marks.end
+        sampling, end = Sampling(temperature=0), self.special.end
         steps = generate(model, begin, self.length, sampling, source=source, stop_token=end)
         rows = torch.stack(list(steps), dim=1).tolist()
         return [self.tokenizer.decode([token for token in row if token not in (end, ENDED)]) for row in rows]
@@ -280,15 +280,21 @@ class Seq2Seq(_Writing):
 
     def features(self, example: Example) -> list[Feature]:
         target = self.ids(example.fields["target"])[: self.length - 1]
-        source = self.marks.around(self.ids(example.fields["source"]), self.length)
-        return [{"source": source, "target": [self.marks.target, *target], "labels": [*target, self.marks.end]}]
+        source = self.special.around(self.ids(example.fields["source"]), self.length)
+        return [
+            {
+                "source": source,
+                "target": [self.special.target, *target],
+                "labels": [*target, self.special.end],
+            }
+        ]
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return target_loss(model, batch)
 
     def answers(self, model: Any, examples: Sequence[Example]) -> list[str]:
         sources = [self.features(example)[0]["source"] for example in examples]
-        return self.write(model, [[self.marks.target] for _ in sources], sources)
+        return self.write(model, [[self.special.target] for _ in sources], sources)
 
 
 class Instruct(_Writing):
@@ -301,11 +307,11 @@ class Instruct(_Writing):
     def features(self, example: Example) -> list[Feature]:
         response = self.ids(example.fields["response"])[: self.length - 1]
         prompt = self.prompt(example)[-(self.length - len(response)) :]
-        labels = [IGNORED] * (len(prompt) - 1) + [*response, self.marks.end]
+        labels = [IGNORED] * (len(prompt) - 1) + [*response, self.special.end]
         return [{"tokens": prompt + response, "labels": labels}]
 
     def prompt(self, example: Example) -> list[int]:
-        return [*self.marks.opening(), *self.ids(example.fields["prompt"])] or [self.marks.end]
+        return [*self.special.opening(), *self.ids(example.fields["prompt"])] or [self.special.end]
 
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])

@@ -1,4 +1,4 @@
-"""Continuous batching: many prompts through a few places, a new one entering as soon as another has ended."""
+"""Continuous batching: many prompts through a few slots; a prompt enters as soon as another has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastattn.lm.generate.sequences import Cached, Tokens, checked
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with.
+    """The continuation of a prompt.
 
     Attributes:
         index: of the prompt.
@@ -39,7 +39,7 @@ class _Running:
     tokens: list[int] = field(default_factory=list)
 
     def next_tokens(self) -> list[int]:
-        """What the model has not been fed yet."""
+        """Tokens that the model has not read yet."""
         return self.tokens[-1:] if self.name >= 0 else [*self.prompt, *self.tokens]
 
 
@@ -111,7 +111,7 @@ def complete(
 
 @dataclass(frozen=True)
 class _Ends:
-    """What ends a text."""
+    """Conditions that end a text."""
 
     stops: frozenset[int]
     should_stop: Callable[[int, Sequence[int]], bool] | None
@@ -119,7 +119,7 @@ class _Ends:
     longest: int
 
     def reason(self, each: _Running) -> str | None:
-        """Why a text ends here, or None."""
+        """The reason why a text ends here, or None."""
         if each.tokens[-1] in self.stops:
             return "stop"
         if self.should_stop is not None and self.should_stop(each.index, each.tokens):
@@ -129,11 +129,11 @@ class _Ends:
 
 
 class _Batch:
-    """The places, who sits in them, and who waits."""
+    """The slots and the sequences that run in them."""
 
-    def __init__(self, model: DecoderModel, sequences: Cached, sampling: Sampling, ends: _Ends, places: int) -> None:
+    def __init__(self, model: DecoderModel, sequences: Cached, sampling: Sampling, ends: _Ends, slots: int) -> None:
         self.model, self.sequences, self.sampling, self.ends = model, sequences, sampling, ends
-        self.draws, self.places = Draws(sampling), places
+        self.draws, self.slots = Draws(sampling), slots
         self.running: list[_Running] = []
 
     def run(self, prompts: list[list[int]], rows: Sequence[int]) -> Iterator[Completion]:
@@ -156,7 +156,7 @@ class _Batch:
     def _admit(self, waiting: deque[_Running]) -> list[list[int]]:
         """Let in who fits; the tokens of the step, a row for each that runs."""
         new = [each.next_tokens() for each in self.running]
-        while waiting and len(self.running) < self.places:
+        while waiting and len(self.running) < self.slots:
             row = waiting[0].next_tokens()
             name = self.sequences.add()
             names = [*(each.name for each in self.running), name]

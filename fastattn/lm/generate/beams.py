@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn.errors import input_error
 from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating
 from fastattn.lm.generate.protocols import Model
-from fastattn.lm.generate.sequences import Cached, Recomputed, Sequences, Tokens, checked, encoded
+from fastattn.lm.generate.sequences import Cached, Sequences, Tokens, Uncached, checked, encoded
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def beam_search(
     with evaluating(model), torch.no_grad():
         read = encoded(model, source)
         longest = min(max(len(row) for row in rows) + max_new_tokens - 1, model.config.longest)
-        sequences: Sequences = Recomputed(model, read)
+        sequences: Sequences = Uncached(model, read)
         if use_cache:  # a beam and the copy that it branches into exist at the same time
             sequences = Cached(model, 2 * beams * len(rows), longest, page_size=page_size, source=read)
         searches = [
@@ -152,7 +152,7 @@ def _extend(searches: list[_Search], logits: Tensor, sequences: Sequences, stops
 
 
 def _choose(search: _Search, ranked: list[tuple[float, int, int]], sequences: Sequences, stops: frozenset[int]) -> None:
-    """Which of the ranked (total, beam, token) go on and which are finished."""
+    """Continue or finish beams, by the ranked (total, beam, token)."""
     going: list[tuple[_Running, list[int], float]] = []
     for rank, (total, parent, token) in enumerate(ranked):
         beam = search.running[parent]

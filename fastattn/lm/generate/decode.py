@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn.errors import input_error
 from fastattn.lm.generate.protocols import Model
 from fastattn.lm.generate.sampling import Draws, Sampling
-from fastattn.lm.generate.sequences import Cached, Recomputed, Sequences, Tokens, checked, encoded
+from fastattn.lm.generate.sequences import Cached, Sequences, Tokens, Uncached, checked, encoded
 
 ENDED = -1  # yielded for rows that have ended
 StopTokens = int | Sequence[int] | None
@@ -63,7 +63,7 @@ def generate(
     if read is not None and len(read.states) != len(rows):
         raise input_error("source", f"{len(read.states)} rows", f"{len(rows)}, one for each of tokens", "Repeat them.")
     longest = min(max(len(row) for row in rows) + max_new_tokens - 1, model.config.longest)
-    sequences: Sequences = Recomputed(model, read)
+    sequences: Sequences = Uncached(model, read)
     if use_cache:
         sequences = Cached(model, len(rows), longest, page_size=page_size, source=read)
     return _steps(model, sequences, rows, max_new_tokens, sampling or Sampling(), as_set(stop_token))

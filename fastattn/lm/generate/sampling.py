@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Sampling of the next token from logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastattn.errors import input_error
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: repetition penalty, temperature, then top-k, top-p and min-p.
+    """Settings of sampling, applied in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token (greedy).

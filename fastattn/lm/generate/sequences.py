@@ -1,6 +1,6 @@
 """The sequences that a model is continuing: their keys and values in a cache, or their tokens to be computed again.
 
-``Cached`` and ``Recomputed`` do the same with the same calls: ``add`` a sequence, ``feed`` tokens to some and get the
+``Cached`` and ``Uncached`` do the same with the same calls: ``add`` a sequence, ``feed`` tokens to some and get the
 logits of what follows, ``fork`` and ``free`` them. That both give the same tokens is a test.
 """
 
@@ -20,13 +20,13 @@ Tokens = Tensor | Sequence[Sequence[int]]
 
 
 class Source(NamedTuple):
-    """What an encoder-decoder reads: the encoder's states of all sources, and which of them are tokens."""
+    """The encoder's states of all sources, and their padding mask."""
 
     states: Tensor  # [R, S_s, C]
     mask: Tensor  # [R, S_s]
 
 
-class Recomputed:
+class Uncached:
     """Sequences without a cache: every token is computed again each time."""
 
     def __init__(self, model: Model, source: Source | None = None) -> None:
@@ -124,7 +124,7 @@ class Cached:
         del self._rows[name]
 
     def feed(self, names: Sequence[int], tokens: Tokens) -> Tensor:
-        """As ``Recomputed.feed``; only the new tokens are computed."""
+        """As ``Uncached.feed``; only the new tokens are computed."""
         new = [1] * len(names) if isinstance(tokens, Tensor) else [len(row) for row in tokens]
         one_length = self.model.config.positions == "relative" or self.source is not None
         if len(set(new)) > 1 and one_length:  # a bias and a memory go with rows, not with packed tokens
@@ -150,7 +150,7 @@ class Cached:
         return self.model.hidden(None, tokens, memory=states, source_mask=of_source, caches=layers)
 
 
-Sequences = Cached | Recomputed
+Sequences = Cached | Uncached
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,7 @@ def checked(name: str, tokens: Tokens) -> list[list[int]]:
 
 
 def _dtype_of_keys(weight: Tensor) -> torch.dtype:
-    """What the model's projections will be in: autocast's dtype where it is on."""
+    """The dtype of the model's keys: that of autocast if it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

@@ -30,7 +30,7 @@ class Texts:
         stop: strings that end a text; they and what follows them are left out.
 
     Raises:
-        InputError: a stop string is empty, or the tokenizer does not know the marks.
+        InputError: a stop string is empty, or the tokenizer lacks the special tokens.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Texts:
         return until(decode_stream(self.tokenizer, tokens, special, after=after), self.stop)
 
     def length(self, prompt: str) -> int:
-        """Tokens that the model reads of a prompt, marks included."""
+        """Tokens that the model reads of a prompt, special tokens included."""
         begin, source = self._inputs(prompt)
         return len(source["source"][0]) if source else len(begin)
 
     def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
-        """What the model goes on with, and what an encoder reads: a whole text."""
+        """Tokens that the decoder continues, and the source of an encoder-decoder."""
         if is_decoder(self.model):
             return self.encode(prompt), {}
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -205,7 +205,7 @@ class Texts:
 
 
 def consecutive(rows: Sequence[int], batch: int) -> Iterator[slice]:
-    """Where ``rows`` go up by one at a time, at most ``batch`` together: a batch draws with ``seed + n`` of its first.
+    """Slices of consecutive ``rows``, at most ``batch`` long: a batch draws with the ``seed + n`` of its first.
 
     Example:
         >>> from fastattn.lm.generate.text import consecutive

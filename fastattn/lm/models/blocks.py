@@ -1,4 +1,4 @@
-"""What every model is made of: attention, MLP, block, and the stack of blocks. ``config.py`` says which of each.
+"""Building blocks of every model: attention, MLP, block, and the stack of blocks, as ``config.py`` selects them.
 
 Shapes: B batch, S tokens in a row, C width, H heads, D head dim.
 """
@@ -24,7 +24,7 @@ PADDING = -1  # the segment of tokens that are none
 
 
 class Rows(NamedTuple):
-    """What self-attention knows of the tokens besides their vectors; the same in every layer."""
+    """Inputs of self-attention besides the hidden states; the same in every layer."""
 
     segment_ids: Segments
     rotary: tuple[Tensor, Tensor] | None  # cos and sin
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a decoder attends to besides its own tokens: final states of the encoder, and which of them are tokens."""
+    """Keys of cross-attention: final states of the encoder, and their padding mask."""
 
     states: Tensor  # [B, S_source, C]
     mask: Tensor | None  # [B, S_source]
@@ -213,7 +213,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """What all models have."""
+    """Base class of all models."""
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -287,7 +287,7 @@ class Stack(Model):
         segment_ids: Tensor | None,
         mask: Tensor | None,
     ) -> Rows:
-        """What the attention of every layer is told."""
+        """Inputs of attention that all layers share."""
         config, (past, length, places) = self.config, extent
         rotary = None
         if config.positions == "rope":

@@ -1,4 +1,4 @@
-"""What a transformer is made of: one frozen dataclass and its checks. No tensors; named sizes are in ``presets.py``."""
+"""The config of a transformer: one frozen dataclass and its checks. Named sizes are in ``presets.py``."""
 
 from __future__ import annotations
 

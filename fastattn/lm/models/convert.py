@@ -1,4 +1,4 @@
-"""Models from and to folders in Hugging Face's format: ``config.json`` and safetensors. The forms are in ``forms``.
+"""Models from and to folders in Hugging Face's format: ``config.json`` and safetensors. See ``hf_formats``.
 
 A folder is written under another name and renamed when complete. What is wrong with one that is read, a ``DataError``
 says in a sentence.
@@ -21,7 +21,7 @@ from fastattn.errors import DataError, InputError, input_error
 from fastattn.files import new_folder
 from fastattn.lm.models import heads
 from fastattn.lm.models.config import AttentionKind, TransformerConfig
-from fastattn.lm.models.hf_formats import FORMS, Form, Json, Tensors
+from fastattn.lm.models.hf_formats import HF_FORMATS, HFFormat, Json, Tensors
 from fastattn.lm.models.make import AnyModel, make_model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def from_pretrained(
         the model, in evaluation mode.
 
     Raises:
-        DataError: the folder is missing, incomplete, damaged, or of a form that fastattn does not have.
+        DataError: the folder is missing, incomplete, damaged, or of a format that fastattn does not have.
 
     Example:
         >>> import tempfile, torch
@@ -64,21 +64,21 @@ def from_pretrained(
     """
     folder = _find(path)
     fields = _read_json(folder / "config.json")
-    form = FORMS.get(fields.get("model_type", ""))
-    if form is None:
+    hf_format = HF_FORMATS.get(fields.get("model_type", ""))
+    if hf_format is None:
         raise DataError(
-            f"{folder} holds a model of type {fields.get('model_type')!r}; fastattn has {', '.join(FORMS)}."
+            f"{folder} holds a model of type {fields.get('model_type')!r}; fastattn has {', '.join(HF_FORMATS)}."
         )
-    with _open(folder, form) as stored:
-        config = _config(form, fields, stored, folder)
+    with _open(folder, hf_format) as stored:
+        config = _config(hf_format, fields, stored, folder)
         config = dataclasses.replace(config, attention=attention)
-        head = None if backbone_only else _head_class(form, fields)
+        head = None if backbone_only else _head_class(hf_format, fields)
         with torch.device("meta"):
             model = _build(config, head, stored, fields)
-        names = {ours: form.names(ours, config, head) for ours in model.state_dict()}
-        _check_names(form, folder, names, stored, backbone_only)
+        names = {ours: hf_format.names(ours, config, head) for ours in model.state_dict()}
+        _check_names(hf_format, folder, names, stored, backbone_only)
         state = {
-            ours: _gather(form, [(name, stored[name]) for name in names[ours]], ours, like, folder)
+            ours: _gather(hf_format, [(name, stored[name]) for name in names[ours]], ours, like, folder)
             for ours, like in model.state_dict().items()
         }
     model.load_state_dict(state, assign=True)
@@ -95,13 +95,13 @@ def save_pretrained(
     """Write a folder that ``transformers`` loads, and ``from_pretrained`` too.
 
     Args:
-        model: whose config is of the form of GPT-2, BERT, Llama, T5 or ViT.
+        model: whose config has the format of GPT-2, BERT, Llama, T5 or ViT.
         path: of the folder, which must not exist. It appears when it is complete.
         tokenizer: is written too, as ``tokenizer.json``.
         special_tokens: ids of "bos", "eos", "pad" and "decoder_start" where the model has them, for their generation.
 
     Raises:
-        InputError: no form can say what the model is; the message names what is in the way.
+        InputError: the model has no Hugging Face equivalent; the message names the fields that prevent it.
         DataError: the folder exists, or cannot be written.
 
     Example:
@@ -155,13 +155,13 @@ def _find(path: str | Path) -> Path:
 
 
 class _Stored(Mapping[str, Tensor]):
-    """The tensors of a folder under the names of its form; each is read when asked for."""
+    """The tensors of a folder under the names of its format; each is read when asked for."""
 
-    def __init__(self, files: Sequence[Any], form: Form) -> None:
+    def __init__(self, files: Sequence[Any], hf_format: HFFormat) -> None:
         self._files: dict[str, tuple[Any, str]] = {}
         names = [(file, name) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
         # A file of a backbone alone lacks the prefix; the first BERT has TensorFlow's names of the norm.
-        prefix = "" if any(name.startswith(form.prefix) for _, name in names) else form.prefix
+        prefix = "" if any(name.startswith(hf_format.prefix) for _, name in names) else hf_format.prefix
         for file, name in names:
             known = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
             self._files[prefix + known] = (file, name)
@@ -181,7 +181,7 @@ class _Stored(Mapping[str, Tensor]):
 
 
 @contextlib.contextmanager
-def _open(folder: Path, form: Form) -> Iterator[_Stored]:
+def _open(folder: Path, hf_format: HFFormat) -> Iterator[_Stored]:
     from safetensors import SafetensorError, safe_open
 
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -196,7 +196,7 @@ def _open(folder: Path, form: Form) -> Iterator[_Stored]:
                 files.append(stack.enter_context(safe_open(path, framework="pt")))
             except (OSError, SafetensorError) as error:
                 raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
-        yield _Stored(files, form)
+        yield _Stored(files, hf_format)
 
 
 def _parts(index: Path) -> list[str]:
@@ -207,21 +207,21 @@ def _parts(index: Path) -> list[str]:
     return sorted(set(parts.values()))
 
 
-def _config(form: Form, fields: Json, stored: Tensors, folder: Path) -> TransformerConfig:
+def _config(hf_format: HFFormat, fields: Json, stored: Tensors, folder: Path) -> TransformerConfig:
     try:
-        return form.read(fields, stored)
+        return hf_format.read(fields, stored)
     except KeyError as error:
         raise DataError(
-            f"{folder / 'config.json'} lacks {error}, which a model of type {form.model_type} has."
+            f"{folder / 'config.json'} lacks {error}, which a model of type {hf_format.model_type} has."
         ) from error
     except (InputError, DataError) as error:
         raise DataError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _head_class(form: Form, fields: Json) -> str | None:
+def _head_class(hf_format: HFFormat, fields: Json) -> str | None:
     """The class of ``heads.py`` for the model that ``config.json`` names."""
-    architecture = (fields.get("architectures") or [form.architecture])[0]
-    of_theirs = form.also | {theirs: ours for ours, (theirs, _) in form.heads.items()}
+    architecture = (fields.get("architectures") or [hf_format.architecture])[0]
+    of_theirs = hf_format.also | {theirs: ours for ours, (theirs, _) in hf_format.heads.items()}
     return of_theirs.get(architecture)
 
 
@@ -238,79 +238,81 @@ def _build(config: TransformerConfig, head: str | None, stored: Tensors, fields:
 
 
 def _check_names(
-    form: Form, folder: Path, names: Mapping[str, Sequence[str]], stored: Tensors, backbone_only: bool
+    hf_format: HFFormat, folder: Path, names: Mapping[str, Sequence[str]], stored: Tensors, backbone_only: bool
 ) -> None:
     wanted = {name for theirs in names.values() for name in theirs}
     missing = sorted(wanted - set(stored))
-    foreign = {x for x in stored if not re.fullmatch(form.unused, x) and not (backbone_only and _is_of_head(form, x))}
+    foreign = {
+        x for x in stored if not re.fullmatch(hf_format.unused, x) and not (backbone_only and _is_of_head(hf_format, x))
+    }
     for what, odd in (("lacks", missing), ("has, beside those of the model,", sorted(foreign - wanted))):
         if odd:
             more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
             raise DataError(f"{folder} {what} the tensors {', '.join(odd[:5])}{more}.")
 
 
-def _is_of_head(form: Form, name: str) -> bool:
-    return bool(form.heads) and not name.startswith(form.prefix)
+def _is_of_head(hf_format: HFFormat, name: str) -> bool:
+    return bool(hf_format.heads) and not name.startswith(hf_format.prefix)
 
 
-def _gather(form: Form, parts: Sequence[tuple[str, Tensor]], ours: str, like: Tensor, folder: Path) -> Tensor:
+def _gather(hf_format: HFFormat, parts: Sequence[tuple[str, Tensor]], ours: str, like: Tensor, folder: Path) -> Tensor:
     """Our tensor from theirs."""
-    tensors = [x.T if _is_transposed(form, ours, x) else x for _, x in parts]
+    tensors = [x.T if _is_transposed(hf_format, ours, x) else x for _, x in parts]
     whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0].clone(memory_format=torch.contiguous_format)
-    if parts[0][0] in form.shapes and whole.numel() == like.numel():
+    if parts[0][0] in hf_format.shapes and whole.numel() == like.numel():
         whole = whole.reshape(like.shape)
     if whole.shape != like.shape:
         names = " + ".join(name for name, _ in parts)
         shapes = f"{tuple(whole.shape)}, and config.json asks for {tuple(like.shape)}"
-        raise DataError(f"{folder}: {names} has the shape {shapes}{' (transposed)' if form.transposed else ''}.")
+        raise DataError(f"{folder}: {names} has the shape {shapes}{' (transposed)' if hf_format.transposed else ''}.")
     return whole
 
 
-def _is_transposed(form: Form, ours: str, tensor: Tensor) -> bool:
-    return form.transposed and tensor.dim() == 2 and "blocks." in ours
+def _is_transposed(hf_format: HFFormat, ours: str, tensor: Tensor) -> bool:
+    return hf_format.transposed and tensor.dim() == 2 and "blocks." in ours
 
 
 def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
-    """Config and tensors of ``model`` in the form that can say what it is; InputError if none can."""
+    """Config and tensors of ``model`` in the format that represents them exactly; InputError if none does."""
     config = _explicit(model.config)
     head = type(model).__name__ if isinstance(model, AnyHead) else None
     reasons = []
-    for form in FORMS.values():
-        if form.kind == config.kind:
-            fields = form.write(config)
-            tensors, unplaced = _scatter(model, form, config, head)
-            known = _explicit(form.read(fields, tensors))
-            reason = _differences(config, known) or _head_reason(form, model, head) or unplaced
+    for hf_format in HF_FORMATS.values():
+        if hf_format.kind == config.kind:
+            fields = hf_format.write(config)
+            tensors, unplaced = _scatter(model, hf_format, config, head)
+            known = _explicit(hf_format.read(fields, tensors))
+            reason = _differences(config, known) or _head_reason(hf_format, model, head) or unplaced
             if not reason:
-                if head is None and form.heads:  # their class of a backbone alone has no prefix
-                    tensors = {name.removeprefix(form.prefix): tensor for name, tensor in tensors.items()}
-                return _with_facts(fields, form, model, head), tensors
-            reasons.append(f"for {form.model_type}, {reason}")
+                if head is None and hf_format.heads:  # their class of a backbone alone has no prefix
+                    tensors = {name.removeprefix(hf_format.prefix): tensor for name, tensor in tensors.items()}
+                return _with_facts(fields, hf_format, model, head), tensors
+            reasons.append(f"for {hf_format.model_type}, {reason}")
     todo = "The checkpoints of fastattn train hold any model."
     given = "; ".join(reasons) or f"a model of kind {config.kind!r}"
-    raise input_error("model", given, "the form of one of " + ", ".join(FORMS), todo)
+    raise input_error("model", given, "the format of one of " + ", ".join(HF_FORMATS), todo)
 
 
 def _differences(config: TransformerConfig, known: TransformerConfig) -> str:
-    """What of ``config`` a form cannot say, having said ``known``."""
+    """Fields of ``config`` that the format lost, given the config ``known`` that it reads back."""
     pairs = ((f.name, getattr(config, f.name), getattr(known, f.name)) for f in dataclasses.fields(config))
     differ = [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs and name != "attention"]
     return ", ".join(f"{name} is {ours!r} and would be {theirs!r}" for name, ours, theirs in differ)
 
 
-def _head_reason(form: Form, model: AnyModel | AnyHead, head: str | None) -> str:
-    """Why the form has not this head."""
-    if head is not None and head not in form.heads:
+def _head_reason(hf_format: HFFormat, model: AnyModel | AnyHead, head: str | None) -> str:
+    """The reason why the format has no such head."""
+    if head is not None and head not in hf_format.heads:
         return f"there is no {head}"
-    if isinstance(model, heads.SequenceClassifier) and (model.pool, model.config.pooler) != ("first", form.pools):
-        return f"pool would be 'first', with pooler={form.pools} in the config"
+    if isinstance(model, heads.SequenceClassifier) and (model.pool, model.config.pooler) != ("first", hf_format.pools):
+        return f"pool would be 'first', with pooler={hf_format.pools} in the config"
     return ""
 
 
-def _with_facts(fields: Json, form: Form, model: AnyModel | AnyHead, head: str | None) -> Json:
+def _with_facts(fields: Json, hf_format: HFFormat, model: AnyModel | AnyHead, head: str | None) -> Json:
     """The config with what the weights and the head add to it."""
-    architecture = form.heads[head][0] if head else form.architecture
-    fields |= {"model_type": form.model_type, "architectures": [architecture]}
+    architecture = hf_format.heads[head][0] if head else hf_format.architecture
+    fields |= {"model_type": hf_format.model_type, "architectures": [architecture]}
     fields |= {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if isinstance(model, heads.SequenceClassifier | heads.TokenClassifier):
         fields |= {"id2label": {str(i): label for i, label in enumerate(model.labels)}}
@@ -319,14 +321,14 @@ def _with_facts(fields: Json, form: Form, model: AnyModel | AnyHead, head: str |
 
 
 def _scatter(
-    model: AnyModel | AnyHead, form: Form, config: TransformerConfig, head: str | None
+    model: AnyModel | AnyHead, hf_format: HFFormat, config: TransformerConfig, head: str | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Their tensors from ours, and a word on those that the form has no place for."""
+    """Their tensors from ours, and a sentence on those that the format lacks."""
     found: dict[str, Tensor] = {}
     unplaced = []
     for ours, tensor in model.state_dict().items():
         try:
-            names = form.names(ours, config, head)
+            names = hf_format.names(ours, config, head)
         except KeyError:
             unplaced.append(ours)
             continue
@@ -334,9 +336,9 @@ def _scatter(
         if len(names) == 3:  # queries, keys and values
             sizes = [heads * config.head_shape.head_dim for heads in (config.heads, *[config.head_shape.kv_heads] * 2)]
         for name, part in zip(names, tensor.detach().split(sizes if len(names) > 1 else len(tensor)), strict=True):
-            if name in form.shapes:
-                part = part.reshape(form.shapes[name](config))
-            found[name] = (part.T if _is_transposed(form, ours, part) else part).contiguous()
+            if name in hf_format.shapes:
+                part = part.reshape(hf_format.shapes[name](config))
+            found[name] = (part.T if _is_transposed(hf_format, ours, part) else part).contiguous()
     return found, f"there is no place for {', '.join(unplaced[:3])}" if unplaced else ""
 
 

@@ -11,7 +11,7 @@ from fastattn.lm.generate.sampling import Sampling
 
 
 class Generates:
-    """What a ``Decoder`` and an ``EncoderDecoder`` can do besides computing logits."""
+    """The method ``generate`` of ``Decoder`` and ``EncoderDecoder``."""
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""What is made of a backbone's final states: masked tokens, a label of the whole, a label of each token, a span.
+"""Heads on the final states of a backbone: masked tokens, a label of the text, labels of tokens, a span.
 
 The head of a causal language model is part of ``Decoder``, that of translation of ``EncoderDecoder``.
 Shapes: B batch, S tokens in a row, C width, V vocabulary, L labels.

@@ -1,4 +1,4 @@
-"""How a token's place enters a model: tables of sines, slopes of ALiBi, and T5's learned bias. Rotary is in ``nn``."""
+"""Position encodings: tables of sines, slopes of ALiBi, and T5's learned bias. Rotary is in ``nn``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
 """Checkpoints: ``step-00000100/`` with the weights, the optimizer, the trainer's state, the config and the tokenizer.
 
-A folder is written under another name and renamed when complete, so every ``step-*`` folder is whole. What is wrong
-with one that is damaged or not ours, a ``DataError`` says in a sentence.
+A folder is written under another name and renamed when complete, so every ``step-*`` folder is whole. The sizes and
+SHA-256 digests of its files are in ``checksums.json`` and checked before they are used: of several checkpoints the
+newest sound one is taken.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,8 @@ from fastattn.lm.train.parallel import ALONE, Ranks, is_sharded, load_parts, sav
 from fastattn.lm.train.tokens import load_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"
+_CHECKSUMS = "checksums.json"
+log = logging.getLogger("fastattn")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -35,8 +40,27 @@ class Checkpoint:
 
     folder: Path
 
+    def damage(self) -> str | None:
+        """The first file that is not what was written, and how; None if all are, or if there are no checksums.
+
+        Checkpoints of fastattn 0.1 have none.
+        """
+        path = self.folder / _CHECKSUMS
+        if not path.exists():
+            return None
+        try:
+            for name, written in _read_json(path).items():
+                file = self.folder / name
+                if not file.is_file():
+                    return f"{name} is missing"
+                if file.stat().st_size != written["bytes"] or _digest(file) != written["sha256"]:
+                    return f"{name} has changed since it was written"
+        except (DataError, KeyError, TypeError, OSError) as error:
+            return f"{_CHECKSUMS} cannot be read ({error})"
+        return None
+
     def model_config(self) -> dict[str, Any]:
-        """What the trainer was given to rebuild the model from."""
+        """The config that the model is rebuilt from."""
         return _read_json(self.folder / "config.json")
 
     def config(self) -> TransformerConfig:
@@ -134,6 +158,8 @@ def save_checkpoint(
         DataError: the disk is full or cannot be written; the earlier checkpoints are intact.
     """
     path = folder / _name(step)
+    if processes.leads and path.exists() and Checkpoint(path).damage() is not None:
+        remove_folder(path)
     if not processes.from_first(path.exists()):
         with new_folder(path) if processes.leads else contextlib.nullcontext(path) as here:
             unfinished = processes.from_first(here)
@@ -147,10 +173,12 @@ def save_checkpoint(
                     (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
                 _write_json(unfinished / "config.json", model_config)
                 _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
+                _write_checksums(unfinished)
         processes.wait()
     if not processes.leads:
         return Checkpoint(path)
-    for old in sorted_steps(folder)[:-keep]:
+    earlier = [old for old in sorted_steps(folder) if old.name <= path.name]  # later ones are damaged
+    for old in earlier[:-keep]:
         if keep_also is None or old.name != _name(keep_also):
             remove_folder(old)
     return Checkpoint(path)
@@ -167,33 +195,52 @@ def sorted_steps(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path, *, best: bool = False) -> Checkpoint:
-    """The checkpoint at ``path``, or the newest one in it: a run's folder, its ``checkpoints``, or one of those.
+    """The checkpoint at ``path``, or the newest sound one in it: a run's folder, its ``checkpoints``, or one of those.
+
+    A damaged one is passed over with a warning.
 
     Args:
         path: where to look.
         best: of the checkpoints in a folder take the one of the best evaluation, if the run kept it.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or none that is sound.
     """
     if not path.exists():
         raise DataError(f"Checkpoint {str(path)!r} does not exist: give the --out folder of a fastattn run.")
-    if (path / "trainer.json").is_file():
-        return Checkpoint(path)
+    if (path / "trainer.json").is_file() or (path / _CHECKSUMS).is_file():
+        found = Checkpoint(path)
+        if (damage := found.damage()) is not None:
+            raise DataError(f"{path} is damaged: {damage}. Give the folder of the run, to take the newest sound one.")
+        return found
     for folder in (path / "checkpoints", path):
         steps = sorted_steps(folder)
         if steps:
-            newest = Checkpoint(steps[-1])
+            newest = _newest_sound(steps)
             return (_best(newest) if best else None) or newest
     raise DataError(
         f"{str(path)!r} holds no checkpoint of fastattn: give the --out folder of a run that has saved one."
     )
 
 
+def _newest_sound(steps: list[Path]) -> Checkpoint:
+    for path in reversed(steps):
+        checkpoint = Checkpoint(path)
+        if (damage := checkpoint.damage()) is None:
+            return checkpoint
+        log.warning("fastattn: %s is damaged (%s) and is not used", path, damage)
+    raise DataError(f"Every checkpoint in {steps[-1].parent} is damaged; the newest: {damage}. Start a new --out.")
+
+
 def _best(newest: Checkpoint) -> Checkpoint | None:
     step = newest.trainer_state().get("kept_best")
-    path = newest.folder.with_name(_name(step or 0))
-    return Checkpoint(path) if step is not None and path.is_dir() else None
+    best = Checkpoint(newest.folder.with_name(_name(step or 0)))
+    if step is None or not best.folder.is_dir():
+        return None
+    if (damage := best.damage()) is not None:
+        log.warning("fastattn: %s, the best of the run, is damaged (%s) and is not used", best.folder, damage)
+        return None
+    return best
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,6 +286,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path} does not hold what fastattn writes there.")
     return content
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_checksums(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    sums = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    _write_json(folder / _CHECKSUMS, sums)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

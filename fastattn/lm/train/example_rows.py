@@ -31,7 +31,7 @@ class ExampleBatch:
         return self.tensors.get(name)
 
     def more_inputs(self) -> dict[str, Tensor]:
-        """What a model of tokens reads besides them."""
+        """Inputs of a model besides the tokens."""
         return {name: x for name, x in self.tensors.items() if name not in ("tokens", "labels")}
 
     def to(self, device: torch.device) -> ExampleBatch:

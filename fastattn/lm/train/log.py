@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the log of JSON lines, and the sums that its next line is made of."""
+"""The log of a run: JSON lines, TensorBoard, and the sums that the next line is computed from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +69,16 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        self._writer = self.load_writer()(str(folder), purge_step=step + 1)  # forgets what a killed run wrote after it
+
+    @staticmethod
+    def load_writer() -> Any:
+        """The class that writes; raises InputError if TensorBoard is not installed."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise input_error("tensorboard", True, "False here", "It is missing: pip install tensorboard") from error
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)  # forgets what a killed run wrote after it
+        return SummaryWriter
 
     def write(self, record: Mapping[str, float]) -> None:
         for name, value in record.items():

@@ -27,7 +27,7 @@ from fastattn.lm.train.checkpoint import Checkpoint, save_checkpoint
 from fastattn.lm.train.log import Log, TensorBoard, Window
 from fastattn.lm.train.metrics import peak_flops
 from fastattn.lm.train.optim import make_optimizer, update
-from fastattn.lm.train.parallel import gradients_later, ranks, spread
+from fastattn.lm.train.parallel import check_sharing, gradients_later, ranks, wrap_parallel
 from fastattn.lm.train.plots import plot_losses
 from fastattn.lm.train.recompute import recompute_blocks
 from fastattn.lm.train.settings import Progress, TrainConfig
@@ -44,7 +44,7 @@ class Batch(Protocol):
         """Parts of at most ``rows`` rows."""
 
     def num_labels(self) -> int:
-        """What the loss is a sum over: known labels, in host memory."""
+        """Number of known labels, over which the loss is a sum; on the host."""
 
 
 class Rows(Protocol):
@@ -83,7 +83,7 @@ class Trainer:
         show_progress: show a progress bar.
 
     Raises:
-        InputError: the rows of a batch cannot be shared evenly, or as ``spread``.
+        InputError: the processes cannot share the rows of a batch or the model; see ``check_sharing``.
     """
 
     def __init__(
@@ -103,9 +103,7 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         self.ranks = ranks()
-        if config.batch % self.ranks.size:
-            allowed = f"a multiple of the {self.ranks.size} processes"
-            raise input_error("batch", config.batch, allowed, "Each takes as many rows as the others.")
+        check_sharing(config.batch, config.parallel, self.ranks)
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
         self.rows, self.held_out_rows = data
         self.loss, self.evaluate = loss, evaluate
@@ -116,7 +114,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         if config.recompute:
             recompute_blocks(model)
-        self._runner = spread(model, config.parallel, self.ranks)  # what the loss of training calls
+        self._runner = wrap_parallel(model, config.parallel, self.ranks)  # what the loss of training calls
         if config.compile:
             model.compile()  # in place, so the names of weights stay; after FSDP has put its hooks there
         self.optimizer = make_optimizer(model, config.optim)
@@ -126,7 +124,6 @@ class Trainer:
         self._window = Window()
         self._shown: dict[str, str] = {}
         self._must_stop = self._interrupted = False
-        self._evaluated_at: int | None = None
         self._draw_after = -math.inf
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -161,7 +158,7 @@ class Trainer:
                     self._save()
                 bar.set_postfix(self._shown, refresh=False)
                 bar.update()
-            if not self._interrupted and self._evaluated_at != progress.step:
+            if not self._interrupted and progress.evaluated_step != progress.step:
                 self._evaluate()
             self._save(is_last=True)
             bar.set_postfix(self._shown)
@@ -285,7 +282,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """What takes time here does not slow the steps down in the log."""
+        """Exclude the time spent in the block from the speed in the log."""
         began = time.perf_counter()
         yield
         self._window.began += time.perf_counter() - began
@@ -297,7 +294,7 @@ class Trainer:
             if self.evaluate is not None:
                 with self._evaluating():
                     progress.metrics = self.ranks.from_first(self.evaluate(self.model))
-        self._evaluated_at = progress.step
+        progress.evaluated_step = progress.step
         found = progress.metrics | {"held_out_loss": progress.held_out_loss}
         self._record({"step": progress.step} | found)
         if self._is_best(found) and self.config.keeps_best:

@@ -1,4 +1,4 @@
-"""What a loss is compared with, and how busy the hardware is."""
+"""Reference values for a loss, and the peak throughput of devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pre-training hides and asks for: tokens of a masked language model, spans of an encoder-decoder.
+"""Corruption of the inputs in pre-training: masked tokens for an encoder, masked spans for an encoder-decoder.
 
 Each function changes one row of tokens with the draws of a generator, and nothing else. Who calls it seeds the
 generator from the run's seed and the row's place in the data, so that a resumed run hides the same.
@@ -139,7 +139,7 @@ def corrupt_spans(
 
 
 def span_counts(length: int, rate: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """How many of ``length`` tokens are hidden, and in how many spans."""
+    """Number of hidden tokens among ``length``, and number of spans they are in."""
     hidden = min(max(round(length * rate), 1), length - 1)
     return hidden, min(max(round(hidden / mean_span), 1), hidden, length - hidden)
 

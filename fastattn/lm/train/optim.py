@@ -14,7 +14,7 @@ from fastattn.lm.train.parallel import whole
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How the weights are updated.
+    """Settings of the optimizer.
 
     Attributes:
         lr: highest learning rate.

@@ -1,8 +1,8 @@
-"""Several processes that train one model, under ``torchrun``: who is who, what they share, how the model is spread.
+"""Training of one model in several processes, which ``torchrun`` starts: ranks, sums, and the model's distribution.
 
 "ddp" keeps the whole model in every process and adds up gradients (Li et al., "PyTorch distributed", 2020); "fsdp"
 keeps a part of every weight, gradient and optimizer state in each and gathers a block's weights while it runs (Zhao et
-al., "PyTorch FSDP", 2023). With one process, all of this is nothing.
+al., "PyTorch FSDP", 2023). With one process, none of this does anything.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Ranks:
         return values.tolist()
 
     def from_first(self, value: T) -> T:
-        """What the first process gives."""
+        """The value of the first process."""
         if self.size == 1:
             return value
         values = [value]
@@ -119,20 +119,24 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, way: Parallel, processes: Ranks) -> nn.Module:
-    """Spread ``model`` over the processes; what to call for the loss of training, which may be the model itself.
+def check_sharing(batch: int, way: Parallel, processes: Ranks) -> None:
+    """Raise InputError unless ``processes`` can share the rows of a batch and, with "fsdp", the weights."""
+    if batch % processes.size:
+        allowed = f"a multiple of the {processes.size} processes"
+        raise input_error("batch", batch, allowed, "Each takes as many rows as the others.")
+    if processes.size == 1 and way == "fsdp":
+        raise input_error("parallel", "'fsdp' with one process", "auto, ddp", "Start several with torchrun.")
+
+
+def wrap_parallel(model: nn.Module, way: Parallel, processes: Ranks) -> nn.Module:
+    """Distribute ``model`` over the processes, and return what computes the loss of training: it or a wrapper.
 
     Args:
         model: on its device, with the same weights in every process.
         way: "auto" is "fsdp" where weights, gradients and optimizer would take most of a GPU, else "ddp".
-        processes: from ``ranks``.
-
-    Raises:
-        InputError: "fsdp" with a single process.
+        processes: from ``ranks``; see ``check_sharing``.
     """
     if processes.size == 1:
-        if way == "fsdp":
-            raise input_error("parallel", "'fsdp' with one process", "auto, ddp", "Start several with torchrun.")
         return model
     if way == "fsdp" or (way == "auto" and not _fits(model)):
         for block in blocks_of(model):

@@ -27,13 +27,14 @@ from fastattn.files import new_folder, only_writer
 from fastattn.lm.data import Cleaning, Document, Report, clean_documents, read_documents, text_rank
 from fastattn.lm.data.formats import LONGEST_PIECE, ReadOptions, pieces
 from fastattn.lm.data.sources import Source
-from fastattn.lm.train.marks import Marks
+from fastattn.lm.train.special_tokens import SpecialTokens
 from fastattn.lm.train.tokens import (
     FORMAT,
     SPLITS,
     TOKENIZER_SAMPLE,
     Corpus,
     CorpusFacts,
+    check_held_out,
     load_tokenizer,
     token_dtype,
     train_tokenizer,
@@ -49,7 +50,7 @@ Stamp = tuple[int, int]  # size and time of a file
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How a corpus is made.
+    """Settings of a corpus.
 
     Attributes:
         read: fields and encoding of the files.
@@ -68,9 +69,7 @@ class PrepareConfig:
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.held_out < 1.0:
-            todo = "0.05 holds out one document in twenty."
-            raise input_error("held_out", self.held_out, "a fraction between 0 and 1", todo)
+        check_held_out(self.held_out)
         if self.max_documents is not None and self.max_documents < 2:
             raise input_error("max_documents", self.max_documents, "at least 2, or None", "One of them is held out.")
 
@@ -79,7 +78,7 @@ class PrepareConfig:
             return None
         path = self.tokenizer
         tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-        Marks.of(tokenizer)  # says at once if it has none
+        SpecialTokens.of(tokenizer)  # says at once if it has none
         return tokenizer
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +231,7 @@ def _make(
 
 
 def _stamps(sources: Iterable[Source]) -> list[Stamp]:
-    """What tells that a file was written to."""
+    """Size and time of modification, which tell that a file was written to."""
     stats = (path.stat() for path in sources if isinstance(path, Path) and path.is_file())
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
@@ -304,7 +303,7 @@ class _Output:
 
 
 def _write_tokens(folder: Path, spool: _Spool, tokenizer: Tokenizer, split: _Split, progress: bool) -> dict[str, Any]:
-    marks, vocab_size = Marks.of(tokenizer), vocabulary_size(tokenizer)
+    special, vocab_size = SpecialTokens.of(tokenizer), vocabulary_size(tokenizer)
     dtype = token_dtype(vocab_size)
     bar = tqdm(total=spool.characters, unit="char", unit_scale=True, desc="tokens", disable=not progress)
     with contextlib.ExitStack() as stack:
@@ -319,7 +318,7 @@ def _write_tokens(folder: Path, spool: _Spool, tokenizer: Tokenizer, split: _Spl
         for batch in _batches(spool.texts()):
             encodings = tokenizer.encode_batch(batch, add_special_tokens=False)
             for text, encoding in zip(batch, encodings, strict=True):
-                outputs[split.of(text)].add(np.array([*marks.opening(), *encoding.ids, marks.end], dtype), text)
+                outputs[split.of(text)].add(np.array([*special.opening(), *encoding.ids, special.end], dtype), text)
                 bar.update(len(text))
     return {
         "fingerprint": spool.fingerprint,

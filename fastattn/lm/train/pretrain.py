@@ -11,16 +11,17 @@ import torch
 from fastattn.errors import DataError, input_error
 from fastattn.lm.data.sources import find_sources
 from fastattn.lm.models import TransformerConfig, preset
-from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
+from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.metrics import bits_per_byte, perplexity, unigram_entropy
 from fastattn.lm.train.parallel import ranks
 from fastattn.lm.train.prepare import prepare
+from fastattn.lm.train.run import run_folder, start_or_resume
 from fastattn.lm.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.lm.train.tasks import find_objective, preset_for
-from fastattn.lm.train.tokens import Corpus, vocabulary_size
+from fastattn.lm.train.tokens import Corpus, check_held_out, check_vocabulary_size, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise input_error("length", self.length, "a positive int, or None", "None is the preset's.")
+        check_vocabulary_size(self.vocab_size)
+        check_held_out(self.held_out)
+        self.model_config(self.vocab_size)  # checks the objective, the preset and what the model takes
 
     def model_config(self, vocab_size: int) -> TransformerConfig:
         """The model's config, with the vocabulary the tokenizer really has."""
@@ -68,7 +72,7 @@ class RunConfig(RunSettings):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run.
+    """The outcome of a pre-training run.
 
     Attributes:
         progress: where it stands.
@@ -147,17 +151,9 @@ def pretrain(
         DataError: the text cannot be used, ``out`` holds a run, or the disk is full.
         InputError: a setting is out of range.
     """
-    if resume is None and sorted_steps(out / "checkpoints"):
-        raise DataError(f"{str(out)!r} already holds a run: add --resume to go on with it, or choose another --out.")
-    trainer, corpus = make_trainer(out, config, device=device, show_progress=show_progress)
-    if resume is not None:
-        known = resume.trainer_state()["settings"].get("fingerprint")
-        if known != corpus.facts.fingerprint:
-            raise DataError("The text is not what the run was trained on: restore the files, or start a new --out.")
-        trainer.resume(resume)
-    else:
-        trainer.log.forget_after(0)  # of a run that was killed before its first checkpoint
-    progress = trainer.run()
+    with run_folder(out, config.train, resume):
+        trainer, corpus = make_trainer(out, config, device=device, show_progress=show_progress)
+        progress = start_or_resume(trainer, resume, corpus.facts.fingerprint, "text is")
     entropy = _entropy(corpus)
     return Outcome(progress, corpus, config.objective, entropy, _num_parameters(trainer.model), find_checkpoint(out))
 

@@ -1,4 +1,4 @@
-"""What a training run is told, ``TrainConfig`` in a ``RunSettings``, and where it stands, ``Progress``. No torch."""
+"""Settings of a training run (``TrainConfig`` in a ``RunSettings``) and its ``Progress``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, on how much and how often.
+    """Settings of the training loop.
 
     Attributes:
         steps: updates of the weights in all.
@@ -99,7 +99,7 @@ _MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the configs of runs have in common: a field ``train``, and the ways from flags and JSON and back."""
+    """Base of the configs of runs: a field ``train``, and conversion from flags and to and from JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -151,7 +151,7 @@ class RunSettings:
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
         step: updates done.
@@ -163,6 +163,7 @@ class Progress:
         best: the best value of ``TrainConfig.metric`` so far; None before there is one.
         best_step: where it was seen.
         stale: evaluations since then.
+        evaluated_step: of the newest evaluation; None before there is one.
         signal: the signal that stopped the run, if one did.
     """
 
@@ -175,4 +176,5 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    evaluated_step: int | None = None
     signal: int | None = None

@@ -1,4 +1,4 @@
-"""What a model is pre-trained to do: for each objective its model, its rows and its loss. No loop, no data reading.
+"""Objectives of pre-training: the model, the rows and the loss of each.
 
 A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``fastattn.lm.finetune``.
 """
@@ -19,8 +19,8 @@ from fastattn.errors import input_error
 from fastattn.lm.models import PRESETS, MaskedLM, TransformerConfig, make_model
 from fastattn.lm.train.data import IGNORED, Batch, PackedRows
 from fastattn.lm.train.example_rows import ExampleBatch, padded
-from fastattn.lm.train.marks import Marks, mask_token, sentinel_tokens
 from fastattn.lm.train.objectives import corrupt_spans, mask_tokens, span_counts
+from fastattn.lm.train.special_tokens import SpecialTokens, mask_token, sentinel_tokens
 from fastattn.lm.train.tokens import vocabulary_size
 
 _FAMILIES = {"decoder": "", "encoder": "encoder-", "encoder-decoder": "seq2seq-"}  # of presets of one size
@@ -63,7 +63,7 @@ class Causal:
         return make_model(config)
 
     def rows(self, packed: PackedRows) -> Any:
-        """What the trainer reads, made of rows of packed documents."""
+        """Rows for the trainer, made from rows of packed documents."""
         return packed
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -84,10 +84,10 @@ class Masked(Causal):
 
     def __init__(self, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(tokenizer, length)
-        marks = Marks.of(tokenizer)
+        special = SpecialTokens.of(tokenizer)
         self.ordinary = vocabulary_size(tokenizer)
         self.mask = mask_token(tokenizer)
-        self.special = [x for x in (marks.begin, marks.end, self.mask) if x is not None]
+        self.special = [x for x in (special.begin, special.end, self.mask) if x is not None]
 
     def model(self, config: TransformerConfig) -> nn.Module:
         return MaskedLM(make_model(config))  # type: ignore[arg-type]  # which refuses what is no encoder
@@ -119,7 +119,7 @@ class Span(Causal):
 
     def __init__(self, tokenizer: Tokenizer, length: int) -> None:
         super().__init__(tokenizer, length)
-        self.marks = Marks.of(tokenizer)
+        self.special_tokens = SpecialTokens.of(tokenizer)
         self.sentinels = sentinel_tokens(tokenizer, span_counts(length)[1])
 
     def rows(self, packed: PackedRows) -> HiddenRows:
@@ -128,10 +128,14 @@ class Span(Causal):
     def hide(self, batch: Batch, random: Sequence[np.random.Generator]) -> ExampleBatch:
         features = []
         for row, segments, draws in zip(batch.tokens.numpy(), batch.segment_ids.numpy(), random, strict=True):
-            tokens = _without_padding(row, segments, self.marks)
-            spans = corrupt_spans(tokens, draws, sentinels=self.sentinels, end=self.marks.end)
+            tokens = _without_padding(row, segments, self.special_tokens)
+            spans = corrupt_spans(tokens, draws, sentinels=self.sentinels, end=self.special_tokens.end)
             target = spans.target.tolist()
-            feature = {"source": spans.source.tolist(), "target": [self.marks.target, *target[:-1]], "labels": target}
+            feature = {
+                "source": spans.source.tolist(),
+                "target": [self.special_tokens.target, *target[:-1]],
+                "labels": target,
+            }
             features.append(feature)
         return padded(features)
 
@@ -143,13 +147,13 @@ class Span(Causal):
         return model.flops_per_token(hidden + spans + 1, self.length - hidden + spans)
 
 
-def _without_padding(row: np.ndarray, segments: np.ndarray, marks: Marks) -> np.ndarray:
+def _without_padding(row: np.ndarray, segments: np.ndarray, special: SpecialTokens) -> np.ndarray:
     """A row of packed documents without the padding after the last of them, which is a segment of zeros.
 
     A document that begins with its mark and nothing more looks the same in one token, which is no loss.
     """
     last = segments == segments[-1]
-    is_padding = segments[-1] > 0 and not row[last].any() and row[~last][-1] == marks.end
+    is_padding = segments[-1] > 0 and not row[last].any() and row[~last][-1] == special.end
     return row[~last] if is_padding else row
 
 

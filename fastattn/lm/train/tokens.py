@@ -2,8 +2,8 @@
 
 A corpus is a folder: ``tokenizer.json``, ``corpus.json`` and for each of the splits "train" and "held_out" the tokens
 end to end (``.tokens``, uint16 or uint32) and where each document begins and the last one ends (``.offsets``, int64).
-A document is ``<|start|> text <|end|>``, or what a tokenizer from elsewhere has for these marks (``marks.py``). Special
-tokens in the text itself are encoded as ordinary characters.
+A document is ``<|start|> text <|end|>``; a tokenizer from elsewhere has other names for these two
+(``special_tokens.py``). Special tokens in the text itself are encoded as ordinary characters.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TOKENIZER_SAMPLE = 1 << 26  # characters from which the vocabulary is learned
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What ``corpus.json`` says.
+    """The content of ``corpus.json``.
 
     Attributes:
         key: of the files and the settings it was made from.
         fingerprint: of the documents in it.
         vocab_size: of its tokenizer.
         documents: in each split, as are the next two.
-        tokens: with the marks around documents.
+        tokens: with the special tokens around documents.
         text_bytes: in UTF-8.
         skipped: files that could not be used.
         format: of the folder.
@@ -98,7 +98,7 @@ class TokenFile:
         return cls(tokens, offsets)
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
-        """How often each token occurs."""
+        """Number of occurrences of each token."""
         total = np.zeros(vocab_size, np.int64)
         for start in range(0, len(self.tokens), 1 << 24):
             total += np.bincount(self.tokens[start : start + (1 << 24)], minlength=vocab_size)
@@ -130,6 +130,19 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
+def check_held_out(part: float) -> None:
+    """Raise InputError unless ``part`` of the data can be held out."""
+    if not 0.0 < part < 1.0:
+        raise input_error("held_out", part, "a fraction between 0 and 1", "0.05 holds out one document in twenty.")
+
+
+def check_vocabulary_size(size: int) -> None:
+    """Raise InputError if ``size`` does not hold every byte and two special tokens."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len((START, END))
+    if size < smallest:
+        raise input_error("vocab_size", size, f"at least {smallest}", "It holds every byte and two special tokens.")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE vocabulary: every text can be encoded, and decodes to itself.
 
@@ -143,10 +156,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Source:
         Sennrich et al., "Neural machine translation of rare words with subword units", 2016; bytes as in GPT-2.
     """
+    check_vocabulary_size(vocab_size)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len((START, END))
-    if vocab_size < smallest:
-        raise input_error("vocab_size", vocab_size, f"at least {smallest}", "It holds every byte and two marks.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

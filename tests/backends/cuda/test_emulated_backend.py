@@ -16,7 +16,7 @@ import torch
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
 from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
-from fastattn.kv_cache import cache_problem
+from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid
@@ -42,7 +42,7 @@ MORE = [
     Case("only dq", needs=("q",), dtype=torch.bfloat16),
     Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
     Case("strided", memory="strided", dtype=torch.float16, right=0),
-    Case("several configs", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
+    Case("several tiles", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the emulator")
@@ -118,7 +118,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
     wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
-    cases.append(CacheCase("more heads in a group than rows in a config", **wide))
+    cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
     return [
         (dataclasses.replace(case, dtype=(torch.bfloat16, torch.float16)[i % 2]), 1 if i // 2 % 2 else 2 + i % 7)
         for i, case in enumerate(cases)
@@ -128,7 +128,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
 @pytest.mark.parametrize(("case", "splits"), cache_cases(), ids=lambda x: getattr(x, "id", f"{x} splits"))
 def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = make_cache_sample(case)
-    problem = dataclasses.replace(cache_problem(sample.inputs, sample.spec), device="cuda", arch=90)
+    problem = dataclasses.replace(facts_of(sample.inputs, sample.spec), device="cuda", arch=90)
     assert not cuda.BACKEND.unsupported_reasons(problem)
     monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
     assert_within(measure_cache(cuda.BACKEND, sample))

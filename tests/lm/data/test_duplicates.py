@@ -56,14 +56,14 @@ def test_short_texts_have_keys_of_their_own(text):
 
 
 def test_a_table_that_grows(tmp_path):
-    table = Table(tmp_path / "keys", places=16)
+    table = Table(tmp_path / "keys", slots=16)
     keys = np.random.default_rng(0).integers(0, 2**64, 3000, np.uint64)
     keys[5] = 0
     for start in range(0, 3000, 7):
         assert not table.add(keys[start : start + 7]).any()
     assert table.add(keys).all()
-    assert table.taken == 3000 and 2 * table.taken <= table.places
-    assert [path.name for path in tmp_path.iterdir()] == [f"keys.{table.places}"]
+    assert table.taken == 3000 and 2 * table.taken <= table.slots
+    assert [path.name for path in tmp_path.iterdir()] == [f"keys.{table.slots}"]
 
 
 def test_a_table_tells_repeats_within_one_call(tmp_path):

@@ -322,3 +322,25 @@ def test_resuming_on_other_examples_is_refused(data, tmp_path):
         run(tmp_path / "run", resumed_config(checkpoint, {"steps": 2}), resume=checkpoint)
     with pytest.raises(InputError, match="--task: got tag; allowed: classify, as before"):
         resumed_config(checkpoint, {"task": "tag"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"preset": "huge"}, "preset: got 'huge'"),
+        ({"vocab_size": 9}, "vocab_size: got 9"),
+        ({"method": "half"}, "method: got 'half'"),
+        ({"task": "seq2seq", "method": "frozen"}, "method: got 'frozen'"),
+        ({"attention": "quick"}, "attention: got 'quick'"),
+        ({"dropout": -1.0}, "dropout: got -1.0"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(fields, words):
+    with pytest.raises(InputError, match=words):
+        FinetuneConfig(**({"task": "classify", "data": "x", "preset": "tiny"} | fields))
+
+
+def test_the_start_is_looked_for_before_the_examples_are_read(tmp_path):
+    config = FinetuneConfig(task="classify", data=str(tmp_path / "no.jsonl"), checkpoint=str(tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"Checkpoint .*gone' does not exist"):
+        finetune(tmp_path / "run", config)

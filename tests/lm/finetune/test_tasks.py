@@ -94,7 +94,7 @@ def test_classify_features(tokenizer):
     task, _ = make_task("classify", tokenizer, "bert-tiny")
     fields = {"text": "the sun", "text_pair": "the sky", "label": "blue"}
     (feature,) = task.features(Example("line 1", fields))
-    begin, end = task.marks.begin, task.marks.end
+    begin, end = task.special.begin, task.special.end
     first, second = task.ids("the sun"), task.ids("the sky")
     assert feature["tokens"] == [begin, *first, end, *second, end]
     assert feature["token_types"] == [0] * (len(first) + 2) + [1] * (len(second) + 1)
@@ -108,7 +108,7 @@ def test_tag_features_label_the_first_token_of_each_word(tokenizer):
     example = Example("line 1", {"words": ["see", "xylophone"], "labels": ["o", "thing"]})
     (feature,) = task.features(example)
     see, rest = task.ids(" see"), task.ids(" xylophone")
-    assert feature["tokens"] == [task.marks.begin, *see, *rest, task.marks.end] and len(rest) > 2
+    assert feature["tokens"] == [task.special.begin, *see, *rest, task.special.end] and len(rest) > 2
     known = [label for label in feature["labels"] if label != IGNORED]
     assert known == [task.labels.index("o"), task.labels.index("thing")]
     assert feature["labels"].index(known[1]) == 1 + len(see) and len(feature["labels"]) == len(feature["tokens"])
@@ -160,17 +160,20 @@ def test_instruct_learns_from_the_response_alone(tokenizer):
     (feature,) = task.features(examples_of("instruct")[0])
     prompt, response = task.prompt(examples_of("instruct")[0]), task.ids("yellow, I think")
     assert feature["tokens"] == prompt + response
-    assert feature["labels"] == [IGNORED] * (len(prompt) - 1) + [*response, task.marks.end]
+    assert feature["labels"] == [IGNORED] * (len(prompt) - 1) + [*response, task.special.end]
     (long,) = task.features(Example("line 1", {"prompt": "word " * 90, "response": "yes"}))
-    assert len(long["tokens"]) == 48 and long["labels"][-1] == task.marks.end
+    assert len(long["tokens"]) == 48 and long["labels"][-1] == task.special.end
 
 
 def test_seq2seq_features(tokenizer):
     task, _ = make_task("seq2seq", tokenizer)
     (feature,) = task.features(examples_of("seq2seq")[0])
     target = task.ids("it is yellow")
-    assert feature["source"] == [task.marks.begin, *task.ids("a sun"), task.marks.end]
-    assert feature["target"] == [task.marks.target, *target] and feature["labels"] == [*target, task.marks.end]
+    assert feature["source"] == [task.special.begin, *task.ids("a sun"), task.special.end]
+    assert feature["target"] == [task.special.target, *target] and feature["labels"] == [
+        *target,
+        task.special.end,
+    ]
 
 
 @pytest.mark.parametrize("name", TASKS)

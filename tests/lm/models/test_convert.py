@@ -1,4 +1,4 @@
-"""Folders that are wrong are refused in a sentence, models that no form can say too, and writing is all or nothing."""
+"""Wrong folders and models without a Hugging Face equivalent are refused in a sentence; writing is all or nothing."""
 
 import builtins
 import dataclasses

@@ -156,3 +156,39 @@ def test_no_checkpoint(tmp_path):
         find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no checkpoint of fastattn"):
         find_checkpoint(tmp_path)
+
+
+def zero(path, count=100):
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(count))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", "tokenizer.json"])
+def test_the_newest_sound_checkpoint_is_taken_and_a_damaged_one_is_written_again(run, caplog, name):
+    newest = run.folder / "checkpoints" / "step-00000004"
+    zero(newest / name)
+    assert find_checkpoint(run.folder).folder.name == "step-00000002"
+    assert f"step-00000004 is damaged ({name} has changed since it was written) and is not used" in caplog.text
+    with pytest.raises(DataError, match=r"is damaged.*Give the folder of the run"):
+        find_checkpoint(newest)
+    run._save()
+    assert find_checkpoint(run.folder).folder == newest
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_loaded(run):
+    for number, folder in enumerate(sorted_steps(run.folder / "checkpoints")):
+        if number:
+            (folder / "config.json").unlink()
+        else:
+            (folder / "checksums.json").write_text('{"model.safetensors": 3}')
+    with pytest.raises(DataError, match=r"Every checkpoint in .* is damaged; the newest: checksums\.json cannot"):
+        find_checkpoint(run.folder)
+
+
+def test_a_damaged_later_checkpoint_does_not_displace_sound_ones(run, make_trainer):
+    zero(run.folder / "checkpoints" / "step-00000004" / "model.safetensors")
+    again = make_trainer(run.folder, steps=3, save_every=2, keep=1)
+    again.resume(find_checkpoint(run.folder))
+    again.run()
+    assert find_checkpoint(run.folder).folder.name == "step-00000003"

@@ -18,6 +18,8 @@ spec = importlib.util.spec_from_file_location("ranks", PROGRAM)
 program = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(program)
 
+TENSORS = {"model.safetensors", "optimizer.safetensors"}
+
 
 @pytest.fixture(scope="module")
 def folder(corpus, tmp_path_factory):
@@ -73,7 +75,7 @@ def test_the_command_trains_in_two_processes_and_writes_once(folder):
     records = program.Log(folder / "command" / "log.jsonl").records()
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
     files = {path.name for path in find_checkpoint(folder / "command").folder.iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json", "trainer.json"}
+    assert files == TENSORS | {"tokenizer.json", "config.json", "trainer.json", "checksums.json"}
 
 
 def test_fine_tuning_in_two_processes(folder):

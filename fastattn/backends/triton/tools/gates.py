@@ -187,7 +187,7 @@ def _compile(build: Build) -> Figures:
             inputs, spec = problem_of(build)
             out, lse = (torch.empty(s, device="meta") for s in (inputs.out_shape(), inputs.lse_shape()))
             out = out.to(inputs.q.dtype)
-            getattr(launch.Backward.of(out, None, out, lse, inputs, spec), build.kernel.removeprefix("backward_"))(
+            getattr(launch.Backward.of(out, None, out, lse, lse, inputs, spec), build.kernel.removeprefix("backward_"))(
                 config
             )
         _, kernel, seconds = next(k for k in reversed(_launched) if k[0] == f"{build.kernel}_kernel")
@@ -210,8 +210,8 @@ def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> 
         x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
         x = x if layout == "BSHD" else x.transpose(1, 2)
         inputs, spec = Inputs(x, x, x, max_seqlen_q=s, max_seqlen_kv=s), AttentionSpec(1.0, left=s // 2, right=0)
-        out, lse = launch.forward(inputs, spec)
-        launch.backward(out, None, out, lse, inputs, spec, ("q", "k", "v"))
+        out, lse, low = launch.forward(inputs, spec)
+        launch.backward(out, None, out, lse, low, inputs, spec, ("q", "k", "v"))
         launch_decode.attend_to_cache(_one_token(s, head_dim), spec)
     found: dict[str, set[int]] = {}
     for name, kernel, _ in _launched:

@@ -136,8 +136,8 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.0 if rng_state is None else 0.1)
     if kernel == "forward":
         return lambda config: launch.forward(inputs, spec, config)  # type: ignore[arg-type]
-    out, lse = launch.forward(inputs, spec)
-    return getattr(launch.Backward.of(dout, None, out, lse, inputs, spec), kernel.removeprefix("backward_"))
+    out, lse, low = launch.forward(inputs, spec)
+    return getattr(launch.Backward.of(dout, None, out, lse, low, inputs, spec), kernel.removeprefix("backward_"))
 
 
 def _decoding(

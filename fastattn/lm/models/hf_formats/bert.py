@@ -1,9 +1,9 @@
-"""BERT's form, alone and with the heads that fastattn has too."""
+"""The format of BERT, with and without the heads that fastattn has."""
 
 from __future__ import annotations
 
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.form import Form, Json, Tensors, activation, activation_name, refuse
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Tensors, activation, activation_name, refuse
 
 
 def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
@@ -45,7 +45,7 @@ def _write(config: TransformerConfig) -> Json:
     }
 
 
-BERT = Form(
+BERT = HFFormat(
     model_type="bert",
     kind="encoder",
     prefix="bert.",

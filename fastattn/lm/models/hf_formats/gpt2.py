@@ -1,9 +1,17 @@
-"""GPT-2's form: Conv1D layers, whose matrices are transposed, and one matrix for queries, keys and values."""
+"""The format of GPT-2: Conv1D layers, whose matrices are transposed, and one matrix for queries, keys and values."""
 
 from __future__ import annotations
 
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.form import Form, Json, Tensors, activation, activation_name, is_tied, refuse
+from fastattn.lm.models.hf_formats.hf_format import (
+    HFFormat,
+    Json,
+    Tensors,
+    activation,
+    activation_name,
+    is_tied,
+    refuse,
+)
 
 
 def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
@@ -43,7 +51,7 @@ def _write(config: TransformerConfig) -> Json:
     } | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
 
 
-GPT2 = Form(
+GPT2 = HFFormat(
     model_type="gpt2",
     kind="decoder",
     prefix="transformer.",

@@ -1,10 +1,10 @@
-"""Llama's form, with and without tied embeddings, grouped heads and Llama 3.1's rotary scaling."""
+"""The format of Llama, with and without tied embeddings, grouped heads and Llama 3.1's rotary scaling."""
 
 from __future__ import annotations
 
 from fastattn.errors import DataError
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.form import Form, Json, Tensors, is_tied, refuse
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Tensors, is_tied, refuse
 from fastattn.nn.rotary import RotaryScaling
 
 
@@ -69,7 +69,7 @@ def _write(config: TransformerConfig) -> Json:
     }
 
 
-LLAMA = Form(
+LLAMA = HFFormat(
     model_type="llama",
     kind="decoder",
     prefix="model.",

@@ -1,10 +1,10 @@
-"""T5's form, of version 1.0 (relu) and 1.1 (gated gelu)."""
+"""The format of T5, of version 1.0 (relu) and 1.1 (gated gelu)."""
 
 from __future__ import annotations
 
 from fastattn.errors import DataError
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.form import Form, Json, Table, Tensors, is_tied
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Table, Tensors, is_tied
 
 
 def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
@@ -78,7 +78,7 @@ def _mlp(layer: str) -> Table:
     }
 
 
-T5 = Form(
+T5 = HFFormat(
     model_type="t5",
     kind="encoder-decoder",
     prefix="",

@@ -1,9 +1,9 @@
-"""ViT's form, alone and with the classification head."""
+"""The format of ViT, alone and with the classification head."""
 
 from __future__ import annotations
 
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.form import Form, Json, Tensors, activation, activation_name, refuse
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Tensors, activation, activation_name, refuse
 
 
 def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
@@ -45,7 +45,7 @@ def _write(config: TransformerConfig) -> Json:
     }
 
 
-VIT = Form(
+VIT = HFFormat(
     model_type="vit",
     kind="vision",
     prefix="vit.",

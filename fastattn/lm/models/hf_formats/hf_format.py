@@ -1,4 +1,4 @@
-"""What a form is: how one of Hugging Face's models writes its config and names its tensors.
+"""A format of Hugging Face: the config and the tensor names of one of its model types.
 
 A module of ours with several of theirs, as ``attention.qkv``, is theirs laid end to end.
 """
@@ -21,7 +21,7 @@ Table = dict[str, str]  # a module of ours, or a tensor that is in none: the mod
 
 
 @dataclass(frozen=True)
-class Form:
+class HFFormat:
     """One ``model_type`` of Hugging Face.
 
     Attributes:

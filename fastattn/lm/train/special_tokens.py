@@ -20,7 +20,7 @@ _PADDING = ("<pad>", "[PAD]")
 
 
 @dataclass(frozen=True)
-class Marks:
+class SpecialTokens:
     """Ids of special tokens.
 
     Attributes:
@@ -34,7 +34,7 @@ class Marks:
     target: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Marks:
+    def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
         """Find them by their usual names; raises DataError if there are none."""
         begin, end = _first(tokenizer, _BEGINNINGS), _first(tokenizer, _ENDINGS)
         target = _first(tokenizer, _PADDING) if begin is None else begin

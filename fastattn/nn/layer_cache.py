@@ -1,0 +1,83 @@
+"""One attention layer's view of a key/value cache: new tokens are appended, and queries attend to all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor
+
+from fastattn.decoding import attention_with_kv_cache
+
+Window = tuple[int | None, int | None]
+
+
+class LayerCache(ABC):
+    """Keys and values of one layer; ``KVCache`` and ``PagedLayer`` say where they lie.
+
+    Attributes:
+        keys: the store of keys.
+        values: the store of values.
+        k_scale: fp32 factor on the keys of an e4m3 cache; None is 1.
+        v_scale: likewise for the values.
+    """
+
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        window: Window | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Append the keys and values of new tokens, and attend from ``q`` to all tokens that the cache then holds.
+
+        Args:
+            q: ``(B, S_q, H_q, D_qk)``; the last query of a row stands at its last token. In a packed step of a
+                ``PagedKVCache`` q, k and v are ``(1, T, H, D)``.
+            k: ``(B, S, H_kv, D_qk)``.
+            v: ``(B, S, H_kv, D_v)``.
+            causal: this and the others as in ``fastattn.attention_with_kv_cache``.
+            window: as there.
+            scale: as there.
+            softcap: as there.
+            bias: as there, ``(B, H_q, S_q, S)`` by position of the key.
+            alibi_slopes: as there.
+            sinks: as there.
+            backend: as there.
+
+        Returns:
+            ``(B, S_q, H_q, D_v)``.
+
+        Raises:
+            InputError: a shape, dtype or device does not fit, there is no room left, or the tensors need gradients. The
+                cache stays as it was.
+        """
+        options: dict[str, Any] = {
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
+            "k_scale": self.k_scale, "v_scale": self.v_scale,
+        }  # fmt: skip
+        return self._append_and_attend(q, k, v, options)
+
+    @abstractmethod
+    def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """``attend``, with the keyword arguments of ``attention_with_kv_cache``."""
+
+    def _attend(self, q: Tensor, lengths: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """Append to the stores after ``lengths`` tokens, and attend."""
+        out = attention_with_kv_cache(q, self.keys, self.values, lengths, k, v, **options)
+        assert isinstance(out, Tensor)  # no lse was asked for
+        return out

@@ -1,0 +1,72 @@
+"""The way of a call: by the plan of its kind, if there is one; else checks, the operator, and a plan for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from fastattn import ops, plan
+from fastattn.arguments import with_rng_state
+from fastattn.autograd import attend, attend_as_planned, needs_gradient
+from fastattn.dispatch import check_name, requested
+from fastattn.kv_cache import CacheInputs, check_cache_inputs
+from fastattn.plan import Plan
+from fastattn.problem import TENSORS, Inputs, check_inputs
+from fastattn.spec import AttentionSpec
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def by_plan(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result | None:
+    """``out``, or ``(out, lse)``, in the layout of the call; None if its kind has no plan."""
+    if kind is None or (found := plan.known(kind)) is None:
+        return None
+    ops.refuse_context_parallel()
+    return attend_as_planned(found, q, k, v, with_lse)
+
+
+def serve(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None, heads_first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` in the internal layout. Leaves a plan for the ``kind`` of the call, which gave ``heads_first``."""
+    check_name(backend)
+    backend = requested(backend)
+    inputs = with_rng_state(inputs, spec)
+    check_inputs(inputs, spec)
+    results = attend(inputs, spec, backend)
+    if kind is not None and not plan.is_known(kind):
+        plan.remember(kind, _planned(inputs, spec, backend, heads_first))
+    return results
+
+
+def _planned(inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool) -> Plan | None:
+    needs_grad = needs_gradient(inputs)
+    if needs_grad and not all(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
+        return None
+    found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad)
+    return None if found is None else Plan(*found, ops.flatten(inputs, spec, backend)[len(TENSORS) :], heads_first)
+
+
+def cache_by_plan(kind: Hashable | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
+    """``(out, lse)`` of attention to a cache; None if the kind of the call has no plan."""
+    if kind is None or (run := plan.known(kind)) is None:
+        return None
+    ops.refuse_context_parallel()
+    out, lse = run(*tensors)
+    return out, lse
+
+
+def serve_cache(
+    inputs: CacheInputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of attention to a cache. Leaves a plan for the ``kind`` of the call."""
+    check_name(backend)
+    check_cache_inputs(inputs, spec)
+    backend = requested(backend)
+    with torch.no_grad():
+        results = ops.attend_to_cache(inputs, spec, backend)
+    if kind is not None and not plan.is_known(kind):
+        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend))
+    return results

@@ -1,0 +1,32 @@
+"""All that the process remembers from call to call, and one way to forget it: plans, choices, verdicts, warnings.
+
+A cache is registered where it is made. ``forget()`` empties them all, as after backends have come or gone, after the
+environment was changed, and between tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+_forget: list[Callable[[], object]] = []
+
+
+def on_forget(clear: Callable[[], object]) -> None:
+    """Have ``clear`` called by ``forget``."""
+    _forget.append(clear)
+
+
+def remembered(function: F) -> F:
+    """``functools.lru_cache`` for the last 1024 arguments, emptied by ``forget``."""
+    cached = functools.lru_cache(maxsize=1024)(function)
+    on_forget(cached.cache_clear)
+    return cached  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Empty every cache of the process."""
+    for clear in _forget:
+        clear()

@@ -1,0 +1,49 @@
+"""Private functions of torch that we read: one place, each with the versions it was seen in and what replaces it.
+
+Seen in torch 2.11, 2.13 and 2.14. A version that lacks one of them is served all the same, by the general path of
+``autograd.py``: a call counts as transformed or watched, which costs time and changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+def _found(module: Any, name: str) -> Callable[..., Any]:
+    return getattr(module, name, _always)
+
+
+# Whether vmap, grad, jvp or another transform of torch.func is active. Without it: always.
+is_transformed = _found(torch._C, "_are_functorch_transforms_active")
+# Whether torch.jit.trace records; how many TorchDispatchModes are on; whether autocast is on for any device. Without
+# them: always.
+_is_tracing = _found(torch._C, "_is_tracing")
+_dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
+_is_autocast = _found(torch._C, "_is_any_autocast_enabled")
+_forward_mode: Any = torch.autograd.forward_ad
+_profiler: Any = torch.autograd.profiler
+
+
+def is_in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed. Without ``_current_level``: no, and jvp raises torch's error."""
+    return getattr(_forward_mode, "_current_level", -1) >= 0
+
+
+def is_watched() -> bool:
+    """Whether a compiler, tracer, profiler, dispatch mode, autocast or a transform looks at operators."""
+    return bool(
+        torch.compiler.is_compiling()
+        or is_transformed()
+        or _dispatch_modes()
+        or _is_autocast()
+        or _is_tracing()
+        or is_in_forward_mode()
+        or getattr(_profiler, "_is_profiler_enabled", True)
+    )

@@ -1,0 +1,100 @@
+"""The documentation builds without a warning, has every public name, and no link of it leads nowhere or outside."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import fastattn
+
+pytest.importorskip("sphinx", reason="sphinx is not installed: pip install 'fastattn[docs]'")
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+# Modules whose names are public without a list of them.
+OPEN = ("fastattn.integrations.", "fastattn.measure.", "fastattn.inspection", "fastattn.testing.", "fastattn.spec")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the pages, built as ``make docs`` builds them."""
+    (recipe,) = re.findall(r"-m (sphinx .*) docs \S+$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", *recipe.split(), "docs", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def public_names() -> dict[str, object]:
+    """Every function and class that a user may import, under one of its names."""
+    found = {}
+    for info in pkgutil.walk_packages(fastattn.__path__, "fastattn."):
+        is_open = info.name.startswith(OPEN)
+        if not is_open and not info.ispkg:
+            continue
+        module = importlib.import_module(info.name)
+        for name in getattr(module, "__all__", vars(module) if is_open else ()):
+            value = getattr(module, name)
+            is_ours = inspect.isfunction(value) or inspect.isclass(value)
+            if is_ours and not name.startswith("_") and value.__module__.startswith("fastattn"):
+                found[f"{info.name}.{name}"] = value
+    return found | {f"fastattn.{name}": getattr(fastattn, name) for name in fastattn.__all__ if name[0] != "_"}
+
+
+def documented(site: Path) -> set[str]:
+    """The names in the site's inventory: four lines of header, then compressed lines that begin with a name."""
+    text = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    return {line.split()[0] for line in text.splitlines() if " py:" in line}
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    names = documented(site)
+    assert len(names) > 200
+    values = {id(value) for name, value in public_names().items() if name in names}
+    origins = {f"{v.__module__}.{v.__qualname__}" for v in public_names().values() if hasattr(v, "__qualname__")}
+    assert origins & names
+    missing = [
+        name
+        for name, value in public_names().items()
+        if id(value) not in values and f"{value.__module__}.{getattr(value, '__qualname__', name)}" not in names
+    ]
+    assert missing == []
+
+
+def test_no_link_leads_nowhere(site: Path) -> None:
+    ids = {page: set(re.findall(r'\bid="([^"]+)"', page.read_text(encoding="utf-8"))) for page in site.rglob("*.html")}
+    assert len(ids) > 30
+    for page, own in ids.items():
+        for link in re.findall(r'\b(?:href|src)="([^"]+)"', page.read_text(encoding="utf-8")):
+            if link.startswith(("https:", "data:", "mailto:", "javascript:")):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / unquote(path.partition("?")[0])).resolve() if path else page
+            assert target.exists(), f"{page.relative_to(site)}: {link}"
+            anchors = own if target == page else ids.get(target)
+            assert not anchor or anchors is None or unquote(anchor) in anchors, f"{page.relative_to(site)}: {link}"
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]*\bsrc="([^"]+)"', text)
+        loaded += re.findall(r'<link[^>]*rel="(?:stylesheet|preload|icon)"[^>]*href="([^"]+)"', text)
+        assert loaded and not [link for link in loaded if link.startswith(("http:", "https:", "//"))]
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_formulas_are_mathematics(site: Path) -> None:
+    text = (site / "reference" / "attention.html").read_text(encoding="utf-8")
+    assert text.count("<math ") > 5 and "softmax(cap(" not in text
+    assert "$$" not in text and "cdn" not in text.lower()
