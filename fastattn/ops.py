@@ -24,6 +24,7 @@ from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, fa
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
@@ -95,7 +96,7 @@ def _backward(
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastattn import rng
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen
+from fastattn.inspection import attention_weights
 from fastattn.integrations import transformers_packing as packing
 from fastattn.integrations.transformers_families import expects_float_masks, may_leave_masks_out, refuse_outsiders
-from fastattn.inspection import attention_weights
 from fastattn.nn.lazy import weights_when_read
 
 try:

@@ -18,6 +18,7 @@ from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
 from fastattn.nn.lazy import weights_when_read
 from fastattn.nn.rotary import Rotary
+from fastattn.torch_internals import autocast_dtype
 
 Window = tuple[int | None, int | None]
 
@@ -399,9 +400,9 @@ def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether ``x`` has the device of the parameters, and their dtype or one that autocast will change."""
-    device = x.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.device == weight.device and (x.dtype == weight.dtype or (autocasts and x.is_floating_point()))
+    if x.device == weight.device and x.dtype == weight.dtype:
+        return True
+    return x.device == weight.device and x.is_floating_point() and autocast_dtype(x.device.type) is not None
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from fastattn.errors import input_error
 from fastattn.arguments import autocast
+from fastattn.errors import input_error
 from fastattn.inspection import attention_weights, mean_attention_weights
 from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed
 

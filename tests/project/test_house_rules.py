@@ -28,11 +28,12 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "torch_internals",
-    "version",
+    "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec", "state",
+    "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference", "serving"
+    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
+    "serving",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -57,7 +58,8 @@ MAY_IMPORT = {
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
-    "serving": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan"},
+    "plain": {"problem", "reference", "spec", "torch_internals"},
+    "serving": VOCABULARY | {"plain", "arguments", "autograd", "dispatch", "ops", "plan"},
     "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "reference"},
