@@ -46,7 +46,7 @@ def plain_torch() -> Iterator[None]:
 
 def is_wanted() -> bool:
     """Whether the running call is recorded for a process without fastattn."""
-    return is_traced() or (not torch.compiler.is_dynamo_compiling() and _wanted.get())
+    return not torch.compiler.is_dynamo_compiling() and (is_traced() or _wanted.get())
 
 
 def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

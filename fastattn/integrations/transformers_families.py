@@ -2,8 +2,8 @@
 
 transformers leaves a mask out where causality alone is meant, and SDPA then asks each layer for ``is_causal``, taking a
 layer that does not say for a causal one. That is right for families whose layers all say and which transformers itself
-lets SDPA serve, or FlashAttention, if they are decoders alone: SDPA lacks the sinks and caps of some. Every other family
-gets its masks in full, as its own eager attention does. The mask function and the attention function both ask
+lets SDPA serve, or FlashAttention, if they are decoders alone: SDPA lacks the sinks and caps of some. Every other
+family gets its masks in full, as its own eager attention does. The mask function and the attention function both ask
 ``may_leave_masks_out``, so that they agree.
 """
 

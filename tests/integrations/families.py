@@ -37,15 +37,15 @@ SIZES = [
     (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|qk_head_dim", 8),
     (r"rotary_dim|head_dim|d_kv|.*_head_dim|attention_head_size|kv_channels", 8),
     (r".*num_key_value_heads|num_kv_heads|.*_kv_heads|n_head_kv|num_query_groups", 2),
-    (r".*num_attention_heads|n_heads?|.*num_heads|encoder_attention_heads|decoder_attention_heads|.*_attention_heads", 4),
+    (r".*num_attention_heads|n_heads?|.*num_heads|.*_attention_heads", 4),
     (r".*hidden_layers|n_layers?|num_layers|num_.*_layers|encoder_layers|decoder_layers|depth|.*_num_layers", 2),
     (r"num_experts_per_tok|moe_topk|moe_top_k|top_k|topk|num_experts_per_token|experts_per_token", 2),
     (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts|first_k_dense_replace", 1),
     (r"n_routed_experts|num_.*experts|moe_num_experts|num_experts", 4),
     (r"sliding_window|sliding_window_size|local_attention|attention_window", 4),
-    (r"intermediate_size|.*_ffn_dim|ffn_dim|d_ff|n_inner|.*intermediate_size|mlp_dim|ffn_hidden_size|feed_forward.*size", 48),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|.*max_position_embeddings|max_target_positions|seq_length", 64),
-    (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|dim|width|.*hidden_size|.*embed_dim|.*_hidden_dim|d_embed", 32),
+    (r".*_ffn_dim|ffn_dim|d_ff|n_inner|.*intermediate_size|mlp_dim|ffn_hidden_size|feed_forward.*size", 48),
+    (r"n_positions|n_ctx|max_seq_len|.*max_position_embeddings|max_target_positions|seq_length", 64),
+    (r"d_model|n_embd|embedding_size|dim|width|.*hidden_size|.*embed_dim|.*_hidden_dim|d_embed", 32),
     (r"projection_dim|out_hidden_size|classifier_proj_size|projector_hidden.*|.*proj_dim|output_dim", 32),
     (r"image_size|input_size", 16), (r"patch_size", 4), (r"num_mel_bins|input_feat_per_channel|feature_size", 8),
     (r"num_labels", 3), (r"num_frames", 2),
@@ -195,7 +195,7 @@ def count_calls():
         calls["n"] += 1
         return integration.attention_forward(*args, **options)
 
-    T.AttentionInterface.register("fastattn", counted)
+    T.AttentionInterface.register("fastattn", counted)  # register() puts the function itself back
     return calls
 
 
@@ -284,7 +284,7 @@ def verdict(results):
             return word
     values = {name: x for name, x in results.items() if name != "calls"}
     wrong = [n for n, x in values.items() if (isinstance(x, float) and not x <= TOLERANCE)]
-    wrong += [n for n, x in values.items() if isinstance(x, str) and not x.startswith("eager:")]
+    wrong += [n for n, x in values.items() if isinstance(x, str) and not x.startswith(("eager:", "UnsupportedError"))]
     return (
         f"differs: {', '.join(wrong)}" if wrong else ("same" if results["calls"] else "no attention of the interface")
     )

@@ -40,9 +40,10 @@ LOOKS = {
     "dtype": lambda w: w.float(), "einsum": lambda w: torch.einsum("bij->bi", w), "view": lambda w: w.view(N, -1),
     "iteration": lambda w: torch.stack(list(w)), "repr": lambda w: torch.tensor(list(map(ord, repr(w.detach())))),
     "pickle": lambda w: pickle.loads(pickle.dumps(w.detach())), "deepcopy": lambda w: copy.deepcopy(w.detach()),
-    "save": lambda w: saved(w.detach()), "compare": lambda w: w > 0.1, "copy into": lambda w: torch.zeros_like(w).copy_(w),
+    "save": lambda w: saved(w.detach()), "compare": lambda w: w > 0.1,
+    "copy into": lambda w: torch.zeros(N, S, S, dtype=w.dtype).copy_(w),
     "out": lambda w: torch.mul(w.detach(), 2, out=torch.empty(N, S, S, dtype=w.dtype)), "data": lambda w: w.data * 1,
-    "module": lambda w: nn.Linear(S, 2, dtype=w.dtype).requires_grad_(False).apply(nn.init.ones_ if False else ones)(w),
+    "module": lambda w: nn.Linear(S, 2, dtype=w.dtype).requires_grad_(False).apply(ones)(w),
 }  # fmt: skip
 
 

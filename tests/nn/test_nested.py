@@ -28,8 +28,10 @@ def nested(rows, layout):
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"num_kv_heads": 2, "rope": True, "window": (2, 0), "qk_norm": True, "sinks": True}], ids=["plain", "all"]
-)  # fmt: skip
+    "options",
+    [{}, {"num_kv_heads": 2, "rope": True, "window": (2, 0), "qk_norm": True, "sinks": True}],
+    ids=["plain", "all"],
+)
 def test_each_sequence_is_computed_alone(layout, options):
     module, rows = build(**options), [x.requires_grad_() for x in sequences()]
     x = nested(rows, layout)
@@ -54,7 +56,7 @@ def test_cross_attention():
 
 def test_what_is_refused():
     module, x = build(), nested(sequences(), torch.jagged)
-    with pytest.raises(InputError, match="a nested tensor with need_weights.*need_weights=False"):
+    with pytest.raises(InputError, match=r"a nested tensor with need_weights.*need_weights=False"):
         module(x, x, x)
     with pytest.raises(InputError, match="key_padding_mask"):
         module(x, x, x, need_weights=False, key_padding_mask=torch.zeros(3, 7, dtype=torch.bool))

@@ -221,6 +221,7 @@ def test_peft_adapts_replaced_layers(targets):
     before = encoder(x)
     assert replace_attention(encoder)
     adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    adapted.double()
     out = adapted(x)
     out.square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
