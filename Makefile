@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu gpu clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu gpu sweep test-versions clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -60,6 +60,12 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
+sweep: install   ## every family of transformers beside eager, and the page of docs/ that says what was found
+	PYTHONPATH=. $(BIN)/python tests/integrations/families.py --jobs $(JOBS) --table docs/guides/transformers_families.md
+
+test-versions:   ## the tests that depend on versions under each supported torch; makes environments of several GB
+	$(PYTHON) tests/versions.py --jobs $(JOBS)
+
 test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
 
@@ -67,4 +73,4 @@ gpu:             ## everything that needs a GPU in one report, under 9 minutes; 
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report
+	rm -rf $(VENV) .venv-versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report

@@ -138,6 +138,11 @@ def first_tensor(outputs):
     return next(x for x in outputs.to_tuple() if isinstance(x, torch.Tensor))
 
 
+def outputs(model, given):
+    torch.manual_seed(1)  # some draw which patches they mask
+    return first_tensor(model(**given))
+
+
 def error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
 
@@ -148,8 +153,8 @@ def compare(family):
     given, results = inputs_of(eager), {}
     calls = count_calls()
     with torch.no_grad():
-        expected = first_tensor(eager(**given))
-        results["outputs"] = error(first_tensor(fast(**given)), expected)
+        expected = outputs(eager, given)
+        results["outputs"] = error(outputs(fast, given), expected)
     results["calls"] = calls["n"]
     text = "decoder_input_ids" if "decoder_input_ids" in given else "input_ids"
     mask = "attention_mask" if "attention_mask" in inspect.signature(eager.forward).parameters else None
@@ -204,7 +209,7 @@ def gradients(eager, fast, given):
     for model in (eager, fast):
         model.zero_grad()
         with eager_may_fail() if model is eager else contextlib.nullcontext():
-            first_tensor(model(**given)).pow(2).mean().backward()
+            outputs(model, given).pow(2).mean().backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     largest = max(float(g.abs().max()) for g in found[0].values())
@@ -220,8 +225,8 @@ def padded(eager, fast, given, side):
     mask = mask.flip(1) if side == "right" else mask
     given = given | {"attention_mask": mask}
     with eager_may_fail():
-        expected = first_tensor(eager(**given))
-    found = first_tensor(fast(**given))
+        expected = outputs(eager, given)
+    found = outputs(fast, given)
     if expected.shape[:2] == mask.shape:
         expected, found = expected[mask.bool()], found[mask.bool()]
     return error(found, expected)
@@ -234,7 +239,7 @@ def future(eager, fast, given, text):
     other[text][:, -1] = 5
     changes = []
     for model in (eager, fast):
-        a, b = first_tensor(model(**given)), first_tensor(model(**other))
+        a, b = outputs(model, given), outputs(model, other)
         if a.shape[1] != given[text].shape[1]:
             raise NotPossible("outputs are not one for each token")
         changes.append(float((a - b)[:, :-1].abs().max() / a.abs().max()))
@@ -290,11 +295,42 @@ def verdict(results):
     )
 
 
+def page(verdicts):
+    """The page of docs/ that says what the sweep found."""
+    kinds = {}
+    for family, kind in sorted(verdicts.items()):
+        kinds.setdefault(kind.split(":")[0], []).append(f"`{family}`")
+    titles = {
+        "same": "computes as eager does",
+        "differs": "differs from eager",
+        "refused": "is refused: the family computes attention itself",
+        "no attention of the interface": "calls no attention of transformers' interface",
+        "not built": "was not built tiny, and so not compared",
+    }
+    lines = [
+        "# Families of transformers",
+        "",
+        f"Made by `make sweep` with transformers {T.__version__}: a tiny random model of each family, `fastattn` beside",
+        "`eager` in fp32: outputs without padding and with padding on either side, gradients, whether earlier tokens",
+        "notice later ones, and greedy generation with a dynamic and a static cache, as far as the family takes the",
+        f"inputs. {len(verdicts)} model types.",
+        "",
+        '| with `attn_implementation="fastattn"` the family | how many |',
+        "| --- | --- |",
+        *(f"| {title} | {len(kinds.get(kind, []))} |" for kind, title in titles.items()),
+    ]
+    for kind, title in titles.items():
+        if kinds.get(kind) and kind != "not built":
+            lines += ["", f"## {title[0].upper()}{title[1:]}", "", ", ".join(kinds[kind])]
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="*")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="the page to write")
     arguments = parser.parse_args()
     families = arguments.family or sorted(T.CONFIG_MAPPING)
     found = {}
@@ -304,6 +340,9 @@ def main():
             print(f"{family:<28} {verdict(results):<24} {json.dumps(results)[:300]}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(dict(sorted(found.items())), indent=1))
+    if arguments.table:
+        verdicts = {family: verdict(results) for family, results in found.items()}
+        arguments.table.write_text(page(verdicts), encoding="utf-8")
     counts = {}
     for results in found.values():
         kind = verdict(results).split(":")[0]

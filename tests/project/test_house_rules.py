@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "plan": {"backends", "state", "torch_internals"},
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
-    "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
+    "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec", "torch_internals"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"plain", "arguments", "autograd", "dispatch", "ops", "plan"},

@@ -221,7 +221,7 @@ def flash_attn_with_kvcache(
     Example:
         >>> import torch
         >>> from fastattn.integrations.flash_attn import flash_attn_with_kvcache
-        >>> k_cache, v_cache = torch.zeros(2, 2, 100, 4, 64)
+        >>> k_cache, v_cache = (torch.zeros(2, 100, 4, 64) for _ in range(2))
         >>> q, k, v = torch.randn(3, 2, 1, 4, 64)
         >>> lengths = torch.tensor([5, 60], dtype=torch.int32)
         >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
