@@ -249,7 +249,7 @@ def _one_by_one(size: int, in_dims: Dims, args: Sequence[Any], function: Callabl
     """Each sample by a call of its own."""
     samples = []
     for n in range(size):
-        at_n = (x if dim is None else x.select(dim, n) for x, dim in zip(args, in_dims, strict=True))
+        at_n = (x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))
         samples.append(function(*at_n))
     return tuple(torch.stack(each) for each in zip(*samples, strict=True)), (0,) * len(samples[0])
 

@@ -110,17 +110,17 @@ def attention(
         kind = plan.kind_of((q, k, v), options)
         if (planned := by_plan(kind, q, k, v, return_lse)) is not None:
             return planned
-    options: dict[str, Any] = {
+    given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
         "rng_state": rng_state, "layout": layout,
     }  # fmt: skip
     if has_torch_function_variadic(q, k, v):
-        options |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
-        return handle_torch_function(attention, (q, k, v), q, k, v, **options)
+        given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
+        return handle_torch_function(attention, (q, k, v), q, k, v, **given)
     if q.is_nested:
-        return _of_nested(q, k, v, options, return_lse or return_weights, backend)
-    inputs, spec = dense_problem(q, k, v, **options)
+        return _of_nested(q, k, v, given, return_lse or return_weights, backend)
+    inputs, spec = dense_problem(q, k, v, **given)
     inputs = with_rng_state(inputs, spec)
     out, lse = serve(inputs, spec, backend, kind, layout == "BHSD")
     out = from_internal(out, layout)
@@ -259,9 +259,9 @@ def scaled_dot_product_attention(
             assert isinstance(planned, Tensor)
             return _in_order_of(query, planned)
     if has_torch_function_variadic(query, key, value):
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        return handle_torch_function(scaled_dot_product_attention, (query, key, value), *given, **options)
+        given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
+        scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        return handle_torch_function(scaled_dot_product_attention, (query, key, value), *given, **scaling)
     if query.is_nested:
         return _torch_of_nested(query, key, value, attn_mask, dropout_p, is_causal, scale)
     inputs, spec, shape = torch_problem(
@@ -289,10 +289,9 @@ def _of_nested(
         allowed = "three nested tensors (N, S_n, H, D), causal, window, scale, softcap, alibi_slopes, sinks, dropout_p"
         raise input_error("q", given_text, allowed, "Sequences of different lengths have no common mask; pad them.")
     packed_q, packed_k, packed_v = (Packed.of(x) for x in (q, k, v))
-    longest = {"max_seqlen_q": packed_q.longest, "max_seqlen_kv": packed_k.longest}
+    options |= {"max_seqlen_q": packed_q.longest, "max_seqlen_kv": packed_k.longest, "backend": backend}
     boundaries = packed_q.offsets, packed_k.offsets
-    values = packed_q.values, packed_k.values, packed_v.values
-    out = attention_varlen(*values, *boundaries, **longest, backend=backend, **options)
+    out = attention_varlen(packed_q.values, packed_k.values, packed_v.values, *boundaries, **options)
     assert isinstance(out, Tensor)
     return packed_q.nested(out)
 
@@ -308,7 +307,7 @@ def _torch_of_nested(
 ) -> Tensor:
     """``scaled_dot_product_attention`` of jagged tensors ``(N, H, S_n, E)``; causal counts from the upper left."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if attn_mask is not None or (is_causal and not torch.equal(*(x.offsets() for x in (q, k)))):
+    if attn_mask is not None or (is_causal and not torch.equal(Packed.of(q).offsets, Packed.of(k).offsets)):
         todo = "Pass equal lengths, or fastattn.attention, whose causal=True counts from the lower right."
         raise input_error("query", "a nested tensor with attn_mask or other lengths than key", "neither", todo)
     out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.torch_internals import jagged_lengths
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -27,9 +29,10 @@ class Packed:
     @classmethod
     def of(cls, x: Tensor) -> Packed:
         if x.layout == torch.jagged:
-            lengths = x.offsets().diff()
-            longest = int(lengths.max()) if x._maybe_max_seqlen is None else x._maybe_max_seqlen
-            return cls(x.values(), x.offsets().to(torch.int32), longest, x)
+            offsets: Tensor = x.offsets()  # type: ignore[attr-defined]
+            longest = jagged_lengths(x)[1]
+            longest = int(offsets.diff().max()) if longest is None else longest
+            return cls(x.values(), offsets.to(torch.int32), longest, x)
         rows = x.unbind()
         ends = torch.tensor([0, *(row.shape[0] for row in rows)], dtype=torch.int32, device=x.device).cumsum(0)
         return cls(torch.cat(rows), ends.to(torch.int32), max(row.shape[0] for row in rows), x)
@@ -37,8 +40,9 @@ class Packed:
     def nested(self, values: Tensor) -> Tensor:
         """``(T, ...)`` as a nested tensor of the same sequences and layout."""
         if self.like.layout == torch.jagged:
-            lengths = {"min_seqlen": self.like._maybe_min_seqlen, "max_seqlen": self.longest}
-            return torch.nested.nested_tensor_from_jagged(values, self.like.offsets(), **lengths)
+            lengths = {"min_seqlen": jagged_lengths(self.like)[0], "max_seqlen": self.longest}
+            offsets: Tensor = self.like.offsets()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(values, offsets, **lengths)
         return torch.nested.as_nested_tensor(list(values.split(self.offsets.diff().tolist())))
 
     def positions(self) -> Tensor:

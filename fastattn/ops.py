@@ -197,7 +197,7 @@ def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_shared_storage(inputs: CacheInputs) -> None:
-    """A compiled step writes into both caches: where they are parts of one tensor, it would copy all of it each time."""
+    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
     k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
     if k_storage == v_storage:
         todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."

@@ -58,3 +58,8 @@ def is_watched() -> bool:
         or is_in_forward_mode()
         or getattr(_profiler, "_is_profiler_enabled", True)
     )
+
+
+def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
+    """Shortest and longest of a jagged nested tensor, where it knows them; without these attributes they are read."""
+    return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)

@@ -8,6 +8,7 @@ what is known not to concern it is listed in ``IRRELEVANT``; anything else raise
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,13 +84,12 @@ def attention_mask(
     """
     if config is not None:
         refuse_outsiders(config)
-    keeps = sdpa_mask(
-        *args,
-        config=config,
-        allow_is_causal_skip=allow_is_causal_skip and config is not None and may_leave_masks_out(config),
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
-        **others,
-    )
+    others |= {
+        "config": config,
+        "allow_is_causal_skip": allow_is_causal_skip and config is not None and may_leave_masks_out(config),
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+    }
+    keeps = sdpa_mask(*args, **others)
     if keeps is None:
         return None
     made = keeps
@@ -97,7 +97,7 @@ def attention_mask(
         dtype = others.get("dtype", torch.float32)
         made = torch.where(keeps, torch.zeros((), dtype=dtype, device=keeps.device), torch.finfo(dtype).min)
     if not torch.compiler.is_compiling():
-        made.keeps, made.knows_no_documents = keeps, not allow_is_bidirectional_skip
+        vars(made).update(keeps=keeps, knows_no_documents=not allow_is_bidirectional_skip)
     return made
 
 
@@ -135,9 +135,15 @@ class _Call:
 
     def packed(self, cu_q: Tensor, cu_kv: Tensor, max_q: int | None, max_kv: int | None) -> Tensor:
         q, k, v = (x.flatten(0, 1) for x in (self.q, self.k, self.v))
-        options = {"max_seqlen_q": max_q, "max_seqlen_kv": max_kv, "causal": self.causal, "window": self.window}
+        options: dict[str, Any] = {
+            "max_seqlen_q": max_q,
+            "max_seqlen_kv": max_kv,
+            "causal": self.causal,
+            "window": self.window,
+        }
         out = attention_varlen(q, k, v, cu_q, cu_kv, **options, **self.scores)
-        return out.view(*self.q.shape[:2], *out.shape[1:])  # type: ignore[union-attr]
+        assert isinstance(out, Tensor)
+        return out.view(*self.q.shape[:2], *out.shape[1:])
 
     def with_sinks_of_rows(self, sinks: Tensor, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
         """A sink for each row, ``(B, H_q, S_q, 1)``: it takes ``exp(sink)`` of ``exp(lse) + exp(sink)``."""
@@ -224,8 +230,9 @@ def attention_forward(
         chosen = chosen.scatter(-1, indices.long(), True)[:, None]
         mask = chosen if mask is None else mask & chosen
     of_heads = s_aux if s_aux is not None else sinks if sinks is not None and sinks.dim() == 1 else None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     call = _Call(
-        *(x.transpose(1, 2) for x in (query, key, value)), mask, bias, causal,
+        q, k, v, mask, bias, causal,
         window if attention_mask is None else None,
         {"scale": scaling, "softcap": softcap, "sinks": of_heads, "dropout_p": dropout},
         bool(output_attentions) or _capturing_attentions(),
@@ -268,7 +275,7 @@ def _by_boundaries(
     cu_q, cu_kv = (x.to(torch.int32) for x in cu_seq_lens if x is not None)
     max_q, max_kv = (None if n is None else int(n) for n in longest)
     if call.mask is not None and call.bias is None and not call.with_weights:
-        may_say = (
+        may_say: Iterator[dict[str, Any]] = (
             {"causal": causal, "window": within}
             for causal, within in ((True, window), (False, None))
             if packing.says_no_more(call.mask, cu_seq_lens[0], causal, within)

@@ -211,6 +211,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if need_weights and options["dropout_p"]:
             options["rng_state"] = rng.new_rng_state(q.device)
         out = attention(q, k, v, backend=self.backend, **options)
+        assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
         if not need_weights:
             return out, None
@@ -232,9 +233,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = (packed[id(x)] for x in (query, key, value))
         if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
             raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
-        heads = (x.unflatten(-1, (-1, self.head_dim)) for x in self._project(q.values, k.values, v.values))
+        projected = self._project(q.values, k.values, v.values)
+        heads_q, heads_k, heads_v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        positions = q.positions() if self.rotary is not None else None
         out = attention_varlen(
-            *self._rotated(*heads, q.positions() if self.rotary is not None else None), q.offsets, k.offsets,
+            *self._rotated(heads_q, heads_k, heads_v, positions), q.offsets, k.offsets,
             max_seqlen_q=q.longest, max_seqlen_kv=k.longest, window=self.window, softcap=self.softcap,
             sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
         )  # fmt: skip

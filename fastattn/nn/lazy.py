@@ -50,7 +50,7 @@ class LazyTensor(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Callers from C++, which no ``__torch_function__`` sees; autograd stands above and has the history."""
         args, kwargs = tree_map_only(LazyTensor, lambda x: x._source.value().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)

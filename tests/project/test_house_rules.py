@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "version": set(),
     "spec": set(),
     "rotary": set(),
-    "nested": set(),
+    "nested": {"torch_internals"},
     "state": set(),
     "torch_internals": set(),
     "numerics": {"torch_internals"},

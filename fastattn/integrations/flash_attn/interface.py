@@ -143,7 +143,7 @@ def flash_attn_varlen_func(
     if block_table is not None:
         _refuse_dropout(dropout_p)
         lengths = cu_seqlens_k.diff().to(torch.int32)
-        paged = {"block_table": block_table, "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+        paged: dict[str, Any] = {"block_table": block_table, "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
         with torch.no_grad():
             out, lse = attention_with_kv_cache(q, k, v, lengths, return_lse=True, **paged, **scores)
         return (out, lse, q.new_empty(0)) if return_attn_probs else out
