@@ -267,6 +267,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._widths(), dim=-1)
+        if self.in_proj_weight is not None and key is value:
+            e, e_kv, _ = self._widths()
+            weight_q, weight_kv = self.in_proj_weight.split((e, 2 * e_kv))
+            bias_q, bias_kv = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split((e, 2 * e_kv))
+            return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).split(e_kv, dim=-1)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.split(self._widths())
         else:
@@ -319,8 +324,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return bias, keep, segment_ids
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        is_self = query is key is value and self.in_proj_weight is not None
+        if is_self and query.dim() == 3 and query.shape[-1] == self.embed_dim and _fits(query, weight):
+            return  # the commonest call
+        named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         order = "(N, S, {0})" if self.batch_first else "(S, N, {0})"
         for name, x, width in named:
             if not isinstance(x, Tensor):
