@@ -47,7 +47,7 @@ docs: install    ## build the documentation in site/, offline, with warnings as 
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
 
 tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
-	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md
+	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md docs/guides/train_from_scratch.md
 	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU

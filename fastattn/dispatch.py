@@ -124,7 +124,7 @@ def _warn_slow(problem: Problem) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``fastattn.explain`` found. Prints as a table.
+    """The answer of ``fastattn.explain``. Prints as a table.
 
     Attributes:
         chosen: the backend that would serve the call; None if none can.

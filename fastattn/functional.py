@@ -77,7 +77,7 @@ def attention(
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
         return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
-            for looking at, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
+            for inspection, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
             over the heads, computed one by one. ``out`` is not touched.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
@@ -106,10 +106,10 @@ def attention(
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
     kind = None
     if bias is mask is alibi_slopes is sinks is segment_ids is None and not dropout_p and not return_weights:
-        options = ("attention", causal, window, scale, softcap, layout, requested(backend))
-        kind = plan.kind_of((q, k, v), options)
-        if (planned := by_plan(kind, q, k, v, return_lse)) is not None:
-            return planned
+        options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
+        kind, planned = plan.look_up((q, k, v), options)
+        if planned is not None:
+            return by_plan(planned, q, k, v, return_lse)
     given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
@@ -122,7 +122,7 @@ def attention(
         return _of_nested(q, k, v, given, return_lse or return_weights, backend)
     inputs, spec = dense_problem(q, k, v, **given)
     inputs = with_rng_state(inputs, spec)
-    out, lse = serve(inputs, spec, backend, kind, layout == "BHSD")
+    out, lse = serve(inputs, spec, backend, kind=kind, heads_first=layout == "BHSD", with_lse=return_lse)
     out = from_internal(out, layout)
     extras = [lse] if return_lse else []
     if return_weights:
@@ -254,10 +254,10 @@ def scaled_dot_product_attention(
     """
     kind = None
     if attn_mask is None and not dropout_p:
-        kind = plan.kind_of((query, key, value), ("torch", is_causal, scale, enable_gqa, requested(None)))
-        if (planned := by_plan(kind, query, key, value, False)) is not None:
-            assert isinstance(planned, Tensor)
-            return _in_order_of(query, planned)
+        options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
+        kind, planned = plan.look_up((query, key, value), options)
+        if planned is not None:
+            return _in_order_of(query, by_plan(planned, query, key, value, False))  # type: ignore[arg-type]
     if has_torch_function_variadic(query, key, value):
         given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
         scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
@@ -268,7 +268,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     is_plain = query.dim() == key.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
-    out, _ = serve(inputs, spec, None, kind if is_plain else None, heads_first=True)
+    out, _ = serve(inputs, spec, None, kind=kind if is_plain else None, heads_first=True)
     return _in_order_of(query, out.transpose(1, 2).reshape(shape))
 
 
@@ -336,7 +336,7 @@ def explain(
     return_weights: bool | Literal["mean"] = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``fastattn.attention`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
 
     Nothing is computed and no random number is drawn; tensors may lie on the meta device.
 
@@ -396,7 +396,7 @@ def explain_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``fastattn.attention_varlen`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``fastattn.attention_varlen``, with the reasons against the others.
 
     As ``fastattn.explain``; the longest sequences are read from ``cu_seqlens`` where they are not given.
 

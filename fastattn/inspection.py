@@ -1,4 +1,4 @@
-"""Looking inside attention: exact probabilities of chosen rows and heads, their summaries, and a plot of them."""
+"""Attention weights for inspection: exact probabilities of chosen rows and heads, summaries, and plots."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def attention_weights(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
 ) -> Tensor:
-    """The attention weights of chosen query rows and heads: what ``attention`` multiplies the values with.
+    """The attention weights of chosen query rows and heads, which ``attention`` multiplies the values with.
 
-    ``softmax(cap(scale * q @ k^T) + bias + alibi, where kept)``, by the reference formula whatever the backend. Only
-    the rows asked for are computed, so looking at 10 rows of 100,000 tokens takes 10 rows of memory.
+    ``softmax(cap(scale * q @ k^T) + bias + alibi, where kept)``, by the reference formula. Only the rows asked for
+    are computed, so 10 rows of 100,000 tokens take 10 rows of memory.
 
     Args:
         q: queries ``(B, S_q, H_q, D_qk)``, all of them.
         k: keys ``(B, S_kv, H_kv, D_qk)``.
-        rows: query rows to look at, negative ones counted from the end; None is all of them, ``S_q x S_kv``.
-        heads: query heads to look at, likewise; None is all.
+        rows: query rows; negative ones count from the end; None is all of them, ``S_q x S_kv``.
+        heads: query heads, likewise; None is all.
         causal: this and the remaining options are those of ``fastattn.attention``; tensors keep their full shapes.
         window: as in ``attention``.
         scale: as in ``attention``.
@@ -134,7 +134,7 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """How spread out each row attends: ``-sum_j p_j log p_j`` in nats, 0 for one key, ``log(n)`` for n equal ones.
+    """The entropy of each row, ``-sum_j p_j log p_j`` in nats: 0 for one key, ``log(n)`` for n equal ones.
 
     Args:
         weights: ``(..., S_q, S_kv)`` from ``attention_weights``.
@@ -152,7 +152,7 @@ def attention_entropy(weights: Tensor) -> Tensor:
 
 
 def attention_rollout(layers: Sequence[Tensor]) -> Tensor:
-    """How much of each input token reaches each output token, through attention and residual connections.
+    """Attention rollout: how much of each input token reaches each output token, residual connections included.
 
     The product over the layers of ``(mean over heads of the weights + identity) / 2``, rows normalised.
 

@@ -40,9 +40,9 @@ class Packed:
     def nested(self, values: Tensor) -> Tensor:
         """``(T, ...)`` as a nested tensor of the same sequences and layout."""
         if self.like.layout == torch.jagged:
-            lengths = {"min_seqlen": jagged_lengths(self.like)[0], "max_seqlen": self.longest}
+            shortest = jagged_lengths(self.like)[0]
             offsets: Tensor = self.like.offsets()  # type: ignore[attr-defined]
-            return torch.nested.nested_tensor_from_jagged(values, offsets, **lengths)
+            return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=shortest, max_seqlen=self.longest)
         return torch.nested.as_nested_tensor(list(values.split(self.offsets.diff().tolist())))
 
     def positions(self) -> Tensor:

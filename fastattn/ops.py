@@ -117,13 +117,21 @@ def _check_values(inputs: Inputs) -> None:
 
 
 def prepared(
-    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool, with_lse: bool, heads_first: bool
 ) -> tuple[Run, Run | None] | None:
-    """What serves calls on q, k and v like this one, forward and backward; None if its backend has nothing."""
+    """Runs for calls on q, k and v like this one, forward and backward; None if its backend has none."""
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
-    forward = chosen.prepared_forward(inputs, spec)
-    backward = chosen.prepared_backward(inputs, spec) if needs_grad else None
+    forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
+    backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
     return None if forward is None or (needs_grad and backward is None) else (forward, backward)
+
+
+def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
+    """A tensor without memory and with the strides of a contiguous gradient, in the internal layout."""
+    batch, rows, heads, dim = inputs.out_shape()
+    shape = (batch, heads, rows, dim) if heads_first else (batch, rows, heads, dim)
+    dout = torch.empty(shape, dtype=inputs.q.dtype, device="meta")
+    return dout.transpose(1, 2) if heads_first else dout
 
 
 def _fake_forward(*args: Any) -> Outputs:
@@ -184,7 +192,7 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
+    """A run for calls on a cache like this one, which checks values only; None if its backend has none."""
     return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 

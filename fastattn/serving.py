@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
 from fastattn.autograd import attend, attend_as_planned, needs_gradient
+from fastattn.backends.base import Run
 from fastattn.dispatch import check_name, requested
-from fastattn.kv_cache import CacheInputs, check_cache_inputs
+from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
 from fastattn.problem import TENSORS, Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -19,18 +20,25 @@ from fastattn.spec import AttentionSpec
 Result = Tensor | tuple[Tensor, Tensor]
 
 
-def by_plan(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result | None:
-    """``out``, or ``(out, lse)``, in the layout of the call; None if its kind has no plan."""
-    if kind is None or (found := plan.known(kind)) is None:
-        return None
+def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result:
+    """``out``, or ``(out, lse)``, in the layout of the call."""
     ops.refuse_context_parallel()
     return attend_as_planned(found, q, k, v, with_lse)
 
 
 def serve(
-    inputs: Inputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None, heads_first: bool = False
+    inputs: Inputs,
+    spec: AttentionSpec,
+    backend: str | None,
+    *,
+    kind: Hashable | None = None,
+    heads_first: bool = False,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` in the internal layout. Leaves a plan for the ``kind`` of the call, which gave ``heads_first``."""
+    """``(out, lse)`` in the internal layout.
+
+    Leaves a plan for the ``kind`` of the call, whose tensors were ``heads_first``, and which may give lse ``with_lse``.
+    """
     check_name(backend)
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
@@ -39,22 +47,22 @@ def serve(
         return plain.attend(inputs, spec)
     results = attend(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, _planned(inputs, spec, backend, heads_first))
+        plan.remember(kind, _planned(inputs, spec, backend, heads_first, with_lse))
     return results
 
 
-def _planned(inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool) -> Plan | None:
-    needs_grad = needs_gradient(inputs)
-    if needs_grad and not all(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
+def _planned(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool, with_lse: bool
+) -> Plan | None:
+    needs_grad, qkv = needs_gradient(inputs), (inputs.q, inputs.k, inputs.v)
+    if not plan.is_plain(qkv) or (needs_grad and not all(x.requires_grad for x in qkv)):
         return None
-    found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad)
+    found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad, with_lse=with_lse, heads_first=heads_first)
     return None if found is None else Plan(*found, ops.flatten(inputs, spec, backend)[len(TENSORS) :], heads_first)
 
 
-def cache_by_plan(kind: Hashable | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
-    """``(out, lse)`` of attention to a cache; None if the kind of the call has no plan."""
-    if kind is None or (run := plan.known(kind)) is None:
-        return None
+def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of attention to a cache."""
     ops.refuse_context_parallel()
     out, lse = run(*tensors)
     return out, lse
@@ -70,5 +78,6 @@ def serve_cache(
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend))
+        is_plain = plan.is_plain([getattr(inputs, name) for name in CACHE_TENSORS])
+        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend) if is_plain else None)
     return results

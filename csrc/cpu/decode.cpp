@@ -274,27 +274,12 @@ void join(Params const& p, Sequence const& s, float* parts, int count) {
   for (int row = 0; row < s.rows; ++row) join_row(p, s, parts, count, row);
 }
 
-bool runs_here() {
-#ifdef __AVX512F__
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512cd") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl"))
-    return false;
-#endif
-#ifdef __AVX2__
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi") ||
-      !__builtin_cpu_supports("bmi2"))
-    return false;
-#endif
-  return true;
-}
-
-#define FA_TEXT(x) #x
-#define FA_NAME(x) FA_TEXT(x)
-
 }  // namespace
 
-extern "C" fa::cpu::Machine const* FA_MACHINE() {
-  static constexpr Machine machine{FA_NAME(FA_MACHINE), runs_here, attend, join};
-  return &machine;
+#define FA_JOIN(machine) fa_decode_##machine
+#define FA_NAME(machine) FA_JOIN(machine)
+
+extern "C" __attribute__((visibility("hidden"))) fa::cpu::Decode const* FA_NAME(FA_MACHINE)() {
+  static constexpr Decode kernels{attend, join};
+  return &kernels;
 }

@@ -48,9 +48,7 @@ static inline Scratch scratch_at(float* memory, int64 rows, int64 dim) {
   return {memory, memory + rows * padded(dim)};
 }
 
-struct Machine {
-  const char* name;
-  bool (*runs_here)();
+struct Decode {  // what the library asks of a set of instructions
   void (*attend)(Params const&, Sequence const&, Range keys, Scratch, Part);
   void (*join)(Params const&, Sequence const&, float* parts, int count);
 };

@@ -1,4 +1,5 @@
-// The binary interface of attention to a cache on a CPU: one flat struct, the same bytes for Python and C++.
+// The binary interface of attention on a CPU: one flat struct for caches and one for the rest, the same bytes for Python
+// and C++.
 //
 // Every field is 8 bytes wide and the version comes first, so that `struct.pack` writes it and no compiler can pad it.
 // Strides are in elements, and the head dim is contiguous everywhere.
@@ -9,12 +10,13 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 1;
+constexpr int64 kVersion = 1, kAttentionVersion = 1;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
 
-enum Dtype : int64 { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat8 = 3 };  // kFloat8: e4m3, of caches alone
+// kFloat8: e4m3, of caches alone; kFloat64: of everything else.
+enum Dtype : int64 { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat8 = 3, kFloat64 = 4 };
 
 struct Strides {
   int64 batch, row, head;  // of a cache: page, row, head. A packed tensor has no batch: its stride is unused
@@ -56,6 +58,50 @@ struct Params {
   int64 left, right;           // the band, kUnbounded (mask.h) where it has no limit; the anchor is lower right
   double scale;
   double softcap;              // 0: none
+};
+
+// Forward and backward. Words are float, and double where dtype is kFloat64.
+struct AttentionParams {
+  int64 version;  // kAttentionVersion
+  int64 threads;
+  int64 machine;
+  // What changes from call to call. Null where there is none, or where a gradient is not wanted.
+  const void* q;
+  const void* k;
+  const void* v;
+  void* out;      // contiguous (B, S_q, H_q, D_v), packed (T_q, H_q, D_v); forward writes it, backward reads it
+  void* lse;      // words, contiguous (B, H_q, S_q), packed (H_q, T_q)
+  void* lse_low;  // what rounding took from lse: exp((score - lse) - lse_low) is the weight
+  const void* dout;
+  const void* dlse;  // words, shaped like lse
+  void* dq;       // contiguous, shaped like q, k and v; null or all of the pass they are of: dq, or dk and dv
+  void* dk;
+  void* dv;
+  void* dbias;    // words, contiguous, shaped like the bias, zeros at first
+  void* dsinks;   // words, (B, H_q): of each sequence
+  const void* bias;          // (1|B, 1|H_q, 1|S_q, 1|S_kv), of bias_dtype
+  const unsigned char* mask;  // the same, bytes
+  const void* slopes;        // ALiBi's, words, (1|B, H_q)
+  const void* sinks;         // words, (1|B, H_q)
+  const int32* segments_q;   // (1|B, S_q), contiguous rows
+  const int32* segments_kv;
+  const int32* cu_seqlens_q;  // (B + 1) where packed
+  const int32* cu_seqlens_kv;
+  const int64* rng_state;    // seed and offset
+  // What calls with the same kind of tensors share. A stride of 0 broadcasts.
+  Strides q_strides, k_strides, v_strides, dout_strides;
+  int64 bias_batch, bias_head, bias_row, bias_key;
+  int64 dbias_batch, dbias_head, dbias_row, dbias_key;
+  int64 mask_batch, mask_head, mask_row, mask_key;
+  int64 slopes_stride, sinks_stride, segments_q_stride, segments_kv_stride;  // from sequence to sequence
+  int64 dtype, bias_dtype;
+  int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;
+  int64 rows_q, rows_kv;     // S_q and S_kv, or T_q and T_kv
+  int64 left, right, lower_right;
+  int64 dropout_threshold;   // a weight is dropped where its 16 random bits are below; 0: no dropout
+  double scale;
+  double softcap;            // 0: none
+  double dropout_scale;
 };
 
 }  // namespace fa::cpu

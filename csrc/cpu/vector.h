@@ -4,7 +4,15 @@
 // linkage, because the file is compiled once for each instruction set into one library.
 #pragma once
 
+#include <utility>
+
 #include "params.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
 
 namespace {
 
@@ -13,6 +21,7 @@ using fa::cpu::int64;
 using uint8 = unsigned char;
 using uint16 = unsigned short;
 using uint32 = unsigned int;
+using uint64 = unsigned long long;
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -23,12 +32,50 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef double Doubles __attribute__((vector_size(4 * kLanes)));
 typedef int32 Ints __attribute__((vector_size(4 * kLanes)));
+typedef int64 Longs __attribute__((vector_size(4 * kLanes)));
 typedef uint32 Words __attribute__((vector_size(4 * kLanes)));
 typedef float Four __attribute__((vector_size(16)));
 typedef int32 FourInts __attribute__((vector_size(16)));
 typedef uint16 Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8 Bytes __attribute__((vector_size(kLanes)));
+typedef int32 FewInts __attribute__((vector_size(2 * kLanes)));  // beside Doubles
+typedef uint16 FewHalves __attribute__((vector_size(kLanes)));
+typedef uint8 FewBytes __attribute__((vector_size(kLanes / 2)));
+
+// What is computed with: words of 4 or 8 bytes, vectors of them, and integers as wide.
+template <class Word>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  using Vector = Floats;
+  using Integers = Ints;
+  using Integer = int32;
+  using Narrow32 = Ints;
+  using Narrow16 = Halves;
+  using Narrow8 = Bytes;
+  static constexpr int kCount = kLanes;
+};
+
+template <>
+struct Lanes<double> {
+  using Vector = Doubles;
+  using Integers = Longs;
+  using Integer = int64;
+  using Narrow32 = FewInts;
+  using Narrow16 = FewHalves;
+  using Narrow8 = FewBytes;
+  static constexpr int kCount = kLanes / 2;
+};
+
+template <class Word>
+using Vector = typename Lanes<Word>::Vector;
+template <class Word>
+using Integers = typename Lanes<Word>::Integers;
+template <class Word>
+constexpr int kCount = Lanes<Word>::kCount;
 
 // Numbers as they are stored.
 struct Bfloat16 { uint16 bits; };
@@ -43,8 +90,33 @@ inline V loaded(void const* p) {
 }
 
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+inline void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats as_floats(Words w) { return (Floats)w; }
 inline Floats all(float x) { return x - Floats{}; }
+
+template <class Word, int... LANE>
+inline Vector<Word> filled(Word x, std::integer_sequence<int, LANE...>) {
+  return Vector<Word>{(static_cast<void>(LANE), x)...};
+}
+
+template <class Word, int... LANE>
+inline Integers<Word> numbered(std::integer_sequence<int, LANE...>) {
+  return Integers<Word>{LANE...};
+}
+
+template <class Word>
+using LaneSequence = std::make_integer_sequence<int, kCount<Word>>;
+
+// The bits of a word in every lane, whatever they mean; `all` computes, so it may change those of a NaN.
+template <class Word>
+inline Vector<Word> broadcast(Word x) {
+  return filled<Word>(x, LaneSequence<Word>{});
+}
+
+template <class Word>
+inline Integers<Word> lane_numbers() {
+  return numbered<Word>(LaneSequence<Word>{});
+}
 
 // A small float, its sign taken off and its exponent and mantissa at their places in 32 bits, as a float:
 // `bias` is what the exponents differ by, and those with exponent 0 count from there, which a subtraction does.
@@ -59,12 +131,18 @@ inline Floats widened(Words magnitude, Words sign, Words special, uint32 bias) {
 }
 
 inline Floats load(float const* p) { return loaded<Floats>(p); }
+inline Doubles load(double const* p) { return loaded<Doubles>(p); }
 
 inline Floats load(Bfloat16 const* p) {
   return as_floats(__builtin_convertvector(loaded<Halves>(p), Words) << 16);
 }
 
 inline Floats load(Float16 const* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(loaded<__m256i>(p));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(loaded<__m128i>(p));
+#endif
   Words const w = __builtin_convertvector(loaded<Halves>(p), Words);
   Words const magnitude = (w & 0x7fffu) << 13;
   Words const special = (Words)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN keep the mantissa
@@ -80,14 +158,14 @@ inline Floats load(Float8 const* p) {
 
 // The first `count` numbers, and zeros.
 template <class T>
-inline Floats load_some(T const* p, int count) {
+inline auto load_some(T const* p, int count) {
   T some[kLanes] = {};
   __builtin_memcpy(some, p, count * sizeof(T));
   return load(some);
 }
 
 template <class T>
-inline float to_float(T x) {
+inline auto to_float(T x) {
   return load_some(&x, 1)[0];
 }
 
@@ -117,6 +195,32 @@ inline void round_to(float x, Float16* p) {
   } else {
     p->bits = uint16(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
   }
+}
+
+inline void round_to(double x, double* p) { *p = x; }
+
+inline void store(Bfloat16* p, Floats v) {
+#if defined(__AVX512BF16__)
+  __m256i const rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+#else
+  Words const bits = (Words)v, is_nan = (Words)(v != v);
+  Words const rounded = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 & ~is_nan) | (0x7fc0 & is_nan);
+  Halves const halves = __builtin_convertvector(rounded, Halves);
+  __builtin_memcpy(p, &halves, sizeof halves);
+#endif
+}
+
+inline void store(Float16* p, Floats v) {
+#if defined(__AVX512F__)
+  __m256i const rounded = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+#elif defined(__F16C__)
+  __m128i const rounded = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+#else
+  for (int n = 0; n < kLanes; ++n) round_to(v[n], p + n);
+#endif
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -149,14 +253,31 @@ inline void store_sums(Floats const (&v)[4], float* p) {
 }
 
 inline float largest(Floats v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  float most = lanes[0];
-  for (float lane : lanes) most = lane > most ? lane : most;
+  Four quarters[kLanes / 4];
+  __builtin_memcpy(quarters, &v, sizeof v);
+  Four most = quarters[0];
+  for (int n = 1; n < kLanes / 4; ++n) most = quarters[n] > most ? quarters[n] : most;
+  float const left = most[0] > most[1] ? most[0] : most[1], right = most[2] > most[3] ? most[2] : most[3];
+  return left > right ? left : right;
+}
+
+inline double sum(Doubles v) {
+  double total = v[0];
+  for (int n = 1; n < kCount<double>; ++n) total += v[n];
+  return total;
+}
+
+inline double largest(Doubles v) {
+  double most = v[0];
+  for (int n = 1; n < kCount<double>; ++n) most = v[n] > most ? v[n] : most;
   return most;
 }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// The second, if one of them is NaN.
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -87, where floats end.
 // x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the polynomial of Cephes' expf (Moshier, netlib.org/cephes).

@@ -234,6 +234,11 @@ struct alignas(16) Float4 {
 FA_DEVICE void store_shared_floats(uint32 to, Float4 v) {  // 16 bytes, aligned
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
+FA_DEVICE Float4 load_shared_floats(uint32 from) {  // 16 bytes, aligned; volatile as above
+  Float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  return v;
+}
 struct alignas(8) Packed4 {  // 16-bit numbers in pairs
   uint32 pair[2];
 };
@@ -257,6 +262,8 @@ FA_DEVICE void store_global(T* to, T x) {
 #endif
 
 namespace fa::sm90 {
+
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 
 // Shared memory holds a [ROWS, columns] tile as chunks of 64 columns (128 bytes). Chunk c begins at c * ROWS * 128,
 // 1024-byte aligned; inside, rows are 128 bytes apart and the 16-byte pieces of row r are permuted by XOR with r % 8.

@@ -40,7 +40,7 @@ IRRELEVANT = frozenset({
 
 
 def register(name: str = "fastattn") -> None:
-    """Make ``attn_implementation=name`` known to transformers. Changes no model by itself; may be called again.
+    """Register ``attn_implementation=name`` with transformers. It changes no model by itself and may be called again.
 
     Args:
         name: the name to register under.
@@ -184,7 +184,7 @@ def attention_forward(
     """Attention as transformers calls it; ``register`` is what users need.
 
     Args:
-        module: the attention layer; its ``is_causal`` holds unless the keyword is given.
+        module: the attention layer; its ``is_causal`` applies unless the keyword is given.
         query: ``(B, H_q, S_q, D_qk)``.
         key: ``(B, H_kv, S_kv, D_qk)``.
         value: ``(B, H_kv, S_kv, D_v)``.

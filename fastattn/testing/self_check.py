@@ -1,6 +1,6 @@
 """``python -m fastattn.testing.self_check BACKEND DEVICE``: is the backend right on this GPU? Seconds; see evidence.py.
 
-Exit code 0: right. 3: it ran and is wrong. Anything else: it could not run. The last line of output says why.
+Exit code 0: it is. 3: it ran with a wrong result. Anything else: it could not run. The last line of output says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CACHE_CASES = ("everything", "ragged, everything", "e4m3, ragged")  # in pages
 
 
 def self_check(backend: str, device: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """What is wrong: a line for each result outside the tolerance; [] if the backend is right.
+    """Run the self-check: a line for each result outside the tolerance; [] if the backend is right.
 
     Args:
         backend: its name.

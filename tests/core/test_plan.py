@@ -58,12 +58,70 @@ def test_attention_in_need_of_more(long_ways):
     for options in calls:
         for _ in range(2):
             fastattn.attention(q, q, q, **options)
-    assert len(long_ways) == 1 + 2 * len(calls)
+    planned = {"window", "softcap", "scale"}  # of the kernel in C++; the others take tensors, or have no plans
+    assert len(long_ways) == 1 + sum(1 if planned & set(options) else 2 for options in calls)
     learned = q.clone().requires_grad_()
     fastattn.attention(learned, q, q).sum().backward()
     assert learned.grad is not None
     with torch.no_grad():
         assert torch.equal(fastattn.attention(learned, q, q), out)
+
+
+def leaves(*shapes, dtype=torch.float32):
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_gradients_by_a_plan(long_ways, layout, dtype):
+    """Of out, and of out and lse together; with gradients that are expanded, strided or absent."""
+    for uses_lse in (False, False, True, True):
+        q, k, v = leaves((2, 9, 4, 16), (2, 11, 2, 16), (2, 11, 2, 16), dtype=dtype)
+        results = []
+        for backend in (None, "eager"):
+            given = [x.transpose(1, 2) if layout == "BHSD" else x for x in (q, k, v)]
+            out, lse = fastattn.attention(*given, causal=True, layout=layout, return_lse=True, backend=backend)
+            loss = out.float().sum() + (lse.sin().sum() if uses_lse else 0)
+            weighted = out.float().mul(torch.linspace(0, 1, 16)).sum()
+            for total in (loss, weighted):
+                results.append(torch.autograd.grad(total, (q, k, v), retain_graph=True))
+        torch.testing.assert_close(results[:2], results[2:], rtol=0.02, atol=0.02) if dtype is torch.bfloat16 else (
+            torch.testing.assert_close(results[:2], results[2:])
+        )
+    assert len(long_ways) == 1 + 4, "the first call, and the reference"
+
+
+@needs_kernel
+def test_a_planned_call_in_every_derivative_that_reverse_mode_has():
+    q, k, v = leaves((1, 7, 2, 8), (1, 7, 2, 8), (1, 7, 2, 8), dtype=torch.float64)
+    for _ in range(2):
+        assert torch.autograd.gradcheck(lambda *x: fastattn.attention(*x, causal=True), (q, k, v))
+        assert torch.autograd.gradgradcheck(lambda *x: fastattn.attention(*x, causal=True), (q, k, v))
+    out, lse = fastattn.attention(q, k, v, causal=True, return_lse=True)
+    (only,) = torch.autograd.grad(lse.sum(), k, retain_graph=True)
+    assert only.abs().sum() > 0
+    out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@needs_kernel
+def test_what_differs_in_anything_else_has_a_plan_of_its_own(long_ways):
+    q = torch.randn(1, 8, 2, 16)
+    expected = fastattn.attention(q, q, q)
+    negative = torch.complex(torch.zeros_like(q), -q).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(fastattn.attention(negative, negative, negative), expected)
+    offset = torch.cat([torch.zeros(1), q.flatten()])[1:].view_as(q)
+    assert offset.data_ptr() % 16
+    torch.testing.assert_close(fastattn.attention(offset, offset, offset), expected)
+    with torch.device("meta"):  # where new tensors would be made
+        torch.testing.assert_close(fastattn.attention(q, q, q), expected)
+    with torch.inference_mode():
+        inferred = fastattn.attention(q, q, q)
+    torch.testing.assert_close(inferred.clone(), expected)
+    assert len(long_ways) == 2, "the first, and that of the negative tensors"
 
 
 def test_derivatives_of_every_kind_are_not_replayed():

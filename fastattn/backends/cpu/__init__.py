@@ -1,20 +1,21 @@
-"""C++ for CPUs: attention to a cache, read once, where it lies and as it is stored. Built from ``csrc/cpu/``.
+"""C++ for CPUs: attention forward and backward, and to a cache, as it is stored. Built from ``csrc/cpu/``.
 
-It serves the few query rows of a decoding step; prompts and everything else are left to ``portable``. It chooses from
-instruction sets at run time (AVX-512, AVX2, or what every x86-64 has), and works with the threads of torch.
+Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses from
+instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works with
+the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Run, capability_reasons
-from fastattn.backends.cpu import decode, library
+from fastattn.backends.base import Backend, Capabilities, Outputs, Run, capability_reasons
+from fastattn.backends.cpu import attention, decode, library
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Problem
+from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
 TESTED = ("x86_64",)  # kinds of machines on which it has run
@@ -37,9 +38,8 @@ class CpuBackend(Backend):
     name = "cpu"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        features=frozenset(FEATURES + CACHE_FEATURES) - {"strided head dim", "prompt"},
-        max_head_dim=256,
+        features=frozenset(FEATURES + CACHE_FEATURES),
+        max_head_dim=attention.MAX_HEAD_DIM,
     )
     checks_cache_values = True
 
@@ -49,9 +49,10 @@ class CpuBackend(Backend):
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """As the contract has it; but the library is built only for a call that it could serve."""
-        if "cache" not in problem.features:
-            return ["attention to a cache alone"]
-        if reasons := capability_reasons(self.capabilities, problem):
+        reasons = capability_reasons(self.capabilities, problem)
+        if "cache" in problem.features:
+            reasons += decode.reasons(problem)
+        if reasons:
             return reasons
         missing = self.unavailable_reason()
         return [missing] if missing else []
@@ -60,8 +61,30 @@ class CpuBackend(Backend):
         kind = platform.machine()
         return [] if kind in TESTED else [f"not yet run on {kind}"]
 
+    def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
+        return attention.forward(_library(), inputs, spec)
+
+    def backward(
+        self,
+        dout: Tensor,
+        dlse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        needs: Sequence[str],
+    ) -> Grads:
+        return attention.backward(_library(), dout, dlse, (out, lse, lse_low), inputs, spec, needs)
+
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+        return attention.prepared_forward(_library(), inputs, spec, keep=keep)
+
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        return attention.prepared_backward(_library(), inputs, spec, dout)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

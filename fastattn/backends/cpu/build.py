@@ -6,6 +6,7 @@ Python, so one build serves them all.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import platform
@@ -15,24 +16,57 @@ import tempfile
 from pathlib import Path
 
 LIBRARY = "libfastattn_cpu.so"
-SOURCES = ("common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/decode.h", "cpu/decode.cpp", "cpu/library.cpp")
+SOURCES = (
+    "common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/functions.h", "cpu/operand.h", "cpu/tile.h", "cpu/pack.h",
+    "cpu/random.h", "cpu/attention.h", "cpu/scores.h", "cpu/softmax.h", "cpu/rows.h", "cpu/forward.h", "cpu/gradient.h",
+    "cpu/queries.h", "cpu/backward.h",
+    "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/decode.h", "cpu/decode.cpp",
+    "cpu/decode_library.cpp", "cpu/threads.h", "cpu/machines.h", "cpu/machines.cpp",
+)  # fmt: skip
 ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-FLAGS = ("-std=c++17", *ARITHMETIC, "-fPIC", "-fvisibility=hidden")
-WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
-# Instruction sets, the best first, and how the compiler is told of them; runs_here() in decode.cpp asks for the same.
-AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2")
+EXPLICIT = ("-O2", *ARITHMETIC[1:])  # for what is written in vectors: -O3 takes twice as long and makes it no faster
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")  # the last: GCC's own AVX-512 headers
+# Instruction sets, the best first: the names in machines.cpp, which asks whether a machine has them.
+AVX2 = ("-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl")
-MACHINES = {"x86_64": {"avx512": AVX512, "avx2": AVX2, "baseline": ()}}
-ANYWHERE: dict[str, tuple[str, ...]] = {"baseline": ()}
+AVX512BF16 = (*AVX512, "-mavx512bf16")
+ARM_BF16 = ("-march=armv8.2-a+bf16",)
+MACHINES = {"x86_64": ("avx512bf16", "avx512", "avx2", "baseline"), "aarch64": ("bf16", "baseline")}
+# What is compiled for each, by machine: a source, the operand of its products if it has one, instruction set, flags.
+Unit = tuple[str, str, str, tuple[str, ...]]
+ANYWHERE: tuple[Unit, ...] = (
+    ("decode", "", "baseline", ()),
+    ("attention", "Single", "baseline", ()),
+    ("attention", "Double", "baseline", ()),
+)
+UNITS: dict[str, tuple[Unit, ...]] = {
+    "x86_64": (
+        ("attention", "Pairs", "avx512bf16", AVX512BF16),
+        ("attention", "Single", "avx512", AVX512),
+        ("attention", "Single", "avx2", AVX2),
+        ("attention", "Double", "avx2", AVX2),
+        ("decode", "", "avx512", AVX512),
+        ("decode", "", "avx2", AVX2),
+        *ANYWHERE,
+    ),
+    "aarch64": (("attention", "Pairs", "bf16", ARM_BF16), *ANYWHERE),
+}
+LIBRARY_SOURCES = ("machines", "attention_library", "decode_library")
 
 
 class BuildError(Exception):
     """Why the library cannot be built here."""
 
 
-def machines() -> dict[str, tuple[str, ...]]:
+def machines() -> tuple[str, ...]:
     """The instruction sets to compile for on this kind of machine."""
-    return MACHINES.get(platform.machine(), ANYWHERE)
+    return MACHINES.get(platform.machine(), ("baseline",))
+
+
+def units() -> tuple[Unit, ...]:
+    """What is compiled on this kind of machine."""
+    return UNITS.get(platform.machine(), ANYWHERE)
 
 
 def find_compiler() -> str:
@@ -50,7 +84,7 @@ def find_compiler() -> str:
 
 def fingerprint(csrc: Path) -> str:
     """What the library is built from, in 24 digits."""
-    digest = hashlib.sha256(repr((FLAGS, machines())).encode())
+    digest = hashlib.sha256(repr((FLAGS, EXPLICIT, units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())
     return digest.hexdigest()[:24]
@@ -58,31 +92,42 @@ def fingerprint(csrc: Path) -> str:
 
 def build_library(target: Path, csrc: Path) -> None:
     """Write the shared library to ``target``. Raises BuildError with the compiler's words."""
-    compiler, names = find_compiler(), machines()
-    listed = " ".join(f"X({name})" for name in names)
-    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}"]
+    compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
-        objects = [str(Path(folder, f"{name}.o")) for name in (*names, "library")]
-        kernel, library = str(csrc / "cpu" / "decode.cpp"), str(csrc / "cpu" / "library.cpp")
-        commands = [[*common, *flags, f"-DFA_MACHINE={name}", "-c", kernel, "-o", path]
-                    for (name, flags), path in zip(names.items(), objects, strict=False)]  # fmt: skip
-        defined = (f"-DFA_MACHINES(X)={listed}", f'-DFA_SOURCES="{fingerprint(csrc)}"')
-        commands.append([*common, *defined, "-c", library, "-o", objects[-1]])
+        commands = compile_commands(compiler, csrc, Path(folder))
         _run(commands)
+        objects = [command[-1] for command in commands]
         target.parent.mkdir(parents=True, exist_ok=True)
         _run([[compiler, "-shared", *objects, "-o", str(target)]])
 
 
+def compile_commands(compiler: str, csrc: Path, folder: Path, more: tuple[str, ...] = ()) -> list[list[str]]:
+    """One command for each object, whose path comes last; those that take longest come first."""
+    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}", *more]
+    commands = []
+    for source, operand, machine, flags in units():
+        optimise = EXPLICIT if operand else ARITHMETIC
+        defined = [f"-DFA_MACHINE={machine}", *([f"-DFA_OPERAND={operand}"] if operand else [])]
+        path = str(folder / f"{source}{operand}-{machine}.o")
+        commands.append([*common, *optimise, *flags, *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+    for source in LIBRARY_SOURCES:
+        defined = [f'-DFA_SOURCES="{fingerprint(csrc)}"']
+        path = str(folder / f"{source}.o")
+        commands.append([*common, "-O2", *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+    return commands
+
+
 def _run(commands: list[list[str]]) -> None:
-    """All of them at once."""
+    """As many at once as there are processors."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for error in pool.map(_error_of, commands):
+            if error is not None:
+                raise BuildError(error)
+
+
+def _error_of(command: list[str]) -> str | None:
     try:
-        running = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for command in commands
-        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:
-        raise BuildError(str(error)) from None
-    for process in running:
-        said, _ = process.communicate()
-        if process.returncode:
-            raise BuildError(f"compiling csrc/cpu/ failed: {said.strip() or 'no message'}")
+        return str(error)
+    return f"compiling csrc/cpu/ failed: {done.stdout.strip() or 'no message'}" if done.returncode else None

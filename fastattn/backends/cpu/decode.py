@@ -10,15 +10,29 @@ from fastattn.backends.base import Run
 from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
+from fastattn.problem import Problem
 from fastattn.spec import AttentionSpec
 
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, kv_cache.FP8: 3}  # Dtype of csrc/cpu/params.h
-BEST = -1  # of the instruction sets that this machine has
 NO_STRIDES = (0, 0, 0)
+MAX_HEAD_DIM = 256
 
 
-def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: int = BEST) -> tuple[Tensor, Tensor]:
+def reasons(problem: Problem) -> list[str]:
+    """Why a call with a cache cannot be served, though one without might be."""
+    found = [f"no {feature}" for feature in ("prompt", "strided head dim") if feature in problem.features]
+    if problem.dtype not in DTYPES:
+        found.append(f"dtype {problem.dtype} with a cache (has float32, bfloat16, float16)")
+    if max(problem.head_dim_qk, problem.head_dim_v) > MAX_HEAD_DIM:
+        dims = f"{problem.head_dim_qk}/{problem.head_dim_v}"
+        found.append(f"head dim {dims} with a cache (at most {MAX_HEAD_DIM})")
+    return found
+
+
+def attend(
+    library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``."""
     given = inputs
     if inputs.rotary_cos is not None or inputs.is_fp8:  # what is appended is not stored as it is
@@ -31,7 +45,7 @@ def attend(library: Library, inputs: CacheInputs, spec: AttentionSpec, machine: 
     out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
     variable = VARIABLE_PART.pack(
-        VERSION, torch.get_num_threads(), machine,
+        VERSION, torch.get_num_threads(), library.machine if machine is None else machine,
         q.data_ptr(), inputs.k_cache.data_ptr(), inputs.v_cache.data_ptr(), out.data_ptr(), lse.data_ptr(),
         inputs.cache_lengths.data_ptr(), _address(inputs.block_table), _address(inputs.cu_seqlens_q),
         _address(inputs.k_scale), _address(inputs.v_scale), _address(inputs.bias), _address(inputs.alibi_slopes),
@@ -61,7 +75,7 @@ def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run 
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         variable = VARIABLE_PART.pack(
-            VERSION, torch.get_num_threads(), BEST, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            VERSION, torch.get_num_threads(), library.machine, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             out.data_ptr(), lse.data_ptr(), lengths.data_ptr(), 0 if table is None else table.data_ptr(),
             0, 0, 0, 0, 0, 0, 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
         )  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import struct
 from pathlib import Path
 
 from fastattn.backends import native
 from fastattn.backends.cpu import build
 from fastattn.backends.cpu.build import BuildError
+from fastattn.errors import input_error
 from fastattn.files import cache_root, replaced_file
 
 PATH = Path(__file__).with_name(build.LIBRARY)
@@ -31,8 +33,31 @@ DOUBLES = ("scale", "softcap")
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 FIXED_PART = struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in FIXED))
 WRONG_VALUES = 1  # Outcome of csrc/cpu/params.h
-FAILURES = {2: "this machine does not have the instructions asked for", 3: "there is no memory left"}
+FAILURES = {
+    1: "cu_seqlens changed while it was called",
+    2: "this machine does not have the instructions asked for",
+    3: "there is no memory left",
+}
+BEST = -1  # of the instruction sets that this machine has
 log = logging.getLogger("fastattn")
+
+
+def asked_for(machines: dict[str, bool]) -> int:
+    """The index of the instruction set that ``FASTATTN_CPU_ISA`` names, or BEST.
+
+    Raises:
+        InputError: there is none of that name, or this machine does not have it.
+    """
+    wish = os.environ.get("FASTATTN_CPU_ISA")
+    if not wish:
+        return BEST
+    allowed = ", ".join(name for name, runs in machines.items() if runs)
+    if wish not in machines:
+        raise input_error("FASTATTN_CPU_ISA", repr(wish), allowed, "Unset it: the best one is used.")
+    if not machines[wish]:
+        todo = "Unset it: the best one is used."
+        raise input_error("FASTATTN_CPU_ISA", f"{wish!r}, which this machine does not have", allowed, todo)
+    return list(machines).index(wish)
 
 
 class Library:
@@ -51,6 +76,10 @@ class Library:
             ("fa_cpu_has_threads", [], ctypes.c_int),
             ("fa_cpu_machine", [ctypes.c_longlong, ctypes.POINTER(ctypes.c_int)], ctypes.c_char_p),
             ("fa_cpu_decode", [ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_attention_version", [], ctypes.c_longlong),
+            ("fa_cpu_attention_bytes", [], ctypes.c_longlong),
+            ("fa_cpu_forward", [ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_backward", [ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -63,6 +92,8 @@ class Library:
         ):
             raise OSError(f"{path} was built from other sources")
         self._decode = self._library.fa_cpu_decode
+        self.machine = asked_for(self.machines())
+        self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
 
     def machines(self) -> dict[str, bool]:
         """The instruction sets it was compiled for, the best first, and whether this machine has them."""
@@ -73,9 +104,10 @@ class Library:
         return found
 
     def __str__(self) -> str:
-        best = next(name for name, runs in self.machines().items() if runs)
+        names = list(self.machines())
+        used = names[self.machine] if self.machine != BEST else next(n for n, runs in self.machines().items() if runs)
         return (
-            f"{best}, {'threads of torch' if self._library.fa_cpu_has_threads() else 'one thread: no OpenMP runtime'}"
+            f"{used}, {'threads of torch' if self._library.fa_cpu_has_threads() else 'one thread: no OpenMP runtime'}"
         )
 
     def decode(self, packed: bytes) -> bool:
@@ -88,6 +120,19 @@ class Library:
         if outcome > WRONG_VALUES:
             raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
         return outcome == 0
+
+    def attend(self, which: str, packed: bytes) -> None:
+        """One pass of attention, "forward" or "backward", given both parts of its struct.
+
+        Raises:
+            RuntimeError: it was not computed, for the reason that the message gives.
+        """
+        if outcome := self.passes[which](packed):
+            self.explain(outcome)
+
+    def explain(self, outcome: int) -> None:
+        """Raise RuntimeError for a pass that was not computed."""
+        raise RuntimeError(f"fastattn's CPU kernel did not run: {FAILURES[outcome]}")
 
 
 @functools.cache

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn import evidence
-from fastattn.backends.base import Backend, Capabilities, Outputs, capability_reasons
+from fastattn.backends.base import Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -75,6 +76,38 @@ class TritonBackend(Backend):
         from fastattn.backends.triton import launch_decode
 
         return launch_decode.attend_to_cache(inputs, spec)
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
+            return self.forward(inputs.replace(q=q, k=k, v=v), spec)
+
+        return self._prepared(forward, (inputs.q, inputs.k, inputs.v))
+
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+            dout, out, lse, lse_low, q, k, v = tensors
+            again = inputs.replace(q=q, k=k, v=v)
+            grads = self.backward(dout, None, out, lse, lse_low, again, spec, ("q", "k", "v"))
+            return grads.dq, grads.dk, grads.dv
+
+        q = inputs.q
+        out, dout = q.new_empty(inputs.out_shape()), torch.empty_like(dout, device=q.device)
+        lse, lse_low = (q.new_empty(inputs.lse_shape(), dtype=torch.float32) for _ in range(2))
+        return self._prepared(backward, (dout, out, lse, lse_low, q, inputs.k, inputs.v))
+
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
+        def attend(*tensors: Any) -> tuple[Tensor, Tensor]:
+            return self.attend_to_cache(inputs.replace(**dict(zip(names, tensors, strict=True))), spec)
+
+        names = ("q", "k_cache", "v_cache", "cache_lengths", "k", "v", "block_table")
+        return self._prepared(attend, tuple(getattr(inputs, name) for name in names))
+
+    def _prepared(self, function: Callable[..., Any], given: Sequence[Tensor | None]) -> Run | None:
+        if is_interpreting():
+            return None
+        from fastattn.backends.triton import plans
+
+        return plans.prepare(function, given)
 
 
 @functools.cache

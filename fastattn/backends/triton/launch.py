@@ -33,6 +33,7 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.forward import forward_kernel
+from fastattn.backends.triton.plans import launched
 from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel
 from fastattn.errors import input_error
@@ -95,7 +96,7 @@ class Call:
             at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
             grid = (x.batch * triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
             looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
-            used_keys_kernel[grid](
+            launched(used_keys_kernel, grid)(
                 at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK, **ALWAYS
             )
         k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
@@ -124,7 +125,7 @@ class Call:
         batch = max(sides[side].ptr.shape[0] for side in sides)
         found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
         found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
-        segment_tiles_kernel[(batch * blocks,)](
+        launched(segment_tiles_kernel, (batch * blocks,))(
             sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
             BLOCK=block, BLOCK_OTHER=block_other, **ALWAYS,
         )  # fmt: skip
@@ -142,7 +143,7 @@ def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -
         config = config or call.config("forward")
         grid, schedule = call.schedule(inputs.max_seqlen_q, config.block_m, inputs.batch * inputs.heads_q)
         terms = call.with_segment_tiles("q", config.block_m, config.block_n)
-        forward_kernel[grid](
+        launched(forward_kernel, grid)(
             call.q,
             call.k,
             call.v,
@@ -222,7 +223,7 @@ class Backward:
             packed=full.packed,
             upcast=full.upcast,
         )
-        backward_preprocess_kernel[grid](
+        launched(backward_preprocess_kernel, grid)(
             out,
             self.dout,
             dlse,
@@ -244,7 +245,7 @@ class Backward:
         if dk.numel():
             grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
             terms = call.with_segment_tiles("kv", config.block_n, config.block_m)
-            backward_dkdv_kernel[grid](
+            launched(backward_dkdv_kernel, grid)(
                 call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.stats, terms, call.sizes,
                 schedule, **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
@@ -257,7 +258,7 @@ class Backward:
         if dq.numel():
             grid, schedule = call.schedule(x.max_seqlen_q, config.block_m, x.batch * x.heads_q)
             terms = call.with_segment_tiles("q", config.block_m, config.block_n)
-            backward_dq_kernel[grid](
+            launched(backward_dq_kernel, grid)(
                 call.q, call.k, call.v, self.dout, _rows(dq), self.stats, terms, call.sizes, schedule,
                 **compiled(call.inputs.q.device, call.flags, config),
             )  # fmt: skip
@@ -274,7 +275,7 @@ class Backward:
         shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
         sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
         terms = call.with_segment_tiles("q", config.block_m, config.block_n)
-        backward_dbias_kernel[rows * columns * sums.shape[0], sums.shape[1]](
+        launched(backward_dbias_kernel, (rows * columns * sums.shape[0], sums.shape[1]))(
             call.q, call.k, call.v, self.dout, _scores(sums), self.stats, terms, call.sizes,
             coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), IN_CHUNKS=self._dbias_in_chunks(),
             SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, config),
@@ -298,7 +299,7 @@ class Backward:
         if found.numel() and self.stats.delta.numel():
             full = call.flags
             flags = Flags(full.d_qk, full.d_v, full.block_qk, full.block_v, packed=full.packed)
-            backward_dsinks_kernel[x.batch, x.heads_q](
+            launched(backward_dsinks_kernel, (x.batch, x.heads_q))(
                 self.stats, PerHead.of(found), call.terms, call.sizes, F=flags, BLOCK=DSINKS_ROWS, **ALWAYS
             )
         return (found.sum(0, keepdim=True) if x.sinks.shape[0] == 1 else found).to(x.sinks.dtype)

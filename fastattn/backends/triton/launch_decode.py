@@ -30,6 +30,7 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
+from fastattn.backends.triton.plans import launched
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
@@ -58,13 +59,15 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | N
 def _append(inputs: CacheInputs, spec: AttentionSpec, k: Tensor, v: Tensor) -> None:
     blocks = triton.cdiv(inputs.max_seqlen_q if inputs.is_packed else k.shape[1], BLOCK)
     caches = (Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache)))
-    append_kernel[inputs.batch * blocks, inputs.heads_kv](Bshd.of(k), Bshd.of(v), *caches, **_placing(inputs, spec))
+    grid = (inputs.batch * blocks, inputs.heads_kv)
+    launched(append_kernel, grid)(Bshd.of(k), Bshd.of(v), *caches, **_placing(inputs, spec))
 
 
 def _turned_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
     q = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
     blocks = triton.cdiv(inputs.max_seqlen_q, BLOCK)
-    turn_kernel[inputs.batch * blocks, inputs.heads_q](Bshd.of(inputs.q), Bshd.of(q), **_placing(inputs, spec))
+    grid = (inputs.batch * blocks, inputs.heads_q)
+    launched(turn_kernel, grid)(Bshd.of(inputs.q), Bshd.of(q), **_placing(inputs, spec))
     return q
 
 
@@ -110,7 +113,7 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
         partial_out = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
         partial_lse, partial_low = torch.empty(2, count, *out.shape[:-1], dtype=torch.float32, device=out.device)
     first, lse_of_first = (partial_out[0], partial_lse[0]) if count > 1 else (partial_out, partial_lse)
-    decode_kernel[(programs * count,)](
+    launched(decode_kernel, (programs * count,))(
         q,
         k,
         v,
@@ -125,7 +128,7 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     )
     if count > 1:
         s_q = inputs.q.shape[-3]
-        combine_kernel[(lse.numel(),)](
+        launched(combine_kernel, (lse.numel(),))(
             partial_out, partial_lse, partial_low, out, lse, coded(count), coded(lse.numel()), coded(s_q),
             coded(inputs.heads_q), D=flags.d_v, BLOCK_D=flags.block_v, BLOCK_SPLITS=COMBINED_SPLITS, **launch.ALWAYS,
         )  # fmt: skip

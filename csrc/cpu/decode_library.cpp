@@ -1,51 +1,17 @@
 // The C interface of attention to a cache on a CPU: the plan of a call, its memory, its threads.
-//
-// Threads are those of torch, through the one function of GNU's OpenMP runtime that starts them (LLVM's and Intel's
-// have it, too); it is looked up when the library is loaded, and without it one thread does all. So no compiler flag,
-// no second pool of threads, and `torch.set_num_threads` holds.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "decode.h"
-
-#define FA_PUBLIC extern "C" __attribute__((visibility("default")))
-
-extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
-
-#define FA_DECLARE(name) extern "C" fa::cpu::Machine const* name();
-FA_MACHINES(FA_DECLARE)
+#include "machines.h"
+#include "threads.h"
 
 namespace fa::cpu {
-
-#define FA_CALL(name) name(),
-static Machine const* const kMachines[] = {FA_MACHINES(FA_CALL)};
-constexpr int kMachineCount = sizeof(kMachines) / sizeof(*kMachines);
 
 constexpr int64 kParts = 64;          // about so many parts are enough for the threads of any machine
 constexpr int64 kLeastKeys = 128;     // of a part: fewer are not worth the joining
 constexpr int64 kSmall = 1 << 17;     // numbers of keys and values that one thread reads before others have woken up
-
-// Memory that a thread keeps from call to call: fresh pages of memory cost more than what is computed in them.
-class Memory {
- public:
-  ~Memory() { std::free(floats_); }
-
-  float* floats(int64 count) {
-    if (count > size_) {
-      std::free(floats_);
-      size_ = padded(count + count / 2);
-      floats_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
-      if (!floats_) size_ = 0;
-    }
-    return floats_;
-  }
-
- private:
-  float* floats_ = nullptr;
-  int64 size_ = 0;
-};
 
 struct Task {
   Sequence sequence;
@@ -57,7 +23,7 @@ struct Task {
 
 struct Call {
   Params const& params;
-  Machine const& machine;
+  Decode const& kernels;
   Task* tasks;
   int task_count;
   int64 keys_per_part;
@@ -83,7 +49,7 @@ static void work(void* data) {
   for (int n; (n = call.next.fetch_add(1)) < call.part_count;) {
     Task& task = task_of(call, n);
     Sequence const& s = task.sequence;
-    float* const scratch = memory.floats(scratch_floats(s.rows, p.head_dim_qk));
+    auto* const scratch = static_cast<float*>(memory.bytes(scratch_floats(s.rows, p.head_dim_qk) * sizeof(float)));
     if (!scratch) {
       call.has_failed = true;
       return;
@@ -93,9 +59,9 @@ static void work(void* data) {
     float* const parts = call.parts + task.memory;
     int64 const begin = task.keys.begin + index * call.keys_per_part, end = begin + call.keys_per_part;
     Range const keys = {int(begin), int(end < task.keys.end ? end : task.keys.end)};
-    call.machine.attend(p, s, keys, scratch_at(scratch, s.rows, p.head_dim_qk),
+    call.kernels.attend(p, s, keys, scratch_at(scratch, s.rows, p.head_dim_qk),
                         part_at(parts + index * step, s.rows, p.head_dim_v));
-    if (task.left.fetch_sub(1) == 1) call.machine.join(p, s, parts, task.parts);
+    if (task.left.fetch_sub(1) == 1) call.kernels.join(p, s, parts, task.parts);
   }
 }
 
@@ -144,16 +110,6 @@ static bool has_right_boundaries(Params const& p) {
   return !p.cu_seqlens_q || (p.cu_seqlens_q[0] == 0 && p.cu_seqlens_q[p.batch] == p.rows_q);
 }
 
-static Machine const* machine_for(int64 index) {
-  if (index >= 0) return index < kMachineCount && kMachines[index]->runs_here() ? kMachines[index] : nullptr;
-  static Machine const* const best = [] {
-    for (Machine const* machine : kMachines)
-      if (machine->runs_here()) return machine;
-    return static_cast<Machine const*>(nullptr);
-  }();
-  return best;
-}
-
 // The sequences and the keys they read; how many these are in all, or -1 if a value is wrong.
 static int64 look_up(Call& call) {
   Params const& p = call.params;
@@ -187,7 +143,7 @@ static bool plan(Call& call, int64 keys) {
     floats += task.parts * part_floats(task.sequence.rows, p.head_dim_v);
   }
   static thread_local Memory memory;
-  call.parts = memory.floats(floats);
+  call.parts = static_cast<float*>(memory.bytes(floats * sizeof(float)));
   return call.parts != nullptr;
 }
 
@@ -203,8 +159,7 @@ static Outcome run(Call& call) {
   }
   bool const is_small = keys * p.heads_kv * (p.head_dim_qk + p.head_dim_v) < kSmall;
   int64 const threads = p.threads < call.part_count ? p.threads : call.part_count;
-  if (GOMP_parallel && threads > 1 && !is_small) GOMP_parallel(work, &call, unsigned(threads), 0);
-  else work(&call);
+  on_threads(is_small ? 1 : threads, work, &call);
   return call.has_failed ? kNoMemory : kDone;
 }
 
@@ -213,7 +168,7 @@ static Outcome decode(Params const& params) {
   if (!machine) return kNoMachine;
   Task* const tasks = new (std::nothrow) Task[params.batch];
   if (!tasks) return kNoMemory;
-  Call call{params, *machine, tasks, int(params.batch), 0, 0, nullptr};
+  Call call{params, *machine->decode, tasks, int(params.batch), 0, 0, nullptr};
   Outcome const outcome = run(call);
   delete[] tasks;
   return outcome;
@@ -223,17 +178,6 @@ static Outcome decode(Params const& params) {
 
 FA_PUBLIC long long fa_cpu_version() { return fa::cpu::kVersion; }
 FA_PUBLIC long long fa_cpu_bytes() { return sizeof(fa::cpu::Params); }
-FA_PUBLIC const char* fa_cpu_sources() { return FA_SOURCES; }  // a hash of what it was built from
-
-FA_PUBLIC int fa_cpu_has_threads() { return GOMP_parallel != nullptr; }
-
-// The name of an instruction set, the best first; null where there are no more. `runs`: whether this machine has it.
-FA_PUBLIC const char* fa_cpu_machine(long long index, int* runs) {
-  if (index >= fa::cpu::kMachineCount) return nullptr;
-  *runs = fa::cpu::kMachines[index]->runs_here();
-  return fa::cpu::kMachines[index]->name;
-}
-
 FA_PUBLIC long long fa_cpu_decode(const char* packed) {
   fa::cpu::Params params;
   std::memcpy(&params, packed, sizeof params);

@@ -1,0 +1,63 @@
+// Attention, compiled once for each kind of operand and each instruction set: FA_OPERAND and FA_MACHINE name them.
+//
+// Nothing of the standard C++ library that becomes code (attention.h says why).
+#define FA_EVERYWHERE static inline
+#include "backward.h"
+#include "forward.h"
+
+namespace {
+
+int64 forward_bytes(AttentionParams const& p, ForwardItem const& item) {
+  return Forward<FA_OPERAND>(p, item, nullptr).bytes();
+}
+
+void forward(AttentionParams const& p, ForwardItem const& item, ForwardItem const* next, void* memory) {
+  Prefetch prefetch;
+  if (next && next->rows.begin == 0 && next->unit.band.s_kv <= 2048) {
+    Tensors const tensors{p, next->unit};
+    int64 const bytes = bytes_of(p.dtype);
+    prefetch.add(tensors.k(), next->unit.band.s_kv, p.head_dim_qk * bytes);
+    prefetch.add(tensors.v(), next->unit.band.s_kv, p.head_dim_v * bytes);
+    prefetch.add(tensors.q(next->unit.kv_head * int(p.heads_q / p.heads_kv)), next->rows.end, p.head_dim_qk * bytes);
+  }
+  Forward<FA_OPERAND>(p, item, memory).run(prefetch);
+}
+
+int64 backward_bytes(AttentionParams const& p, BackwardItem const& item) {
+  return Backward<FA_OPERAND>(p, item, nullptr).bytes();
+}
+
+int64 share_bytes(AttentionParams const& p, Unit const& unit) {
+  BackwardItem const item{unit, {0, 0}, nullptr, nullptr, nullptr};
+  return Backward<FA_OPERAND>(p, item, nullptr).share_words() * int64(sizeof(FA_OPERAND::Word));
+}
+
+void backward(AttentionParams const& p, BackwardItem const& item, BackwardItem const* next, void* memory) {
+  Prefetch prefetch;
+  if (next && next->parts.begin == 0 && next->unit.band.s_kv <= 1024) {
+    Tensors const tensors{p, next->unit};
+    int const head = next->unit.kv_head * int(p.heads_q / p.heads_kv), rows = next->unit.band.s_q;
+    int64 const bytes = bytes_of(p.dtype);
+    prefetch.add(tensors.v(), next->unit.band.s_kv, p.head_dim_v * bytes);
+    prefetch.add(tensors.k(), next->unit.band.s_kv, p.head_dim_qk * bytes);
+    prefetch.add(tensors.q(head), rows, p.head_dim_qk * bytes);
+    prefetch.add(tensors.dout(head), rows, p.head_dim_v * bytes);
+    prefetch.add(tensors.out(head), rows, p.head_dim_v * bytes);
+  }
+  Backward<FA_OPERAND>(p, item, memory).run(prefetch);
+}
+
+void add_shares(AttentionParams const& p, Unit const& unit, char* shares) {
+  BackwardItem const item{unit, {0, 0}, shares, nullptr, nullptr};
+  Backward<FA_OPERAND>(p, item, nullptr).add_shares(reinterpret_cast<FA_OPERAND::Word*>(shares));
+}
+
+}  // namespace
+
+#define FA_JOIN(operand, machine) fa_attention_##operand##_##machine
+#define FA_NAME(operand, machine) FA_JOIN(operand, machine)
+
+extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
+  static constexpr fa::cpu::Attention kernels{forward_bytes, forward, backward_bytes, share_bytes, backward, add_shares};
+  return &kernels;
+}

@@ -1,0 +1,440 @@
+// The backward pass of one item: some parts of the keys of one unit, and all heads that read them.
+//
+// A part's keys and values stay packed, with sums for their gradients, while heads and blocks of queries go by. For each
+// block of keys and of queries: strips of scores and weight gradients, made into weights and score gradients, which dq
+// takes at once; then dk and dv, transposed, so that weights never have to be.
+#pragma once
+
+#include <sched.h>
+
+#include "queries.h"
+
+namespace {
+
+constexpr int64 kMostPacked = 16 << 20;  // bytes of packed heads up to which they are kept from part to part
+
+template <class Op>
+class Backward {
+  using Word = typename Op::Word;
+  static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
+  static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
+
+ public:
+  Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
+      : p_(p), item_(item), tensors_{p, item.unit}, scores_(p, item.unit), band_(item.unit.band),
+        group_(scores_.group()), keys_per_part_(keys_per_part(band_.s_kv)),
+        block_rows_(rows_of_block(band_.s_q)),
+        words_(block_rows_ / Op::kPerWord), padded_rows_(rounded_up(band_.s_q, block_rows_)), packed_keys_(rounded_up(
+            fa::smaller(keys_per_part_, fa::larger(band_.s_kv, 1)), kKeys)),
+        dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
+        dim_v_((p.head_dim_v + Op::kPerWord - 1) / Op::kPerWord), columns_qk_(rounded_up(p.head_dim_qk, kCount<Word>)),
+        columns_v_(rounded_up(p.head_dim_v, kCount<Word>)), panels_(columns_qk_ / kCount<Word>), arena_(memory),
+        packer_(p, item.unit, block_rows_, padded_rows_, arena_) {
+    take_queries(memory);
+    take_keys();
+    bytes_ = arena_.end() - int64(reinterpret_cast<uint64>(memory));
+  }
+
+  int64 bytes() const { return bytes_; }
+  int64 share_words() const { return group_ * padded_rows_ * columns_qk_; }
+
+  void run(Prefetch& prefetch) {
+    prefetch_ = &prefetch;
+    rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, band_.s_q * group_);
+    if (p_.segments_q) segments_.look(scores_.segments_kv(), {0, band_.s_kv}, runs_);
+    if (keeps_heads())
+      for (int g = 0; g < group_; ++g) packer_.pack(scores_.first_head() + g, queries_of(g));
+    if (p_.dsinks && item_.parts.begin == 0) add_sinks();
+    for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part);
+    if (p_.dq && !item_.dq_shares) write_dq(totals_);
+  }
+
+  // dq out of the shares of all parts, in their order.
+  void add_shares(Word* shares) {
+    for (int part = 1; part < part_count(band_.s_kv); ++part)
+      for (int g = 0; g < group_; ++g)
+        add_rows(shares + g * padded_rows_ * columns_qk_,
+                 shares + part * share_words() + g * padded_rows_ * columns_qk_, rows_of(part));
+    write_dq(shares);
+  }
+
+ private:
+  // --- memory
+
+  bool keeps_heads() const { return kept_heads_ == group_; }
+  Queries<Op>& queries_of(int g) { return keeps_heads() ? heads_[g] : heads_[0]; }
+
+  void take_queries(void* memory) {
+    Queries<Op> one;
+    Arena probe(nullptr);
+    one.take(probe, p_, block_rows_, padded_rows_);
+    kept_heads_ = group_ == 1 || probe.end() * group_ <= kMostPacked ? group_ : 1;
+    heads_ = arena_.take<Queries<Op>>(kept_heads_);
+    for (int n = 0; n < kept_heads_; ++n) {
+      Queries<Op> head;
+      head.take(arena_, p_, block_rows_, padded_rows_);
+      if (memory) heads_[n] = head;
+    }
+    totals_ = arena_.take<Word>(p_.dq && !item_.dq_shares ? share_words() : 0);
+    share_ = arena_.take<Word>(p_.dq && !item_.dq_shares ? padded_rows_ * columns_qk_ : 0);
+  }
+
+  void take_keys() {
+    int64 const row = rounded_up(p_.head_dim_qk > p_.head_dim_v ? p_.head_dim_qk : p_.head_dim_v, kGroup<Op>);
+    rows_ = arena_.take<Word>(kPanel<Word> * row / Op::kPerWord);
+    k_ = arena_.take<Word>(packed_keys_ * dim_qk_);
+    v_ = arena_.take<Word>(packed_keys_ * dim_v_);
+    k_stacked_ = arena_.take<Word>(packed_keys_ / Op::kPerWord * columns_qk_);
+    dk_ = arena_.take<Word>(packed_keys_ * columns_qk_);
+    dv_ = arena_.take<Word>(packed_keys_ * columns_v_);
+    wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
+    runs_ = arena_.take<Segments::Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
+    strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
+    strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
+    strip_.slopes = p_.softcap ? arena_.take<Word>(kStrip) : nullptr;
+    gradient_rows_ = {arena_.take<Word>(kTileRows * kStrip), kStrip};
+    weights_ = arena_.take<Word>(words_ * kKeys);
+    gradients_ = arena_.take<Word>(words_ * kKeys);
+    turned_ = arena_.take<Word>(kCount<Word> * (columns_qk_ > columns_v_ ? columns_qk_ : columns_v_));
+  }
+
+  // --- one part
+
+  Range keys_of(int part) const {
+    return {part * keys_per_part_, fa::smaller((part + 1) * keys_per_part_, band_.s_kv)};
+  }
+
+  // Whole blocks of query rows of which some keep a key of the part.
+  Range rows_of(int part) const {
+    Range const keys = keys_of(part);
+    return blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
+  }
+
+  Range blocks(Range rows) const {
+    if (is_empty(rows)) return {0, 0};
+    return {rows.begin / block_rows_ * block_rows_, int(rounded_up(rows.end, block_rows_))};
+  }
+
+  void run_part(int part) {
+    Range const keys = keys_of(part);
+    begin_ = keys.begin;
+    pack_keys(keys);
+    clear(dk_, p_.dk ? packed_keys_ * columns_qk_ : 0);
+    clear(dv_, p_.dv ? packed_keys_ * columns_v_ : 0);
+    for (int g = 0; g < group_; ++g) {
+      if (!keeps_heads()) packer_.pack(scores_.first_head() + g, heads_[0]);
+      dq_ = begin_dq(part, g);
+      for (int first = keys.begin; first < keys.end; first += kKeys) {
+        wait();
+        run_keys(scores_.first_head() + g, queries_of(g), {first, fa::smaller(first + kKeys, keys.end)});
+        if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
+      }
+      if (p_.dq && !item_.dq_shares && part > 0)
+        add_rows(totals_ + g * padded_rows_ * columns_qk_, share_, rows_of(part));
+    }
+    write_keys(keys);
+  }
+
+  // Until the unit before has added to dbias what it does for this block; or for all of them, where heads or keys share
+  // its numbers and every block adds to the same ones.
+  void wait() const {
+    if (!item_.before) return;
+    bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_key;
+    int64 const blocks = (keys_of(item_.parts.end - 1).end - keys_of(item_.parts.begin).begin + kKeys - 1) / kKeys;
+    int64 const needed = is_shared ? blocks * group_ : step_ + 1;
+    while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
+  }
+
+  // Where this part's share of a head's dq is added up, zero at first.
+  Word* begin_dq(int part, int g) {
+    if (!p_.dq) return nullptr;
+    int64 const all = padded_rows_ * columns_qk_;
+    Word* const to = item_.dq_shares ? reinterpret_cast<Word*>(item_.dq_shares) + part * share_words() + g * all
+                     : part          ? share_
+                                     : totals_ + g * all;
+    Range const rows = part ? rows_of(part) : Range{0, int(padded_rows_)};
+    clear(to + rows.begin * columns_qk_, (rows.end - rows.begin) * columns_qk_);
+    return to;
+  }
+
+  static void clear(Word* words, int64 count) { __builtin_memset(words, 0, count * sizeof(Word)); }
+
+  void add_rows(Word* to, Word const* from, Range rows) const {
+    for (int64 n = rows.begin * columns_qk_; n < rows.end * columns_qk_; n += kCount<Word>)
+      store(to + n, load(to + n) + load(from + n));
+  }
+
+  void pack_keys(Range keys) {
+    int64 const stride_v = rounded_up(p_.head_dim_v, kGroup<Op>) / Op::kPerWord;
+    Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
+    for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
+      int const count = fa::smaller(kPanel<Word>, keys.end - first), at = first - keys.begin;
+      pack_rows<Op>(from_row(tensors_.v(), first), count, kPanel<Word>, p_.head_dim_v, v);
+      pack_panel(v, dim_v_, v_ + at * dim_v_);
+      bool const is_wild = pack_rows<Op>(from_row(tensors_.k(), first), count, kPanel<Word>, p_.head_dim_qk, k);
+      pack_panel(k, dim_qk_, k_ + at * dim_qk_);
+      wild_[at / kPanel<Word>] = is_wild;
+      if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
+      pack_stacked<Op>(k, kPanel<Word>, panels_, packed_keys_ / Op::kPerWord, at / Op::kPerWord, k_stacked_);
+    }
+  }
+
+  // --- one block of keys, and of queries
+
+  // The lines of a panel, two rows each where words are pairs, that hold something, and its columns that do.
+  struct Filled {
+    Range rows, columns;
+  };
+
+  void run_keys(int head, Queries<Op> const& queries, Range keys) {
+    Range const rows = blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
+    for (int first = rows.begin; first < rows.end; first += block_rows_) {
+      int const count = int(rounded_up(fa::smaller(block_rows_, band_.s_q - first), 2));
+      for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
+      for (int r = 0; r < count; r += kTileRows)
+        run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
+      if (p_.dv)
+        multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + (keys.begin - begin_) * columns_v_);
+      if (p_.dk)
+        multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + (keys.begin - begin_) * columns_qk_);
+      add_wild_rows(head, queries, first, keys);
+    }
+  }
+
+  Range keys_of_strip(int i, int count, Range keys) const {
+    int const end = fa::smaller(i + count, band_.s_q);
+    Range const found = common(fa::tile_range(band_, i, end), keys);
+    if (!p_.segments_q || is_empty(found)) return found;
+    return segments_.narrowed(found, Segments::extremes(scores_.segments_q(), {i, end}));
+  }
+
+  Range kept(int i, Range keys, Range columns) const {
+    Range const found = i < band_.s_q ? common(scores_.kept(i), {keys.begin + columns.begin, keys.end}) : Range{0, 0};
+    return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
+  }
+
+  void run_strip(int head, Queries<Op> const& queries, int first, int r, int count, Range keys) {
+    Range const seen = keys_of_strip(first + r, count, keys);
+    if (is_empty(seen)) return;
+    int const end = seen.end - keys.begin;
+    Range const columns = {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
+    int64 const row = first + r;
+    fill(columns, r, count);
+    multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns, strip_.scores);
+    multiply_keys(count, {queries.dout.at + row * queries.dout.stride, queries.dout.stride}, dim_v_, v_, keys, columns,
+                  strip_.dweights);
+    for (int n = 0; n < count; n += 2) {
+      Range const both[2] = {kept(int(row) + n, keys, columns), kept(int(row) + n + 1, keys, columns)};
+      weigh_pair(head, queries, row + n, n, keys, columns, both, target(r, n));
+    }
+    prefetch_->step(rows_at_once_);
+    if (!p_.dq) return;
+    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord;
+    add_dq(row, count, depth, keys.begin + columns.begin);
+    add_wild_keys(head, int(row), count, keys, columns, seen);
+  }
+
+  // Panels take the columns of a strip. What they hold beside what strips write is zero.
+  void fill(Range columns, int r, int count) {
+    for (int n = 0; n < kPanels; ++n) {
+      Range const inside = common(columns, {n * kPanel<Word>, (n + 1) * kPanel<Word>});
+      Filled& filled = filled_[n];
+      bool const is_first = is_empty(filled.rows);
+      if (is_empty(inside) && is_first) continue;
+      if (is_first) filled = {{r, r}, inside};
+      bool const is_whole = inside.end - inside.begin == kPanel<Word>;
+      clear_lines(n, filled.rows.end, is_whole ? r : r + count);
+      filled.rows.end = r + count;
+      if (is_empty(inside)) continue;
+      filled.columns = {fa::smaller(filled.columns.begin, inside.begin), fa::larger(filled.columns.end, inside.end)};
+    }
+  }
+
+  void clear_lines(int panel, int begin, int end) {
+    int64 const at = panel * words_ * kPanel<Word>;
+    int64 const first = at + begin / Op::kPerWord * kPanel<Word>, words = (end - begin) / Op::kPerWord * kPanel<Word>;
+    clear(weights_ + first, words);
+    clear(gradients_ + first, words);
+  }
+
+  PairTarget<Word> target(int r, int n) const {
+    int64 const line = (r + n) / Op::kPerWord * kPanel<Word>;
+    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, words_ * kPanel<Word>};
+  }
+
+  void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
+                     Matrix<Word> to) const {
+    for (int c = columns.begin, end; c < columns.end; c = end) {
+      int const panel = c / kPanel<Word> * kPanel<Word>;
+      end = fa::smaller(columns.end, panel + kPanel<Word>);
+      Word const* const right = packed + (keys.begin - begin_ + panel) * depth + (c - panel);
+      multiply_in_chains<Op>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
+                             {to.at + c, to.stride});
+    }
+  }
+
+  void weigh_pair(int head, Queries<Op> const& queries, int64 row, int n, Range keys, Range columns,
+                  Range const (&both)[2], PairTarget<Word> const& to) {
+    RowTerms<Word> const terms[2] = {{queries.lse[row], queries.low[row], queries.delta[row]},
+                                     {queries.lse[row + 1], queries.low[row + 1], queries.delta[row + 1]}};
+    if (scores_.is_plain && !p_.dropout_threshold)
+      return plain_pair<Op>(strip_, n, columns, both, scores_.to_score, terms, to);
+    for (int x = 0; x < 2; ++x)
+      weigh_row(head, int(row) + x, keys, columns, both[x], terms[x], strip_.scores.at + (n + x) * kStrip,
+                strip_.dweights.at + (n + x) * kStrip);
+    store_rows<Op>(strip_, n, columns, to);
+  }
+
+  void weigh_row(int head, int i, Range keys, Range columns, Range kept, RowTerms<Word> const& terms, Word* scores,
+                 Word* dweights) {
+    bool const is_there = i < band_.s_q;
+    if (!scores_.is_plain) scores_.finish(head, is_there ? i : 0, keys.begin, columns, kept, scores, strip_.slopes);
+    Dropped dropped{nullptr, int(p_.dropout_threshold)};
+    if (p_.dropout_threshold) {
+      int const begin = keys.begin + columns.begin, first = begin / 32 * 32;
+      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + head, i, first, keys.begin + columns.end, bits_);
+      dropped.bits = bits_ + (begin - first);
+    }
+    general_row<Op>(scores, dweights, columns, kept, scores_, terms, dropped);
+    if (p_.dbias && !is_empty(kept)) {
+      Word* const to = static_cast<Word*>(p_.dbias) + item_.unit.b * p_.dbias_batch + head * p_.dbias_head +
+                       i * p_.dbias_row + (keys.begin + kept.begin) * p_.dbias_key;
+      add_bias_gradient(dweights + kept.begin, kept.end - kept.begin, p_.dbias_key, to);
+    }
+    if (strip_.slopes) multiply_row(dweights, columns, strip_.slopes);
+  }
+
+  void add_dq(int64 row, int count, int64 depth, int key) {
+    for (int n = 0; n < panels_.count; ++n) {
+      int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
+      Word const* const right =
+          k_stacked_ + column * (packed_keys_ / Op::kPerWord) + (key - begin_) / Op::kPerWord * width;
+      multiply<Op, true>(count, panels_.width(n), depth, {gradient_rows_.at, kStrip}, {right, width},
+                         {dq_ + row * columns_qk_ + column, columns_qk_});
+    }
+  }
+
+  // Columns of dk or dv, transposed: [columns][keys of the block].
+  void multiply_rows(Word const* left, int64 columns, int64 dim, int first, Word const* right, Word* to) const {
+    Word const* const block = left + first / block_rows_ * words_ * columns;
+    for (int n = 0; n < kPanels; ++n) {
+      Filled const& filled = filled_[n];
+      if (is_empty(filled.rows)) continue;
+      int64 const line = filled.rows.begin / Op::kPerWord, depth = filled.rows.end / Op::kPerWord - line;
+      int const vectors = (filled.columns.end - filled.columns.begin) / kCount<Word>;
+      Matrix<Word const> const b{right + (n * words_ + line) * kPanel<Word> + filled.columns.begin % kPanel<Word>,
+                                 kPanel<Word>};
+      for (int64 e = 0; e < dim; e += kTileRows) {
+        int const rows = int(dim - e < kTileRows ? dim - e : kTileRows);
+        multiply<Op, true>(rows, vectors, depth, {block + e * words_ + line, words_}, b,
+                           {to + e * kKeys + filled.columns.begin, kKeys});
+      }
+    }
+  }
+
+  // --- where numbers are not finite
+
+  void add_wild_keys(int head, int row, int count, Range keys, Range columns, Range seen) const {
+    for (int j = seen.begin; j < seen.end; ++j) {
+      if (!wild_[(j - begin_) / kPanel<Word>]) continue;
+      for (int n = 0; n < count && row + n < band_.s_q; ++n)
+        if (scores_.keeps(head, row + n, j))
+          add_wild(element<Op>(gradient_rows_.at + n * kStrip, j - keys.begin - columns.begin), tensors_.k(), j,
+                   p_.head_dim_qk, dq_ + (row + n) * columns_qk_, 1);
+    }
+  }
+
+  void add_wild_rows(int head, Queries<Op> const& queries, int first, Range keys) const {
+    bool const is_wild_q = p_.dk && queries.wild_q[first / block_rows_];
+    bool const is_wild_dout = p_.dv && queries.wild_dout[first / block_rows_];
+    if (!is_wild_q && !is_wild_dout) return;
+    for (int i = first; i < fa::smaller(first + block_rows_, band_.s_q); ++i)
+      for (int j = keys.begin; j < keys.end; ++j) {
+        if (!scores_.keeps(head, i, j)) continue;
+        int const c = j - keys.begin;
+        int64 const at = (c / kPanel<Word> * words_ + (i - first) / Op::kPerWord) * kPanel<Word> + c % kPanel<Word>;
+        int const part = (i - first) % Op::kPerWord;
+        if (is_wild_dout)
+          add_wild(element<Op>(weights_ + at, part), tensors_.dout(head), i, p_.head_dim_v,
+                   dv_ + (keys.begin - begin_) * columns_v_ + c, kKeys);
+        if (is_wild_q)
+          add_wild(element<Op>(gradients_ + at, part), tensors_.q(head), i, p_.head_dim_qk,
+                   dk_ + (keys.begin - begin_) * columns_qk_ + c, kKeys);
+      }
+  }
+
+  // --- results
+
+  void add_sinks() {
+    for (int g = 0; g < group_; ++g) {
+      int const head = scores_.first_head() + g;
+      if (!keeps_heads()) packer_.pack(head, heads_[0]);
+      Queries<Op> const& of = queries_of(g);
+      auto const* const lse = static_cast<Word const*>(p_.lse) + tensors_.lse(head);
+      double total = 0;
+      for (int i = 0; i < band_.s_q; ++i)
+        if (lse[i] != kNever<Word>)
+          total -= __builtin_exp(double(scores_.sink(head)) - of.lse[i] - of.low[i]) * of.delta[i];
+      static_cast<Word*>(p_.dsinks)[item_.unit.b * p_.heads_q + head] = Word(total);
+    }
+  }
+
+  void write_dq(Word const* totals) const {
+    for (int g = 0; g < group_; ++g) {
+      Source const to = tensors_.dq(scores_.first_head() + g);
+      for (int64 i = 0; i < band_.s_q; ++i)
+        write_row(totals + (g * padded_rows_ + i) * columns_qk_, p_.head_dim_qk, Word(p_.scale), p_.dtype,
+                  written(to, i));
+    }
+  }
+
+  void write_keys(Range keys) const {
+    for (int first = keys.begin; first < keys.end; first += kKeys) {
+      int const count = fa::smaller(kKeys, keys.end - first);
+      int64 const at = first - begin_;
+      if (p_.dk) write_block(dk_ + at * columns_qk_, columns_qk_, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), first, count);
+      if (p_.dv) write_block(dv_ + at * columns_v_, columns_v_, p_.head_dim_v, 1, tensors_.dv(), first, count);
+    }
+  }
+
+  void write_block(Word const* sums, int64 columns, int64 dim, Word factor, Source const& to, int first,
+                   int count) const {
+    for (int j = 0; j < count; j += kCount<Word>) {
+      for (int64 e = 0; e < columns; e += kCount<Word>)
+        transpose<Word>({sums + e * kKeys + j, kKeys}, kCount<Word>, {turned_ + e, columns});
+      for (int i = 0; i < kCount<Word> && j + i < count; ++i)
+        write_row(turned_ + i * columns, dim, factor, p_.dtype, written(to, first + j + i));
+    }
+  }
+
+  AttentionParams const& p_;
+  BackwardItem const& item_;
+  Tensors tensors_;
+  Scores<Word> scores_;
+  fa::Band const& band_;
+  int group_, keys_per_part_, kept_heads_ = 1;
+  int block_rows_;
+  int64 words_;  // of a block of query rows, along the contraction over them
+  int64 padded_rows_, packed_keys_, dim_qk_, dim_v_, columns_qk_, columns_v_;
+  Panels panels_;
+  Arena arena_;
+  QueryPacker<Op> packer_;
+  Segments segments_;
+  Segments::Ids* runs_;
+  Queries<Op>* heads_;
+  Word *totals_, *share_;             // dq of all heads, and of one head and part, before the factor `scale`
+  Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq
+  Word *dk_, *dv_;                    // per block of keys [columns][kKeys]
+  bool* wild_;                        // of each panel of keys
+  Strip<Word> strip_;
+  Matrix<Word> gradient_rows_;
+  Word *weights_, *gradients_;        // per panel [words_][kPanel]
+  Word *turned_, *dq_ = nullptr;
+  Filled filled_[kPanels];
+  Prefetch* prefetch_ = nullptr;
+  int64 rows_at_once_ = 0, bytes_;
+  int begin_ = 0, step_ = 0;          // first key of the part; blocks of keys done
+  uint16 bits_[kBackwardKeys + 2 * kBitsAtOnce];
+};
+
+}  // namespace

@@ -1,0 +1,255 @@
+// The forward pass of one item: query rows of the heads of one unit.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+constexpr int kForwardRows = 48;  // of a tile of queries
+
+template <class Op>
+class Forward {
+  using Word = typename Op::Word;
+  static constexpr int kLast = kForwardRows - kTileRows;
+  static constexpr int64 kStrip = kMostKeys + kAlignWords;  // words from row to row of a strip, no power of two
+
+ public:
+  Forward(AttentionParams const& p, ForwardItem const& item, void* memory)
+      : p_(p), item_(item), tensors_{p, item.unit}, scores_(p, item.unit),
+        dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
+        row_words_(rounded_up(p.head_dim_qk, kGroup<Op>) / Op::kPerWord),
+        value_row_words_(rounded_up(p.head_dim_v, kGroup<Op>) / Op::kPerWord),
+        columns_(rounded_up(p.head_dim_v, kCount<Word>)), panels_(columns_ / kCount<Word>) {
+    Range const keys = fa::tile_range(item.unit.band, item.rows.begin, item.rows.end);
+    keys_ = {keys.begin / kMostKeys * kMostKeys, keys.end};
+    packed_ = rounded_up(keys_.end - keys_.begin, kPanel<Word>);
+    Arena arena(memory);
+    k_ = arena.take<Word>(packed_ * dim_qk_);
+    v_ = arena.take<Word>(packed_ / Op::kPerWord * columns_);
+    wild_ = arena.take<bool>(packed_ / kPanel<Word>);
+    runs_ = arena.take<Segments::Ids>(p.segments_q ? Segments::runs(item.unit.band.s_kv) : 0);
+    rows_ = arena.take<Word>(kPanel<Word> * (row_words_ > value_row_words_ ? row_words_ : value_row_words_));
+    queries_ = arena.take<Word>(kForwardRows * row_words_);
+    sums_ = arena.take<Word>(kForwardRows * columns_);
+    strip_ = arena.take<Word>(kTileRows * kStrip);
+    weights_ = Op::kPerWord == 1 ? strip_ : arena.take<Word>(kTileRows * kStrip);
+    bytes_ = arena.end() - int64(reinterpret_cast<uint64>(memory));
+  }
+
+  int64 bytes() const { return bytes_; }
+
+  void run(Prefetch& prefetch) {
+    prefetch_ = &prefetch;
+    int const rows = item_.rows.end - item_.rows.begin, group = scores_.group();
+    rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, rows * group);
+    pack();
+    // Few rows of each head: those of all heads together.
+    int const heads = rows < 2 * kTileRows ? group : 1;
+    for (int head = 0; head < group; head += heads)
+      for (int first = 0; first < heads * rows; first += kForwardRows)
+        run_tile(scores_.first_head() + head, first, fa::smaller(kForwardRows, heads * rows - first));
+  }
+
+ private:
+  struct Row {
+    int head, i;
+    Range kept;
+  };
+
+  void pack() {
+    if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
+    has_wild_ = false;
+    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) pack_keys(begin);
+    v_factor_ = 1;
+    bool is_wild = false;
+    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) is_wild |= pack_values(begin);
+    if (!is_wild) return;
+    has_wild_ = true;
+    v_factor_ = 1.0 / (1 << 24);  // so that sums of the largest values do not overflow
+    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) pack_values(begin);
+  }
+
+  void pack_keys(int begin) {
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
+    Matrix<Word> const rows{rows_, row_words_};
+    pack_rows<Op>(from_row(tensors_.k(), begin), count, kPanel<Word>, p_.head_dim_qk, rows);
+    pack_panel(rows, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
+  }
+
+  bool pack_values(int begin) {
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), at = begin - keys_.begin;
+    Matrix<Word> const rows{rows_, value_row_words_};
+    bool const is_wild = pack_rows<Op>(from_row(tensors_.v(), begin), count, kPanel<Word>, p_.head_dim_v, rows);
+    if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
+    wild_[at / kPanel<Word>] = is_wild;
+    pack_stacked<Op>(rows, kPanel<Word>, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
+    return is_wild;
+  }
+
+  // Rows first .. of the heads from `head` on, one head after the other.
+  void run_tile(int head, int first, int count) {
+    int const rows = item_.rows.end - item_.rows.begin;
+    Range keys{0, 0};
+    for (int r = 0; r < count; ++r) {
+      int const i = item_.rows.begin + (first + r) % rows;
+      row_[r] = {head + (first + r) / rows, i, scores_.kept(i)};
+      state_.most[r] = kNever<Word>;
+      state_.total[r] = 0;
+      sinks_[r] = scores_.sink(row_[r].head);
+      keys = hull(keys, row_[r].kept);
+    }
+    for (int r = 0, end; r < count; r = end) {
+      for (end = r; end < count && row_[end].head == row_[r].head;) ++end;
+      pack_rows<Op>(from_row(tensors_.q(row_[r].head), row_[r].i), end - r, end - r, p_.head_dim_qk,
+                    {queries_ + r * row_words_, row_words_});
+    }
+    for (bool& is_started : started_) is_started = false;
+    for (int begin = keys.begin / kMostKeys * kMostKeys; begin < keys.end; begin += kMostKeys)
+      for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
+    write(count);
+  }
+
+  static Range hull(Range a, Range b) {
+    if (is_empty(a) || is_empty(b)) return is_empty(a) ? b : a;
+    return {fa::smaller(a.begin, b.begin), fa::larger(a.end, b.end)};
+  }
+
+  // The keys of the block that some row of the strip keeps, perhaps.
+  Range keys_of_strip(int r, int count, int begin) const {
+    Range keys{0, 0};
+    for (int n = r; n < r + count; ++n) keys = hull(keys, row_[n].kept);
+    keys = common(keys, {begin, begin + kMostKeys});
+    if (!p_.segments_q || is_empty(keys)) return keys;
+    int32 const* const ids = scores_.segments_q();
+    Segments::Ids of_rows{ids[row_[r].i], ids[row_[r].i]};
+    for (int n = r; n < r + count; ++n) {
+      of_rows.least = fa::smaller(of_rows.least, ids[row_[n].i]);
+      of_rows.most = fa::larger(of_rows.most, ids[row_[n].i]);
+    }
+    return segments_.narrowed(keys, of_rows);
+  }
+
+  void run_strip(int r, int count, int begin) {
+    Range const keys = keys_of_strip(r, count, begin);
+    if (is_empty(keys)) return;
+    int const end = keys.end - begin;
+    Range const columns = {(keys.begin - begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
+    multiply_keys(r, count, begin, columns);
+    bool const is_first = !started_[r / kTileRows];
+    started_[r / kTileRows] = true;
+    for (int n = 0; n < count; ++n) {
+      Word const shrink = weigh_row(r + n, begin, columns, strip_ + n * kStrip, weights_ + n * kStrip);
+      if (is_first || shrink == 1) continue;
+      Word* const sums = sums_ + (r + n) * columns_;
+      for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, load(sums + c) * shrink);
+    }
+    prefetch_->step(rows_at_once_);
+    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord;
+    if (is_first)
+      multiply_values<false>(r, count, begin + columns.begin, depth);
+    else
+      multiply_values<true>(r, count, begin + columns.begin, depth);
+    if (has_wild_) add_wild_values(r, count, begin + columns.begin, keys);
+  }
+
+  void multiply_keys(int r, int count, int begin, Range columns) {
+    Matrix<Word const> const queries{queries_ + r * row_words_, row_words_};
+    for (int c = columns.begin, end; c < columns.end; c = end) {
+      int const panel = c / kPanel<Word> * kPanel<Word>;
+      end = fa::smaller(columns.end, panel + kPanel<Word>);
+      Word const* const keys = k_ + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
+      multiply_in_chains<Op>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
+                             {strip_ + c, kStrip});
+    }
+  }
+
+  // Products of one row become weights, which begin at the first of `columns`.
+  Word weigh_row(int r, int begin, Range columns, Word* scores, Word* weights) {
+    Row const& row = row_[r];
+    Range const both = common(row.kept, {begin + columns.begin, begin + columns.end});
+    Range const kept = {both.begin - begin, both.end - begin};
+    if (!scores_.is_plain)
+      scores_.finish(row.head, row.i, begin, columns, is_empty(both) ? Range{0, 0} : kept, scores, nullptr);
+    else if (is_empty(both) || kept.begin > columns.begin || kept.end < columns.end)
+      mask(columns, is_empty(both) ? Range{0, 0} : kept, scores);
+    Dropped dropped{nullptr, int(p_.dropout_threshold)};
+    if (p_.dropout_threshold) {
+      int const first = (begin + columns.begin) / 32 * 32;
+      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + row.head, row.i, first, begin + columns.end, bits_);
+      dropped.bits = bits_ + (begin + columns.begin - first);
+    }
+    return soften<Op>(scores + columns.begin, columns.end - columns.begin, scores_.to_exponent, dropped, state_, r,
+                      weights);
+  }
+
+  static void mask(Range columns, Range kept, Word* scores) {
+    for (int c = columns.begin; c < columns.end; c += kCount<Word>)
+      if (c < kept.begin || c + kCount<Word> > kept.end)
+        store(scores + c, inside<Word>(kept, c) ? load(scores + c) : broadcast(kNever<Word>));
+  }
+
+  template <bool ADD>
+  void multiply_values(int r, int count, int key, int64 depth) {
+    for (int n = 0; n < panels_.count; ++n) {
+      int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
+      Word const* const values =
+          v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
+      multiply<Op, ADD>(count, panels_.width(n), depth, {weights_, kStrip}, {values, width},
+                        {sums_ + r * columns_ + column, columns_});
+    }
+  }
+
+  void add_wild_values(int r, int count, int first, Range keys) {
+    for (int j = keys.begin; j < keys.end; ++j) {
+      if (!wild_[(j - keys_.begin) / kPanel<Word>]) continue;
+      for (int n = 0; n < count; ++n)
+        if (scores_.keeps(row_[r + n].head, row_[r + n].i, j))
+          add_wild(element<Op>(weights_ + n * kStrip, j - first), tensors_.v(), j, p_.head_dim_v,
+                   sums_ + (r + n) * columns_, 1);
+    }
+  }
+
+  void write(int count) {
+    finish_rows(state_, sinks_, scores_.to_score, count, finished_);
+    Word const factor = Word(p_.dropout_scale / v_factor_);
+    for (int r = 0; r < count; ++r) {
+      Row const& row = row_[r];
+      Word* const sums = sums_ + r * columns_;
+      if (!started_[r / kTileRows])
+        for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, Vector<Word>{});
+      write_row(sums, p_.head_dim_v, finished_.factor[r] * factor, p_.dtype, written(tensors_.out(row.head), row.i));
+      int64 const at = tensors_.lse(row.head) + row.i;
+      if (p_.lse) {  // null: nobody asks for it
+        static_cast<Word*>(p_.lse)[at] = finished_.lse[r];
+        static_cast<Word*>(p_.lse_low)[at] = finished_.low[r];
+      }
+    }
+  }
+
+  AttentionParams const& p_;
+  ForwardItem const& item_;
+  Tensors tensors_;
+  Scores<Word> scores_;
+  Segments segments_;
+  int64 dim_qk_, row_words_, value_row_words_, columns_;
+  Panels panels_;
+  Range keys_;       // packed, from a whole block on
+  int64 packed_;     // how many, in whole panels
+  Word *k_, *v_;     // panels of keys [words of a row][kPanel]; panels of columns of values
+  bool* wild_;       // of each panel of keys: whether a value is
+  bool has_wild_ = false;
+  double v_factor_ = 1;
+  Segments::Ids* runs_;
+  Word *rows_, *queries_, *sums_, *strip_, *weights_;
+  int64 bytes_;
+  Prefetch* prefetch_ = nullptr;
+  int64 rows_at_once_ = 0;
+  Row row_[kForwardRows];
+  bool started_[kForwardRows / kTileRows];
+  RowState<Word, kForwardRows> state_;
+  FinishedRows<Word, kForwardRows> finished_;
+  alignas(64) Word sinks_[kForwardRows];
+  uint16 bits_[kMostKeys + 2 * kBitsAtOnce];
+};
+
+}  // namespace

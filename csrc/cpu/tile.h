@@ -1,0 +1,96 @@
+// C = A B and C += A B for a few rows and vectors of columns, held in registers.
+//
+// A is read word by word and broadcast, B in vectors. Sums begin at zero and C is added in the end.
+#pragma once
+
+#include "operand.h"
+
+namespace {
+
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kTileVectors = 4;  // 24 sums, 4 vectors of B and a word of A in 32 registers
+#else
+constexpr int kTileVectors = 2;  // 12, 2 and 1 in 16
+#endif
+
+// Columns of a panel: what a tile is wide.
+template <class Word>
+constexpr int kPanel = kTileVectors * kCount<Word>;
+
+template <class Word>
+struct Matrix {
+  Word* at;
+  int64 stride;  // from row to row
+};
+
+template <class Op, int ROWS, int VECTORS, bool ADD>
+__attribute__((noinline)) void multiply_tile(int64 depth, Matrix<typename Op::Word const> a,
+                                             Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
+  using Word = typename Op::Word;
+  Vector<Word> sums[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) sums[i][j] = Vector<Word>{};
+  Word const* rows[ROWS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) rows[i] = a.at + i * a.stride;
+#pragma GCC unroll 2
+  for (int64 p = 0; p < depth; ++p, b.at += b.stride) {
+    Vector<Word> right[VECTORS];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) right[j] = load(b.at + j * kCount<Word>);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      Vector<Word> const left = broadcast(rows[i][p]);
+#pragma GCC unroll 16
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] = Op::multiply_add(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) {
+      Word* const at = c.at + i * c.stride + j * kCount<Word>;
+      store(at, ADD ? load(at) + sums[i][j] : sums[i][j]);
+    }
+}
+
+template <class Op>
+using Tile = void (*)(int64, Matrix<typename Op::Word const>, Matrix<typename Op::Word const>,
+                      Matrix<typename Op::Word>);
+
+template <class Op, bool ADD>
+struct Tiles {
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+#define FA_ROW(m) {multiply_tile<Op, m, 1, ADD>, multiply_tile<Op, m, 2, ADD>, multiply_tile<Op, m, 3, ADD>, \
+                   multiply_tile<Op, m, 4, ADD>}
+#else
+#define FA_ROW(m) {multiply_tile<Op, m, 1, ADD>, multiply_tile<Op, m, 2, ADD>}
+#endif
+  static constexpr Tile<Op> kTable[kTileRows][kTileVectors] = {FA_ROW(1), FA_ROW(2), FA_ROW(3),
+                                                               FA_ROW(4), FA_ROW(5), FA_ROW(6)};
+#undef FA_ROW
+};
+
+// `rows` at most kTileRows, `vectors` of columns at most kTileVectors.
+template <class Op, bool ADD>
+inline void multiply(int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
+                     Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
+  Tiles<Op, ADD>::kTable[rows - 1][vectors - 1](depth, a, b, c);
+}
+
+// C = A B, the contraction cut into chains.
+template <class Op>
+inline void multiply_in_chains(int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
+                               Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
+  int64 done = depth < Op::kChain ? depth : Op::kChain;
+  multiply<Op, false>(rows, vectors, done, a, b, c);
+  for (; done < depth; done += Op::kChain) {
+    int64 const more = depth - done < Op::kChain ? depth - done : Op::kChain;
+    multiply<Op, true>(rows, vectors, more, {a.at + done, a.stride}, {b.at + done * b.stride, b.stride}, c);
+  }
+}
+
+}  // namespace

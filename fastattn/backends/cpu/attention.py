@@ -1,0 +1,250 @@
+"""Attention by the C++ kernels: what they are given."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.base import Outputs, Run
+from fastattn.backends.cpu.library import Library
+from fastattn.errors import input_error
+from fastattn.problem import Grads, Inputs
+from fastattn.spec import AttentionSpec
+
+VERSION = 1  # kAttentionVersion of csrc/cpu/params.h
+# fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
+VARIABLE = (
+    "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
+    "dsinks", "bias", "mask", "slopes", "sinks", "segments_q", "segments_kv", "cu_seqlens_q", "cu_seqlens_kv",
+    "rng_state",
+)  # fmt: skip
+FIXED = (
+    "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "dout_batch", "dout_row",
+    "dout_head", "bias_batch", "bias_head", "bias_row", "bias_key", "dbias_batch", "dbias_head", "dbias_row",
+    "dbias_key", "mask_batch", "mask_head", "mask_row", "mask_key", "slopes_stride", "sinks_stride",
+    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "batch", "heads_q", "heads_kv", "head_dim_qk",
+    "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold", "scale", "softcap",
+    "dropout_scale",
+)  # fmt: skip
+VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
+# The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
+FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
+FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
+HOST = torch.device("cpu")  # said each time: torch.device as a context changes where new tensors are made
+UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
+MAX_HEAD_DIM = 512
+
+Addresses = dict[str, int]
+
+
+class Call:
+    """A problem as the kernels read it: tensors with contiguous rows, and the struct that names them."""
+
+    def __init__(self, inputs: Inputs, spec: AttentionSpec, machine: int) -> None:
+        self.inputs = readable(inputs)
+        self.spec = spec
+        self.machine = machine
+        self.words = words_of(inputs.q.dtype)
+        given = self.inputs
+        self.tensors: dict[str, Tensor | None] = {
+            "q": given.q, "k": given.k, "v": given.v, "bias": given.bias, "mask": given.mask,
+            "slopes": given.alibi_slopes, "sinks": given.sinks, "segments_q": given.segment_ids_q,
+            "segments_kv": given.segment_ids_kv, "cu_seqlens_q": given.cu_seqlens_q,
+            "cu_seqlens_kv": given.cu_seqlens_kv, "rng_state": given.rng_state if spec.dropout_p > 0 else None,
+        }  # fmt: skip
+
+    def packed(self, dout: Tensor | None = None, dbias: Tensor | None = None, **results: Tensor | None) -> bytes:
+        """The struct, with further tensors by the name of its fields."""
+        tensors = self.tensors | results | {"dout": dout, "dbias": dbias}
+        variable = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+        variable |= {"version": VERSION, "threads": torch.get_num_threads(), "machine": self.machine}
+        packed = VARIABLE_PART.pack(*(variable.get(name, 0) for name in VARIABLE))
+        return packed + fixed_part(self.inputs, self.spec, dout, dbias)
+
+
+def forward(library: Library, inputs: Inputs, spec: AttentionSpec, machine: int | None = None) -> Outputs:
+    """``(out, lse, lse_low)``."""
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=HOST)
+    lse, low = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(2))
+    library.attend("forward", call.packed(out=out, lse=lse, lse_low=low))
+    return out, lse, low
+
+
+def backward(
+    library: Library,
+    dout: Tensor,
+    dlse: Tensor | None,
+    results: Outputs,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    machine: int | None = None,
+) -> Grads:
+    """The gradients named in ``needs``; ``results`` are those of the forward pass."""
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    out, lse, low = (x.contiguous() for x in results)
+    dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
+    dlse = None if dlse is None else dlse.to(call.words).contiguous()
+    grads: dict[str, Tensor] = {
+        f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
+        for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
+        if name in needs
+    }
+    if inputs.bias is not None and "bias" in needs:
+        grads["dbias"] = torch.zeros(inputs.bias.shape, dtype=call.words, device=HOST)
+    if inputs.sinks is not None and "sinks" in needs:
+        grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
+    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
+    if "dbias" in grads and inputs.bias is not None:
+        grads["dbias"] = grads["dbias"].to(inputs.bias.dtype)
+    if "dsinks" in grads and inputs.sinks is not None:
+        shared = inputs.sinks.shape[0] == 1
+        found = grads["dsinks"].sum(0, keepdim=True) if shared else grads["dsinks"]
+        grads["dsinks"] = found.to(inputs.sinks.dtype)
+    return Grads(**grads)
+
+
+def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+    """``forward`` for calls on q, k and v alone; lse and lse_low are one tensor, since two take longer to make."""
+    rest = _rest(inputs, spec, FORWARD_PART)
+    if rest is None:
+        return None
+    out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
+    words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
+    empty, threads, low = torch.empty, torch.get_num_threads, math.prod(inputs.lse_shape()) * words.itemsize
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
+        if keep:
+            kept = empty(kept_shape, dtype=words, device=HOST)
+            at = kept.data_ptr()
+            at_low = at + low
+        failed = run_pass(
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
+            + rest
+        )
+        if failed:
+            library.explain(failed)
+        return (out,) if kept is None else (out, kept)
+
+    return run
+
+
+def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+    """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
+    q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
+    rest = _rest(inputs, spec, BACKWARD_PART, dout)
+    if rest is None:
+        return None
+    machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
+    empty, threads = torch.empty, torch.get_num_threads
+    low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
+
+    def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        dq = empty(q_shape, dtype=dtype, device=HOST)
+        dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
+        at = kept.data_ptr()
+        failed = run_pass(
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+        )  # fmt: skip
+        if failed:
+            library.explain(failed)
+        return dq, dk, dv
+
+    return run
+
+
+def _rest(inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None) -> bytes | None:
+    """The struct behind its ``first`` part, for calls on q, k and v alone; None if it takes more than addresses."""
+    if inputs.has_more_than_qkv or not all(_has_contiguous_rows(x) for x in (inputs.q, inputs.k, inputs.v)):
+        return None
+    return bytes(VARIABLE_PART.size - first.size) + fixed_part(inputs, spec, dout)
+
+
+def words_of(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, and the dtype of lse."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def readable(inputs: Inputs) -> Inputs:
+    """With tensors as the kernels read them: rows contiguous, few numbers in the dtype of the arithmetic."""
+    words, changes = words_of(inputs.q.dtype), {}
+    for name, dtype in (
+        ("q", None), ("k", None), ("v", None), ("alibi_slopes", words), ("sinks", words), ("segment_ids_q", None),
+        ("segment_ids_kv", None), ("cu_seqlens_q", torch.int32), ("cu_seqlens_kv", torch.int32), ("rng_state", None),
+    ):  # fmt: skip
+        x: Tensor | None = getattr(inputs, name)
+        if x is None:
+            continue
+        read = x if dtype is None else x.to(dtype)
+        read = read if _has_contiguous_rows(read) else read.contiguous()
+        if read is not x:
+            changes[name] = read
+    if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
+        changes["segment_ids_q"], changes["segment_ids_kv"] = _small_ids(inputs.segment_ids_q, inputs.segment_ids_kv)
+    return inputs.replace(**changes) if changes else inputs
+
+
+def fixed_part(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, dbias: Tensor | None = None) -> bytes:
+    """The part of the struct that calls with tensors of the same kind share."""
+    q, k, v, is_packed = inputs.q, inputs.k, inputs.v, inputs.is_packed
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[-3] >= UNBOUNDED:
+            todo = "The kernels count in 32 bits."
+            raise input_error(name, f"{x.shape[-3]} tokens", f"fewer than {UNBOUNDED}", todo)
+    return FIXED_PART.pack(
+        *_strides(q, is_packed), *_strides(k, is_packed), *_strides(v, is_packed), *_strides(dout, is_packed),
+        *_steps(inputs.bias), *_steps(dbias), *_steps(inputs.mask), _step(inputs.alibi_slopes), _step(inputs.sinks),
+        _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv),
+        DTYPES[q.dtype], 0 if inputs.bias is None else DTYPES[inputs.bias.dtype], inputs.batch, q.shape[-2],
+        k.shape[-2], q.shape[-1], v.shape[-1], q.shape[-3], k.shape[-3], _side(spec.left), _side(spec.right),
+        spec.anchor == "lower_right", spec.dropout_threshold, spec.scale, spec.softcap or 0.0, spec.dropout_scale,
+    )  # fmt: skip
+
+
+def _has_contiguous_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def _small_ids(of_q: Tensor, of_kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of 32 bits, equal and in order as those given."""
+    if of_q.dtype == of_kv.dtype == torch.int32:
+        return of_q.contiguous(), of_kv.contiguous()
+    small = tuple(x.to(torch.int32).contiguous() for x in (of_q, of_kv))
+    if all(bool((x == given).all()) for x, given in zip(small, (of_q, of_kv), strict=True)):
+        return small[0], small[1]
+    _, numbers = torch.unique(torch.cat([of_q.flatten().long(), of_kv.flatten().long()]), return_inverse=True)
+    first, second = numbers.to(torch.int32).split([of_q.numel(), of_kv.numel()])
+    return first.view(of_q.shape), second.view(of_kv.shape)
+
+
+def _strides(x: Tensor | None, is_packed: bool) -> tuple[int, ...]:
+    """Of the batch, the row and the head."""
+    if x is None:
+        return (0, 0, 0)
+    return (0, *x.stride()[:2]) if is_packed else x.stride()[:3]
+
+
+def _step(x: Tensor | None) -> int:
+    """From row to row of ``(1|n, m)``; 0 where all share one."""
+    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
+
+
+def _steps(x: Tensor | None) -> tuple[Any, ...]:
+    """Of what broadcasts to the scores."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _side(limit: int | None) -> int:
+    return UNBOUNDED if limit is None else min(limit, UNBOUNDED)
