@@ -19,11 +19,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
-from fastattn.errors import UnsupportedError
+from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
@@ -95,7 +96,7 @@ def _backward(
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
@@ -197,8 +198,18 @@ def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    if inputs.k is not None:
+        _refuse_shared_storage(inputs)
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
     return inputs.q.new_empty(inputs.out_shape()), lse
+
+
+def _refuse_shared_storage(inputs: CacheInputs) -> None:
+    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
+    k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
+    if k_storage == v_storage:
+        todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."
+        raise input_error("v_cache", "a part of the same memory as k_cache, compiled", "memory of its own", todo)
 
 
 for _name in ("attend_to_cache", "extend_cache"):

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from fastattn import ops, plan
+from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
 from fastattn.autograd import attend, attend_as_planned, needs_gradient
 from fastattn.backends.base import Run
@@ -43,6 +43,8 @@ def serve(
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
+    if plain.is_wanted():
+        return plain.attend(inputs, spec)
     results = attend(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
         plan.remember(kind, _planned(inputs, spec, backend, heads_first, with_lse))
