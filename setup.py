@@ -40,7 +40,10 @@ def load(*names: str) -> list[ModuleType]:
 
 
 compiled, cuda, instances, cpu = load(
-    "fastattn.compiled", "fastattn.backends.cuda.build", "fastattn.backends.cuda.instances", "fastattn.backends.cpu.build"
+    "fastattn.compiled",
+    "fastattn.backends.cuda.build",
+    "fastattn.backends.cuda.instances",
+    "fastattn.backends.cpu.build",
 )
 
 

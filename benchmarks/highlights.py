@@ -1,8 +1,8 @@
-"""The README's six rows, chosen here and read from the committed records: two plain cases, and where most differs."""
+"""Tables made of several records: the six rows of the README, and the shipped examples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from benchmarks import tables
 from benchmarks.tables import Record
@@ -42,6 +42,17 @@ def conditions(records: Mapping[str, Record]) -> str:
     days = sorted({record["started"][:10] for record in records.values()})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     return f"{'; '.join(devices)}; {', '.join(versions)}; {when}. ×: how many times faster fastattn is."
+
+
+def examples(records: Sequence[Record]) -> str:
+    """A row for each shipped example: its task, the metric of a baseline and of the model on held-out data."""
+    rows = []
+    for record in records:
+        metric, baseline = record["metric"], record["baseline_is"]
+        scores = [f"{record[whose][metric]:.3g}" for whose in ("baseline", "model")]
+        cells = [f"`{record['name']}`", record["question"], f"{metric} {scores[0]} ({baseline})"]
+        rows.append([*cells, f"**{scores[1]}**", f"{record['seconds']:.0f} s"])
+    return tables.markdown(("fastattn example", "task", "baseline", "reached", "time"), rows)
 
 
 def _case(record: Record, what: str, case: str) -> list[str]:

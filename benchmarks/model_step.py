@@ -33,7 +33,7 @@ from fastattn.measure import memory
 from fastattn.measure.peers import eager_attention
 from fastattn.measure.timing import compare, stopwatch
 from fastattn.measure.workload import Operands, Workload
-from fastattn.nn import paged
+from fastattn.nn import layer_cache
 
 COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
 VOCABULARY = 256  # bytes
@@ -127,7 +127,7 @@ class Variant:
         """Greedy tokens after a prompt of half the length."""
         prompt = self._batches[0][:, : max(1, self._setting.length // 2)]
         decode = attention_with_kv_cache if self._attention is fastattn.attention else _gathering(self._attention)
-        with mock.patch.object(paged, "attention_with_kv_cache", decode), self._setting.autocast():
+        with mock.patch.object(layer_cache, "attention_with_kv_cache", decode), self._setting.autocast():
             tokens = list(generate(self.model, prompt, self._setting.new_tokens, Sampling(temperature=0)))
         return torch.stack(tokens).tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from pathlib import Path
@@ -86,7 +87,7 @@ def _mixture(records: dict[str, Record]) -> str | None:
     return None
 
 
-# Pages: README.md and docs/performance.md
+# Pages: README.md and docs/
 
 
 def _write_page(path: Path, results: Path) -> None:
@@ -100,7 +101,7 @@ def _write_page(path: Path, results: Path) -> None:
             f"{path}: no region to fill. Add <!-- results:NAME --> and <!-- /results:NAME --> on two lines."
         )
     for name in names:
-        if name != "highlights":
+        if (results / f"{name}.json").exists():
             draw(read(results / f"{name}.json"), results, name)
     write_text(path, rendered(text, results, path.resolve().parent))
     print(f"{path}: {', '.join(names)}")
@@ -123,10 +124,13 @@ def rendered(text: str, results: Path, root: Path) -> str:
 
 
 def body(name: str, results: Path, root: Path) -> str:
-    """The content of a region: that of one record, or the README's choice from several."""
+    """The content of a region: that of one record, or a table of several."""
     if name == "highlights":
         records = {stem: read(results / f"{stem}.json") for stem in highlights.RECORDS}
         return f"{highlights.table(records)}\n\n{highlights.conditions(records)}\n"
+    if name == "examples":
+        found = sorted((results / "examples").glob("*.json"))
+        return highlights.examples([json.loads(path.read_text(encoding="utf-8")) for path in found]) + "\n"
     record = read(results / f"{name}.json")
     return "\n\n".join([tables.conditions(record), tables.summary(record), *_links(results, name, root)]) + "\n"
 

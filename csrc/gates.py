@@ -1,8 +1,9 @@
 """Compile every CUDA kernel and check its machine code, with no GPU: ``python csrc/gates.py [--build DIR] [NAME ...]``.
 
-A kernel fails if it spills or touches local memory, if ptxas warns that it serialised a wgmma (C75xx; C7519, an
-inserted fence, is harmless), if the number of tensor-core instructions is unexpected, or if exponentials stand
-outside of the P V product that should hide them. ``--options`` passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
+A kernel fails if registers are touched while a wgmma uses them (sass.py), if it spills or touches local memory, if
+ptxas warns that it serialised a wgmma (C75xx; C7519, an inserted fence, is harmless), if the number of tensor-core
+instructions is unexpected, or if exponentials stand outside of the P V product that should hide them. ``--options``
+passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from sass import functions, hazards
+
+from fastattn.backends.cuda import nvrtc
 from fastattn.backends.cuda.build import BuildError, build, find_nvcc
 from fastattn.backends.cuda.instances import (
     DecodeConfig,
@@ -46,6 +50,7 @@ class Facts:
     products: int
     warnings: tuple[str, ...]
     exponentials: tuple[int, int]
+    hazards: tuple[str, ...] = ()
 
 
 def facts_of(log: str, sass: str) -> Facts:
@@ -59,6 +64,7 @@ def facts_of(log: str, sass: str) -> Facts:
         products=sum(name.startswith("HGMMA") for name in names),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)) - HARMLESS)),
         exponentials=exponentials(instructions),
+        hazards=tuple(hazard for _, code in functions(sass) for hazard in hazards(code)),
     )
 
 
@@ -114,6 +120,7 @@ def faults(instance: Instance, facts: Facts) -> list[str]:
     found = []
     if facts.spilled or facts.local:
         found.append(f"spills {facts.spilled} bytes, {facts.local} accesses to local memory")
+    found += facts.hazards
     if facts.warnings:
         found.append(f"ptxas warns: {', '.join(facts.warnings)}")
     if facts.products != expected_products(instance):
@@ -140,10 +147,24 @@ def find_cuobjdump() -> str:
 
 
 def check(instance: Instance, folder: Path, cuobjdump: str) -> tuple[Facts, list[str]]:
-    command = [cuobjdump, "--dump-sass", str(folder / f"{instance.name}.o")]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    facts = facts_of((folder / f"{instance.name}.o.log").read_text(), sass)
+    facts = facts_of(
+        (folder / f"{instance.name}.o.log").read_text(), listing_of(folder / f"{instance.name}.o", cuobjdump)
+    )
     return facts, faults(instance, facts)
+
+
+def check_with_nvrtc(instance: Instance, folder: Path, cuobjdump: str) -> tuple[Facts, list[str]]:
+    """As ``check``, for the kernel that NVRTC makes of the same source. It says nothing of spills: accesses tell."""
+    target = folder / f"{instance.name}.cubin"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(nvrtc.compile_kernel(instance))
+    facts = facts_of("", listing_of(target, cuobjdump))
+    return facts, faults(instance, facts)
+
+
+def listing_of(path: Path, cuobjdump: str) -> str:
+    command = [cuobjdump, "--dump-sass", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
@@ -152,6 +173,7 @@ def main() -> int:
     parser.add_argument("--build", type=Path, default=CSRC.parent / "build" / "cuda", help="where to build")
     parser.add_argument("--options", nargs="*", default=[], help="further flags for nvcc")
     parser.add_argument("--jobs", type=int, help="processes at a time")
+    parser.add_argument("--nvrtc", type=int, metavar="MAJOR", help="compile with this version of NVRTC, not with nvcc")
     options = parser.parse_args()
     instances = [
         instance
@@ -160,14 +182,19 @@ def main() -> int:
     ]
     try:
         cuobjdump = find_cuobjdump()
-        build(options.build, "objects", CSRC, instances, options.options, options.jobs)
-    except BuildError as error:
+        if options.nvrtc:
+            nvrtc.MAJORS = (options.nvrtc,)
+            print(f"NVRTC {nvrtc.version()}")
+        else:
+            build(options.build, "objects", CSRC, instances, options.options, options.jobs)
+    except (BuildError, nvrtc.NvrtcError) as error:
         print(f"The gates need a CUDA compiler: {error}", file=sys.stderr)
         return 2
     print(f"{'kernel':<44} registers  HGMMA  exp under/after P V  verdict")
     is_good = True
     with ThreadPoolExecutor(options.jobs or os.cpu_count()) as pool:
-        checked = list(pool.map(lambda instance: check(instance, options.build, cuobjdump), instances))
+        judge = check_with_nvrtc if options.nvrtc else check
+        checked = list(pool.map(lambda instance: judge(instance, options.build, cuobjdump), instances))
     for instance, (facts, found) in zip(instances, checked, strict=True):
         is_good = is_good and not found
         under, after = facts.exponentials

@@ -52,9 +52,14 @@ def attend_as_planned(plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: boo
     """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
     if plan.backward is not None:
         return PlannedAttention.apply(q, k, v, plan, with_lse)
-    out, lse, _ = plan.forward(q, k, v)
+    out, *kept = plan.forward(q, k, v)
     out = out.transpose(1, 2) if plan.heads_first else out
-    return (out, lse) if with_lse else out
+    return (out, _lses(kept)[0]) if with_lse else out
+
+
+def _lses(kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``lse`` and ``lse_low`` of what a planned forward pass kept."""
+    return kept if len(kept) == 2 else kept[0].unbind()
 
 
 def _distinct(flat: ops.Flat) -> ops.Flat:
@@ -106,6 +111,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        if _drops_alike(info, in_dims, args):
+            return _one_by_one(info.batch_size, in_dims, args, Attention.apply)
         folded = _fold(info.batch_size, in_dims, args[:-1], per_sample=())
         needs_grad = args[-1]
         results = Attention.apply(*folded, needs_grad)
@@ -123,27 +130,27 @@ class PlannedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> Any:
-        out, lse, lse_low = plan.forward(q, k, v)
-        ctx.save_for_backward(out, lse, lse_low, q, k, v)
+        results = plan.forward(q, k, v)
+        ctx.save_for_backward(*results, q, k, v)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        shown = out.transpose(1, 2) if plan.heads_first else out
-        return (shown, lse) if with_lse else shown
+        out = results[0].transpose(1, 2) if plan.heads_first else results[0]
+        return (out, _lses(results[1:])[0]) if with_lse else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        plan, (out, lse, lse_low, q, k, v) = ctx.plan, ctx.saved_tensors
+        plan, (out, *kept, q, k, v) = ctx.plan, ctx.saved_tensors
         if dout is None:
-            dout = torch.zeros_like(q[..., :1]).expand(*q.shape[:-1], v.shape[-1])
-        if plan.heads_first:
-            dout = dout.transpose(1, 2)
+            dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
-        if is_plain and dout.dtype is out.dtype:
-            grads = plan.backward(dout.contiguous(), out, lse, lse_low, q, k, v)
+        if is_plain and dout.dtype is out.dtype and not dout.is_neg():
+            grads = plan.backward(dout.contiguous(), out, *kept, q, k, v)
         else:
+            dout = dout.transpose(1, 2) if plan.heads_first else dout
             operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
             flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
-            grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, [True, True, True, False, False])[:3]
+            needed = [True, True, True, False, False]
+            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)[:3]
         return *(x.transpose(1, 2) if plan.heads_first else x for x in grads), None, None
 
 
@@ -188,6 +195,8 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        if _drops_alike(info, in_dims[5:], args[5:]):
+            return _one_by_one(info.batch_size, in_dims, args, AttentionBackward.apply)
         size, flat, needed = info.batch_size, args[5:-1], args[-1]
         needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
         is_packed = _is_packed(flat)
@@ -233,6 +242,21 @@ def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[st
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
     return (*folded, *flat[len(TENSORS) :])
+
+
+def _drops_alike(info: Any, in_dims: Dims, flat: Sequence[Any]) -> bool:
+    """Whether samples share dropout's elements, which count from the first batch entry of a call."""
+    at = TENSORS.index("rng_state")
+    return info.randomness == "same" and flat[at] is not None and in_dims[at] is None
+
+
+def _one_by_one(size: int, in_dims: Dims, args: Sequence[Any], function: Callable[..., Any]) -> tuple[Any, Any]:
+    """Each sample by a call of its own."""
+    samples = []
+    for n in range(size):
+        at_n = (x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))
+        samples.append(function(*at_n))
+    return tuple(torch.stack(each) for each in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
 def _into_batch(size: int, dim: int | None, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def attention_with_kv_cache(
 
     Example:
         >>> import torch, fastattn
-        >>> k_cache = v_cache = torch.zeros(20, 16, 2, 64)                       # 20 pages of 16 rows
+        >>> k_cache, v_cache = (torch.zeros(20, 16, 2, 64) for _ in range(2))    # 20 pages of 16 rows
         >>> block_table = torch.tensor([[3, 9], [4, 0]], dtype=torch.int32)
         >>> lengths = torch.tensor([17, 5], dtype=torch.int32)
         >>> q, k = torch.randn(2, 1, 8, 64), torch.randn(2, 1, 2, 64)
@@ -104,10 +104,11 @@ def attention_with_kv_cache(
     """
     tensors, kind = (q, k_cache, v_cache, cache_lengths, k, v, block_table), None
     if cu_seqlens_q is rotary_cos is rotary_sin is k_scale is v_scale is bias is alibi_slopes is sinks is None:
-        options = ("cache", causal, window, scale, softcap, max_seqlen_q, requested(backend))
-        kind = plan.kind_of(tensors, options)
-        if (planned := cache_by_plan(kind, tensors)) is not None:
-            return planned if return_lse else planned[0]
+        options = ("cache", causal, type(causal), window, scale, softcap, max_seqlen_q, requested(backend))
+        kind, planned = plan.look_up(tensors, options)
+        if planned is not None:
+            out, lse = cache_by_plan(planned, tensors)
+            return (out, lse) if return_lse else out
     inputs, spec = cache_problem(
         *tensors[:6],
         block_table=block_table,
@@ -156,7 +157,7 @@ def explain_with_kv_cache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve ``attention_with_kv_cache`` with these arguments, and why the others would not.
+    """Name the backend that would serve ``attention_with_kv_cache``, with the reasons against the others.
 
     Nothing is computed and nothing is appended. As ``fastattn.explain`` otherwise.
 

@@ -122,6 +122,55 @@ def cache_root() -> Path:
         raise OSError("there is no home folder to keep caches in; set FASTATTN_CACHE to a folder of yours") from error
 
 
+def check_regular(path: Path) -> None:
+    """Raise DataError if something is at ``path`` that is neither a file nor a folder: a pipe, a socket, a device."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{path} is a pipe, a socket or a device: give a regular file.")
+
+
+def read_lines(path: Path, longest: int = 1 << 26) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends.
+
+    Args:
+        path: of a regular file.
+        longest: bytes in a line.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: a line is not UTF-8.
+        DataError: it is not a regular file, or a line is longer than ``longest``.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest:
+                raise DataError(f"{path}, line {number}: longer than {longest >> 20} MiB, the limit of a line.")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_limited(path: Path, most: int = 1 << 27) -> str:
+    """The text of a UTF-8 file that is read as a whole.
+
+    Args:
+        path: of a regular file.
+        most: bytes in it.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+        DataError: it is not a regular file, or larger than ``most``.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise DataError(f"{path} is larger than {most >> 20} MiB, the limit of a file that is read as a whole.")
+    return content.decode("utf-8-sig")
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder in one piece: a kill leaves it whole, or under a name that ``new_folder`` clears away."""
     with contextlib.suppress(OSError):

@@ -240,7 +240,7 @@ def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:
 
 
 def _common_length(inputs: CacheInputs) -> int | None:
-    """Where all rows of a contiguous cache in host memory go on, if they agree and new ones are stored as they are."""
+    """The common length of a contiguous cache in host memory, if there is one and new rows are stored unchanged."""
     is_known = inputs.cache_lengths.device.type == "cpu" and not inputs.is_packed and inputs.block_table is None
     if not is_known or inputs.rotary_cos is not None or inputs.is_fp8:
         return None
@@ -409,7 +409,7 @@ def _check_no_gradient(inputs: CacheInputs) -> None:
 
 
 def most_positions(inputs: CacheInputs) -> int:
-    """What a sequence may have of them: as many as the cache holds, and the bias has numbers for."""
+    """The most positions that a sequence may have: those that the cache holds and the bias has numbers for."""
     if inputs.bias is None or inputs.bias.shape[3] == 1:
         return inputs.capacity
     return min(inputs.capacity, inputs.bias.shape[3])

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
-from fastattn.errors import UnsupportedError
+from fastattn.errors import UnsupportedError, input_error
 from fastattn.imports import when_imported
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
 from fastattn.storage import check_storages
+from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
@@ -96,7 +97,7 @@ def _backward(
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
@@ -117,13 +118,21 @@ def _check_values(inputs: Inputs) -> None:
 
 
 def prepared(
-    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool, with_lse: bool, heads_first: bool
 ) -> tuple[Run, Run | None] | None:
-    """What serves calls on q, k and v like this one, forward and backward; None if its backend has nothing."""
+    """Runs for calls on q, k and v like this one, forward and backward; None if its backend has none."""
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
-    forward = chosen.prepared_forward(inputs, spec)
-    backward = chosen.prepared_backward(inputs, spec) if needs_grad else None
+    forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
+    backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
     return None if forward is None or (needs_grad and backward is None) else (forward, backward)
+
+
+def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
+    """A tensor without memory and with the strides of a contiguous gradient, in the internal layout."""
+    batch, rows, heads, dim = inputs.out_shape()
+    shape = (batch, heads, rows, dim) if heads_first else (batch, rows, heads, dim)
+    dout = torch.empty(shape, dtype=inputs.q.dtype, device="meta")
+    return dout.transpose(1, 2) if heads_first else dout
 
 
 def _fake_forward(*args: Any) -> Outputs:
@@ -154,7 +163,9 @@ def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -
 
 
 _LIBRARY.impl("forward", _kernel(_forward, TENSORS), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd"
+)
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
@@ -185,14 +196,24 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """What serves calls like this one without another look at anything but values; None if its backend has nothing."""
+    """A run for calls on a cache like this one, which checks values only; None if its backend has none."""
     return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    if inputs.k is not None:
+        _refuse_shared_storage(inputs)
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
     return inputs.q.new_empty(inputs.out_shape()), lse
+
+
+def _refuse_shared_storage(inputs: CacheInputs) -> None:
+    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
+    k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
+    if k_storage == v_storage:
+        todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."
+        raise input_error("v_cache", "a part of the same memory as k_cache, compiled", "memory of its own", todo)
 
 
 for _name in ("attend_to_cache", "extend_cache"):

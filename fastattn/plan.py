@@ -1,13 +1,14 @@
-"""Plans: for calls of one kind, what was checked, chosen and packed before, so that it is not done again.
+"""Plans: calls of a kind seen before are served without being checked, dispatched and packed again.
 
 Calls are of one kind if their tensors agree in shape, strides, dtype, device, alignment and need of a gradient, and
-everything else in their values. Each tensor still has to lie inside its memory, which may have been freed since. From one step of a model to the next nothing of this changes, and finding that out
-takes Python a small part of the time that checking and choosing do, in which a short sequence could have been computed.
+and the options in everything. From one step of a model to the next none of this changes. Recognising the kind takes
+Python a small part of the time that checking and choosing take, in which a short sequence could have been computed.
+Each tensor still has to lie inside its memory, which may have been freed since.
 
-    call -> kind_of -> known -> run                      a kind seen before
+    call -> look_up -> run                               a kind seen before
     call -> arguments -> check -> dispatch -> operator   any other; then its plan is made and remembered
 
-What a kind must hold is what a kernel was prepared for: two tensors that differ in anything else are served alike.
+A kind holds everything that a kernel was prepared for; tensors that differ in nothing else are served alike.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from fastattn.torch_internals import is_watched
 LIMIT = 1024  # kinds that are remembered
 ALIGNMENT = 16  # bytes: what kernels on an accelerator are compiled for
 _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
+_NOTHING: tuple[None, tuple[int, ...]] = (None, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How calls on q, k and v alone are served.
+    """The way to serve calls on q, k and v alone.
 
     Attributes:
-        forward: ``(q, k, v) -> (out, lse, lse_low)``.
-        backward: ``(dout, out, lse, lse_low, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
+        backward: ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
         scalars: what follows the tensors among the arguments of the operators.
         heads_first: q, k, v and out are ``(B, H, S, D)``; the runs take and give ``(B, S, H, D)``, and read addresses.
     """
@@ -46,41 +48,38 @@ class Plan:
     heads_first: bool = False
 
 
-def kind_of(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
-    """What a call has in common with those of its kind; None if it has to go the long way.
+def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Hashable | None, Any]:
+    """The kind of a call, and its ``Plan`` (for a cache the run itself), or None if there is none.
 
-    That is a call which somebody watches or transforms, or whose tensors are no plain dense ones.
+    The kind is None for a call that has to go the long way: somebody watches or transforms it, or its tensors are no
+    plain dense ones. On the way of every call, so it is written to be fast.
     """
     if is_watched():
-        return None
+        return None, None
     grad = torch.is_grad_enabled()
-    kind: list[Any] = [options, tuple(map(type, options)), torch.are_deterministic_algorithms_enabled()]
-    for x in tensors:
-        if x is None:
-            kind.append(None)
-            continue
-        if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested or x.is_neg():
-            return None
-        device = x.device
-        if not x.is_cpu:
-            kind.append(x.data_ptr() % ALIGNMENT)
-            if x.dtype is torch.float32:
-                kind.append(torch.backends.cuda.matmul.fp32_precision)
-        kind += (x.shape, x.stride(), x.dtype, device, grad and x.requires_grad)
-    found = tuple(kind)
+    kind: list[Any] = [options, torch.are_deterministic_algorithms_enabled()]
     try:
-        hash(found)
-    except TypeError:  # an option is a list
-        return None
-    return found
+        for x in tensors:
+            if x is None:
+                kind.append(None)
+                continue
+            if type(x) is not Tensor:
+                return None, None
+            kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
+            if not x.is_cpu:
+                kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
+        found = tuple(kind)
+        plan, extents = _known.get(found, _NOTHING)
+        if plan is not None and not all(map(holds, tensors, extents)):
+            plan = None  # the long way says what is wrong with the memory
+        return found, plan
+    except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
+        return None, None
 
 
-def known(kind: Hashable, tensors: Sequence[Tensor | None]) -> Any:
-    """The ``Plan`` of a kind, or the run of a cache's; None if there is none yet, or ``tensors`` have lost their memory."""
-    found, extents = _known.get(kind, (None, ()))
-    if found is None or not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
-        return None
-    return found
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a plan may read the memory of these tensors as it lies."""
+    return all(x is None or not (x.is_neg() or x.is_conj() or x.is_meta) for x in tensors)
 
 
 def is_known(kind: Hashable) -> bool:

@@ -1,4 +1,4 @@
-"""What is computed on: the tensors (``Inputs``), their checks, and the facts that dispatch reads (``Problem``)."""
+"""The problem of a call: its tensors (``Inputs``), their checks, and the facts that dispatch reads (``Problem``)."""
 
 from __future__ import annotations
 

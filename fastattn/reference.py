@@ -31,7 +31,7 @@ from fastattn.spec import AttentionSpec, distance, keep
 
 @dataclass(frozen=True)
 class Positions:
-    """Where each query row (``(B, 1, S_q, 1)``) and key row (``(B, 1, 1, S_kv)``) stands in its sequence.
+    """Positions of the query rows ``(B, 1, S_q, 1)`` and key rows ``(B, 1, 1, S_kv)`` in their sequences.
 
     A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence. The
     heads ``h`` (``(1, H, 1, 1)``) are some of ``num_heads``.
@@ -124,7 +124,7 @@ def forward(
 
 
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
-    """What multiplies v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
+    """The factors of v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
 
     ``at`` says which rows and heads those of ``inputs`` are, if they are some of a larger problem's.
     """
@@ -206,9 +206,9 @@ def attend_to_cache(
 
 
 def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Inputs, Positions]:
-    """What the cache holds as dense (or packed) tensors in ``dtype``, and where their rows stand.
+    """The content of the cache as dense (or packed) tensors in ``dtype``, and the positions of their rows.
 
-    What lies beyond the lengths is there too, and masked by its position: no size depends on a length's value.
+    Rows beyond the lengths are included and masked by their positions: no size depends on the value of a length.
     """
     device, reach = inputs.q.device, _reach(inputs)
     b, j = torch.arange(inputs.batch, device=device)[:, None], torch.arange(reach, device=device)[None, :]
@@ -233,7 +233,7 @@ def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tu
 
 
 def _reach(inputs: CacheInputs) -> int:
-    """How many positions to gather: all, unless a bias is shorter than the cache, as the sequences then are."""
+    """Positions to gather: all, unless a bias is shorter than the cache, as the sequences then are."""
     is_short = inputs.bias is not None and 1 < inputs.bias.shape[3] < inputs.capacity
     return inputs.bias.shape[3] if inputs.bias is not None and is_short else inputs.capacity
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastattn import ops, plan
+from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
 from fastattn.autograd import attend, attend_as_planned, needs_gradient
+from fastattn.backends.base import Run
 from fastattn.dispatch import check_name, requested
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
@@ -19,40 +20,50 @@ from fastattn.spec import AttentionSpec
 Result = Tensor | tuple[Tensor, Tensor]
 
 
-def by_plan(kind: Hashable | None, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result | None:
-    """``out``, or ``(out, lse)``, in the layout of the call; None if its kind has no plan."""
-    if kind is None or (found := plan.known(kind, (q, k, v))) is None:
-        return None
+def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result:
+    """``out``, or ``(out, lse)``, in the layout of the call."""
     ops.refuse_context_parallel()
     return attend_as_planned(found, q, k, v, with_lse)
 
 
 def serve(
-    inputs: Inputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None, heads_first: bool = False
+    inputs: Inputs,
+    spec: AttentionSpec,
+    backend: str | None,
+    *,
+    kind: Hashable | None = None,
+    heads_first: bool = False,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` in the internal layout. Leaves a plan for the ``kind`` of the call, which gave ``heads_first``."""
+    """``(out, lse)`` in the internal layout.
+
+    Leaves a plan for the ``kind`` of the call, whose tensors were ``heads_first``, and which may give lse ``with_lse``.
+    """
     check_name(backend)
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
+    if plain.is_wanted():
+        return plain.attend(inputs, spec)
     results = attend(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, _planned(inputs, spec, backend, heads_first), (inputs.q, inputs.k, inputs.v))
+        tensors = (inputs.q, inputs.k, inputs.v)
+        plan.remember(kind, _planned(inputs, spec, backend, heads_first, with_lse), tensors)
     return results
 
 
-def _planned(inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool) -> Plan | None:
-    needs_grad = needs_gradient(inputs)
-    if needs_grad and not all(x.requires_grad for x in (inputs.q, inputs.k, inputs.v)):
+def _planned(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool, with_lse: bool
+) -> Plan | None:
+    needs_grad, qkv = needs_gradient(inputs), (inputs.q, inputs.k, inputs.v)
+    if not plan.is_plain(qkv) or (needs_grad and not all(x.requires_grad for x in qkv)):
         return None
-    found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad)
+    found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad, with_lse=with_lse, heads_first=heads_first)
     return None if found is None else Plan(*found, ops.flatten(inputs, spec, backend)[len(TENSORS) :], heads_first)
 
 
-def cache_by_plan(kind: Hashable | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor] | None:
-    """``(out, lse)`` of attention to a cache; None if the kind of the call has no plan."""
-    if kind is None or (run := plan.known(kind, tensors)) is None:
-        return None
+def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of attention to a cache."""
     ops.refuse_context_parallel()
     out, lse = run(*tensors)
     return out, lse
@@ -68,6 +79,7 @@ def serve_cache(
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        tensors = tuple(getattr(inputs, name) for name in CACHE_TENSORS[:7])  # those that a run is given
-        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend), tensors)
+        tensors = [getattr(inputs, name) for name in CACHE_TENSORS]
+        run = ops.prepared_for_cache(inputs, spec, backend) if plan.is_plain(tensors) else None
+        plan.remember(kind, run, tensors[:7])  # those that a run is given
     return results

@@ -142,7 +142,7 @@ def diagonal(spec: AttentionSpec, s_q: Any, s_kv: Any) -> Any:
 
 
 def distance(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
-    """How far key ``j`` is from the diagonal of row ``i``; ALiBi's bias is ``-slope`` times this."""
+    """Distance of key ``j`` from the diagonal of row ``i``; ALiBi's bias is ``-slope`` times this."""
     return abs(j - i - diagonal(spec, s_q, s_kv))
 
 
@@ -158,7 +158,7 @@ def keep(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
 
 
 def page_and_row(j: Any, page_size: int) -> tuple[Any, Any]:
-    """Where position ``j`` of a sequence lies in a cache: the entry of its block table, and the row of that page."""
+    """Place of position ``j`` of a sequence in a cache: the entry of its block table, and the row of that page."""
     return j // page_size, j % page_size
 
 
@@ -179,7 +179,7 @@ def full_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tu
 
 
 def kept_pairs(spec: AttentionSpec, s_q: int, s_kv: int) -> int:
-    """How many ``(i, j)`` the band keeps, per head and batch entry; FLOP counts come from here.
+    """Number of pairs ``(i, j)`` that the band keeps, per head and batch entry; FLOP counts come from here.
 
     A forward pass costs ``2 * (D_qk + D_v)`` FLOPs for each kept pair, a backward pass 2.5 times as much for
     ``D_qk == D_v`` (five products instead of two).

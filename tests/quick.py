@@ -54,7 +54,7 @@ def main() -> int:
     args = parser.parse_args()
     beside = sorted({tests for name in changed() if (tests := tests_beside(name))})
     print("quick:", *beside, *ALWAYS)
-    words = ["-n", args.jobs, "-q", "-m", "not slow", "--no-summary", "--budget", args.budget]
+    words = ["-n", args.jobs, "-q", "-m", "not slow", "-r", "fE", "--budget", args.budget]
     return subprocess.call([sys.executable, "-m", "pytest", *words, *dict.fromkeys([*beside, *ALWAYS])], cwd=ROOT)
 
 

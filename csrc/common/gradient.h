@@ -1,6 +1,7 @@
 // The backward pass on a fragment of scores: weights from lse, masks, and the gradient of the scores.
 //
-// With lse in base 2 nothing has to be searched for: p = 2^(scale_log2 * score - lse) is the weight itself. Fragments
+// With both parts of lse known, exp((score - lse) - lse_low) is the weight itself. The product of score and scale is not
+// rounded before the subtraction, as finish_row does not round that of the largest score. Fragments
 // are laid out as in softmax.h. In backward_dkdv they are transposed: rows are keys, columns are queries.
 #pragma once
 #include "softmax.h"
@@ -8,16 +9,21 @@
 namespace fa {
 
 struct ScoreScales {  // of BackwardParams
-  float log2, cap;
+  float score, cap;
 };
 
-// The weight of a score. `score` becomes the weight times the slope of softcap: what turns the gradient of the weight's
+FA_DEVICE float weight_of(float x, float scale, float lse, float low_log2) {
+  return exp2_approx(multiply_add(multiply_add(x, scale, -lse), kLog2E, -low_log2));
+}
+
+// The weight of a score. With softcap scores lie within the softcap of 0, so one float has room for the whole of lse: it is
+// `lse`, in base 2 (abi.py bounds the softcap). Two floats would spill. `score` becomes the weight times the slope of softcap: what turns the gradient of the weight's
 // logit into that of the raw score.
 template <bool SOFTCAP>
-FA_DEVICE float weigh(float& score, ScoreScales const& scales, float lse_log2) {
-  if (!SOFTCAP) return score = exp2_approx(multiply_add(score, scales.log2, -lse_log2));
+FA_DEVICE float weigh(float& score, ScoreScales const& scales, float lse, float low_log2) {
+  if (!SOFTCAP) return score = weight_of(score, scales.score, lse, low_log2);
   float const t = capped(score, scales.cap);
-  float const p = exp2_approx(multiply_add(t, scales.log2, -lse_log2));
+  float const p = exp2_approx(multiply_add(t, scales.score * kLog2E, -lse));
   score = p * multiply_add(-t, t, 1.f);
   return p;
 }

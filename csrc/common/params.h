@@ -14,7 +14,7 @@ using uint32 = unsigned int;
 using uint16 = unsigned short;
 using uint8 = unsigned char;
 
-constexpr int64 kForwardVersion = 1, kBackwardVersion = 1;
+constexpr int64 kForwardVersion = 2, kBackwardVersion = 2;
 
 // Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
 constexpr int32 kUnbounded = 1 << 29;
@@ -32,7 +32,8 @@ struct ForwardParams {
   const void* k;
   const void* v;
   void* out;
-  float* lse;
+  float* lse;                   // rounded to the nearest float, and
+  float* lse_low;               // what rounding took from it
   const float* sinks;           // (1|B, H_q) logits, natural; null if there are none
   const int32* cu_seqlens_q;    // (B + 1) boundaries if packed, else null
   const int32* cu_seqlens_kv;
@@ -50,7 +51,7 @@ struct ForwardParams {
   int64 lower_right;            // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
   int64 has_band;               // 0 selects a kernel without masks inside its loop
   int64 has_softcap;
-  double scale_log2;            // softmax(x) = 2^(scale_log2 * x - ...): scale * log2(e), or softcap * log2(e)
+  double score_scale;           // scores are score_scale * q k^T, or with softcap score_scale * tanh(...): scale, or softcap
   double cap_scale;             // with softcap: x = tanh(cap_scale * q k^T), cap_scale = scale / softcap
   int64 heads_per_pass;         // query heads worked on together, so that their keys and values stay in L2
   int64 device;                 // CUDA device index
@@ -71,6 +72,7 @@ struct BackwardParams {
   const void* out;
   const void* dout;
   const float* lse;
+  const float* lse_low;
   const float* dlse;            // null if lse has no gradient
   const float* sinks;           // null if there are none, or their gradient is not wanted
   const int32* cu_seqlens_q;
@@ -80,10 +82,10 @@ struct BackwardParams {
   void* dk;
   void* dv;
   float* dsinks;
-  // The pass's own tensors: lse in base 2 (+inf for a row that keeps nothing or does not exist: its weights are then
-  // 0) and rowsum(dout * out) - dlse, (B, H_q, padded_q) or packed (H_q, padded_q); and, if one kernel is to compute
+  // The pass's own tensors, (B, H_q, padded_q) or packed (H_q, padded_q): pairs of lse (+inf for a row that keeps nothing
+  // or does not exist: its weights are then 0) and lse_low in base 2, with softcap of their sum in base 2 and 0; rowsum(dout * out) - dlse; and, if one kernel is to compute
   // all three gradients, sums for dq in fp32 of sum_columns columns for each padded row, else null.
-  float* lse_log2;
+  float* lse_parts;
   float* delta;
   float* dq_sums;
   Strides q_strides, k_strides, v_strides, dout_strides;
@@ -100,7 +102,7 @@ struct BackwardParams {
   int64 lower_right;
   int64 has_softcap;
   double scale;                 // of q k^T
-  double scale_log2;
+  double score_scale;
   double cap_scale;
   int64 heads_per_pass;         // query heads worked on together where keys stream: their K and V stay in L2
   int64 kv_heads_per_pass;      // K/V heads worked on together where queries stream: their Q and dout stay in L2
@@ -108,7 +110,7 @@ struct BackwardParams {
   void* stream;
 };
 
-constexpr int64 kDecodeVersion = 1;
+constexpr int64 kDecodeVersion = 2;
 
 // Attention to a cache. Position j of a sequence lies in row j % page_size of page block_table[j / page_size].
 struct DecodeParams {
@@ -118,8 +120,8 @@ struct DecodeParams {
   const void* v_cache;
   void* out;                    // out and lse as in ForwardParams
   float* lse;
-  float* partial_out;           // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q): out and lse of each split,
-  float* partial_lse;           // null if there is one, whose are the final ones
+  float* partial_out;           // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q, 2): out and both parts of lse
+  float* partial_lse;           // of each split; null if there is one, whose are the final ones
   const float* sinks;
   const int32* cache_lengths;   // (B): positions of each sequence, but for the new ones
   const int32* block_table;     // null: sequence b owns page b, and has no other
@@ -137,7 +139,7 @@ struct DecodeParams {
   int64 box_rows;               // rows that lie together in memory wherever they begin at a multiple of it; at most 64
   int64 left, right;            // the anchor is the lower right
   int64 has_softcap;
-  double scale_log2, cap_scale;
+  double score_scale, cap_scale;
   // A tile has 64 rows: query heads of one K/V head, times positions. Rows left over do nothing.
   int64 heads_per_tile, positions_per_tile;
   int64 tiles;                  // of each K/V head, in the whole batch; packed: at least as many as there are

@@ -10,10 +10,8 @@
 namespace fa {
 using namespace sm90;
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
-
 struct RowState {   // of a thread's two rows
-  float max[2];     // largest score so far, before the factor scale_log2
+  float max[2];     // largest score so far, before its scale
   float sum[2];     // of 2^(scale_log2 * (score - max)) over this thread's columns
 };
 
@@ -46,7 +44,8 @@ FA_DEVICE void mask_scores(float (&scores)[N], Band const& band, int row, int co
   mask_scores(scores, kept, column);
 }
 
-// Scores become weights 2^(scale_log2 * (score - max)), and `state` takes them in. `rescale` is the factor on
+// Scores become weights 2^(scale_log2 * (score - max)), and `state` takes them in. The difference comes first: it is exact
+// however large the scores are, so that equal scores get equal weights. `rescale` is the factor on
 // everything accumulated before, by which the maximum has grown.
 template <bool FIRST, int N>
 FA_DEVICE void softmax_step(float (&scores)[N], RowState& state, float (&rescale)[2], float scale_log2) {
@@ -58,31 +57,45 @@ FA_DEVICE void softmax_step(float (&scores)[N], RowState& state, float (&rescale
   for (int r = 0; r < 2; ++r) {
     largest[r] = maximum(largest[r], shuffle_xor(largest[r], 1));
     largest[r] = maximum(largest[r], shuffle_xor(largest[r], 2));
-    shift[r] = largest[r] == negative_infinity() ? 0.f : largest[r] * scale_log2;  // no key kept so far
-    rescale[r] = FIRST ? 1.f : exp2_approx(multiply_add(state.max[r], scale_log2, -shift[r]));
+    shift[r] = largest[r] == negative_infinity() ? 0.f : largest[r];  // no key kept so far
+    rescale[r] = FIRST ? 1.f : exp2_approx((state.max[r] - shift[r]) * scale_log2);
     state.max[r] = largest[r];
     state.sum[r] = FIRST ? 0.f : state.sum[r] * rescale[r];
   }
   FA_UNROLL
   for (int i = 0; i < N; ++i) {
-    scores[i] = exp2_approx(multiply_add(scores[i], scale_log2, -shift[i / 2 % 2]));
+    scores[i] = exp2_approx((scores[i] - shift[i / 2 % 2]) * scale_log2);
     state.sum[i / 2 % 2] += scores[i];
   }
 }
 
-// A finished row: the factor that normalises its output, and its log-sum-exp (natural). `sink` is a further logit,
-// -inf if there is none. A row without keys gives 0 and the sink.
-struct FinishedRow {
-  float factor, lse;
+// A sum in two parts: the nearest float, and what rounding took from it.
+struct alignas(8) Parts {
+  float high, low;
 };
 
-FA_DEVICE FinishedRow finish_row(float max, float sum, float scale_log2, float sink) {
-  float const of_keys = max == negative_infinity() ? max : max * scale_log2, of_sink = sink * kLog2E;
-  float const top = maximum(of_keys, of_sink);
-  if (top == negative_infinity()) return {0.f, top};
-  float const shrink = exp2_approx(of_keys - top);
-  float const total = multiply_add(sum, shrink, exp2_approx(of_sink - top));
-  return {shrink / total, (top + log2_approx(total)) * kLn2};
+FA_DEVICE Parts in_parts(float large, float small) {
+  float const high = large + small;
+  return {high, (large - high) + small};
+}
+
+// A finished row: the factor that normalises its output, and its natural log-sum-exp in two parts, since beside scores of
+// 1e8 one float has no room for the logarithm of the sum. `max` lacks the factor `scale`, which is positive; `sink` is a
+// further score, -inf if there is none. A row without keys gives 0 and the sink.
+struct FinishedRow {
+  float factor;
+  Parts lse;
+};
+
+FA_DEVICE FinishedRow finish_row(float max, float sum, float scale, float sink) {
+  if (max == negative_infinity() && sink == negative_infinity()) return {0.f, {sink, 0.f}};
+  float const of_keys = max * scale;
+  float const rest = max == negative_infinity() ? 0.f : multiply_add(max, scale, -of_keys);  // of the rounded product
+  bool const is_sink = sink > of_keys;
+  float const shrink = is_sink ? exp2_approx((of_keys - sink + rest) * kLog2E) : 1.f;
+  float const total = multiply_add(sum, shrink, is_sink ? 1.f : exp2_approx((sink - of_keys - rest) * kLog2E));
+  float const small = multiply_add(log2_approx(total), kLn2, is_sink ? 0.f : rest);
+  return {shrink / total, in_parts(is_sink ? sink : of_keys, small)};
 }
 
 }  // namespace fa

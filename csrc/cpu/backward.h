@@ -18,18 +18,18 @@ class Backward {
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
-  static constexpr int64 kWords = Queries<Op>::kWords;
 
  public:
   Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
       : p_(p), item_(item), tensors_{p, item.unit}, scores_(p, item.unit), band_(item.unit.band),
         group_(scores_.group()), keys_per_part_(keys_per_part(band_.s_kv)),
-        padded_rows_(rounded_up(band_.s_q, kBackwardRows)), packed_keys_(rounded_up(
+        block_rows_(rows_of_block(band_.s_q)),
+        words_(block_rows_ / Op::kPerWord), padded_rows_(rounded_up(band_.s_q, block_rows_)), packed_keys_(rounded_up(
             fa::smaller(keys_per_part_, fa::larger(band_.s_kv, 1)), kKeys)),
         dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
         dim_v_((p.head_dim_v + Op::kPerWord - 1) / Op::kPerWord), columns_qk_(rounded_up(p.head_dim_qk, kCount<Word>)),
         columns_v_(rounded_up(p.head_dim_v, kCount<Word>)), panels_(columns_qk_ / kCount<Word>), arena_(memory),
-        packer_(p, item.unit, padded_rows_, arena_) {
+        packer_(p, item.unit, block_rows_, padded_rows_, arena_) {
     take_queries(memory);
     take_keys();
     bytes_ = arena_.end() - int64(reinterpret_cast<uint64>(memory));
@@ -67,12 +67,12 @@ class Backward {
   void take_queries(void* memory) {
     Queries<Op> one;
     Arena probe(nullptr);
-    one.take(probe, p_, padded_rows_);
+    one.take(probe, p_, block_rows_, padded_rows_);
     kept_heads_ = group_ == 1 || probe.end() * group_ <= kMostPacked ? group_ : 1;
     heads_ = arena_.take<Queries<Op>>(kept_heads_);
     for (int n = 0; n < kept_heads_; ++n) {
       Queries<Op> head;
-      head.take(arena_, p_, padded_rows_);
+      head.take(arena_, p_, block_rows_, padded_rows_);
       if (memory) heads_[n] = head;
     }
     totals_ = arena_.take<Word>(p_.dq && !item_.dq_shares ? share_words() : 0);
@@ -93,8 +93,8 @@ class Backward {
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.slopes = p_.softcap ? arena_.take<Word>(kStrip) : nullptr;
     gradient_rows_ = {arena_.take<Word>(kTileRows * kStrip), kStrip};
-    weights_ = arena_.take<Word>(kWords * kKeys);
-    gradients_ = arena_.take<Word>(kWords * kKeys);
+    weights_ = arena_.take<Word>(words_ * kKeys);
+    gradients_ = arena_.take<Word>(words_ * kKeys);
     turned_ = arena_.take<Word>(kCount<Word> * (columns_qk_ > columns_v_ ? columns_qk_ : columns_v_));
   }
 
@@ -110,9 +110,9 @@ class Backward {
     return blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
   }
 
-  static Range blocks(Range rows) {
+  Range blocks(Range rows) const {
     if (is_empty(rows)) return {0, 0};
-    return {rows.begin / kBackwardRows * kBackwardRows, int(rounded_up(rows.end, kBackwardRows))};
+    return {rows.begin / block_rows_ * block_rows_, int(rounded_up(rows.end, block_rows_))};
   }
 
   void run_part(int part) {
@@ -124,9 +124,10 @@ class Backward {
     for (int g = 0; g < group_; ++g) {
       if (!keeps_heads()) packer_.pack(scores_.first_head() + g, heads_[0]);
       dq_ = begin_dq(part, g);
-      for (int first = keys.begin; first < keys.end; first += kKeys) {
+      Range const rows = rows_of(part);
+      for (int first = rows.begin; first < rows.end; first += block_rows_) {
         wait();
-        run_keys(scores_.first_head() + g, queries_of(g), {first, fa::smaller(first + kKeys, keys.end)});
+        run_rows(scores_.first_head() + g, queries_of(g), first, keys);
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
       if (p_.dq && !item_.dq_shares && part > 0)
@@ -135,12 +136,17 @@ class Backward {
     write_keys(keys);
   }
 
-  // Until the unit before has added to dbias what it does for this block; for all of them, if heads add to one dbias.
+  // Until the unit before has added to dbias what it does for this block; or for all of them, where heads, rows or keys
+  // share its numbers and more than one block adds to the same ones.
   void wait() const {
     if (!item_.before) return;
-    bool const is_shared = !p_.dbias_head && group_ > 1;
-    int64 const blocks = (keys_of(item_.parts.end - 1).end - keys_of(item_.parts.begin).begin + kKeys - 1) / kKeys;
-    int64 const needed = is_shared ? blocks * group_ : step_ + 1;
+    bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_row || !p_.dbias_key;
+    int64 needed = step_ + 1;
+    if (is_shared) {
+      needed = 0;
+      for (int part = item_.parts.begin; part < item_.parts.end; ++part)
+        needed += group_ * (rows_of(part).end - rows_of(part).begin) / block_rows_;
+    }
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
   }
 
@@ -185,19 +191,23 @@ class Backward {
     Range rows, columns;
   };
 
-  void run_keys(int head, Queries<Op> const& queries, Range keys) {
-    Range const rows = blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
-    for (int first = rows.begin; first < rows.end; first += kBackwardRows) {
-      int const count = int(rounded_up(fa::smaller(kBackwardRows, band_.s_q - first), 2));
-      for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
-      for (int r = 0; r < count; r += kTileRows)
-        run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
-      if (p_.dv)
-        multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + (keys.begin - begin_) * columns_v_);
-      if (p_.dk)
-        multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + (keys.begin - begin_) * columns_qk_);
-      add_wild_rows(head, queries, first, keys);
-    }
+  // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
+  void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+    int const end = fa::smaller(first + block_rows_, band_.s_q);
+    Range const seen = common(fa::tile_range(band_, first, end), part);
+    int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
+    for (int key = begin; key < seen.end; key += kKeys)
+      run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+  }
+
+  void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
+    for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
+    for (int r = 0; r < count; r += kTileRows)
+      run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
+    int64 const at = keys.begin - begin_;
+    if (p_.dv) multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + at * columns_v_);
+    if (p_.dk) multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + at * columns_qk_);
+    add_wild_rows(head, queries, first, keys);
   }
 
   Range keys_of_strip(int i, int count, Range keys) const {
@@ -250,7 +260,7 @@ class Backward {
   }
 
   void clear_lines(int panel, int begin, int end) {
-    int64 const at = panel * kWords * kPanel<Word>;
+    int64 const at = panel * words_ * kPanel<Word>;
     int64 const first = at + begin / Op::kPerWord * kPanel<Word>, words = (end - begin) / Op::kPerWord * kPanel<Word>;
     clear(weights_ + first, words);
     clear(gradients_ + first, words);
@@ -258,7 +268,7 @@ class Backward {
 
   PairTarget<Word> target(int r, int n) const {
     int64 const line = (r + n) / Op::kPerWord * kPanel<Word>;
-    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, kWords * kPanel<Word>};
+    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, words_ * kPanel<Word>};
   }
 
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
@@ -315,17 +325,17 @@ class Backward {
 
   // Columns of dk or dv, transposed: [columns][keys of the block].
   void multiply_rows(Word const* left, int64 columns, int64 dim, int first, Word const* right, Word* to) const {
-    Word const* const block = left + first / kBackwardRows * kWords * columns;
+    Word const* const block = left + first / block_rows_ * words_ * columns;
     for (int n = 0; n < kPanels; ++n) {
       Filled const& filled = filled_[n];
       if (is_empty(filled.rows)) continue;
       int64 const line = filled.rows.begin / Op::kPerWord, depth = filled.rows.end / Op::kPerWord - line;
       int const vectors = (filled.columns.end - filled.columns.begin) / kCount<Word>;
-      Matrix<Word const> const b{right + (n * kWords + line) * kPanel<Word> + filled.columns.begin % kPanel<Word>,
+      Matrix<Word const> const b{right + (n * words_ + line) * kPanel<Word> + filled.columns.begin % kPanel<Word>,
                                  kPanel<Word>};
       for (int64 e = 0; e < dim; e += kTileRows) {
         int const rows = int(dim - e < kTileRows ? dim - e : kTileRows);
-        multiply<Op, true>(rows, vectors, depth, {block + e * kWords + line, kWords}, b,
+        multiply<Op, true>(rows, vectors, depth, {block + e * words_ + line, words_}, b,
                            {to + e * kKeys + filled.columns.begin, kKeys});
       }
     }
@@ -344,14 +354,14 @@ class Backward {
   }
 
   void add_wild_rows(int head, Queries<Op> const& queries, int first, Range keys) const {
-    bool const is_wild_q = p_.dk && queries.wild_q[first / kBackwardRows];
-    bool const is_wild_dout = p_.dv && queries.wild_dout[first / kBackwardRows];
+    bool const is_wild_q = p_.dk && queries.wild_q[first / block_rows_];
+    bool const is_wild_dout = p_.dv && queries.wild_dout[first / block_rows_];
     if (!is_wild_q && !is_wild_dout) return;
-    for (int i = first; i < fa::smaller(first + kBackwardRows, band_.s_q); ++i)
+    for (int i = first; i < fa::smaller(first + block_rows_, band_.s_q); ++i)
       for (int j = keys.begin; j < keys.end; ++j) {
         if (!scores_.keeps(head, i, j)) continue;
         int const c = j - keys.begin;
-        int64 const at = (c / kPanel<Word> * kWords + (i - first) / Op::kPerWord) * kPanel<Word> + c % kPanel<Word>;
+        int64 const at = (c / kPanel<Word> * words_ + (i - first) / Op::kPerWord) * kPanel<Word> + c % kPanel<Word>;
         int const part = (i - first) % Op::kPerWord;
         if (is_wild_dout)
           add_wild(element<Op>(weights_ + at, part), tensors_.dout(head), i, p_.head_dim_v,
@@ -412,6 +422,8 @@ class Backward {
   Scores<Word> scores_;
   fa::Band const& band_;
   int group_, keys_per_part_, kept_heads_ = 1;
+  int block_rows_;
+  int64 words_;  // of a block of query rows, along the contraction over them
   int64 padded_rows_, packed_keys_, dim_qk_, dim_v_, columns_qk_, columns_v_;
   Panels panels_;
   Arena arena_;
@@ -425,7 +437,7 @@ class Backward {
   bool* wild_;                        // of each panel of keys
   Strip<Word> strip_;
   Matrix<Word> gradient_rows_;
-  Word *weights_, *gradients_;        // per panel [kWords][kPanel]
+  Word *weights_, *gradients_;        // per panel [words_][kPanel]
   Word *turned_, *dq_ = nullptr;
   Filled filled_[kPanels];
   Prefetch* prefetch_ = nullptr;

@@ -219,8 +219,10 @@ class Forward {
         for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, Vector<Word>{});
       write_row(sums, p_.head_dim_v, finished_.factor[r] * factor, p_.dtype, written(tensors_.out(row.head), row.i));
       int64 const at = tensors_.lse(row.head) + row.i;
-      static_cast<Word*>(p_.lse)[at] = finished_.lse[r];
-      static_cast<Word*>(p_.lse_low)[at] = finished_.low[r];
+      if (p_.lse) {  // null: nobody asks for it
+        static_cast<Word*>(p_.lse)[at] = finished_.lse[r];
+        static_cast<Word*>(p_.lse_low)[at] = finished_.low[r];
+      }
     }
   }
 

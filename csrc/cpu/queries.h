@@ -5,20 +5,27 @@
 
 namespace {
 
-constexpr int kBackwardRows = 96;  // query rows of a block
+constexpr int kMostRows = 96, kLeastRows = 32;  // query rows of a block: whole vectors of words along the rows
+
+// As many blocks as it takes, about equally long.
+inline int rows_of_block(int s_q) {
+  int const blocks = fa::larger(1, (s_q + kMostRows - 1) / kMostRows);
+  return int(rounded_up(fa::larger(1, (s_q + blocks - 1) / blocks), kLeastRows));
+}
 
 // Memory of one head. Rows are padded to whole blocks with zeros.
 template <class Op>
 struct Queries {
   using Word = typename Op::Word;
-  static constexpr int64 kWords = kBackwardRows / Op::kPerWord;  // of a block, along the contraction over rows
 
+  int64 words;                  // of a block, along the contraction over rows
   Matrix<Word> q, dout;         // rows, as operands of scores and of weight gradients
-  Word *q_columns, *dout_columns;  // per block [columns][kWords]: operands of dk and dv
+  Word *q_columns, *dout_columns;  // per block [columns][words]: operands of dk and dv
   Word *lse, *low, *delta;
   bool *wild_q, *wild_dout;     // of each block: whether a number is
 
-  void take(Arena& arena, AttentionParams const& p, int64 padded_rows) {
+  void take(Arena& arena, AttentionParams const& p, int block_rows, int64 padded_rows) {
+    words = block_rows / Op::kPerWord;
     int64 const words_qk = rounded_up(p.head_dim_qk, kGroup<Op>) / Op::kPerWord;
     int64 const words_v = rounded_up(p.head_dim_v, kGroup<Op>) / Op::kPerWord;
     q = {arena.take<Word>(padded_rows * words_qk), words_qk};
@@ -28,8 +35,8 @@ struct Queries {
     lse = arena.take<Word>(padded_rows);
     low = arena.take<Word>(padded_rows);
     delta = arena.take<Word>(padded_rows);
-    wild_q = arena.take<bool>(padded_rows / kBackwardRows);
-    wild_dout = arena.take<bool>(padded_rows / kBackwardRows);
+    wild_q = arena.take<bool>(padded_rows / block_rows);
+    wild_dout = arena.take<bool>(padded_rows / block_rows);
   }
 
   static int64 columns(int64 dim) { return rounded_up(dim, kCount<Word>); }
@@ -46,39 +53,39 @@ class QueryPacker {
   using Word = typename Op::Word;
 
  public:
-  QueryPacker(AttentionParams const& p, Unit const& unit, int64 padded_rows, Arena& arena)
-      : p_(p), tensors_{p, unit}, rows_(unit.band.s_q), padded_(padded_rows) {
+  QueryPacker(AttentionParams const& p, Unit const& unit, int block_rows, int64 padded_rows, Arena& arena)
+      : p_(p), tensors_{p, unit}, rows_(unit.band.s_q), padded_(padded_rows), block_(block_rows) {
     int64 const dim = p.head_dim_qk > p.head_dim_v ? p.head_dim_qk : p.head_dim_v;
-    scratch_.rows = arena.take<Word>(kBackwardRows * rounded_up(dim, kGroup<Op>) / Op::kPerWord);
+    scratch_.rows = arena.take<Word>(block_rows * rounded_up(dim, kGroup<Op>) / Op::kPerWord);
     scratch_.stacked = arena.take<Word>(kCount<Word> * rounded_up(dim, kCount<Word>));
   }
 
   void pack(int head, Queries<Op>& to) const {
-    for (int64 first = 0; first < padded_; first += kBackwardRows) {
-      int64 const count = rows_ - first < kBackwardRows ? rows_ - first : kBackwardRows;
-      int64 const n = first / kBackwardRows;
+    for (int64 first = 0; first < padded_; first += block_) {
+      int64 const count = rows_ - first < block_ ? rows_ - first : block_;
+      int64 const n = first / block_;
       to.wild_q[n] = pack_block(from_row(tensors_.q(head), first), count, p_.head_dim_qk,
                                 {to.q.at + first * to.q.stride, to.q.stride},
-                                to.q_columns + n * to.kWords * to.columns(p_.head_dim_qk));
+                                to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
       to.wild_dout[n] = pack_block(from_row(tensors_.dout(head), first), count, p_.head_dim_v,
                                    {to.dout.at + first * to.dout.stride, to.dout.stride},
-                                   to.dout_columns + n * to.kWords * to.columns(p_.head_dim_v));
+                                   to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
     }
     read_terms(head, to);
   }
 
  private:
   bool pack_block(Source const& from, int64 count, int64 dim, Matrix<Word> rows, Word* columns) const {
-    bool const is_wild = pack_rows<Op>(from, count, kBackwardRows, dim, rows);
+    bool const is_wild = pack_rows<Op>(from, count, block_, dim, rows);
     if (is_wild) {  // a product over rows must not meet what some of its weights of zero hide
       Matrix<Word> const tamed{scratch_.rows, rows.stride};
-      __builtin_memcpy(tamed.at, rows.at, kBackwardRows * rows.stride * sizeof(Word));
+      __builtin_memcpy(tamed.at, rows.at, block_ * rows.stride * sizeof(Word));
       tame_rows<Op>(tamed, count, dim, 1);
       rows = tamed;
     }
-    constexpr int64 kWords = Queries<Op>::kWords;
+    int64 const words = block_ / Op::kPerWord;
     int64 const width = rounded_up(dim, kCount<Word>);
-    for (int64 r = 0; r < kWords; r += kCount<Word>) {
+    for (int64 r = 0; r < words; r += kCount<Word>) {
       Matrix<Word const> block{rows.at + r * Op::kPerWord * rows.stride, rows.stride};
       if (Op::kPerWord == 2) {
         for (int i = 0; i < kCount<Word>; ++i)
@@ -86,7 +93,7 @@ class QueryPacker {
             store(scratch_.stacked + i * width + c, stacked<Op>(block.at + i * 2 * rows.stride, rows.stride, c));
         block = {scratch_.stacked, width};
       }
-      transpose<Word>(block, width, {columns + r, kWords});
+      transpose<Word>(block, width, {columns + r, words});
     }
     return is_wild;
   }
@@ -109,7 +116,7 @@ class QueryPacker {
 
   AttentionParams const& p_;
   Tensors tensors_;
-  int64 rows_, padded_;
+  int64 rows_, padded_, block_;
   PackingScratch<Word> scratch_;
 };
 

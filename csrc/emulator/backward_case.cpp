@@ -15,7 +15,8 @@ std::vector<BackwardInstance>& backward_instances() {
 
 struct BackwardProblem : Problem {
   Tensor out, dout, dq, dk, dv;
-  std::vector<float> lse, dlse, dsinks, lse_log2, delta, dq_sums;
+  std::vector<float> lse, lse_low, dlse, dsinks, lse_parts, delta, dq_sums;
+  double whole_lse(int n, int h, int i) const { return double{lse[row(n, h, i)]} + lse_low[row(n, h, i)]; }
   int64 padded_q, padded_kv;
   size_t row(int n, int h, int i) const { return static_cast<size_t>((of(n) * q.heads + h) * q.rows + first_q(n) + i); }
 };
@@ -62,7 +63,9 @@ static void attend(BackwardProblem& p, int n, int h, int i) {
     uint16_t const* v = &p.v.at(p.of(n), p.first_kv(n) + j, h / c.group, 0);
     for (int d = 0; d < c.d_v; ++d) out[d] += weight * p.value[v[d]];
   }
-  p.lse[p.row(n, h, i)] = sum > 0 ? float(top + std::log(sum)) : -INFINITY;
+  float const lse = sum > 0 ? float(top + std::log(sum)) : -INFINITY;
+  p.lse[p.row(n, h, i)] = lse;
+  p.lse_low[p.row(n, h, i)] = sum > 0 ? float((top - lse) + std::log(sum)) : 0;
   for (int d = 0; d < c.d_v; ++d) p.out.at(p.of(n), p.first_q(n) + i, h, d) = p.encode(sum > 0 ? out[d] / sum : 0);
 }
 
@@ -73,7 +76,7 @@ static void differentiate(BackwardProblem& p, int n, int h, int i, Reference& to
   double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 0;
   uint16_t const *q = &p.q.at(b, p.first_q(n) + i, h, 0), *dout = &p.dout.at(b, p.first_q(n) + i, h, 0);
   uint16_t const* out = &p.out.at(b, p.first_q(n) + i, h, 0);
-  double const lse = p.lse[p.row(n, h, i)], dlse = p.dlse.empty() ? 0 : p.dlse[p.row(n, h, i)];
+  double const lse = p.whole_lse(n, h, i), dlse = p.dlse.empty() ? 0 : p.dlse[p.row(n, h, i)];
   double delta = -dlse, size = std::fabs(dlse);  // sums of terms, and of their sizes
   for (int d = 0; d < c.d_v; ++d) {
     double const term = double{p.value[dout[d]]} * p.value[out[d]];
@@ -139,10 +142,11 @@ static BackwardProblem make_backward(BackwardInstance const& instance, Case cons
   p.dk = make_tensor(p.batch(), rows_kv, c.heads_kv, c.d_qk, false, 0, nan);
   p.dv = make_tensor(p.batch(), rows_kv, c.heads_kv, c.d_v, false, 0, nan);
   p.lse.assign(static_cast<size_t>(p.batch() * heads * rows_q), NAN);
+  p.lse_low = p.lse;
   p.padded_q = rounded_up(rows_q + (c.is_packed ? c.batch * kPaddedRows : 0));
   p.padded_kv = rounded_up(rows_kv + (c.is_packed ? c.batch * kPaddedRows : 0));
   size_t const padded = static_cast<size_t>(p.batch() * heads * p.padded_q);
-  p.lse_log2.assign(padded, NAN), p.delta.assign(padded, NAN);
+  p.lse_parts.assign(2 * padded + 4, NAN), p.delta.assign(padded, NAN);
   if (instance.is_fused) p.dq_sums.assign(padded * instance.shape.d_qk + 4, NAN);
   if (c.sinks) p.dsinks.assign(static_cast<size_t>(c.batch * heads), NAN);
   std::mt19937 engine(c.seed + 2);
@@ -173,9 +177,9 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
   fill_common(p, f);
   f.version = kBackwardVersion;
   f.out = p.out.data, f.dout = p.dout.data, f.dout_strides = p.dout.strides;
-  f.lse = p.lse.data(), f.dlse = p.dlse.empty() ? nullptr : p.dlse.data();
+  f.lse = p.lse.data(), f.lse_low = p.lse_low.data(), f.dlse = p.dlse.empty() ? nullptr : p.dlse.data();
   f.dq = p.dq.data, f.dk = p.dk.data, f.dv = p.dv.data, f.dsinks = p.c.sinks ? p.dsinks.data() : nullptr;
-  f.lse_log2 = p.lse_log2.data(), f.delta = p.delta.data();
+  f.lse_parts = aligned(p.lse_parts), f.delta = p.delta.data();
   f.padded_q = p.padded_q, f.padded_kv = p.padded_kv;
   if (instance.is_fused) f.dq_sums = aligned(p.dq_sums), f.sum_columns = instance.shape.d_qk;
   f.scale = p.c.scale;
@@ -189,7 +193,7 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
 static void allow_all(BackwardProblem& p) {
   forget_global();
   for (Tensor* t : {&p.out, &p.dout, &p.dq, &p.dk, &p.dv}) allow_global(t->storage.data(), t->storage.size() * 2);
-  for (auto* x : {&p.lse, &p.dlse, &p.sinks, &p.dsinks, &p.lse_log2, &p.delta, &p.dq_sums}) {
+  for (auto* x : {&p.lse, &p.lse_low, &p.dlse, &p.sinks, &p.dsinks, &p.lse_parts, &p.delta, &p.dq_sums}) {
     allow_global(x->data(), x->size() * sizeof(float));
   }
   for (auto const* x : {&p.cu_q, &p.cu_kv}) allow_global(x->data(), x->size() * sizeof(int));

@@ -62,10 +62,11 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   c.padding = random.between(0, 2);
   c.left = random.one_in(3) ? random.between(0, random.one_in(2) ? 4 : 500) : -1;
   c.right = random.one_in(4) ? -1 : random.one_in(4) ? random.between(1, 100) : 0;
-  c.scale = random.between(1, 4) / std::sqrt(c.d_qk);
+  c.scale = float(random.between(1, 4) / std::sqrt(c.d_qk));
   c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
   c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
   c.splits = has_many_splits ? random.between(33, kMostSplits) : random.one_in(3) ? 1 : random.between(2, 9);
+  c.has_equal_keys = random.one_in(5);
   return c;
 }
 
@@ -77,7 +78,7 @@ std::string describe(DecodeCase const& c) {
          std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " + std::to_string(c.max_pages) + " pages of " +
          std::to_string(c.page_size) + (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) +
          ", " + std::to_string(c.right) + "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " +
-         std::to_string(c.sinks) + ", splits " + std::to_string(c.splits);
+         std::to_string(c.sinks) + ", splits " + std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
 }
 
 // ---- the problem -----------------------------------------------------------------------------------------------------
@@ -140,17 +141,28 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
   p.out = make_tensor(1, rows, heads_q, c.d_v, false, 0, nan);
   size_t const outputs = static_cast<size_t>(rows) * static_cast<size_t>(heads_q);
   p.lse.assign(outputs, NAN);
-  p.partial_lse.assign(outputs * static_cast<size_t>(c.splits), NAN);
-  p.partial_out.assign(p.partial_lse.size() * static_cast<size_t>(c.d_v), NAN);
+  p.partial_lse.assign(2 * outputs * static_cast<size_t>(c.splits), NAN);
+  p.partial_out.assign(outputs * static_cast<size_t>(c.splits * c.d_v), NAN);
   std::normal_distribution<double> normal;
   auto const fill = [&](Tensor& t, int b, int row) {
+    bool const is_huge = c.has_equal_keys && &t != &p.v;
     for (int h = 0; h < t.heads; ++h)
-      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(normal(engine));
+      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
   };
+  std::vector<uint16_t> first_key;  // of all heads, which other keys equal
   for (int row = 0; row < rows; ++row) fill(p.q, 0, row);
   for (int n = 0; n < c.batch; ++n) {
     for (int j = 0; j < c.s_kv[n]; ++j) {  // rows that nobody sees stay NaN
-      if (is_seen(c, n, j)) fill(p.k, p.page_of(n, j), j % c.page_size), fill(p.v, p.page_of(n, j), j % c.page_size);
+      if (!is_seen(c, n, j)) continue;
+      int const page = p.page_of(n, j), row = j % c.page_size;
+      fill(p.k, page, row), fill(p.v, page, row);
+      bool const is_first = first_key.empty();
+      for (int h = 0; c.has_equal_keys && h < p.k.heads; ++h) {
+        for (int d = 0; d < p.k.columns; ++d) {
+          if (is_first) first_key.push_back(p.k.at(page, row, h, d));
+          p.k.at(page, row, h, d) = first_key[static_cast<size_t>(h * p.k.columns + d)];
+        }
+      }
     }
   }
   for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i) p.sinks.push_back(float(2 * normal(engine)));
@@ -225,8 +237,7 @@ static DecodeParams params_of(DecodeProblem& p) {
   f.box_rows = c.max_pages == 1 ? 64 : std::gcd(c.page_size, 64);
   f.left = c.left < 0 ? kUnbounded : c.left, f.right = c.right < 0 ? kUnbounded : c.right;
   f.has_softcap = c.softcap > 0;
-  double const log2e = 1.4426950408889634;
-  f.scale_log2 = (c.softcap > 0 ? c.softcap : c.scale) * log2e;
+  f.score_scale = c.softcap > 0 ? c.softcap : c.scale;
   f.cap_scale = c.softcap > 0 ? c.scale / c.softcap : 0;
   f.heads_per_tile = std::min(c.group, 64);
   f.positions_per_tile = 64 / f.heads_per_tile;
@@ -246,7 +257,8 @@ static std::string compare(DecodeProblem& p) {
         std::string const where = "n " + std::to_string(n) + " h " + std::to_string(h) + " i " + std::to_string(i);
         int const at = c.is_packed ? h * p.q.rows + p.first_q[n] + i : (n * p.q.heads + h) * c.s_q[n] + i;
         double const lse = p.lse[static_cast<size_t>(at)];
-        if (!(std::isinf(row.lse) ? lse == row.lse : std::fabs(lse - row.lse) < 1e-4)) {
+        double const rounding = 0x1p-24 * std::fabs(row.lse);
+        if (!(std::isinf(row.lse) ? lse == row.lse : std::fabs(lse - row.lse) < 1e-4 + rounding)) {
           return "lse of " + where + ": " + std::to_string(lse) + ", should be " + std::to_string(row.lse);
         }
         for (int d = 0; d < c.d_v; ++d) {

@@ -31,6 +31,7 @@ struct DecodeCase {
   double scale, softcap;            // softcap 0: none
   int sinks;                        // 0 none, 1 shared by the batch, 2 for each sequence
   int splits;
+  bool has_equal_keys;              // as in Case
   uint32_t seed;
 };
 

@@ -164,8 +164,8 @@ FAULTS = [
     Fault(
         "no guard for rows that keep nothing yet",
         SOFTMAX,
-        "largest[r] == negative_infinity() ? 0.f : largest[r] * scale_log2",
-        "largest[r] * scale_log2",
+        "largest[r] == negative_infinity() ? 0.f : largest[r]",
+        "largest[r]",
     ),
     Fault(
         "the maximum is not shared by a row's threads",
@@ -185,14 +185,28 @@ FAULTS = [
     Fault(
         "the sink is left out of the sum",
         SOFTMAX,
-        "multiply_add(sum, shrink, exp2_approx(of_sink - top))",
+        "multiply_add(sum, shrink, is_sink ? 1.f : exp2_approx((sink - of_keys - rest) * kLog2E))",
         "sum * shrink",
     ),
     Fault(
         "an empty row forgets its sink",
         SOFTMAX,
-        "float const top = maximum(of_keys, of_sink);",
-        "float const top = of_keys;",
+        "in_parts(is_sink ? sink : of_keys, small)",
+        "in_parts(of_keys, small)",
+    ),
+    # Scores of any size
+    Fault(
+        "scores are scaled before their maximum is subtracted",
+        SOFTMAX,
+        "(scores[i] - shift[i / 2 % 2]) * scale_log2",
+        "multiply_add(scores[i], scale_log2, -(shift[i / 2 % 2] * scale_log2))",
+    ),
+    Fault("the low part of lse is lost", SOFTMAX, "return {high, (large - high) + small};", "return {high, 0.f};"),
+    Fault(
+        "the largest score is rounded in lse",
+        SOFTMAX,
+        "multiply_add(log2_approx(total), kLn2, is_sink ? 0.f : rest)",
+        "log2_approx(total) * kLn2",
     ),
     Fault("softcap without its scale", SOFTMAX, "(2 * kLog2E * cap_scale)", "(2 * kLog2E)", CAPPED_64),
     # Positions

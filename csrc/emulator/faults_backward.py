@@ -27,15 +27,15 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: bytes of lse come unannounced",
         DKDV,
-        "mbarrier_expect(q.full(), C::ROW_BYTES);",
+        "mbarrier_expect(q.full(), C::LSE_BYTES);",
         "mbarrier_arrive(q.full());",
         FUSED_128,
     ),
     Fault(
         "backward: bytes of delta are announced twice",
         DKDV,
-        "mbarrier_expect(dout_full, C::ROW_BYTES);",
-        "mbarrier_expect(dout_full, 2 * C::ROW_BYTES);",
+        "mbarrier_expect(dout_full, C::DELTA_BYTES);",
+        "mbarrier_expect(dout_full, 2 * C::DELTA_BYTES);",
         FUSED_128,
     ),
     Fault("backward: a stage counts consumers, not warps", DKDV, "4 * C::CONSUMERS", "C::CONSUMERS", FUSED_128),
@@ -54,7 +54,13 @@ BACKWARD_FAULTS = [
         DQ_128,
     ),
     # What they load
-    Fault("backward: lse of the first rows", DKDV, "lse_log2 + statistics + first", "lse_log2 + statistics", FUSED_128),
+    Fault(
+        "backward: lse of the first rows",
+        DKDV,
+        "lse_parts + 2 * (statistics + first)",
+        "lse_parts + 2 * statistics",
+        FUSED_128,
+    ),
     Fault("backward: delta of the first rows", DKDV, "delta + statistics + first", "delta + statistics", FUSED_128),
     Fault(
         "backward: statistics of the first head of the group",
@@ -201,13 +207,17 @@ BACKWARD_FAULTS = [
     # Weights and gradients of scores
     Fault("backward: the gradient of the scores forgets delta", DKDV, "(dp[i] - delta.x)", "dp[i]", FUSED_128),
     Fault(
-        "backward: statistics are those of the first columns", DKDV, " + this_place().first_column() * 4", "", FUSED_128
+        "backward: statistics are those of the first columns",
+        DKDV,
+        " + this_place().first_column() * bytes",
+        "",
+        FUSED_128,
     ),
     Fault(
         "backward: delta of the first stage",
         DKDV,
-        "of_columns(shared.delta(stage))",
-        "of_columns(shared.delta(0))",
+        "of_columns(shared.delta(stage), 4)",
+        "of_columns(shared.delta(0), 4)",
         FUSED_128,
     ),
     Fault("backward: dk of the weights", DKDV, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
@@ -253,7 +263,9 @@ BACKWARD_FAULTS = [
         "return;",
         DQ_128,
     ),
-    Fault("backward: lse of one row for both", DQ, "lse_log2 + row + 8 * r", "lse_log2 + row", DQ_128),
+    Fault(
+        "backward: lse of one row for both", DQ, "args.p.lse_parts) + row + 8 * r", "args.p.lse_parts) + row", DQ_128
+    ),
     # Rows that count for nothing
     Fault(
         "backward: rows past the end of a sequence are not cleared",
@@ -371,7 +383,15 @@ BACKWARD_FAULTS = [
         "for (int mask = 1; mask < 4; mask *= 2)",
         FUSED_128,
     ),
-    Fault("backward: lse stays natural", PREPROCESS, "lse * kLog2E", "lse", FUSED_128),
+    Fault(
+        "backward: the product of score and scale is rounded",
+        GRADIENT,
+        "multiply_add(multiply_add(x, scale, -lse), kLog2E, -low_log2)",
+        "multiply_add(multiply_add(x, scale, 0.f) - lse, kLog2E, -low_log2)",
+        FUSED_128,
+    ),
+    Fault("backward: the low part of lse is left out", GRADIENT, "kLog2E, -low_log2)", "kLog2E, 0.f)", FUSED_128),
+    Fault("backward: the low part of lse stays natural", PREPROCESS, "of_row) * kLog2E;", "of_row);", FUSED_128),
     Fault(
         "backward: statistics of the next sequence",
         PREPROCESS,
@@ -379,7 +399,13 @@ BACKWARD_FAULTS = [
         "bool const exists = true;",
         FUSED_128,
     ),
-    Fault("backward: the gradient of a sink has the wrong sign", PREPROCESS, "sum -= exp2", "sum += exp2", FUSED_128),
+    Fault(
+        "backward: the gradient of a sink has the wrong sign",
+        PREPROCESS,
+        "sum -= weight *",
+        "sum += weight *",
+        FUSED_128,
+    ),
     Fault("backward: the gradient of a sink is one warp's", PREPROCESS, "warp < kRowWarps", "warp < 1", FUSED_128),
     Fault(
         "backward: padded sequences overlap",

@@ -50,15 +50,18 @@ Case random_case(Shape const& shape, uint32_t seed) {
     if (!random.one_in(4)) c.right = random.one_in(2) ? 0 : random.between(0, random.one_in(2) ? 4 : 100);
   }
   c.lower_right = !random.one_in(3);
-  c.scale = random.between(1, 4) / std::sqrt(c.d_qk);
+  c.scale = float(random.between(1, 4) / std::sqrt(c.d_qk));
   c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
   c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
   c.heads_first = !c.is_packed && random.one_in(2);
   c.padding = random.between(0, 2);
   c.blocks = random.between(1, 3);
   c.heads_per_pass = random.between(1, 3) * c.group;
+  c.has_equal_keys = random.one_in(5);
   return c;
 }
+
+double huge_element(std::mt19937& engine) { return std::ldexp(int(engine() % 5) - 2, 10); }
 
 std::string describe(Case const& c) {
   std::string lengths;
@@ -70,7 +73,7 @@ std::string describe(Case const& c) {
          std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", band (" + std::to_string(c.left) + ", " +
          std::to_string(c.right) + ") " + (c.lower_right ? "lower right" : "upper left") + ", softcap " +
          std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) + ", blocks " +
-         std::to_string(c.blocks);
+         std::to_string(c.blocks) + (c.has_equal_keys ? ", equal keys" : "");
 }
 
 // ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -103,16 +106,22 @@ Problem make_problem(Shape const& shape, Case const& c) {
   std::mt19937 engine(c.seed + 1);
   std::normal_distribution<double> normal;
   auto const fill = [&](Tensor& t, int b, int row) {
+    bool const is_huge = c.has_equal_keys && &t != &p.v;
     for (int h = 0; h < t.heads; ++h)
-      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(normal(engine));
+      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
   };
+  int first = -1;  // the first key that is seen, which others equal
   for (int n = 0; n < c.batch; ++n) {
     int const b = p.of(n), q0 = p.first_q(n), kv0 = p.first_kv(n);
     for (int i = 0; i < c.s_q[n]; ++i) fill(p.q, b, q0 + i);
     for (int j = 0; j < c.s_kv[n]; ++j) {  // rows that nobody sees stay NaN
       bool is_seen = false;
       for (int i = 0; i < c.s_q[n]; ++i) is_seen = is_seen || sees(c, n, i, j);
-      if (is_seen) fill(p.k, b, kv0 + j), fill(p.v, b, kv0 + j);
+      if (!is_seen) continue;
+      fill(p.k, b, kv0 + j), fill(p.v, b, kv0 + j);
+      if (first < 0) first = kv0 + j;
+      for (int h = 0; c.has_equal_keys && h < p.k.heads; ++h)
+        for (int d = 0; d < p.k.columns; ++d) p.k.at(b, kv0 + j, h, d) = p.k.at(0, first, h, d);
     }
   }
   for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i) p.sinks.push_back(float(2 * normal(engine)));

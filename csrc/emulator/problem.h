@@ -31,10 +31,14 @@ struct Case {
   bool heads_first;            // order of q, k, v in memory, dense only: (B, H, S, D) instead of (B, S, H, D)
   int padding;                 // elements between rows, times 8
   int blocks, heads_per_pass;
+  bool has_equal_keys;         // all keys of a head are the same, and scores reach 1e7
   uint32_t seed;
 };
 
 Case random_case(Shape const& shape, uint32_t seed);
+
+// An element of q or k where keys are equal: of few bits, so that scores are exact in fp32, and equal for equal keys.
+double huge_element(std::mt19937& engine);
 std::string describe(Case const& c);
 
 struct Tensor {  // 16-bit, (batch, row, head, column) with strides in elements
@@ -77,7 +81,6 @@ void find_kept_keys(Problem const& p, int64& begin, int64& end);
 template <class Params>
 void fill_common(Problem& p, Params& f) {
   Case const& c = p.c;
-  double const log2e = 1.4426950408889634;
   f.q = p.q.data, f.k = p.k.data, f.v = p.v.data;
   f.sinks = c.sinks ? p.sinks.data() : nullptr;
   f.cu_seqlens_q = c.is_packed ? p.cu_q.data() : nullptr;
@@ -92,7 +95,7 @@ void fill_common(Problem& p, Params& f) {
   f.left = c.left < 0 ? kUnbounded : c.left, f.right = c.right < 0 ? kUnbounded : c.right;
   f.lower_right = c.lower_right;
   f.has_softcap = c.softcap > 0;
-  f.scale_log2 = (c.softcap > 0 ? c.softcap : c.scale) * log2e;
+  f.score_scale = c.softcap > 0 ? c.softcap : c.scale;
   f.cap_scale = c.softcap > 0 ? c.scale / c.softcap : 0;
   f.heads_per_pass = c.heads_per_pass;
 }

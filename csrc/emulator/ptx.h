@@ -148,6 +148,11 @@ struct alignas(8) Packed4 {
   uint32 pair[2];
 };
 inline void store_shared_floats(uint32 to, Float4 v) { emu::store_shared(to, &v, 16); }
+inline Float4 load_shared_floats(uint32 from) {
+  Float4 v;
+  emu::load_shared(from, &v, 16);
+  return v;
+}
 struct alignas(16) Packed8 {
   uint32 pair[4];
 };

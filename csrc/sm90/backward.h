@@ -70,7 +70,7 @@ FA_EVERYWHERE int64 tile_count(BackwardParams const& p) {
   return (OF_KEYS ? p.padded_kv * p.heads_kv : p.padded_q * p.heads_q) / BLOCK * (p.cu_seqlens_q ? 1 : p.batch);
 }
 
-// Row 0 of a tile's sequence and query head in lse_log2 and delta.
+// Row 0 of a tile's sequence and query head in lse_parts and delta.
 FA_DEVICE int64 padded_row(BackwardParams const& p, Tile const& tile, int head_q) {
   int const begin = p.cu_seqlens_q ? padded_begin(tile.first_q, tile.batch) : 0;
   return (tile.map_batch * p.heads_q + head_q) * p.padded_q + begin;
@@ -81,7 +81,7 @@ FA_DEVICE Band band_of(BackwardParams const& p, Tile const& tile) {
 }
 
 FA_DEVICE ScoreScales scales_of(BackwardParams const& p) {
-  return {static_cast<float>(p.scale_log2), static_cast<float>(p.cap_scale)};
+  return {static_cast<float>(p.score_scale), static_cast<float>(p.cap_scale)};
 }
 
 // The keys of a packed sequence that some query keeps, counted from `first`; rows outside are a neighbour's, or may

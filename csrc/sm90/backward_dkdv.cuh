@@ -30,8 +30,8 @@ struct DkdvShared {  // addresses
   FA_DEVICE uint32 dout(int stage) const { return base + C::DOUT + stage * C::DOUT_BYTES; }
   FA_DEVICE uint32 ds(int buffer) const { return base + C::DS + buffer * C::DS_BYTES; }
   FA_DEVICE uint32 part(int consumer) const { return base + C::PARTS + consumer * C::PART_BYTES; }
-  FA_DEVICE uint32 lse(int stage) const { return base + C::LSE + stage * C::ROW_BYTES; }
-  FA_DEVICE uint32 delta(int stage) const { return base + C::DELTA + stage * C::ROW_BYTES; }
+  FA_DEVICE uint32 lse(int stage) const { return base + C::LSE + stage * C::LSE_BYTES; }
+  FA_DEVICE uint32 delta(int stage) const { return base + C::DELTA + stage * C::DELTA_BYTES; }
   FA_DEVICE uint32 tile() const { return base + C::TILE; }
   FA_DEVICE uint32 k_full() const { return base + C::BARRIERS; }
   FA_DEVICE uint32 v_full() const { return base + C::BARRIERS + 8; }
@@ -77,13 +77,13 @@ FA_DEVICE void produce(BackwardArgs const& args, DkdvShared<C> const& shared) {
       mbarrier_wait(q.empty(), q.parity ^ 1);
       load_tile<C::BLOCK_M, C::CHUNKS_QK>(shared.q(q.stage), args.q, q.full(), tile.first_q + first, head,
                                           tile.map_batch, kEvictLast);
-      mbarrier_expect(q.full(), C::ROW_BYTES);
-      bulk_load(shared.lse(q.stage), args.p.lse_log2 + statistics + first, C::ROW_BYTES, q.full());
+      mbarrier_expect(q.full(), C::LSE_BYTES);
+      bulk_load(shared.lse(q.stage), args.p.lse_parts + 2 * (statistics + first), C::LSE_BYTES, q.full());
       uint32 const dout_full = shared.dout_full(q.stage);
       load_tile<C::BLOCK_M, C::CHUNKS_V>(shared.dout(q.stage), args.dout, dout_full, tile.first_q + first, head,
                                          tile.map_batch, kEvictLast);
-      mbarrier_expect(dout_full, C::ROW_BYTES);
-      bulk_load(shared.delta(q.stage), args.p.delta + statistics + first, C::ROW_BYTES, dout_full);
+      mbarrier_expect(dout_full, C::DELTA_BYTES);
+      bulk_load(shared.delta(q.stage), args.p.delta + statistics + first, C::DELTA_BYTES, dout_full);
       q.advance();
     }
   }
@@ -115,8 +115,9 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, DkdvShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Address of the statistics of this thread's first column; those of columns 8 j and 8 j + 1 past it lie 32 j bytes on.
-FA_DEVICE uint32 of_columns(uint32 statistics) { return statistics + this_place().first_column() * 4; }
+// Address of the statistics of this thread's first column, `bytes` for each; those of columns 8 j and 8 j + 1 past it lie
+// 8 j * bytes on.
+FA_DEVICE uint32 of_columns(uint32 statistics, int bytes) { return statistics + this_place().first_column() * bytes; }
 
 // p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
 // band does not keep.
@@ -126,14 +127,17 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, DkdvShared<C> const& shared
                            uint32 (&sloped)[C::BLOCK_M / 4]) {
   using T = typename C::Element;
   ScoreScales const scales = scales_of(args.p);
-  uint32 const statistics = of_columns(shared.lse(stage));
+  uint32 const statistics = of_columns(shared.lse(stage), 8);
   FA_UNROLL
   for (int j = 0; j < C::BLOCK_M / 8; ++j) {
-    Float2 const lse = load_shared_pair(statistics + 32 * j);
+    Float4 lse{};  // of two columns, each with its low part, which softcap does without
+    if (C::SOFTCAP) lse.x = load_shared_float(statistics + 64 * j), lse.z = load_shared_float(statistics + 64 * j + 8);
+    else lse = load_shared_floats(statistics + 64 * j);
     FA_UNROLL
     for (int r = 0; r < 2; ++r) {
       float* const x = scores + 4 * j + 2 * r;
-      float const first = weigh<C::SOFTCAP>(x[0], scales, lse.x), second = weigh<C::SOFTCAP>(x[1], scales, lse.y);
+      float const first = weigh<C::SOFTCAP>(x[0], scales, lse.x, lse.y);
+      float const second = weigh<C::SOFTCAP>(x[1], scales, lse.z, lse.w);
       p[2 * j + r] = pack(T{}, first, second);
       if (C::SLOPED_IN_16_BITS) sloped[2 * j + r] = C::SOFTCAP ? pack(T{}, x[0], x[1]) : p[2 * j + r];
     }
@@ -153,7 +157,7 @@ template <class C>
 FA_DEVICE void score_gradients(DkdvShared<C> const& shared, int stage, float const (&scores)[C::BLOCK_M / 2],
                                uint32 const (&sloped)[C::BLOCK_M / 4], float (&dp)[C::BLOCK_M / 2]) {
   using T = typename C::Element;
-  uint32 const statistics = of_columns(shared.delta(stage));
+  uint32 const statistics = of_columns(shared.delta(stage), 4);
   FA_UNROLL
   for (int j = 0; j < C::BLOCK_M / 8; ++j) {
     Float2 const delta = load_shared_pair(statistics + 32 * j);

@@ -85,11 +85,11 @@ FA_DEVICE void clear_unkept_keys(BackwardArgs const& args, DqShared<C> const& sh
 
 // Weights of a block, times the slope of softcap.
 template <class C>
-FA_DEVICE void weigh_block(BackwardArgs const& args, DqShared<C> const& shared, int block, float const (&lse)[2],
+FA_DEVICE void weigh_block(BackwardArgs const& args, DqShared<C> const& shared, int block, Float2 const (&lse)[2],
                            float (&scores)[C::BLOCK_N / 2]) {
   ScoreScales const scales = scales_of(args.p);
   FA_UNROLL
-  for (int i = 0; i < C::BLOCK_N / 2; ++i) weigh<C::SOFTCAP>(scores[i], scales, lse[i / 2 % 2]);
+  for (int i = 0; i < C::BLOCK_N / 2; ++i) weigh<C::SOFTCAP>(scores[i], scales, lse[i / 2 % 2].x, lse[i / 2 % 2].y);
   if (contains(read_blocks(shared.tile()).unmasked, block)) return;
   Tile const tile = read_tile(shared.tile());
   Place const at = this_place();
@@ -105,12 +105,13 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
   uint32 const rows = consumer * 64 * kRowBytes;
   Ring<C::K_STAGES> k{shared.k_ring()};
   Ring<C::V_STAGES> v{shared.v_ring()};
-  float lse[2], delta[2];
+  Float2 lse[2];  // and its low part
+  float delta[2];
   Tile const tile = read_tile(shared.tile());
   int64 const row = padded_row(args.p, tile, tile.head) + tile.row + this_place().first_row();
   FA_UNROLL
   for (int r = 0; r < 2; ++r) {
-    lse[r] = load_global(args.p.lse_log2 + row + 8 * r);
+    lse[r] = load_global(reinterpret_cast<Float2 const*>(args.p.lse_parts) + row + 8 * r);
     delta[r] = load_global(args.p.delta + row + 8 * r);
   }
   mbarrier_wait(shared.q_full(), 0);

@@ -21,7 +21,7 @@ FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
   return sum;
 }
 
-// lse_log2 and delta of a tile, and zeros in dq_sums. Eight lanes share a row.
+// lse_parts and delta of a tile, and zeros in dq_sums. Eight lanes share a row.
 template <class T>
 FA_DEVICE void backward_preprocess(BackwardParams const& p) {
   Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
@@ -42,13 +42,16 @@ FA_DEVICE void backward_preprocess(BackwardParams const& p) {
     FA_UNROLL
     for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
     if (lane % 8) continue;
-    float lse = negative_infinity();
+    Float2 parts = {positive_infinity(), 0.f};
     if (exists) {
       int64 const of_row = (tile.map_batch * p.heads_q + tile.head) * p.seqlen_q + map_row;
-      lse = load_global(p.lse + of_row);
+      float const lse = load_global(p.lse + of_row);
+      float const low_log2 = load_global(p.lse_low + of_row) * kLog2E;
+      if (lse != negative_infinity()) parts = {lse, low_log2};
+      if (p.has_softcap) parts = {multiply_add(parts.x, kLog2E, parts.y), 0.f};
       if (p.dlse) sum -= load_global(p.dlse + of_row);
     }
-    store_global(p.lse_log2 + first_padded + row, lse == negative_infinity() ? positive_infinity() : lse * kLog2E);
+    store_global(reinterpret_cast<Float2*>(p.lse_parts) + first_padded + row, parts);
     store_global(p.delta + first_padded + row, sum);
   }
   if (!p.dq_sums) return;
@@ -71,10 +74,12 @@ FA_DEVICE void backward_dsinks(BackwardParams const& p) {
     tile.s_q = load_global(p.cu_seqlens_q + n + 1) - tile.first_q;
   }
   int64 const first = padded_row(p, tile, head);
-  float const sink = load_global(p.sinks + n * p.sinks_batch_stride + head) * kLog2E;
+  float const sink = load_global(p.sinks + n * p.sinks_batch_stride + head);
   float sum = 0.f;
   for (int row = thread_index(); row < tile.s_q; row += kRowThreads) {
-    sum -= exp2_approx(sink - load_global(p.lse_log2 + first + row)) * load_global(p.delta + first + row);
+    Float2 const lse = load_global(reinterpret_cast<Float2 const*>(p.lse_parts) + first + row);
+    float const weight = p.has_softcap ? exp2_approx(multiply_add(sink, kLog2E, -lse.x)) : weight_of(sink, 1.f, lse.x, lse.y);
+    sum -= weight * load_global(p.delta + first + row);
   }
   FA_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);

@@ -24,7 +24,7 @@ struct BackwardDkdvTraits {
   static constexpr int CHUNKS_QK = (D_QK + 63) / 64, CHUNKS_V = (D_V + 63) / 64;  // of 64 columns
   static constexpr int K_BYTES = BLOCK_N * CHUNKS_QK * 128, V_BYTES = BLOCK_N * CHUNKS_V * 128;
   static constexpr int Q_BYTES = BLOCK_M * CHUNKS_QK * 128, DOUT_BYTES = BLOCK_M * CHUNKS_V * 128;
-  static constexpr int DS_BYTES = FUSED ? BLOCK_N * BLOCK_M * 2 : 0, ROW_BYTES = BLOCK_M * 4;
+  static constexpr int DS_BYTES = FUSED ? BLOCK_N * BLOCK_M * 2 : 0, LSE_BYTES = BLOCK_M * 8, DELTA_BYTES = BLOCK_M * 4;
 
   // The sums of a block for dq, [BLOCK_M, D]: each consumer computes 64 rows x 64 columns of them, the second one the
   // lower rows if there are 128, else the right columns. Columns past D_QK are those of zeros.
@@ -36,7 +36,8 @@ struct BackwardDkdvTraits {
   static constexpr int Q = V + V_BYTES, DOUT = Q + STAGES * Q_BYTES;
   static constexpr int DS = DOUT + STAGES * DOUT_BYTES;  // two buffers
   static constexpr int PARTS = DS + 2 * DS_BYTES;  // of dq, if staged
-  static constexpr int LSE = PARTS + PARTS_BYTES, DELTA = LSE + STAGES * ROW_BYTES, TILE = DELTA + STAGES * ROW_BYTES;
+  static constexpr int LSE = PARTS + PARTS_BYTES, DELTA = LSE + STAGES * LSE_BYTES;
+  static constexpr int TILE = DELTA + STAGES * DELTA_BYTES;
   static constexpr int BARRIERS = TILE + 48;  // K full, V full; of each stage: Q full, dout full, empty
   static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 + 3 * STAGES);
 

@@ -17,24 +17,35 @@ struct Weights {             // of the splits lane, lane + 32, ..., which this l
 
 FA_DEVICE Weights weigh_splits(DecodeParams const& p, int64 output, int64 outputs) {
   int const lane = thread_index() % 32;
-  float lse[kMostSplits / 32], top = negative_infinity(), total = 0;
+  Parts const* const partial = reinterpret_cast<Parts const*>(p.partial_lse);
+  Parts lse[kMostSplits / 32], top = {negative_infinity(), negative_infinity()};  // the largest, of which the low part counts
+  float total = 0;
   FA_UNROLL
   for (int i = 0; i < kMostSplits / 32; ++i) {
     int const split = lane + 32 * i;
-    lse[i] = split < p.splits ? load_global(p.partial_lse + split * outputs + output) : negative_infinity();
-    top = maximum(top, lse[i]);
+    lse[i] = {negative_infinity(), 0.f};
+    if (split < p.splits) lse[i] = load_global(partial + split * outputs + output);
+    top.high = maximum(top.high, lse[i].high);
   }
   FA_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) top = maximum(top, shuffle_xor(top, mask));
+  for (int mask = 16; mask > 0; mask /= 2) top.high = maximum(top.high, shuffle_xor(top.high, mask));
+  FA_UNROLL
+  for (int i = 0; i < kMostSplits / 32; ++i) {
+    if (lse[i].high == top.high) top.low = maximum(top.low, lse[i].low);
+  }
+  FA_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) top.low = maximum(top.low, shuffle_xor(top.low, mask));
   Weights weights;
   FA_UNROLL
   for (int i = 0; i < kMostSplits / 32; ++i) {
-    weights.of[i] = lse[i] == negative_infinity() ? 0.f : exp2_approx((lse[i] - top) * kLog2E);
+    float const difference = (lse[i].high - top.high) + (lse[i].low - top.low);
+    weights.of[i] = lse[i].high == negative_infinity() ? 0.f : exp2_approx(difference * kLog2E);
     total += weights.of[i];
   }
   FA_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-  weights.lse = total > 0.f ? multiply_add(log2_approx(total), kLn2, top) : negative_infinity();
+  float const small = multiply_add(log2_approx(total), kLn2, top.low);
+  weights.lse = total > 0.f ? top.high + small : negative_infinity();
   FA_UNROLL
   for (int i = 0; i < kMostSplits / 32; ++i) weights.of[i] = total > 0.f ? weights.of[i] / total : 0.f;
   return weights;

@@ -106,8 +106,8 @@ FA_DEVICE void attend_to_tile(ForwardArgs const& args, Shared<C> const& shared, 
     mask_scores(scores, band_of<C>(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
   };
   auto const clear = [&](int block, Ring<C::STAGES> const& of) { clear_unkept_values<C>(args, shared, block, of); };
-  attend<C>(shared, blocks, static_cast<float>(args.p.scale_log2), static_cast<float>(args.p.cap_scale), consumer, k, v,
-            out, state, mask, clear);
+  attend<C>(shared, blocks, scale_log2_of(args.p), static_cast<float>(args.p.cap_scale), consumer, k, v, out, state, mask,
+            clear);
 }
 
 // Normalises out and writes lse. A tile without keys passes state.max = -inf and out = 0.
@@ -120,10 +120,12 @@ FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState c
       p.sinks ? load_global(p.sinks + tile.batch * p.sinks_batch_stride + tile.head) : negative_infinity();
   FA_UNROLL
   for (int r = 0; r < 2; ++r) {
-    FinishedRow const row = finish_row(state.max[r], state.sum[r], static_cast<float>(p.scale_log2), sink);
+    FinishedRow const row = finish_row(state.max[r], state.sum[r], static_cast<float>(p.score_scale), sink);
     int const i = tile.row + at.first_row() + 8 * r;
     if (at.lane() % 4 == 0 && i < tile.s_q) {
-      store_global(p.lse + (tile.map_batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_q + i, row.lse);
+      int64 const at_row = (tile.map_batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_q + i;
+      store_global(p.lse + at_row, row.lse.high);
+      store_global(p.lse_low + at_row, row.lse.low);
     }
     FA_UNROLL
     for (int c = 2 * r; c < C::D_V / 2; c += 4) {

@@ -115,8 +115,7 @@ FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, W
   auto const clear = [&](int block, Ring<C::STAGES> const& of) {
     clear_unkept_values<C>(shared, kept_keys(p, work), block, of);
   };
-  attend<C>(shared, blocks, static_cast<float>(p.scale_log2), static_cast<float>(p.cap_scale), 0, k, v, out, state,
-            mask, clear);
+  attend<C>(shared, blocks, scale_log2_of(p), static_cast<float>(p.cap_scale), 0, k, v, out, state, mask, clear);
 }
 
 // Writes one row of a thread's fragment, the upper (0) or the lower (1), times `factor`.
@@ -152,11 +151,12 @@ FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys
     float const sink = has_sink ? load_global(p.sinks + work.sequence * p.sinks_batch_stride + query.head)
                                 : negative_infinity();
     FinishedRow const finished =
-        finish_row(state.max[lower], state.sum[lower], static_cast<float>(p.scale_log2), sink);
+        finish_row(state.max[lower], state.sum[lower], static_cast<float>(p.score_scale), sink);
     int64 const row = (work.first_q + query.position) * p.heads_q + query.head;
     if (at.lane() % 4 == 0) {
-      if (p.splits > 1) store_global(p.partial_lse + work.split * (p.heads_q * rows_of(p)) + row, finished.lse);
-      else store_global(p.lse + lse_index(p, work.first_q + query.position, query.head), finished.lse);
+      Parts* const partial = reinterpret_cast<Parts*>(p.partial_lse);
+      if (p.splits > 1) store_global(partial + work.split * (p.heads_q * rows_of(p)) + row, finished.lse);
+      else store_global(p.lse + lse_index(p, work.first_q + query.position, query.head), finished.lse.high);
     }
     if (any_keys || work.split == 0) write_row<C>(p, row, lower, finished.factor, work.split, out);
   }

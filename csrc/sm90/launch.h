@@ -29,7 +29,7 @@ char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_
 template <class C>
 char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 
-// lse_log2, delta and zeros in dq_sums, which the others need; and dsinks.
+// lse_parts, delta and zeros in dq_sums, which the others need; and dsinks.
 template <class T>
 char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream);
 

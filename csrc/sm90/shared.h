@@ -49,6 +49,12 @@ FA_DEVICE Band band_of(ForwardParams const& p, Tile const& tile) {
   return make_band(static_cast<int>(p.left), static_cast<int>(p.right), p.lower_right != 0, tile.s_q, tile.s_kv);
 }
 
+// The factor between differences of scores and exponents of 2.
+template <class Params>
+FA_DEVICE float scale_log2_of(Params const& p) {
+  return static_cast<float>(p.score_scale) * kLog2E;
+}
+
 // For the ROWS rows from `row` on, in blocks of COLUMNS columns.
 template <int ROWS, int COLUMNS>
 FA_DEVICE TileBlocks blocks_of(Band const& band, int row) {

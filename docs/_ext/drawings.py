@@ -1,11 +1,13 @@
-"""What the site draws from the code: ``{mask}``, which query sees which key, and ``{commands}``, the command line.
+"""Directives that draw, as SVG that follows the colours of the page.
 
-Masks come from ``spec.keep`` as SVG that follows the colours of the page, commands from their parsers.
+``{mask}`` draws which query sees which key, from ``spec.keep``; ``{layers}`` draws the parts of the package in rows;
+``{commands}`` prints the help of the command line, from its parsers.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -74,6 +76,40 @@ def figure(title: str, kept: list[list[bool]]) -> str:
     )
 
 
+class Layers(SphinxDirective):
+    """Rows of boxes, a line for each: ``label: name = remark; name = remark``. Arrows lead from row to row."""
+
+    has_content = True
+    required_arguments, final_argument_whitespace = 1, True
+
+    def run(self) -> list[nodes.Node]:
+        rows = []
+        for line in self.content:
+            label, _, boxes = line.partition(":")
+            pairs = (box.partition("=") for box in boxes.split(";"))
+            rows.append((label.strip(), [(name.strip(), remark.strip()) for name, _, remark in pairs]))
+        return [nodes.raw("", layers(self.arguments[0], rows), format="html")]
+
+
+def layers(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
+    """SVG of the rows: (label, boxes), each box (name, remark)."""
+    width, left, height, gap = 860, 130, 54, 34
+    shapes = []
+    for n, (label, boxes) in enumerate(rows):
+        y = 10 + n * (height + gap)
+        step = (width - left + 10) / len(boxes)
+        shapes.append(f'<text x="0" y="{y + height / 2 + 4}">{label}</text>')
+        for m, (name, remark) in enumerate(boxes):
+            x, middle = left + m * step, left + (m + 0.5) * step - 5
+            shapes.append(f'<rect x="{x:.0f}" y="{y}" width="{step - 10:.0f}" height="{height}" rx="6"/>')
+            shapes.append(f'<text x="{middle:.0f}" y="{y + (24 if remark else 31)}" text-anchor="middle">{name}</text>')
+            shapes.append(f'<text class="small" x="{middle:.0f}" y="{y + 41}" text-anchor="middle">{remark}</text>')
+        if n < len(rows) - 1:
+            shapes.append(f'<path d="M{(width + left) / 2:.0f} {y + height + 4} v22 m-5 -6 l5 6 l5 -6"/>')
+    box = f"0 0 {width + 4} {len(rows) * (height + gap) - gap + 20}"
+    return f'<div class="layers"><svg viewBox="{box}" role="img" aria-label="{title}">{"".join(shapes)}</svg></div>'
+
+
 class Commands(SphinxDirective):
     """A section with the help text of each command."""
 
@@ -90,5 +126,6 @@ class Commands(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("mask", Mask)
+    app.add_directive("layers", Layers)
     app.add_directive("commands", Commands)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

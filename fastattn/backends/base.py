@@ -24,7 +24,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do. A feature of the spec that is not named here is one it lacks.
+    """The abilities of a backend. A feature of the spec that is not named here is one it lacks.
 
     Attributes:
         devices: device types; empty means any.
@@ -64,16 +64,16 @@ class Backend:
     checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
 
     def unavailable_reason(self) -> str | None:
-        """Why this backend cannot run on this machine at all; None if it can."""
+        """The reason why this backend cannot run on this machine at all; None if it can."""
         return None
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """Why this backend cannot serve ``problem``; [] means it can. Cheap; reads no tensor values."""
+        """The reasons why this backend cannot serve ``problem``; [] means it can. Cheap; reads no tensor values."""
         missing = self.unavailable_reason()
         return [missing] if missing else capability_reasons(self.capabilities, problem)
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
-        """Why this backend, which can serve ``problem``, should not do so unless asked by name; [] means it may."""
+        """The reasons why this backend, which can serve ``problem``, should only do so by name; [] means it may."""
         return []
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
@@ -102,16 +102,21 @@ class Backend:
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
         """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
 
         The function reads the addresses of q, k and v alone: their shapes and strides are those of ``inputs``, and it
-        may be given any view that begins at the same element. None: there is no shorter way than ``forward``.
+        may be given any view that begins at the same element. It gives ``(out, *kept)``, what is kept being lse and
+        lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it gives ``(out,)``. None: there is no shorter way
+        than ``forward``.
         """
         return None
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        """``(dq, dk, dv)`` as a function of contiguous dout, out, lse and lse_low, and of q, k and v; as above."""
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        """``(dq, dk, dv)`` as a function of dout, out, what is kept, and q, k and v; as above.
+
+        ``dout`` is on the meta device and has the strides that gradients will have.
+        """
         return None
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:

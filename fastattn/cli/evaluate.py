@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from fastattn.cli import device
+from fastattn.cli.flags import add_columns, columns_of
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
-        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), exact match, BLEU, chrF, "
-        "ROUGE, as they apply."
+        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), Matthews, Pearson, Spearman, "
+        "exact match, BLEU, chrF, ROUGE, as they apply."
     )
     parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
     parser.add_argument(
@@ -23,6 +24,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples, or N rows of the text")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="also write each example and its prediction there, as JSON lines",
+    )
+    add_columns(parser)
     parser.add_argument("--attention", choices=("fastattn", "eager"), help="instead of what the run used")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     device.add_flag(parser)
@@ -39,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")
     found = evaluate(
         find_checkpoint(args.checkpoint, best=True), args.data, device=device.choose(args.device),
-        attention=args.attention, limit=args.limit, show_progress=not args.quiet,
+        columns=columns_of(args), attention=args.attention, limit=args.limit, predictions=args.predictions,
+        show_progress=not args.quiet,
     )  # fmt: skip
     print(found.table())
     if args.json:

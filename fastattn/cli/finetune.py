@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cli import device
-from fastattn.cli.flags import TRAINING, Flag, add_flags, given, with_defaults
+from fastattn.cli.flags import TRAINING, Flag, add_columns, add_flags, columns_of, given, with_defaults
 from fastattn.cli.outcome import report
 
 TEXT = """\
@@ -15,13 +15,17 @@ Train a model for a task on examples of your own, evaluate it on held-out ones, 
 scores.json in --out. Ctrl-C stops with a checkpoint; --resume goes on from the newest.
 """
 FIELDS = """\
-examples: a .jsonl file with an object in each line, or a .csv or .tsv file whose first line names the columns
+examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_to_disk, or one with train and dev files
 
-  classify   text, label                 and text_pair, if two texts are compared
-  tag        words, labels               lists of equal length; in a table separated by spaces
-  qa         question, context, answer   and answer_start, the character where it begins, if it occurs twice
-  seq2seq    source, target              translation, summarisation
-  instruct   prompt, response            the response is learned, right after the prompt
+  classify    text, label                 and text_pair, if two texts are compared
+  regression  text, label                 a number; and text_pair
+  multilabel  text, labels                any number of labels; and text_pair
+  tag         words, labels               lists of equal length; in a table separated by spaces
+  qa          question, context, answer   and answer_start, the character where it begins, if it occurs twice
+  seq2seq     source, target              translation, summarisation; or two files, line by line
+  instruct    prompt, response            the response is learned, right after the prompt
+
+The columns of GLUE, SQuAD, CNN/DailyMail, WMT, Alpaca and CoNLL are known; --field names others.
 """
 FLAGS = (
     Flag("--preset", "preset", str, None, "size of a new model, trained from nothing: tiny, small, base, ..."),
@@ -44,6 +48,7 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
+TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct")
 _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
@@ -54,11 +59,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
-        "--task", default=argparse.SUPPRESS, choices=("classify", "tag", "qa", "seq2seq", "instruct"),
-        help="what the model is to do; see below",
+        "--task", default=argparse.SUPPRESS, choices=TASKS, help="what the model is to do; see below",
     )  # fmt: skip
-    parser.add_argument("--data", default=argparse.SUPPRESS, metavar="FILE", help="examples to learn from")
-    parser.add_argument("--eval", default=argparse.SUPPRESS, metavar="FILE", help="examples to evaluate on")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="examples to learn from; for seq2seq two, too",
+    )
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="examples to evaluate on, file by file",
+    )
+    add_columns(parser)
+    add_start(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    device.add_flag(parser)
+    add_flags(parser, FLAGS)
+    parser.set_defaults(run=run)
+
+
+def add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the weights to start from."""
     parser.add_argument(
         "--checkpoint",
         default=argparse.SUPPRESS,
@@ -71,11 +98,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="DIR",
         help="start from a folder in Hugging Face's format; nothing is downloaded",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    device.add_flag(parser)
-    add_flags(parser, FLAGS)
-    parser.set_defaults(run=run)
+
+
+def paths(args: argparse.Namespace) -> dict[str, Any]:
+    """The files and folders on the command line, by field of ``FinetuneConfig``; one as it is, several together."""
+    found: dict[str, Any] = {}
+    for name in _PATHS:
+        if name in args:
+            value = getattr(args, name)
+            several = tuple(map(_findable, value if isinstance(value, list) else [value]))
+            found[name] = several[0] if len(several) == 1 else several
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,11 +119,9 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.lm.train.parallel import joined, ranks
 
     flags = given(args, FLAGS) | {name: value for name, value in vars(args).items() if name == "task"}
-    for name in _PATHS:
-        if name in args:
-            path = Path(getattr(args, name)).expanduser()
-            # absolute, so that --resume finds it from any folder; a name without a folder is told as it was given
-            flags[name] = str(path.absolute() if path.exists() else path)
+    flags |= paths(args)
+    if "field" in args:
+        flags["columns"] = tuple(columns_of(args).items())
     if args.resume:
         checkpoint = find_checkpoint(args.out)
         config = resumed_config(checkpoint, flags)
@@ -102,7 +133,9 @@ def run(args: argparse.Namespace) -> int:
                     f"--{name}", "nothing", "a value", "A new run needs it; see fastattn finetune --help."
                 )
         start: dict[str, Any] = {
-            name: flags.pop(name) for name in ("task", "data", "checkpoint", "pretrained", "preset") if name in flags
+            name: flags.pop(name)
+            for name in ("task", "data", "checkpoint", "pretrained", "preset", "columns")
+            if name in flags
         }
         config = FinetuneConfig(**start).changed(flags)
     with joined(device.choose(args.device)) as target:
@@ -110,3 +143,9 @@ def run(args: argparse.Namespace) -> int:
         if not ranks().leads:
             return 0
     return report(outcome)
+
+
+def _findable(given: str) -> str:
+    """Absolute, so that --resume finds it from any folder; a name without a file or folder as it was given."""
+    path = Path(given).expanduser()
+    return str(path.absolute() if path.exists() else path)

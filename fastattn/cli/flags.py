@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from fastattn.errors import input_error
+
 
 class Flag(NamedTuple):
     """A flag for one field of a command's config.
@@ -82,6 +84,25 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
                 flag.name, dest=flag.field, type=flag.kind, choices=flag.choices, default=argparse.SUPPRESS,
                 metavar=None if flag.choices else flag.kind.__name__.upper(), help=text,
             )  # fmt: skip
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add ``--field``, which ``columns_of`` reads."""
+    parser.add_argument(
+        "--field", action="append", default=argparse.SUPPRESS, metavar="FIELD=COLUMN",
+        help="take a field of the task from this column (text=sentence, source=translation.en); may be repeated",
+    )  # fmt: skip
+
+
+def columns_of(args: argparse.Namespace) -> dict[str, str]:
+    """The columns that ``--field`` gives, by field of the task."""
+    found: dict[str, str] = {}
+    for pair in getattr(args, "field", ()):
+        name, equals, column = pair.partition("=")
+        if not (name and equals and column):
+            raise input_error("--field", repr(pair), "FIELD=COLUMN", "For example --field text=sentence.")
+        found[name] = column
+    return found
 
 
 def given(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Context parallel: attention over a sequence whose tokens are spread over the ranks of a process group.
+"""Context parallel: attention over a sequence whose tokens are sharded across the ranks of a process group.
 
-``SequenceSharding`` says which rank holds which tokens; the two functions compute exactly what one process would:
+``SequenceSharding`` assigns tokens to ranks; the two functions return exactly the result of a single process:
 
-- ``ring_attention`` passes keys and values round the ranks. Any number of heads; memory for one rank's tokens only.
-- ``ulysses_attention`` trades tokens for heads, computes whole sequences for some heads, and trades back. Fewer, larger
-  messages; the number of ranks must divide the query heads.
+- ``ring_attention`` passes keys and values round the ranks. It takes any number of heads and the memory of one rank's
+  tokens.
+- ``ulysses_attention`` exchanges tokens for heads, computes whole sequences for some heads, and exchanges them back. It
+  sends fewer, larger messages; the number of ranks must divide the query heads.
 
-With causal masks and tokens dealt out in order, the last rank would have nearly all the work. ``SequenceSharding``
-deals them out as head and tail: of ``2 n`` chunks, rank ``r`` of ``n`` holds chunks ``r`` and ``2 n - 1 - r``.
+With a causal mask and tokens assigned in order, the last rank would have most of the work. ``SequenceSharding``
+assigns head and tail: of ``2 n`` chunks, rank ``r`` of ``n`` holds chunks ``r`` and ``2 n - 1 - r``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ NEEDS_QKV = [True, True, True, False, False]
 
 @dataclass(frozen=True)
 class SequenceSharding:
-    """Which rank holds which tokens of a sequence.
+    """The assignment of the tokens of a sequence to ranks.
 
     Attributes:
         group: the ranks; None is all of them.
@@ -107,20 +108,20 @@ def ring_attention(
 ) -> Tensor:
     """``fastattn.attention`` over a sharded sequence; keys and values travel round the ring of ranks.
 
-    Each rank computes its rows against one rank's keys while the next arrive, and merges by log-sum-exp. What causality
-    or the window rules out is not computed. The backward pass goes round once more, with the gradients of the keys and
-    values; memory is that of the local tokens. Every rank must call it.
+    Each rank computes its rows with one rank's keys while the next arrive, and merges the parts by log-sum-exp. Pairs
+    outside the causal mask or window are not computed. In the backward pass keys, values and their gradients go round
+    once more. Memory is that of the local tokens. Every rank must call it.
 
     Args:
         q: this rank's queries ``(B, S / size, H_q, D_qk)``, from ``sharding.shard``.
         k: this rank's keys ``(B, S / size, H_kv, D_qk)``.
         v: this rank's values ``(B, S / size, H_kv, D_v)``.
         sharding: which tokens these are.
-        causal: as in ``attention``, over the whole sequence, as are the others.
-        window: as there.
-        scale: as there.
-        softcap: as there.
-        backend: as there.
+        causal: as in ``attention``; it refers to the whole sequence, as do the other options.
+        window: as in ``attention``.
+        scale: as in ``attention``.
+        softcap: as in ``attention``.
+        backend: as in ``attention``.
 
     Returns:
         this rank's rows ``(B, S / size, H_q, D_v)``; differentiable.
@@ -169,18 +170,18 @@ def ulysses_attention(
     softcap: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``fastattn.attention`` over a sharded sequence; ranks trade tokens for heads, all to all, and back.
+    """``fastattn.attention`` over a sharded sequence; ranks exchange tokens for heads, all to all, and back.
 
     Args:
         q: this rank's queries ``(B, S / size, H_q, D_qk)``; the number of ranks divides ``H_q``.
         k: this rank's keys ``(B, S / size, H_kv, D_qk)``; the number of ranks divides ``H_kv``, or the other way round.
         v: this rank's values ``(B, S / size, H_kv, D_v)``.
         sharding: which tokens these are.
-        causal: as in ``attention``, over the whole sequence, as are the others.
-        window: as there.
-        scale: as there.
-        softcap: as there.
-        backend: as there.
+        causal: as in ``attention``; it refers to the whole sequence, as do the other options.
+        window: as in ``attention``.
+        scale: as in ``attention``.
+        softcap: as in ``attention``.
+        backend: as in ``attention``.
 
     Returns:
         this rank's rows ``(B, S / size, H_q, D_v)``; differentiable.

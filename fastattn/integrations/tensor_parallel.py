@@ -1,6 +1,6 @@
 """Tensor parallel: sharding rules that let fastattn's operators run on DTensors, split by heads or by batch.
 
-A model parallelised with ``parallelize_module`` hands plain local tensors to attention and needs none of this. The
+A model parallelised with ``parallelize_module`` passes plain local tensors to attention and does not need this. The
 rules are for models whose activations stay DTensors.
 """
 
@@ -18,7 +18,7 @@ from fastattn.problem import DIFFERENTIABLE, TENSORS
 
 Placements = list[Placement | None]
 
-# The dimension of each tensor that is split, for each way to split. Where a tensor has size 1 there, it is shared.
+# For each way to split, the dimension of each tensor that is split. A tensor of size 1 in it is replicated.
 _BATCH = {
     "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "alibi_slopes": 0, "sinks": 0, "segment_ids_q": 0,
     "segment_ids_kv": 0, "out": 0, "lse": 0,
@@ -29,11 +29,11 @@ _HEADS_PACKED = {"q": 1, "k": 1, "v": 1, "alibi_slopes": 1, "sinks": 1, "out": 1
 
 @functools.cache
 def register_sharding_rules() -> None:
-    """Teach DTensor to run attention on its shards, forward and backward. May be called again.
+    """Register DTensor sharding rules for attention, forward and backward. May be called again.
 
-    Batches split over any dimension of the mesh stay split. So do heads, where the mesh's size divides the key/value
-    heads. Anything else is gathered first, which is right but takes memory: sequences split over ranks
-    (``fastattn.integrations.context_parallel`` is for those), heads that do not divide, and dropout, whose elements
+    Batches split over any dimension of the mesh stay split, and so do heads if the size of the mesh divides the number
+    of key/value heads. Anything else is gathered first, which is correct but takes memory: sequences split over ranks
+    (``fastattn.integrations.context_parallel`` is for those), other numbers of heads, and dropout, whose elements
     are numbered over the whole batch. Every tensor argument must be a DTensor, ``rng_state`` too.
 
     Example:
@@ -55,7 +55,7 @@ def _forward_rule(*args: Any) -> list[tuple[Placements, Placements]]:
 
 
 def _backward_rule(dout: Any, dlse: Any, *args: Any) -> list[tuple[Placements, Placements]]:
-    """The same for ``fastattn::backward``: the gradient of what is shared is a sum over the shards."""
+    """The same for ``fastattn::backward``: the gradient of a replicated tensor is a sum over the shards."""
     flat, needed = args[3:-1], args[-1]  # behind out, lse and lse_low
     rules = []
     for split in _ways(flat):
@@ -87,7 +87,7 @@ def _ways(flat: tuple[Any, ...]) -> list[dict[str, int]]:
 
 
 def _of_inputs(flat: tuple[Any, ...], split: dict[str, int]) -> Placements:
-    """A placement for each of the operators' common arguments; None for what is no tensor."""
+    """A placement for each of the operators' common arguments; None for those that are not tensors."""
     placements: Placements = []
     for name, x in zip(TENSORS, flat, strict=False):
         is_shared = x is None or name not in split or x.shape[split[name]] == 1

@@ -1,7 +1,7 @@
-"""torch's own doors: ``F.scaled_dot_product_attention`` for a while, and torch's registry of flash attention.
+"""Hooks into PyTorch's attention entry points: ``scaled_dot_product_attention`` and the flash-attention registry.
 
-``override_sdpa`` serves every caller of the function, so timm, diffusers and models of your own. The registry entry
-serves what torch itself sends to its flash kernel on a CUDA device.
+``override_sdpa`` serves every caller of the function, such as timm, diffusers and your own models. The registry entry
+serves the calls that torch sends to its flash kernel on a CUDA device.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fastattn.errors import InputError, UnsupportedError
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# A backend of fastattn may itself build on torch's attention, which must then be torch's.
+# A backend of fastattn may call torch's attention, which must not come back here.
 _serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
 
 
 @dataclass
 class SdpaReport:
-    """What ``override_sdpa`` did. Prints as text.
+    """A count of the calls under ``override_sdpa``. Prints as text.
 
     Attributes:
         served: calls that fastattn computed. Calls inside a compiled function are counted once, when it is compiled.
@@ -51,11 +51,11 @@ class SdpaReport:
 def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
     """Make ``torch.nn.functional.scaled_dot_product_attention`` use fastattn inside the block, in every thread.
 
-    Reaches all code that looks the function up when it calls it, ``F.scaled_dot_product_attention(...)``, so also
-    ``nn.MultiheadAttention``; a module that did ``from torch.nn.functional import scaled_dot_product_attention``
-    before keeps torch's. A function compiled inside the block keeps fastattn after it. What fastattn cannot compute,
-    nested tensors for example, torch computes; the report counts the reasons, and is printed to stderr at the end if
-    there are any.
+    It reaches all code that looks the function up at each call, ``F.scaled_dot_product_attention(...)``, including
+    ``nn.MultiheadAttention``. A module that has executed ``from torch.nn.functional import
+    scaled_dot_product_attention`` keeps torch's. A function compiled inside the block keeps fastattn after it. Calls
+    that fastattn cannot compute, nested tensors for example, go to torch; the report counts them by reason and is
+    printed to stderr at the end if there are any.
 
     Args:
         quiet: never print.
@@ -133,12 +133,12 @@ def _now_serving() -> Iterator[None]:
 
 
 def register_flash_attention(name: str = "fastattn") -> None:
-    """Enter fastattn into torch's registry of flash attention. Changes nothing until it is activated there.
+    """Add fastattn to torch's registry of flash attention. This changes nothing until it is activated there.
 
     After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, what ``scaled_dot_product_attention`` sends
     to its flash kernel on a CUDA device (fp16 or bf16, no mask) is computed by fastattn, forward and backward.
     ``restore_flash_attention_impl()`` ends it. torch's ``varlen_attn`` and nested tensors keep torch's kernel.
-    Has not run on a GPU yet.
+    Not yet run on a GPU.
 
     Args:
         name: the name to register under.
@@ -154,7 +154,7 @@ def register_flash_attention(name: str = "fastattn") -> None:
 
 
 class _Override:
-    """Stands for torch's two flash operators on one device type until ``remove``."""
+    """Replaces torch's two flash operators on one device type until ``remove`` is called."""
 
     def __init__(self, device: str = "CUDA") -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")

@@ -1,1 +1,1 @@
-"""Benchmarks measured: workloads, peers, timing, memory, and the check that precedes each number."""
+"""Measuring attention: workloads, peers, timing, memory, and the correctness check that precedes each number."""

@@ -1,4 +1,4 @@
-"""``compare_peers``: check, time and weigh peers on one workload. What ``benchmarks`` and the demo both do."""
+"""``compare_peers``: check, time and measure the memory of peers on one workload, for ``benchmarks`` and the demo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Found = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: rounds and seconds of timing for each pass of each workload."""
+    """The effort of a measurement: rounds and seconds of timing for each pass of each workload."""
 
     rounds: int = 15
     round_s: float = 0.02
@@ -41,12 +41,12 @@ def compare_peers(
     wall: bool = False,
     takes_memory: bool = True,
 ) -> dict[str, Any]:
-    """Check, time and weigh every peer on one workload.
+    """Check every peer on one workload, time it, and measure its peak memory.
 
     Returns:
-        ``{"peers": {name: {"why": reasons or None, "passes": {pass: what was found}}}}``. A pass has either ``error``
-        (it raised, or the gate is red) or ``median_s, spread, rounds_s, tflops``; and ``gate`` and ``peak_bytes``
-        where there is one.
+        ``{"peers": {name: {"why": reasons or None, "passes": {pass: findings}}}}``. A pass has either ``error``
+        (it raised, or the correctness gate failed) or ``median_s, spread, rounds_s, tflops``, and ``gate`` and
+        ``peak_bytes`` if measured.
     """
     found: dict[str, Any] = {peer.name: {"why": None, "passes": {}} for peer in peers}
     able = []
@@ -125,7 +125,7 @@ def _weigh_on_cpu(workload: Workload, peers: Sequence[Peer], found: dict[str, An
 
 
 def _too_large(peer: Peer, workload: Workload, device: torch.device) -> list[str]:
-    """Whether its score matrices would not fit, by a rough count; running out of memory may kill this process."""
+    """Whether its score matrices would exceed free memory, by a rough count; running out may kill this process."""
     trains = workload.passes != ("forward",)
     needed = peer.scores_held[trains] * workload.score_bytes()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available_bytes()

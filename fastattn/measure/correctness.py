@@ -1,9 +1,9 @@
 """The correctness gate of benchmarks: a result on the exact tensors that are timed, judged by ``tolerance.py``.
 
-The rule needs the whole score matrix in fp64, which long sequences do not leave room for. So sampled query rows of
-sampled heads are judged, against a smaller problem whose exact result is the same: these rows as its queries, all
-keys, the band written out as a mask. For the gradients ``dout`` is zero outside the sampled rows, so that dk, dv and
-dbias of the whole problem are those of the smaller one. The rows are spread over the length, so every tile has some.
+The rule needs the whole score matrix in fp64, which does not fit into memory for long sequences. Therefore sampled
+query rows of sampled heads are judged against a smaller problem with the same exact result: these rows as its queries,
+all keys, and the band as a mask. For the gradients ``dout`` is zero outside the sampled rows, so that dk, dv and dbias
+of the whole problem equal those of the smaller one. The rows are spread over the length, so that every tile has some.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MOST_SCORES = 1 << 24  # of the smaller problem
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one pass.
+    """The verdict of the gate on one pass.
 
     Attributes:
-        ok: green.
-        worst: largest error over what is allowed; at most 1 if green.
-        where: which result that is.
+        ok: whether the pass is correct.
+        worst: the largest ratio of an error to its bound; at most 1 if ok.
+        where: the name of that result.
     """
 
     ok: bool
@@ -49,7 +49,7 @@ class Verdict:
 
 
 def check(forward: Forward, operands: Operands, pass_name: str) -> Verdict:
-    """Run a pass of a contender once and judge it: "forward" by out, the others by out and the gradients.
+    """Run a pass of a peer once and judge it: "forward" by out, the others by out and the gradients.
 
     Args:
         forward: its forward pass, from ``Peer.prepare``.
@@ -66,7 +66,7 @@ def check(forward: Forward, operands: Operands, pass_name: str) -> Verdict:
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a problem is sampled, and how to cut it out of a tensor.
+    """The sampled part of a problem, and how to cut it out of a tensor.
 
     Attributes:
         pairs: (batch entry, key/value head); no two share a head, so that what a batch shares stays apart.
@@ -196,14 +196,14 @@ def judge(part: Part, operands: Operands, out: Tensor, gradients: Sequence[Tenso
 
 
 def _share(row: tolerance.Row) -> float:
-    """How much of what is allowed the error takes."""
+    """The ratio of the error to its bound."""
     if math.isnan(row.error):
         return math.inf
     return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
 
 
 class _Found(Backend):
-    """A result that is there already, in the shape of a backend, for ``tolerance.measure``."""
+    """A finished result in the form of a backend, for ``tolerance.measure``."""
 
     name = "found"
     capabilities = Capabilities()

@@ -1,8 +1,8 @@
-"""Peak memory of one call, above what its operands take.
+"""Peak memory of one call, in addition to its operands.
 
-On CUDA the allocator knows. On a CPU no torch counter sees what kernels and libraries allocate, so a fresh process
-runs the call and reads the kernel's high-water mark of resident memory, reset just before (Linux). ``getrusage`` will
-not do: its mark cannot be reset, and building the operands would already have raised it.
+On CUDA the allocator reports it. On a CPU no torch counter includes the memory of kernels and libraries, so a fresh
+process runs the call and reads the high-water mark of its resident memory, reset just before (Linux). ``getrusage``
+does not work: its mark cannot be reset, and building the operands would have raised it already.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 def cuda_peak(call: Callable[[], object]) -> int:
-    """Bytes that CUDA's allocator held at most during ``call``, above what it held before."""
+    """Peak bytes of CUDA's allocator during ``call``, minus those allocated before."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -80,7 +80,7 @@ def _status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak memory of one pass of one peer, and what the correctness gate says of the very call measured."""
+    """The peak memory of one pass of one peer, and the verdict of the correctness gate on the measured call."""
 
     peer: str
     pass_name: str
@@ -91,13 +91,13 @@ class Peak:
 def in_fresh_process(
     workload: Workload, peers: Sequence[str], passes: Sequence[str], timeout_s: float = 600
 ) -> list[Peak]:
-    """CPU peaks of the peers named, all in one process that does nothing else. What it died on is missing.
+    """CPU peaks of the named peers, all in one process that does nothing else. If it dies, later peaks are missing.
 
     Args:
         workload: what to run.
         peers: of ``PEERS`` below.
         passes: "forward", "both".
-        timeout_s: the process is ended after this long; what it had measured stands.
+        timeout_s: the process is ended after this long; finished measurements are kept.
     """
     names = {"peers": list(peers), "passes": list(passes)}
     task = {"workload": workload.to_dict(), "threads": torch.get_num_threads(), **names}

@@ -1,7 +1,7 @@
-"""``Peer``: one way to compute attention that is measured against others; those that need torch and fastattn alone.
+"""``Peer``: an implementation of attention to compare with; those here need only torch and fastattn.
 
-A peer answers with reasons where it cannot run a workload, and otherwise prepares a function without arguments that
-runs its forward pass. Preparing is not timed, in the peers' favour: it builds masks and compiles.
+A peer gives reasons if it cannot run a workload, and otherwise prepares a function without arguments that runs its
+forward pass. Preparation builds masks and compiles; it is not timed, which favours the peers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.backends import load
 from fastattn.measure.workload import DTYPES, Operands, Workload
+from fastattn.problem import Inputs, Problem
 
 Forward = Callable[[], Tensor]
 Passed = tuple[Tensor | None, tuple[Tensor, ...]]
@@ -23,14 +25,14 @@ Passed = tuple[Tensor | None, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Peer:
-    """One contender.
+    """An implementation that is measured.
 
     Attributes:
-        name: as it stands in tables and in ``--peers``.
+        name: its name in tables and in ``--peers``.
         reasons: ``reasons(workload, device_type)``, why it cannot run; [] means it can.
-        prepare: ``prepare(operands)``, its forward pass, whose output lies as q does: ``(B, S, H, D)`` or packed.
+        prepare: ``prepare(operands)``, its forward pass, whose output has the layout of q: ``(B, S, H, D)`` or packed.
         has_backward: whether its forward pass can be differentiated.
-        is_ours: whether it is fastattn, so not a peer to be compared with.
+        is_ours: whether it is fastattn, and so not one to compare with.
         scores_held: how many score matrices ``S_q x S_kv`` it holds at its peak, forward and backward.
     """
 
@@ -43,7 +45,7 @@ class Peer:
 
 
 def pass_call(forward: Forward, operands: Operands, pass_name: str) -> Callable[[], Passed]:
-    """What a pass runs: "forward" without a graph, "backward" over a graph built once, "both" one after the other.
+    """The call of a pass: "forward" without a graph, "backward" over a graph built once, "both" one after the other.
 
     The call returns ``(out, gradients)``; "backward" returns no out, "forward" no gradients.
     """
@@ -63,7 +65,7 @@ def pass_call(forward: Forward, operands: Operands, pass_name: str) -> Callable[
 
 
 def cannot(workload: Workload, *features: str) -> list[str]:
-    """A reason for each feature that the workload uses and that is named as missing.
+    """A reason for each of the named, unsupported features that the workload uses.
 
     Features are "softcap", "alibi", "sinks", "bias", "window", "documents", "packed", "dropout", "gqa", "mixed head
     dims".
@@ -91,7 +93,8 @@ def _ours_reasons(backend: str | None) -> Callable[[Workload, str], list[str]]:
         w = workload
         shapes = ((w.heads_q, w.d_qk), (w.heads_kv, w.d_qk), (w.heads_kv, w.d_v))
         q, k, v = (torch.empty(1, 1, *shape, dtype=DTYPES[w.dtype], device=device_type) for shape in shapes)
-        return fastattn.explain(q, k, v).reasons[backend]
+        # not explain(), which asks what would be chosen, and for that may run a self-check in the middle of a benchmark
+        return load(backend).unsupported_reasons(Problem.of(Inputs(q, k, v, max_seqlen_q=1, max_seqlen_kv=1), w.spec))
 
     return reasons
 
@@ -128,7 +131,7 @@ def fastattn_peer(backend: str | None) -> Peer:
 
 
 def eager_attention(operands: Operands, bias: Tensor | None, kept: Tensor | None) -> Tensor:
-    """Softmax attention the way people write it by hand, in the dtype of the inputs."""
+    """Softmax attention as written by hand, in the dtype of the inputs."""
     w = operands.workload
     q, k, v = (x.transpose(-3, -2) for x in (operands.q, operands.k, operands.v))
     if w.heads_q != w.heads_kv:
@@ -169,7 +172,7 @@ def sdpa_reasons(workload: Workload, device_type: str) -> list[str]:
 
 
 def prepare_sdpa(operands: Operands) -> Forward:
-    """``scaled_dot_product_attention``: its own causal flag where that says all, else a mask built beforehand."""
+    """``scaled_dot_product_attention``: with its causal flag if that suffices, else with a mask built beforehand."""
     w = operands.workload
     q, k, v = (x.transpose(-3, -2) for x in (operands.q, operands.k, operands.v))
     q, k, v = (x[None] for x in (q, k, v)) if w.packed else (q, k, v)

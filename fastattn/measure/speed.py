@@ -1,6 +1,6 @@
 """A short comparison of fastattn's automatic choice with eager and torch's attention, for ``fastattn demo``.
 
-The timer, the gate, the memory meter and the peers are those of ``python -m benchmarks``, which measures more.
+It uses the timer, correctness gate, memory measurement and peers of ``python -m benchmarks``, which measures more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What ``speed_table`` found.
+    """The result of ``speed_table``.
 
     Attributes:
         title: shapes and device, in words.
@@ -61,7 +61,7 @@ class SpeedReport:
     entries: tuple[Entry, ...]
 
     def table(self) -> str:
-        """As text: times, how many times faster fastattn is, peak memory."""
+        """Text with times, speed-ups of fastattn and peak memory."""
         lines = [
             self.title,
             "",
@@ -80,7 +80,7 @@ class SpeedReport:
         return "\n".join([*lines, *(f"no number: {reason}" for reason in reasons)])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; the seconds of every round are kept."""
+        """A dictionary for JSON, with the seconds of every round."""
         entries = [
             {
                 "kind": entry.kind,

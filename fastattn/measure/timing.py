@@ -1,7 +1,7 @@
-"""The one timer. Contenders run in turn, round after round, so that what disturbs one disturbs all.
+"""The timer. Calls take turns, round after round, so that a disturbance affects all of them.
 
-A round is A B C; rounds repeat. The time of a contender is the median over rounds, its spread the interquartile range
-over the median. A ratio is taken inside each round first, so drift of the machine (clocks, neighbours) cancels.
+A round is A B C; rounds repeat. The time of a call is the median over rounds, its spread the interquartile range
+divided by the median. Ratios are computed within each round, so drift of the machine (clocks, other jobs) cancels.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Interquartile range over the median: 0.05 says the middle half of the rounds lies within 5 %."""
+        """Interquartile range divided by the median; 0.05 means that the middle half of the rounds spans 5 %."""
         return _interquartile(self.rounds) / self.median if self.median else 0.0
 
     def times_faster_than(self, other: Timing) -> float:
-        """The median over rounds of ``other / self``: 2 says this one takes half the time."""
+        """The median over rounds of ``other / self``; 2 means that this one takes half the time."""
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(theirs / max(own, 1e-12) for own, theirs in pairs)
 
@@ -52,11 +52,11 @@ def _interquartile(values: tuple[float, ...]) -> float:
 
 class Stopwatch(Protocol):
     def __call__(self, contender: Contender, calls: int) -> float:
-        """Seconds that ``calls`` calls take together."""
+        """Total seconds of ``calls`` calls."""
 
 
 class HostStopwatch:
-    """Wall clock. With ``wait`` (``torch.cuda.synchronize``) it covers launches and the device's work alike."""
+    """Wall clock. With ``wait`` (``torch.cuda.synchronize``) it includes both launches and the work of the device."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter, wait: Callable[[], object] | None = None) -> None:
         self._now = now
@@ -71,8 +71,11 @@ class HostStopwatch:
         return self._now() - start
 
 
+SLEEP_PER_LAUNCH = 1.5  # of the time that the host takes for a call: flushing and events are queued, too
+
+
 class CudaStopwatch:
-    """Device time between CUDA events, the L2 cache flushed before each call.
+    """Device time between CUDA events, with the L2 cache flushed before each call.
 
     The device sleeps first while the host queues the calls, so that a slow launch is not counted as device time.
     """
@@ -85,13 +88,22 @@ class CudaStopwatch:
         self._flush = torch.empty(max(2 * l2_bytes, 1 << 26), dtype=torch.int8, device=device)
 
     def __call__(self, contender: Contender, calls: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         torch.cuda.synchronize()
         queued = time.perf_counter()
         contender()
-        launch_s = time.perf_counter() - queued
-        asleep = min(1.5 * launch_s * calls, self.LONGEST_SLEEP)
-        torch.cuda._sleep(int(asleep * self.CYCLES_PER_SECOND))
+        launch_s = max(1e-6, time.perf_counter() - queued)
+        at_once = max(1, int(self.LONGEST_SLEEP / (SLEEP_PER_LAUNCH * launch_s)))
+        done, seconds = 0, 0.0
+        while done < calls:  # no more at once than a sleep of bearable length can hide
+            now = min(at_once, calls - done)
+            seconds += self._batch(contender, now, SLEEP_PER_LAUNCH * launch_s * now)
+            done += now
+        return seconds
+
+    def _batch(self, contender: Contender, calls: int, asleep_s: float) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(asleep_s * self.CYCLES_PER_SECOND))
         for start, end in events:
             self._flush.zero_()
             start.record()
@@ -102,7 +114,7 @@ class CudaStopwatch:
 
 
 def stopwatch(device: torch.device | str, wall: bool = False) -> Stopwatch:
-    """The stopwatch for a device: events on CUDA, else the wall clock; ``wall`` asks for the wall clock everywhere."""
+    """The stopwatch for a device: CUDA events, or the wall clock on other devices or if ``wall`` is set."""
     device = torch.device(device)
     if device.type == "cuda" and not wall:
         return CudaStopwatch(device)
@@ -118,15 +130,15 @@ def compare(
     round_s: float = 0.01,
     budget_s: float = math.inf,
 ) -> dict[str, Timing]:
-    """Time contenders against each other.
+    """Time several calls side by side.
 
     Args:
-        contenders: what to call, by name; compiled and warm already, as the correctness gate leaves them.
+        contenders: the calls by name; already compiled and warm, since the correctness gate has run them.
         measure: from ``stopwatch``.
-        rounds: how many times each takes its turn.
-        least_rounds: taken even if the budget is spent.
-        round_s: a turn repeats a short call until it lasts about this long.
-        budget_s: no further round begins once the rounds have taken this long together.
+        rounds: number of rounds.
+        least_rounds: rounds that run even if the budget is spent.
+        round_s: short calls are repeated within a turn until it lasts about this long.
+        budget_s: no further round starts once the rounds have taken this long in total.
 
     Returns:
         a ``Timing`` for each, all with the same number of rounds.

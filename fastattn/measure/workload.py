@@ -1,6 +1,6 @@
-"""``Workload``: one problem to measure, as plain data that survives JSON, and ``Operands``: the tensors it means.
+"""``Workload``: a problem to measure, as plain data that can be stored as JSON; ``Operands``: its tensors.
 
-A case of ``cases.py`` probes a corner of the definition on tiny odd shapes; a workload is what people run.
+A case of ``testing/cases.py`` tests a corner of the definition on small odd shapes; a workload is a realistic problem.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Workload:
     """A problem: shapes, dtype, the features used, and which passes to measure. Causal is lower right.
 
     Attributes:
-        documents: how many equal documents share each sequence; 1 is an ordinary batch.
+        documents: number of equally long documents in each sequence; 1 is an ordinary batch.
         packed: the documents come as ``cu_seqlens`` (batch must be 1) instead of segment ids.
         passes: of PASSES, to be timed.
         memory: measure peak memory too (on a GPU it always is; on a CPU it costs a process for each workload).
@@ -55,7 +55,7 @@ class Workload:
 
     @property
     def features(self) -> list[str]:
-        """What makes this more than dense attention, in words."""
+        """The features beyond dense attention, in words."""
         window = self.window and f"window {self.window[0]}"
         softcap = self.softcap and f"softcap {self.softcap:g}"
         documents = self.documents > 1 and f"{self.documents} documents{' packed' if self.packed else ''}"
@@ -91,7 +91,7 @@ class Workload:
         return keep(self.spec, i, j, self.s_q, self.s_kv) & (i // length == j // length)
 
     def distance(self, i: Any, j: Any) -> Any:
-        """What ALiBi's slopes are multiplied with."""
+        """The distances that ALiBi's slopes are multiplied with."""
         return distance(self.spec, i, j, self.s_q, self.s_kv)
 
     def score_bytes(self) -> int:
@@ -99,7 +99,7 @@ class Workload:
         return self.batch * self.heads_q * self.s_q * self.s_kv * DTYPES[self.dtype].itemsize
 
     def flops(self) -> dict[str, int]:
-        """FLOPs of each pass: those of the kept pairs, so a masked pair counts for nothing."""
+        """FLOPs of each pass, of kept pairs only: masked pairs do not count."""
         lengths = (self.s_q // self.documents, self.s_kv // self.documents)
         batch, heads, dims = self.batch * self.documents, (self.heads_q, self.heads_kv), (self.d_qk, self.d_v)
         q = torch.empty(batch, lengths[0], heads[0], dims[0], device="meta")
@@ -118,7 +118,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of a workload. q, k, v, dout lie as ``(B, S, H, D)`` in memory, the way projections leave them.
+    """The tensors of a workload. q, k, v and dout are stored as ``(B, S, H, D)``, as projections leave them.
 
     Attributes:
         bias: ``(1, H_q, S_q, S_kv)``.
@@ -201,11 +201,11 @@ class Operands:
         )
 
     def keep_matrix(self) -> Tensor:
-        """``(S_q, S_kv)`` boolean, True = attend: the mask that libraries without this feature have to be given."""
+        """``(S_q, S_kv)`` boolean, True = attend: the mask for libraries without this feature."""
         return self.workload.keeps(*self._positions())
 
     def alibi_bias(self) -> Tensor:
-        """``(1, H_q, S_q, S_kv)`` fp32: ALiBi as the tensor that libraries without it have to be given."""
+        """``(1, H_q, S_q, S_kv)`` fp32: ALiBi as a bias for libraries without it."""
         assert self.alibi_slopes is not None
         return (-self.alibi_slopes[:, None, None] * self.workload.distance(*self._positions()))[None]
 

@@ -1,4 +1,4 @@
-"""What decides whether a backend is right: the cases, their inputs, and the tolerance rule. Shipped."""
+"""Judging backends: test cases, their inputs, and the tolerance rule. Part of the package, so that users can run it."""
 
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid

@@ -1,7 +1,7 @@
-"""Attention to a cache: its cases, their values, and the judgement of a backend's ``attend_to_cache``.
+"""Test cases of attention to a cache: their values, and the judgement of a backend's ``attend_to_cache``.
 
-Every cache row that no query keeps holds NaN, and so does every page that is not in use; block table entries of such
-pages are no page numbers at all. A backend may touch none of them.
+Every cache row that no query keeps and every unused page hold NaN, and block table entries of unused pages are not page
+numbers. A backend must not read any of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CacheCase:
     Attributes:
         id: unique.
         before, s_q: for each sequence, positions in the cache before the call, and query rows.
-        new: rows appended: "queries", as many as query rows; or a number of them; 0 appends nothing.
+        new: number of appended rows; "queries" is as many as query rows, 0 appends nothing.
         packed: q, k and v are packed; else all of ``s_q`` are equal.
         page_size: None is a contiguous cache.
         dtype: of q.
@@ -210,13 +210,13 @@ def _tables(case: CacheCase) -> tuple[Tensor, Tensor]:
 
 
 def _room(case: CacheCase) -> int:
-    """Positions that the cache has room for: more than are used."""
+    """The capacity of the cache in positions: more than are used."""
     longest = max(case.s_kv, default=0) + 3
     return longest if case.page_size is None else (-(-longest // case.page_size) + 1) * case.page_size
 
 
 def _caches(case: CacheCase, spec: AttentionSpec, draw: torch.Generator) -> tuple[Tensor, Tensor, Any, Any]:
-    """``(k_cache, v_cache, block_table, scales)``, NaN and junk wherever nothing is to be read."""
+    """``(k_cache, v_cache, block_table, scales)``, with NaN and invalid page numbers wherever nothing may be read."""
     page_size, batch = case.page_size or _room(case), len(case.s_q)
     per_sequence = _room(case) // page_size
     owned = torch.randperm(batch * per_sequence + 3, generator=draw)[: batch * per_sequence].view(batch, per_sequence)
@@ -247,14 +247,14 @@ def _caches(case: CacheCase, spec: AttentionSpec, draw: torch.Generator) -> tupl
 
 
 def measure_cache(backend: Backend | str, sample: CacheSample) -> list[Row]:
-    """Run a sample, judge what was stored and, by the rule of ``tolerance``, out and lse of each sequence.
+    """Run a sample and judge the stored rows and, by the rule of ``tolerance``, out and lse of each sequence.
 
     Args:
         backend: a backend or its name.
-        sample: from ``make_cache_sample``; its caches are left alone.
+        sample: from ``make_cache_sample``; its caches are not changed.
 
     Raises:
-        AssertionError: a result breaks the contract in shape or dtype, or a row was written that is not new.
+        AssertionError: a result violates the contract in shape or dtype, or a row that is not new was written.
     """
     chosen = load(backend) if isinstance(backend, str) else backend
     caches = {name: getattr(sample.inputs, name) for name in ("k_cache", "v_cache")}
@@ -276,7 +276,7 @@ def measure_cache(backend: Backend | str, sample: CacheSample) -> list[Row]:
 
 
 def _judge_stored(before: CacheInputs, after: CacheInputs) -> list[Row]:
-    """New rows are a rounding away from the formula in fp64; all others keep their bits."""
+    """New rows differ from the formula in fp64 by a rounding; all others keep their bits."""
     if before.k is None:
         expected = {"k_cache": before.k_cache, "v_cache": before.v_cache}
         is_new = torch.zeros(before.k_cache.shape[:2], dtype=torch.bool, device=before.q.device)
@@ -292,7 +292,7 @@ def _judge_stored(before: CacheInputs, after: CacheInputs) -> list[Row]:
         then, now = getattr(before, name), getattr(after, name)
         kept = [x.contiguous().view(torch.uint8)[~is_new] for x in (then, now)]
         assert torch.equal(*kept), f"{name}: rows were written that are not new"
-        wide = scale[:, None, :, None].double() if scale is not None else torch.ones((), dtype=torch.float64)
+        wide = torch.ones(1, device=now.device).double() if scale is None else scale[:, None, :, None].double()
         limit = torch.finfo(now.dtype).max * wide
         goal = expected[name].double().clamp(-limit, limit)[is_new]
         error = ((now.double() * wide)[is_new] - goal).abs()

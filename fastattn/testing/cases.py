@@ -1,6 +1,6 @@
-"""The one grid of problems that tests, ``fastattn verify`` and benchmarks walk. A feature of the spec is rows here.
+"""The grid of test cases for tests, ``fastattn verify`` and benchmarks. Each feature of the spec has rows here.
 
-Lengths stay at or below 128, so that the Triton interpreter can walk the grid too.
+Lengths are at most 128, so that Triton's interpreter can run the grid too.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class Case:
-    """One problem, without its values: ``inputs.make`` draws those.
+    """A problem without its values, which ``inputs.make`` draws.
 
     Attributes:
         id: unique in the grid.
-        group: the part of the grid it stands in.
+        group: its part of the grid.
         B, S_q, S_kv, H_q, H_kv, D_qk, D_v: sizes; see ``lengths`` for packed ones.
         dtype: of q, k and v.
         lengths: makes it a packed batch: ``(s_q, s_kv)`` of each sequence. B, S_q and S_kv are then not read.
@@ -241,10 +241,10 @@ _QUICK = (
 
 
 def grid(dtypes: Sequence[torch.dtype] | None = None, quick: bool = False) -> list[Case]:
-    """The grid: every case in fp32, a selection of them in the other dtypes.
+    """The grid: every case in fp32, and a selection in the other dtypes.
 
     Args:
-        dtypes: dtypes to walk; None is fp32, fp16, bf16 and fp64.
+        dtypes: None is fp32, fp16, bf16 and fp64.
         quick: about a dozen cases for each dtype.
     """
     cases = []

@@ -1,4 +1,4 @@
-"""Random problems beyond the grid: drawn, judged, and if one fails made as small as it still fails."""
+"""Random problems beyond the grid. A problem that fails is minimised."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _FEATURES = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A problem that a backend gets wrong. Prints as a program that shows it.
+    """A problem that a backend computes wrongly. Prints as a program that reproduces it.
 
     Attributes:
         result: of the smallest problem that still fails.
-        device: where.
+        device: of the run.
         seed: of its values.
         way: how the backend was reached, a name in ``ways.WAYS``; None: by itself.
     """
@@ -158,7 +158,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
-    """Simplify the case step by step, as long as the backend still gets it wrong."""
+    """Simplify the case step by step while the backend still fails."""
     assert isinstance(result.case, Case)
     smaller = next(
         (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),

@@ -20,7 +20,7 @@ class Sample:
     """A problem with its values, and the gradients that flow back into it.
 
     Attributes:
-        case: what was asked for.
+        case: the problem.
         inputs: the tensors.
         spec: the scalars.
         dout: gradient of out.
@@ -35,7 +35,7 @@ class Sample:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The gradients asked for, among those of tensors that are there."""
+        """The gradients asked for, of the tensors that exist."""
         return tuple(name for name in self.case.needs if getattr(self.inputs, name) is not None)
 
 

@@ -1,4 +1,4 @@
-"""THE rule by which every backend is judged, for out, lse and every gradient.
+"""The tolerance rule, by which every backend is judged: out, lse and every gradient.
 
 A result is right if its error against the fp64 reference is at most
 
@@ -6,17 +6,17 @@ A result is right if its error against the fp64 reference is at most
       + eps(dtype) * |exact result|
       + 4 * eps(fp32, or fp64) * condition
 
-in two norms at once: the largest error, in which a single wrong element cannot hide, and the root mean square, in
-which a small systematic loss cannot. Inputs are the same bits everywhere; the exact result is theirs in fp64.
+in two norms: the largest error, which detects a single wrong element, and the root mean square, which detects a small
+systematic error. All backends get the same bits as inputs; the exact result is computed from these in fp64.
 
-The first term is what a user would get without this package. The two others are for results where eager is exact by
-luck, which small tensors are: with one key, eager's weight is exactly 1, while a kernel that recomputes it from lse is
-off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32 arithmetic
-that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the root of the
-sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic rounding error
-analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a relative error of
-its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays above zero where
-the exact result cancels to zero: ``dp - delta`` with one key.
+The first term is the error that a user has without this package. The other two cover results that eager computes
+exactly by luck, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
+lse is off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32
+arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
+root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
+rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
+relative error of its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays
+above zero where the exact result cancels to zero: ``dp - delta`` with one key.
 
 Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
 """
@@ -74,20 +74,27 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     forward = _load(backend)
-    found = run(forward, sample, forward if backward_backend is None else _load(backward_backend))
+    backward = forward if backward_backend is None else _load(backward_backend)
+    (rows,) = measure_each([(forward, backward)], sample)
+    return rows
+
+
+def measure_each(pairs: Sequence[tuple[Backend, Backend]], sample: Sample) -> list[list[Row]]:
+    """As ``measure`` for several pairs of a forward and a backward backend, which one reference judges."""
     exact = _reference(in_float64(sample), None)
     eager = _reference(sample, sample.inputs.q.dtype)
     condition = _condition(in_float64(sample), exact)
     arithmetic = reference.compute_dtype(sample.inputs)
-    return [
-        row
-        for name in condition
-        for row in _judge(name, found[name], exact[name], eager[name], condition[name], arithmetic)
-    ]
+    judged = []
+    for forward, backward in pairs:
+        found = run(forward, sample, backward)
+        rows = (_judge(n, found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
+        judged.append([row for each in rows for row in each])
+    return judged
 
 
 def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, suffix: str = "") -> list[Row]:
-    """Judge ``out`` and ``lse`` that came about in some other way than ``measure``'s.
+    """Judge ``out`` and ``lse`` that were not computed by ``measure``.
 
     Args:
         found: the two, in the shapes of the samples.
@@ -122,7 +129,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def run(forward: Backend, sample: Sample, backward: Backend) -> Results:
-    """Results by name, computed with poisoned memory and held to the contract of backends."""
+    """Results by name, computed with poisoned memory and checked against the contract of backends."""
     inputs, spec = sample.inputs, sample.spec
     with poisoned():
         out, lse, lse_low = forward.forward(inputs, spec)
@@ -139,7 +146,7 @@ def run(forward: Backend, sample: Sample, backward: Backend) -> Results:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """While inside, uninitialised memory holds NaN (integers: their largest value), so nothing unwritten passes."""
+    """Inside the context new memory holds NaN (integers: their largest value), so that unwritten results fail."""
     with _Poison():
         yield
 

@@ -1,4 +1,4 @@
-"""Is fastattn right on this machine? Every usable backend on the grid, judged by the tolerance rule, as a report."""
+"""``verify``: run every usable backend on the grid, judge it by the tolerance rule, and report."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Result:
-    """What one backend made of one case.
+    """The result of one backend on one case.
 
     Attributes:
         backend: its name.
         case: the case.
-        rows: the judgements; empty if it was not run, or if it broke.
+        rows: the judgements; empty if it did not run or raised.
         skipped: why the backend cannot serve the case; None if it can.
-        broken: the exception it raised; None if it raised none.
+        broken: the exception that it raised, or None.
     """
 
     backend: str
@@ -49,7 +49,7 @@ class Result:
 
     @property
     def worst(self) -> Row | None:
-        """The row that comes closest to its bound, or goes furthest beyond."""
+        """The row with the largest ratio of error to bound."""
         return max(self.rows, key=_strain, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,10 +61,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``verify`` found.
+    """The result of ``verify``.
 
     Attributes:
-        device: where it ran, in words.
+        device: description of the device.
         unavailable: backends that cannot run on this machine, with the reason.
         results: one for each backend and case.
     """
@@ -75,7 +75,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether something ran and nothing was wrong."""
+        """Whether at least one case ran and none failed."""
         return all(result.ok for result in self.results) and any(result.rows for result in self.results)
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Report:
         return about | {"results": found}
 
     def table(self) -> str:
-        """For each backend and group of cases the row closest to its bound, then everything that is wrong."""
+        """The worst row for each backend and group of cases, then every failure."""
         head = f"{'backend':<9} {'cases':<9} {'ran':>4} {'skipped':>7}  {'closest to its bound':<46} {'error':>9}"
         lines = [f"fastattn {__version__}, torch {torch.__version__}, {self.device}", ""]
         lines.append(f"{head} {'/ eager':>8} {'/ bound':>8}")
@@ -109,11 +109,11 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
 
     Args:
         device: a torch device.
-        quick: some fifteen cases for each dtype.
+        quick: about fifteen cases for each dtype.
         backends: names; None is every backend that can run on this machine.
 
     Returns:
-        a ``Report``: ``ok``, ``table()`` for people, ``to_dict()`` for machines.
+        a ``Report`` with ``ok``, ``table()`` and ``to_dict()``.
 
     Raises:
         InputError: there is no backend of that name.
@@ -137,7 +137,7 @@ def cases(quick: bool = False) -> list[Case | CacheCase]:
 
 
 def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0) -> Result:
-    """One backend on one case. What the backend raises is part of the result."""
+    """Run and judge one backend on one case. An exception is part of the result."""
     run: Callable[[], list[Row]]
     if isinstance(case, CacheCase):
         of_cache = make_cache_sample(case, device, seed)
@@ -178,7 +178,7 @@ def _in_words(device: str) -> str:
 
 
 def _strain(row: Row) -> float:
-    """How much of its bound a row uses; NaN is infinitely much."""
+    """The ratio of error to bound; infinity for NaN."""
     if row.error != row.error:
         return math.inf
     return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)

@@ -142,7 +142,9 @@ def _cache(sample: Sample, backend: str) -> Results:
         caches.append(cache)
     lengths = torch.full((batch,), s_kv - new, dtype=torch.int32)
     arguments = (*caches, lengths, inputs.k[:, s_kv - new :], inputs.v[:, s_kv - new :])
-    out, lse = attention_with_kv_cache(inputs.q, *arguments, block_table=table, causal=False, **options, backend=backend)
+    out, lse = attention_with_kv_cache(
+        inputs.q, *arguments, block_table=table, causal=False, **options, backend=backend
+    )
     return {"out": out, "lse": lse}
 
 
@@ -165,7 +167,9 @@ def ways_of(sample: Sample) -> list[str]:
     if not serves(sample):
         return []
     has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
-    has_no_cache = inputs.mask is not None or inputs.segment_ids_q is not None or spec.dropout_p or not inputs.k.shape[1]
+    has_no_cache = (
+        inputs.mask is not None or inputs.segment_ids_q is not None or spec.dropout_p or not inputs.k.shape[1]
+    )
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
     return [name for name in WAYS if name not in left_out | ({"cache"} if has_no_cache else set())]

@@ -172,7 +172,7 @@ def test_regions_are_rewritten_and_the_rest_is_left_alone(tmp_path):
     assert tampered != new and report.rendered(tampered, tmp_path / "results", tmp_path) == new
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = [ROOT / page for page in ("README.md", "docs/performance.md", "docs/guides/train_from_scratch.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -187,7 +187,7 @@ def test_pages_show_the_committed_records(page):
 def test_every_committed_record_is_on_a_page():
     committed = {path.stem for path in report.RESULTS.glob("*.json")}
     shown = {name for page in PAGES for name in report.bodies(page.read_text(encoding="utf-8"))}
-    assert committed | {"highlights"} == shown
+    assert committed | {"highlights", "examples"} == shown
 
 
 def test_the_readme_has_six_rows():

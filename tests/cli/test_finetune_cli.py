@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from fastattn.cli import finetune, main
 from fastattn.lm.examples import shipped
 from fastattn.lm.examples.stdlib import Docstring, Sentence, Summary
-from fastattn.lm.finetune.examples import FIELDS, read_examples
+from fastattn.lm.finetune.datasets import read_examples
+from fastattn.lm.finetune.examples import FIELDS
 from fastattn.lm.finetune.run import FinetuneConfig
 from fastattn.lm.finetune.tasks import TASKS
 from fastattn.lm.models import PRESETS, make_model, preset, save_pretrained
@@ -90,7 +91,7 @@ def test_evaluate_writes_a_table_and_json(out, data, tmp_path, capsys):
     assert found["task"] == "classify" and found["sizes"] == {"examples": 18}
     for name, value in found["scores"].items():
         assert re.search(rf"^{re.escape(name)} +{value:.4f}$", text, re.M), name
-    assert {"loss", "accuracy", "precision (macro)", "recall (macro)", "F1 (micro)"} <= set(found["scores"])
+    assert {"loss", "accuracy", "precision (macro)", "recall (macro)", "F1 (macro)", "Matthews"} <= set(found["scores"])
     limited = ["evaluate", "--checkpoint", str(out), "--data", str(data), "--limit", "5", "--quiet"]
     assert main(limited) == 0 and re.search("examples +5", capsys.readouterr().out)
 
@@ -163,7 +164,7 @@ def test_objectives_of_train(tmp_path, capsys):
 def test_evaluate_shows_how_far_it_is(out, data, capsys):
     assert main(["evaluate", "--checkpoint", str(out), "--data", str(data)]) == 0
     bars = capsys.readouterr().err
-    assert re.search(r"loss: 100%.* 18/18 ", bars) and re.search(r"answer: 100%.* 18/18 ", bars)
+    assert re.search(r"loss: 100%.* 18/18 ", bars) and re.search(r"predict: 100%.* 18/18 ", bars)
 
 
 @pytest.mark.parametrize("package", ["sacrebleu", "torchmetrics"])
@@ -190,7 +191,7 @@ def test_errors(out, data, tmp_path, capsys):
     )
     fails(capsys, [*new, "--task", "tag", "--data", data, "--preset", "tiny"], "line 2, field 'words': it is missing")
     fails(capsys, [*new, "--task", "seq2seq", "--data", tmp_path / "no.jsonl", "--preset", "tiny"], "cannot be read")
-    fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "Give one file of examples for classify")
+    fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "2 files for classify: give one")
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, "--limit", "0"], "--limit: got 0")
     fails(capsys, ["evaluate", "--checkpoint", tmp_path / "no", "--data", data], "does not exist")
     fails(
@@ -246,3 +247,64 @@ def test_examples(name, tmp_path, monkeypatch, capsys):
             for task in ["classify" if name == "classify" else "seq2seq"]
         )
         assert train and held_out and not train & held_out
+
+
+def lines_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_predict_reads_files_and_stdin_and_writes_json_lines(out, data, tmp_path, capsys, monkeypatch):
+    command = ["predict", "--checkpoint", str(out), "--device", "cpu", "--quiet"]
+    assert main([*command, "--data", str(data), "--limit", "3"]) == 0
+    printed = capsys.readouterr().out
+    for line in lines_of(printed):
+        prediction = line["prediction"]
+        assert prediction["label"] in prediction["probabilities"] and "label" not in line["input"]
+        assert sum(prediction["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    texts = [line["input"]["text"] for line in lines_of(printed)]
+    monkeypatch.setattr(
+        "sys.stdin", [texts[0] + "\n", "\n", json.dumps({"sentence": texts[1]}), json.dumps({"text": texts[2]})]
+    )
+    assert main([*command, "--out", str(tmp_path / "found.jsonl"), "--batch", "2"]) == 0
+    assert lines_of((tmp_path / "found.jsonl").read_text()) == lines_of(printed)
+
+
+def test_predict_refuses_what_it_cannot_read(out, data, tmp_path, capsys, monkeypatch):
+    command = ["predict", "--checkpoint", out, "--device", "cpu", "--quiet"]
+    fails(capsys, [*command, "--batch", "0"], "--batch: got 0")
+    fails(capsys, [*command, "--data", "-", data], "--data: got .*; allowed: - alone, or files")
+    fails(capsys, [*command, "--field", "text"], "--field: got 'text'; allowed: FIELD=COLUMN")
+    monkeypatch.setattr("sys.stdin", ['{"label": "x"}\n'])
+    fails(capsys, command, "stdin, line 1, field 'text': it is missing")
+    monkeypatch.setattr("sys.stdin", ["{x\n"])
+    fails(capsys, [*command, "--out", tmp_path / "none"], "stdin, line 1: not JSON")
+    assert not (tmp_path / "none").exists()
+
+
+def test_evaluate_keeps_its_predictions(out, data, tmp_path, capsys):
+    path = tmp_path / "predictions.jsonl"
+    assert main(["evaluate", "--checkpoint", str(out), "--data", str(data), "--quiet", "--predictions", str(path)]) == 0
+    lines, scores = lines_of(path.read_text()), capsys.readouterr().out
+    right = sum(line["example"]["label"] == line["prediction"]["label"] for line in lines) / len(lines)
+    assert len(lines) == 18 and f"{right:.4f}" in re.search(r"^accuracy.*", scores, re.M)[0]
+
+
+def test_several_files_are_scored_each_by_itself_and_the_columns_are_told(tmp_path, capsys):
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        rows = "".join(f"{word} {n}\tthen\t{word}\n" for word in ("up", "down") for n in range(4))
+        (tmp_path / f"{name}.tsv").write_text("sentence1\tsentence2\tgold_label\n" + rows)
+    command = ["finetune", "--task", "classify", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*command, "--preset", "tiny", "--steps", "1", "--batch", "4", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert "train.tsv: 8 examples; text = sentence1, text_pair = sentence2, label = gold_label" in text
+    assert "always 'up' has an accuracy of 0.5000" in text
+    for name in ("matched", "mismatched"):
+        assert re.search(rf"held-out accuracy \(dev_{name}\) +[01]\.", text)
+
+
+def test_numbers_with_fractions_are_no_classes(tmp_path, capsys):
+    path = tmp_path / "sts.tsv"
+    path.write_text("sentence1\tsentence2\tscore\na\tb\t3.8\nb\tc\t1.0\nc\td\t2.2\n")
+    command = ["finetune", "--data", path, "--preset", "tiny", "--out", tmp_path / "run", *QUICK]
+    words = "3 numbers with fractions, such as 2.2, which are no classes: predict numbers with --task regression"
+    fails(capsys, [*command, "--task", "classify", "--field", "label=score"], words)

@@ -9,7 +9,7 @@ import torch
 
 import fastattn
 from fastattn import spec as spec_module
-from fastattn.functional import band
+from fastattn.arguments import band
 from fastattn.spec import ANCHORS, AttentionSpec, distance, full_range, keep, kept_pairs, tile_range
 
 SIZES = range(5)

@@ -74,7 +74,13 @@ def cache_of(x: torch.Tensor) -> CacheInputs:
 
 def fields_of(inputs: Inputs, spec: AttentionSpec) -> dict[str, int | float]:
     out, lse = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype), torch.empty(inputs.lse_shape())
-    return abi.forward_fields(inputs, spec, out, lse, stream=0)
+    return abi.forward_fields(inputs, spec, (out, lse, torch.empty_like(lse)), stream=0)
+
+
+def test_a_softcap_that_one_float_has_no_room_for_is_refused() -> None:
+    q = torch.zeros(1, 5, 2, 16, dtype=torch.float16)
+    with pytest.raises(InputError, match=r"softcap.*at most 4096"):
+        fields_of(inputs_of(q, q), AttentionSpec(0.25, softcap=4097.0))
 
 
 def test_fields_say_what_the_spec_says() -> None:
@@ -84,7 +90,7 @@ def test_fields_say_what_the_spec_says() -> None:
     assert len(abi.FORWARD.pack(fields)) == abi.FORWARD.size
     assert (fields["key_begin"], fields["key_end"]) == (0, 5)  # no query sees the last four keys
     assert (fields["left"], fields["right"], fields["lower_right"], fields["dtype"]) == (3, 0, 0, 1)
-    assert fields["scale_log2"] == pytest.approx(5.0 * abi.LOG2E) and fields["cap_scale"] == pytest.approx(0.05)
+    assert fields["score_scale"] == 5.0 and fields["cap_scale"] == pytest.approx(0.05)
     assert (fields["q_batch_stride"], fields["q_row_stride"], fields["q_head_stride"]) == q.stride()[:3]
     plain = fields_of(inputs_of(q, k), AttentionSpec(0.25))
     assert (plain["left"], plain["right"], plain["has_band"], plain["has_softcap"]) == (1 << 29, 1 << 29, 0, 0)
@@ -130,7 +136,9 @@ def gradients_of(
     out, lse = torch.zeros(inputs.out_shape(), dtype=q.dtype), torch.zeros(inputs.lse_shape())
     names = (*needs, *(("sinks",) if sinks is not None else ()))
     scalars = AttentionSpec(0.125, **spec)  # type: ignore[arg-type]
-    return backward.backward(backward.BackwardProblem(out, None, out, lse, inputs, scalars, names), launch, stream=0)
+    return backward.backward(
+        backward.BackwardProblem(out, None, out, lse, lse, inputs, scalars, names), launch, stream=0
+    )
 
 
 def launched(q: torch.Tensor, needs: str = "qkv", **more: Any) -> abi.Fields:
@@ -173,7 +181,7 @@ def test_without_a_side_the_gradients_are_zero() -> None:
         inputs = inputs_of(rows_q, rows_kv, sinks=torch.zeros(1, 2))
         out, lse = torch.zeros(inputs.out_shape()).half(), torch.zeros(inputs.lse_shape())
         scalars, needs = AttentionSpec(1.0), ("q", "k", "v", "sinks")
-        problem = backward.BackwardProblem(out, None, out, lse, inputs, scalars, needs)
+        problem = backward.BackwardProblem(out, None, out, lse, lse, inputs, scalars, needs)
         grads = backward.backward(problem, seen.append, stream=0)
         for grad, like in ((grads.dq, rows_q), (grads.dk, rows_kv), (grads.dv, rows_kv)):
             assert grad is not None and grad.shape == like.shape and not grad.any()
@@ -273,7 +281,7 @@ def test_setup_without_a_compiler_builds_a_wheel_for_every_machine(tmp_path: Pat
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     sources = ("sm90/instances.inc", "common/mask.h", "sm90/forward.cuh", "cpu/decode.cpp", "cpu/vector.h")
-    assert {f"fastattn/csrc/{name}" for name in sources} <= set(names)
+    assert {"fastattn/py.typed", *(f"fastattn/csrc/{name}" for name in sources)} <= set(names)
     assert not any(name.endswith(".so") for name in names)
 
 
@@ -298,7 +306,9 @@ def test_setup_without_a_cpp_compiler(tmp_path: Path) -> None:
 
 
 def test_setup_imports_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; import runpy; runpy.run_path({path!r})"
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; import runpy; runpy.run_path({path!r})"
+    )
     subprocess.run([sys.executable, "-c", code.format(path=str(ROOT / "setup.py"))], check=True, cwd=ROOT)
 
 

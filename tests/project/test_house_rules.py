@@ -21,17 +21,20 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
 # These stand in for functions of torch and flash-attn, so their parameters are those of what they replace.
 STAND_INS = {
     "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
-    "flash_attn_with_kvcache", "_flash_forward", "_flash_backward",
+    "flash_attn_with_kvcache", "flash_attn_kvpacked_func", "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_varlen_kvpacked_func", "_flash_forward", "_flash_backward",
 }  # fmt: skip
-CODE = {".py", ".cu", ".cuh", ".cpp", ".h", ".hpp"}
+CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "compiled", "errors", "files", "imports", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "storage",
+    "compiled", "errors", "files", "imports", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary",
+    "spec", "state", "storage",
     "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference", "serving"
+    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
+    "serving",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -39,6 +42,7 @@ MAY_IMPORT = {
     "version": set(),
     "spec": set(),
     "rotary": set(),
+    "nested": {"torch_internals"},
     "state": set(),
     "storage": {"errors"},
     "torch_internals": set(),
@@ -53,15 +57,27 @@ MAY_IMPORT = {
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"files", "problem", "version"},
     "plan": {"backends", "state", "storage", "torch_internals"},
-    "arguments": VOCABULARY,
+    "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
-    "ops": {"backends", "dispatch", "errors", "imports", "kv_cache", "problem", "reference", "spec", "storage"},
+    "ops": {
+        "backends",
+        "dispatch",
+        "errors",
+        "imports",
+        "kv_cache",
+        "problem",
+        "reference",
+        "spec",
+        "storage",
+        "torch_internals",
+    },
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
-    "serving": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan"},
+    "plain": {"problem", "reference", "spec", "torch_internals"},
+    "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "reference"},
-    "nn": {"decoding", "errors", "functional", "rotary"},
+    "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
     "imports": set(),
     "__init__": {"api", "imports", "version"},
@@ -69,7 +85,7 @@ MAY_IMPORT = {
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "reference"},
     "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
-    "cli": PUBLIC | {"backends", "compiled", "lm", "measure"},
+    "cli": PUBLIC | {"backends", "compiled", "evidence", "lm", "measure"},
 }
 
 
@@ -124,7 +140,9 @@ def test_there_is_something_to_hold():
 
 @pytest.mark.parametrize("part", sorted(MAY_IMPORT))
 def test_imports_go_one_way(part):
-    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}")
+    paths = (
+        [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}", suffixes={".py"})
+    )
     allowed = MAY_IMPORT[part] | ({part} if part != "__init__" else set())
     for path in paths:
         for imported in imports_of(path):
@@ -162,6 +180,12 @@ def with_import_table(page):
     return f"{before}<!-- imports -->\n{import_table()}\n<!-- /imports -->{rest.partition('<!-- /imports -->')[2]}"
 
 
+def test_the_architecture_page_draws_modules_that_exist():
+    drawing = ARCHITECTURE.read_text(encoding="utf-8").partition("```{layers}")[2].partition("```")[0]
+    names = re.findall(r"[:;] (\w+)(?= =)", drawing.partition("\n")[2])
+    assert len(names) > 20 and all(is_module(name) or is_module(f"backends/{name}") for name in names), names
+
+
 def test_the_architecture_page_shows_the_import_table():
     text = ARCHITECTURE.read_text(encoding="utf-8")
     assert text == with_import_table(text), "run `make tables`"
@@ -194,7 +218,7 @@ def test_benchmarks_use_the_package_as_its_users_do():
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
             is_tool = imported.startswith("backends.triton.tools")
-            allowed = PUBLIC | {"lm", "measure", "spec"}
+            allowed = PUBLIC | {"integrations", "lm", "measure", "spec"}
             assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
 
 
@@ -246,7 +270,9 @@ def test_nothing_banned_in_kernels():
     for path in (path for path in SOURCES if path.suffix != ".py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text), name_of(path)
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), f"{name_of(path)}: built without torch"
+        is_of_torch = "simulated" in path.parts  # devices for torch are made of its own headers
+        needs_torch = re.search(r"#include\s*[<\"](torch|ATen|c10)/", text)
+        assert is_of_torch or not needs_torch, f"{name_of(path)}: built without torch"
 
 
 def public_callables():
@@ -282,8 +308,8 @@ def test_tests_mirror_the_package():
 
 def test_make_runs_every_test_that_needs_a_gpu():
     """It names their folders and files, since others import what a machine with a GPU may not have."""
-    (line,) = (line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "-m gpu" in line)
-    named = {ROOT / word for word in line.split() if word.startswith("tests")}
+    lines = [line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if "$(GPU_PYTEST)" in line]
+    named = {ROOT / word for line in lines for word in line.split() if word.startswith("tests")}
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark." + "gpu" in path.read_text("utf-8")]
     assert marked and all(path.exists() for path in named)
     assert [path for path in marked if not named & {path, *path.parents}] == []

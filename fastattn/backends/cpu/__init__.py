@@ -80,11 +80,11 @@ class CpuBackend(Backend):
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        return attention.prepared_forward(_library(), inputs, spec)
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+        return attention.prepared_forward(_library(), inputs, spec, keep=keep)
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-        return attention.prepared_backward(_library(), inputs, spec)
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        return attention.prepared_backward(_library(), inputs, spec, dout)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

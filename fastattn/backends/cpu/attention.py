@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -111,43 +112,49 @@ def backward(
     return Grads(**grads)
 
 
-def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
-    """``forward`` for calls on q, k and v alone."""
+def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+    """``forward`` for calls on q, k and v alone; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
-    out_shape, lse_shape, dtype = inputs.out_shape(), inputs.lse_shape(), inputs.q.dtype
+    out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    empty, threads = torch.empty, torch.get_num_threads
+    empty, threads, low = torch.empty, torch.get_num_threads, math.prod(inputs.lse_shape()) * words.itemsize
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-        out = empty(out_shape, dtype=dtype, device=HOST)
-        lse, low = empty(lse_shape, dtype=words, device=HOST), empty(lse_shape, dtype=words, device=HOST)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
+        if keep:
+            kept = empty(kept_shape, dtype=words, device=HOST)
+            at = kept.data_ptr()
+            at_low = at + low
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-                 low.data_ptr()) + rest
-        )  # fmt: skip
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
+            + rest
+        )
         if failed:
             library.explain(failed)
-        return out, lse, low
+        return (out,) if kept is None else (out, kept)
 
     return run
 
 
-def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
     """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
     q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
-    rest = _rest(inputs, spec, BACKWARD_PART, torch.empty(inputs.out_shape(), dtype=dtype, device="meta"))
+    rest = _rest(inputs, spec, BACKWARD_PART, dout)
     if rest is None:
         return None
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     empty, threads = torch.empty, torch.get_num_threads
+    low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
 
-    def run(dout: Tensor, out: Tensor, lse: Tensor, low: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        dq, dk, dv = (empty(shape, dtype=dtype, device=HOST) for shape in (q_shape, k_shape, v_shape))
+    def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        dq = empty(q_shape, dtype=dtype, device=HOST)
+        dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
+        at = kept.data_ptr()
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-                 low.data_ptr(), dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
         )  # fmt: skip
         if failed:
             library.explain(failed)

@@ -100,10 +100,11 @@ class CudaBackend(Backend):
         inputs, spec = abi.prepared(inputs, spec)
         q = inputs.q
         out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
-        lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
+        lse, lse_low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device) for _ in range(2))
+        results = out, lse, lse_low
         with _current_stream(q.device) as stream:
-            kernels.forward(abi.forward_fields(inputs, spec, out, lse, stream))
-        return out, lse, torch.zeros_like(lse)
+            kernels.forward(abi.forward_fields(inputs, spec, results, stream))
+        return results
 
     def backward(
         self,
@@ -117,7 +118,7 @@ class CudaBackend(Backend):
         needs: Sequence[str],
     ) -> Grads:
         kernels = _kernels()
-        problem = backward.BackwardProblem(dout, dlse, out, lse, inputs, spec, tuple(needs))
+        problem = backward.BackwardProblem(dout, dlse, out, lse, lse_low, inputs, spec, tuple(needs))
         with _current_stream(inputs.q.device) as stream:
             return backward.backward(problem, kernels.backward, stream)
 

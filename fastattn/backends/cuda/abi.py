@@ -8,23 +8,23 @@ some query keeps, the padding of the backward pass's own tensors.
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastattn.backends.base import Outputs
 from fastattn.backends.cuda.instances import PADDED_ROWS
 from fastattn.errors import input_error
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, tile_range
 
 UNBOUNDED = 1 << 29  # kUnbounded: more than any length
-LOG2E = math.log2(math.e)
+MOST_SOFTCAP = 4096  # with softcap the backward kernels read lse as one float: its rounding stays below that of fp16
 # Keys and values of the heads worked on together should stay in the 50 MB of L2 beside everything else.
 L2_BYTES = 32 << 20
-DOUBLES = ("scale", "scale_log2", "cap_scale")
+DOUBLES = ("scale", "score_scale", "cap_scale")
 
 Fields = dict[str, int | float]
 
@@ -48,40 +48,39 @@ class Abi:
         return self._layout.pack(*(fields[name] for name in self.names))
 
 
-FORWARD = Abi(1, (
-    "version", "q", "k", "v", "out", "lse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
+FORWARD = Abi(2, (
+    "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
-    "has_band", "has_softcap", "scale_log2", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
+    "has_band", "has_softcap", "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
 ))  # fmt: skip
-BACKWARD = Abi(1, (
-    "version", "q", "k", "v", "out", "dout", "lse", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
-    "dq", "dk", "dv", "dsinks", "lse_log2", "delta", "dq_sums",
+BACKWARD = Abi(2, (
+    "version", "q", "k", "v", "out", "dout", "lse", "lse_low", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
+    "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "dout_batch_stride", "dout_row_stride", "dout_head_stride",
     "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv",
     "padded_q", "padded_kv", "sum_columns", "key_begin", "key_end", "left", "right", "lower_right", "has_softcap",
-    "scale", "scale_log2", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
+    "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
-DECODE = Abi(1, (
+DECODE = Abi(2, (
     "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
     "block_table", "cu_seqlens_q", "q_batch_stride", "q_row_stride", "q_head_stride",
     "k_batch_stride", "k_row_stride", "k_head_stride", "v_batch_stride", "v_row_stride", "v_head_stride",
     "sinks_batch_stride", "table_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v",
-    "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "scale_log2", "cap_scale",
-    "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
+    "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "score_scale",
+    "cap_scale", "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
 ))  # fmt: skip
 
 
-def forward_fields(inputs: Inputs, spec: AttentionSpec, out: Tensor, lse: Tensor, stream: int) -> Fields:
+def forward_fields(inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int) -> Fields:
     """The fields of one forward pass. ``inputs`` must be as ``prepared`` leaves them."""
     return {
         **_common_fields(inputs, spec, stream),
         "version": FORWARD.version,
-        "out": out.data_ptr(),
-        "lse": lse.data_ptr(),
+        **{name: x.data_ptr() for name, x in zip(("out", "lse", "lse_low"), results, strict=True)},
         "has_band": int(spec.has_band),
         "blocks": 0,
     }
@@ -156,11 +155,14 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
 
 def spec_fields(spec: AttentionSpec) -> Fields:
     """Those that every pass has, but for the anchor."""
+    if spec.softcap is not None and spec.softcap > MOST_SOFTCAP:
+        todo = 'Use backend="triton".'
+        raise input_error("softcap", f"{spec.softcap:g}", f"at most {MOST_SOFTCAP} in the CUDA kernels", todo)
     return {
         "left": UNBOUNDED if spec.left is None else min(spec.left, UNBOUNDED),
         "right": UNBOUNDED if spec.right is None else min(spec.right, UNBOUNDED),
         "has_softcap": int(spec.softcap is not None),
-        "scale_log2": (spec.scale if spec.softcap is None else spec.softcap) * LOG2E,
+        "score_scale": spec.scale if spec.softcap is None else spec.softcap,
         "cap_scale": 0.0 if spec.softcap is None else spec.scale / spec.softcap,
     }
 

@@ -29,6 +29,7 @@ class BackwardProblem:
     dlse: Tensor | None
     out: Tensor
     lse: Tensor
+    lse_low: Tensor
     inputs: Inputs
     spec: AttentionSpec
     needs: tuple[str, ...]
@@ -41,6 +42,7 @@ def backward(problem: BackwardProblem, launch: Callable[[abi.Fields], None], str
         "out": abi.readable_rows(problem.out.contiguous()),
         "dout": abi.readable_rows(problem.dout),
         "lse": problem.lse.contiguous(),
+        "lse_low": problem.lse_low.contiguous(),
         "dlse": None if problem.dlse is None else problem.dlse.float().contiguous(),
         **_results(inputs, needs),
         **_own_tensors(inputs, spec, needs),
@@ -82,13 +84,14 @@ def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
 
 
 def _own_tensors(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> dict[str, Tensor | None]:
-    """lse in base 2 and delta of every padded row, and the sums for dq of a fused kernel."""
+    """Both parts of lse and delta of every padded row, and the sums for dq of a fused kernel."""
     q = inputs.q
     rows = (1 if inputs.is_packed else inputs.batch, inputs.heads_q, abi.padded_rows(inputs, q.shape[-3]))
-    lse_log2, delta = torch.empty(2, *rows, dtype=torch.float32, device=q.device)
+    lse_parts = torch.empty(*rows, 2, dtype=torch.float32, device=q.device)
+    delta = torch.empty(rows, dtype=torch.float32, device=q.device)
     columns = fused_columns(inputs, spec, needs) if q.numel() > 0 and inputs.k.numel() > 0 else None
     sums = None if columns is None else torch.empty(*rows, columns, dtype=torch.float32, device=q.device)
-    return {"lse_log2": lse_log2, "delta": delta, "dq_sums": sums}
+    return {"lse_parts": lse_parts, "delta": delta, "dq_sums": sums}
 
 
 def _as_grads(inputs: Inputs, tensors: dict[str, Tensor | None], needs: Sequence[str]) -> Grads:

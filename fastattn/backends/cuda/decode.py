@@ -47,7 +47,7 @@ def attend(
     if splits > 1:
         outputs, columns = (splits, rows, inputs.heads_q), inputs.v_cache.shape[-1]
         tensors["partial_out"] = torch.empty(*outputs, columns, dtype=torch.float32, device=device)
-        tensors["partial_lse"] = torch.empty(outputs, dtype=torch.float32, device=device)
+        tensors["partial_lse"] = torch.empty(*outputs, 2, dtype=torch.float32, device=device)
     if rows:
         launch(decode_fields(inputs, spec, tensors, tiling, splits, stream))
     out, lse = tensors["out"], tensors["lse"]

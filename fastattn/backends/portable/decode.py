@@ -265,7 +265,7 @@ def _room(
 
 
 class _Memory(threading.local):
-    """What is kept from call to call in host memory, where each new page costs more than filling it. One per thread."""
+    """Host memory kept from call to call, since each new page costs more than filling it. One per thread."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -292,7 +292,7 @@ def _rows_copied(span: tuple[int, int], inputs: CacheInputs) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a span of positions of some sequences lies.
+    """The place of a span of positions of some sequences.
 
     Attributes:
         span: the positions.
@@ -381,7 +381,7 @@ def _mask(
     kept: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """What is added to the scores ``[1|n, 1|H_q, 1|rows, 1|C]``, ``kept`` included."""
+    """The additive mask of the scores ``[1|n, 1|H_q, 1|rows, 1|C]``, ``kept`` included."""
     result = None
     if inputs.bias is not None:
         result = inputs.bias[group.index] if inputs.bias.shape[0] > 1 else inputs.bias

@@ -41,7 +41,7 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def forward(dense_forward: Callable[..., Any], inputs: Inputs, spec: AttentionSpec) -> Outputs:
-    """What ``dense_forward(inputs, spec)`` gives for packed inputs."""
+    """The results of ``dense_forward(inputs, spec)`` for packed inputs."""
     to_q, to_kv = _places(inputs, spec)
     out, *lses = dense_forward(_pad_inputs(inputs, to_q, to_kv), spec)
     lse, low = (x.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous() for x in lses)
@@ -60,7 +60,7 @@ def backward(
     *,
     needs: Sequence[str],
 ) -> tuple[Tensor | None, ...]:
-    """What ``dense_backward`` gives for packed inputs."""
+    """The results of ``dense_backward`` for packed inputs."""
     to_q, to_kv = _places(inputs, spec)
     n = inputs.batch
     dout, out = (_pad(x, to_q, n, inputs.max_seqlen_q) for x in (dout, out))

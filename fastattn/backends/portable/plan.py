@@ -135,7 +135,7 @@ def _segments(whole: Block, ids_q: Tensor, ids_kv: Tensor) -> Iterable[Block]:
 
 
 def _runs(ids: Tensor) -> dict[int, Span] | None:
-    """Where each segment begins and ends; None if the tokens of one do not stand together."""
+    """Begin and end of each segment; None if the tokens of one do not stand together."""
     values, counts = torch.unique_consecutive(ids, return_counts=True)
     ends = list(itertools.accumulate(counts.tolist(), initial=0))
     runs = dict(zip(values.tolist(), itertools.pairwise(ends), strict=True))
@@ -159,7 +159,7 @@ def _common(a: Span, b: Span) -> Span:
 
 
 def shape(block: Block, spec: AttentionSpec) -> Shape:
-    """What the band does inside ``block``."""
+    """The effect of the band inside ``block``."""
     if not spec.has_band:
         return "full"
     kept_by_all = full_range(spec, *block.rows, block.s_q, block.s_kv)

@@ -1,4 +1,4 @@
-"""What enters the scores besides ``q @ k^T``, for one block; and the steps that concern a whole problem.
+"""The terms of the scores besides ``q @ k^T``, for one block, and the steps that concern a whole problem.
 
 Tensors are ``[b, H_q, M, N]``, with size 1 where they broadcast: ``b`` batch entries, ``M`` query and ``N`` key rows.
 """

@@ -108,7 +108,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the backward pass knows of a block's query rows: ``[b, H_kv, G * M, D]`` and ``[b, H_q, M, 1]``."""
+    """The query rows of a block in the backward pass: ``[b, H_kv, G * M, D]`` and ``[b, H_q, M, 1]``."""
 
     q: Tensor
     dout: Tensor

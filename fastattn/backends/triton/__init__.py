@@ -77,13 +77,13 @@ class TritonBackend(Backend):
 
         return launch_decode.attend_to_cache(inputs, spec)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
             return self.forward(inputs.replace(q=q, k=k, v=v), spec)
 
         return self._prepared(forward, (inputs.q, inputs.k, inputs.v))
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec) -> Run | None:
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
         def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
             dout, out, lse, lse_low, q, k, v = tensors
             again = inputs.replace(q=q, k=k, v=v)
@@ -91,7 +91,7 @@ class TritonBackend(Backend):
             return grads.dq, grads.dk, grads.dv
 
         q = inputs.q
-        dout, out = (q.new_empty(inputs.out_shape()) for _ in range(2))
+        out, dout = q.new_empty(inputs.out_shape()), torch.empty_like(dout, device=q.device)
         lse, lse_low = (q.new_empty(inputs.lse_shape(), dtype=torch.float32) for _ in range(2))
         return self._prepared(backward, (dout, out, lse, lse_low, q, inputs.k, inputs.v))
 

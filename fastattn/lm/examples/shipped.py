@@ -33,11 +33,11 @@ from fastattn.lm.examples.stdlib import (
 )
 from fastattn.lm.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
 from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
+from fastattn.lm.finetune.datasets import read_examples
 from fastattn.lm.finetune.evaluate import evaluate
-from fastattn.lm.finetune.examples import read_examples
 from fastattn.lm.finetune.run import Outcome
 from fastattn.lm.finetune.scores import label_scores, text_scores
-from fastattn.lm.finetune.scoring import answer_all
+from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.metrics import unigram_entropy
@@ -235,7 +235,7 @@ def _seq2seq(
     """One of the runs of ``_summarise``; all of them read and write the same tokens."""
     return FinetuneConfig(
         task="seq2seq", data=data, vocab_size=2048, held_out=0.005, length=48,
-        preset=preset, checkpoint=checkpoint, eval=eval_data, train=_training(steps, 64, 3e-3, final_lr),
+        preset=preset, checkpoint=checkpoint, eval=eval_data or (), train=_training(steps, 64, 3e-3, final_lr),
     )  # fmt: skip
 
 
@@ -307,8 +307,8 @@ def _samples(checkpoint: Checkpoint, data: str, field: str, place: _Place, count
     found = load_finetuned(checkpoint, place.device)
     examples = read_examples(Path(data), found.task.name)
     some = examples[:: max(1, len(examples) // count)][:count]
-    answers = answer_all(found.task, found.model, some)
-    return [{"expected": x.fields[field], "answer": answer} for x, answer in zip(some, answers, strict=True)]
+    answers = predict_all(found.task, found.model, some)
+    return [{"expected": x.fields[field], "answer": answer[field]} for x, answer in zip(some, answers, strict=True)]
 
 
 EXAMPLES: dict[str, Callable[[_Place], Result]] = {"classify": _classify, "summarise": _summarise, "code": _code}

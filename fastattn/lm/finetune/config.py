@@ -26,8 +26,10 @@ class FinetuneConfig(RunSettings):
 
     Attributes:
         task: a key of ``fastattn.lm.finetune.tasks.TASKS``.
-        data: a .jsonl, .csv or .tsv file of examples; their fields stand in ``fastattn.lm.finetune.examples``.
-        eval: another one to evaluate on; None holds out a part of ``data``.
+        data: a file of examples or a folder with splits, see ``fastattn.lm.finetune.datasets``; for "seq2seq" two files
+            whose lines belong together, too.
+        eval: files to evaluate on, each by itself; empty takes the folder's, or holds out a part of ``data``.
+        columns: pairs of a field of the task and the column that it is taken from.
         checkpoint: folder of a run of fastattn, whose newest checkpoint is the start.
         pretrained: folder of a model in Hugging Face's format, with its ``tokenizer.json``.
         preset: size of a model that starts from nothing, a key of ``fastattn.lm.models.PRESETS``.
@@ -36,7 +38,7 @@ class FinetuneConfig(RunSettings):
         lora_alpha: see there.
         lora_dropout: see there.
         vocab_size: of the tokenizer that is learned where the model starts from nothing.
-        held_out: part of ``data`` that is held out if there is no ``eval``, chosen by the hash of each example.
+        held_out: part of ``data`` that is held out where there is no ``eval``, chosen by the hash of each example.
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
@@ -46,8 +48,9 @@ class FinetuneConfig(RunSettings):
     """
 
     task: str
-    data: str
-    eval: str | None = None
+    data: str | tuple[str, ...]
+    eval: str | tuple[str, ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
     checkpoint: str | None = None
     pretrained: str | None = None
     preset: str | None = None
@@ -114,6 +117,6 @@ def saved_config(checkpoint: Checkpoint) -> FinetuneConfig:
     """The settings of the run that wrote ``checkpoint``; raises DataError if they cannot be read."""
     try:
         return FinetuneConfig.from_dict(checkpoint.trainer_state()["settings"]["finetune"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = checkpoint.folder / "trainer.json"
         raise DataError(f"{path} does not hold the settings of a fastattn finetune run ({error}).") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fastattn.errors import DataError
+from fastattn.errors import DataError, input_error
+from fastattn.files import write_text
 from fastattn.lm.data import Skipped, find_sources, read_documents
-from fastattn.lm.finetune.examples import read_examples
-from fastattn.lm.finetune.load import is_finetuned, load_finetuned
+from fastattn.lm.finetune.datasets import Dataset, read_dataset
+from fastattn.lm.finetune.examples import Example
+from fastattn.lm.finetune.load import Finetuned, is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import score
+from fastattn.lm.finetune.tasks import Prediction
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.log import aligned
@@ -59,43 +62,57 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Sequence[str],
     *,
+    columns: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
     attention: str | None = None,
     limit: int | None = None,
+    predictions: Path | None = None,
     show_progress: bool = True,
 ) -> Evaluation:
-    """Score a checkpoint: of fine-tuning on one file of examples of its task, of pre-training on text.
+    """Score a checkpoint: of fine-tuning on examples of its task, of pre-training on text.
 
     Args:
         checkpoint: of ``fastattn train`` or ``fastattn finetune``.
-        data: a .jsonl, .csv or .tsv file of examples; for a pre-trained model files, folders and patterns of text.
+        data: a file of examples, see ``fastattn.lm.finetune.datasets``; for a pre-trained model files, folders and
+            patterns of text.
+        columns: as in ``read_dataset``.
         device: where to compute.
         attention: "fastattn" or "eager", instead of what the run used.
         limit: only the first so many examples, or rows of text; None is all.
+        predictions: also write each example and the prediction for it there, as JSON lines.
         show_progress: show progress bars.
 
     Raises:
         DataError: the checkpoint or the data cannot be used.
+        InputError: ``columns`` or ``predictions`` for a model of pre-training.
     """
     if is_finetuned(checkpoint):
-        return _of_task(checkpoint, data, device, attention, limit, show_progress)
+        found = load_finetuned(checkpoint, device, attention)
+        dataset = read_dataset([Path(path) for path in data], found.task.name, columns)
+        return _of_task(found, dataset, checkpoint, limit, predictions, show_progress)
+    for name, value in (("columns", columns), ("predictions", predictions)):
+        if value:
+            raise input_error(name, value, "nothing for a model of pre-training", "Give a model of fastattn finetune.")
     return _of_text(checkpoint, data, device, attention, limit, show_progress)
 
 
 def _of_task(
+    found: Finetuned,
+    dataset: Dataset,
     checkpoint: Checkpoint,
-    data: Sequence[str],
-    device: torch.device | str,
-    attention: str | None,
     limit: int | None,
+    predictions: Path | None,
     show_progress: bool,
 ) -> Evaluation:
-    found = load_finetuned(checkpoint, device, attention)
-    if len(data) != 1:
-        raise DataError(f"Give one file of examples for {found.task.name} with --data, not {len(data)}.")
-    examples = read_examples(Path(data[0]), found.task.name)[:limit]
-    scores = score(found.task, found.model, examples, show_progress)
-    return Evaluation(found.task.name, str(checkpoint.folder), data[0], {"examples": len(examples)}, scores)
+    examples, lines = dataset.examples[:limit], list[str]()
+
+    def note(example: Example, prediction: Prediction) -> None:
+        lines.append(json.dumps({"example": example.fields, "prediction": prediction}, ensure_ascii=False) + "\n")
+
+    scores = score(found.task, found.model, examples, show_progress, None if predictions is None else note)
+    if predictions is not None:
+        write_text(predictions, "".join(lines))
+    return Evaluation(found.task.name, str(checkpoint.folder), dataset.name, {"examples": len(examples)}, scores)
 
 
 def _of_text(

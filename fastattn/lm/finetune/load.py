@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastattn.errors import DataError
+from fastattn.errors import DataError, input_error
 from fastattn.lm.finetune.adapters import add_adapters, merge_adapters
 from fastattn.lm.finetune.config import saved_config
-from fastattn.lm.finetune.tasks import TASKS, Task
+from fastattn.lm.finetune.examples import FIELDS, Example, checked
+from fastattn.lm.finetune.scoring import predict_all
+from fastattn.lm.finetune.tasks import TASKS, Prediction, Task
 from fastattn.lm.models import TransformerConfig, make_model
 from fastattn.lm.train.checkpoint import Checkpoint
 
@@ -21,6 +26,48 @@ class Finetuned:
 
     model: nn.Module
     task: Task
+
+    def predict(
+        self, inputs: Sequence[str | Mapping[str, Any]], *, batch: int = 32, show_progress: bool = False
+    ) -> list[Prediction]:
+        """Predict for inputs without targets.
+
+        Args:
+            inputs: dicts with the input fields of the task (see ``fastattn.lm.finetune.examples``), or, where the task
+                has one, its text alone.
+            batch: how many at a time.
+            show_progress: show a progress bar.
+
+        Returns:
+            a dict for each input, in their order: of "classify" "label", "probability" and "probabilities"; of
+            "regression" "value"; of "multilabel" "labels" and "probabilities"; of "tag" "labels", "probabilities" and,
+            for BIO labels, "spans"; of "qa" "answer", "start", "end" and "score"; of "seq2seq" "target"; of "instruct"
+            "response".
+
+        Raises:
+            DataError: an input lacks a field, or one is of the wrong type.
+            InputError: ``batch`` is not positive.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
+            >>> folder = pathlib.Path(tempfile.mkdtemp())
+            >>> _ = (folder / "data.csv").write_text("text,label\\n" + "up,yes\\ndown,no\\n" * 4)
+            >>> data = str(folder / "data.csv")
+            >>> config = FinetuneConfig("classify", data, eval=data, preset="tiny", vocab_size=300, steps=2)
+            >>> outcome = finetune(folder / "run", config, show_progress=False)
+            >>> prediction = load_finetuned(outcome.checkpoint).predict(["up"])[0]
+            >>> sorted(prediction["probabilities"])
+            ['no', 'yes']
+        """
+        if batch < 1:
+            raise input_error("batch", batch, "a positive int", "It counts inputs.")
+        return predict_all(self.task, self.model, [*map(self._example, inputs, count(1))], show_progress, batch)
+
+    def _example(self, given: str | Mapping[str, Any], number: int) -> Example:
+        name = self.task.name
+        fields = {FIELDS[name].inputs[0]: given} if isinstance(given, str) else dict(given)
+        return checked(Example(f"input {number}", fields), name, labelled=False)
 
 
 def is_finetuned(checkpoint: Checkpoint) -> bool:

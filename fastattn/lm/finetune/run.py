@@ -18,10 +18,11 @@ from fastattn.files import write_text
 from fastattn.lm.data import text_rank
 from fastattn.lm.finetune.adapters import choose_trained
 from fastattn.lm.finetune.config import FinetuneConfig
-from fastattn.lm.finetune.examples import Example, read_examples
+from fastattn.lm.finetune.datasets import Dataset, find_splits, read_dataset
+from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import build_without_weights, is_finetuned, load_finetuned
-from fastattn.lm.finetune.scoring import answer_all, score
-from fastattn.lm.finetune.tasks import TASKS, Task, label_names
+from fastattn.lm.finetune.scoring import predict_all, score
+from fastattn.lm.finetune.tasks import TASKS, Task
 from fastattn.lm.models import TransformerConfig, from_pretrained, make_model, preset
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.example_rows import ExampleRows, Feature
@@ -111,17 +112,19 @@ class _Prepared:
     task: Task
     trainer: Trainer
     features: list[Feature]
-    examples: list[Example]
-    held_out: list[Example]
+    data: _Data
     fingerprint: str
 
 
 def _prepare(
     out: Path, config: FinetuneConfig, device: torch.device | str, resume: Checkpoint | None, show_progress: bool
 ) -> _Prepared:
-    examples, held_out = _examples(config)
+    data = _read_data(config)
+    if show_progress:
+        print("\n".join(found.summary() for found in data.read), flush=True)
+    examples, held_out = data.train, data.all_held_out
     if resume is None:
-        task, model = _fresh(config, examples, held_out)
+        task, model = _fresh(config, data)
     else:
         task, model = build_without_weights(resume, config.attention)
     torch.manual_seed(config.train.seed)
@@ -135,10 +138,10 @@ def _prepare(
     sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
-        evaluate=None if task.answer_field else lambda model: task.scores(answer_all(task, model, sample), sample),
+        evaluate=None if task.answer_field else lambda model: task.scores(predict_all(task, model, sample), sample),
         model_config=_config_of(model).to_dict(), show_progress=show_progress,
     )  # fmt: skip
-    return _Prepared(task, trainer, features, examples, held_out, fingerprint)
+    return _Prepared(task, trainer, features, data, fingerprint)
 
 
 def _outcome(
@@ -146,28 +149,30 @@ def _outcome(
 ) -> Outcome:
     """Score the run, unless it was stopped, and tell what came of it."""
     checkpoint = find_checkpoint(out, best=True)
-    task, examples = prepared.task, prepared.examples
+    task, data = prepared.task, prepared.data
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.trainer.model.parameters()]
     scores: dict[str, float] = {}
     if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
-        scores = score(best.task, best.model, prepared.held_out, show_progress)
+        for name, examples in data.held_out.items():
+            found = score(best.task, best.model, examples, show_progress)
+            scores |= {f"{key} ({name})" if name else key: value for key, value in found.items()}
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
         progress, scores,
-        {"train": len(examples), "held out": len(prepared.held_out),
+        {"train": len(data.train), "held out": len(data.all_held_out),
          "longest": sum(map(task.is_longest, prepared.features))},
         {"all": sum(size for size, _ in sizes), "trained": sum(size for size, is_trained in sizes if is_trained)},
         checkpoint,
     )  # fmt: skip
 
 
-def _fresh(config: FinetuneConfig, examples: Sequence[Example], held_out: Sequence[Example]) -> tuple[Task, nn.Module]:
+def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     """The task and the model at the start of a run; a label of ``data`` may be so rare that all of it is held out."""
     task = TASKS[config.task]
     torch.manual_seed(config.train.seed)
-    tokenizer, backbone = _start(config, task, examples)
-    labels = label_names(task, examples if config.eval else [*examples, *held_out])
+    labels = task.label_names([*data.train, *data.all_held_out] if data.is_split else data.train)
+    tokenizer, backbone = _start(config, task, data.train)
     ready = task(tokenizer, backbone.config, labels, config.length)
     return ready, ready.add_head(backbone)
 
@@ -226,11 +231,45 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
                 yield " " + " ".join(value)
 
 
-def _examples(config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples."""
-    examples = read_examples(Path(config.data), config.task)
-    if config.eval is not None:
-        return examples, read_examples(Path(config.eval), config.task)
+@dataclass(frozen=True)
+class _Data:
+    """The data sets of a run: one to learn from, one or several to evaluate on."""
+
+    train: list[Example]
+    held_out: dict[str, list[Example]]  # by the name of their file, "" if there is one alone
+    read: list[Dataset]
+    is_split: bool = False  # the examples held out come from the file to learn from
+
+    @property
+    def all_held_out(self) -> list[Example]:
+        return [example for examples in self.held_out.values() for example in examples]
+
+
+def _read_data(config: FinetuneConfig) -> _Data:
+    paths = [Path(path) for path in _as_tuple(config.data)]
+    evals = [Path(path) for path in _as_tuple(config.eval)]
+    if len(paths) == 1:
+        paths[0], splits = find_splits(paths[0])
+        evals = evals or splits
+    columns = dict(config.columns)
+    train = read_dataset(paths, config.task, columns)
+    if len(paths) == 2 and evals:
+        held_out = [read_dataset(evals, config.task, columns)]
+    else:
+        held_out = [read_dataset(path, config.task, columns) for path in evals]
+    if held_out:
+        names = [Path(found.name).stem if len(held_out) > 1 else "" for found in held_out]
+        return _Data(train.examples, dict(zip(names, (x.examples for x in held_out), strict=True)), [train, *held_out])
+    rest, kept = _split(config, train.examples)
+    return _Data(rest, {"": kept}, [train], is_split=True)
+
+
+def _as_tuple(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths or ())
+
+
+def _split(config: FinetuneConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, by the hash of each."""
     ranks = [text_rank(json.dumps(example.fields, sort_keys=True)) for example in examples]
     threshold = max(config.held_out, min(ranks))
     held_out = [x for x, rank in zip(examples, ranks, strict=True) if rank <= threshold]

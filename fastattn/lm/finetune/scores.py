@@ -9,10 +9,13 @@ import torch
 
 
 def label_scores(predicted: Sequence[int], expected: Sequence[int], num_labels: int) -> dict[str, float]:
-    """Accuracy, and precision, recall and F1 in the mean over labels (macro) and over examples (micro), in [0, 1].
+    """Accuracy; precision, recall and F1 in the mean over labels (macro); and Matthews' correlation, in [-1, 1].
 
-    Labels that are neither expected nor predicted are left out of the macro means. With one label to each example the
-    three micro scores are the accuracy; they are given because people look for them.
+    Labels that are neither expected nor predicted are left out of the means. The means over examples (micro) are the
+    accuracy, and not repeated. With two labels there is the F1 of the second one, too, as MRPC and QQP report it.
+
+    Source:
+        Matthews, "Comparison of the predicted and observed secondary structure of T4 phage lysozyme", 1975.
 
     Example:
         >>> from fastattn.lm.finetune.scores import label_scores
@@ -22,6 +25,7 @@ def label_scores(predicted: Sequence[int], expected: Sequence[int], num_labels: 
     from torchmetrics.functional.classification import (
         multiclass_accuracy,
         multiclass_f1_score,
+        multiclass_matthews_corrcoef,
         multiclass_precision,
         multiclass_recall,
     )
@@ -30,10 +34,58 @@ def label_scores(predicted: Sequence[int], expected: Sequence[int], num_labels: 
     count = max(num_labels, 2)  # the library refuses one label; a second that never occurs changes nothing
     found = {"accuracy": float(multiclass_accuracy(*pair, num_classes=count, average="micro"))}
     scores = {"precision": multiclass_precision, "recall": multiclass_recall, "F1": multiclass_f1_score}
-    for average in ("macro", "micro"):
-        for name, score in scores.items():
-            found[f"{name} ({average})"] = float(score(*pair, num_classes=count, average=average))
-    return found
+    found |= {
+        f"{name} (macro)": float(score(*pair, num_classes=count, average="macro")) for name, score in scores.items()
+    }
+    if num_labels == 2:
+        found["F1 (second label)"] = float(multiclass_f1_score(*pair, num_classes=2, average="none")[1])
+    return found | {"Matthews": float(multiclass_matthews_corrcoef(*pair, num_classes=count))}
+
+
+def multilabel_scores(predicted: Sequence[Sequence[bool]], expected: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """Exact match of all labels of an example; precision, recall and F1 over all pairs (micro); F1 over labels (macro).
+
+    Args:
+        predicted: for each example whether each label was given, in one order.
+        expected: likewise.
+
+    Example:
+        >>> from fastattn.lm.finetune.scores import multilabel_scores
+        >>> multilabel_scores([[True, False], [True, True]], [[True, False], [False, True]])["exact match"]
+        0.5
+    """
+    given, wanted = torch.tensor(predicted), torch.tensor(expected)
+    right = (given & wanted).sum(0).double()
+    each = 2 * right / (given.sum(0) + wanted.sum(0)).clamp(min=1)
+    hits, found, there = float(right.sum()), float(given.sum()), float(wanted.sum())
+    return {
+        "exact match": float((given == wanted).all(dim=1).double().mean()),
+        "precision (micro)": hits / max(found, 1),
+        "recall (micro)": hits / max(there, 1),
+        "F1 (micro)": 2 * hits / max(found + there, 1),
+        "F1 (macro)": float(each.mean()),
+    }
+
+
+def regression_scores(predicted: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation, in [-1, 1], 0 if either side is constant; mean squared and absolute error.
+
+    Example:
+        >>> from fastattn.lm.finetune.scores import regression_scores
+        >>> round(regression_scores([1.0, 2.0, 4.0], [1.0, 2.0, 3.0])["Spearman"], 3)
+        1.0
+    """
+    from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
+
+    pair = torch.tensor(predicted, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    differs = all(len(x) > 1 and float(x.std()) > 0 for x in pair)
+    error = pair[0] - pair[1]
+    return {
+        "Pearson": float(pearson_corrcoef(*pair)) if differs else 0.0,
+        "Spearman": float(spearman_corrcoef(*pair)) if differs else 0.0,
+        "mean squared error": float((error**2).mean()),
+        "mean absolute error": float(error.abs().mean()),
+    }
 
 
 def is_bio(labels: Iterable[str]) -> bool:
@@ -106,8 +158,12 @@ def text_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, 
     }
 
 
-def answer_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+def answer_scores(predicted: Sequence[str], expected: Sequence[Sequence[str]]) -> dict[str, float]:
     """SQuAD's exact match and token F1 of answers, in [0, 1]; case, articles and punctuation do not count.
+
+    Args:
+        predicted: an answer to each question, "" for none.
+        expected: the answers to each that are right, of which the best match counts; [""] if there is none.
 
     Source:
         Rajpurkar et al., "SQuAD", 2016.
@@ -116,7 +172,8 @@ def answer_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str
 
     given: list[Any] = [{"id": str(n), "prediction_text": text} for n, text in enumerate(predicted)]
     wanted: list[Any] = [
-        {"id": str(n), "answers": {"text": [text], "answer_start": [0]}} for n, text in enumerate(expected)
+        {"id": str(n), "answers": {"text": list(texts), "answer_start": [0] * len(texts)}}
+        for n, texts in enumerate(expected)
     ]
     found = squad(given, wanted)
     return {"exact match": float(found["exact_match"]) / 100, "F1": float(found["f1"]) / 100}

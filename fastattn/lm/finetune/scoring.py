@@ -1,38 +1,53 @@
-"""A model's answers to examples, and how good they are."""
+"""Predictions of a model for many examples, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from fastattn.lm.finetune.examples import Example
-from fastattn.lm.finetune.tasks import Task
+from fastattn.lm.finetune.tasks import Prediction, Task
 from fastattn.lm.train.example_rows import ExampleRows
 from fastattn.lm.train.metrics import bits_per_byte, perplexity
 
 _BATCH = 32
 
 
-def answer_all(task: Task, model: nn.Module, examples: Sequence[Example], show_progress: bool = False) -> list[Any]:
-    """The answer to each example, in their order; the model is used as it is, best in evaluation mode."""
+def predict_all(
+    task: Task, model: nn.Module, examples: Sequence[Example], show_progress: bool = False, batch: int = _BATCH
+) -> list[Prediction]:
+    """The prediction for each example, in their order; the model is used as it is, best in evaluation mode."""
     sizes = [len(str(example.fields)) for example in examples]
     order = sorted(range(len(examples)), key=lambda number: sizes[number])  # little padding in a batch
-    answers: dict[int, Any] = {}
-    with torch.no_grad(), tqdm(total=len(order), desc="answer", unit="example", disable=not show_progress) as bar:
-        for start in range(0, len(order), _BATCH):
-            numbers = order[start : start + _BATCH]
-            found = task.answers(model, [examples[number] for number in numbers])
-            answers.update(zip(numbers, found, strict=True))
+    found: dict[int, Prediction] = {}
+    with torch.no_grad(), tqdm(total=len(order), desc="predict", unit="example", disable=not show_progress) as bar:
+        for start in range(0, len(order), batch):
+            numbers = order[start : start + batch]
+            predictions = task.predict(model, [examples[number] for number in numbers])
+            found.update(zip(numbers, predictions, strict=True))
             bar.update(len(numbers))
-    return [answers[number] for number in range(len(examples))]
+    return [found[number] for number in range(len(examples))]
 
 
-def score(task: Task, model: nn.Module, examples: Sequence[Example], show_progress: bool = False) -> dict[str, float]:
-    """Loss and scores by name. Where the model writes, perplexity and bits per byte of the expected texts, too."""
+def score(
+    task: Task,
+    model: nn.Module,
+    examples: Sequence[Example],
+    show_progress: bool = False,
+    each: Callable[[Example, Prediction], None] | None = None,
+) -> dict[str, float]:
+    """Loss and scores by name; of generated text perplexity and bits per byte, too.
+
+    Args:
+        task: of the model.
+        model: used as it is, best in evaluation mode.
+        examples: with their targets.
+        show_progress: show progress bars.
+        each: called with each example and the prediction for it.
+    """
     features = [feature for example in examples for feature in task.features(example)]
     device = next(model.parameters()).device
     nats, labels = 0.0, 0
@@ -47,4 +62,8 @@ def score(task: Task, model: nn.Module, examples: Sequence[Example], show_progre
     if task.answer_field is not None:
         size = sum(len(example.fields[task.answer_field].encode()) for example in examples)
         found |= {"perplexity": perplexity(loss), "bits per byte": bits_per_byte(loss, labels, max(size, 1))}
-    return found | task.scores(answer_all(task, model, examples, show_progress), examples)
+    predictions = predict_all(task, model, examples, show_progress)
+    if each is not None:
+        for example, prediction in zip(examples, predictions, strict=True):
+            each(example, prediction)
+    return found | task.scores(predictions, examples)

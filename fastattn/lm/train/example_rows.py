@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fastattn.errors import DataError
 from fastattn.lm.train.data import IGNORED
 
-Feature = dict[str, list[int]]  # one row: what the model reads, and "labels"
+Feature = dict[str, list[Any]]  # one row: what the model reads, and "labels", which may be floats
 _MASKS = {"tokens": "mask", "source": "source_mask"}
 _POOL = 32  # batches in which rows are sorted by length
 
@@ -45,7 +46,8 @@ class ExampleBatch:
             yield ExampleBatch(dict(zip(self.tensors, parts, strict=True)))
 
     def num_labels(self) -> int:
-        return int((self.tensors["labels"] != IGNORED).sum())
+        labels = self.tensors["labels"]
+        return labels.numel() if labels.is_floating_point() else int((labels != IGNORED).sum())
 
 
 def padded(features: Sequence[Feature]) -> ExampleBatch:
@@ -53,7 +55,8 @@ def padded(features: Sequence[Feature]) -> ExampleBatch:
     tensors: dict[str, Tensor] = {}
     for name in features[0]:
         lengths = torch.tensor([len(feature[name]) for feature in features])
-        rows = np.full((len(features), int(lengths.max())), IGNORED if name == "labels" else 0, np.int64)
+        dtype = np.float32 if isinstance(features[0][name][0], float) else np.int64
+        rows = np.full((len(features), int(lengths.max())), IGNORED if name == "labels" else 0, dtype)
         for row, feature in zip(rows, features, strict=True):
             row[: len(feature[name])] = feature[name]
         tensors[name] = torch.from_numpy(rows)

@@ -19,8 +19,9 @@ class Launcher:
     def __init__(self, src, metadata):
         self.name = metadata.name
 
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        NOTED.append((self.name, (x, y, z), stream, args))
+    def __call__(self, x, y, z, stream, *rest):
+        arguments = rest[5:]  # behind the function, two kinds of metadata and two hooks
+        NOTED.append((self.name, (x, y, z), stream, arguments))
 
 
 class Utilities:
@@ -142,14 +143,14 @@ def main():
 
     problem = inputs_of(*dense())
     found = {
-        "forward": compared(forward, BACKEND.prepared_forward(problem, SPEC), dense),
-        "backward": compared(backward, BACKEND.prepared_backward(problem, SPEC), with_gradient),
+        "forward": compared(forward, BACKEND.prepared_forward(problem, SPEC, keep=True), dense),
+        "backward": compared(backward, BACKEND.prepared_backward(problem, SPEC, problem.q.to("meta")), with_gradient),
     }
     for paged in (True, False):
         prepared = BACKEND.prepared_for_cache(cache_of(*step(paged)), SPEC)
         found[f"decode, paged={paged}"] = compared(decode, prepared, lambda paged=paged: step(paged))
     x = dense()[1]
-    found["shared"] = BACKEND.prepared_forward(inputs_of(x, x, x), SPEC) is None
+    found["shared"] = BACKEND.prepared_forward(inputs_of(x, x, x), SPEC, keep=True) is None
     found["copied"] = plans.prepare(lambda q, k, v: forward(q + 0, k, v), dense()) is None
     print(json.dumps(found))
 

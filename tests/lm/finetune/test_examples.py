@@ -6,10 +6,13 @@ import json
 import pytest
 
 from fastattn.errors import DataError
-from fastattn.lm.finetune.examples import FIELDS, read_examples
+from fastattn.lm.finetune.datasets import read_examples
+from fastattn.lm.finetune.examples import FIELDS
 
 GOOD = {
     "classify": {"text": "a good film", "text_pair": "is it?", "label": "yes"},
+    "regression": {"text": "a good film", "text_pair": "is it?", "label": 4.5},
+    "multilabel": {"text": "a good film", "labels": ["funny", "sad"]},
     "tag": {"words": ["Ada", "wrote"], "labels": ["person", "other"]},
     "qa": {"question": "Who?", "context": "It was Ada.", "answer": "Ada", "answer_start": 7},
     "seq2seq": {"source": "eins", "target": "one"},
@@ -65,7 +68,7 @@ def test_an_answer_is_found_in_its_context(tmp_path):
         (
             "classify",
             {"text": "x"},
-            "line 2, field 'label': it is missing; an example for classify has text, label.*, this one: text",
+            r"line 2, field 'label': it is missing; .* has text, label.*, this one: text; .* --field label=COLUMN",
         ),
         ("classify", {"text": " ", "label": "a"}, "field 'text': it is empty"),
         ("classify", {"text": ["x"], "label": "a"}, "field 'text': it must be a text, not \\['x'\\]"),
@@ -89,12 +92,12 @@ def test_wrong_fields(tmp_path, task, record, words):
     [
         ("a.jsonl", b'{"text": ', "line 1: not JSON"),
         ("a.jsonl", b"[1]", "line 1: not a JSON object"),
-        ("a.jsonl", b"", "holds no examples: each is a line with the fields text, label and optionally text_pair"),
+        ("a.jsonl", b"", "holds no examples: each has the fields text, label and optionally text_pair"),
         ("a.jsonl", b"\xff\xfe", "is not UTF-8"),
         ("a.tsv", b"text\tlabel\nx\n", "line 2: 1 columns, where the first line names 2"),
         ("a.tsv", b"text\tkind\nx\ty\n", "line 2, field 'label': it is missing"),
         ("a.csv", b'text,label\n"x,y\n', "line 2: unexpected end of data"),
-        ("a.txt", b"", "use a .jsonl, a .csv or a .tsv file"),
+        ("a.pdf", b"", "is not a file of examples by its name: use one of .jsonl, "),
     ],
 )
 def test_wrong_files(tmp_path, name, content, words):

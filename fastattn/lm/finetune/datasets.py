@@ -1,0 +1,139 @@
+"""Data sets for fine-tuning: files and folders as they are, to checked examples and a report of what was read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastattn.errors import DataError
+from fastattn.lm.finetune.columns import UNLABELLED, Columns, find_columns, taken
+from fastattn.lm.finetune.examples import FIELDS, Example, checked
+from fastattn.lm.finetune.records import parallel_records, read_records
+
+_TRAIN, _EVAL = ("train",), ("dev", "validation", "valid", "val")  # what the names of splits begin with
+_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll", ".iob2", ".bio", ".txt")
+
+
+@dataclass
+class Dataset:
+    """Examples of a task, and how they were read.
+
+    Attributes:
+        name: of the file or files.
+        task: a key of ``FIELDS``.
+        examples: all of them.
+        columns: that were taken, by field.
+        skipped: how many examples had no label.
+    """
+
+    name: str
+    task: str
+    examples: list[Example] = field(default_factory=list)
+    columns: Columns = field(default_factory=dict)
+    skipped: int = 0
+
+    def classes(self) -> Counter[str]:
+        """How often each label occurs; empty for a task without labels."""
+        field_of = {"classify": "label", "multilabel": "labels", "tag": "labels"}.get(self.task)
+        if field_of is None:
+            return Counter()
+        values = (example.fields[field_of] for example in self.examples)
+        return Counter(name for value in values for name in ([value] if isinstance(value, str) else value))
+
+    def summary(self) -> str:
+        """The columns taken, the classes with their counts, and the accuracy of the most frequent class."""
+        columns = ", ".join(f"{name} = {column}" for name, column in self.columns.items())
+        lines = [f"{self.name}: {len(self.examples):,} examples; {columns}"]
+        if self.skipped:
+            lines.append(f"  {self.skipped:,} examples without a label were left out")
+        classes = self.classes()
+        if classes:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in classes.most_common(10))
+            more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
+            lines.append(f"  {len(classes)} classes: {shown}{more}")
+        if self.task in ("classify", "tag"):
+            share = classes.most_common(1)[0][1] / classes.total()
+            lines.append(f"  baseline: always {classes.most_common(1)[0][0]!r} has an accuracy of {share:.4f}")
+        if self.task == "regression":
+            values = [example.fields["label"] for example in self.examples]
+            lines.append(f"  labels from {min(values):g} to {max(values):g}, mean {sum(values) / len(values):g}")
+        return "\n".join(lines)
+
+
+def read_dataset(
+    paths: Path | Sequence[Path],
+    task: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    labelled: bool = True,
+) -> Dataset:
+    """Read one file or folder; for "seq2seq" two files, whose lines belong together.
+
+    Args:
+        paths: a .jsonl, .json, .csv, .tsv, .parquet or CoNLL file, or a folder of ``datasets.Dataset.save_to_disk``.
+        task: a key of ``FIELDS``.
+        columns: the column of a field, where its name is not one of the usual.
+        labelled: the examples must have the targets of the task.
+
+    Raises:
+        DataError: a file is missing or damaged, or holds something that is not an example of the task.
+        InputError: ``columns`` names a field that the task does not have.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from fastattn.lm.finetune.datasets import read_dataset
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "train.tsv"
+        >>> _ = path.write_text("sentence\\tlabel\\na good film\\t1\\n")
+        >>> read_dataset(path, "classify").examples[0].fields
+        {'text': 'a good film', 'label': '1'}
+    """
+    given = [paths] if isinstance(paths, Path) else list(paths)
+    if len(given) == 2 and task == "seq2seq":
+        records = parallel_records(*given)
+    elif len(given) == 1:
+        records = read_records(given[0])
+    else:
+        raise DataError(f"{len(given)} files for {task}: give one, or for seq2seq two whose lines belong together.")
+    found = Dataset(" and ".join(map(str, given)), task)
+    for place, record in records.items:
+        if not found.columns:
+            found.columns = find_columns(record, task, columns or {}, labelled=labelled)
+        example = taken(place, record, found.columns, records.class_names, task)
+        if labelled and str(example.fields.get("label")) in UNLABELLED and task == "classify":
+            found.skipped += 1
+            continue
+        found.examples.append(checked(example, task, labelled=labelled))
+    if not found.examples:
+        if found.skipped:
+            raise DataError(f"{found.name} has no labels (all are -1 or -): it is a test set; take one with labels.")
+        raise DataError(f"{found.name} holds no examples: each has the fields {FIELDS[task]}.")
+    return found
+
+
+def read_examples(path: Path, task: str) -> list[Example]:
+    """The examples of a file; see ``read_dataset``."""
+    return read_dataset(path, task).examples
+
+
+def find_splits(path: Path) -> tuple[Path, list[Path]]:
+    """The file or folder to learn from, and those to evaluate on: of a folder with splits, as GLUE's are.
+
+    Args:
+        path: a file, which has no further splits; a folder with ``train.tsv``, ``dev.tsv`` and the like, with the
+            shards of one split in one file; or one of ``datasets.DatasetDict.save_to_disk``.
+
+    Raises:
+        DataError: the folder has no training split, or several files of one.
+    """
+    if not path.is_dir() or (path / "state.json").is_file():
+        return path, []
+    inside = sorted(path.iterdir()) + (sorted((path / "data").iterdir()) if (path / "data").is_dir() else [])
+    inside = [x for x in inside if x.suffix.lower() in _SUFFIXES or (x / "state.json").is_file()]
+    train = [x for x in inside if x.name.lower().startswith(_TRAIN)]
+    held_out = [x for x in inside if x.name.lower().startswith(_EVAL)]
+    if len(train) != 1:
+        names = ", ".join(x.name for x in train) or "none"
+        raise DataError(f"{path} should hold one training file, train.tsv or the like; it holds {names}.")
+    return train[0], held_out

@@ -1,0 +1,120 @@
+"""The base of the tasks of fine-tuning: the model's head, examples to rows, the loss, predictions and scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from fastattn.errors import input_error
+from fastattn.lm.finetune.examples import Example
+from fastattn.lm.models import TransformerConfig
+from fastattn.lm.train.example_rows import ExampleBatch, Feature, padded
+from fastattn.lm.train.special_tokens import SpecialTokens
+
+Prediction = dict[str, Any]
+
+
+class Task(ABC):
+    """A task, for one model.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model.
+        labels: names of the labels, from ``label_names``.
+        length: most tokens in a row; None is the model's.
+
+    Raises:
+        InputError: the model is of a kind that cannot serve the task, or ``length`` is more than it can read.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]  # of the models that can be trained for it; the first is the usual one
+    label_field: ClassVar[str | None] = None
+    answer_field: ClassVar[str | None] = None  # of the tasks whose answer is generated text
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: TransformerConfig,
+        labels: Sequence[str] = (),
+        length: int | None = None,
+    ) -> None:
+        if config.kind not in self.kinds:
+            todo = f"Take a checkpoint or a preset of that kind for {self.name}."
+            raise input_error("model", f"one of kind {config.kind}", " or ".join(self.kinds), todo)
+        if length is not None and not 8 <= length <= config.max_length:
+            allowed = f"8 ... {config.max_length}, the longest row of the model"
+            raise input_error("length", length, allowed, "Leave it out for the longest.")
+        self.tokenizer, self.length, self.labels = tokenizer, length or config.max_length, tuple(labels)
+        self.has_types = config.token_types > 1
+        self.special = SpecialTokens.of(tokenizer)
+        self.numbers = {label: number for number, label in enumerate(labels)}
+
+    @classmethod
+    def label_names(cls, examples: Sequence[Example]) -> tuple[str, ...]:
+        """What a model must remember of the labels of its training examples: their names, sorted."""
+        if cls.label_field is None:
+            return ()
+        given = (example.fields[cls.label_field] for example in examples)
+        return tuple(sorted({name for x in given for name in ([x] if isinstance(x, str) else x)}))
+
+    @abstractmethod
+    def add_head(self, backbone: Any) -> nn.Module:
+        """The model of the task."""
+
+    @abstractmethod
+    def inputs(self, example: Example) -> list[Feature]:
+        """The rows that the model reads of an example: one, or several if it is too long."""
+
+    @abstractmethod
+    def features(self, example: Example) -> list[Feature]:
+        """``inputs`` with "labels", which the loss compares with."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        """Nats, summed over the labels of the batch."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+        """The model's predictions for a few examples, which need no targets."""
+
+    @abstractmethod
+    def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
+        """Scores of the predictions, by name."""
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def number(self, example: Example, label: str) -> int:
+        """The number of a label; raises DataError if the model has not learned it."""
+        if label not in self.numbers:
+            known = ", ".join(self.labels[:10]) + (", ..." if len(self.labels) > 10 else "")
+            raise example.error(str(self.label_field), f"the model knows no label {label!r}, but {known}.")
+        return self.numbers[label]
+
+    def pair(self, first: list[int], second: list[int]) -> Feature:
+        """``begin first end second end``, ``first`` cut to what fits, and which of the two each token belongs to."""
+        room = self.length - len(second) - bool(second)
+        tokens = self.special.around(first, room)
+        types = [0] * len(tokens)
+        if second:
+            tokens, types = [*tokens, *second, self.special.end], types + [1] * (len(second) + 1)
+        return {"tokens": tokens} | ({"token_types": types} if self.has_types else {})
+
+    def texts(self, example: Example) -> Feature:
+        """A row of the text of an example, and of the text that it is compared with."""
+        first, second = self.ids(example.fields["text"]), self.ids(example.fields.get("text_pair", ""))
+        return self.pair(first, second[: self.length // 2])
+
+    def is_longest(self, feature: Feature) -> bool:
+        """Whether a row is as long as it can be, as it is where an example was cut."""
+        return max(len(feature.get(name, ())) for name in ("tokens", "source", "target")) >= self.length
+
+    def batch(self, examples: Sequence[Example], model: nn.Module) -> ExampleBatch:
+        """The first row of each example, on the device of the model."""
+        device = next(model.parameters()).device
+        return padded([self.inputs(example)[0] for example in examples]).to(device)

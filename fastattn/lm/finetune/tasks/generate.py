@@ -1,0 +1,90 @@
+"""Tasks whose answer is generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastattn.lm.finetune.examples import Example
+from fastattn.lm.finetune.scores import text_scores
+from fastattn.lm.finetune.tasks.base import Prediction, Task
+from fastattn.lm.generate import Sampling, generate
+from fastattn.lm.generate.decode import ENDED
+from fastattn.lm.train.data import IGNORED
+from fastattn.lm.train.example_rows import ExampleBatch, Feature
+from fastattn.lm.train.tasks import cross_entropy, target_loss
+
+
+class _Generates(Task):
+    """A task whose answer is generated text."""
+
+    answer_field: ClassVar[str]
+
+    def add_head(self, backbone: Any) -> nn.Module:
+        return backbone
+
+    def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[Prediction]:
+        """The likeliest next tokens of each row, one after the other, up to its end, as text."""
+        sampling, end = Sampling(temperature=0), self.special.end
+        steps = generate(model, begin, self.length, sampling, source=source, stop_token=end)
+        rows = torch.stack(list(steps), dim=1).tolist()
+        texts = (self.tokenizer.decode([token for token in row if token not in (end, ENDED)]) for row in rows)
+        return [{self.answer_field: text} for text in texts]
+
+    def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
+        given = [x[self.answer_field] for x in predictions]
+        return text_scores(given, [example.fields[self.answer_field] for example in examples])
+
+
+class Seq2Seq(_Generates):
+    """A text for a text: translation, summarisation."""
+
+    name = "seq2seq"
+    kinds = ("encoder-decoder",)
+    answer_field = "target"
+
+    def inputs(self, example: Example) -> list[Feature]:
+        return [{"source": self.special.around(self.ids(example.fields["source"]), self.length)}]
+
+    def features(self, example: Example) -> list[Feature]:
+        target = self.ids(example.fields["target"])[: self.length - 1]
+        labels = [*target, self.special.end]
+        return [self.inputs(example)[0] | {"target": [self.special.target, *target], "labels": labels}]
+
+    def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        return target_loss(model, batch)
+
+    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+        """The "target"."""
+        sources = [self.inputs(example)[0]["source"] for example in examples]
+        return self.write(model, [[self.special.target] for _ in sources], sources)
+
+
+class Instruct(_Generates):
+    """A response to a prompt, right after it: learned from the tokens of the response alone."""
+
+    name = "instruct"
+    kinds = ("decoder",)
+    answer_field = "response"
+
+    def inputs(self, example: Example) -> list[Feature]:
+        return [{"tokens": self.prompt(example)}]
+
+    def features(self, example: Example) -> list[Feature]:
+        response = self.ids(example.fields["response"])[: self.length - 1]
+        prompt = self.prompt(example)[-(self.length - len(response)) :]
+        labels = [IGNORED] * (len(prompt) - 1) + [*response, self.special.end]
+        return [{"tokens": prompt + response, "labels": labels}]
+
+    def prompt(self, example: Example) -> list[int]:
+        return [*self.special.opening(), *self.ids(example.fields["prompt"])] or [self.special.end]
+
+    def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
+
+    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+        """The "response"."""
+        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])

@@ -1,0 +1,268 @@
+"""Attention in C++: the grid on every instruction set, what no other test asks for, and what a call leaves alone."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastattn import InputError
+from fastattn.backends import load
+from fastattn.backends.cpu import attention, build, library
+from fastattn.problem import DIFFERENTIABLE, Inputs
+from fastattn.spec import AttentionSpec
+from fastattn.testing import Case, assert_within, grid, make
+from fastattn.testing.tolerance import measure_each
+
+FOUND, HOW = library.delivered()
+try:
+    build.find_compiler()
+    assert FOUND is not None, HOW  # a kernel that does not compile must not look like a machine without a compiler
+except build.BuildError:
+    pass
+pytestmark = pytest.mark.skipif(FOUND is None, reason=HOW)
+MACHINES = [name for name, runs in FOUND.machines().items() if runs] if FOUND else []
+NAN = float("nan")
+
+
+class OnMachine(type(load("cpu"))):
+    """The backend with one instruction set."""
+
+    def __init__(self, name):
+        self.machine = list(FOUND.machines()).index(name)
+
+    def forward(self, inputs, spec):
+        return attention.forward(FOUND, inputs, spec, self.machine)
+
+    def backward(self, dout, dlse, out, lse, lse_low, inputs, spec, needs):
+        results = (out, lse, lse_low)
+        return attention.backward(FOUND, dout, dlse, results, inputs, spec, needs, machine=self.machine)
+
+
+BACKENDS = [OnMachine(name) for name in MACHINES]
+
+
+def assert_right_everywhere(case):
+    for rows in measure_each([(backend, backend) for backend in BACKENDS], make(case)):
+        assert_within(rows)
+
+
+@pytest.mark.parametrize("case", grid(), ids=lambda case: case.id)
+def test_the_grid_on_every_instruction_set(case):
+    assert_right_everywhere(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_head_dims_from_1_to_512(dtype):
+    for d_qk, d_v in ((1, 1), (2, 7), (15, 130), (65, 31), (257, 5), (512, 300)):
+        sizes = {"S_q": 27, "S_kv": 40, "D_qk": d_qk, "D_v": d_v}
+        assert_right_everywhere(Case(f"{d_qk}, {d_v}", **sizes, dtype=dtype, right=0, dlse=True))
+    assert load("cpu").capabilities.max_head_dim == attention.MAX_HEAD_DIM == 512
+
+
+LONG = {
+    "blocks": {"S_q": 210, "S_kv": 1100},
+    "window": {"S_q": 700, "S_kv": 700, "left": 130, "right": 3, "H_q": 4},
+    "segments": {"S_q": 700, "S_kv": 700, "segments": 4, "right": 0},
+    "terms": {"S_q": 300, "S_kv": 640, "bias": (1, 2, 300, 640), "mask": "random", "alibi": True, "softcap": 5.0},
+    "dropout": {"S_q": 130, "S_kv": 600, "dropout_p": 0.2, "H_q": 6},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_more_keys_than_a_block_or_a_part(name, dtype):
+    assert_right_everywhere(Case(name, B=1, dtype=dtype, D_qk=16, D_v=16, **LONG[name]))
+
+
+# --- bits -----------------------------------------------------------------------------------------------------------
+
+
+def problem(batch, rows, heads, dim, dtype=torch.float32, **options):
+    """``(dout, inputs, spec)`` of self-attention; ``options`` are fields of the spec and tensors."""
+    torch.manual_seed(0)
+    q, dout = torch.randn(2, batch, rows, heads[0], dim).to(dtype)
+    k, v = torch.randn(2, batch, rows, heads[1], dim).to(dtype)
+    of_spec = {name: options.pop(name) for name in ("left", "right", "dropout_p", "softcap") if name in options}
+    spec = AttentionSpec(dim**-0.5, **of_spec)
+    return dout, Inputs(q, k, v, max_seqlen_q=rows, max_seqlen_kv=rows, **options), spec
+
+
+def results(dout, inputs, spec, backend=None):
+    """Everything that both passes give."""
+    backend = backend or load("cpu")
+    found = backend.forward(inputs, spec)
+    needs = [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
+    grads = backend.backward(dout, None, *found, inputs, spec, needs)
+    return {"out": found[0], "lse": found[1], "low": found[2]} | {f"d{n}": getattr(grads, f"d{n}") for n in needs}
+
+
+BITS = {
+    "one unit of several parts": ((1, 1700, (1, 1), 32), {}),
+    "fewer units than threads, causal": ((1, 1100, (3, 1), 32), {"right": 0}),
+    "window": ((1, 900, (2, 2), 32), {"left": 70, "right": 3}),
+    "dropout": ((2, 600, (4, 2), 24), {"dropout_p": 0.3, "rng_state": torch.tensor([1, 2])}),
+    "bias of all": ((3, 300, (4, 4), 16), {"bias": torch.ones(1, 1, 300, 300)}),
+    "bias of heads": ((3, 300, (4, 2), 16), {"bias": torch.ones(1, 4, 300, 300)}),
+    "bias of the batch": ((3, 300, (4, 2), 16), {"bias": torch.ones(3, 1, 1, 300)}),
+    "bias of rows": ((2, 700, (2, 2), 16), {"bias": torch.ones(1, 1, 700, 1)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BITS)
+def test_the_number_of_threads_changes_no_bit(name, dtype):
+    sizes, options = BITS[name]
+    call = problem(*sizes, dtype=dtype, **options)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(results(*call))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert [name for name, x in other.items() if not torch.equal(x, found[0][name])] == []
+
+
+# --- numbers that are not finite, and very large ones ---------------------------------------------------------------
+
+
+def hidden(rows):
+    """Pairs that are kept, all but one key for the first third of the rows; and that key."""
+    kept, key = torch.ones(rows, rows, dtype=torch.bool), rows // 2 + 3
+    kept[: rows // 3, key] = False
+    return kept, key
+
+
+HIDING = {
+    "mask": lambda kept: {"mask": kept[None, None]},
+    "bias of -inf": lambda kept: {"bias": torch.zeros(1, 1, *kept.shape).masked_fill(~kept, -torch.inf)},
+    "softcap": lambda kept: {"mask": kept[None, None], "softcap": 3.0},
+    "dropout": lambda kept: {"mask": kept[None, None], "dropout_p": 0.2, "rng_state": torch.tensor([3, 4])},
+}
+BANDS = {"causal": {"right": 0}, "window": {"left": 9, "right": 2}}
+
+
+def assert_same(found, clean, name, where):
+    """The selected rows of a result, to the bit."""
+    assert torch.equal(found[name][:, where], clean[name][:, where]), name
+
+
+@pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [*HIDING, *BANDS])
+@pytest.mark.parametrize("backend", BACKENDS, ids=MACHINES)
+def test_what_a_row_does_not_keep_never_reaches_it(backend, name, value):
+    rows = 150
+    kept, key = hidden(rows)
+    options = HIDING[name](kept) if name in HIDING else BANDS[name]
+    if name in BANDS:
+        kept = torch.ones_like(kept).tril(options["right"]).triu(-options.get("left", rows))
+    blind, others = ~kept[:, key], torch.arange(rows) != key
+    apart = ~kept[~blind].any(0)  # keys that no row keeps which keeps this one
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        dout, inputs, spec = problem(1, rows, (2, 2), 24, dtype=dtype, **options)
+        clean = results(dout, inputs, spec, backend)
+        for which in ("k", "v"):
+            x = getattr(inputs, which).clone()
+            x[:, key] = value
+            found = results(dout, inputs.replace(**{which: x}), spec, backend)
+            for result, where in (("out", blind), ("dq", blind), ("dk", apart), ("dv", apart)):
+                assert_same(found, clean, result, where)
+            assert value == value or found["out"][:, ~blind].isnan().all()
+        for which in ("q", "dout"):
+            x = (dout if which == "dout" else inputs.q).clone()
+            x[:, key] = value
+            call = (x, inputs) if which == "dout" else (dout, inputs.replace(q=x))
+            found = results(*call, spec, backend)
+            for result, where in (("out", others), ("dq", others), ("dk", ~kept[key]), ("dv", ~kept[key])):
+                assert_same(found, clean, result, where)
+            assert value == value or found["dq"][:, key].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_largest_values_do_not_overflow(dtype):
+    _, inputs, spec = problem(1, 100, (1, 1), 16, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    inputs = inputs.replace(q=torch.zeros_like(inputs.q), v=torch.full_like(inputs.v, largest))
+    for backend in BACKENDS:
+        out = backend.forward(inputs, spec)[0]
+        assert out.isfinite().all() and (out.double() / largest - 1).abs().max() <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("offset", [torch.finfo(torch.float32).min, -1e9, 1e8])
+def test_rows_that_share_a_large_offset(offset):
+    """All scores of a row are rounded to the offset: weights are equal, in the backward pass too."""
+    dout, inputs, spec = problem(1, 64, (2, 2), 16, bias=torch.full((1, 1, 64, 1), offset))
+    inputs = inputs.replace(q=inputs.q / 100)
+    for backend in BACKENDS:
+        found = results(dout, inputs, spec, backend)
+        torch.testing.assert_close(found["out"], inputs.v.mean(1, keepdim=True).expand_as(found["out"]))
+        torch.testing.assert_close(found["dv"], dout.mean(1, keepdim=True).expand_as(dout))
+
+
+# --- what a call takes ------------------------------------------------------------------------------------------------
+
+
+def test_memory_grows_with_the_length_alone():
+    """Scores of 4096 x 4096 would take 64 MiB for each head."""
+    script = (
+        "import resource, torch; from fastattn.backends import load; from fastattn.problem import Inputs;"
+        "from fastattn.spec import AttentionSpec\n"
+        "def run(rows):\n"
+        "    q, k, v, dout = torch.randn(4, 1, rows, 2, 32)\n"
+        "    inputs, spec = Inputs(q, k, v, max_seqlen_q=rows, max_seqlen_kv=rows), AttentionSpec(0.2, right=0)\n"
+        "    load('cpu').backward(dout, None, *load('cpu').forward(inputs, spec), inputs, spec, 'qkv')\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(-run(64) + run(4096))"
+    )
+    grown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert int(grown.stdout) < 32 << 10  # KiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prepared_passes_give_the_same_bits(dtype):
+    backend = load("cpu")
+    dout, inputs, spec = problem(2, 40, (4, 2), 16, dtype=dtype, right=0)
+    expected, qkv = results(dout, inputs, spec), (inputs.q, inputs.k, inputs.v)
+    found = backend.prepared_forward(inputs, spec)(*qkv)
+    grads = backend.prepared_backward(inputs, spec)(dout, *found, *qkv)
+    for x, name in zip((*found, *grads), ("out", "lse", "low", "dq", "dk", "dv"), strict=True):
+        assert torch.equal(x, expected[name])
+    assert backend.prepared_forward(inputs.replace(mask=torch.ones(1, 1, 1, 40, dtype=torch.bool)), spec) is None
+
+
+def test_ids_of_64_bits_keep_their_differences():
+    ids = torch.tensor([[0, 0, 1 << 40, 1 << 40]])
+    _, inputs, spec = problem(1, 4, (1, 1), 8, segment_ids_q=ids, segment_ids_kv=ids)
+    small = inputs.replace(segment_ids_q=(ids > 0).int(), segment_ids_kv=(ids > 0).int())
+    assert torch.equal(*(load("cpu").forward(given, spec)[0] for given in (inputs, small)))
+
+
+@pytest.mark.parametrize(
+    ("starts", "allowed"), [([0, 3, 8], True), ([0, 9, 8], False), ([1, 3, 8], False), ([0, 3, 7], False)]
+)
+def test_boundaries_are_checked_where_they_are_read(starts, allowed):
+    """The caller checks them, too; but between the two another thread may write to them."""
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+    q = torch.randn(8, 1, 4)
+    inputs = Inputs(q, q, q, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=8, max_seqlen_kv=8)
+    run = functools.partial(load("cpu").forward, inputs, AttentionSpec(1.0))
+    if allowed:
+        assert run()[0].isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="cu_seqlens changed"):
+            run()
+
+
+def test_an_instruction_set_can_be_asked_for(monkeypatch):
+    machines = {"best": False, "good": True, "baseline": True}
+    monkeypatch.setenv("FASTATTN_CPU_ISA", "baseline")
+    assert library.asked_for(machines) == 2
+    for wrong in ("best", "sse9"):
+        monkeypatch.setenv("FASTATTN_CPU_ISA", wrong)
+        with pytest.raises(InputError, match=f"FASTATTN_CPU_ISA: got '{wrong}'.*good, baseline"):
+            library.asked_for(machines)
+    monkeypatch.delenv("FASTATTN_CPU_ISA")
+    assert library.asked_for(machines) == library.BEST
