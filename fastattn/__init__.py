@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from fastattn.imports import when_imported
-from fastattn.version import __version__
+from fastattn.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fastattn.api import *  # noqa: F403

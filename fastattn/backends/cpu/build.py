@@ -1,7 +1,7 @@
 """Build ``csrc/cpu/`` into one shared library: the kernel once for each instruction set, chosen from when it runs.
 
-Nothing that imports torch is imported; ``setup.py`` builds with this module, too. The library depends on no torch and no
-Python, so one build serves them all.
+Nothing that imports torch is imported; ``setup.py`` builds with this module, too. The library depends on no torch and
+no Python, so one build serves them all.
 """
 
 from __future__ import annotations

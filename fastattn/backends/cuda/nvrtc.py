@@ -144,7 +144,7 @@ def cache_name(instance: Instance) -> str:
 
 
 def cached_kernel(instance: Instance) -> bytes:
-    """The cubin of a kernel, from the disk cache if it is there. Without a place to keep it, it is compiled each time."""
+    """The cubin of a kernel, from the disk cache if it is there. Without a place for it, it is compiled each time."""
 
     def write(path: Path) -> None:
         path.write_bytes(compile_kernel(instance))
