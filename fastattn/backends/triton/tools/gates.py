@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastattn.backends.triton.tools import compiler
 from fastattn.backends.triton.tools.builds import (
     DEFAULT_SHARED_LIMITS,
     TARGETS,
@@ -150,32 +151,18 @@ def _start_compiler(cache: str) -> None:
     """Make this process one in which launching a kernel compiles it, for ``_target``, and does no more."""
     os.environ["TRITON_CACHE_DIR"] = cache
     torch.set_num_threads(1)
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    class NamesItsTarget(DriverBase):
-        def __init__(self) -> None: ...
-
-        is_active = classmethod(lambda cls: True)
-        get_current_target = lambda self: GPUTarget(_target.backend, _target.arch, _target.warp_size)  # noqa: E731
-        # a device of its own for each target: Triton keeps what it compiled by device
-        get_current_device = lambda self: list(TARGETS.values()).index(_target)  # noqa: E731
-        get_current_stream = lambda self, *_: 0  # noqa: E731
-        get_active_torch_device = lambda self: torch.device("meta")  # noqa: E731
-        get_benchmarker = map_python_to_cpp_type = lambda self, *_: None
-
-    driver.set_active(NamesItsTarget())
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def launched(name: str, arguments: Any, compile_kernel: compiler.Compile) -> Any:
         begin = time.perf_counter()
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        _launched.append((self.__name__, kernel, time.perf_counter() - begin))
+        kernel = compile_kernel()
+        _launched.append((name, kernel, time.perf_counter() - begin))
         return kernel
 
-    JITFunction.run = compile_only
+    compiler.compile_only(
+        lambda: compiler.Target(_target.backend, _target.arch, _target.warp_size),
+        lambda: list(TARGETS.values()).index(_target),
+        launched,
+    )
 
 
 def _compile(build: Build) -> Figures:
