@@ -126,6 +126,17 @@ def _first() -> Iterator[Workload]:
     yield Workload(s_q=1, s_kv=512, heads_q=8, heads_kv=2, d_qk=128, d_v=128, causal=True, passes=("forward",))
 
 
+def _telling() -> Iterator[Workload]:
+    """What most people run, and what a first run should know before all else."""
+    for passes in (("forward",), ("both",)):
+        yield _case(4096, 16, 128, batch=4, causal=True, passes=passes)
+
+
+def _cells() -> Iterator[Workload]:
+    """Of the papers' grid the cells that stand for it."""
+    return (w for w in _paper() if w.d_qk in (64, 128) and w.s_q in (2048, 8192, 16384))
+
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -133,6 +144,8 @@ SUITES = {
         Suite("llm", "shapes of language models: GQA, softcap, sinks, windows, two head dims", tuple(_llm())),
         Suite("features", "the cost of each feature on one shape", tuple(_features())),
         Suite("small", "problems bound by launches, by the wall clock", tuple(_small()), wall=True),
+        Suite("telling", "causal, D 128, 4k tokens: what a first run should know", tuple(_telling())),
+        Suite("cells", "six cells of the papers' grid, causal and not", tuple(_cells())),
         Suite("first", "one small case for each kind of kernel", tuple(_first())),
         Suite("cpu", "2 threads: dense, causal, window, packed documents, memory", tuple(_cpu())),
     )
