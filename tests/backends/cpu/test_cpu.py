@@ -77,7 +77,7 @@ def test_long_caches_in_many_parts(dtype, page_size):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("where", ["q", "k_cache", "v_cache", "every key"])
 def test_nan_and_infinity_come_through(machine, where):
-    """A NaN stays one, in the rows of the reference, which says NaN for an infinity that a row keeps."""
+    """What is not finite must not become so: the same rows as with the reference, where a kept infinity is NaN."""
     for bad in (float("nan"), float("inf"), float("-inf")):
         (q, k_cache, v_cache, lengths), _ = step(keys=230)
         places = {"q": q[0, 0, 1], "k_cache": k_cache[1, 60, 0], "v_cache": v_cache[0, 200, 1], "every key": k_cache}
