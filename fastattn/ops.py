@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, fa
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.storage import check_storages
 from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
@@ -150,18 +151,21 @@ def _fake_backward(
     )
 
 
-def _kernel(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold every backend to the strides that the fakes promise, and keep autocast out of its arithmetic."""
+def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold callers to memory that is there, every backend to the strides that the fakes promise; without autocast."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
+        check_storages(names, args)
         with without_autocast(args[0].device.type):
             return tuple(x.contiguous() for x in function(*args))
 
     return kernel
 
 
-_LIBRARY.impl("forward", _kernel(_forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _kernel(_backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", _kernel(_forward, TENSORS), "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd"
+)
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
@@ -213,7 +217,7 @@ def _refuse_shared_storage(inputs: CacheInputs) -> None:
 
 
 for _name in ("attend_to_cache", "extend_cache"):
-    _LIBRARY.impl(_name, _kernel(_attend_to_cache), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _kernel(_attend_to_cache, CACHE_TENSORS), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake_attend_to_cache, lib=_LIBRARY)
 
 

@@ -47,7 +47,8 @@ def serve(
         return plain.attend(inputs, spec)
     results = attend(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, _planned(inputs, spec, backend, heads_first, with_lse))
+        made = _planned(inputs, spec, backend, heads_first, with_lse)
+        plan.remember(kind, made, (inputs.q, inputs.k, inputs.v))
     return results
 
 
@@ -78,6 +79,7 @@ def serve_cache(
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        is_plain = plan.is_plain([getattr(inputs, name) for name in CACHE_TENSORS])
-        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend) if is_plain else None)
+        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # those that a run is given
+        made = ops.prepared_for_cache(inputs, spec, backend) if plan.is_plain(tensors) else None
+        plan.remember(kind, made, tensors)
     return results
