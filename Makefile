@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+GPU_JOBS ?= 6
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install quick lint format test demo docs tables bench emulate gates test-gpu gpu sweep test-versions clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
+        test-gpu test-gpu-cuda test-gpu-triton gpu rehearse sweep test-versions clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -56,6 +58,13 @@ bench: install   ## operator benchmarks on this machine's CPU
 emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
 
+sanitize: install ## run the CPU kernels under the sanitizers of addresses, undefined behaviour and threads
+	$(BIN)/python csrc/cpu/check/check.py --sanitize address,undefined
+	$(BIN)/python csrc/cpu/check/check.py --sanitize thread
+
+cross: install   ## compile the CPU kernels for arm64 and run them under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
+	$(BIN)/python csrc/cpu/check/check.py --cross
+
 gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
@@ -66,11 +75,23 @@ sweep: install   ## every family of transformers beside eager, and the page of d
 test-versions:   ## the tests that depend on versions under each supported torch; makes environments of several GB
 	$(PYTHON) tests/versions.py --jobs $(JOBS)
 
-test-gpu:        ## the tests that need a GPU; installs nothing, so it works offline
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests/gpu tests/core/test_forward_backward.py tests/measure/test_timing.py
+GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
+  $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
+
+test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
+	$(GPU_PYTEST) tests/core/test_forward_backward.py tests/measure/test_timing.py
+
+test-gpu-cuda:   ## those of CUDA C++
+	$(GPU_PYTEST) tests/gpu/test_cuda_forward.py tests/gpu/test_cuda_backward.py tests/gpu/test_cuda_decode.py
+
+test-gpu-triton: ## those of Triton
+	$(GPU_PYTEST) tests/gpu/test_triton.py tests/gpu/test_triton_cache.py
 
 gpu:             ## everything that needs a GPU in one report, under 9 minutes; installs nothing, so it works offline
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
+rehearse: install  ## the plan of gpu on a simulated GPU: does every step work, and what would be left undone?
+	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
+
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) .venv-versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report
+	rm -rf $(VENV) .venv-versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal

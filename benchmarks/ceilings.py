@@ -16,8 +16,8 @@ def measure(device: torch.device, dtypes: set[str], quick: bool = False) -> dict
     fp32 is full fp32: on CUDA torch keeps TF32 off unless told otherwise.
     """
     on_gpu = device.type == "cuda"
-    n = 8192 if on_gpu else 512 if quick else 2048
-    megabytes = 1024 if on_gpu else 16 if quick else 256
+    n = 512 if quick else 8192 if on_gpu else 2048
+    megabytes = 16 if quick else 1024 if on_gpu else 256
     contenders: dict[str, Contender] = {}
     for name in sorted(dtypes):
         a, b = (torch.randn(n, n, device=device).to(DTYPES[name]) for _ in range(2))

@@ -95,15 +95,22 @@ def _small() -> Iterator[Workload]:
 
 def _cpu() -> Iterator[Workload]:
     passes = ("forward", "both")
-    for s, heads in ((1024, 8), (4096, 2)):
+    shapes = ((128, 12, 8), (512, 8, 1), (1024, 8, 1), (2048, 4, 1), (4096, 2, 1))  # tokens, heads, batch
+    for s, heads, batch in shapes:
         for dtype in ("fp32", "bf16"):
-            for d in (64, 128):
+            for d in (64,) if s == 128 else (64, 128):
                 for causal in (False, True):
-                    memory = d == 64 and dtype == "fp32" and not causal
-                    yield _case(s, heads, d, dtype=dtype, causal=causal, passes=passes, memory=memory)
+                    memory = s in (1024, 4096) and d == 64 and dtype == "fp32" and not causal
+                    yield _case(s, heads, d, batch=batch, dtype=dtype, causal=causal, passes=passes, memory=memory)
     for dtype in ("fp32", "bf16"):
-        yield _case(4096, 2, 64, dtype=dtype, causal=True, window=(255, 0), passes=passes)
-        yield _case(4096, 2, 64, dtype=dtype, causal=True, documents=8, passes=passes)
+        one: dict[str, Any] = {"dtype": dtype, "passes": passes}
+        yield _case(1024, 1, 64, **one)
+        yield _case(4096, 2, 64, causal=True, window=(255, 0), **one)
+        yield _case(4096, 2, 64, causal=True, documents=8, **one)
+        yield _case(4096, 2, 64, bias=True, **one)
+        yield _case(4096, 2, 64, softcap=30.0, **one)
+        yield _case(4096, 2, 64, dropout_p=0.1, **one)
+        yield _case(768, 8, 64, documents=64, packed=True, **one)
     yield _case(16384, 8, 64, dtype="fp32", passes=(), memory=True)
 
 
@@ -119,6 +126,17 @@ def _first() -> Iterator[Workload]:
     yield Workload(s_q=1, s_kv=512, heads_q=8, heads_kv=2, d_qk=128, d_v=128, causal=True, passes=("forward",))
 
 
+def _telling() -> Iterator[Workload]:
+    """What most people run, and what a first run should know before all else."""
+    for passes in (("forward",), ("both",)):
+        yield _case(4096, 16, 128, batch=4, causal=True, passes=passes)
+
+
+def _cells() -> Iterator[Workload]:
+    """Of the papers' grid the cells that stand for it."""
+    return (w for w in _paper() if w.d_qk in (64, 128) and w.s_q in (2048, 8192, 16384))
+
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -126,6 +144,8 @@ SUITES = {
         Suite("llm", "shapes of language models: GQA, softcap, sinks, windows, two head dims", tuple(_llm())),
         Suite("features", "the cost of each feature on one shape", tuple(_features())),
         Suite("small", "problems bound by launches, by the wall clock", tuple(_small()), wall=True),
+        Suite("telling", "causal, D 128, 4k tokens: what a first run should know", tuple(_telling())),
+        Suite("cells", "six cells of the papers' grid, causal and not", tuple(_cells())),
         Suite("first", "one small case for each kind of kernel", tuple(_first())),
         Suite("cpu", "2 threads: dense, causal, window, packed documents, memory", tuple(_cpu())),
     )

@@ -1,8 +1,9 @@
 """Compile every CUDA kernel and check its machine code, with no GPU: ``python csrc/gates.py [--build DIR] [NAME ...]``.
 
-A kernel fails if it spills or touches local memory, if ptxas warns that it serialised a wgmma (C75xx; C7519, an
-inserted fence, is harmless), if the number of tensor-core instructions is unexpected, or if exponentials stand
-outside of the P V product that should hide them. ``--options`` passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
+A kernel fails if registers are touched while a wgmma uses them (sass.py), if it spills or touches local memory, if
+ptxas warns that it serialised a wgmma (C75xx; C7519, an inserted fence, is harmless), if the number of tensor-core
+instructions is unexpected, or if exponentials stand outside of the P V product that should hide them. ``--options``
+passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from sass import functions, hazards
 
 from fastattn.backends.cuda.build import BuildError, build, find_nvcc
 from fastattn.backends.cuda.instances import (
@@ -46,6 +49,7 @@ class Facts:
     products: int
     warnings: tuple[str, ...]
     exponentials: tuple[int, int]
+    hazards: tuple[str, ...] = ()
 
 
 def facts_of(log: str, sass: str) -> Facts:
@@ -59,6 +63,7 @@ def facts_of(log: str, sass: str) -> Facts:
         products=sum(name.startswith("HGMMA") for name in names),
         warnings=tuple(sorted(set(re.findall(r"C75\d\d", log)) - HARMLESS)),
         exponentials=exponentials(instructions),
+        hazards=tuple(hazard for _, code in functions(sass) for hazard in hazards(code)),
     )
 
 
@@ -114,6 +119,7 @@ def faults(instance: Instance, facts: Facts) -> list[str]:
     found = []
     if facts.spilled or facts.local:
         found.append(f"spills {facts.spilled} bytes, {facts.local} accesses to local memory")
+    found += facts.hazards
     if facts.warnings:
         found.append(f"ptxas warns: {', '.join(facts.warnings)}")
     if facts.products != expected_products(instance):

@@ -106,19 +106,20 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
     chosen, passed_over = choose(problem)
     if chosen is None:
         raise unsupported_error("no backend can serve this call:", why_not | passed_over)
-    if chosen == "eager" and problem.device != "cpu":
-        _warn_slow(problem)
+    if problem.device != "cpu" and not load(chosen).capabilities.devices:  # made of torch operators, for any device
+        why = {name: tuple(said) for name, said in (why_not | passed_over).items() if said}
+        _warn_slow(chosen, problem.device, tuple(why.items()))
     return load(chosen)
 
 
 @remembered
-def _warn_slow(problem: Problem) -> None:
-    """Say once for each kind of problem that the reference formula serves tensors of an accelerator."""
-    why_not = reasons(problem) | choose(problem)[1]
-    others = "; ".join(f"{name}: {', '.join(why)}" for name, why in why_not.items() if why)
+def _warn_slow(chosen: str, device: str, why_not: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
+    """Say, once for the same reasons, that no kernel serves tensors of an accelerator, why, and what can be done."""
+    how = "quadratic in memory" if chosen == "eager" else "in torch operators"
+    others = "; ".join(f"{name}: {', '.join(why)}" for name, why in why_not)
+    todo = "fastattn.explain() shows it for a call, and backend='...' asks for one by name"
     warnings.warn(
-        f"fastattn: the slow 'eager' backend, quadratic in memory, serves {problem.device} tensors ({others})",
-        stacklevel=2,
+        f"fastattn: the slow '{chosen}' backend, {how}, serves {device} tensors ({others}); {todo}", stacklevel=2
     )
 
 

@@ -1,21 +1,31 @@
 """Why a backend with kernels of its own may be chosen unasked on a GPU: a committed record, or a passed self-check.
 
-A record is a file under ``benchmarks/results/``, of a run of the tests on a GPU of that architecture. Where there is
-none, ``python -m fastattn.testing.self_check`` runs a few small cases, forward and backward, in a process of its own (a
-kernel that crashes takes only that with it), once for each version of the backend, GPU and driver. The verdict is kept
-in the user's cache directory. ``FASTATTN_SELF_CHECK=0`` turns self-checks off.
+A record is a file under ``benchmarks/results/``, of a run of the tests on a GPU of that architecture. Without one,
+``python -m fastattn.testing.self_check`` runs a few small cases, forward and backward, in a process of its own (a
+kernel that crashes takes only that with it), once for each version of the backend, GPU and driver. One process of a
+machine checks, the others wait for its verdict, which is kept in the user's cache folder. ``fastattn verify --device
+cuda --record`` checks again; ``FASTATTN_SELF_CHECK=0`` turns self-checks off. Nothing serves before its check has
+ended: see docs/decisions/no_kernel_before_its_check.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import queue
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +37,39 @@ from fastattn.version import __version__
 
 # (backend, architecture) -> the record that shows it passed there. There is none yet.
 RECORDS: dict[tuple[str, int], str] = {}
-TIMEOUT = 300  # seconds; the first compilation of the kernels is most of it
+# Limits in seconds: on the way to a context, on compiling, on running. A kernel that hangs costs the last of them.
+START_S, COMPILE_S, RUN_S = 60.0, 180.0, 40.0
+KILL_S = 3.0  # for a killed check to be gone: one that is stuck in the driver is left behind
+HANG_HOLDS_S = 86400.0
+# Another process of the same start may take a failure that says nothing of the kernels, such as a full GPU, as its own.
+FAILURE_HOLDS_S = 60.0
+WRONG_RESULT = 3  # exit code of the self-check if the backend ran, and its results are wrong
+STARTED, COMPILED = "started", "compiled"  # lines by which the self-check tells how far it is
+AHEAD = "'fastattn verify --device cuda --record' runs it by itself, ahead of time"
+AGAIN = "'fastattn verify --device cuda --record' tries again"
 log = logging.getLogger("fastattn")
-_verdicts: dict[str, str | None] = {}  # of this process: the key of a self-check -> why it failed, None if it passed
+_verdicts: dict[str, Verdict] = {}  # of this process, by the key of a self-check
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a self-check ended.
+
+    Attributes:
+        failure: why it failed, a sentence; None if it passed.
+        final: another run would say the same.
+        hung: it was ended while a kernel ran.
+        at: when, in seconds since the epoch.
+    """
+
+    failure: str | None
+    final: bool = True
+    hung: bool = False
+    at: float = field(default_factory=time.time)
+
+    def holds(self) -> bool:
+        """Whether another process may rely on it."""
+        return self.final or 0 <= time.time() - self.at < (HANG_HOLDS_S if self.hung else FAILURE_HOLDS_S)
 
 
 def reasons_against(backend: str, problem: Problem) -> list[str]:
@@ -37,22 +77,53 @@ def reasons_against(backend: str, problem: Problem) -> list[str]:
     if problem.device != "cuda" or (backend, problem.arch) in RECORDS:
         return []
     facts = _facts(backend, problem.arch)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    key = _key(facts)
     if key not in _verdicts:
-        verdict = _remembered(key)
-        if verdict is None:
-            where = f"on compute capability {problem.arch / 10:.1f} there is no record of a passed test"
-            if os.environ.get("FASTATTN_SELF_CHECK") == "0":
-                return [f"{where}, and FASTATTN_SELF_CHECK=0 forbids a self-check"]
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-                return [
-                    f"{where}, and a self-check cannot run during compilation or graph capture: call it once before"
-                ]
-            verdict = _self_check(backend, facts)
-            _remember(key, verdict)
-        _verdicts[key] = verdict["failure"]
-    failure = _verdicts[key]
-    return [] if failure is None else [f"its self-check on this GPU failed: {failure}"]
+        known = _remembered(key)
+        if known is None:
+            missing = f"on compute capability {problem.arch / 10:.1f} there is no record of a passed test"
+            if obstacle := _obstacle():
+                return [f"{missing}, and {obstacle}"]
+            known = _agreed(backend, facts, key)
+        _verdicts[key] = known
+    verdict = _verdicts[key]
+    if verdict.failure is None:
+        return []
+    return [f"its self-check on this GPU failed: {verdict.failure}" + ("" if verdict.final else f" ({AGAIN})")]
+
+
+def check_again(backend: str, arch: int) -> Verdict:
+    """Run the self-check now, whatever is remembered, and remember how it ended."""
+    facts = _facts(backend, arch)
+    key = _key(facts)
+    if _has_no_interpreter():
+        return Verdict(_NO_INTERPRETER, final=False)
+    with _only_one(key):
+        _verdicts[key] = verdict = _self_check(backend, facts)
+        _remember(key, verdict)
+    return verdict
+
+
+_NO_INTERPRETER = f"a self-check needs a Python interpreter to run in, which a frozen application has not: {AHEAD}"
+
+
+def _obstacle() -> str | None:
+    """Why no self-check may run here and now."""
+    if os.environ.get("FASTATTN_SELF_CHECK") == "0":
+        return "FASTATTN_SELF_CHECK=0 forbids a self-check"
+    if _has_no_interpreter():
+        return _NO_INTERPRETER
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return f"a self-check cannot run during compilation or graph capture: call it once before, or {AHEAD}"
+    return None
+
+
+def _has_no_interpreter() -> bool:
+    return bool(getattr(sys, "frozen", False)) or not sys.executable
+
+
+def _key(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 @functools.cache
@@ -91,45 +162,148 @@ def _version_of(package: str) -> str:
         return "none"
 
 
-def _self_check(backend: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Run the self-check; ``{"failure": why or None, "final": whether another run would say the same}``."""
-    log.warning("fastattn: checking the %s backend on %s, once; this takes a while", backend, facts["device"])
-    command = [sys.executable, "-m", "fastattn.testing.self_check", backend, f"cuda:{facts['index']}"]
-    package = str(Path(__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+# --- one check for a machine --------------------------------------------------------------------------------------
+
+
+def _agreed(backend: str, facts: dict[str, Any], key: str) -> Verdict:
+    """The verdict of this machine: of the first process that asks, for which the others wait."""
+    asked = time.time()
+    with _only_one(key):
+        known = _remembered(key, since=asked)
+        if known is None:
+            known = _self_check(backend, facts)
+            _remember(key, known)
+    return known
+
+
+@contextlib.contextmanager
+def _only_one(key: str) -> Iterator[None]:
+    """Hold the lock of a check. Without a place for it, or after too long, go on without."""
+    from filelock import FileLock, Timeout
+
+    folder = _folder()
+    if folder is None:
+        yield
+        return
+    lock = FileLock(folder / f"{key}.lock", timeout=START_S + COMPILE_S + RUN_S + KILL_S)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, env=os.environ | {"PYTHONPATH": paths}
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"failure": f"it could not run: {error}", "final": False}
-    if done.returncode == 0:
-        return {"failure": None, "final": True}
-    said = (done.stdout + done.stderr).strip().splitlines() or ["it said nothing"]
-    return {"failure": said[-1], "final": done.returncode == WRONG_RESULT}
-
-
-WRONG_RESULT = 3  # exit code of the self-check where the backend ran, and its results are wrong
-
-
-def _path(key: str) -> Path:
-    return cache_root() / "self-check" / f"{key}.json"
-
-
-def _remembered(key: str) -> dict[str, Any] | None:
+        lock.acquire()
+    except (OSError, Timeout, NotImplementedError):  # a file system without locks
+        yield
+        return
     try:
-        verdict = json.loads(_path(key).read_text(encoding="utf-8"))
-        return verdict if "failure" in verdict else None
-    except (OSError, ValueError):
+        yield
+    finally:
+        lock.release()
+
+
+def _folder() -> Path | None:
+    """A folder for verdicts that this user can write: in the cache, else among temporary files; None without one."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    for root in (cache_root, lambda: Path(tempfile.gettempdir()) / f"fastattn-{user}"):
+        with contextlib.suppress(OSError):
+            folder = root() / "self-check"
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
+                continue  # a verdict decides which code runs, so nobody else's counts
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+    return None
+
+
+def _remembered(key: str, since: float = float("inf")) -> Verdict | None:
+    """The verdict on disk that still holds, or came after ``since``; None without one, or if it is damaged."""
+    folder = _folder()
+    if folder is None:
+        return None
+    try:
+        verdict = Verdict(**json.loads((folder / f"{key}.json").read_text(encoding="utf-8")))
+        return verdict if verdict.holds() or verdict.at >= since else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def _remember(key: str, verdict: dict[str, Any]) -> None:
+def _remember(key: str, verdict: Verdict) -> None:
     """Write the verdict, whole or not at all. Without a place to write, it is found again in the next process."""
-    if not verdict["final"]:
+    folder = _folder()
+    if folder is None:
+        log.warning("fastattn: no folder to keep the verdict of the self-check in; FASTATTN_CACHE names one")
         return
     try:
-        with replaced_file(_path(key)) as temporary:
-            temporary.write_text(json.dumps(verdict), encoding="utf-8")
+        with replaced_file(folder / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps(asdict(verdict)), encoding="utf-8")
     except OSError as error:
         log.warning("fastattn: the verdict of the self-check could not be kept: %s", error)
+
+
+# --- the check, in a process of its own ---------------------------------------------------------------------------
+
+
+def _self_check(backend: str, facts: dict[str, Any]) -> Verdict:
+    log.warning(
+        "fastattn: checking the %s backend on %s, once for this machine; this takes a while (%s)",
+        backend, facts["device"], AHEAD,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "fastattn.testing.self_check", backend, f"cuda:{facts['index']}"]
+    package = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    try:  # in a session of its own, so that it ends with all that it started
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            errors="replace", start_new_session=True,
+            env=os.environ | {"PYTHONPATH": paths, "FASTATTN_SELF_CHECK": "0"},
+        )  # fmt: skip
+    except OSError as error:
+        return Verdict(f"it could not be started: {error}", final=False)
+    return _watched(child)
+
+
+def _watched(child: subprocess.Popen[str]) -> Verdict:
+    """Read what the check says, with a limit on each of its stages."""
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(child, lines), daemon=True).start()
+    stage, ends, said = "starting", time.monotonic() + START_S, "it said nothing"
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, ends - time.monotonic()))
+        except queue.Empty:
+            gone = _kill(child)
+            left = "" if gone else f"; process {child.pid}, stuck in the driver, could not be ended"
+            return Verdict(f"it did not end in time while {stage}{left}", final=False, hung=stage == "running")
+        if line is None:
+            break
+        if line == STARTED:
+            stage, ends = "compiling", time.monotonic() + COMPILE_S
+        elif line == COMPILED:
+            stage, ends = "running", time.monotonic() + RUN_S
+        elif line.strip():
+            said = line.strip()
+    code = _exit_code(child)
+    if code == 0:
+        return Verdict(None)
+    if code is not None and code < 0:
+        return Verdict(
+            f"it was ended by {signal.Signals(-code).name} while {stage}", final=False, hung=stage == "running"
+        )
+    return Verdict(said, final=code == WRONG_RESULT)
+
+
+def _read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert child.stdout is not None
+    with child.stdout:
+        for line in child.stdout:
+            lines.put(line.rstrip("\n"))
+    lines.put(None)
+
+
+def _exit_code(child: subprocess.Popen[str]) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(KILL_S)
+    return None
+
+
+def _kill(child: subprocess.Popen[str]) -> bool:
+    """End the check and what it started. False if it is still there: a process in the driver cannot be killed."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
+    return _exit_code(child) is not None

@@ -124,9 +124,10 @@ class Backward {
     for (int g = 0; g < group_; ++g) {
       if (!keeps_heads()) packer_.pack(scores_.first_head() + g, heads_[0]);
       dq_ = begin_dq(part, g);
-      for (int first = keys.begin; first < keys.end; first += kKeys) {
+      Range const rows = rows_of(part);
+      for (int first = rows.begin; first < rows.end; first += block_rows_) {
         wait();
-        run_keys(scores_.first_head() + g, queries_of(g), {first, fa::smaller(first + kKeys, keys.end)});
+        run_rows(scores_.first_head() + g, queries_of(g), first, keys);
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
       if (p_.dq && !item_.dq_shares && part > 0)
@@ -135,13 +136,17 @@ class Backward {
     write_keys(keys);
   }
 
-  // Until the unit before has added to dbias what it does for this block; or for all of them, where heads or keys share
-  // its numbers and every block adds to the same ones.
+  // Until the unit before has added to dbias what it does for this block; or for all of them, where heads, rows or keys
+  // share its numbers and more than one block adds to the same ones.
   void wait() const {
     if (!item_.before) return;
-    bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_key;
-    int64 const blocks = (keys_of(item_.parts.end - 1).end - keys_of(item_.parts.begin).begin + kKeys - 1) / kKeys;
-    int64 const needed = is_shared ? blocks * group_ : step_ + 1;
+    bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_row || !p_.dbias_key;
+    int64 needed = step_ + 1;
+    if (is_shared) {
+      needed = 0;
+      for (int part = item_.parts.begin; part < item_.parts.end; ++part)
+        needed += group_ * (rows_of(part).end - rows_of(part).begin) / block_rows_;
+    }
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
   }
 
@@ -186,19 +191,23 @@ class Backward {
     Range rows, columns;
   };
 
-  void run_keys(int head, Queries<Op> const& queries, Range keys) {
-    Range const rows = blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
-    for (int first = rows.begin; first < rows.end; first += block_rows_) {
-      int const count = int(rounded_up(fa::smaller(block_rows_, band_.s_q - first), 2));
-      for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
-      for (int r = 0; r < count; r += kTileRows)
-        run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
-      if (p_.dv)
-        multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + (keys.begin - begin_) * columns_v_);
-      if (p_.dk)
-        multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + (keys.begin - begin_) * columns_qk_);
-      add_wild_rows(head, queries, first, keys);
-    }
+  // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
+  void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+    int const end = fa::smaller(first + block_rows_, band_.s_q);
+    Range const seen = common(fa::tile_range(band_, first, end), part);
+    int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
+    for (int key = begin; key < seen.end; key += kKeys)
+      run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+  }
+
+  void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
+    for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
+    for (int r = 0; r < count; r += kTileRows)
+      run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
+    int64 const at = keys.begin - begin_;
+    if (p_.dv) multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + at * columns_v_);
+    if (p_.dk) multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + at * columns_qk_);
+    add_wild_rows(head, queries, first, keys);
   }
 
   Range keys_of_strip(int i, int count, Range keys) const {

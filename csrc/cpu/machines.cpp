@@ -3,21 +3,28 @@
 
 #include "threads.h"
 
+#if defined(FA_BASELINE_ALONE)
+#elif defined(__x86_64__)
+#define FA_X86 1
+#elif defined(__aarch64__)
+#define FA_ARM 1
+#include <sys/auxv.h>
+#endif
+
 #define FA_DECODE(machine) extern "C" fa::cpu::Decode const* fa_decode_##machine();
 #define FA_ATTENTION(operand, machine) extern "C" fa::cpu::Attention const* fa_attention_##operand##_##machine();
 
 FA_DECODE(baseline)
 FA_ATTENTION(Single, baseline)
 FA_ATTENTION(Double, baseline)
-#if defined(__x86_64__)
+#if defined(FA_X86)
 FA_DECODE(avx2)
 FA_DECODE(avx512)
 FA_ATTENTION(Single, avx2)
 FA_ATTENTION(Double, avx2)
 FA_ATTENTION(Single, avx512)
 FA_ATTENTION(Pairs, avx512bf16)
-#elif defined(__aarch64__)
-#include <sys/auxv.h>
+#elif defined(FA_ARM)
 FA_ATTENTION(Pairs, bf16)
 #endif
 
@@ -25,7 +32,7 @@ namespace fa::cpu {
 
 static bool always() { return true; }
 
-#if defined(__x86_64__)
+#if defined(FA_X86)
 static bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
@@ -38,17 +45,17 @@ static bool has_avx512() {
 }
 
 static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#elif defined(__aarch64__)
+#elif defined(FA_ARM)
 static bool has_bf16() { return getauxval(AT_HWCAP2) & 1ul << 14; }  // HWCAP2_BF16
 #endif
 
 static Machine const kMachines[] = {
-#if defined(__x86_64__)
+#if defined(FA_X86)
     {"avx512bf16", has_avx512bf16, fa_decode_avx512(), fa_attention_Single_avx512(), fa_attention_Pairs_avx512bf16(),
      fa_attention_Double_avx2()},
     {"avx512", has_avx512, fa_decode_avx512(), fa_attention_Single_avx512(), nullptr, fa_attention_Double_avx2()},
     {"avx2", has_avx2, fa_decode_avx2(), fa_attention_Single_avx2(), nullptr, fa_attention_Double_avx2()},
-#elif defined(__aarch64__)
+#elif defined(FA_ARM)
     {"bf16", has_bf16, fa_decode_baseline(), fa_attention_Single_baseline(), fa_attention_Pairs_bf16(),
      fa_attention_Double_baseline()},
 #endif

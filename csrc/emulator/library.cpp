@@ -95,6 +95,7 @@ long long fa_backward_version() { return fa::kBackwardVersion; }
 long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
 long long fa_decode_version() { return fa::kDecodeVersion; }
 long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
+long long fa_cuda_version() { return 0; }  // it needs no driver
 int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {
   return fa::emu::answer(params, fa::kForwardVersion, error, error_bytes);
 }

@@ -191,6 +191,8 @@ FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }
 FA_EXPORT long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
 FA_EXPORT long long fa_decode_version() { return fa::kDecodeVersion; }
 FA_EXPORT long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
+// The CUDA that it was built with, 1000 * major + 10 * minor: the driver must know its major version.
+FA_EXPORT long long fa_cuda_version() { return CUDART_VERSION; }
 
 FA_EXPORT int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {
   return fa::run(params, fa::kForwardVersion, error, error_bytes);

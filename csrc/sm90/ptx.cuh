@@ -17,6 +17,10 @@
 
 #include "wgmma.cuh"
 
+#if defined(FA_WATCHDOG) && !defined(__CUDACC_RTC__)
+extern "C" __host__ __device__ int printf(char const*, ...);
+#endif
+
 namespace fa::sm90 {
 
 struct alignas(64) TensorMap {  // CUtensorMap, whose header does not compile under NVRTC
@@ -66,11 +70,21 @@ FA_DEVICE void mbarrier_expect(uint32 barrier, uint32 bytes) {
 // first wait for something to become empty uses parity 1.
 FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
   uint32 done;
+#ifdef FA_WATCHDOG
+  uint32 tries = 0;
+#endif
   do {
     asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
+#ifdef FA_WATCHDOG  // for finding faults, and slow: what would hang for good says where, and ends the kernel
+    if (++tries > FA_WATCHDOG) {
+      printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(), block_index(),
+             parity, thread_index());
+      __trap();
+    }
+#endif
   } while (!done);
 }
 
@@ -269,11 +283,13 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.69314718055994531f;
 // 1024-byte aligned; inside, rows are 128 bytes apart and the 16-byte pieces of row r are permuted by XOR with r % 8.
 constexpr int kChunkColumns = 64, kRowBytes = 128;
 
-// Low word of a wgmma descriptor: start address and leading offset, both in units of 16 bytes.
+// Low word of a wgmma descriptor: start address and leading offset, both in units of 16 bytes. The address has 14 bits:
+// in a cluster, shared addresses carry the rank of their block further up, where the leading offset lies.
+FA_DEVICE uint32 start_address(uint32 address) { return address >> 4 & 0x3fff; }
 // K-major: the summed dimension lies along the 128-byte rows (Q, K). The leading offset is not used.
-FA_DEVICE uint32 k_major(uint32 address) { return (address >> 4) | (1u << 16); }
+FA_DEVICE uint32 k_major(uint32 address) { return start_address(address) | (1u << 16); }
 // M- or N-major: the other dimension lies along the rows (V): its next 64 columns are one chunk further.
-FA_DEVICE uint32 n_major(uint32 address, int rows) { return (address >> 4) | ((rows * kRowBytes >> 4) << 16); }
+FA_DEVICE uint32 n_major(uint32 address, int rows) { return start_address(address) | ((rows * kRowBytes >> 4) << 16); }
 
 // Increment of a descriptor for k columns (K-major, chunks of `rows` rows) or k rows (N-major); k is a multiple of 16.
 FA_DEVICE constexpr uint32 k_major_step(int rows, int k) {

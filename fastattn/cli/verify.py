@@ -10,6 +10,8 @@ from fastattn.cli import device
 from fastattn.errors import input_error
 from fastattn.files import write_text
 
+CHECKED = ("triton",)  # backends that a passed self-check lets serve unasked
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = "Compare each usable backend with fp64 over the grid of cases; exit code 1 if one breaks the tolerance rule."
@@ -19,6 +21,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report there")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also judge N random problems")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
+    record = "only run the self-check by which a GPU backend is chosen unasked, and remember how it ends"
+    parser.add_argument("--record", action="store_true", help=record)
     device.add_flag(parser)
     parser.set_defaults(run=run)
 
@@ -30,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.fuzz < 0:
         raise input_error("--fuzz", args.fuzz, "a number >= 0", "0 judges the grid of cases alone.")
     target = str(device.choose(args.device))
+    if args.record:
+        return _record(target, args.backend)
     report = verify(device=target, quick=args.quick, backends=args.backend)
     print(report.table(), flush=True)
     failure = fuzz(args.fuzz, args.seed, target, args.backend) if args.fuzz else None
@@ -39,3 +45,22 @@ def run(args: argparse.Namespace) -> int:
         found = report.to_dict() | {"fuzz": {"problems": args.fuzz, "failure": str(failure) if failure else None}}
         write_text(args.json, json.dumps(found, indent=1) + "\n")
     return 0 if report.ok and failure is None else 1
+
+
+def _record(target: str, backends: list[str] | None) -> int:
+    """Check each backend that runs kernels on this GPU, say how it ended, and leave the verdict for later processes."""
+    import torch
+
+    from fastattn import backends as all_backends
+    from fastattn.evidence import check_again
+
+    if torch.device(target).type != "cuda":
+        raise input_error("--record", f"--device {target}", "--device cuda", "Only a GPU backend needs a self-check.")
+    major, minor = torch.cuda.get_device_capability(target)
+    failed = False
+    for name in backends or CHECKED:
+        missing = all_backends().get(name, "there is no such backend")
+        verdict = None if missing else check_again(name, 10 * major + minor)
+        failed = failed or verdict is None or verdict.failure is not None
+        print(f"{name}: {missing or (verdict and verdict.failure) or 'passed, and remembered'}", flush=True)
+    return int(failed)

@@ -71,6 +71,9 @@ class HostStopwatch:
         return self._now() - start
 
 
+SLEEP_PER_LAUNCH = 1.5  # of the time that the host takes for a call: flushing and events are queued, too
+
+
 class CudaStopwatch:
     """Device time between CUDA events, with the L2 cache flushed before each call.
 
@@ -85,13 +88,22 @@ class CudaStopwatch:
         self._flush = torch.empty(max(2 * l2_bytes, 1 << 26), dtype=torch.int8, device=device)
 
     def __call__(self, contender: Contender, calls: int) -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         torch.cuda.synchronize()
         queued = time.perf_counter()
         contender()
-        launch_s = time.perf_counter() - queued
-        asleep = min(1.5 * launch_s * calls, self.LONGEST_SLEEP)
-        torch.cuda._sleep(int(asleep * self.CYCLES_PER_SECOND))
+        launch_s = max(1e-6, time.perf_counter() - queued)
+        at_once = max(1, int(self.LONGEST_SLEEP / (SLEEP_PER_LAUNCH * launch_s)))
+        done, seconds = 0, 0.0
+        while done < calls:  # no more at once than a sleep of bearable length can hide
+            now = min(at_once, calls - done)
+            seconds += self._batch(contender, now, SLEEP_PER_LAUNCH * launch_s * now)
+            done += now
+        return seconds
+
+    def _batch(self, contender: Contender, calls: int, asleep_s: float) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(asleep_s * self.CYCLES_PER_SECOND))
         for start, end in events:
             self._flush.zero_()
             start.record()

@@ -292,7 +292,7 @@ def _judge_stored(before: CacheInputs, after: CacheInputs) -> list[Row]:
         then, now = getattr(before, name), getattr(after, name)
         kept = [x.contiguous().view(torch.uint8)[~is_new] for x in (then, now)]
         assert torch.equal(*kept), f"{name}: rows were written that are not new"
-        wide = scale[:, None, :, None].double() if scale is not None else torch.ones((), dtype=torch.float64)
+        wide = torch.ones(1, device=now.device).double() if scale is None else scale[:, None, :, None].double()
         limit = torch.finfo(now.dtype).max * wide
         goal = expected[name].double().clamp(-limit, limit)[is_new]
         error = ((now.double() * wide)[is_new] - goal).abs()

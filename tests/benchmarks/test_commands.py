@@ -9,10 +9,12 @@ import torch
 import fastattn
 from benchmarks import peers, suites
 from benchmarks.__main__ import main
+from benchmarks.gpu_plan import KERNELS, Plan, timetable, undone
 from benchmarks.record import read
 from fastattn.measure import speed
 from fastattn.measure.speed import SpeedReport
 from fastattn.measure.workload import Workload
+from fastattn.testing import simulated
 
 QUICK = ["--device", "cpu", "--threads", "1", "--quick", "--quiet"]
 
@@ -105,28 +107,59 @@ def test_report_of_a_record(tmp_path, capsys):
     assert (tmp_path / "report" / "report.md").exists()
 
 
+needs_simulation = pytest.mark.skipif(
+    simulated.unavailable_reason() is not None, reason=simulated.unavailable_reason() or ""
+)
+
+
 @pytest.mark.slow
-def test_gpu_on_a_cpu(tmp_path, capsys):
-    """Every step runs or is a row; few files, small; a short table last."""
+@needs_simulation
+def test_gpu_rehearsed(tmp_path, capsys, monkeypatch):
+    """The plan of a GPU on the simulated one: every kind of step once, a short table, what would be undone."""
+    phases = Plan.phases
+
+    def each_kind(plan, unsafe=()):
+        left_out = ("ops, llm", "ops, features", "ops, small, flex")
+        return (phase for phase in phases(plan, unsafe) if not any(step.name in left_out for step in phase))
+
+    monkeypatch.setattr(Plan, "phases", each_kind)
     out = tmp_path / "out"
-    assert main(["gpu", *QUICK, "--out", str(out)]) == 0
+    assert main(["gpu", "--rehearse", "--quiet", "--out", str(out)]) == 0
     rows = {row["step"]: row for row in read(out / "gpu.json")["results"]}
-    assert rows["ncu, portable"]["result"] in ("ok", "missing") and rows["compute-sanitizer, portable"]["note"]
-    for step in ("verify, portable", "ops, cpu", "model", "overhead", "profile, portable"):
+    for step in ("first numbers, triton", "compile", "tests, triton", "ops, cells"):
         assert rows[step]["result"] == "ok", rows[step]
-    first = next(row for step, row in rows.items() if step.startswith("first run, portable"))
-    assert first["result"] == "ok" and "green" in first["note"]
-    files = list(out.iterdir())
-    assert len(files) <= 8 and sum(path.stat().st_size for path in files) < 16e6
-    assert {"gpu.json", "ops.json", "model.json", "overhead.json", "report.md"} <= {path.name for path in files}
-    assert len(capsys.readouterr().out.splitlines()) < 100
+    assert "green" in rows["first numbers, triton"]["note"] and "1 passed" in rows["tests, triton"]["note"]
+    assert rows["tune D 128"]["result"] == "not rehearsed"
+    assert {"gpu.json", "first-numbers-triton.json", "ops-cells.json", "report.md"} <= {
+        path.name for path in out.iterdir()
+    }
+    said = capsys.readouterr().out
+    assert "fastattn-triton" in said and "| minute 1 |" in said and len(said.splitlines()) < 100
 
 
+@needs_simulation
 def test_gpu_out_of_time_is_rows_too(tmp_path, capsys):
-    assert main(["gpu", *QUICK, "--limit", "0", "--out", str(tmp_path)]) == 0
-    rows = read(tmp_path / "gpu.json")["results"]
-    assert {row["result"] for row in rows} <= {"not begun", "missing"}
+    assert main(["gpu", "--rehearse", "--limit", "0", "--quiet", "--out", str(tmp_path)]) == 0
+    assert {row["result"] for row in read(tmp_path / "gpu.json")["results"]} <= {
+        "not begun",
+        "missing",
+        "not rehearsed",
+    }
     assert "out of time" in capsys.readouterr().out
+
+
+def test_the_plan_of_a_gpu_tells_the_most_first(tmp_path):
+    """Nothing is timed beside something else, no step comes twice, and the first minute has the first numbers."""
+    plan = Plan(tmp_path, KERNELS)
+    steps = [step for phase in plan.phases() for step in phase]
+    assert len({step.name for step in steps}) == len(steps)
+    for phase in plan.phases():
+        assert len(phase) <= 1 or all(step.name.startswith("tests") for step in phase)
+    done_in_a_minute = {step.name for step in steps} - set(undone(plan, 540, 1))
+    assert done_in_a_minute == {"first numbers, cuda", "first numbers, triton"}
+    assert timetable(plan, 540)[-1][1] <= 540
+    without = [step.name for phase in plan.phases({"cuda"}) for step in phase if "fastattn-cuda" in step.command]
+    assert all("cuda" not in name or name.startswith(("first", "tests")) for name in without)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +172,7 @@ def test_gpu_out_of_time_is_rows_too(tmp_path, capsys):
         (["ops", "--threads", "0", "--device", "cpu"], "--threads: got 0; allowed: at least 1"),
         (["model", "--preset", "vit-tiny", "--device", "cpu"], "--preset: got 'vit-tiny'; allowed: tiny, small"),
         (["model", "--length", "1", "--device", "cpu"], "--length: got 1; allowed: at least 2"),
+        (["gpu", "--device", "cpu"], "allowed: cuda, or --rehearse"),
         (["report"], "no record given"),
         (["report", "nowhere.json"], "nowhere.json: No such file"),
         (["report", "--pages", "nowhere.md"], "nowhere.md: No such file"),

@@ -64,9 +64,9 @@ def machines() -> tuple[str, ...]:
     return MACHINES.get(platform.machine(), ("baseline",))
 
 
-def units() -> tuple[Unit, ...]:
-    """What is compiled on this kind of machine."""
-    return UNITS.get(platform.machine(), ANYWHERE)
+def units(kind: str | None = None) -> tuple[Unit, ...]:
+    """What is compiled on a ``kind`` of machine, by default this one's."""
+    return UNITS.get(kind or platform.machine(), ANYWHERE)
 
 
 def find_compiler() -> str:
@@ -95,30 +95,34 @@ def build_library(target: Path, csrc: Path) -> None:
     compiler = find_compiler()
     with tempfile.TemporaryDirectory() as folder:
         commands = compile_commands(compiler, csrc, Path(folder))
-        _run(commands)
+        run(commands)
         objects = [command[-1] for command in commands]
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run([[compiler, "-shared", *objects, "-o", str(target)]])
+        run([[compiler, "-shared", *objects, "-o", str(target)]])
 
 
-def compile_commands(compiler: str, csrc: Path, folder: Path, more: tuple[str, ...] = ()) -> list[list[str]]:
+def compile_commands(
+    compiler: str, csrc: Path, folder: Path, *, kind: str | None = None, more: tuple[str, ...] = ()
+) -> list[list[str]]:
     """One command for each object, whose path comes last; those that take longest come first."""
-    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}", *more]
+    common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}"]
     commands = []
-    for source, operand, machine, flags in units():
+    for source, operand, machine, flags in units(kind):
         optimise = EXPLICIT if operand else ARITHMETIC
         defined = [f"-DFA_MACHINE={machine}", *([f"-DFA_OPERAND={operand}"] if operand else [])]
         path = str(folder / f"{source}{operand}-{machine}.o")
-        commands.append([*common, *optimise, *flags, *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+        commands.append(
+            [*common, *optimise, *flags, *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path]
+        )
     for source in LIBRARY_SOURCES:
         defined = [f'-DFA_SOURCES="{fingerprint(csrc)}"']
         path = str(folder / f"{source}.o")
-        commands.append([*common, "-O2", *defined, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
+        commands.append([*common, "-O2", *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path])
     return commands
 
 
-def _run(commands: list[list[str]]) -> None:
-    """As many at once as there are processors."""
+def run(commands: list[list[str]]) -> None:
+    """As many at once as there are processors. Raises BuildError."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for error in pool.map(_error_of, commands):
             if error is not None:

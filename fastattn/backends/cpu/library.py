@@ -68,6 +68,7 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._library = ctypes.CDLL(str(path))
         for name, argument, result in (
             ("fa_cpu_version", [], ctypes.c_longlong),

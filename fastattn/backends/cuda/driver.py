@@ -14,11 +14,23 @@ INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_256B, FILL_NONE = 0, 3, 3, 0
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: a module may be loaded while a stream of this thread is capturing
+NO_DRIVER = 999
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def supported_major() -> int:
+    """The newest major version of CUDA that the driver knows; a large number without a driver, where nothing runs."""
+    version = ctypes.c_int()
+    try:
+        code = _driver().cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return NO_DRIVER
+    return NO_DRIVER if code else version.value // 1000
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -31,7 +43,11 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def aligned_buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """A buffer that holds ``size`` bytes at the returned, aligned address."""
+    """A buffer that holds ``size`` bytes, and what the alignment rounds them up to, at the returned, aligned address.
+
+    The driver copies whole multiples of the alignment of a kernel's argument.
+    """
+    size += -size % MAP_ALIGNMENT
     buffer = ctypes.create_string_buffer(size + MAP_ALIGNMENT)
     address = ctypes.addressof(buffer)
     return buffer, address + -address % MAP_ALIGNMENT
@@ -61,12 +77,38 @@ def encode_map(to: int, data: int, dtype: int, sizes: tuple[int, ...], strides: 
     )
 
 
+def use_device(device: int) -> None:
+    """Make the context that torch uses on a device current on this thread, which may have none yet.
+
+    Threads of autograd and of servers have none until the runtime is called on them, and the driver makes none.
+    """
+    context, current = ctypes.c_void_p(), ctypes.c_int(-1)
+    _call("cuCtxGetCurrent", ctypes.byref(context))
+    if context.value:
+        _call("cuCtxGetDevice", ctypes.byref(current))
+    if current.value != device:
+        _call("cuCtxSetCurrent", _primary_context(device))
+
+
+@functools.cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    """Retained once, and for the life of the process."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuDeviceGet", ctypes.byref(handle), device)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+    return context
+
+
 def load_function(cubin: bytes, name: str, shared_bytes: int) -> ctypes.c_void_p:
     """The kernel ``name`` of ``cubin`` in the current context, allowed ``shared_bytes`` of shared memory."""
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _call("cuModuleLoadData", ctypes.byref(module), cubin)
-    _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
-    _call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared_bytes)
+    module, function, mode = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int(RELAXED)
+    _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        _call("cuModuleLoadData", ctypes.byref(module), cubin)
+        _call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        _call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared_bytes)
+    finally:
+        _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))  # back to what it was
     return function
 
 

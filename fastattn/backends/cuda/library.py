@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-from fastattn.backends.cuda import abi
+from fastattn.backends.cuda import abi, driver
 
 PATH = Path(__file__).with_name("libfastattn.so")
 ERROR_BYTES = 512
@@ -16,12 +16,18 @@ class Library:
     """A loaded library whose structs are those that ``abi`` packs.
 
     Raises:
-        OSError: it cannot be loaded, or was built from other sources.
+        OSError: it cannot be loaded, was built from other sources, or with a CUDA that the driver does not know.
     """
 
     def __init__(self, path: Path = PATH) -> None:
         self._library = ctypes.CDLL(str(path))
         self._path = path
+        made_with = getattr(self._library, "fa_cuda_version", lambda: 0)()
+        if made_with // 1000 > driver.supported_major():
+            raise OSError(
+                f"{path} was built with CUDA {made_with // 1000}, the driver knows CUDA {driver.supported_major()}; "
+                "update the driver, or build with an older CUDA"
+            )
         self._forward = self._function("forward", abi.FORWARD)
         self._backward = self._function("backward", abi.BACKWARD)
         self._decode = self._function("decode", abi.DECODE)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -40,6 +41,7 @@ from fastattn.files import cache_root, replaced_file
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
+MORE_OPTIONS = "FASTATTN_NVRTC_OPTIONS"  # for finding faults and comparing: -DFA_WATCHDOG=20000000, -DFA_STAGED=1
 KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
@@ -53,8 +55,9 @@ class NvrtcError(Exception):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """NVRTC from the libraries beside torch, or from the system."""
-    for major in MAJORS:
+    """NVRTC from the libraries beside torch, or from the system: the newest whose kernels the driver knows."""
+    known = driver.supported_major()
+    for major in (major for major in MAJORS if major <= known):
         for path in _wheel_libraries(major):
             # NVRTC asks for its builtins by name alone: loaded first, they are found wherever they lie.
             for builtins in path.parent.glob(f"libnvrtc-builtins.so.{major}*"):
@@ -64,13 +67,19 @@ def load() -> ctypes.CDLL:
             return ctypes.CDLL(f"libnvrtc.so.{major}")
         except OSError:
             continue
-    raise NvrtcError("NVRTC was not found (it comes with CUDA builds of torch)")
+    limit = "" if known >= MAJORS[0] else f", none newer than {known}, which is what the driver knows"
+    raise NvrtcError(f"NVRTC was not found (it comes with CUDA builds of torch){limit}")
 
 
 def _wheel_libraries(major: int) -> list[Path]:
     nvidia = find_spec("nvidia")
     roots = list(nvidia.submodule_search_locations or []) if nvidia else []
     return [path for root in roots for path in Path(root).glob(f"*/lib/libnvrtc.so.{major}")]
+
+
+def options() -> tuple[str, ...]:
+    """The compiler's, and those that the environment adds."""
+    return (*OPTIONS, *os.environ.get(MORE_OPTIONS, "").split())
 
 
 def version() -> str:
@@ -110,10 +119,10 @@ def compile_kernel(instance: Instance) -> bytes:
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        options = [option.encode() for option in (*OPTIONS, f"--include-path={folder}")]
+        words = [option.encode() for option in (*options(), f"--include-path={folder}")]
         source = source_of(instance).encode()
         nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, f"{instance.name}.cu".encode(), 0, None, None)
-        code = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        code = nvrtc.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
     size = ctypes.c_size_t()
     if code:
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -129,7 +138,9 @@ def compile_kernel(instance: Instance) -> bytes:
 
 
 def cache_path(instance: Instance) -> Path:
-    text = "\0".join([*(part for item in headers().items() for part in item), source_of(instance), *OPTIONS, version()])
+    text = "\0".join(
+        [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
+    )
     return cache_root() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
@@ -209,6 +220,7 @@ class NvrtcKernels:
             self._launch(COMBINE, given, [], packed, -(-outputs // (COMBINE.threads // 32)))
 
     def _launch(self, config: AnyConfig, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
+        driver.use_device(given["device"])
         function = self._function(given["device"], Instance(config, DTYPES[given["dtype"]]))
         buffer, address = aligned_arguments(given["dtype"], views, packed)
         driver.launch(function, address, blocks, config.threads, shared_bytes(config), given["stream"])

@@ -237,8 +237,9 @@ class Flags:
 
     @property
     def features(self) -> frozenset[str]:
-        """The features in use that need registers, and so may need a smaller tile."""
-        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name))
+        """The features in use on which the choice of a configuration depends."""
+        of_cache = {name for name, is_used in (("paged", self.paged), ("e4m3", self.fp8)) if is_used}
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | of_cache
 
     @property
     def in_chunks(self) -> bool:

@@ -67,7 +67,10 @@ def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable
 
 def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
     """The kinds of rows that serve a kernel with these features in use, the one to prefer first."""
-    count = len(REGISTER_HEAVY.intersection(features))
+    features = frozenset(features)
+    count = len(REGISTER_HEAVY & features)
+    if kernel == "decode" and "paged" in features and "e4m3" not in features and not count:
+        return [f"{kernel} paged", kernel]  # the look-up of pages takes a stage of the pipeline
     return [f"{kernel} several", f"{kernel} one", kernel][2 - min(count, 2) :]
 
 

@@ -388,7 +388,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd
         bias=int(inputs.bias is not None),
         plain=not finished and spec.scale >= torch.finfo(torch.float32).tiny,
         precise=inputs.q.dtype == torch.float32,
-        precision="tf32" if _tf32() else "ieee",
+        precision="tf32" if inputs.q.dtype == torch.float32 and _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
     )
 

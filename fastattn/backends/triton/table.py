@@ -1,10 +1,10 @@
 """The configurations: tile, warps and pipeline stages of each kernel. ``python -m benchmarks tune`` rewrites this file.
 
 ``(arch, kernel, bits of an element, head dim): (BLOCK_M, BLOCK_N, num_warps, num_stages)``; a head dim between two
-rows takes the larger one, an architecture without a row that of "default". A row named "<kernel> one" serves a problem
-with one of the features in ``configs.REGISTER_HEAVY``, "<kernel> several" one with more. Every row was chosen by its
-machine code (``make gates``): no spills, no product computed twice where that is possible, then the largest tile. None
-has been measured on a GPU yet.
+rows takes the larger one, an architecture without a row that of "default". A row named "<kernel> one" serves a
+problem with one of the features in ``configs.REGISTER_HEAVY``, "<kernel> several" one with more, "decode paged" a
+cache in pages without any of them. Every row was chosen by its machine code (``make gates``): no spills, no product
+computed twice where that is possible, then the largest tile. None has been measured on a GPU yet.
 """
 
 TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
@@ -163,6 +163,8 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_90", "decode", 16, 128): (64, 64, 8, 3),
     ("sm_90", "decode", 16, 256): (32, 32, 8, 2),
     ("sm_90", "decode one", 16, 256): (16, 64, 8, 2),
+    ("sm_90", "decode paged", 16, 64): (64, 64, 4, 5),
+    ("sm_90", "decode paged", 16, 128): (64, 64, 4, 5),
     ("sm_90", "decode several", 16, 128): (32, 64, 8, 2),
     ("sm_90", "decode several", 16, 256): (16, 32, 8, 2),
     ("sm_90", "forward", 16, 64): (128, 128, 8, 3),

@@ -402,10 +402,11 @@ def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
 def masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """``scores``, but ``-inf`` where ``keep`` is false; ``is_full`` says that it is true in the whole tile.
 
-    With a mask no tile is full. A branch all the same would move dropout, which follows it, into the layout of an
-    operand of a product without tensor cores, where each thread draws whole rows of it.
+    With a mask no tile is full. A branch all the same would keep loads of the mask out of the pipeline, and move
+    dropout, which follows it, into the layout of an operand of a product without tensor cores, where each thread draws
+    whole rows.
     """
-    if F.mask and F.dropout:  # noqa: SIM114 - the other condition is one of run time
+    if F.mask:  # noqa: SIM114 - the other condition is one of run time
         scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
     elif not is_full:
         scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))

@@ -101,6 +101,8 @@ def test_features_that_need_registers_choose_the_row() -> None:
     assert builds.served_by("backward_dkdv one", 16) == [
         "mask", "bias", "softcap causal", "alibi causal", "segments causal", "dropout causal"
     ]  # fmt: skip
+    assert configs.kinds_of("decode", {"paged"}) == ["decode paged", "decode"]
+    assert configs.kinds_of("decode", {"paged", "e4m3"}) == ["decode"] and builds.served_by("decode paged", 16)
     assert builds.served_by("decode several", 32) == [builds.DECODING_IN_FP32[1]]
     assert builds.served_by("backward_dbias", 32) == ["bias causal"]  # the table has no such row for dbias
 
@@ -163,3 +165,34 @@ def test_ints_in_tuples_are_specialised_whatever_a_kernel_asks() -> None:
 
     assert specialised(1, 16, 7) == [1, "D", ""]
     assert specialised(*map(coded, (-1, 0, 1, 7, 8, 16, 1 << 29))) == [1, *[""] * 6]
+
+
+def test_loads_and_conversions_are_counted_in_the_innermost_loops() -> None:
+    ttgir = """
+  %0 = tt.load %p : tensor<64x!tt.ptr<f32>>
+  scf.for %i = %a to %b step %c : i32 {
+    %1 = tt.load %p : tensor<64x!tt.ptr<f32>>
+    %2 = scf.for %j = %a to %b step %c iter_args(%x = %y) -> (tensor<64xf32>) : i32 {
+      %3 = tt.load %p : tensor<64x!tt.ptr<f32>>
+      %4 = ttg.convert_layout %3 : tensor<64xf32> -> tensor<64xf32>
+    }
+  }
+  %5 = ttg.convert_layout %0 : tensor<64xf32> -> tensor<64xf32>
+"""
+    lines = figures.loops_in(ttgir)
+    assert sum("tt.load" in line for line in lines) == sum("convert_layout" in line for line in lines) == 1
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    """Limited by registers, by shared memory, and by warps."""
+    target = builds.TARGETS["sm_90"]
+    assert figures.programs_of(255, 1024, 8, target) == 1 and figures.programs_of(219, 72192, 4, target) == 2
+    assert figures.programs_of(32, 120_000, 4, target) == 1 and figures.programs_of(16, 0, 8, target) == 8
+
+
+@pytest.mark.parametrize("kernel", builds.KERNELS[:3])
+def test_loads_of_a_mask_are_pipelined(kernel: str) -> None:
+    """No load in the loop waits for memory: a branch around the mask would bring that back."""
+    todo = [builds.Build("sm_90", "sm_90", kernel, "mask", 16, 128)]
+    ((_, found),) = gates.compiled(todo, 1)
+    assert found.error is None and found.stack == 0 and found.sync_loads == 0

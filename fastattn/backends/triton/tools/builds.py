@@ -27,6 +27,7 @@ class Target:
     warp_size: int
     shared_limit: int
     tensor_core: str
+    most_warps: int = 64  # of a multiprocessor at a time
 
 
 TARGETS = {

@@ -12,13 +12,18 @@ from typing import Any
 
 from fastattn.backends.triton.tools.builds import Target
 
+# Of a multiprocessor: registers, and bytes of shared memory that the system takes for each block.
+CUDA_REGISTERS, RESERVED_SHARED = 65536, 1024
+
 
 @dataclass(frozen=True)
 class Figures:
     """Figures from the machine code of a build; ``error`` if it does not compile.
 
     ``repeats`` is how often tensor cores compute a product, on average: warps for which a tile has no rows or columns
-    left repeat what others do.
+    left repeat what others do. ``sync_loads`` counts loads in loops that are not pipelined, so that their latency is
+    paid in every step; ``conversions`` counts changes of layout in loops, which go through shared memory;
+    ``programs`` is how many programs a multiprocessor holds at a time, 0 where it is not known (AMD).
     """
 
     registers: int = 0
@@ -26,19 +31,27 @@ class Figures:
     shared: int = 0
     tensor_core: int = 0
     repeats: float = 1.0
+    sync_loads: int = 0
+    conversions: int = 0
+    programs: int = 0
     config: tuple[int, ...] = ()
     seconds: float = 0.0
     error: str | None = None
 
 
 def read(kernel: Any, target: Target, tensor_core: str) -> Figures:
-    repeats = repeats_in(kernel.asm["ttgir"])
+    loops = loops_in(kernel.asm["ttgir"])
+    of_ttgir: dict[str, Any] = {
+        "repeats": repeats_in(kernel.asm["ttgir"]),
+        "sync_loads": sum("tt.load " in line for line in loops),
+        "conversions": sum("ttg.convert_layout" in line for line in loops),
+    }
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in _HIP}  # type: ignore[index]
         # scalar registers spill into lanes of vector registers, which costs no memory
         stack = number["private_segment_fixed_size"] + 4 * number["vgpr_spill_count"]
-        return Figures(number["vgpr_count"], stack, kernel.metadata.shared, text.count("v_mfma"), repeats)
+        return Figures(number["vgpr_count"], stack, kernel.metadata.shared, text.count("v_mfma"), **of_ttgir)
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -49,7 +62,35 @@ def read(kernel: Any, target: Target, tensor_core: str) -> Figures:
         code = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())  # type: ignore[union-attr]
     products = len(re.findall(rf"\b({tensor_core})", code))
-    return Figures(registers, stack, kernel.metadata.shared, products, repeats)
+    shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+    programs = programs_of(registers, shared, warps, target)
+    return Figures(registers, stack, shared, products, **of_ttgir, programs=programs)
+
+
+def programs_of(registers: int, shared: int, warps: int, target: Target) -> int:
+    """How many programs of a kernel an NVIDIA multiprocessor holds: registers come in units of 256 for each warp."""
+    of_warp = -(-registers * target.warp_size // 256) * 256
+    by_registers = CUDA_REGISTERS // (of_warp * warps)
+    # each block takes a kilobyte of shared memory for the system
+    by_shared = (target.shared_limit + RESERVED_SHARED) // (shared + RESERVED_SHARED)
+    return min(by_registers, by_shared, target.most_warps // warps)
+
+
+def loops_in(ttgir: str) -> list[str]:
+    """The lines that stand in a loop; where loops nest, those of the innermost ones."""
+    innermost, open_loops = [], list[tuple[str, list[str]]]()
+    for line in ttgir.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        if open_loops and indent == open_loops[-1][0] and line.lstrip().startswith("}"):
+            innermost += open_loops.pop()[1]
+            for _, outer in open_loops:
+                outer.clear()  # it holds a loop: what stands in it runs less often
+            continue
+        if open_loops:
+            open_loops[-1][1].append(line)
+        if re.search(r"\bscf\.(for|while)\b", line):
+            open_loops.append((indent, []))
+    return innermost
 
 
 def repeats_in(ttgir: str) -> float:

@@ -65,7 +65,7 @@ def features_of(kind: str) -> frozenset[str]:
     """The features that a kind of row is measured with, besides the causal mask."""
     kernel, _, count = kind.partition(" ")
     heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
-    return frozenset(heavy[: {"": 0, "one": 1, "several": 2}[count]])
+    return frozenset({"paged"} if count == "paged" else heavy[: {"": 0, "one": 1, "several": 2}[count]])
 
 
 def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
@@ -73,11 +73,11 @@ def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
     rows: tuple[int, ...]
     columns: tuple[int, ...]
     rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("backward_dkdv") else ((64, 128), (32, 64, 128))
-    if kernel == "decode":
+    if kernel.startswith("decode"):
         rows, columns = now[:1], (32, 64, 128)  # one query row in each sequence is what is measured
     elif bits == 32:
         rows, columns = (16, 32, 64), (32, 64)
-    stages = (1,) if kernel == "backward_dbias" else (1, 2, 3)
+    stages = (1,) if kernel == "backward_dbias" else (1, 2, 3, 4, 5)
     found = list(itertools.product(rows, columns, (4, 8), stages))
     return [now, *(config for config in found if config != now)]
 
@@ -85,7 +85,7 @@ def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
 def measured(key: Key, todo: Iterable[Config], timer: Timer, device: torch.device) -> Iterator[Measured]:
     """Time each of ``todo`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
 
-    Decoding has caches of 16k positions for four sequences, in pages.
+    Decoding has caches of 16k positions for four sequences, in pages but for the rows "decode".
     """
     from fastattn.backends.triton import configs
 
@@ -153,6 +153,8 @@ def _decoding(
     lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
     q = torch.randn(batch, 1, HEADS, d, device=device, dtype=dtype)
     slopes = torch.rand(1, HEADS, device=device) if "alibi" in features else None
-    inputs = CacheInputs(q, k, v, lengths, block_table=table, alibi_slopes=slopes, max_seqlen_q=1)
+    if not features:  # one page for each sequence
+        k, v = (x.view(batch, pages * page_size, 4, d) for x in (k, v))
+    inputs = CacheInputs(q, k, v, lengths, block_table=table if features else None, alibi_slopes=slopes, max_seqlen_q=1)
     spec = AttentionSpec(d**-0.5, softcap=30.0 if "softcap" in features else None, right=0)
     return lambda config: launch_decode.attend_to_cache(inputs, spec, config)  # type: ignore[arg-type]

@@ -1,0 +1,77 @@
+"""Makes a process one in which launching a kernel compiles it, for a GPU that need not be there, and does no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Compile = Callable[[], Any]  # compiles the kernel that was to be launched, and returns it
+
+
+class Target(NamedTuple):
+    """What Triton compiles for."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+
+
+def present_target(device: torch.device) -> Target:
+    """That of a GPU that is there."""
+    import triton
+
+    with torch.cuda.device(device):
+        found = triton.runtime.driver.active.get_current_target()
+    return Target(found.backend, found.arch, found.warp_size)
+
+
+def compile_only(
+    target: Callable[[], Target], device: Callable[[], int], launched: Callable[[str, Any, Compile], Any]
+) -> None:
+    """Replace Triton's driver and its launches in this process, for good.
+
+    Args:
+        target: what to compile for now.
+        device: a number for it: Triton keeps what it compiled by device.
+        launched: called instead of a launch, with the kernel's name, all its arguments and what compiles it, or not.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class NamesItsTarget(DriverBase):
+        def __init__(self) -> None: ...
+
+        is_active = classmethod(lambda cls: True)
+        get_current_target = lambda self: GPUTarget(*target())  # noqa: E731
+        get_current_device = lambda self: device()  # noqa: E731
+        get_current_stream = lambda self, *_: 0  # noqa: E731
+        get_active_torch_device = lambda self: torch.device("meta")  # noqa: E731
+        get_benchmarker = map_python_to_cpp_type = lambda self, *_: None
+
+    driver.set_active(NamesItsTarget())
+    run = JITFunction.run
+
+    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return launched(self.__name__, (args, options), lambda: run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = launch
+
+
+def signature(value: Any) -> str:
+    """What a kernel is compiled for, of the arguments of a launch; numbers count by their kind alone."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={value[name]!r}" if name[0].isupper() else signature(value[name]) for name in value)
+    if isinstance(value, (tuple, list)):
+        return f"({' '.join(map(signature, value))})"
+    return repr(value) if value is None else type(value).__name__
+
+
+def on_meta(x: Any) -> Any:
+    """A tensor without memory in the layout of ``x``; anything else as it is."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, torch.Tensor) else x

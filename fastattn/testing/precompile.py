@@ -1,0 +1,118 @@
+"""Compiles Triton's kernels for known problems into its cache, in several processes, none of which touches the GPU.
+
+``python -m fastattn.testing.precompile SET PART PARTS BACKEND ARCH WARP_SIZE`` is one of them; it compiles the kernels
+whose signature falls to its part. What compiles here is what a call with the same dtypes, head dims and features needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fastattn.backends import load
+from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample
+from fastattn.testing.cases import Case, grid
+from fastattn.testing.check_cases import CACHE_CASES, CASES
+from fastattn.testing.inputs import make
+
+CHECK, GRID = "check", "grid"  # the sets: what the self-check runs; the whole grid and the shapes of the benchmarks
+MOST_PROCESSES = 16
+COMMAND = (sys.executable, "-m", "fastattn.testing.precompile")
+
+
+def compile_ahead(device: str, what: str) -> None:
+    """Compile a set for the GPU ``device``; what fails to compile fails again, and is told, when it is used."""
+    for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands(device, what)]:
+        process.wait()
+
+
+def commands(device: str, what: str) -> list[list[str]]:
+    """Those of the processes, one for each core."""
+    from fastattn.backends.triton.tools.compiler import present_target
+
+    target = present_target(torch.device(device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = min(MOST_PROCESSES, cores)
+    return [[*COMMAND, what, str(part), str(parts), *map(str, target)] for part in range(parts)]
+
+
+def compile_part(what: str, part: int, parts: int, target: tuple[str, str, str]) -> list[str]:
+    """Compile one part of a set; the names of the kernels, in order."""
+    from fastattn.backends.triton.tools import compiler
+
+    backend, arch, warp_size = target
+    seen: set[str] = set()  # the same in every process, in the same order
+    compiled = []
+
+    def launched(name: str, arguments: Any, compile_kernel: compiler.Compile) -> None:
+        text = f"{name} {compiler.signature(arguments)}"
+        if text in seen:
+            return
+        seen.add(text)
+        if (len(seen) - 1) % parts == part:
+            compiled.append(name)
+            with contextlib.suppress(Exception):  # it fails again, and is told, when the kernel is used
+                kernel = compile_kernel()
+                _build_launcher(kernel)
+
+    found = compiler.Target(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
+    compiler.compile_only(lambda: found, lambda: 0, launched)
+    torch.set_num_threads(1)
+    for case in _cases(what):
+        with contextlib.suppress(NotImplementedError):
+            _run_on_meta(case)
+    return compiled
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Triton up to 3.6 also compiles a launcher in C for each signature, and keeps it beside the kernel."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def _cases(what: str) -> Iterator[Case | CacheCase]:
+    for case in (*CASES, *CACHE_CASES):
+        yield dataclasses.replace(case, dtype=torch.bfloat16)
+    if what == GRID:
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        for d in (64, 128, 256):
+            for right in (0, None):
+                yield Case(f"D {d}, {right}", D_qk=d, D_v=d, right=right, dtype=torch.bfloat16)
+        yield from grid(dtypes)
+        yield from cache_grid(dtypes)
+
+
+def _run_on_meta(case: Case | CacheCase) -> None:
+    """Run the launch code of all passes of a case, on tensors without memory."""
+    from fastattn.backends.triton.tools.compiler import on_meta
+
+    backend = load("triton")
+    if isinstance(case, CacheCase):
+        of = make_cache_sample(case)
+        given = dataclasses.replace(of.inputs, **{name: on_meta(x) for name, x in vars(of.inputs).items()})
+        backend.attend_to_cache(given, of.spec)
+        return
+    sample = make(case)
+    inputs = dataclasses.replace(sample.inputs, **{name: on_meta(x) for name, x in vars(sample.inputs).items()})
+    dout, dlse = on_meta(sample.dout), on_meta(sample.dlse)
+    backend.backward(dout, dlse, *backend.forward(inputs, sample.spec), inputs, sample.spec, sample.needs)
+
+
+def main(arguments: Sequence[str]) -> int:
+    what, part, parts, *target = arguments
+    backend, arch, warp_size = target
+    print("\n".join(compile_part(what, int(part), int(parts), (backend, arch, warp_size))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

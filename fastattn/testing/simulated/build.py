@@ -1,0 +1,93 @@
+"""Compiles ``device.cpp`` against torch's headers at first use, and loads it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from fastattn.files import cache_root, replaced_file
+
+SOURCE = Path(__file__).with_name("device.cpp")
+TORCH = Path(torch.__file__).parent
+OPTIONS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w")
+TIMEOUT_S = 300
+
+
+def unavailable_reason() -> str | None:
+    """Why there can be no simulated device here; None if there can."""
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        return "the simulated GPU needs a CPU build of torch: in this build the operators of GPUs are there already"
+    if not (TORCH / "include" / "ATen").is_dir():
+        return "the simulated GPU needs the C++ headers of torch, which this installation lacks"
+    if shutil.which("g++") is None:
+        return "the simulated GPU needs g++"
+    return None
+
+
+def startup_folder() -> Path:
+    """In ``PYTHONPATH``, it gives the devices to a whole program."""
+    return Path(__file__).with_name("startup")
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, known to torch from now on; it changes nothing until ``present``.
+
+    It has to be loaded before the first backward pass of the process, in which torch starts a thread for each device.
+
+    Raises:
+        RuntimeError: there can be none here, or it does not compile.
+    """
+    reason = unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(reason)
+    library = ctypes.CDLL(str(_built()))
+    library.sim_stream.restype = library.sim_held.restype = library.sim_peak.restype = ctypes.c_longlong
+    library.sim_begin_capture.restype = ctypes.c_void_p
+    library.sim_set_stream.argtypes = (ctypes.c_int, ctypes.c_longlong)
+    library.sim_replay.argtypes = library.sim_free_graph.argtypes = (ctypes.c_void_p,)
+    library.sim_capture_call.argtypes = (ctypes.c_void_p, ctypes.c_longlong)
+    for name in _unchecked_operators():
+        library.sim_set_unchecked(name.encode())
+    return library
+
+
+def _built() -> Path:
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, SOURCE.with_name("memory.h"))]
+    key = hashlib.sha256("\0".join([*sources, torch.__version__, *OPTIONS]).encode())
+    path = cache_root() / f"simulated-{key.hexdigest()[:24]}.so"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # test processes start together
+        if not path.exists():
+            _compile(path)
+    return path
+
+
+def _compile(path: Path) -> None:
+    includes = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.name
+        command = ["g++", *OPTIONS, str(SOURCE), *(f"-I{path}" for path in includes), f"-L{TORCH / 'lib'}"]
+        command += [f"-Wl,-rpath,{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        if done.returncode:
+            raise RuntimeError(f"the simulated GPU does not compile against torch {torch.__version__}:\n{done.stderr}")
+        with replaced_file(path) as temporary:
+            temporary.write_bytes(target.read_bytes())
+
+
+def _unchecked_operators() -> list[str]:
+    """Operators whose operands torch's generated code for CUDA lets lie on several devices, from torch's own table."""
+    import torchgen
+
+    table = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = table.read_text(encoding="utf-8").split("- func: ")[1:]
+    return [f"aten::{entry[: entry.index('(')]}" for entry in entries if "device_check: NoCheck" in entry]

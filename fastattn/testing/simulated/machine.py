@@ -1,0 +1,108 @@
+"""What the simulated GPUs are, and what they saw: waits of the host, and launches of kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+DEVICES = 2
+_SILENT = (str(Path(torch.__file__).parent), str(Path(__file__).parent))  # folders whose lines cause no wait
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The host waited for the device.
+
+    Attributes:
+        operator: that waited, for example "aten::_local_scalar_dense".
+        line: "path:number code" of the innermost line outside of torch.
+    """
+
+    operator: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel was launched.
+
+    Attributes:
+        kernel: its name.
+        device: that was current.
+        stream: that was current on it.
+        grid: its size.
+    """
+
+    kernel: str
+    device: int
+    stream: int
+    grid: tuple[int, ...]
+
+
+@dataclass
+class Machine:
+    """The GPUs, of one kind.
+
+    Attributes:
+        name: as ``torch.cuda.get_device_name`` says it.
+        capability: (major, minor).
+        multiprocessors, l2_bytes, memory_bytes: their sizes.
+        refuses_waits: a wait raises: ``torch.cuda.set_sync_debug_mode("error")``.
+        waits: of the host, in order.
+        launches: of kernels, in order.
+    """
+
+    library: ctypes.CDLL
+    name: str = "Simulated H200"
+    capability: tuple[int, int] = (9, 0)
+    multiprocessors: int = 132
+    l2_bytes: int = 50 << 20
+    memory_bytes: int = 140 << 30
+    refuses_waits: bool = False
+    waits: list[Wait] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+    _captured: dict[int, Callable[[], object]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._told = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p)(self._note)
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_longlong)(lambda number: self._captured[number]())
+
+    def turn(self, on: bool) -> None:
+        self.library.sim_turn(int(on), self._told)
+
+    def _note(self, what: int, name: bytes) -> int:
+        self.waits.append(Wait(name.decode(), _line()))
+        return int(self.refuses_waits)
+
+    def wait(self) -> None:
+        """The host waits for the device.
+
+        Raises:
+            RuntimeError: during a capture, or where waits are refused.
+        """
+        if self.library.sim_is_capturing():
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if self._note(0, b"synchronize"):
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def launch(self, kernel: str, grid: tuple[int, ...], run: Callable[[], object]) -> None:
+        """Run a kernel on the current stream, and again at each replay of a graph that is being captured."""
+        device = self.library.sim_device()
+        self.launches.append(Launch(kernel, device, self.library.sim_stream(device), grid))
+        if self.library.sim_is_capturing():
+            number = len(self._captured)
+            self._captured[number] = run
+            self.library.sim_capture_call(self._call, number)
+        run()
+
+
+def _line() -> str:
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith((*_SILENT, "<")):
+            return f"{frame.filename}:{frame.lineno} {frame.line}"
+    return "unknown"
