@@ -58,8 +58,8 @@ def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor,
 
     Without lse its place is taken by ``out``, as nobody asked for it.
     """
-    qkv = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
-    results = attend_as_planned(found, *qkv, with_lse)
+    q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
+    results = attend_as_planned(found, q, k, v, with_lse)
     out, lse = results if isinstance(results, tuple) else (results, results)
     return out.transpose(1, 2) if found.heads_first else out, lse
 
