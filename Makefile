@@ -9,7 +9,7 @@ GPU_JOBS ?= 6
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
-        test-gpu test-gpu-cuda test-gpu-triton gpu rehearse sweep test-versions clean
+        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14

@@ -22,6 +22,7 @@ from fastattn.testing.cases import Case, grid
 from fastattn.testing.check_cases import CACHE_CASES, CASES
 from fastattn.testing.inputs import make
 
+NVRTC = "nvrtc"
 CHECK, GRID = "check", "grid"  # the sets: what the self-check runs; the whole grid and the shapes of the benchmarks
 MOST_PROCESSES = 16
 COMMAND = (sys.executable, "-m", "fastattn.testing.precompile")
@@ -107,8 +108,30 @@ def _run_on_meta(case: Case | CacheCase) -> None:
     backend.backward(dout, dlse, *backend.forward(inputs, sample.spec), inputs, sample.spec, sample.needs)
 
 
+def nvrtc_commands(parts: int) -> list[list[str]]:
+    """Processes that compile every kernel of CUDA C++ through NVRTC, if it is there."""
+    return [[*COMMAND, NVRTC, str(part), str(parts)] for part in range(parts)]
+
+
+def _compile_with_nvrtc(part: int, parts: int) -> list[str]:
+    from fastattn.backends.cuda import nvrtc
+    from fastattn.backends.cuda.instances import backward_instances, decode_instances, forward_instances
+
+    try:
+        nvrtc.load()
+    except nvrtc.NvrtcError as error:
+        return [str(error)]
+    mine = [*forward_instances(), *backward_instances(), *decode_instances()][part::parts]
+    for instance in mine:
+        nvrtc.cached_kernel(instance)
+    return [instance.name for instance in mine]
+
+
 def main(arguments: Sequence[str]) -> int:
     what, part, parts, *target = arguments
+    if what == NVRTC:
+        print("\n".join(_compile_with_nvrtc(int(part), int(parts))))
+        return 0
     backend, arch, warp_size = target
     print("\n".join(compile_part(what, int(part), int(parts), (backend, arch, warp_size))))
     return 0

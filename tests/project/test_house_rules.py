@@ -124,7 +124,9 @@ def test_there_is_something_to_hold():
 
 @pytest.mark.parametrize("part", sorted(MAY_IMPORT))
 def test_imports_go_one_way(part):
-    paths = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}")
+    paths = (
+        [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").exists() else tracked(f"fastattn/{part}", suffixes={".py"})
+    )
     allowed = MAY_IMPORT[part] | ({part} if part != "__init__" else set())
     for path in paths:
         for imported in imports_of(path):
@@ -252,7 +254,9 @@ def test_nothing_banned_in_kernels():
     for path in (path for path in SOURCES if path.suffix != ".py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text), name_of(path)
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), f"{name_of(path)}: built without torch"
+        is_of_torch = "simulated" in path.parts  # devices for torch are made of its own headers
+        needs_torch = re.search(r"#include\s*[<\"](torch|ATen|c10)/", text)
+        assert is_of_torch or not needs_torch, f"{name_of(path)}: built without torch"
 
 
 def public_callables():

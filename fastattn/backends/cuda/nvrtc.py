@@ -46,7 +46,7 @@ KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
 ROW_SHARED_BYTES = 128  # of the small kernels: 16 for each of their warps
-MAJORS = (13, 12)  # of NVRTC
+MAJORS: tuple[int, ...] = (13, 12)  # of NVRTC
 
 
 class NvrtcError(Exception):
