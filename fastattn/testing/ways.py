@@ -117,7 +117,10 @@ def _packed(sample: Sample, backend: str) -> Results:
     q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
     cu_q, cu_k = (_boundaries(inputs.batch, x.shape[1]) for x in (inputs.q, inputs.k))
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options, backend=backend)
-    return {"out": out.view(inputs.out_shape()), "lse": lse.unflatten(1, (inputs.batch, -1)).transpose(0, 1)}
+    return {
+        "out": out.view(inputs.out_shape()),
+        "lse": lse.unflatten(1, (inputs.batch, inputs.q.shape[1])).transpose(0, 1),
+    }
 
 
 def _boundaries(batch: int, length: int) -> Tensor:
