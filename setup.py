@@ -1,9 +1,9 @@
 """Packaging entry point: builds ``csrc/`` if compilers are there. Imports no torch, and needs no compiler.
 
 ``FASTATTN_BUILD_CPU`` and ``FASTATTN_BUILD_CUDA`` decide, each for its library: ``auto`` builds if it can and says so
-if it cannot, ``1`` fails if it cannot, ``0`` does not try. The default for CPUs is ``auto``; that for CUDA, which takes
-minutes, is ``0``: see docs/decisions/wheels.md. ``FASTATTN_MACHINE`` names the kind of machine that ``CXX`` compiles
-for, if it is not this one. The rest about the package is in pyproject.toml.
+if it cannot, ``1`` fails if it cannot, ``0`` does not try. The library for CPUs takes seconds, and ``auto`` is its
+default; that for CUDA takes minutes, and its default is ``0``: see docs/decisions/wheels.md. ``FASTATTN_MACHINE``
+names the kind of machine that ``CXX`` compiles for, if it is not this one. The rest stands in pyproject.toml.
 """
 
 import importlib

@@ -1,47 +1,31 @@
-"""fastattn: fast attention, one definition of it, and a transformer that trains on it.
+"""fastattn: fast attention, one definition of it, and a transformer that trains on it."""
 
-The public names stand in ``api.py``. They are loaded with torch: at once if it is imported already, else when it is or
-when one of them is asked for. So ``fastattn --help`` need not wait for torch, and the operators are there whenever
-torch is.
-"""
+from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
+from fastattn.dispatch import Explanation, backends, use_backend
+from fastattn.errors import InputError, UnsupportedError
+from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
+from fastattn.inspection import attention_weights, plot_attention
+from fastattn.nn import MultiHeadAttention, replace_attention
+from fastattn.ops import SAC_SAVE_OPS
+from fastattn.version import __version__
 
-import importlib
-import threading
-from typing import TYPE_CHECKING
-
-from fastattn.imports import when_imported
-from fastattn.version import __version__ as __version__
-
-if TYPE_CHECKING:
-    from fastattn.api import *  # noqa: F403
-
-_loading = threading.local()
-
-
-def _load() -> None:
-    if getattr(_loading, "now", False):
-        return  # the API imports torch, whose import asks for the API
-    _loading.now = True
-    try:
-        api = importlib.import_module("fastattn.api")
-    finally:
-        _loading.now = False
-    if hasattr(api, "__all__"):  # else another thread imports it, and waits for torch in this one: it goes on there
-        globals().update({name: getattr(api, name) for name in api.__all__}, __all__=api.__all__)
-
-
-def __getattr__(name: str) -> object:
-    if not getattr(_loading, "now", False) and (name == "__all__" or not name.startswith("__")):
-        _load()
-        if name in globals():
-            return globals()[name]
-    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    if "__all__" not in globals():
-        _load()
-    return sorted(globals())
-
-
-when_imported("torch", _load)
+__all__ = [
+    "SAC_SAVE_OPS",
+    "Explanation",
+    "InputError",
+    "MultiHeadAttention",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "attention_weights",
+    "attention_with_kv_cache",
+    "backends",
+    "explain",
+    "explain_varlen",
+    "explain_with_kv_cache",
+    "plot_attention",
+    "replace_attention",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

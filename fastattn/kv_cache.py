@@ -215,22 +215,22 @@ def append(inputs: CacheInputs) -> None:
     """Write the new keys, turned to their positions, and the new values into the caches, in place."""
     if inputs.k is None or inputs.v is None:
         return
-    k, v = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
+    new_keys, new_values = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
     if (begin := _common_length(inputs)) is not None:
-        rows = slice(begin, begin + k.shape[1])  # views and copies: a fraction of the host time of an index
-        inputs.k_cache[:, rows] = k
-        inputs.v_cache[:, rows] = v
+        rows = slice(begin, begin + new_keys.shape[1])  # views and copies: a fraction of the host time of an index
+        inputs.k_cache[:, rows] = new_keys
+        inputs.v_cache[:, rows] = new_values
         return
     if inputs.is_packed:
         sequence, i = packed_positions(inputs)
         at = inputs.cache_lengths[sequence] + i
     else:
         sequence = torch.arange(inputs.batch, device=inputs.q.device)[:, None]
-        at = inputs.cache_lengths[:, None] + torch.arange(k.shape[1], device=inputs.q.device)
-    k = k if inputs.rotary_cos is None else _rotated(k, at, inputs)
+        at = inputs.cache_lengths[:, None] + torch.arange(new_keys.shape[1], device=inputs.q.device)
+    k = new_keys if inputs.rotary_cos is None else _rotated(new_keys, at, inputs)
     page, row = rows_of(inputs, sequence, at.long())
     inputs.k_cache[page, row] = _stored(k, inputs.k_cache.dtype, inputs.k_scale, page)
-    inputs.v_cache[page, row] = _stored(v, inputs.v_cache.dtype, inputs.v_scale, page)
+    inputs.v_cache[page, row] = _stored(new_values, inputs.v_cache.dtype, inputs.v_scale, page)
 
 
 def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError, input_error
-from fastattn.imports import when_imported
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
@@ -240,32 +240,20 @@ def _pairs(inputs: Inputs, spec: AttentionSpec) -> int:
     return inputs.heads_q * sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in lengths)
 
 
+@register_flop_formula(torch.ops.fastattn.forward, get_raw=True)
 def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec, _backend = unflatten(args[:-1])
     return forward_flops(inputs, spec)
 
 
+@register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
 def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec, _backend = unflatten(args[5:-1])
     return backward_flops(inputs, spec)
 
 
+@register_flop_formula([torch.ops.fastattn.attend_to_cache, torch.ops.fastattn.extend_cache], get_raw=True)
 def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
     pairs = sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in zip(*inputs.host_lengths(), strict=True))
     return 2 * (inputs.q.shape[-1] + inputs.v_cache.shape[-1]) * inputs.heads_q * pairs
-
-
-def _register_flop_formulas() -> None:
-    from torch.utils.flop_counter import register_flop_formula
-
-    operators = torch.ops.fastattn
-    for targets, formula in (
-        (operators.forward, _count_forward),
-        (operators.backward, _count_backward),
-        ([operators.attend_to_cache, operators.extend_cache], _count_attend_to_cache),
-    ):
-        register_flop_formula(targets, get_raw=True)(formula)
-
-
-when_imported("torch.utils.flop_counter", _register_flop_formulas)  # it imports Triton, which takes longer than we do

@@ -3,7 +3,6 @@
 Calls are of one kind if their tensors agree in shape, strides, dtype, device, alignment and need of a gradient, and
 and the options in everything. From one step of a model to the next none of this changes. Recognising the kind takes
 Python a small part of the time that checking and choosing take, in which a short sequence could have been computed.
-Each tensor still has to lie inside its memory, which may have been freed since.
 
     call -> look_up -> run                               a kind seen before
     call -> arguments -> check -> dispatch -> operator   any other; then its plan is made and remembered
@@ -28,7 +27,6 @@ from fastattn.torch_internals import is_watched
 LIMIT = 1024  # kinds that are remembered
 ALIGNMENT = 16  # bytes: what kernels on an accelerator are compiled for
 _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
-_NOTHING: tuple[None, tuple[int, ...]] = (None, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +63,14 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 continue
             if type(x) is not Tensor:
                 return None, None
-            kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
-            if not x.is_cpu:
+            kind.append((x.shape, x.stride(), x.dtype, device := x.device, grad and x.requires_grad, x.is_neg()))
+            if device.type != "cpu":
                 kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
         found = tuple(kind)
-        plan, extents = _known.get(found, _NOTHING)
-        if plan is not None and not all(map(holds, tensors, extents)):
-            plan = None  # the long way says what is wrong with the memory
-        return found, plan
+        known, extents = _known.get(found, (None, ()))
+        if known is not None and not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
+            return None, None  # memory was taken from a tensor: the long way says so
+        return found, known
     except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
 

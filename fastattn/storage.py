@@ -20,9 +20,9 @@ def extent(x: Tensor) -> int:
     return x.element_size() * (1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)))
 
 
-def holds(x: Tensor | None, size: int) -> bool:
+def holds(x: Tensor, size: int) -> bool:
     """Whether the storage of ``x`` has ``size`` bytes from its first element on."""
-    return x is None or x.storage_offset() * x.element_size() + size <= x.untyped_storage().nbytes()
+    return x.storage_offset() * x.element_size() + size <= x.untyped_storage().nbytes()
 
 
 def check_storages(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:

@@ -3,8 +3,8 @@
     python release/wheels.py [--machines x86_64 aarch64] [--no-cuda] [--out dist]
 
 A wheel holds the library for CPUs and, for x86_64, the library for CUDA, unless --no-cuda; one wheel serves every
-Python and every torch. aarch64 is compiled by a cross compiler. auditwheel decides the tag; the seals are checked
-afterwards, so it changed no byte of a library. Needs the extra [release], nvcc for CUDA, and both compilers.
+Python and every torch. aarch64 is compiled by a cross compiler. auditwheel decides the tag and changes no byte of a
+library, as their seals are checked afterwards. Needs the extra [release], nvcc for CUDA, and both compilers.
 """
 
 from __future__ import annotations

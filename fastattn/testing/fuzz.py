@@ -158,7 +158,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
-    """Simplify the case step by step while the backend still fails."""
+    """Simplify the case step by step, as long as the backend still gets it wrong."""
     assert isinstance(result.case, Case)
     smaller = next(
         (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),

@@ -1,4 +1,4 @@
-"""The ways in which users reach a backend: layouts, plans, threads, transforms, caches, odd memory; one rule for all.
+"""Ways in which users reach a backend: layouts, plans, threads, transforms, caches, odd memory; one rule judges all.
 
 A way takes a sample and a backend's name, and gives ``out`` and ``lse`` in the layout of the sample. What it changes in
 the call must not change the result.
@@ -26,9 +26,8 @@ Pair = tuple[Tensor, Tensor]
 def serves(sample: Sample) -> bool:
     """Whether the public functions can be asked for the problem: they have one anchor, and masks without packing."""
     inputs, spec = sample.inputs, sample.spec
-    counts_positions = spec.has_band or inputs.alibi_slopes is not None
-    has_anchor = spec.anchor == "lower_right" or not counts_positions or inputs.q.shape[1] == inputs.k.shape[1]
-    return has_anchor and not inputs.is_packed
+    has_diagonal = spec.has_band or inputs.alibi_slopes is not None
+    return (spec.anchor == "lower_right" or not has_diagonal) and not inputs.is_packed
 
 
 def measure_way(name: str, sample: Sample, backend: str) -> list[Row]:
@@ -118,7 +117,10 @@ def _packed(sample: Sample, backend: str) -> Results:
     q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
     cu_q, cu_k = (_boundaries(inputs.batch, x.shape[1]) for x in (inputs.q, inputs.k))
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options, backend=backend)
-    return {"out": out.view(inputs.out_shape()), "lse": lse.unflatten(1, inputs.q.shape[:2]).transpose(0, 1)}
+    return {
+        "out": out.view(inputs.out_shape()),
+        "lse": lse.unflatten(1, (inputs.batch, inputs.q.shape[1])).transpose(0, 1),
+    }
 
 
 def _boundaries(batch: int, length: int) -> Tensor:

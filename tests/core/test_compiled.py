@@ -1,4 +1,4 @@
-"""Compiled code on disk: sealed, checked before it is loaded, built once, in a private folder; compilers that hang."""
+"""Compiled code on disk: sealed, checked before loading, built once, in folders of this user; compilers that hang."""
 
 import os
 import subprocess

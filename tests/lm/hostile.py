@@ -1,4 +1,4 @@
-"""Reads hostile files one by one and prints how each ended, its seconds of CPU time and the growth of memory.
+"""Reads hostile files and prints for each how it ended, its seconds of CPU time and the growth of memory in MiB.
 
 A program of its own, so that the peak is that of these files alone: ``python hostile.py FOLDER``.
 """
@@ -33,11 +33,11 @@ BERT |= {"intermediate_size": 32, "max_position_embeddings": 16, "type_vocab_siz
 RUN = {"format": "fastattn-checkpoint-1", "step": 1, "settings": {}}
 
 
-def bomb(path, size=1 << 7):
-    """Some kilobytes that expand to half a gigabyte."""
+def bomb(path, size=1 << 5):
+    """Some kilobytes that expand to 128 MiB."""
     if path.suffix == ".gz":
         with gzip.open(path, "wb", compresslevel=9) as file:
-            for _ in range(size // 16):  # gzip expands less
+            for _ in range(size):
                 file.write(BOMB)
         return
     with zstandard.ZstdCompressor(level=3).stream_writer(path.open("wb")) as file:

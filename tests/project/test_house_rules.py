@@ -28,8 +28,8 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "compiled", "errors", "files", "imports", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary",
-    "spec", "state", "storage",
+    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec",
+    "state", "storage",
     "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
@@ -59,18 +59,7 @@ MAY_IMPORT = {
     "plan": {"backends", "state", "storage", "torch_internals"},
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
-    "ops": {
-        "backends",
-        "dispatch",
-        "errors",
-        "imports",
-        "kv_cache",
-        "problem",
-        "reference",
-        "spec",
-        "storage",
-        "torch_internals",
-    },
+    "ops": VOCABULARY | {"backends", "dispatch", "reference"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
@@ -79,9 +68,7 @@ MAY_IMPORT = {
     "inspection": VOCABULARY | {"arguments", "reference"},
     "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
-    "imports": set(),
-    "__init__": {"api", "imports", "version"},
-    "api": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
+    "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "reference"},
     "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
@@ -223,7 +210,7 @@ def test_benchmarks_use_the_package_as_its_users_do():
 
 
 def test_importing_the_package_imports_no_kernel():
-    imported = set(imports_of(PACKAGE / "__init__.py")) | set(imports_of(PACKAGE / "api.py"))
+    imported = set(imports_of(PACKAGE / "__init__.py"))
     assert not any(name.startswith("backends") for name in imported)
 
 

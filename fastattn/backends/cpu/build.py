@@ -68,7 +68,7 @@ def machines() -> tuple[str, ...]:
 
 
 def units(kind: str | None = None) -> tuple[Unit, ...]:
-    """What is compiled on a ``kind`` of machine, by default the one to compile for."""
+    """What is compiled on a ``kind`` of machine, by default this one's."""
     return UNITS.get(kind or machine(), ANYWHERE)
 
 

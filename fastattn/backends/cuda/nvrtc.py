@@ -137,14 +137,13 @@ def compile_kernel(instance: Instance) -> bytes:
 
 
 def cache_name(instance: Instance) -> str:
-    text = "\0".join(
-        [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
-    )
+    parts = [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
+    text = "\0".join(parts)
     return f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:
-    """The cubin of a kernel, from the disk cache if it is there. Without a place for it, it is compiled each time."""
+    """The cubin of a kernel, from the disk cache if it is there. Without one it is compiled each time."""
 
     def write(path: Path) -> None:
         path.write_bytes(compile_kernel(instance))

@@ -66,19 +66,18 @@ def test_values_that_another_thread_changes(name, appends):
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        calls, refused, served, ends = 0, 0, 0, time.monotonic() + 2
+        calls, said, ends = 0, [], time.monotonic() + 2
         while time.monotonic() < ends:
             calls += 1
             try:
                 fastattn.attention_with_kv_cache(**arguments, backend="cpu")
             except (InputError, RuntimeError) as error:
-                refused += name in str(error) or "changed while it ran" in str(error)
-            else:
-                served += 1
+                said.append(str(error))
     finally:
         stop.set()
         thread.join()
-    assert served and calls == refused + served
+    assert calls > len(said)
+    assert all(name in text or "changed while it ran" in text for text in said)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
