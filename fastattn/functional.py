@@ -118,7 +118,7 @@ def attention(
     if has_torch_function_variadic(q, k, v):
         given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
         return handle_torch_function(attention, (q, k, v), q, k, v, **given)
-    if q.is_nested:
+    if isinstance(q, Tensor) and q.is_nested:
         return _of_nested(q, k, v, given, return_lse or return_weights, backend)
     inputs, spec = dense_problem(q, k, v, **given)
     inputs = with_rng_state(inputs, spec)
@@ -262,7 +262,7 @@ def scaled_dot_product_attention(
         given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
         scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(scaled_dot_product_attention, (query, key, value), *given, **scaling)
-    if query.is_nested:
+    if isinstance(query, Tensor) and query.is_nested:
         return _torch_of_nested(query, key, value, attn_mask, dropout_p, is_causal, scale)
     inputs, spec, shape = torch_problem(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -16,6 +16,7 @@ from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
 from fastattn.problem import TENSORS, Inputs, check_inputs
 from fastattn.spec import AttentionSpec
+from fastattn.storage import check_storages
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -49,6 +50,9 @@ def serve(
         found = _planned(inputs, spec, backend, heads_first, with_lse)
         plan.remember(kind, found, (inputs.q, inputs.k, inputs.v))
         if found is not None:
+            check_storages(
+                TENSORS, (inputs.q, inputs.k, inputs.v)
+            )  # as the operator does
             return _first_by_plan(found, inputs, with_lse)
     return attend(inputs, spec, backend)
 

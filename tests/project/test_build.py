@@ -354,7 +354,7 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
 @pytest.fixture
 def nvrtc_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where compiled code goes next
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no folder"))  # where a cache would be looked for, too
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: b"cubin of " + instance.name.encode())
     return tmp_path
