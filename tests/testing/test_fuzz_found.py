@@ -1,7 +1,9 @@
 """Problems that random search found: each once failed on a backend, and is judged on all of them since."""
 
 import pytest
+import torch
 
+import fastattn
 from fastattn import dispatch
 from fastattn.testing import Case, assert_within, make, measure
 
@@ -18,3 +20,13 @@ FOUND = {
 @pytest.mark.parametrize(("case", "seed"), FOUND.values(), ids=FOUND)
 def test_it_stays_right(backend, case, seed):
     assert_within(measure(backend, make(case, seed=seed)))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_one_column_of_any_stride(backend):
+    """Padding such queries left them in channels-last order, which the kernel below took for another."""
+    q, k, v = torch.randn(1, 2, 3, 1), torch.randn(1, 1, 3, 1), torch.randn(1, 1, 3, 2)
+    if fastattn.explain(q, k, v).reasons[backend]:
+        pytest.skip(f"{backend} does not serve it")
+    strided = torch.empty_strided(q.shape, (6, 1, 2, 2)).copy_(q)
+    assert torch.equal(fastattn.attention(strided, k, v, backend=backend), v.expand(1, 2, 3, 2))
