@@ -50,9 +50,7 @@ def serve(
         found = _planned(inputs, spec, backend, heads_first, with_lse)
         plan.remember(kind, found, (inputs.q, inputs.k, inputs.v))
         if found is not None:
-            check_storages(
-                TENSORS, (inputs.q, inputs.k, inputs.v)
-            )  # as the operator does
+            check_storages(TENSORS, (inputs.q, inputs.k, inputs.v))  # as the operator does
             return _first_by_plan(found, inputs, with_lse)
     return attend(inputs, spec, backend)
 
