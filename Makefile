@@ -8,7 +8,8 @@ JOBS   ?= 2
 GPU_JOBS ?= 6
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
+.PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
+        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -68,6 +69,12 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
+sweep: install   ## every family of transformers beside eager, and the page of docs/ that says what was found
+	PYTHONPATH=. $(BIN)/python tests/integrations/families.py --jobs $(JOBS) --table docs/guides/transformers_families.md
+
+test-versions:   ## the tests that depend on versions under each supported torch; makes environments of several GB
+	$(PYTHON) tests/versions.py --jobs $(JOBS)
+
 GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
   $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
 
@@ -87,4 +94,4 @@ rehearse: install  ## the plan of gpu on a simulated GPU: does every step work, 
 	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
 
 clean:           ## remove what the targets above made
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal
+	rm -rf $(VENV) .venv-versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal

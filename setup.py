@@ -1,10 +1,12 @@
-"""Packaging entry point: builds ``csrc/`` where compilers are. Imports no torch, and needs no compiler.
+"""Packaging entry point: builds ``csrc/`` if compilers are there. Imports no torch, and needs no compiler.
 
-``FASTATTN_BUILD_CUDA`` and ``FASTATTN_BUILD_CPU`` decide, each for its library: ``auto`` (the default) builds if it can
-and says so if it cannot, ``1`` fails if it cannot, ``0`` does not try. The rest about the package is in pyproject.toml.
+``FASTATTN_BUILD_CPU`` and ``FASTATTN_BUILD_CUDA`` decide, each for its library: ``auto`` builds if it can and says so
+if it cannot, ``1`` fails if it cannot, ``0`` does not try. The library for CPUs takes seconds, and ``auto`` is its
+default; that for CUDA takes minutes, and its default is ``0``: see docs/decisions/wheels.md. ``FASTATTN_MACHINE``
+names the kind of machine that ``CXX`` compiles for, if it is not this one. The rest stands in pyproject.toml.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
@@ -22,17 +24,27 @@ CSRC = ROOT / "csrc"
 SOURCES = ("common/*.h", "sm90/*.h", "sm90/*.cuh", "sm90/instances.inc", "cpu/*.h", "cpu/*.cpp")
 
 
-def load(backend: str, name: str) -> ModuleType:
-    """A file of a backend, without importing the package, which imports torch."""
-    path = ROOT / "fastattn" / "backends" / backend / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"fastattn_setup_{backend}_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PARTS = ("fastattn", "fastattn.backends", "fastattn.backends.cpu", "fastattn.backends.cuda")
 
 
-cuda, instances, cpu = load("cuda", "build"), load("cuda", "instances"), load("cpu", "build")
+def load(*names: str) -> list[ModuleType]:
+    """Modules of the package, without running its ``__init__`` files, which import torch."""
+    for name in PARTS:
+        package = sys.modules[name] = ModuleType(name)
+        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        for name in PARTS:
+            del sys.modules[name]
+
+
+compiled, cuda, instances, cpu = load(
+    "fastattn.compiled",
+    "fastattn.backends.cuda.build",
+    "fastattn.backends.cuda.instances",
+    "fastattn.backends.cpu.build",
+)
 
 
 def say(text: str) -> None:
@@ -42,10 +54,10 @@ def say(text: str) -> None:
 class NativeLibrary(Extension):
     """A library for ctypes in the folder of its backend: without Python's headers, and no Python tag in its name."""
 
-    def __init__(self, backend: str, module: ModuleType, otherwise: str) -> None:
+    def __init__(self, backend: str, module: ModuleType, default: str, otherwise: str) -> None:
         # optional: an editable install does not stop where the library was not built
         super().__init__(f"fastattn.backends.{backend}.kernels_for_{backend}", [], optional=True)
-        self.backend, self.module, self.otherwise = backend, module, otherwise
+        self.backend, self.module, self.default, self.otherwise = backend, module, default, otherwise
 
     @property
     def switch(self) -> str:
@@ -60,23 +72,24 @@ class NativeLibrary(Extension):
             cpu.find_compiler()
 
     def build(self, folder: Path, target: Path) -> None:
-        """Raises BuildError."""
+        """Write the library to ``target``, sealed. Raises BuildError."""
         if self.module is cuda:
             cuda.build_library(folder, target, CSRC, instances.library_instances(CSRC))
         else:
             cpu.build_library(target, CSRC)
+        compiled.seal(target)
 
     def is_wanted(self) -> bool:
         """Whether to build it: what was asked for, and what is possible."""
-        wish = os.environ.get(self.switch, "auto")
+        wish = os.environ.get(self.switch, self.default)
         if wish not in ("auto", "0", "1"):
             sys.exit(f"{self.switch}: got {wish!r}; allowed: auto, 0, 1.")
         if wish == "0":
-            say(f"the library for {self.backend} is not built ({self.switch}=0)")
+            say(f"the library for {self.backend} is not built ({self.switch}=0). {self.otherwise}")
             return False
         try:
             self.check()
-        except self.module.BuildError as error:
+        except compiled.BuildError as error:
             self.cannot(error)
             return False
         return True
@@ -89,8 +102,8 @@ class NativeLibrary(Extension):
 
 
 LIBRARIES = (
-    NativeLibrary("cuda", cuda, "Without it NVRTC compiles the kernels at first use."),
-    NativeLibrary("cpu", cpu, "Without it they are compiled at first use, or torch ops serve."),
+    NativeLibrary("cuda", cuda, "0", "Its kernels are compiled at first use, or by `fastattn build --cuda`."),
+    NativeLibrary("cpu", cpu, "auto", "Its kernels are compiled at first use, or torch ops serve."),
 )
 
 
@@ -106,7 +119,7 @@ class BuildLibraries(build_ext):
         say(f"building the library for {ext.backend}")
         try:
             ext.build(Path(self.build_temp, ext.backend), Path(self.get_ext_fullpath(ext.name)))
-        except ext.module.BuildError as error:
+        except compiled.BuildError as error:
             ext.cannot(error)
 
 
@@ -128,7 +141,9 @@ class Wheel(bdist_wheel):
     """One wheel for every Python: with a library it belongs to a platform, without one to none."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        platform = super().get_tag()[2]
+        kind = os.environ.get("FASTATTN_MACHINE")
+        return ("py3", "none", f"linux_{kind}" if kind and platform != "any" else platform)
 
 
 setup(

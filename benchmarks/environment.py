@@ -37,14 +37,15 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    packages = ("torch", "triton", "numpy", "flash-attn", "xformers", "flashinfer-python")
+    packages = ("triton", "numpy", "flash-attn", "xformers", "flashinfer-python")
     found: dict[str, str | None] = {"python": platform.python_version(), "fastattn": fastattn.__version__}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found | {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    # the package's metadata leave out which build this is
+    return found | {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
 def device_name(device: torch.device) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn import rng
 from fastattn.errors import input_error
@@ -15,6 +16,7 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.layout import Layout, check_cu_seqlens, check_layout, to_internal
 from fastattn.problem import Inputs, broadcasts, check_rank, check_scores_shape
 from fastattn.spec import Anchor, AttentionSpec
+from fastattn.torch_internals import autocast_dtype
 
 Window = tuple[int | None, int | None]
 
@@ -111,6 +113,11 @@ def torch_problem(
 
     Leading dimensions are folded into the batch.
     """
+    anchor: Anchor = "upper_left"
+    if isinstance(attn_mask, CausalBias):  # says what it masks, and holds nothing
+        check_causal_bias(attn_mask, query, key)
+        is_lower = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        attn_mask, is_causal, anchor = None, True, "lower_right" if is_lower else anchor
     if is_causal and attn_mask is not None:
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")
     check_rank({"query": query, "key": key, "value": value}, range(2, 65), "(N, ..., H, L, E), at least 2 dimensions")
@@ -130,7 +137,7 @@ def torch_problem(
         max_seqlen_q=query.shape[1],
         max_seqlen_kv=key.shape[1],
     )
-    return inputs, make_spec(query, scale, None, band(is_causal, None), dropout_p, anchor="upper_left"), shape
+    return inputs, make_spec(query, scale, None, band(is_causal, None), dropout_p, anchor), shape
 
 
 def cache_problem(
@@ -239,12 +246,11 @@ def number(name: str, x: float) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v in autocast's dtype, where autocast is on."""
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
+    """q, k, v in autocast's dtype, where autocast is on; float64 stays, as in torch."""
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def four_dims(name: str, x: Tensor | None, q: Tensor | None = None, k: Tensor | None = None) -> Tensor | None:
@@ -287,6 +293,12 @@ def longest(side: str, cu_seqlens: Tensor, given: int | None, device: torch.devi
     if isinstance(given, bool) or not isinstance(given, int | torch.SymInt) or given < 0:
         raise input_error(f"max_seqlen_{side}", repr(given), "an int >= 0, or None", "It is the longest sequence.")
     return given
+
+
+def check_causal_bias(attn_mask: CausalBias, query: Tensor, key: Tensor) -> None:
+    if (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[-2], key.shape[-2]):
+        given, allowed = f"a CausalBias of {tuple(attn_mask.shape)}", f"({query.shape[-2]}, {key.shape[-2]})"
+        raise input_error("attn_mask", given, allowed, "Make it with the lengths of query and key.")
 
 
 def _torch_batches(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -111,6 +111,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        if _drops_alike(info, in_dims, args):
+            return _one_by_one(info.batch_size, in_dims, args, Attention.apply)
         folded = _fold(info.batch_size, in_dims, args[:-1], per_sample=())
         needs_grad = args[-1]
         results = Attention.apply(*folded, needs_grad)
@@ -193,6 +195,8 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        if _drops_alike(info, in_dims[5:], args[5:]):
+            return _one_by_one(info.batch_size, in_dims, args, AttentionBackward.apply)
         size, flat, needed = info.batch_size, args[5:-1], args[-1]
         needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
         is_packed = _is_packed(flat)
@@ -238,6 +242,21 @@ def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[st
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
     return (*folded, *flat[len(TENSORS) :])
+
+
+def _drops_alike(info: Any, in_dims: Dims, flat: Sequence[Any]) -> bool:
+    """Whether samples share dropout's elements, which count from the first batch entry of a call."""
+    at = TENSORS.index("rng_state")
+    return info.randomness == "same" and flat[at] is not None and in_dims[at] is None
+
+
+def _one_by_one(size: int, in_dims: Dims, args: Sequence[Any], function: Callable[..., Any]) -> tuple[Any, Any]:
+    """Each sample by a call of its own."""
+    samples = []
+    for n in range(size):
+        at_n = (x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))
+        samples.append(function(*at_n))
+    return tuple(torch.stack(each) for each in zip(*samples, strict=True)), (0,) * len(samples[0])
 
 
 def _into_batch(size: int, dim: int | None, x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def attention_with_kv_cache(
 
     Example:
         >>> import torch, fastattn
-        >>> k_cache = v_cache = torch.zeros(20, 16, 2, 64)                       # 20 pages of 16 rows
+        >>> k_cache, v_cache = (torch.zeros(20, 16, 2, 64) for _ in range(2))    # 20 pages of 16 rows
         >>> block_table = torch.tensor([[3, 9], [4, 0]], dtype=torch.int32)
         >>> lengths = torch.tensor([17, 5], dtype=torch.int32)
         >>> q, k = torch.randn(2, 1, 8, 64), torch.randn(2, 1, 2, 64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 
-class InputError(ValueError):
-    """An argument is wrong for every backend: its type, shape, device or value."""
+class InputError(ValueError, RuntimeError):
+    """An argument is wrong for every backend: its type, shape, device or value. torch raises either of its bases."""
 
 
 class UnsupportedError(NotImplementedError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastattn import plan, reference
 from fastattn.arguments import Window, dense_problem, packed_problem, torch_problem, with_rng_state
@@ -12,6 +14,7 @@ from fastattn.autograd import needs_gradient
 from fastattn.dispatch import Explanation, check_name, requested
 from fastattn.errors import input_error
 from fastattn.layout import Layout, from_internal
+from fastattn.nested import Packed
 from fastattn.ops import without_autocast
 from fastattn.problem import Inputs, Problem, check_inputs
 from fastattn.serving import by_plan, serve
@@ -107,23 +110,17 @@ def attention(
         kind, planned = plan.look_up((q, k, v), options)
         if planned is not None:
             return by_plan(planned, q, k, v, return_lse)
-    inputs, spec = dense_problem(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
-        layout=layout,
-    )
+    given: dict[str, Any] = {
+        "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
+        "rng_state": rng_state, "layout": layout,
+    }  # fmt: skip
+    if has_torch_function_variadic(q, k, v):
+        given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
+        return handle_torch_function(attention, (q, k, v), q, k, v, **given)
+    if isinstance(q, Tensor) and q.is_nested:
+        return _of_nested(q, k, v, given, return_lse or return_weights, backend)
+    inputs, spec = dense_problem(q, k, v, **given)
     inputs = with_rng_state(inputs, spec)
     out, lse = serve(inputs, spec, backend, kind=kind, heads_first=layout == "BHSD", with_lse=return_lse)
     out = from_internal(out, layout)
@@ -260,13 +257,62 @@ def scaled_dot_product_attention(
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
         kind, planned = plan.look_up((query, key, value), options)
         if planned is not None:
-            return by_plan(planned, query, key, value, False)  # type: ignore[return-value]
+            return _in_order_of(query, by_plan(planned, query, key, value, False))  # type: ignore[arg-type]
+    if has_torch_function_variadic(query, key, value):
+        given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
+        scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        return handle_torch_function(scaled_dot_product_attention, (query, key, value), *given, **scaling)
+    if isinstance(query, Tensor) and query.is_nested:
+        return _torch_of_nested(query, key, value, attn_mask, dropout_p, is_causal, scale)
     inputs, spec, shape = torch_problem(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     is_plain = query.dim() == key.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
     out, _ = serve(inputs, spec, None, kind=kind if is_plain else None, heads_first=True)
-    return out.transpose(1, 2).reshape(shape)
+    return _in_order_of(query, out.transpose(1, 2).reshape(shape))
+
+
+def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
+    """``out`` in the memory order of the query, as torch has it: callers view it."""
+    return out.contiguous() if query.is_contiguous() else out
+
+
+def _of_nested(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], wants_more: Any, backend: str | None
+) -> Tensor:
+    """``attention`` of nested tensors ``(N, S_n, H, D)``, without padding."""
+    dense_only = {name: options.pop(name) for name in ("bias", "mask", "segment_ids", "layout")}
+    given = [name for name, x in dense_only.items() if x is not None and x != "BSHD"]
+    given += ["return_lse or return_weights"] if wants_more else []
+    if given or not (k.is_nested and v.is_nested):
+        given_text = f"a nested tensor with {', '.join(given) or 'dense k or v'}"
+        allowed = "three nested tensors (N, S_n, H, D), causal, window, scale, softcap, alibi_slopes, sinks, dropout_p"
+        raise input_error("q", given_text, allowed, "Sequences of different lengths have no common mask; pad them.")
+    packed_q, packed_k, packed_v = (Packed.of(x) for x in (q, k, v))
+    options |= {"max_seqlen_q": packed_q.longest, "max_seqlen_kv": packed_k.longest, "backend": backend}
+    boundaries = packed_q.offsets, packed_k.offsets
+    out = attention_varlen(packed_q.values, packed_k.values, packed_v.values, *boundaries, **options)
+    assert isinstance(out, Tensor)
+    return packed_q.nested(out)
+
+
+def _torch_of_nested(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """``scaled_dot_product_attention`` of jagged tensors ``(N, H, S_n, E)``; causal counts from the upper left."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if attn_mask is not None or (is_causal and not torch.equal(Packed.of(q).offsets, Packed.of(k).offsets)):
+        todo = "Pass equal lengths, or fastattn.attention, whose causal=True counts from the lower right."
+        raise input_error("query", "a nested tensor with attn_mask or other lengths than key", "neither", todo)
+    out = attention(q, k, v, causal=is_causal, scale=scale, dropout_p=dropout_p)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
 
 
 def explain(

@@ -14,11 +14,17 @@ from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
+from fastattn.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Chosen = Sequence[int] | Tensor | None
+
+_DEFAULTS: dict[str, Any] = {
+    "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
+    "sinks": None, "segment_ids": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
+}  # fmt: skip
 
 
 def attention_weights(
@@ -94,10 +100,37 @@ def attention_weights(
     )
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
+    if rows is None and heads is None:
+        return _all_weights(inputs, spec)
     chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
     chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)
     at = reference.Positions.of(inputs).at_heads(chosen_heads).at_rows(chosen_rows)
     return reference.weights(_of_rows(reference.of_heads(inputs, chosen_heads), chosen_rows), spec, at)
+
+
+def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
+    """The mean of ``attention_weights`` over the heads: ``(B, S_q, S_kv)``, differentiable.
+
+    Without gradients it takes the memory of as many heads and batch entries at a time as fit into ``BUDGET``.
+
+    Args:
+        q: as in ``attention_weights``.
+        k: as there.
+        options: as there, but ``rows`` and ``heads``.
+
+    Returns:
+        fp32 (fp64 for fp64 inputs) ``(B, S_q, S_kv)``.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.inspection import mean_attention_weights
+        >>> q = torch.randn(1, 10, 8, 64)
+        >>> mean_attention_weights(q, q, causal=True).shape
+        torch.Size([1, 10, 10])
+    """
+    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    check_inputs(inputs, spec)
+    return _mean_weights(inputs, spec)
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -203,6 +236,47 @@ def plot_attention(
     figure.savefig(partial, format="png", dpi=120)
     partial.replace(path)
     return path
+
+
+# --- all rows ---------------------------------------------------------------------------------------------------
+
+BUDGET = 64 * 2**20  # bytes of weights that are computed at a time, where no gradient keeps them all
+
+
+def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """``reference.weights`` in fewer passes over memory, for scores that are a product, a bias and a mask."""
+    if spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None or spec.dropout_p:
+        return reference.weights(inputs, spec)
+    dtype = reference.compute_dtype(inputs)
+    q, k = (x.transpose(1, 2).to(dtype) for x in (inputs.q, inputs.k))
+    batch, heads, s_q, width = q.shape
+    group = heads // inputs.heads_kv
+    # the heads that share a key head are rows of one product
+    q, k = (q * spec.scale).reshape(-1, group * s_q, width), k.reshape(-1, k.shape[2], width)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, s_q, -1)
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.to(dtype)
+    if inputs.mask is not None or inputs.segment_ids_q is not None or spec.left is not None or spec.right is not None:
+        kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
+        scores = scores.masked_fill(~kept, float("-inf"))
+    elif inputs.bias is None:
+        return torch.softmax(scores, -1)
+    # an empty row is computed on zeros, which keeps its derivative free of NaN
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
+
+
+def _mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    heads, s_q, s_kv = inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1]
+    at_once = max(1, BUDGET // max(1, s_q * s_kv * 4))
+    if at_once >= heads * inputs.batch or _needs_gradient(inputs):
+        return _all_weights(inputs, spec).mean(1)
+    return reference.mean_weights(inputs, spec)
+
+
+def _needs_gradient(inputs: Inputs) -> bool:
+    tensors = (inputs.q, inputs.k, inputs.bias, inputs.sinks)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # --- choosing rows and heads ------------------------------------------------------------------------------------

@@ -215,21 +215,28 @@ def append(inputs: CacheInputs) -> None:
     """Write the new keys, turned to their positions, and the new values into the caches, in place."""
     if inputs.k is None or inputs.v is None:
         return
+    new_keys, new_values = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
     if (begin := _common_length(inputs)) is not None:
-        rows = slice(begin, begin + inputs.k.shape[1])  # views and copies: a fraction of the host time of an index
-        inputs.k_cache[:, rows] = inputs.k
-        inputs.v_cache[:, rows] = inputs.v
+        rows = slice(begin, begin + new_keys.shape[1])  # views and copies: a fraction of the host time of an index
+        inputs.k_cache[:, rows] = new_keys
+        inputs.v_cache[:, rows] = new_values
         return
     if inputs.is_packed:
         sequence, i = packed_positions(inputs)
         at = inputs.cache_lengths[sequence] + i
     else:
         sequence = torch.arange(inputs.batch, device=inputs.q.device)[:, None]
-        at = inputs.cache_lengths[:, None] + torch.arange(inputs.k.shape[1], device=inputs.q.device)
-    k = inputs.k if inputs.rotary_cos is None else _rotated(inputs.k, at, inputs)
+        at = inputs.cache_lengths[:, None] + torch.arange(new_keys.shape[1], device=inputs.q.device)
+    k = new_keys if inputs.rotary_cos is None else _rotated(new_keys, at, inputs)
     page, row = rows_of(inputs, sequence, at.long())
     inputs.k_cache[page, row] = _stored(k, inputs.k_cache.dtype, inputs.k_scale, page)
-    inputs.v_cache[page, row] = _stored(inputs.v, inputs.v_cache.dtype, inputs.v_scale, page)
+    inputs.v_cache[page, row] = _stored(new_values, inputs.v_cache.dtype, inputs.v_scale, page)
+
+
+def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:
+    """New rows that lie in a cache are copied: what is stored is what they held when the call began."""
+    caches = (inputs.k_cache.untyped_storage().data_ptr(), inputs.v_cache.untyped_storage().data_ptr())
+    return x.clone() if x.untyped_storage().data_ptr() in caches else x
 
 
 def _common_length(inputs: CacheInputs) -> int | None:
@@ -330,6 +337,10 @@ def _check_new(inputs: CacheInputs) -> None:
         raise input_error("k, v", "one of the two", "both or neither", "They are appended together.")
     if k is None or v is None:
         return
+    for name, cache in (("k_cache", inputs.k_cache), ("v_cache", inputs.v_cache)):
+        if any(step == 0 and size > 1 for size, step in zip(cache.shape, cache.stride(), strict=True)):
+            allowed = "a cache whose rows lie apart, where new ones are stored"
+            raise input_error(name, "an expanded tensor", allowed, "Copy it with .contiguous().")
     rows = (q.shape[0],) if inputs.is_packed else (q.shape[0], k.shape[1] if k.dim() == 4 else 1)
     for name, x, cache in (("k", k, inputs.k_cache), ("v", v, inputs.v_cache)):
         expected = (*rows, *cache.shape[2:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
-from fastattn.errors import UnsupportedError
+from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.storage import check_storages
+from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
@@ -95,7 +97,7 @@ def _backward(
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
     """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
@@ -149,18 +151,21 @@ def _fake_backward(
     )
 
 
-def _kernel(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold every backend to the strides that the fakes promise, and keep autocast out of its arithmetic."""
+def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """Hold callers to memory that is there, every backend to the strides that the fakes promise; without autocast."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
+        check_storages(names, args)
         with without_autocast(args[0].device.type):
             return tuple(x.contiguous() for x in function(*args))
 
     return kernel
 
 
-_LIBRARY.impl("forward", _kernel(_forward), "CompositeExplicitAutograd")
-_LIBRARY.impl("backward", _kernel(_backward), "CompositeExplicitAutograd")
+_LIBRARY.impl("forward", _kernel(_forward, TENSORS), "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd"
+)
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
@@ -197,12 +202,22 @@ def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    if inputs.k is not None:
+        _refuse_shared_storage(inputs)
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
     return inputs.q.new_empty(inputs.out_shape()), lse
 
 
+def _refuse_shared_storage(inputs: CacheInputs) -> None:
+    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
+    k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
+    if k_storage == v_storage:
+        todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."
+        raise input_error("v_cache", "a part of the same memory as k_cache, compiled", "memory of its own", todo)
+
+
 for _name in ("attend_to_cache", "extend_cache"):
-    _LIBRARY.impl(_name, _kernel(_attend_to_cache), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _kernel(_attend_to_cache, CACHE_TENSORS), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake_attend_to_cache, lib=_LIBRARY)
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from fastattn import state
 from fastattn.backends.base import Run
+from fastattn.storage import extent, holds
 from fastattn.torch_internals import is_watched
 
 LIMIT = 1024  # kinds that are remembered
 ALIGNMENT = 16  # bytes: what kernels on an accelerator are compiled for
-_known: dict[Hashable, Any] = {}
+_known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
             if device.type != "cpu":
                 kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
         found = tuple(kind)
-        return found, _known.get(found)
+        known, extents = _known.get(found, (None, ()))
+        if known is not None and not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
+            return None, None  # memory was taken from a tensor: the long way says so
+        return found, known
     except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
 
@@ -80,10 +84,11 @@ def is_known(kind: Hashable) -> bool:
     return kind in _known
 
 
-def remember(kind: Hashable, plan: Plan | Run | None) -> None:
+def remember(kind: Hashable, plan: Plan | Run | None, tensors: Sequence[Tensor | None]) -> None:
+    """Keep the plan of ``kind``, which is that of a call with ``tensors``; None: there is no shorter way."""
     if len(_known) >= LIMIT:
         _known.clear()
-    _known[kind] = plan
+    _known[kind] = plan, tuple(0 if x is None else extent(x) for x in tensors)
 
 
 state.on_forget(_known.clear)

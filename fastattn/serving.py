@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from fastattn import ops, plan
+from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
 from fastattn.autograd import attend, attend_as_planned, needs_gradient
 from fastattn.backends.base import Run
@@ -43,10 +43,25 @@ def serve(
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
-    results = attend(inputs, spec, backend)
+    if plain.is_wanted():
+        return plain.attend(inputs, spec)
     if kind is not None and not plan.is_known(kind):
-        plan.remember(kind, _planned(inputs, spec, backend, heads_first, with_lse))
-    return results
+        found = _planned(inputs, spec, backend, heads_first, with_lse)
+        plan.remember(kind, found, (inputs.q, inputs.k, inputs.v))
+        if found is not None:
+            return _first_by_plan(found, inputs, with_lse)
+    return attend(inputs, spec, backend)
+
+
+def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """The first call of a kind like all others: activation checkpointing compares what each of two calls saved.
+
+    Without lse its place is taken by ``out``, as nobody asked for it.
+    """
+    q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
+    results = attend_as_planned(found, q, k, v, with_lse)
+    out, lse = results if isinstance(results, tuple) else (results, results)
+    return out.transpose(1, 2) if found.heads_first else out, lse
 
 
 def _planned(
@@ -76,6 +91,7 @@ def serve_cache(
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        is_plain = plan.is_plain([getattr(inputs, name) for name in CACHE_TENSORS])
-        plan.remember(kind, ops.prepared_for_cache(inputs, spec, backend) if is_plain else None)
+        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # those that a run is given
+        made = ops.prepared_for_cache(inputs, spec, backend) if plan.is_plain(tensors) else None
+        plan.remember(kind, made, tensors)
     return results

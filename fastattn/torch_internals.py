@@ -24,11 +24,22 @@ def _found(module: Any, name: str) -> Callable[..., Any]:
 is_transformed = _found(torch._C, "_are_functorch_transforms_active")
 # Whether torch.jit.trace records; how many TorchDispatchModes are on; whether autocast is on for any device. Without
 # them: always.
-_is_tracing = _found(torch._C, "_is_tracing")
+is_traced = _found(torch._C, "_is_tracing")
 _dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
 _is_autocast = _found(torch._C, "_is_any_autocast_enabled")
 _forward_mode: Any = torch.autograd.forward_ad
 _profiler: Any = torch.autograd.profiler
+
+
+# Device types that autocast knows. Asking torch.amp.is_autocast_available in a compiled call is refused in torch 2.11.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia", torch._C._get_privateuse1_backend_name())
+_AUTOCAST_DEVICES = frozenset(device for device in _DEVICES if torch.amp.is_autocast_available(device))
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast turns to on a device type; None if it is off there, or knows no such device (meta)."""
+    is_on = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
 
 
 def is_in_forward_mode() -> bool:
@@ -43,7 +54,12 @@ def is_watched() -> bool:
         or is_transformed()
         or _dispatch_modes()
         or _is_autocast()
-        or _is_tracing()
+        or is_traced()
         or is_in_forward_mode()
         or getattr(_profiler, "_is_profiler_enabled", True)
     )
+
+
+def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
+    """Shortest and longest of a jagged nested tensor, where it knows them; without these attributes they are read."""
+    return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)

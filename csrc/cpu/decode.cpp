@@ -23,11 +23,10 @@ Block block_at(Params const& p, Sequence const& s, Range span) {
   block.begin = span.begin;
   block.keys = span.end - span.begin;
   int64 const page_size = p.page_size;
-  int32 const* table = p.block_table ? p.block_table + s.b * p.table_stride : nullptr;
   for (int j = 0; j < block.keys; ++j) {
     int64 const position = span.begin + j;
-    block.page[j] = table ? table[position / page_size] : s.b;
-    block.row[j] = table ? position % page_size : position;
+    block.page[j] = page_of(s, position, page_size);
+    block.row[j] = s.pages ? position % page_size : position;
   }
   return block;
 }

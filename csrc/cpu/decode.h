@@ -18,17 +18,25 @@ constexpr int kAtOnce = 4;    // keys that one pass over the head dim works on
 
 static inline int64 padded(int64 n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
+// Lengths and page numbers are read once, checked, and used as they were read: another thread may change them.
 struct Sequence {
   int b;
-  int64 first_row;  // of its queries, in a tensor (B * S_q | T_q, H_q, D)
-  Band band;        // with s_q and s_kv
-  int rows;         // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
+  int have;            // positions before the call
+  int32 const* pages;  // of its positions from first_page * page_size on; null: it owns page b
+  int64 first_page;
+  int64 first_row;     // of its queries, in a tensor (B * S_q | T_q, H_q, D)
+  Band band;           // with s_q and s_kv
+  int rows;            // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
 };
 
 // Results of one part: of each row the sums, padded(head_dim_v) floats, the largest score, the sum of the weights.
 struct Part {
   float *sums, *most, *total;
 };
+
+static inline int64 page_of(Sequence const& s, int64 position, int64 page_size) {
+  return s.pages ? s.pages[position / page_size - s.first_page] : s.b;
+}
 
 static inline int64 part_floats(int64 rows, int64 dim) { return rows * (padded(dim) + 2); }
 

@@ -65,65 +65,148 @@ static void work(void* data) {
   }
 }
 
-static bool has_right_length(Params const& p, int b) {
-  return p.cache_lengths[b] >= 0 && p.cache_lengths[b] <= p.capacity;
-}
+static int64 rows_in_all(Params const& p) { return p.cu_seqlens_q ? p.rows_q : p.batch * p.rows_q; }
 
-static Sequence sequence_of(Params const& p, int b) {
-  int64 const first = p.cu_seqlens_q ? p.cu_seqlens_q[b] : b * p.rows_q;
-  int const s_q = int(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - first : p.rows_q);
-  int const s_kv = p.cache_lengths[b] + int(p.rows_new < 0 ? s_q : p.rows_new);
-  return {b, first, make_band(int(p.left), int(p.right), true, s_q, s_kv), int(p.heads_q) * s_q};
-}
+// Read from memory exactly once, whatever the compiler would rather do.
+static int64 once(int32 const* x) { return __atomic_load_n(x, __ATOMIC_RELAXED); }
 
-// Stores the new rows of a sequence in one of the caches.
-static void append(Params const& p, Sequence const& s, void const* rows, Strides const& from, void const* cache,
-                   Strides const& to, int64 dim) {
-  static constexpr int64 kBytes[] = {4, 2, 2, 1};  // by Dtype
-  int64 const bytes = kBytes[p.cache_dtype], have = p.cache_lengths[s.b], count = s.band.s_kv - have;
-  int64 const first = p.cu_seqlens_q ? s.first_row * from.row : s.b * from.batch;
-  char const* const source = static_cast<char const*>(rows);
-  char* const target = static_cast<char*>(const_cast<void*>(cache));
-  for (int64 i = 0; i < count; ++i) {
-    int64 const position = have + i;
-    int64 const page = p.block_table ? p.block_table[s.b * p.table_stride + position / p.page_size] : s.b;
-    int64 const row = p.block_table ? position % p.page_size : position;
-    for (int64 head = 0; head < p.heads_kv; ++head)
-      std::memcpy(target + bytes * (page * to.batch + row * to.row + head * to.head),
-                  source + bytes * (first + i * from.row + head * from.head), bytes * dim);
-  }
-}
-
-// Whether a sequence and its page numbers stay inside the cache, as fastattn.kv_cache.check_cache_values has it.
-static bool has_right_values(Params const& p, Sequence const& s, Range keys) {
-  int const have = p.cache_lengths[s.b], s_q = s.band.s_q, s_kv = s.band.s_kv;
-  if (s_kv > p.capacity || s_q < 0 || s_q > p.longest_q) return false;
-  if (!p.block_table) return true;
-  if (have < s_kv) keys = {keys.begin < keys.end ? smaller(keys.begin, have) : have, s_kv};  // written, if not read
-  int32 const* const table = p.block_table + s.b * p.table_stride;
-  for (int64 n = keys.begin / p.page_size; n * p.page_size < keys.end; ++n)
-    if (table[n] < 0 || table[n] >= p.pages) return false;
+// The sequence whose queries begin at `first`, or false if its length or number of queries is wrong. All in 64 bits.
+static bool read_sequence(Params const& p, int b, int64 first, Sequence& s) {
+  int64 const s_q = (p.cu_seqlens_q ? once(p.cu_seqlens_q + b + 1) : first + p.rows_q) - first;
+  int64 const have = once(p.cache_lengths + b), s_kv = have + (p.rows_new < 0 ? s_q : p.rows_new);
+  if (have < 0 || s_q < 0 || s_q > p.longest_q || first + s_q > rows_in_all(p) || s_kv > p.capacity) return false;
+  Band const band = make_band(int(p.left), int(p.right), true, int(s_q), int(s_kv));
+  s = {b, int(have), nullptr, 0, first, band, int(p.heads_q * s_q)};
   return true;
 }
 
-static bool has_right_boundaries(Params const& p) {
-  return !p.cu_seqlens_q || (p.cu_seqlens_q[0] == 0 && p.cu_seqlens_q[p.batch] == p.rows_q);
+static constexpr int64 kBytes[] = {4, 2, 2, 1};  // by Dtype
+
+struct Span {
+  char const *begin, *end;
+};
+
+struct Rows {
+  char const* at;
+  Strides strides;
+
+  // From the first byte of so many rows and heads to the end of the last.
+  Span span(int64 batch, int64 rows, int64 heads, int64 dim, int64 bytes) const {
+    if (batch * rows * heads == 0) return {at, at};
+    int64 const last = (batch - 1) * strides.batch + (rows - 1) * strides.row + (heads - 1) * strides.head;
+    return {at, at + (last + dim) * bytes};
+  }
+};
+
+// New rows that lie in a cache are copied, so that what is stored is what they held when the call began. False: there
+// is no memory.
+static bool keep_apart(Params const& p, Rows& rows, int64 dim, Memory& memory) {
+  int64 const bytes = kBytes[p.cache_dtype], heads = p.heads_kv;
+  int64 const batch = p.cu_seqlens_q ? 1 : p.batch, count = p.rows_new < 0 ? p.rows_q : p.rows_new;
+  auto const overlaps = [&](void const* cache, Strides const& strides, int64 width) {
+    Rows const all{static_cast<char const*>(cache), strides};
+    auto const a = rows.span(batch, count, heads, dim, bytes), b = all.span(p.pages, p.page_size, heads, width, bytes);
+    return a.begin < b.end && b.begin < a.end;
+  };
+  if (!overlaps(p.k_cache, p.k_strides, p.head_dim_qk) && !overlaps(p.v_cache, p.v_strides, p.head_dim_v)) return true;
+  auto* const copy = static_cast<char*>(memory.bytes(batch * count * heads * dim * bytes));
+  if (!copy) return false;
+  Strides const to = {count * heads * dim, heads * dim, dim};
+  for (int64 n = 0; n < batch * count * heads; ++n) {
+    int64 const head = n % heads, row = n / heads % count, b = n / heads / count;
+    std::memcpy(copy + n * dim * bytes,
+                rows.at + bytes * (b * rows.strides.batch + row * rows.strides.row + head * rows.strides.head),
+                bytes * dim);
+  }
+  rows = {copy, to};
+  return true;
 }
 
-// The sequences and the keys they read; how many these are in all, or -1 if a value is wrong.
+// Stores the new rows of a sequence in one of the caches.
+static void append(Params const& p, Sequence const& s, Rows const& rows, void const* cache, Strides const& to,
+                   int64 dim) {
+  int64 const bytes = kBytes[p.cache_dtype], have = s.have, count = s.band.s_kv - have;
+  int64 const first = p.cu_seqlens_q ? s.first_row * rows.strides.row : s.b * rows.strides.batch;
+  char* const target = static_cast<char*>(const_cast<void*>(cache));
+  for (int64 i = 0; i < count; ++i) {
+    int64 const position = have + i;
+    int64 const page = page_of(s, position, p.page_size), row = s.pages ? position % p.page_size : position;
+    for (int64 head = 0; head < p.heads_kv; ++head)
+      std::memcpy(target + bytes * (page * to.batch + row * to.row + head * to.head),
+                  rows.at + bytes * (first + i * rows.strides.row + head * rows.strides.head), bytes * dim);
+  }
+}
+
+// Stores all new rows. False, and nothing stored, if there is no memory.
+static bool append(Call const& call) {
+  Params const& p = call.params;
+  static thread_local Memory for_keys, for_values;
+  Rows keys{static_cast<char const*>(p.new_keys), p.new_keys_strides};
+  Rows values{static_cast<char const*>(p.new_values), p.new_values_strides};
+  if (p.new_keys && !keep_apart(p, keys, p.head_dim_qk, for_keys)) return false;
+  if (p.new_values && !keep_apart(p, values, p.head_dim_v, for_values)) return false;
+  for (int b = 0; b < call.task_count; ++b) {
+    Sequence const& s = call.tasks[b].sequence;
+    if (p.new_keys) append(p, s, keys, p.k_cache, p.k_strides, p.head_dim_qk);
+    if (p.new_values) append(p, s, values, p.v_cache, p.v_strides, p.head_dim_v);
+  }
+  return true;
+}
+
+// The pages that a sequence reads or writes, as many as there are.
+static Range pages_of(Params const& p, Task const& task) {
+  int const have = task.sequence.have, s_kv = task.sequence.band.s_kv;
+  Range keys = task.keys;
+  if (have < s_kv) keys = {keys.begin < keys.end ? smaller(keys.begin, have) : have, s_kv};  // written, if not read
+  return {int(keys.begin / p.page_size), int((keys.end + p.page_size - 1) / p.page_size)};
+}
+
+// Copies their numbers and checks the copies, as fastattn.kv_cache.check_cache_values has it.
+static bool read_pages(Params const& p, Task& task, int32* copy) {
+  Sequence& s = task.sequence;
+  Range const used = pages_of(p, task);
+  s.pages = copy, s.first_page = used.begin;
+  for (int64 n = used.begin; n < used.end; ++n) {
+    int64 const page = once(p.block_table + s.b * p.table_stride + n);
+    if (page < 0 || page >= p.pages) return false;
+    copy[n - used.begin] = int32(page);
+  }
+  return true;
+}
+
+// Reads the lengths of the sequences: which keys they read. How many these are in all, or -1 if a value is wrong.
 static int64 look_up(Call& call) {
   Params const& p = call.params;
-  int64 keys = 0;
-  if (!has_right_boundaries(p)) return -1;
+  int64 keys = 0, first = p.cu_seqlens_q ? once(p.cu_seqlens_q) : 0;
+  if (first != 0) return -1;
   for (int b = 0; b < call.task_count; ++b) {
     Task& task = call.tasks[b];
-    if (!has_right_length(p, b)) return -1;
-    task.sequence = sequence_of(p, b);
-    task.keys = tile_range(task.sequence.band, 0, task.sequence.band.s_q);
+    if (!read_sequence(p, b, first, task.sequence)) return -1;
+    int const s_q = task.sequence.band.s_q;
+    first += s_q;
+    task.keys = tile_range(task.sequence.band, 0, s_q);
     keys += task.keys.end - task.keys.begin;
-    if (!has_right_values(p, task.sequence, task.keys)) return -1;
   }
-  return keys;
+  return first == rows_in_all(p) ? keys : -1;
+}
+
+static Outcome look_up_pages(Call& call) {
+  Params const& p = call.params;
+  if (!p.block_table) return kDone;
+  int64 count = 0;
+  for (int b = 0; b < call.task_count; ++b) {
+    Range const used = pages_of(p, call.tasks[b]);
+    count += used.end - used.begin;
+  }
+  static thread_local Memory memory;
+  auto* copy = static_cast<int32*>(memory.bytes(count * sizeof(int32)));
+  if (!copy) return kNoMemory;
+  for (int b = 0; b < call.task_count; ++b) {
+    if (!read_pages(p, call.tasks[b], copy)) return kWrongValues;
+    Range const used = pages_of(p, call.tasks[b]);
+    copy += used.end - used.begin;
+  }
+  return kDone;
 }
 
 // Cuts the keys into parts, by shapes alone: the same call gives the same bits on any number of threads.
@@ -151,12 +234,9 @@ static Outcome run(Call& call) {
   Params const& p = call.params;
   int64 const keys = look_up(call);
   if (keys < 0) return kWrongValues;
+  if (Outcome const outcome = look_up_pages(call)) return outcome;
   if (!plan(call, keys)) return kNoMemory;
-  for (int b = 0; b < call.task_count; ++b) {
-    Sequence const& s = call.tasks[b].sequence;
-    if (p.new_keys) append(p, s, p.new_keys, p.new_keys_strides, p.k_cache, p.k_strides, p.head_dim_qk);
-    if (p.new_values) append(p, s, p.new_values, p.new_values_strides, p.v_cache, p.v_strides, p.head_dim_v);
-  }
+  if (!append(call)) return kNoMemory;
   bool const is_small = keys * p.heads_kv * (p.head_dim_qk + p.head_dim_v) < kSmall;
   int64 const threads = p.threads < call.part_count ? p.threads : call.part_count;
   on_threads(is_small ? 1 : threads, work, &call);

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from fastattn.cli import (
+    build,
     config,
     demo,
+    doctor,
     evaluate,
     example,
     finetune,
@@ -31,7 +33,7 @@ from fastattn.version import __version__
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
-COMMANDS = (info, verify, prepare, train, finetune, evaluate, predict, glue, generate, example, demo)
+COMMANDS = (info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, example, demo)
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastattn.errors import DataError, InputError, input_error
+from fastattn.files import read_limited
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 
@@ -70,9 +71,11 @@ def _flags_of(
 def _settings(path: Path, command: str, commands: Mapping[str, argparse.ArgumentParser]) -> dict[str, object]:
     """The keys of the file that are meant for the command."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_limited(path, 1 << 20))
     except OSError as error:
         raise DataError(f"--config {path} cannot be read: {error.strerror or error}.") from error
+    except RecursionError:
+        raise DataError(f"--config {path} is nested too deeply.") from None
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise DataError(f"--config {path} is not TOML: {error}.") from error
     tables = {name: value for name, value in content.items() if isinstance(value, dict)}

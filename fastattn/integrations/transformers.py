@@ -8,16 +8,20 @@ what is known not to concern it is listed in ``IRRELEVANT``; anything else raise
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastattn import rng
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.inspection import attention_weights
+from fastattn.integrations import transformers_packing as packing
+from fastattn.integrations.transformers_families import expects_float_masks, may_leave_masks_out, refuse_outsiders
+from fastattn.nn.lazy import weights_when_read
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -31,10 +35,8 @@ except ImportError as error:
 # Keywords of a model's forward that travel to its attention function and make no difference there.
 IRRELEVANT = frozenset({
     "use_cache", "cache_position", "position_embeddings", "num_items_in_batch", "return_dict", "output_hidden_states",
-    "output_router_logits", "logits_to_keep", "seq_idx", "token_type_ids",
+    "output_router_logits", "logits_to_keep", "seq_idx", "token_type_ids", "deterministic",
 })  # fmt: skip
-
-_unpacked = WeakTensorKeyDictionary()  # position_ids that hold one sequence per row, and the version looked at
 
 
 def register(name: str = "fastattn") -> None:
@@ -53,7 +55,105 @@ def register(name: str = "fastattn") -> None:
         'fastattn'
     """
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, attention_mask)
+
+
+def attention_mask(
+    *args: Any,
+    config: Any = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """transformers' mask for SDPA, left out only where a layer can be relied on to say whether it is causal.
+
+    Args:
+        args: as ``transformers.masking_utils.sdpa_mask``.
+        config: of the model that the mask is for.
+        allow_is_causal_skip: whether the caller lets a mask that is causal and no more be left out.
+        allow_is_bidirectional_skip: likewise one that keeps everything.
+        others: as ``sdpa_mask``.
+
+    Returns:
+        boolean ``(B, 1, S_q, S_kv)``, True = attend, or None. Families that were written for eager's masks get its
+        floating one, 0 or the least number, whose attribute ``keeps`` is the boolean one. ``knows_no_documents`` says
+        that transformers may not have seen that documents are packed.
+
+    Raises:
+        UnsupportedError: the family of the model computes attention itself.
+    """
+    if config is not None:
+        refuse_outsiders(config)
+    others |= {
+        "config": config,
+        "allow_is_causal_skip": allow_is_causal_skip and config is not None and may_leave_masks_out(config),
+        "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
+    }
+    keeps = sdpa_mask(*args, **others)
+    if keeps is None:
+        return None
+    made = keeps
+    if config is not None and expects_float_masks(config):
+        dtype = others.get("dtype", torch.float32)
+        made = torch.where(keeps, torch.zeros((), dtype=dtype, device=keeps.device), torch.finfo(dtype).min)
+    if not torch.compiler.is_compiling():
+        vars(made).update(keeps=keeps, knows_no_documents=not allow_is_bidirectional_skip)
+    return made
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call in fastattn's terms, ``(B, S, H, D)``.
+
+    ``causal`` and ``window`` are what the layer says, and hold only where there is no mask, which has them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    causal: bool
+    window: tuple[int, int] | None
+    scores: dict[str, Any]
+    with_weights: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is wanted that packed sequences do not have."""
+        return self.mask is None and self.bias is None and not self.with_weights
+
+    def dense(self, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
+        options = self.scores | {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
+        if segment_ids is not None:
+            options["segment_ids"] = segment_ids
+        if not self.with_weights:
+            return attention(self.q, self.k, self.v, **options), None  # type: ignore[return-value]
+        options["rng_state"] = rng.new_rng_state(self.q.device) if options["dropout_p"] else None
+        out = attention(self.q, self.k, self.v, **options)
+        return out, weights_when_read(self.q, self.k, self.q.dtype, **options)  # type: ignore[return-value]
+
+    def packed(self, cu_q: Tensor, cu_kv: Tensor, max_q: int | None, max_kv: int | None) -> Tensor:
+        q, k, v = (x.flatten(0, 1) for x in (self.q, self.k, self.v))
+        options: dict[str, Any] = {
+            "max_seqlen_q": max_q,
+            "max_seqlen_kv": max_kv,
+            "causal": self.causal,
+            "window": self.window,
+        }
+        out = attention_varlen(q, k, v, cu_q, cu_kv, **options, **self.scores)
+        assert isinstance(out, Tensor)
+        return out.view(*self.q.shape[:2], *out.shape[1:])
+
+    def with_sinks_of_rows(self, sinks: Tensor, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
+        """A sink for each row, ``(B, H_q, S_q, 1)``: it takes ``exp(sink)`` of ``exp(lse) + exp(sink)``."""
+        options = self.scores | {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
+        options |= {"segment_ids": segment_ids, "rng_state": rng.new_rng_state(self.q.device)}
+        out, lse = attention(self.q, self.k, self.v, return_lse=True, **options)
+        share = torch.sigmoid(lse[..., None] - sinks.float())
+        weights = attention_weights(self.q, self.k, **options) * share if self.with_weights else None
+        out = (out * share.transpose(1, 2)).to(self.q.dtype)
+        return out, weights if weights is None else weights.to(self.q.dtype)
 
 
 def attention_forward(
@@ -69,7 +169,10 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -86,20 +189,24 @@ def attention_forward(
         key: ``(B, H_kv, S_kv, D_qk)``.
         value: ``(B, H_kv, S_kv, D_v)``.
         attention_mask: boolean ``(B, 1, S_q, S_kv)``, True = attend, or a float one that is added; complete, so
-            neither causality nor a window is added to it. None: causality, if the layer has it, and the window.
+            neither causality nor a window is added to it. None: causality, if the layer has it, and the window. In
+            families that are not relied on to say what is causal (``transformers_families``) None is no mask at all.
         scaling: factor on the scores; None is ``D_qk ** -0.5``.
         dropout: probability of dropping an attention weight, 0 in evaluation.
         is_causal: attend to no later key.
         sliding_window: the W latest keys, the query's own included.
         softcap: Gemma 2's ``softcap * tanh(scores / softcap)``.
         s_aux: ``(H_q,)``, GPT-OSS's sinks.
+        sinks: the same, or ``(B, H_q, S_q, 1)``, a sink for each row, as Inkling 2 has.
         position_bias: ``(1|B, H_q, S_q, S_kv)``, T5's; added to the scores.
-        position_ids: only checked: packed sequences without a mask are refused.
+        indices: ``(B, S_q, n)``, the only keys that each query sees, as in DeepSeek's sparse attention.
+        block_indices: the only blocks of keys, as the layer's own indexer reads them (MiniMax M3).
+        position_ids: ``(B, S_q)``; where they restart at 0, another document begins, unless a complete mask is given.
         cu_seq_lens_q: boundaries of sequences packed into a batch of one, with the next three.
         cu_seq_lens_k: boundaries of the keys.
         max_length_q: longest query sequence.
         max_length_k: longest key sequence.
-        output_attentions: return the attention weights too.
+        output_attentions: return the attention weights too; they are computed when they are first read.
         others: the remaining keywords of the model's forward.
 
     Returns:
@@ -107,42 +214,105 @@ def attention_forward(
         with ``output_attentions=True``, else None.
 
     Raises:
-        InputError: the mask has another form, or packed ``position_ids`` come without one.
-        UnsupportedError: an unknown keyword, which may change attention.
+        InputError: the mask is of another kind, or the layer does not say whether it is causal.
+        UnsupportedError: a keyword that may change attention is not known.
     """
     _refuse_unknown(others)
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if block_indices is not None:
+        attention_mask = _of_blocks(module, block_indices, attention_mask, query, key, position_ids)
+    causal = attention_mask is None and query.shape[2] > 1 and _is_causal(module, is_causal)
     window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-    scores: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout}
-    if cu_seq_lens_q is not None:
-        if position_bias is not None or q.shape[0] != 1 or cu_seq_lens_k is None:
-            given = f"batch {q.shape[0]}, position_bias {'no' if position_bias is None else 'yes'}"
-            todo = "Pass cu_seq_lens_q and cu_seq_lens_k with a batch of one, or padded batches without them."
-            raise input_error("cu_seq_lens_q", given, "a batch of one without position_bias", todo)
-        lengths: dict[str, Any] = {
-            "max_seqlen_q": None if max_length_q is None else int(max_length_q),
-            "max_seqlen_kv": None if max_length_k is None else int(max_length_k),
-        }
-        cu_q, cu_kv = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)
-        out = attention_varlen(q[0], k[0], v[0], cu_q, cu_kv, causal=causal, window=window, **lengths, **scores)
-        return out[None], None  # type: ignore[call-overload]
     mask, bias = _mask_and_bias(attention_mask, position_bias)
-    if attention_mask is not None:
-        causal, window = False, None  # the mask has them
-    elif causal and q.shape[1] > 1:
-        if k.shape[1] > q.shape[1]:  # prefill of a static cache, whose later rows are still empty
-            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]
-            bias = None if bias is None else bias[..., : q.shape[1]]
-        _refuse_packed(position_ids, q.shape[1])
-    scores |= {"causal": causal, "window": window, "bias": bias, "mask": mask}
-    if not (output_attentions or _capturing_attentions()):
-        return attention(q, k, v, **scores), None  # type: ignore[return-value]
-    scores["rng_state"] = rng.new_rng_state(q.device) if dropout else None
-    weights = attention_weights(q, k, **scores).to(q.dtype)
-    return attention(q, k, v, **scores), weights  # type: ignore[return-value]
+    if indices is not None:
+        chosen = torch.zeros(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+        chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+        mask = chosen if mask is None else mask & chosen
+    of_heads = s_aux if s_aux is not None else sinks if sinks is not None and sinks.dim() == 1 else None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    call = _Call(
+        q, k, v, mask, bias, causal,
+        window if attention_mask is None else None,
+        {"scale": scaling, "softcap": softcap, "sinks": of_heads, "dropout_p": dropout},
+        bool(output_attentions) or _capturing_attentions(),
+    )  # fmt: skip
+    if sinks is not None and sinks.dim() != 1:
+        return call.with_sinks_of_rows(sinks)
+    if cu_seq_lens_q is not None:
+        return _by_boundaries(call, window, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k))
+    return _by_positions(call, attention_mask, position_ids)
+
+
+def _by_positions(call: _Call, attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Any]:
+    """A padded batch, or documents that ``position_ids`` tell apart where transformers made no mask of them."""
+    rows, s_q = call.q.shape[:2]
+    if call.causal and call.k.shape[1] > s_q:  # prefill of a static cache, whose later rows are still empty
+        bias = None if call.bias is None else call.bias[..., :s_q]
+        call = replace(call, k=call.k[:, :s_q], v=call.v[:, :s_q], bias=bias)
+    may_be_packed = call.causal or getattr(attention_mask, "knows_no_documents", False)
+    documents = packing.documents_of(position_ids, rows, s_q) if may_be_packed else None
+    if documents is None:
+        return call.dense()
+    if attention_mask is not None and call.k.shape[1] != s_q:
+        packing.refuse_packing_beside_others(documents, attention_mask)
+        return call.dense()
+    if call.is_plain:
+        return call.packed(documents.cu_seqlens, documents.cu_seqlens, documents.longest, documents.longest), None
+    return call.dense(documents.segment_ids)
+
+
+def _by_boundaries(
+    call: _Call,
+    window: tuple[int, int] | None,
+    cu_seq_lens: tuple[Tensor, Tensor | None],
+    longest: tuple[int | None, int | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Sequences packed into a batch of one, and a mask beside their boundaries if there is one."""
+    if call.q.shape[0] != 1 or cu_seq_lens[1] is None:
+        todo = "Pass cu_seq_lens_q and cu_seq_lens_k with a batch of one, or padded batches without them."
+        raise input_error("cu_seq_lens_q", f"batch {call.q.shape[0]}", "a batch of one, and cu_seq_lens_k too", todo)
+    cu_q, cu_kv = (x.to(torch.int32) for x in cu_seq_lens if x is not None)
+    max_q, max_kv = (None if n is None else int(n) for n in longest)
+    if call.mask is not None and call.bias is None and not call.with_weights:
+        may_say: Iterator[dict[str, Any]] = (
+            {"causal": causal, "window": within}
+            for causal, within in ((True, window), (False, None))
+            if packing.says_no_more(call.mask, cu_seq_lens[0], causal, within)
+        )
+        if (says := next(may_say, None)) is not None:
+            call = replace(call, mask=None, **says)  # the boundaries say all that the mask does
+    if call.is_plain:
+        return call.packed(cu_q, cu_kv, max_q, max_kv), None
+    if (call.causal or call.window) and not torch.equal(cu_q, cu_kv):
+        todo = "Leave position_bias and output_attentions out, or pass a complete attention_mask."
+        raise input_error("cu_seq_lens_k", "other boundaries than cu_seq_lens_q", "the same ones", todo)
+    segments = (packing.segments_of_boundaries(x, n) for x, n in ((cu_q, call.q.shape[1]), (cu_kv, call.k.shape[1])))
+    return call.dense(tuple(segments))
+
+
+def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Whether a call without a mask is causal: as the layer says, where it is relied on, and never by default."""
+    if is_causal is not None:
+        return bool(is_causal)
+    config = getattr(module, "config", None)
+    if config is not None and not may_leave_masks_out(config):
+        return False  # its masks are complete, and this call has none
+    says = getattr(module, "is_causal", None)
+    if says is None:
+        todo = "Set is_causal on the layer, or pass is_causal= to the attention function."
+        raise input_error("module", f"{type(module).__name__}, without is_causal or a mask", "a layer that says", todo)
+    return bool(says)
+
+
+def _of_blocks(
+    module: Any, block_indices: Tensor, attention_mask: Tensor | None, query: Tensor, key: Tensor, at: Tensor | None
+) -> Tensor:
+    """The mask that the layer's indexer builds of its blocks, as the layer itself does for eager attention."""
+    batch, s_q, s_kv = query.shape[0], query.shape[2], key.shape[2]
+    at = torch.arange(s_kv - s_q, s_kv, device=query.device) if at is None else at
+    at = (at if at.ndim > 1 else at[None]).expand(batch, -1)
+    return module.indexer.build_block_mask(block_indices, attention_mask, s_kv, query.dtype, query.device, at)
 
 
 def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -152,6 +322,7 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) 
         given = f"shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else type(attention_mask)
         todo = "A (B, S) padding mask goes to the model's forward, which makes the complete one."
         raise input_error("attention_mask", given, "None or (B, 1, S_q, S_kv)", todo)
+    attention_mask = getattr(attention_mask, "keeps", attention_mask)  # ours, untouched by the model
     if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
     return None, attention_mask if position_bias is None else position_bias + attention_mask
@@ -167,24 +338,6 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
             f"and will not guess whether to ignore {'them' if len(unknown) > 1 else 'it'}. Use another "
             "attn_implementation for this model, or, if attention does not depend on it, leave it out of the call."
         )
-
-
-def _refuse_packed(position_ids: Tensor | None, s_q: int) -> None:
-    """Raise if transformers has dropped the boundaries of packed sequences: with a cache it makes no mask for them.
-
-    Reads values once for each forward, so not while compiling or capturing a CUDA graph.
-    """
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != s_q:
-        return
-    if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    version = 0 if position_ids.is_inference() else position_ids._version
-    if _unpacked.get(position_ids) == version:
-        return
-    if bool((position_ids.diff(dim=-1) != 1).any()):
-        todo = "Pass use_cache=False to the model, so that transformers makes a mask of the sequences."
-        raise input_error("position_ids", "packed sequences with a cache", "one sequence in each row", todo)
-    _unpacked[position_ids] = version
 
 
 def _capturing_attentions() -> bool:

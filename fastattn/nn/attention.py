@@ -6,13 +6,19 @@ else, attention masks may carry the heads inside the batch, and ``is_causal`` is
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
+from fastattn import nested, rng
 from fastattn.errors import input_error
-from fastattn.functional import attention, explain
+from fastattn.functional import attention, attention_varlen, explain
+from fastattn.nn.lazy import weights_when_read
 from fastattn.nn.rotary import Rotary
+from fastattn.torch_internals import autocast_dtype
 
 Window = tuple[int | None, int | None]
 
@@ -30,8 +36,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
       torch gives NaN or 0, depending on the path it takes.
     - Dropout drops other elements than torch does for the same seed, in the same proportion.
     - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
-    - ``need_weights=True``, torch's default, returns what is quadratic in the length, averaged over the heads one by
-      one. Pass False to be fast.
+    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, and never if they
+      are not. Until then, changing a floating mask in place makes reading them an error.
 
     Args:
         embed_dim: E, the width of queries and outputs.
@@ -58,7 +64,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         softcap: ``softcap * tanh(scores / softcap)`` before the masks (Gemma 2); None is off.
         rope: rotary position embedding of queries and keys, at positions 0, 1, ...; True, or its base if not 10000.
-            For self-attention only (Su et al., "RoFormer", 2021).
+            For self-attention only, so query and key have one shape (Su et al., "RoFormer", 2021).
         qk_norm: RMSNorm over each head of the queries and keys, before ``rope``; adds ``q_norm.weight`` and
             ``k_norm.weight`` (Dehghani et al., "Scaling vision transformers to 22 billion parameters", 2023).
         sinks: a learned logit for each head that takes part in the softmax but has no value, 0 at first; adds
@@ -114,8 +120,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        # torch's encoder layers bypass forward() in inference unless this is False; nothing here reads it
-        self._qkv_same_embed_dim = False
+        keep_from_shortcut(self)
         self.num_kv_heads = num_kv_heads
         self.window = window
         self.softcap = softcap
@@ -141,18 +146,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             self.bias_v = nn.Parameter(self.bias_v.new_empty(1, 1, e_kv))
         self._reset_parameters()
 
-    def _reset_parameters(self) -> None:
-        """torch's initial values, in torch's order; torch decides by an attribute that means something else here."""
-        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        if self.bias_k is not None and self.bias_v is not None:
-            nn.init.xavier_normal_(self.bias_k)
-            nn.init.xavier_normal_(self.bias_v)
-
     def forward(
         self,
         query: Tensor,
@@ -172,7 +165,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             value: ``(S, N, vdim)``, likewise.
             key_padding_mask: ``(N, S)``, or ``(S,)`` without a batch: boolean, True = masked, the opposite of
                 ``fastattn.attention``; or floating, added to the scores.
-            need_weights: also return the attention weights. False is faster and takes memory linear in the length.
+            need_weights: also return the attention weights, which are computed when they are first read.
             attn_mask: ``(L, S)``, or ``(N * H_q, L, S)``: boolean, True = masked; or floating, added to the scores.
             average_attn_weights: average the weights over the heads.
             is_causal: a promise that ``attn_mask``, which must be given, is the causal one. It is relied on where
@@ -187,11 +180,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
             InputError: a tensor's shape or dtype does not fit, ``is_causal`` comes without a mask, or ``rope`` meets
                 cross-attention.
         """
+        if isinstance(query, Proxy):  # torch.fx records torch's own modules as one node, too
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            path = query.tracer.path_of_module(self)
+            return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
+        if query.is_nested:
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal or None}
+            return self._forward_nested(query, key, value, need_weights, masks)
         self._check_inputs(query, key, value)
         is_batched = query.dim() == 3
         q, k, v = self._heads(query, key, value, is_batched)
         batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
-        self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
+        if key_padding_mask is not None or attn_mask is not None or is_causal:
+            self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
         k, v, appended = self._append_keys(k, v)
 
         window = self.window
@@ -203,17 +204,45 @@ class MultiHeadAttention(nn.MultiheadAttention):
         bias, keep, segment_ids = self._scores_terms(
             _padded(key_padding_mask, appended), _padded(attn_mask, appended), q
         )
-        result = attention(
-            q, k, v, window=window, softcap=self.softcap, bias=bias, mask=keep, sinks=self.sinks,
-            segment_ids=segment_ids, dropout_p=self.dropout if self.training else 0.0,
-            return_weights="mean" if need_weights and average_attn_weights else need_weights, backend=self.backend,
-        )  # fmt: skip
-        out, weights = result if isinstance(result, tuple) else (result, None)
+        options: dict[str, Any] = {
+            "window": window, "softcap": self.softcap, "bias": bias, "mask": keep, "sinks": self.sinks,
+            "segment_ids": segment_ids, "dropout_p": self.dropout if self.training else 0.0,
+        }  # fmt: skip
+        if need_weights and options["dropout_p"]:
+            options["rng_state"] = rng.new_rng_state(q.device)
+        out = attention(q, k, v, backend=self.backend, **options)
+        assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
-        if weights is None:
+        if not need_weights:
             return out, None
-        weights = weights.to(out.dtype)
-        return out, weights if is_batched else weights[0]
+        how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
+        return out, weights_when_read(q, k, out.dtype, **how, **options)
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        """Sequences of different lengths in nested tensors, without padding."""
+        given = [name for name, mask in masks.items() if mask is not None]
+        given += [name for name in ("bias_k", "add_zero_attn") if getattr(self, name) not in (None, False)]
+        given += ["need_weights"] if need_weights else []
+        if given or not self.batch_first:
+            allowed = "batch_first=True, and neither masks, appended keys nor weights"
+            todo = "Pass need_weights=False: nested tensors carry their lengths. Or pad them and pass key_padding_mask."
+            raise input_error("query", f"a nested tensor with {', '.join(given) or 'batch_first=False'}", allowed, todo)
+        packed = {id(x): nested.Packed.of(x) for x in (query, key, value)}
+        q, k, v = (packed[id(x)] for x in (query, key, value))
+        if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
+            raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
+        projected = self._project(q.values, k.values, v.values)
+        heads_q, heads_k, heads_v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        positions = q.positions() if self.rotary is not None else None
+        out = attention_varlen(
+            *self._rotated(heads_q, heads_k, heads_v, positions), q.offsets, k.offsets,
+            max_seqlen_q=q.longest, max_seqlen_kv=k.longest, window=self.window, softcap=self.softcap,
+            sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return q.nested(self.out_proj(out.flatten(1))), None
 
     def _widths(self) -> tuple[int, int, int]:
         """The widths of q, k and v over all heads: the rows of their projections."""
@@ -224,15 +253,25 @@ class MultiHeadAttention(nn.MultiheadAttention):
         """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
         projected = self._project(query, key, value)
         q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        return self._rotated(q, k, v, 0)
+
+    def _rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+        if self.rotary is not None and positions is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
         return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._widths(), dim=-1)
+        if self.in_proj_weight is not None and key is value:
+            e, e_kv, _ = self._widths()
+            weight_q, weight_kv = self.in_proj_weight.split((e, 2 * e_kv))
+            bias_q, bias_kv = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split((e, 2 * e_kv))
+            return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).split(e_kv, dim=-1)
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.split(self._widths())
         else:
@@ -285,15 +324,17 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return bias, keep, segment_ids
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        is_self = query is key is value and self.in_proj_weight is not None
+        if is_self and query.dim() == 3 and query.shape[-1] == self.embed_dim and _fits(query, weight):
+            return  # the commonest call
+        named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         order = "(N, S, {0})" if self.batch_first else "(S, N, {0})"
         for name, x, width in named:
             if not isinstance(x, Tensor):
                 raise input_error(name, type(x).__name__, "a torch.Tensor", "Convert it with torch.as_tensor.")
             if x.is_nested:
-                todo = "Pad it and pass key_padding_mask; on a nn.TransformerEncoder set use_nested_tensor = False."
-                raise input_error(name, "a nested tensor", "a dense one", todo)
+                raise input_error(name, "a nested tensor beside dense ones", "all three nested", "Convert the others.")
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 allowed = f"{order.format(width)}, or (S, {width}) where none of the three has a batch"
                 raise input_error(name, f"shape {tuple(x.shape)}", allowed, "Check embed_dim, kdim, vdim, batch_first.")
@@ -308,9 +349,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if query.dim() == 3 and query.shape[n] != key.shape[n]:
             allowed = f"batch {query.shape[n]}, that of query"
             raise input_error("key", f"batch {key.shape[n]}", allowed, "Check batch_first, or expand the smaller one.")
-        if self.rotary is not None and key is not query:
-            todo = "Rotary positions count within one sequence: pass one tensor as both, or build it without rope."
-            raise input_error("key", "another tensor than query, with rope on", "the query itself", todo)
+        if self.rotary is not None and key.shape != query.shape:
+            todo = "Rotary positions count within one sequence: pass one sequence as both, or build it without rope."
+            raise input_error("key", f"shape {tuple(key.shape)}, with rope on", f"{tuple(query.shape)}", todo)
 
     def _check_masks(
         self,
@@ -345,6 +386,24 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return sizes + options
 
 
+class _ShortcutGuard(nn.Module):
+    """A child that is never called, with a hook: where torch's encoder layers see one, they call their submodules."""
+
+
+def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
+    """Have ``nn.TransformerEncoderLayer`` call ``module`` in inference instead of reading its weights.
+
+    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim``, by which it
+    could be told as well, stays what PEFT and others read it for.
+    """
+    guard = _ShortcutGuard()
+    guard.register_forward_pre_hook(_no_hook)
+    module.add_module("_shortcut_guard", guard)
+
+
+def _no_hook(module: nn.Module, args: Any) -> None: ...
+
+
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
     """``mask`` with unmasked columns for the appended keys."""
     return mask if mask is None or columns == 0 else F.pad(mask, (0, columns))
@@ -352,9 +411,9 @@ def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether ``x`` has the device of the parameters, and their dtype or one that autocast will change."""
-    device = x.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return x.device == weight.device and (x.dtype == weight.dtype or (autocasts and x.is_floating_point()))
+    if x.device == weight.device and x.dtype == weight.dtype:
+        return True
+    return x.device == weight.device and x.is_floating_point() and autocast_dtype(x.device.type) is not None
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:

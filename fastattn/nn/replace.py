@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.errors import input_error
-from fastattn.nn.attention import MultiHeadAttention
+from fastattn.nn.attention import MultiHeadAttention, keep_from_shortcut
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[str]:
     """Replace every ``torch.nn.MultiheadAttention`` inside ``model``, in place, by ``MultiHeadAttention``.
 
-    The new modules take over the old ones' parameters, hooks and mode, the very same objects: optimizers, tied
-    weights and hook handles stay valid, and the model's state_dict does not change. A module that stands in several
-    places is replaced by one that stands in all of them. Subclasses of ``nn.MultiheadAttention`` are left alone, as
-    they may compute something else. ``nn.TransformerEncoder`` is kept from its inference shortcut, which would not
-    call the new modules. Call it before sharding or compiling the model.
+    The new modules take over the old ones' parameters, parametrizations, hooks and mode, the very same objects:
+    optimizers, tied weights and hook handles stay valid, and the model's state_dict does not change. A module that
+    stands in several places is replaced by one that stands in all of them. Subclasses of ``nn.MultiheadAttention``
+    are left alone, as they may compute something else, and named in a warning. ``nn.TransformerEncoderLayer`` is kept
+    from its inference shortcut, which would not call the new modules. Call it before sharding or compiling the model.
 
     Args:
         model: any module.
@@ -40,17 +43,32 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     if type(model) is nn.MultiheadAttention:
         todo = "Pass the module that holds it, or build a fastattn.MultiHeadAttention and load its state_dict."
         raise input_error("model", "a nn.MultiheadAttention itself", "a module that contains some", todo)
-    names = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention]
+    names = [name for name, module in model.named_modules() if _is_replaceable(module)]
     new = {model.get_submodule(name): _converted(model.get_submodule(name), backend) for name in names}
+    _warn_of_others([name for name, module in model.named_modules() if _is_other(module) and module not in new])
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             model.set_submodule(name, new[module])
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(m, MultiHeadAttention) for m in module.modules()
-        ):
-            module.use_nested_tensor = False
     return names
+
+
+def _is_replaceable(module: nn.Module) -> bool:
+    """Whether a module is torch's own attention; one with parametrizations has a class made for it alone."""
+    kind = type(module)
+    return kind is nn.MultiheadAttention or (is_parametrized(module) and kind.__bases__ == (nn.MultiheadAttention,))
+
+
+def _is_other(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and not isinstance(module, MultiHeadAttention)
+
+
+def _warn_of_others(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"replace_attention left {', '.join(names)} alone: subclasses of nn.MultiheadAttention, which may compute "
+            "something else",
+            stacklevel=3,
+        )
 
 
 def _converted(old: nn.Module, backend: str | None) -> MultiHeadAttention:
@@ -69,6 +87,10 @@ def _converted(old: nn.Module, backend: str | None) -> MultiHeadAttention:
         device="meta",
         backend=backend,
     )
-    # With the new options off both kinds hold the same entries, but for the one that torch's shortcut reads.
-    vars(new).update({name: x for name, x in vars(old).items() if name != "_qkv_same_embed_dim"})
+    vars(new).update(vars(old))  # with the new options off both kinds hold the same entries
+    new._modules = dict(old._modules)
+    keep_from_shortcut(new)
+    if is_parametrized(old):  # by properties of a class of its own
+        properties = {name: x for name, x in vars(type(old)).items() if name not in ("__dict__", "__weakref__")}
+        new.__class__ = type(type(old).__name__, (MultiHeadAttention,), properties)
     return new

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from fastattn import dispatch
+from fastattn.errors import UnsupportedError
 from fastattn.testing.cases import Case
+from fastattn.testing.inputs import make
 from fastattn.testing.verify import Result, judge
+from fastattn.testing.ways import measure_way, ways_of
 
 _DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 128)
 _HEAD_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 128)
+_RARELY = 0.01  # how often a problem is one of the large ones below
+_LONG_LENGTHS, _WIDE_HEAD_DIMS = (257, 700, 1024, 2048), (192, 256, 257, 512)
 # Fields of Case that turn something on, to be turned off one by one; the sizes are brought down after them.
 _FEATURES = (
     "dtype", "scale", "softcap", "left", "right", "anchor", "dropout_p", "bias", "mask", "alibi", "sinks",
@@ -32,11 +37,13 @@ class Failure:
         result: of the smallest problem that still fails.
         device: of the run.
         seed: of its values.
+        way: how the backend was reached, a name in ``ways.WAYS``; None: by itself.
     """
 
     result: Result
     device: str
     seed: int
+    way: str | None = None
 
     def __str__(self) -> str:
         case = self.result.case
@@ -44,17 +51,23 @@ class Failure:
         fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(Case)}
         changed = {name: value for name, value in fields.items() if value != getattr(defaults, name)}
         arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        backend = repr(self.result.backend)
+        call = f"measure({backend}, sample)" if self.way is None else f"measure_way({self.way!r}, sample, {backend})"
         return (
             "import torch\n"
-            "from fastattn.testing import Case, assert_within, make, measure\n\n"
+            "from fastattn.testing import Case, assert_within, make, measure\n"
+            "from fastattn.testing.ways import measure_way\n\n"
             f"case = Case({arguments})\n"
             f"sample = make(case, device={self.device!r}, seed={self.seed})\n"
-            f"assert_within(measure({self.result.backend!r}, sample))\n"
+            f"assert_within({call})\n"
         )
 
 
 def fuzz(n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[str] | None = None) -> Failure | None:
     """Judge ``n`` random problems on every usable backend, and stop at the first that fails.
+
+    Each is run forward and backward by the backend itself, and once more as a user would reach it, in one of the ways
+    of ``fastattn.testing.ways``: by a plan, from threads, through vmap, from a cache, with tensors in odd memory.
 
     Args:
         n: how many problems.
@@ -73,33 +86,51 @@ def fuzz(n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[st
     names = backends or [name for name, why in dispatch.backends().items() if why is None]
     draw = random.Random(seed)
     for number in range(n):
-        case = random_case(draw)
-        for name in names:
-            result = judge(name, case, device, seed + number)
-            if not result.ok:
-                return Failure(_minimised(result, device, seed + number), device, seed + number)
+        case, values = random_case(draw), seed + number
+        ways = ways_of(make(case, device, values)) if device == "cpu" else []
+        for way in (None, *([draw.choice(ways)] if ways else [])):
+            for name in names:
+                result = _judged(way, name, case, device, values)
+                if not result.ok:
+                    return Failure(_minimised(result, device, values, way), device, values, way)
     return None
 
 
+def _judged(way: str | None, backend: str, case: Case, device: str, seed: int) -> Result:
+    if way is None:
+        return judge(backend, case, device, seed)
+    sample = make(case, device, seed)
+    if way not in ways_of(sample):
+        return Result(backend, case, skipped=f"cannot be asked for in the way {way!r}")
+    try:
+        return Result(backend, case, tuple(measure_way(way, sample, backend)))
+    except UnsupportedError as error:
+        return Result(backend, case, skipped=str(error))
+    except Exception as error:
+        return Result(backend, case, broken=f"{type(error).__name__}: {error}")
+
+
 def random_case(draw: random.Random) -> Case:
-    """Any problem that the spec allows, small, with few of its features at once."""
+    """Any problem that the spec allows, with few of its features at once; now and then a long or a wide one."""
 
     def sometimes(value: Any, otherwise: Any = None, chance: float = 0.25) -> Any:
         return value if draw.random() < chance else otherwise
 
-    group, heads_kv = draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 3))
-    s_q, s_kv = draw.choice(_LENGTHS), draw.choice(_LENGTHS)
+    is_long, is_wide = (draw.random() < _RARELY for _ in range(2))
+    group, heads_kv = (2, 1) if is_long else (draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 3)))
+    lengths, head_dims = (_LONG_LENGTHS if is_long else _LENGTHS), (_WIDE_HEAD_DIMS if is_wide else _HEAD_DIMS)
+    s_q, s_kv = draw.choice(lengths), draw.choice(lengths)
     s_kv = sometimes(s_q, s_kv, 0.5)
-    d_qk = draw.choice(_HEAD_DIMS)
+    d_qk = draw.choice(head_dims)
     case = Case(
         id="fuzz",
-        B=draw.choice((1, 2, 3)),
+        B=1 if is_long else draw.choice((0, 1, 1, 2, 2, 3, 3)),
         S_q=s_q,
         S_kv=s_kv,
         H_q=group * heads_kv,
         H_kv=heads_kv,
         D_qk=d_qk,
-        D_v=sometimes(draw.choice(_HEAD_DIMS), d_qk),
+        D_v=sometimes(draw.choice(head_dims), d_qk),
         dtype=draw.choice(_DTYPES),
         scale=sometimes(draw.uniform(-1, 1), chance=0.1),
         softcap=sometimes(draw.uniform(0.5, 30), chance=0.2),
@@ -111,7 +142,7 @@ def random_case(draw: random.Random) -> Case:
         sinks=draw.random() < 0.2,
         per_sequence=draw.random() < 0.5,
         memory=draw.choice(("contiguous", "contiguous", "BHSD", "strided", "strided head dim")),
-        magnitude=draw.choice((1.0, 1.0, 1.0, 4.0, 1e-3)),
+        magnitude=draw.choice((1.0, 1.0, 1.0, 4.0, 1e-3, 0.0)),
         dlse=draw.random() < 0.4,
     )
     if draw.random() < 0.3:
@@ -126,13 +157,14 @@ def random_case(draw: random.Random) -> Case:
     )
 
 
-def _minimised(result: Result, device: str, seed: int) -> Result:
-    """Simplify the case step by step while the backend still fails."""
+def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
+    """Simplify the case step by step, as long as the backend still gets it wrong."""
     assert isinstance(result.case, Case)
     smaller = next(
-        (found for case in _simpler(result.case) if not (found := judge(result.backend, case, device, seed)).ok), None
+        (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),
+        None,
     )
-    return result if smaller is None else _minimised(smaller, device, seed)
+    return result if smaller is None else _minimised(smaller, device, seed, way)
 
 
 def _simpler(case: Case) -> Iterator[Case]:

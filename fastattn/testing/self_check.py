@@ -1,7 +1,7 @@
 """``python -m fastattn.testing.self_check BACKEND DEVICE``: is the backend right on this GPU? Seconds; see evidence.py.
 
-Its problems have the head dims and features of most calls, so the kernels that it compiles, several at a time, are
-those of the first call. Exit code 0: it is. 3: it ran with a wrong result. Anything else: it could not run. The last
+Its problems have the head dims and features that most people use, so the kernels that it compiles, several at a time,
+are those of their first call. Exit code 0: right. 3: it ran and is wrong. Anything else: it could not run. The last
 line of output says why.
 """
 

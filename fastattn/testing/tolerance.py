@@ -81,9 +81,9 @@ def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | 
 
 def measure_each(pairs: Sequence[tuple[Backend, Backend]], sample: Sample) -> list[list[Row]]:
     """As ``measure`` for several pairs of a forward and a backward backend, which one reference judges."""
-    exact = _reference(_in_float64(sample), None)
+    exact = _reference(in_float64(sample), None)
     eager = _reference(sample, sample.inputs.q.dtype)
-    condition = _condition(_in_float64(sample), exact)
+    condition = _condition(in_float64(sample), exact)
     arithmetic = reference.compute_dtype(sample.inputs)
     judged = []
     for forward, backward in pairs:
@@ -184,7 +184,7 @@ def _check_contract(
     assert x.is_contiguous() or not needs_contiguous, f"{name} is not contiguous, its strides are {x.stride()}"
 
 
-def _in_float64(sample: Sample) -> Sample:
+def in_float64(sample: Sample) -> Sample:
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
     given = {name: getattr(sample.inputs, name) for name in names}
     inputs = sample.inputs.replace(**{name: x.double() for name, x in given.items() if x is not None})

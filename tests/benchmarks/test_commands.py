@@ -1,5 +1,6 @@
 """Each command in its quick form on a CPU, and what it says to wrong arguments."""
 
+import dataclasses
 import json
 import re
 
@@ -40,8 +41,11 @@ def test_ops_measures_records_and_prints(tmp_path, capsys):
     assert "fp32 b1 s256 h2 d64 causal window 64" in ids and "bf16 b1 s256 h2 d64 causal 8 documents" in ids
     for result in data["results"]:
         for name in ("fastattn", "eager", "sdpa"):
+            peer = result["peers"][name]
+            if name != "fastattn" and peer.get("why"):  # it lacks what the case asks for
+                continue
             for pass_name in ("forward", "both"):
-                found = result["peers"][name]["passes"][pass_name]
+                found = peer["passes"][pass_name]
                 assert found["median_s"] > 0 and found["tflops"] > 0 and found["gate"].startswith("green")
         assert result["peers"]["sdpa-cudnn"] == {"why": "no cpu kernel", "passes": {}}
     assert data["ceilings"]["matmul_bf16_tflops"] > 0 and data["ceilings"]["copy_gbps"] > 0
@@ -167,7 +171,7 @@ def test_the_plan_of_a_gpu_tells_the_most_first(tmp_path):
     [
         (["ops", "--suite", "nonsense"], "--suite: got 'nonsense'; allowed: paper, llm"),
         (["ops", "--peers", "fastatn"], "--peers: got fastatn; allowed: all, fastattn"),
-        (["ops", "--suite", "cpu", "--case", "s7"], "no case of cpu contains 's7'"),
+        (["ops", "--suite", "cpu", "--case", "s99"], "no case of cpu contains 's99'"),
         (["ops", "--device", "tpu"], "--device: got 'tpu'; allowed: cpu, cuda"),
         (["ops", "--threads", "0", "--device", "cpu"], "--threads: got 0; allowed: at least 1"),
         (["model", "--preset", "vit-tiny", "--device", "cpu"], "--preset: got 'vit-tiny'; allowed: tiny, small"),
@@ -217,10 +221,13 @@ def test_suites_are_sound():
 
 def test_the_cpu_suite_holds_what_the_targets_ask_for():
     cases = suites.SUITES["cpu"].cases
-    dense = {(c.dtype, c.d_qk, c.s_q, c.causal) for c in cases if not c.window and c.documents == 1 and c.passes}
-    assert dense == {
-        (t, d, s, c) for t in ("fp32", "bf16") for d in (64, 128) for s in (1024, 4096) for c in (False, True)
-    }
+    plain = [c for c in cases if c.passes and c == dataclasses.replace(c, window=None, documents=1, bias=False)]
+    found = {(c.dtype, c.d_qk, c.s_q, c.causal) for c in plain}
+    long = {(d, s) for d in (64, 128) for s in (512, 1024, 2048, 4096)}
+    for dtype in ("fp32", "bf16"):
+        assert {(dtype, d, s, causal) for d, s in (*long, (64, 128)) for causal in (False, True)} <= found
+    assert any((c.batch, c.heads_q, c.s_q) == (1, 1, 1024) for c in cases)  # fewer units than threads
+    assert any(c.bias for c in cases) and any(c.softcap for c in cases) and any(c.dropout_p for c in cases)
     assert any(c.window == (255, 0) and c.s_q == 4096 for c in cases)
     assert any(c.documents == 8 and c.s_q == 8 * 512 for c in cases)
     assert any(c.memory and (c.s_q, c.heads_q, c.d_qk, c.dtype) == (16384, 8, 64, "fp32") for c in cases)

@@ -266,7 +266,9 @@ def test_predict_reads_files_and_stdin_and_writes_json_lines(out, data, tmp_path
         "sys.stdin", [texts[0] + "\n", "\n", json.dumps({"sentence": texts[1]}), json.dumps({"text": texts[2]})]
     )
     assert main([*command, "--out", str(tmp_path / "found.jsonl"), "--batch", "2"]) == 0
-    assert lines_of((tmp_path / "found.jsonl").read_text()) == lines_of(printed)
+    for ours, theirs in zip(lines_of((tmp_path / "found.jsonl").read_text()), lines_of(printed), strict=True):
+        assert ours["input"] == theirs["input"] and ours["prediction"]["label"] == theirs["prediction"]["label"]
+        assert ours["prediction"]["probabilities"] == pytest.approx(theirs["prediction"]["probabilities"], abs=1e-5)
 
 
 def test_predict_refuses_what_it_cannot_read(out, data, tmp_path, capsys, monkeypatch):

@@ -29,6 +29,7 @@ def ints(*values, dtype=torch.int32):
 Q, K = x(2, 5, 4, 8), x(2, 7, 2, 8)
 T, CU = x(5, 4, 8), ints(0, 2, 5)
 STATE = torch.tensor([1, 2])
+JAGGED = torch.nested.nested_tensor([x(5, 4, 8), x(3, 4, 8)], layout=torch.jagged).transpose(1, 2)
 
 
 def dense(q=Q, k=K, v=K, **options):
@@ -59,7 +60,8 @@ WRONG = [
     (packed(q=None), "q", "NoneType", "a torch.Tensor"),
     (torch_like(None, Q), "query", "NoneType", "a torch.Tensor"),
     (dense(q=Q.to_sparse()), "q", "torch.sparse_coo", "a dense tensor"),
-    (dense(q=torch.nested.nested_tensor([Q[0], Q[0, 1:]])), "q", "a nested tensor", "a dense tensor"),
+    (dense(q=torch.nested.nested_tensor([Q[0], Q[0, 1:]])), "q", "a nested tensor with dense", "three nested tensors"),
+    (torch_like(JAGGED, attn_mask=x(5, 5)), "query", "a nested tensor with attn_mask or other lengths", "neither"),
     (dense(q=Q[0]), "q", "shape (5, 4, 8)", "(B, S, H, D)"),
     (dense(v=K[None]), "v", "shape (1, 2, 7, 2, 8)", "(B, S, H, D)"),
     (packed(q=Q), "q", "shape (2, 5, 4, 8)", "(T, H, D)"),
@@ -195,7 +197,7 @@ def test_every_message_is_tested():
     seen = [raised(call).traceback[-1] for call, *_ in WRONG]
     reached = {(Path(entry.path).name, entry.lineno + 1) for entry in seen}
     missing = [(name, lines[0]) for name, lines in sites if not any((name, line) in reached for line in lines)]
-    assert len(sites) > 40 and not missing
+    assert len(sites) > 30 and not missing
 
 
 def test_errors_are_what_a_caller_expects_to_catch():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
@@ -14,9 +15,9 @@ needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, 
 
 @pytest.fixture
 def long_ways(monkeypatch):
-    """How many calls went through an operator."""
+    """How many calls were checked and had something chosen, as the first of a kind."""
     counted = []
-    for module, name in ((ops, "attend_to_cache"), (serving, "attend")):
+    for module, name in ((ops, "attend_to_cache"), (serving, "attend"), (serving, "_first_by_plan")):
         way = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, way=way: counted.append(1) or way(*args))
     return counted
@@ -104,6 +105,20 @@ def test_a_planned_call_in_every_derivative_that_reverse_mode_has():
     out.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_the_first_call_of_a_kind_may_be_checkpointed(layout):
+    """Recomputing it is the second, and has to save the same tensors."""
+    q, k, v = leaves((1, 9, 3, 16), (1, 9, 3, 16), (1, 9, 3, 16))
+
+    def attend(*qkv):
+        return fastattn.attention(*qkv, layout=layout, causal=True)
+
+    for _ in range(2):
+        out = checkpoint(attend, q, k, v, use_reentrant=False)
+        found = torch.autograd.grad(out.square().sum(), (q, k, v))
+        torch.testing.assert_close(found, torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v)))
 
 
 @needs_kernel

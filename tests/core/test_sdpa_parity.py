@@ -123,6 +123,8 @@ def test_dropout_keeps_the_mean_and_follows_the_seed():
 
 
 def test_strides_of_the_result():
-    """Heads stay beside each other in memory, as a projection wants them: (N, H, L, E) is a view of (N, L, H, E)."""
+    """Those of the query, as in torch: heads stay beside each other in memory if a projection put them there."""
     q = leaf(2, 3, 5, 8)
+    assert fastattn.scaled_dot_product_attention(q, q, q).is_contiguous()
+    q = leaf(2, 5, 3, 8).transpose(1, 2)
     assert fastattn.scaled_dot_product_attention(q, q, q).transpose(1, 2).is_contiguous()

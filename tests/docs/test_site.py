@@ -24,6 +24,7 @@ OPEN = (
     "fastattn.inspection", "fastattn.integrations.", "fastattn.lm.load", "fastattn.measure.", "fastattn.spec",
     "fastattn.testing.fuzz", "fastattn.testing.verify",
 )  # fmt: skip
+INNER = ("fastattn.integrations.transformers_",)  # parts of the adapter, which transformers calls
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,8 @@ def public_names() -> dict[str, object]:
     """Every function and class that a user may import, by its names: those that packages list, and in OPEN all."""
     found: dict[str, object] = {f"fastattn.{name}": getattr(fastattn, name) for name in fastattn.__all__}
     for info in pkgutil.walk_packages(fastattn.__path__, "fastattn."):
+        if info.name.startswith(INNER) or info.name.endswith("__main__"):
+            continue
         is_open, is_inner = info.name.startswith(OPEN), info.name.count(".") > 2
         if not is_open and (is_inner or not info.ispkg):
             continue

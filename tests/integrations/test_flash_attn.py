@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastattn
 from fastattn.integrations import flash_attn
+from fastattn.spec import AttentionSpec
 
+ROOT = str(Path(fastattn.__file__).parent.parent)
 B, S_Q, S_KV, H_Q, H_KV, D = 2, 5, 8, 4, 2, 16
 
 
@@ -205,6 +212,9 @@ def test_positions_and_defaults_are_those_of_flash_attn():
     signatures = {
         "flash_attn_func": f"q, k, v, {common}",
         "flash_attn_qkvpacked_func": f"qkv, {common}",
+        "flash_attn_kvpacked_func": f"q, kv, {common}",
+        "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {common}",
+        "flash_attn_varlen_kvpacked_func": f"q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, {common}",
         "flash_attn_varlen_func": "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
         f"{common}, block_table=None",
         "flash_attn_with_kvcache": "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
@@ -222,10 +232,10 @@ def test_what_is_refused(qkv):
     q, k, v = qkv
     table = torch.zeros(1, 1, dtype=torch.int32)
     cu = torch.tensor([0, S_Q], dtype=torch.int32)
-    with pytest.raises(fastattn.UnsupportedError, match="paged"):
-        flash_attn.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, S_Q, S_Q, block_table=table)
-    with pytest.raises(fastattn.UnsupportedError, match="S_dmask"):
-        flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, S_Q, S_Q, 0.5, return_attn_probs=True)
+    with pytest.raises(fastattn.UnsupportedError, match="dropout_p > 0 with a block_table"):
+        flash_attn.flash_attn_varlen_func(q[0], k, v, cu, cu, S_Q, S_Q, 0.5, block_table=table)
+    with pytest.raises(fastattn.InputError, match=r"kv: got shape .*allowed: \(B, S_kv, 2, H_kv, D\)"):
+        flash_attn.flash_attn_kvpacked_func(q, k)
     new = draw(B, 3, H_KV, D)
     with pytest.raises(fastattn.InputError, match="window_size: got 4"):
         flash_attn.flash_attn_func(*qkv, window_size=4)
@@ -253,6 +263,7 @@ def test_deterministic_chooses_only_backends_that_are(qkv, monkeypatch):
     for name in BACKENDS:
         forward = load(name).forward
         monkeypatch.setattr(load(name), "forward", lambda *a, f=forward, n=name: served.append(n) or f(*a))
+        monkeypatch.setattr(load(name), "prepared_forward", lambda *_, **__: None)  # calls by a plan would not be seen
     cu = torch.tensor([0, S_Q], dtype=torch.int32)
     packed = (qkv[0][0], qkv[0][0], qkv[0][0], cu, cu, S_Q, S_Q)
     for deterministic in (False, True):
@@ -273,3 +284,103 @@ def test_deterministic_asks_for_the_flag_where_a_backend_needs_it(qkv, monkeypat
         flash_attn.flash_attn_func(*qkv, deterministic=True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     flash_attn.flash_attn_func(*qkv, deterministic=True)
+
+
+CU_Q, CU_K = torch.tensor([0, 3, 3, 8], dtype=torch.int32), torch.tensor([0, 5, 6, 10], dtype=torch.int32)
+
+
+def test_kv_packed():
+    q, kv = draw(B, S_Q, H_Q, D), draw(B, S_KV, 2, H_KV, D, seed=1)
+    out, lse, empty = flash_attn.flash_attn_kvpacked_func(q, kv, causal=True, return_attn_probs=True)
+    expected = by_hand(q, *kv.unbind(2), causal=True)
+    torch.testing.assert_close((out, lse), expected)
+    assert empty.numel() == 0
+
+
+def test_packed_forms_of_packed_sequences():
+    qkv, q, kv = draw(8, 3, H_Q, D), draw(8, H_Q, D), draw(10, 2, H_KV, D, seed=1)
+    options = {"causal": True, "window_size": torch.tensor([2, -1]), "softcap": 1.5}
+    found = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, CU_Q, 5, **options)
+    separate = flash_attn.flash_attn_varlen_func(*qkv.unbind(1), CU_Q, CU_Q, 5, 5, **options)
+    torch.testing.assert_close(found, separate, rtol=0, atol=0)
+    found = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, CU_Q, CU_K, 5, 5, **options)
+    torch.testing.assert_close(found, flash_attn.flash_attn_varlen_func(q, *kv.unbind(1), CU_Q, CU_K, 5, 5, **options))
+
+
+def test_dropped_probabilities_of_packed_sequences():
+    """What S_dmask keeps, times the values, is the output: signs, sequences and heads are those of the call."""
+    q, k, v = draw(8, H_Q, D), draw(10, H_KV, D, seed=1), draw(10, H_KV, D, seed=2)
+    slopes = torch.linspace(0.1, 0.9, 3 * H_Q).view(3, H_Q)
+    torch.manual_seed(0)
+    out, lse, signed = flash_attn.flash_attn_varlen_func(
+        q, k, v, CU_Q, CU_K, 5, 5, 0.4, causal=True, alibi_slopes=slopes, return_attn_probs=True
+    )
+    assert signed.shape == (3, H_Q, 5, 5) and (signed < 0).any() and lse.shape == (H_Q, 8)
+    for n in range(3):
+        (i0, i1), (j0, j1) = CU_Q[n : n + 2], CU_K[n : n + 2]
+        kept = signed[n, :, : i1 - i0, : j1 - j0].clamp(min=0) * AttentionSpec(1.0, dropout_p=0.4).dropout_scale
+        values = v[j0:j1].repeat_interleave(H_Q // H_KV, 1)
+        torch.testing.assert_close(torch.einsum("hij,jhd->ihd", kept, values), out[i0:i1])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0), "softcap": 1.5}], ids=str)
+def test_packed_queries_read_a_paged_cache(options):
+    q, k, v = draw(8, H_Q, D), draw(6, 2, H_KV, D, seed=1), draw(6, 2, H_KV, D, seed=2)
+    table = torch.tensor([[4, 0, 2], [1, 1, 1], [3, 5, 1]], dtype=torch.int32)
+    lengths = CU_K.diff()
+    out, lse, _ = flash_attn.flash_attn_varlen_func(
+        q, k, v, CU_Q, CU_K, 5, 5, block_table=table, return_attn_probs=True, **options
+    )
+    gathered = (torch.cat([x[table[n]].flatten(0, 1)[: lengths[n]] for n in range(3)]) for x in (k, v))
+    expected = flash_attn.flash_attn_varlen_func(q, *gathered, CU_Q, CU_K, 5, 5, return_attn_probs=True, **options)
+    torch.testing.assert_close((out, lse), expected[:2])
+
+
+def test_padding_and_back():
+    from fastattn.integrations.flash_attn import bert_padding
+
+    x = draw(B, S_Q, H_Q, D).requires_grad_()
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 0]])
+    rows, indices, cu_seqlens, longest, lengths = bert_padding.unpad_input(x, mask)
+    torch.testing.assert_close(rows, x[mask.bool()])
+    assert (cu_seqlens.tolist(), longest, lengths.tolist()) == (
+        [0, 3, 5],
+        3,
+        [3, 2],
+    ) and cu_seqlens.dtype == torch.int32
+    padded = bert_padding.pad_input(rows, indices, B, S_Q)
+    torch.testing.assert_close(padded, x * mask[:, :, None, None])
+    (grad,) = torch.autograd.grad(padded.square().sum(), x)
+    torch.testing.assert_close(grad, 2 * x.detach() * mask[:, :, None, None])
+    unused = torch.tensor([[1, 0, 0, 0, 0], [0, 0, 1, 0, 0]])
+    rows, _, cu_seqlens, longest, lengths = bert_padding.unpad_input(x, mask, unused)
+    assert (len(rows), cu_seqlens.tolist(), longest, lengths.tolist()) == (7, [0, 4, 7], 4, [3, 2])
+    several = torch.tensor([[2, 1, 0, 0, 0], [4, 0, 0, 0, 0]])
+    rows, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(x, several)
+    torch.testing.assert_close(rows, torch.cat([x[0, :3], x[1, :4]]))
+    assert (cu_seqlens.tolist(), longest) == ([0, 2, 3, 7], 4)
+    assert bert_padding.index_first_axis_residual(x[0], torch.tensor([1]))[1] is not None
+
+
+SCRIPT = """
+import sys, torch, flash_attn
+from flash_attn import flash_attn_func, flash_attn_varlen_kvpacked_func
+from flash_attn.bert_padding import pad_input, unpad_input
+from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+q = torch.randn(1, 4, 2, 8)
+print(flash_attn.__version__, flash_attn_func(q, q, q, causal=True).shape, sys.argv[1:])
+"""
+
+
+def test_scripts_find_it_under_the_name_of_the_package(tmp_path):
+    script = tmp_path / "third_party.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "fastattn.integrations.flash_attn", str(script), "--flag"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ, PYTHONPATH=ROOT))
+    assert printed.stdout.strip() == "2.8.3 torch.Size([1, 4, 2, 8]) ['--flag']"
+
+
+def test_a_real_installation_is_not_replaced(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    with pytest.raises(fastattn.UnsupportedError, match="flash-attn itself is installed"):
+        flash_attn.install()

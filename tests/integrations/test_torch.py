@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn import attention as torch_attention
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastattn
 from fastattn.backends.eager import BACKEND
@@ -188,3 +189,78 @@ def test_registry_overrides_cuda_kernels_by_name():
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
     torch_attention.restore_flash_attention_impl()
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") == before
+
+
+# --- scaled_dot_product_attention as torch's callers know it ----------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [causal_upper_left, causal_lower_right])
+@pytest.mark.parametrize("sizes", [(16, 16), (4, 16)], ids=str)
+def test_causal_biases_hold_no_values_and_say_what_they_mask(make, sizes):
+    q, k = torch.randn(1, 2, sizes[0], 8), torch.randn(1, 2, sizes[1], 8)
+    expected = TORCH_SDPA(q, k, k, attn_mask=make(*sizes))
+    torch.testing.assert_close(fastattn.scaled_dot_product_attention(q, k, k, attn_mask=make(*sizes)), expected)
+    with override_sdpa(quiet=True) as report:
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, k, attn_mask=make(*sizes)), expected)
+    assert report.served == 1
+    with pytest.raises(fastattn.InputError, match="a CausalBias of"):
+        fastattn.scaled_dot_product_attention(q, k[:, :, 1:], k[:, :, 1:], attn_mask=make(*sizes))
+
+
+class Own(torch.Tensor):
+    """A subclass of somebody's."""
+
+
+def test_subclasses_are_kept_as_torch_keeps_them():
+    q, mask = torch.randn(2, 3, 5, 8), torch.randn(5, 5)
+    out = fastattn.scaled_dot_product_attention(q.as_subclass(Own), q, q, attn_mask=mask)
+    assert type(out) is Own is type(TORCH_SDPA(q.as_subclass(Own), q, q, attn_mask=mask))
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), TORCH_SDPA(q, q, q, attn_mask=mask))
+
+
+@pytest.mark.parametrize("order", ["BHSD", "BSHD"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_memory_order_is_that_of_the_query(order, is_causal):
+    q = torch.randn(2, 3, 10, 8) if order == "BHSD" else torch.randn(2, 10, 3, 8).transpose(1, 2)
+    for _ in range(2):  # by its plan the second time
+        out = fastattn.scaled_dot_product_attention(q, q, q, is_causal=is_causal)
+        assert out.stride() == TORCH_SDPA(q, q, q, is_causal=is_causal).stride()
+
+
+def test_float64_stays_under_autocast():
+    q = torch.randn(1, 2, 9, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fastattn.scaled_dot_product_attention(q, q, q)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, TORCH_SDPA(q, q, q))
+
+
+def test_vmap_gives_every_sample_the_same_dropout_if_asked():
+    q = torch.randn(1, 2, 8, 16).expand(3, -1, -1, -1, -1)
+
+    def loss(q):
+        return fastattn.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    for randomness in ("same", "different"):
+        out = torch.vmap(loss, randomness=randomness)(q)
+        grads = torch.vmap(torch.func.grad(lambda q: loss(q).square().sum()), randomness=randomness)(q)
+        for result in (out, grads):
+            assert torch.equal(result[0], result[1]) is (randomness == "same")
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_wrong_calls_raise_what_callers_of_torch_catch(error):
+    with pytest.raises(error):
+        fastattn.scaled_dot_product_attention(torch.randn(1, 2, 3, 8), *torch.randn(2, 1, 2, 4, 9))
+
+
+def test_jagged_tensors():
+    rows = [torch.randn(n, 2, 8) for n in (3, 5)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    for is_causal in (False, True):
+        out = fastattn.scaled_dot_product_attention(x, x, x, is_causal=is_causal)
+        for found, row in zip(out.transpose(1, 2).unbind(), rows, strict=True):
+            q = row.transpose(0, 1)[None]
+            torch.testing.assert_close(found.transpose(0, 1)[None], TORCH_SDPA(q, q, q, is_causal=is_causal))
+    with pytest.raises(fastattn.InputError, match="a nested tensor with attn_mask"):
+        fastattn.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5, dtype=torch.bool))

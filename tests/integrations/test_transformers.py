@@ -172,20 +172,6 @@ def test_packed_position_ids(name):
     torch.testing.assert_close(by_varlen, alone, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_packing_that_transformers_would_drop_is_refused():
-    _, fast = build(*CAUSAL["llama"])
-    position_ids = torch.tensor([[0, 1, 2, 0, 1]])
-    with pytest.raises(fastattn.InputError, match="use_cache=False"):
-        fast(tokens(1, 5), position_ids=position_ids, use_cache=True)
-    reused = torch.arange(5)[None]
-    fast(tokens(1, 5), position_ids=reused, use_cache=True)
-    reused.copy_(position_ids)
-    with pytest.raises(fastattn.InputError, match="use_cache=False"):
-        fast(tokens(1, 5), position_ids=reused, use_cache=True)
-    with torch.inference_mode():
-        fast(tokens(1, 5), use_cache=True)
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation(name, cache):
@@ -278,9 +264,15 @@ def test_an_unknown_keyword_is_refused():
         fast(tokens(), tree_mask=torch.ones(1), use_cache=False)
 
 
+def layer(is_causal=True):
+    module = torch.nn.Module()
+    module.is_causal = is_causal
+    return module
+
+
 def direct(mask, **options):
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
-    return integration.attention_forward(torch.nn.Module(), q, k, k, mask, **options)[0]
+    return integration.attention_forward(layer(), q, k, k, mask, **options)[0]
 
 
 def test_masks_of_other_kinds_are_refused_and_float_masks_are_added():
@@ -296,7 +288,9 @@ def test_masks_of_other_kinds_are_refused_and_float_masks_are_added():
     by_float = direct(added)
     torch.manual_seed(0)
     torch.testing.assert_close(by_mask, by_float)
-    torch.testing.assert_close(by_mask, direct(None))  # a layer without is_causal is causal
+    torch.testing.assert_close(by_mask, direct(None))
+    with pytest.raises(fastattn.InputError, match="module: got Module, without is_causal or a mask"):
+        integration.attention_forward(torch.nn.Module(), *torch.randn(3, 1, 2, 3, 8), None)
 
 
 def test_layers_share_one_batch_of_queries():

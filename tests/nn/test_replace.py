@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from fastattn import InputError, MultiHeadAttention, replace_attention
 
@@ -174,8 +175,59 @@ class Subclass(nn.MultiheadAttention):
 def test_subclasses_are_left_alone():
     model = nn.ModuleList([Subclass(E, H), nn.MultiheadAttention(E, H), MultiHeadAttention(E, H, sinks=True)])
     kept = [model[0], model[2]]
-    assert replace_attention(model) == ["1"]
+    with pytest.warns(UserWarning, match="left 0 alone"):
+        assert replace_attention(model) == ["1"]
     assert [model[0], model[2]] == kept
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight * 0.5
+
+
+def tweaked():
+    """One layer with parametrizations and one pruned."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64) for _ in range(2)])
+    nn.init.normal_(model[0].in_proj_bias)
+    parametrize.register_parametrization(model[0], "in_proj_bias", Halved())
+    parametrize.register_parametrization(model[0], "in_proj_weight", Halved())
+    prune.l1_unstructured(model[1], "in_proj_weight", 0.5)
+    prune.l1_unstructured(model[1].out_proj, "weight", 0.5)
+    return model
+
+
+def test_parametrized_and_pruned_layers_are_replaced():
+    model, theirs = tweaked(), tweaked()
+    keys = list(model.state_dict())
+    assert replace_attention(model) == ["0", "1"] and list(model.state_dict()) == keys
+    x = torch.randn(N, S, E).double()
+    for new, old in zip(model, theirs, strict=True):
+        assert isinstance(new, MultiHeadAttention)
+        out, expected = (m(x, x, x, need_weights=False)[0] for m in (new, old))
+        torch.testing.assert_close(out, expected)
+        grads = [torch.autograd.grad(y.square().sum(), list(m.parameters())) for m, y in ((new, out), (old, expected))]
+        torch.testing.assert_close(*grads)
+    parametrize.remove_parametrizations(model[0], "in_proj_bias")
+    torch.testing.assert_close(model[0](x, x, x, need_weights=False), theirs[0](x, x, x, need_weights=False))
+
+
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1", "out_proj"]], ids=str)
+def test_peft_adapts_replaced_layers(targets):
+    """torch itself bypasses adapters: of ``out_proj`` always, of the whole layer in inference."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'fastattn[lora]'")
+    encoder = transformer().encoder
+    x = torch.randn(N, S, E).double()
+    before = encoder(x)
+    assert replace_attention(encoder)
+    adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    adapted.double()
+    out = adapted(x)
+    out.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
+    assert not torch.allclose(out, before)
+    torch.testing.assert_close(adapted.eval()(x), out)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), out)
 
 
 def test_errors():

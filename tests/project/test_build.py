@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn import compiled
 from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, backward, build, decode, library, nvrtc
 from fastattn.backends.cuda.instances import (
@@ -304,11 +306,11 @@ def test_setup_without_a_cpp_compiler(tmp_path: Path) -> None:
     assert result.returncode != 0 and said.format("cannot be") in result.stderr
 
 
-def test_setup_files_import_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path({path!r})"
-    for name in ("cuda/build", "cuda/instances", "cpu/build"):
-        path = str(ROOT / "fastattn" / "backends" / f"{name}.py")
-        subprocess.run([sys.executable, "-c", code.format(path=path)], check=True, cwd="/")
+def test_setup_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--version']; import runpy; runpy.run_path({path!r})"
+    )
+    subprocess.run([sys.executable, "-c", code.format(path=str(ROOT / "setup.py"))], check=True, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -329,6 +331,9 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
     )
     (csrc / "sm90" / "instances.inc").write_text("".join(x for x in table if not x[0].isupper() or x.startswith(kept)))
     build.build_library(tmp_path / "build", tmp_path / "libfastattn.so", csrc, library_instances(csrc))
+    with pytest.raises(OSError, match="damaged"):
+        library.Library(tmp_path / "libfastattn.so")
+    compiled.seal(tmp_path / "libfastattn.so")
     loaded = library.Library(tmp_path / "libfastattn.so")
     q = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
     fields = fields_of(inputs_of(q, q), AttentionSpec(0.125))
@@ -349,6 +354,7 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
 @pytest.fixture
 def nvrtc_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no folder"))  # where a cache would be looked for, too
     monkeypatch.setattr(nvrtc, "version", lambda: "13.0")
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: b"cubin of " + instance.name.encode())
     return tmp_path
@@ -357,19 +363,19 @@ def nvrtc_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cache_is_read_the_second_time(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = Instance(forward_configs(CSRC)[0], "bfloat16")
     first = nvrtc.cached_kernel(instance)
-    assert [path.name for path in nvrtc_cache.iterdir()] == [nvrtc.cache_path(instance).name]
+    assert [path.name for path in nvrtc_cache.glob("*.cubin")] == [nvrtc.cache_name(instance)]
     monkeypatch.setattr(nvrtc, "compile_kernel", lambda instance: pytest.fail("compiled again"))
     assert nvrtc.cached_kernel(instance) == first == b"cubin of " + instance.name.encode()
 
 
 def test_cache_key_holds_source_options_and_version(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     instance = Instance(forward_configs(CSRC)[0], "bfloat16")
-    paths = {nvrtc.cache_path(instance), nvrtc.cache_path(Instance(instance.config, "float16"))}
+    names = {nvrtc.cache_name(instance), nvrtc.cache_name(Instance(instance.config, "float16"))}
     changed = {**nvrtc.headers(), "common/mask.h": "another"}
     for name, value in (("version", lambda: "13.1"), ("OPTIONS", ("--std=c++20",)), ("headers", lambda: changed)):
         monkeypatch.setattr(nvrtc, name, value)
-        paths.add(nvrtc.cache_path(instance))
-    assert len(paths) == 5
+        names.add(nvrtc.cache_name(instance))
+    assert len(names) == 5
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(nvrtc_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,17 +21,20 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
 # These stand in for functions of torch and flash-attn, so their parameters are those of what they replace.
 STAND_INS = {
     "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
-    "flash_attn_with_kvcache", "_flash_forward", "_flash_backward",
+    "flash_attn_with_kvcache", "flash_attn_kvpacked_func", "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_varlen_kvpacked_func", "_flash_forward", "_flash_backward",
 }  # fmt: skip
 CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "errors", "files", "kv_cache", "layout", "numerics", "problem", "rng", "rotary", "spec", "state", "torch_internals",
-    "version",
+    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec",
+    "state", "storage",
+    "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plan", "reference", "serving"
+    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
+    "serving",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -39,10 +42,13 @@ MAY_IMPORT = {
     "version": set(),
     "spec": set(),
     "rotary": set(),
+    "nested": {"torch_internals"},
     "state": set(),
+    "storage": {"errors"},
     "torch_internals": set(),
     "numerics": {"torch_internals"},
     "files": {"errors"},
+    "compiled": {"files"},
     "layout": {"errors"},
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
@@ -50,22 +56,23 @@ MAY_IMPORT = {
     "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"files", "problem", "version"},
-    "plan": {"backends", "state", "torch_internals"},
-    "arguments": VOCABULARY,
+    "plan": {"backends", "state", "storage", "torch_internals"},
+    "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
-    "ops": {"backends", "dispatch", "errors", "kv_cache", "problem", "reference", "spec"},
+    "ops": VOCABULARY | {"backends", "dispatch", "reference"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
-    "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plan"},
+    "plain": {"problem", "reference", "spec", "torch_internals"},
+    "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "reference"},
-    "nn": {"decoding", "errors", "functional", "rotary"},
+    "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
-    "testing": VOCABULARY | {"backends", "dispatch", "evidence", "reference"},
+    "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "reference"},
     "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
-    "cli": PUBLIC | {"backends", "evidence", "lm", "measure"},
+    "cli": PUBLIC | {"backends", "compiled", "evidence", "lm", "measure"},
 }
 
 
@@ -198,7 +205,7 @@ def test_benchmarks_use_the_package_as_its_users_do():
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
             is_tool = imported.startswith("backends.triton.tools")
-            allowed = PUBLIC | {"lm", "measure", "spec"}
+            allowed = PUBLIC | {"integrations", "lm", "measure", "spec"}
             assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
 
 

@@ -50,10 +50,9 @@ def test_a_right_backend():
 
 
 @pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
-def test_a_backend_that_serves_caches_alone():
+def test_the_kernels_in_cpp_serve_every_case_and_cache():
     report = verify(quick=True, backends=["cpu"])
-    assert report.ok and sum(bool(result.rows) for result in report.results) == 18
-    assert "cpu       serves none of 44 cases (shape, heads" in report.table()
+    assert report.ok and sum(bool(result.rows) for result in report.results) == 44 + 18
 
 
 @pytest.mark.usefixtures("broken")

@@ -1,7 +1,7 @@
 """Build ``csrc/cpu/`` into one shared library: the kernel once for each instruction set, chosen from when it runs.
 
-Only the standard library is imported; ``setup.py`` loads this file by its path. The library depends on no torch and no
-Python, so one build serves them all.
+Nothing that imports torch is imported; ``setup.py`` builds with this module, too. The library depends on no torch and
+no Python, so one build serves them all.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
+
+from fastattn import compiled
+from fastattn.compiled import BuildError
 
 LIBRARY = "libfastattn_cpu.so"
 SOURCES = (
@@ -55,18 +57,19 @@ UNITS: dict[str, tuple[Unit, ...]] = {
 LIBRARY_SOURCES = ("machines", "attention_library", "decode_library")
 
 
-class BuildError(Exception):
-    """Why the library cannot be built here."""
+def machine() -> str:
+    """The kind of machine to compile for: FASTATTN_MACHINE, where CXX is a cross compiler, else this one."""
+    return os.environ.get("FASTATTN_MACHINE") or platform.machine()
 
 
 def machines() -> tuple[str, ...]:
     """The instruction sets to compile for on this kind of machine."""
-    return MACHINES.get(platform.machine(), ("baseline",))
+    return MACHINES.get(machine(), ("baseline",))
 
 
 def units(kind: str | None = None) -> tuple[Unit, ...]:
     """What is compiled on a ``kind`` of machine, by default this one's."""
-    return UNITS.get(kind or platform.machine(), ANYWHERE)
+    return UNITS.get(kind or machine(), ANYWHERE)
 
 
 def find_compiler() -> str:
@@ -124,14 +127,6 @@ def compile_commands(
 def run(commands: list[list[str]]) -> None:
     """As many at once as there are processors. Raises BuildError."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for error in pool.map(_error_of, commands):
-            if error is not None:
-                raise BuildError(error)
-
-
-def _error_of(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    except OSError as error:
-        return str(error)
-    return f"compiling csrc/cpu/ failed: {done.stdout.strip() or 'no message'}" if done.returncode else None
+        for code, said in pool.map(compiled.run, commands):
+            if code:
+                raise BuildError(f"compiling csrc/cpu/ failed: {said.strip() or 'no message'}")

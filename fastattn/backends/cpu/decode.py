@@ -116,6 +116,9 @@ def _fixed(inputs: CacheInputs, spec: AttentionSpec) -> bytes:
     if positions >= UNBOUNDED:
         given, allowed = f"{positions} positions", f"fewer than {UNBOUNDED}"
         raise input_error("k_cache", given, allowed, "The kernel counts in 32 bits.")
+    if (rows := inputs.max_seqlen_q * inputs.heads_q) >= UNBOUNDED:
+        given, allowed = f"{rows} rows of all heads in a sequence", f"fewer than {UNBOUNDED}"
+        raise input_error("q", given, allowed, "The kernel counts in 32 bits.")
     q, k, v, is_packed = inputs.q, inputs.k_cache, inputs.v_cache, inputs.is_packed
     rows_new = 0 if inputs.k is None else -1 if is_packed else inputs.k.shape[1]  # -1: as many as query rows
     return FIXED_PART.pack(

@@ -9,11 +9,11 @@ import os
 import struct
 from pathlib import Path
 
+from fastattn import compiled
 from fastattn.backends import native
 from fastattn.backends.cpu import build
-from fastattn.backends.cpu.build import BuildError
+from fastattn.compiled import BuildError
 from fastattn.errors import input_error
-from fastattn.files import cache_root, replaced_file
 
 PATH = Path(__file__).with_name(build.LIBRARY)
 VERSION = 1  # kVersion of csrc/cpu/params.h
@@ -69,7 +69,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._library = ctypes.CDLL(str(path))
+        self._library = compiled.load(path)
         for name, argument, result in (
             ("fa_cpu_version", [], ctypes.c_longlong),
             ("fa_cpu_bytes", [], ctypes.c_longlong),
@@ -152,11 +152,11 @@ def delivered() -> tuple[Library | None, str]:
 
 
 def _compiled() -> Library:
-    """The library from the cache folder, compiled if it is not there."""
+    """The library from the folder of compiled code, built if it is not there."""
     source = native.source_folder()
-    path = cache_root() / f"{build.fingerprint(source)}-{build.LIBRARY}"
-    if not path.exists():
+
+    def write(path: Path) -> None:
         log.warning("fastattn: compiling the CPU kernels, once; this takes some seconds")
-        with replaced_file(path) as temporary:
-            build.build_library(temporary, source)
-    return Library(path)
+        build.build_library(path, source)
+
+    return Library(compiled.kept(f"{build.fingerprint(source)}-{build.LIBRARY}", write))

@@ -25,13 +25,13 @@ MAX_HEAD_DIM = 256
 @functools.cache
 def _delivered() -> tuple[library.Library | nvrtc.NvrtcKernels | None, str]:
     """The launcher of the kernels and how it was obtained; None and the reason if there is none."""
-    if library.PATH.exists():
+    not_built = "not built with the package"
+    if (path := library.find()) is not None:
         try:
-            return library.Library(), "built with the package"
+            how = "built with the package" if path == library.PATH else "built by `fastattn build --cuda`"
+            return library.Library(path), how
         except OSError as error:
             not_built = str(error)
-    else:
-        not_built = "not built with the package"
     try:
         return nvrtc.NvrtcKernels(), f"{not_built}; compiled at first use by NVRTC {nvrtc.version()}"
     except nvrtc.NvrtcError as error:

@@ -1,30 +1,27 @@
 """Build ``csrc/`` into one shared library: nvcc, driven by ninja, one kernel for each file, in parallel.
 
-Only the standard library is imported; ``setup.py`` loads this file by its path. The library depends on no torch, no
+Nothing that imports torch is imported; ``setup.py`` builds with this module, too. The library depends on no torch, no
 Python and no CUDA library (the runtime is linked statically), so one build serves them all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fastattn.backends.cuda.instances import Instance
+from fastattn import compiled
+from fastattn.backends.cuda.instances import Instance
+from fastattn.compiled import BuildError
 
 ARCHITECTURE = ("-gencode", "arch=compute_90a,code=sm_90a")
 FLAGS = ("-std=c++17", "-O3", *ARCHITECTURE, "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden")
 LIBRARY = "libfastattn.so"
-
-
-class BuildError(Exception):
-    """The library cannot be built; the message says why."""
+PROBE_LIMIT = 60.0  # seconds, for a compiler to show that it works
 
 
 def find_nvcc() -> str:
@@ -38,9 +35,9 @@ def find_nvcc() -> str:
         source = Path(folder, "probe.cu")
         source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
         command = [found, *ARCHITECTURE, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        probe = subprocess.run(command, capture_output=True, text=True)
-    if probe.returncode:
-        raise BuildError(f"{found} cannot compile for sm_90a: {first_line(probe.stderr or probe.stdout)}")
+        code, said = compiled.run(command, PROBE_LIMIT)
+    if code:
+        raise BuildError(f"{found} cannot compile for sm_90a: {first_line(said)}")
     return found
 
 
@@ -48,7 +45,7 @@ def find_ninja() -> list[str]:
     """The command of ninja, or BuildError."""
     if shutil.which("ninja"):
         return ["ninja"]
-    if subprocess.run([sys.executable, "-m", "ninja", "--version"], capture_output=True).returncode == 0:
+    if compiled.run([sys.executable, "-m", "ninja", "--version"], PROBE_LIMIT)[0] == 0:
         return [sys.executable, "-m", "ninja"]
     raise BuildError("ninja was not found (pip install ninja)")
 
@@ -62,6 +59,14 @@ def instance_source(instance: Instance) -> str:
     config = instance.config
     function = f"fa::{config.launcher}<{instance.traits}>({config.launcher_arguments})"
     return f'#include "sm90/launch.cuh"\ntemplate char const* {function};\n'
+
+
+def fingerprint(csrc: Path) -> str:
+    """What the library is built from, in 24 digits."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(path for name in ("common", "sm90") for path in (csrc / name).iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def write_if_new(path: Path, text: str) -> None:
@@ -101,9 +106,9 @@ def write_ninja_file(
 def run_ninja(folder: Path, target: str, jobs: int | None = None) -> None:
     """Bring ``target`` up to date; BuildError with the compiler's words if it cannot be."""
     command = [*find_ninja(), "-C", str(folder), *(["-j", str(jobs)] if jobs else []), target]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise BuildError(f"compiling csrc/ failed:\n{result.stdout}{result.stderr}")
+    code, said = compiled.run(command)
+    if code:
+        raise BuildError(f"compiling csrc/ failed:\n{said}")
 
 
 def build(

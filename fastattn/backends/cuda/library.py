@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import ctypes
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fastattn.backends.cuda import abi, driver
+from fastattn import compiled
+from fastattn.backends import native
+from fastattn.backends.cuda import abi, build, driver
+from fastattn.backends.cuda.instances import library_instances
 
-PATH = Path(__file__).with_name("libfastattn.so")
+PATH = Path(__file__).with_name(build.LIBRARY)
 ERROR_BYTES = 512
+
+
+def kept_name() -> str:
+    """The name among compiled code of the library of these sources."""
+    return f"{build.fingerprint(native.source_folder())}-{build.LIBRARY}"
+
+
+def build_kept() -> Path:
+    """Build the library with nvcc into the folder of compiled code, where every process of this user finds it.
+
+    Raises:
+        BuildError: nvcc or ninja is missing, or the sources do not compile.
+        OSError: there is no folder for it.
+    """
+    source = native.source_folder()
+
+    def write(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            build.build_library(Path(folder), path, source, library_instances(source))
+
+    return compiled.kept(kept_name(), write)
+
+
+def find() -> Path | None:
+    """The library that came with the package or was built by ``fastattn build --cuda``, if there is one."""
+    return PATH if PATH.exists() else compiled.find(kept_name())
 
 
 class Library:
@@ -20,7 +50,7 @@ class Library:
     """
 
     def __init__(self, path: Path = PATH) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = compiled.load(path)
         self._path = path
         made_with = getattr(self._library, "fa_cuda_version", lambda: 0)()
         if made_with // 1000 > driver.supported_major():

@@ -6,7 +6,6 @@ sources, options, architecture and the version of NVRTC. A file appears there co
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastattn import compiled
 from fastattn.backends import native
 from fastattn.backends.cuda import abi, driver
 from fastattn.backends.cuda.instances import (
@@ -37,7 +37,6 @@ from fastattn.backends.cuda.instances import (
     select_dkdv,
     select_dq,
 )
-from fastattn.files import cache_root, replaced_file
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
@@ -46,7 +45,7 @@ KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
 ROW_SHARED_BYTES = 128  # of the small kernels: 16 for each of their warps
-MAJORS = (13, 12)  # of NVRTC
+MAJORS: tuple[int, ...] = (13, 12)  # of NVRTC
 
 
 class NvrtcError(Exception):
@@ -137,25 +136,22 @@ def compile_kernel(instance: Instance) -> bytes:
     return cubin.raw
 
 
-def cache_path(instance: Instance) -> Path:
-    text = "\0".join(
-        [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
-    )
-    return cache_root() / f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+def cache_name(instance: Instance) -> str:
+    parts = [*(part for item in headers().items() for part in item), source_of(instance), *options(), version()]
+    text = "\0".join(parts)
+    return f"{instance.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 def cached_kernel(instance: Instance) -> bytes:
-    """The cubin of a kernel, from the disk cache if it is there. Without a writable cache it is compiled each time."""
+    """The cubin of a kernel, from the disk cache if it is there. Without one it is compiled each time."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(compile_kernel(instance))
+
     try:
-        path = cache_path(instance)
-    except OSError:  # no home: slower, not wrong
+        return compiled.unsealed(compiled.kept(cache_name(instance), write))
+    except OSError:  # slower, not wrong
         return compile_kernel(instance)
-    if path.exists():
-        return path.read_bytes()
-    cubin = compile_kernel(instance)
-    with contextlib.suppress(OSError), replaced_file(path) as temporary:  # nor is a read-only home
-        temporary.write_bytes(cubin)
-    return cubin
 
 
 class NvrtcKernels:

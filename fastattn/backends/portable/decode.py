@@ -88,6 +88,9 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[
     q = inputs.q.reshape(-1, *inputs.q.shape[-2:])  # [T, H_q, D], whether packed or not
     out = q.new_zeros(*q.shape[:2], inputs.v_cache.shape[-1])
     lse = q.new_full(q.shape[:2], NEVER, dtype=_compute_dtype(inputs))
+    if inputs.sinks is not None:  # all that a row without keys has
+        of_rows = torch.repeat_interleave(torch.tensor(s_q)) if inputs.sinks.shape[0] > 1 else 0
+        lse.copy_(inputs.sinks[of_rows])
     for b in range(inputs.batch):
         if s_q[b] > MANY_ROWS and s_kv[b]:
             rows = slice(first[b], first[b] + s_q[b])

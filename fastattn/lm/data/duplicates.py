@@ -1,25 +1,26 @@
 """Exact and near duplicates, in one pass and in a table on disk, so that memory does not grow with the corpus.
 
-Two documents are near duplicates when they share most runs of five words. How many, MinHash tells: the part of equal
-minima of random hash functions over the runs is the Jaccard similarity s of the sets (Broder, "On the resemblance and
-containment of documents", 1997). With 14 bands of 8 minima two documents meet in a band with probability
-``1 - (1 - s^8)^14``: 0.04 at s = 0.5, 0.56 at 0.7, 0.92 at 0.8 (Penedo et al., "FineWeb", 2024).
+Two documents are near duplicates when they share most runs of five words, or of five characters in scripts without
+spaces. MinHash estimates the share: the part of equal minima of random hash functions over the runs is the Jaccard
+similarity s of the sets (Broder, "On the resemblance and containment of documents", 1997). With 14 bands of 8 minima
+two documents meet in a band with probability ``1 - (1 - s^8)^14``: 0.04 at s = 0.5, 0.56 at 0.7, 0.92 at 0.8 (Penedo et
+al., "FineWeb", 2024).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.lm.data.scripts import units
+
 Keys = NDArray[np.uint64]
 
 BANDS, ROWS, RUN = 14, 8, 5
-_WORDS = re.compile(r"\w+")
 _RANDOM = np.random.default_rng(20210109)
 _FACTORS = _RANDOM.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64) * np.uint64(2) + np.uint64(1)
 _TERMS = _RANDOM.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64)
@@ -34,7 +35,7 @@ def exact_key(text: str) -> Keys:
 
 def near_keys(text: str) -> Keys:
     """A hash for each band: documents that share one are near duplicates. Case and punctuation do not count."""
-    found = _WORDS.findall(text.lower()) or [text]
+    found = units(text.lower()) or [text]
     words = np.array([zlib.crc32(word.encode()) for word in found], np.uint64)
     count = max(len(words) - RUN + 1, 1)
     runs = np.zeros(count, np.uint64)

@@ -1,6 +1,7 @@
 """Reading one file of any format as texts: plain text, JSON lines, CSV and TSV, each also in gzip or Zstandard.
 
-The suffix names the format, as in ``c4.json.gz``. Bytes that are not UTF-8 come out as surrogates (U+DC80 ... U+DCFF),
+The suffix names the format, as in ``c4.json.gz``. Files may come from anyone: lines, JSON that is read as a whole and
+the expansion of compressed files have limits. Bytes that are not UTF-8 come out as surrogates (U+DC80 ... U+DCFF),
 for ``clean.repair_bytes`` to read. Memory holds a chunk, a line or a record; only a JSON array is read as a whole.
 """
 
@@ -18,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastattn.errors import input_error
+from fastattn.errors import DataError, input_error
+from fastattn.files import check_regular
 
 _CHUNK = 1 << 20  # bytes or characters read at a time
-_LONGEST_LINE = 1 << 28
+_LONGEST_LINE = 1 << 26  # characters
+_LARGEST_JSON = 1 << 27  # characters of an array, which is read as a whole
+_EXPANSION, _FREE = 200, 1 << 26  # most bytes from each compressed one, from so many bytes on
 LONGEST_PIECE = 1 << 18
 # Byte order marks; that of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -104,10 +108,13 @@ def read_file(path: Path, options: ReadOptions, reading: Reading) -> Iterator[st
         Unreadable: it cannot be read, from where this is raised on.
     """
     try:
+        check_regular(path)
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(path.open("rb", buffering=0))
             text = stack.enter_context(_decoded(_decompressed(path, _Counted(raw, reading)), options.encoding))
             yield from _texts(_suffix(path), text, options, reading)
+    except DataError as error:
+        raise Unreadable(str(error)) from error
     except UnicodeError as error:
         raise Unreadable(f"not {options.encoding or 'in the encoding of its byte order mark'} ({error})") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
@@ -124,7 +131,7 @@ class _Counted(io.RawIOBase):
     """A file that tells how much of it has been read."""
 
     def __init__(self, raw: io.RawIOBase, reading: Reading) -> None:
-        self.raw, self.reading = raw, reading
+        self.raw, self.reading, self.count = raw, reading, 0
 
     def readable(self) -> bool:
         return True
@@ -132,14 +139,33 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count = self.raw.readinto(buffer) or 0
         self.reading.advance(count)
+        self.count += count
         return count
 
 
-def _decompressed(path: Path, raw: io.RawIOBase) -> io.BufferedReader:
+class _Expanded(io.RawIOBase):
+    """The content of a compressed file, which must not be far larger than any text would be."""
+
+    def __init__(self, content: io.RawIOBase | gzip.GzipFile, compressed: _Counted) -> None:
+        self.content, self.compressed, self.count = content, compressed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.content.readinto(buffer) or 0
+        self.count += count
+        if self.count > max(_FREE, _EXPANSION * self.compressed.count):
+            raise Unreadable(f"it expands to more than {_EXPANSION} times its size, as no text does")
+        return count
+
+
+def _decompressed(path: Path, raw: _Counted) -> io.BufferedReader:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=io.BufferedReader(raw, _CHUNK)), _CHUNK)
-    return io.BufferedReader(_Zstandard(raw) if suffix == ".zst" else raw, _CHUNK)
+        content = gzip.GzipFile(fileobj=io.BufferedReader(raw, _CHUNK))
+        return io.BufferedReader(_Expanded(content, raw), _CHUNK)
+    return io.BufferedReader(_Expanded(_Zstandard(raw), raw) if suffix == ".zst" else raw, _CHUNK)
 
 
 class _Zstandard(io.RawIOBase):
@@ -163,7 +189,7 @@ class _Zstandard(io.RawIOBase):
 
     def _feed(self) -> bool:
         """Decompress some more; False at the end."""
-        self._input = self._input or self._raw.read1(1 << 17)
+        self._input = self._input or self._raw.read1(1 << 11)  # of which at most 64 MiB come at once
         if not self._input:
             if self._frame is not None:
                 raise EOFError("the file ends before the end of its Zstandard frame")
@@ -201,15 +227,33 @@ def _decoded(data: io.BufferedReader, encoding: str | None) -> TextIO:
 
 def _texts(suffix: str, text: TextIO, options: ReadOptions, reading: Reading) -> Iterator[str]:
     if suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(text, options, reading)
+        yield from _json_lines(_lines(text), options, reading)
     elif suffix == ".json":
         yield from _json(text, options, reading)
     elif suffix == ".csv":
-        yield from _rows(csv.reader(text), options, reading)
+        yield from _rows(csv.reader(_lines(text)), options, reading)
     elif suffix == ".tsv":
-        yield from _rows(csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE), options, reading)
+        yield from _rows(csv.reader(_lines(text), delimiter="\t", quoting=csv.QUOTE_NONE), options, reading)
     else:
         yield from pieces(iter(lambda: text.read(_CHUNK), ""), LONGEST_PIECE)
+
+
+def _lines(text: TextIO) -> Iterator[str]:
+    """The lines of a text with their ends; Unreadable from one on that is too long."""
+    number, size, held = 1, 0, list[str]()
+    while chunk := text.read(_CHUNK):
+        if chunk.endswith("\r"):
+            chunk += text.read(1)  # which may be the other half of a line end
+        for part in io.StringIO(chunk, newline=""):
+            held.append(part)
+            size += len(part)
+            if size > _LONGEST_LINE:
+                raise Unreadable(f"line {number} is longer than {_LONGEST_LINE >> 20} Mi characters")
+            if part.endswith(("\n", "\r")):
+                yield "".join(held)
+                number, size, held = number + 1, 0, []
+    if held:
+        yield "".join(held)
 
 
 def _json_lines(lines: Iterable[str], options: ReadOptions, reading: Reading) -> Iterator[str]:
@@ -218,7 +262,7 @@ def _json_lines(lines: Iterable[str], options: ReadOptions, reading: Reading) ->
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reading.leave_out(f"line {number}", f"not JSON: {error}")
             continue
         yield from reading.text_of(record, f"line {number}", options.fields)
@@ -226,24 +270,36 @@ def _json_lines(lines: Iterable[str], options: ReadOptions, reading: Reading) ->
 
 def _json(text: TextIO, options: ReadOptions, reading: Reading) -> Iterator[str]:
     """JSON lines if the first line is an object; an array of objects if it is that; else plain text."""
-    first = text.readline(_LONGEST_LINE)
+    lines = _lines(text)
+    first = next(lines, "")
     if isinstance(_parsed(first), dict):
-        yield from _json_lines(_chain(first, text), options, reading)
+        yield from _json_lines(_chain(first, lines), options, reading)
         return
     if first.lstrip().startswith("["):
-        first += text.read()
+        first = _whole(_chain(first, lines))
         records = _parsed(first)
         if isinstance(records, list) and records and isinstance(records[0], dict):
             for number, record in enumerate(records, 1):
                 yield from reading.text_of(record, f"record {number}", options.fields)
             return
-    yield from pieces(_chain(first, iter(lambda: text.read(_CHUNK), "")), LONGEST_PIECE)
+    yield from pieces(_chain(first, lines), LONGEST_PIECE)
+
+
+def _whole(lines: Iterable[str]) -> str:
+    """The text of a JSON array; Unreadable if it is too large to be read as a whole."""
+    size, held = 0, list[str]()
+    for line in lines:
+        held.append(line)
+        size += len(line)
+        if size > _LARGEST_JSON:
+            raise Unreadable(f"a JSON array of more than {_LARGEST_JSON >> 20} Mi characters: make it JSON lines")
+    return "".join(held)
 
 
 def _parsed(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

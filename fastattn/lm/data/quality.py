@@ -3,7 +3,8 @@
 For prose: the quality and repetition rules of Gopher (Rae et al., "Scaling language models: methods, analysis &
 insights from training Gopher", 2021, appendix A.1.1 and table A1), with its numbers. For source code: those of Codex
 and The Stack (Chen et al., "Evaluating large language models trained on code", 2021, section 3.1; Kocetkov et al.,
-"The Stack", 2022): length and kind of lines.
+"The Stack", 2022): length and kind of lines. In scripts without spaces a character counts as a word, runs are twice as
+long, and the rule on the length of words does not apply.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
+
+from fastattn.lm.data.scripts import is_unspaced, lacks_frequent_words, units
 
 # Suffixes of source code; a file of another is prose.
 CODE = frozenset(
@@ -37,8 +40,12 @@ class Text:
     text: str
 
     @cached_property
+    def unspaced(self) -> bool:
+        return is_unspaced(self.text)
+
+    @cached_property
     def words(self) -> list[str]:
-        return self.text.split()
+        return units(self.text) if self.unspaced else self.text.split()
 
     @cached_property
     def lines(self) -> list[str]:
@@ -54,7 +61,7 @@ class Text:
 
     def repeated_part(self, n: int) -> float:
         """Part of the characters in the most frequent run of ``n`` words, if it occurs more than once."""
-        runs = Counter(zip(*(self.words[i:] for i in range(n)), strict=False))
+        runs = Counter(self._runs(n))
         most = max(runs.values(), default=0)
         if most < 2:
             return 0.0
@@ -64,12 +71,17 @@ class Text:
     def covered_by_repeats(self, n: int) -> float:
         """Part of the characters in any run of ``n`` words that occurred before, each character counted once."""
         words, seen, covered, end = self.words, set(), 0, 0
-        for start, run in enumerate(zip(*(words[i:] for i in range(n)), strict=False)):
+        for start, run in enumerate(self._runs(n)):
             if run in seen:
-                covered += sum(map(len, words[max(start, end) : start + n]))
-                end = start + n
+                covered += sum(map(len, words[max(start, end) : start + len(run)]))
+                end = start + len(run)
             seen.add(run)
         return covered / max(self.word_characters, 1)
+
+    def _runs(self, n: int) -> Iterator[tuple[str, ...]]:
+        """All runs of ``n`` words; of a script without spaces, of twice as many characters."""
+        size = 2 * n if self.unspaced else n
+        return zip(*(self.words[i:] for i in range(size)), strict=False)
 
 
 def _part_repeated(parts: Sequence[str]) -> float:
@@ -110,14 +122,18 @@ class Lengths:
 PROSE: Mapping[str, Rule] = {
     "too-short": lambda text, lengths: len(text.words) < lengths.min_words,
     "too-long": lambda text, lengths: len(text.words) > lengths.max_words,
-    "word-length": lambda text, _: not 3 <= text.word_characters / max(len(text.words), 1) <= 10,
+    "word-length": lambda text, _: not text.unspaced and not 3 <= text.word_characters / max(len(text.words), 1) <= 10,
     "symbols": lambda text, _: (
         max(text.text.count("#"), text.text.count("...") + text.text.count("…")) > 0.1 * len(text.words)
     ),
     "bullets": lambda text, _: _part(text.lines, lambda line: line.startswith(_BULLETS)) > 0.9,
     "ellipses": lambda text, _: _part(text.lines, lambda line: line.endswith(("...", "…"))) > 0.3,
     "alphabetic-words": lambda text, _: _part(text.words, lambda word: _ALPHABETIC.search(word) is not None) < 0.8,
-    "stop-words": lambda text, _: len(_STOP_WORDS.intersection(map(str.lower, text.words))) < 2,
+    "stop-words": lambda text, _: (
+        lacks_frequent_words(text.text)
+        if text.unspaced
+        else len(_STOP_WORDS.intersection(map(str.lower, text.words))) < 2
+    ),
     "repeated-lines": lambda text, _: _part_repeated(text.lines) > 0.3 or _characters_repeated(text.lines) > 0.2,
     "repeated-paragraphs": lambda text, _: (
         _part_repeated(text.paragraphs) > 0.3 or _characters_repeated(text.paragraphs) > 0.2

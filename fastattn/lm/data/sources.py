@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.errors import DataError
+from fastattn.files import check_regular
 from fastattn.lm.data.clean import ForeignEncoding, repair_bytes
 from fastattn.lm.data.formats import Reading, ReadOptions, Unreadable, read_file
 
@@ -111,12 +112,12 @@ def find_files(paths: Sequence[str] | None = None) -> list[Path]:
     """
     if not paths:
         return _stdlib_files()
-    found: dict[Path, None] = {}
-    for given in paths:
-        found |= dict.fromkeys(_matching(given))
+    found: dict[Path, Path] = {}
+    for path in (path for given in paths for path in _matching(given)):
+        found.setdefault(path.resolve(), path)  # a file that several links lead to is read once
     if not found:
         raise DataError(f"No files were found in {', '.join(paths)}.")
-    return list(found)
+    return list(found.values())
 
 
 def _matching(given: str) -> list[Path]:
@@ -124,6 +125,7 @@ def _matching(given: str) -> list[Path]:
     if path.is_dir():
         return _visible_files(path)
     if path.exists():
+        check_regular(path)
         return [path]
     if not glob.has_magic(given):
         raise DataError(f"The path {given!r} does not exist: give a file, a folder or a pattern like 'src/**/*.py'.")

@@ -117,6 +117,6 @@ def saved_config(checkpoint: Checkpoint) -> FinetuneConfig:
     """The settings of the run that wrote ``checkpoint``; raises DataError if they cannot be read."""
     try:
         return FinetuneConfig.from_dict(checkpoint.trainer_state()["settings"]["finetune"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = checkpoint.folder / "trainer.json"
         raise DataError(f"{path} does not hold the settings of a fastattn finetune run ({error}).") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.errors import DataError
-from fastattn.files import saying_why, write_text
+from fastattn.files import read_limited, saying_why, write_text
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_limited(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8 text. Convert the file.") from error
     except FileNotFoundError as error:
@@ -66,8 +66,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _parsed(path: Path, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error.msg}). Each line is an object.") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}:{number}: not JSON ({error}). Each line is an object.") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise DataError(f'{path}:{number}: no "prompt" in it. Each line is an object like {{"prompt": "Once"}}.')
     return Prompt(str(row.get("id", number)), row["prompt"])
@@ -97,7 +97,7 @@ class Results:
         try:
             rows = [json.loads(line) for line in lines]
             before, self.done = rows[0]["settings"], {row["id"] for row in rows[1:]}
-        except (json.JSONDecodeError, IndexError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, IndexError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path} exists and is no file of results. Give another --out, or remove it.") from error
         if before != json.loads(json.dumps(settings)):
             changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))

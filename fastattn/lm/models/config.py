@@ -36,6 +36,12 @@ class HeadShape(NamedTuple):
     head_dim: int
 
 
+_LIMITS = {
+    "vocab_size": 1 << 24, "width": 1 << 17, "layers": 1024, "decoder_layers": 1024, "heads": 1 << 12,
+    "kv_heads": 1 << 12, "head_dim": 1 << 13, "mlp_width": 1 << 20, "image_size": 1 << 14,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """A transformer of one of four kinds: decoder, encoder, encoder-decoder, or encoder of images.
@@ -136,6 +142,7 @@ class TransformerConfig:
         given = ("kv_heads", "head_dim", "mlp_width", "decoder_layers")
         for name in sizes + [name for name in given if getattr(self, name) is not None]:
             _positive_int(name, getattr(self, name))
+        self._check_limits()
         self._check_heads()
         self._check_numbers()
         self._check_kind()
@@ -151,6 +158,13 @@ class TransformerConfig:
         if self.positions == "rope" and head_dim % 2:
             todo = "Rotary positions turn pairs of head dims; or take positions='learned'."
             raise input_error("head_dim", head_dim, "an even number", todo)
+
+    def _check_limits(self) -> None:
+        """Sizes beyond those of any model, which a damaged or hostile file may claim."""
+        for name, most in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise input_error(name, value, f"at most {most:,}", "No model of this kind is as large.")
 
     def _check_numbers(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 0):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import DataError, InputError, input_error
-from fastattn.files import new_folder
+from fastattn.files import new_folder, read_limited
 from fastattn.lm.models import heads
 from fastattn.lm.models.config import AttentionKind, TransformerConfig
 from fastattn.lm.models.hf_formats import HF_FORMATS, HFFormat, Json, Tensors
@@ -64,7 +64,7 @@ def from_pretrained(
     """
     folder = _find(path)
     fields = _read_json(folder / "config.json")
-    hf_format = HF_FORMATS.get(fields.get("model_type", ""))
+    hf_format = HF_FORMATS.get(str(fields.get("model_type", "")))
     if hf_format is None:
         raise DataError(
             f"{folder} holds a model of type {fields.get('model_type')!r}; fastattn has {', '.join(HF_FORMATS)}."
@@ -214,7 +214,7 @@ def _config(hf_format: HFFormat, fields: Json, stored: Tensors, folder: Path) ->
         raise DataError(
             f"{folder / 'config.json'} lacks {error}, which a model of type {hf_format.model_type} has."
         ) from error
-    except (InputError, DataError) as error:
+    except (InputError, DataError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{folder / 'config.json'}: {error}") from error
 
 
@@ -368,8 +368,8 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
 
 def _read_json(path: Path) -> Json:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_limited(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is missing or not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} does not hold the settings of a model.")

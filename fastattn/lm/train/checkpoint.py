@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import DataError, InputError
-from fastattn.files import new_folder, remove_folder
+from fastattn.files import new_folder, read_limited, remove_folder
 from fastattn.lm.models import Encoder, MaskedLM, TransformerConfig, make_model
 from fastattn.lm.train.parallel import ALONE, Ranks, is_sharded, load_parts, save_parts
 from fastattn.lm.train.tokens import load_tokenizer
@@ -66,7 +66,7 @@ class Checkpoint:
     def config(self) -> TransformerConfig:
         try:
             return TransformerConfig.from_dict(self.model_config())
-        except InputError as error:
+        except (InputError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(f"{self.folder / 'config.json'} does not describe a model of fastattn: {error}") from error
 
     def tokenizer(self) -> Tokenizer:
@@ -76,6 +76,9 @@ class Checkpoint:
         state = _read_json(self.folder / "trainer.json")
         if state.get("format") != FORMAT:
             raise DataError(f"{self.folder} is not a checkpoint of fastattn (format {state.get('format')!r}).")
+        step, settings = state.get("step"), state.get("settings", {})
+        if type(step) is not int or step < 0 or not isinstance(settings, dict):
+            raise DataError(f"{self.folder / 'trainer.json'} does not hold what fastattn writes there.")
         return state
 
     def load_pretrained(self, device: torch.device | str = "cpu", attention: str | None = None) -> Any:
@@ -91,11 +94,13 @@ class Checkpoint:
         if "finetune" in self.trainer_state().get("settings", {}):
             raise DataError(f"{self.folder} is of a fine-tuning run: load it with fastattn.lm.finetune.load_finetuned.")
         fields = self.config().to_dict() | ({"attention": attention} if attention else {})
+        config, path = TransformerConfig.from_dict(fields), self.folder / "model.safetensors"
+        with torch.device("meta"):  # so that a config without such weights takes no memory
+            _check_names(path, _shapes(path), _pretraining_model(config).state_dict())
         with torch.device(device):
-            model = make_model(TransformerConfig.from_dict(fields))
-            whole = MaskedLM(model) if isinstance(model, Encoder) else model
-        self.load_weights(whole)
-        return whole.eval()
+            model = _pretraining_model(config)
+        self.load_weights(model)
+        return model.eval()
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the stored weights into ``model``, of which several processes may hold parts."""
@@ -272,6 +277,12 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise DataError(f"{path} is missing, truncated or not a safetensors file ({error}).") from error
 
 
+def _pretraining_model(config: TransformerConfig) -> nn.Module:
+    """The model that is pre-trained with ``config``, with fresh weights."""
+    model = make_model(config)
+    return MaskedLM(model) if isinstance(model, Encoder) else model
+
+
 def _check_names(path: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, Tensor]) -> None:
     odd = sorted(stored.keys() ^ wanted.keys()) or [n for n in wanted if stored[n] != tuple(wanted[n].shape)]
     if odd:
@@ -280,8 +291,8 @@ def _check_names(path: Path, stored: dict[str, tuple[int, ...]], wanted: dict[st
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_limited(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is missing or not readable as JSON ({error}).") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} does not hold what fastattn writes there.")

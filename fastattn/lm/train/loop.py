@@ -133,7 +133,7 @@ class Trainer:
         checkpoint.load_optimizer(self.optimizer, self.model)
         try:
             self.progress = Progress(**state["progress"], step=state["step"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             path = checkpoint.folder / "trainer.json"
             raise DataError(f"{path} does not hold what fastattn writes there ({error}).") from error
         self.log.forget_after(self.progress.step)

@@ -210,7 +210,7 @@ def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:
     """
     try:
         saved = RunConfig.from_dict(checkpoint.trainer_state()["settings"]["run"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = checkpoint.folder / "trainer.json"
         raise DataError(f"{path} does not hold the settings of a fastattn train run ({error}).") from error
     return saved.continued(flags)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fastattn.errors import DataError, input_error
+from fastattn.files import read_limited
 
 START, END = "<|start|>", "<|end|>"
 SPLITS = ("train", "held_out")
@@ -61,11 +62,11 @@ class Corpus:
     def open(cls, folder: Path) -> Corpus:
         """Open a corpus folder; raises DataError if it is not one or is damaged."""
         try:
-            content = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            content = json.loads(read_limited(folder / "corpus.json"))
             if content["format"] != FORMAT:
                 raise DataError(f"{folder} has format {content['format']!r}, not {FORMAT!r}: remove it and run again.")
             facts = CorpusFacts(**content)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(f"{folder} is not a corpus of fastattn ({error}): remove it and run again.") from error
         return cls(folder, facts)
 
@@ -116,7 +117,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         DataError: it is missing or damaged.
     """
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(read_limited(path))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path} is not a readable tokenizer ({error}).") from error
     tokenizer.no_truncation()  # which files from elsewhere may ask for

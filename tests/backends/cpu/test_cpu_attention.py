@@ -226,11 +226,14 @@ def test_prepared_passes_give_the_same_bits(dtype):
     backend = load("cpu")
     dout, inputs, spec = problem(2, 40, (4, 2), 16, dtype=dtype, right=0)
     expected, qkv = results(dout, inputs, spec), (inputs.q, inputs.k, inputs.v)
-    found = backend.prepared_forward(inputs, spec)(*qkv)
-    grads = backend.prepared_backward(inputs, spec)(dout, *found, *qkv)
-    for x, name in zip((*found, *grads), ("out", "lse", "low", "dq", "dk", "dv"), strict=True):
+    out, kept = backend.prepared_forward(inputs, spec, keep=True)(*qkv)
+    (alone,) = backend.prepared_forward(inputs, spec, keep=False)(*qkv)
+    grads = backend.prepared_backward(inputs, spec, dout.to("meta"))(dout, out, kept, *qkv)
+    found = (out, alone, *kept, *grads)
+    for x, name in zip(found, ("out", "out", "lse", "low", "dq", "dk", "dv"), strict=True):
         assert torch.equal(x, expected[name])
-    assert backend.prepared_forward(inputs.replace(mask=torch.ones(1, 1, 1, 40, dtype=torch.bool)), spec) is None
+    more = inputs.replace(mask=torch.ones(1, 1, 1, 40, dtype=torch.bool))
+    assert backend.prepared_forward(more, spec, keep=True) is None
 
 
 def test_ids_of_64_bits_keep_their_differences():

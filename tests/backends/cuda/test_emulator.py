@@ -54,4 +54,4 @@ def test_there_are_enough_faults() -> None:
 
 def test_a_fault_that_changes_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 times, not once"):
-        emulate.plant(Fault("no such source", "mask.h", "no such text", ""), tmp_path)
+        emulate.plant(Fault("no such source", "common/mask.h", "no such text", ""), tmp_path)

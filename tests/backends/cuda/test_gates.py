@@ -85,8 +85,8 @@ def cuobjdump() -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "complaint"), [((), ""), (("-DFA_HOLD=0",), "exponentials after P V")])
-def test_the_compiler_keeps_the_overlap_only_with_the_hold(
+@pytest.mark.parametrize(("options", "complaint"), [((), ""), (("-DFA_EXP_OVERLAP=0",), "exponentials after P V")])
+def test_the_compiler_keeps_the_overlap_only_with_its_barrier(
     tmp_path: Path, cuobjdump: str, options: tuple[str, ...], complaint: str
 ) -> None:
     build(tmp_path, "objects", CSRC, [CAUSAL_128], options, jobs=1)

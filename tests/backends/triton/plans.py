@@ -19,8 +19,9 @@ class Launcher:
     def __init__(self, src, metadata):
         self.name = metadata.name
 
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        NOTED.append((self.name, (x, y, z), stream, args))
+    def __call__(self, x, y, z, stream, *rest):
+        arguments = rest[5:]  # behind the function, two kinds of metadata and two hooks
+        NOTED.append((self.name, (x, y, z), stream, arguments))
 
 
 class Utilities:

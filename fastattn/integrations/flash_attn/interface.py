@@ -1,14 +1,11 @@
-"""The functions of the flash-attn package (2.8) under their names: import them from here instead.
-
-Signatures, positions, defaults and meanings are those of flash-attn: ``(B, S, H, D)`` or packed
-``(T, H, D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes
-without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and an empty row has lse
-``-inf`` (``+inf`` in flash-attn 2).
-"""
+"""``flash_attn.flash_attn_interface``: attention on separate q, k and v, on packed sequences, and with a cache."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +17,8 @@ from fastattn.dispatch import Explanation
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen, explain, explain_varlen
 from fastattn.inspection import attention_weights
-from fastattn.nn.rotary import apply_rotary
-
-__all__ = ["flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+from fastattn.rotary import apply_rotary
+from fastattn.spec import AttentionSpec
 
 WithProbs = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -34,7 +30,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -57,8 +53,8 @@ def flash_attn_func(
 
     Returns:
         ``out`` ``(B, S_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(B, H_q, S_q)``, and
-        ``S_dmask`` ``(B, H_q, S_q, S_kv)``, the probabilities, negative where dropped: meant for tests, and empty
-        unless ``dropout_p > 0``.
+        ``S_dmask`` ``(B, H_q, S_q, S_kv)``, the probabilities before dropout, negative where dropped: meant for tests,
+        and empty unless ``dropout_p > 0``. flash-attn scales each row in a way of its own and rounds the sizes up.
 
     Raises:
         InputError: an argument is wrong.
@@ -82,56 +78,7 @@ def flash_attn_func(
     out, lse = attention(q, k, v, dropout_p=dropout_p, return_lse=True, backend=backend, **scores)
     if not return_attn_probs:
         return out
-    if not dropout_p:
-        return out, lse, q.new_empty(0)
-    with torch.no_grad():
-        probabilities, after_dropout = (attention_weights(q, k, dropout_p=p, **scores) for p in (0.0, dropout_p))
-        return out, lse, torch.where(after_dropout == 0, -probabilities, probabilities).to(q.dtype)
-
-
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-) -> WithProbs:
-    """``flash_attn.flash_attn_qkvpacked_func``: q, k and v in one tensor, as a fused projection gives them.
-
-    Args:
-        qkv: ``(B, S, 3, H, D)``.
-        dropout_p: this and the others as in ``flash_attn_func``.
-        softmax_scale: as there.
-        causal: as there.
-        window_size: as there.
-        softcap: as there.
-        alibi_slopes: as there.
-        deterministic: as there.
-        return_attn_probs: as there.
-
-    Returns:
-        as ``flash_attn_func``.
-
-    Raises:
-        InputError: an argument is wrong.
-
-    Example:
-        >>> import torch
-        >>> from fastattn.integrations.flash_attn import flash_attn_qkvpacked_func
-        >>> flash_attn_qkvpacked_func(torch.randn(2, 16, 3, 8, 64), causal=True).shape
-        torch.Size([2, 16, 8, 64])
-    """
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        todo = "For fewer key heads call flash_attn_func."
-        raise input_error("qkv", f"shape {tuple(qkv.shape)}", "(B, S, 3, H, D)", todo)
-    q, k, v = qkv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+    return out, lse, _signed_weights(q, k, dropout_p, scores)
 
 
 def flash_attn_varlen_func(
@@ -145,7 +92,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -169,16 +116,18 @@ def flash_attn_varlen_func(
         softcap: as there.
         alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
         deterministic: as there.
-        return_attn_probs: as there, but not together with dropout.
-        block_table: must be None: keys and values are not paged.
+        return_attn_probs: as there.
+        block_table: int32 ``(N, max_pages)``: k and v are a cache ``(num_pages, page_size, H_kv, D)``, these are each
+            sequence's pages, and ``cu_seqlens_k`` says how many tokens it has there. As in flash-attn there is no
+            gradient then.
 
     Returns:
-        ``out`` ``(T_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(H_q, T_q)``, and an empty
-        ``S_dmask``.
+        ``out`` ``(T_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(H_q, T_q)``, and
+        ``S_dmask`` ``(N, H_q, max_seqlen_q, max_seqlen_k)``, 0 beyond the lengths.
 
     Raises:
         InputError: an argument is wrong.
-        UnsupportedError: a paged cache, or the dropped probabilities of packed sequences, are asked for.
+        UnsupportedError: dropout with a ``block_table``.
 
     Example:
         >>> import torch
@@ -187,21 +136,32 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 4, 4, causal=True).shape
         torch.Size([7, 4, 32])
     """
-    _refuse_paging(block_table)
-    if return_attn_probs and dropout_p:
-        raise UnsupportedError(
-            "return_attn_probs with dropout_p > 0: packed sequences have no S_dmask here. Call flash_attn_func on one "
-            "sequence, or fastattn.attention_weights."
-        )
-
-    options: dict[str, Any] = {
-        "max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_k, "causal": causal, "window": _window(window_size),
-        "scale": softmax_scale, "softcap": softcap, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p,
+    scores: dict[str, Any] = {
+        "causal": causal, "window": _window(window_size), "scale": softmax_scale, "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
     }  # fmt: skip
+    if block_table is not None:
+        _refuse_dropout(dropout_p)
+        lengths = cu_seqlens_k.diff().to(torch.int32)
+        paged: dict[str, Any] = {"block_table": block_table, "cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+        with torch.no_grad():
+            out, lse = attention_with_kv_cache(q, k, v, lengths, return_lse=True, **paged, **scores)
+        return (out, lse, q.new_empty(0)) if return_attn_probs else out
+    scores["rng_state"] = rng.new_rng_state(q.device) if dropout_p else None
+    options = scores | {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_k, "dropout_p": dropout_p}
     packed = q, k, v, cu_seqlens_q, cu_seqlens_k
     backend = _backend(explain_varlen(*packed, **options)) if deterministic else None
     out, lse = attention_varlen(*packed, return_lse=True, backend=backend, **options)
-    return (out, lse, q.new_empty(0)) if return_attn_probs else out
+    if not return_attn_probs:
+        return out
+    if not dropout_p:
+        return out, lse, q.new_empty(0)
+    signed = q.new_zeros(len(cu_seqlens_q) - 1, q.shape[1], max_seqlen_q, max_seqlen_k)
+    begins = zip(*(cu.tolist() for cu in (cu_seqlens_q, cu_seqlens_k)), strict=True)
+    for n, ((i0, j0), (i1, j1)) in enumerate(itertools.pairwise(begins)):
+        own = scores | {"alibi_slopes": _of_sequence(alibi_slopes, n)}
+        signed[n, :, : i1 - i0, : j1 - j0] = _signed_weights(q[None, i0:i1], k[None, j0:j1], dropout_p, own, n)[0]
+    return out, lse, signed
 
 
 @torch.no_grad()
@@ -219,7 +179,7 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
@@ -261,7 +221,7 @@ def flash_attn_with_kvcache(
     Example:
         >>> import torch
         >>> from fastattn.integrations.flash_attn import flash_attn_with_kvcache
-        >>> k_cache, v_cache = torch.zeros(2, 2, 100, 4, 64)
+        >>> k_cache, v_cache = (torch.zeros(2, 100, 4, 64) for _ in range(2))
         >>> q, k, v = torch.randn(3, 2, 1, 4, 64)
         >>> lengths = torch.tensor([5, 60], dtype=torch.int32)
         >>> flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True).shape
@@ -272,7 +232,9 @@ def flash_attn_with_kvcache(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     before = _cache_lengths(q, capacity, k, v, cache_seqlens)
     if rotary_cos is not None or rotary_sin is not None:
-        q, k = _rotated(q, k, rotary_cos, rotary_sin, before, causal or window_size != (-1, -1), rotary_interleaved)
+        q, k = _rotated(
+            q, k, rotary_cos, rotary_sin, before, causal or _window(window_size) != (-1, -1), rotary_interleaved
+        )
     if cache_batch_idx is not None and block_table is None:
         block_table = cache_batch_idx.int()[:, None]  # a row of a contiguous cache is one page
     bias = None
@@ -298,10 +260,37 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _window(window_size: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+def _window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
+    if not isinstance(window_size, tuple | list | Tensor) or len(window_size) != 2:
         raise input_error("window_size", repr(window_size), "(left, right)", "-1 leaves a side unbounded.")
-    return window_size
+    left, right = (max(-1, int(side)) for side in window_size)
+    return left, right
+
+
+@torch.no_grad()
+def _signed_weights(q: Tensor, k: Tensor, dropout_p: float, scores: dict[str, Any], first: int = 0) -> Tensor:
+    """The attention weights ``(B, H, S_q, S_kv)``, negative where dropout takes them; empty without dropout.
+
+    ``first`` is the index of the first batch entry among the sequences of the call.
+    """
+    if not dropout_p:
+        return q.new_empty(0)
+    weights = attention_weights(q, k, **scores | {"rng_state": None})
+    batch, heads, s_q, s_kv = weights.shape
+    sizes = ((batch, 1, 1, 1), (heads, 1, 1), (s_q, 1), (s_kv,))
+    b, h, i, j = (torch.arange(math.prod(size), device=q.device).view(size) for size in sizes)
+    spec = AttentionSpec(scale=1.0, dropout_p=dropout_p)
+    survives = rng.dropout_keep(spec, scores["rng_state"], (first + b) * heads + h, i, j)
+    return torch.where(survives, weights, -weights).to(q.dtype)
+
+
+def _of_sequence(alibi_slopes: Tensor | None, n: int) -> Tensor | None:
+    return alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[n : n + 1]
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p:
+        raise UnsupportedError("dropout_p > 0 with a block_table: a cache is read without dropout. Pass 0.0.")
 
 
 def _backend(explanation: Explanation) -> str:
@@ -314,14 +303,6 @@ def _backend(explanation: Explanation) -> str:
             "torch.use_deterministic_algorithms(True) alone. Turn that on, or use another backend."
         )
     return chosen.name
-
-
-def _refuse_paging(block_table: Tensor | None) -> None:
-    if block_table is not None:
-        raise UnsupportedError(
-            "block_table: flash_attn_varlen_func reads packed keys and values here, not a paged cache. Call "
-            "flash_attn_with_kvcache, or fastattn.attention_with_kv_cache with cu_seqlens_q."
-        )
 
 
 def _cache_lengths(

@@ -1,0 +1,112 @@
+"""Families of transformers' models: which of them call attention through its interface, and which say what is causal.
+
+transformers leaves a mask out where causality alone is meant, and SDPA then asks each layer for ``is_causal``, taking a
+layer that does not say for a causal one. That is right for families whose layers all say and which transformers itself
+lets SDPA serve, or FlashAttention, if they are decoders alone: SDPA lacks the sinks and caps of some. Every other
+family gets its masks in full, as its own eager attention does. The mask function and the attention function both ask
+``may_leave_masks_out``, so that they agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastattn.errors import UnsupportedError
+
+DECODER = r"self\.is_causal = (True|not getattr\(config\b)"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling code calls attention through
+
+
+def may_leave_masks_out(config: Any) -> bool:
+    """Whether the layers of this configuration, and of those inside it, all say whether they are causal."""
+    # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+        return False
+    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return _says_what_is_causal(type(config)) and all(
+        may_leave_masks_out(each) for each in inner if each is not None and not isinstance(each, dict)
+    )
+
+
+def refuse_outsiders(config: Any) -> None:
+    """Raise for families that build attention themselves: they would add our boolean masks to their scores."""
+    if not _uses_the_interface(type(config)):
+        raise UnsupportedError(
+            f"attn_implementation='fastattn': models of the family {getattr(config, 'model_type', '') or 'unknown'!r} "
+            f"({type(config).__name__}) compute attention themselves, not through transformers' AttentionInterface, so "
+            "fastattn cannot serve them. Use attn_implementation='eager'."
+        )
+
+
+def expects_float_masks(config: Any) -> bool:
+    """Whether a family was written for eager's masks alone: its layers may add them to scores, or put parts to them."""
+    return not _served_by_sdpa(type(config))
+
+
+@torch.compiler.assume_constant_result
+def _served_by_sdpa(config_class: type) -> bool:
+    models = _models(_modeling(config_class))
+    return bool(models) and all(x._supports_sdpa for x in models)
+
+
+@torch.compiler.assume_constant_result
+def _says_what_is_causal(config_class: type) -> bool:
+    return _layers_say(_modeling(config_class))
+
+
+@torch.compiler.assume_constant_result
+def _uses_the_interface(config_class: type) -> bool:
+    return _calls_interface(_modeling(config_class))
+
+
+def _modeling(config_class: type) -> ModuleType | None:
+    """The module that holds the models of a configuration; None if it is not loaded, as with code that has no file."""
+    return sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
+
+
+@functools.cache
+def _layers_say(modeling: ModuleType | None) -> bool:
+    """Whether each attention layer of a module says ``is_causal``, and transformers relies on it for every model."""
+    models = _models(modeling)
+    layers = [x for x in _classes(modeling) if issubclass(x, torch.nn.Module) and INTERFACE in _source(x)]
+    if not models or not all(_says(x, "is_causal") for x in layers):
+        return False
+    if all(x._supports_sdpa for x in models):
+        return True
+    return all(x._supports_flash_attn for x in models) and all(_says(x, DECODER) for x in layers)
+
+
+def _models(modeling: ModuleType | None) -> list[Any]:
+    return [x for x in _classes(modeling) if hasattr(x, "_supports_sdpa")]
+
+
+def _says(layer: type, pattern: str) -> bool:
+    return any(re.search(pattern, _source(base)) for base in layer.__mro__ if base.__module__ == layer.__module__)
+
+
+@functools.cache
+def _calls_interface(modeling: ModuleType | None) -> bool:
+    """As transformers decides whether ``set_attn_implementation`` may be called; a family without layers may."""
+    text = _source(modeling)
+    has_layers = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
+    return not has_layers or f"{INTERFACE}.get_interface(" in text or f"{INTERFACE}[" in text
+
+
+def _classes(modeling: ModuleType | None) -> list[type]:
+    """The classes that a module defines."""
+    name = getattr(modeling, "__name__", None)
+    return [x for x in getattr(modeling, "__dict__", {}).values() if isinstance(x, type) and x.__module__ == name]
+
+
+def _source(of: Any) -> str:
+    try:
+        return inspect.getsource(of)
+    except (OSError, TypeError):
+        return ""

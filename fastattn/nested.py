@@ -1,0 +1,51 @@
+"""Nested tensors as packed ones and back: the rows of all sequences end to end, and where each begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.torch_internals import jagged_lengths
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A nested tensor ``(N, S_n, ...)`` whose sequences have lengths of their own.
+
+    Attributes:
+        values: ``(T, ...)``, the sequences end to end.
+        offsets: int32 ``(N + 1,)``, as ``cu_seqlens`` of ``fastattn.attention_varlen``.
+        longest: of the lengths.
+        like: the nested tensor.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    longest: int
+    like: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Packed:
+        if x.layout == torch.jagged:
+            offsets: Tensor = x.offsets()  # type: ignore[attr-defined]
+            longest = jagged_lengths(x)[1]
+            longest = int(offsets.diff().max()) if longest is None else longest
+            return cls(x.values(), offsets.to(torch.int32), longest, x)
+        rows = x.unbind()
+        ends = torch.tensor([0, *(row.shape[0] for row in rows)], dtype=torch.int32, device=x.device).cumsum(0)
+        return cls(torch.cat(rows), ends.to(torch.int32), max(row.shape[0] for row in rows), x)
+
+    def nested(self, values: Tensor) -> Tensor:
+        """``(T, ...)`` as a nested tensor of the same sequences and layout."""
+        if self.like.layout == torch.jagged:
+            shortest = jagged_lengths(self.like)[0]
+            offsets: Tensor = self.like.offsets()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=shortest, max_seqlen=self.longest)
+        return torch.nested.as_nested_tensor(list(values.split(self.offsets.diff().tolist())))
+
+    def positions(self) -> Tensor:
+        """``(T,)``, the position of each row in its sequence."""
+        at = torch.arange(self.values.shape[0], device=self.offsets.device)
+        return at - self.offsets[torch.searchsorted(self.offsets[1:].contiguous(), at.int(), right=True)]

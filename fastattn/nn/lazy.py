@@ -1,0 +1,207 @@
+"""Attention weights that cost nothing until somebody reads them.
+
+``nn.MultiheadAttention`` returns weights unless it is told not to, and most callers throw them away. ``LazyTensor``
+knows its shape, dtype and device; any operation, ``repr``, ``numpy`` or pickle that touches it gets the real tensor,
+computed then, with the gradients that it would have had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastattn.arguments import autocast
+from fastattn.errors import input_error
+from fastattn.inspection import attention_weights, mean_attention_weights
+from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed
+
+_PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_cpu", "is_sparse")
+_METHODS = ("dim", "size", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "ndimension")
+_KNOWN = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tensor, name) for name in _METHODS}
+
+
+class LazyTensor(Tensor):
+    """A tensor that is computed when it is first read; ``lazily`` makes one.
+
+    Python's callers get the real tensor by ``__torch_function__``, which stands above autograd. What bypasses that, a
+    ``torch.autograd.Function`` for one, sends its gradient to this tensor's own history, which computes the same.
+    """
+
+    _source: _Source
+    _node: Any
+
+    def read(self) -> Tensor:
+        """The tensor itself."""
+        history = _history(self)
+        value = self._source.value()
+        return value if history is None or history is self._node else _Linked.apply(self, value.detach())
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KNOWN and isinstance(args[0], LazyTensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Callers from C++, which no ``__torch_function__`` sees; autograd stands above and has the history."""
+        args, kwargs = tree_map_only(LazyTensor, lambda x: x._source.value().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.read(), memo)
+
+
+class _Source:
+    """The tensor that a lazy one stands for, computed once, with gradients recorded if they were at first."""
+
+    def __init__(self, compute: Callable[[], Tensor], reads: Sequence[Tensor]) -> None:
+        self.compute: Callable[[], Tensor] | None = compute
+        self.result: Tensor | None = None
+        self.records = torch.is_grad_enabled()
+        self.watched = [(x, x._version) for x in reads if not x.is_inference()]
+
+    def value(self) -> Tensor:
+        if self.result is None:
+            assert self.compute is not None
+            if any(x._version != version for x, version in self.watched):
+                todo = "Read the weights before changing what they are computed from, or pass need_weights=False."
+                raise input_error("attention weights", "a mask, queries or keys changed in place", "none", todo)
+            with torch.set_grad_enabled(self.records):
+                self.result = self.compute()
+            self.compute, self.watched = None, []
+        return self.result
+
+
+def lazily(
+    compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, reads: Sequence[Tensor]
+) -> LazyTensor:
+    """What ``compute`` returns, computed when it is first read.
+
+    Args:
+        compute: called once.
+        shape: of its result.
+        dtype: of its result.
+        reads: the tensors that it reads, one at least; changing one in place before it is called is an error then.
+    """
+    source = _Source(compute, reads)
+    if not source.records or not any(x.requires_grad for x in reads):
+        return _lazy(source, shape, dtype, reads[0].device)
+    made = _History.apply(source, shape, dtype, *reads)
+    made._node = _history(made)
+    return made
+
+
+def _history(lazy: LazyTensor) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return lazy.grad_fn
+
+
+def _lazy(source: _Source, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> LazyTensor:
+    made = Tensor._make_wrapper_subclass(LazyTensor, tuple(shape), dtype=dtype, device=device)
+    made._source, made._node = source, None
+    return made
+
+
+class _History(torch.autograd.Function):
+    """Where the gradient of a lazy tensor goes that was used without being read."""
+
+    @staticmethod
+    def forward(ctx: Any, source: _Source, shape: Sequence[int], dtype: torch.dtype, *reads: Tensor) -> LazyTensor:
+        ctx.source, ctx.reads = source, reads
+        return _lazy(source, shape, dtype, reads[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        wanted = [x for x in ctx.reads if x.requires_grad]
+        grads = iter(torch.autograd.grad(ctx.source.value(), wanted, grad, allow_unused=True))
+        return None, None, None, *(next(grads) if x.requires_grad else None for x in ctx.reads)
+
+
+class _Linked(torch.autograd.Function):
+    """The value of a lazy tensor, with the history that somebody else gave the lazy one, as checkpointing does."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyTensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def weights_when_read(
+    q: Tensor,
+    k: Tensor,
+    dtype: torch.dtype,
+    *,
+    mean: bool = False,
+    unbatched: bool = False,
+    owned: bool = False,
+    **options: Any,
+) -> Tensor:
+    """The weights of ``attention(q, k, v, **options)``, computed when they are first read.
+
+    A compiler, a tracer or a transform gets them at once: what nobody uses costs nothing there.
+
+    Args:
+        q: ``(B, S_q, H_q, D)``.
+        k: ``(B, S_kv, H_kv, D)``.
+        dtype: of the weights.
+        mean: average over the heads.
+        unbatched: B is 1, and left out of the result.
+        owned: nobody else can change ``q`` and ``k`` in place. Inference tensors have no count of such changes, so
+            the weights of those that are not owned are computed at once.
+        options: of ``fastattn.attention``.
+
+    Returns:
+        ``(B, H_q, S_q, S_kv)``, or ``(B, S_q, S_kv)`` if averaged.
+    """
+    function = mean_attention_weights if mean else attention_weights
+    flat = (q, k, *options.values(), *_pair(options.get("segment_ids")))
+    if not _is_plain_eager([x for x in flat if isinstance(x, Tensor)]) or not (owned or _has_count(q, k)):
+        weights = function(q, k, **options).to(dtype)
+        return weights[0] if unbatched else weights
+    q, k = autocast(q, k)
+    options = {name: _counted(x) for name, x in options.items()}
+    reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
+
+    def compute() -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            weights = function(q, k, **options).to(dtype)
+        return weights[0] if unbatched else weights
+
+    shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])
+    return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, reads)
+
+
+def _pair(segment_ids: Any) -> tuple[Tensor, ...]:
+    return segment_ids if isinstance(segment_ids, tuple) else ()
+
+
+def _has_count(*tensors: Tensor) -> bool:
+    return not any(x.is_inference() for x in tensors)
+
+
+def _counted(option: Any) -> Any:
+    """An option whose changes in place are counted: a copy of an inference tensor, which has no count."""
+    if isinstance(option, tuple):
+        return tuple(map(_counted, option))
+    return option.clone() if isinstance(option, Tensor) and option.is_inference() else option
+
+
+def _is_plain_eager(tensors: list[Tensor]) -> bool:
+    """Whether nothing watches or transforms the call; a profiler and autocast may."""
+    if torch.compiler.is_compiling() or is_transformed() or is_traced() or is_in_forward_mode():
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)

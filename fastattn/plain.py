@@ -1,0 +1,73 @@
+"""Attention in torch's own operators, for programs that are to run where fastattn is not installed.
+
+``torch.jit.trace`` records it by itself; ``plain_torch()`` is for ``torch.export``, AOTInductor and ONNX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.problem import Inputs
+from fastattn.spec import AttentionSpec
+from fastattn.torch_internals import is_traced
+
+_wanted: ContextVar[bool] = ContextVar("fastattn_plain_torch", default=False)
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Make attention that is exported inside the block consist of torch's operators alone.
+
+    What ``torch.export.export``, ``torch.onnx.export(..., dynamo=True)`` or AOTInductor record then loads and runs
+    without fastattn, at the speed of torch's attention.
+
+    Example:
+        >>> import torch, fastattn
+        >>> from fastattn.integrations.export import plain_torch
+        >>> model, x = fastattn.MultiHeadAttention(16, 2, batch_first=True).eval(), torch.randn(1, 3, 16)
+        >>> with plain_torch():
+        ...     program = torch.export.export(model, (x, x, x), {"need_weights": False})
+        >>> any("fastattn" in str(node.target) for node in program.graph.nodes)
+        False
+    """
+    token = _wanted.set(True)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def is_wanted() -> bool:
+    """Whether the running call is recorded for a process without fastattn."""
+    return not torch.compiler.is_dynamo_compiling() and (is_traced() or _wanted.get())
+
+
+def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of the spec, by torch's attention where it has all the terms, else by the reference formula."""
+    has_more = spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None
+    out, lse, _ = reference.forward(inputs, spec)
+    if has_more or inputs.is_packed or spec.dropout_p:
+        return out, lse
+    q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    has_mask = inputs.mask is not None or inputs.segment_ids_q is not None or inputs.bias is not None
+    is_causal = not has_mask and spec.left is None and spec.right == 0 and spec.anchor == "upper_left"
+    mask = None if is_causal else _mask(inputs, spec)
+    enable_gqa = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=spec.scale, enable_gqa=enable_gqa)
+    return out.transpose(1, 2), lse  # what computed lse is dropped as dead where nobody asked for it
+
+
+def _mask(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
+    """Everything but the product, as torch's ``attn_mask``."""
+    bounded = spec.left is not None or spec.right is not None
+    if inputs.mask is None and inputs.segment_ids_q is None and not bounded:
+        return None if inputs.bias is None else inputs.bias.to(inputs.q.dtype)
+    kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
+    return kept if inputs.bias is None else inputs.bias.to(inputs.q.dtype).masked_fill(~kept, float("-inf"))

@@ -1,0 +1,178 @@
+"""Ways in which users reach a backend: layouts, plans, threads, transforms, caches, odd memory; one rule judges all.
+
+A way takes a sample and a backend's name, and gives ``out`` and ``lse`` in the layout of the sample. What it changes in
+the call must not change the result.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.decoding import attention_with_kv_cache
+from fastattn.functional import attention, attention_varlen
+from fastattn.testing.inputs import Sample
+from fastattn.testing.tolerance import Results, Row, in_float64, judge_forward
+
+Way = Callable[[Sample, str], Results]
+Pair = tuple[Tensor, Tensor]
+
+
+def serves(sample: Sample) -> bool:
+    """Whether the public functions can be asked for the problem: they have one anchor, and masks without packing."""
+    inputs, spec = sample.inputs, sample.spec
+    has_diagonal = spec.has_band or inputs.alibi_slopes is not None
+    return (spec.anchor == "lower_right" or not has_diagonal) and not inputs.is_packed
+
+
+def measure_way(name: str, sample: Sample, backend: str) -> list[Row]:
+    """The judgement of ``out`` and ``lse`` that came about in the way of this name."""
+    found = WAYS[name](sample, backend)
+    rounded = Sample(dataclasses.replace(sample.case, needs=()), sample.inputs, sample.spec, sample.dout, None)
+    return judge_forward(found, in_float64(rounded), rounded, f", {name}")
+
+
+def options_of(sample: Sample) -> dict[str, Any]:
+    """The keywords of ``fastattn.attention`` for the problem."""
+    inputs, spec = sample.inputs, sample.spec
+    segments = None if inputs.segment_ids_q is None else (inputs.segment_ids_q, inputs.segment_ids_kv)
+    return {
+        "window": (spec.left, spec.right), "scale": spec.scale, "softcap": spec.softcap, "bias": inputs.bias,
+        "mask": inputs.mask, "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks, "segment_ids": segments,
+        "dropout_p": spec.dropout_p, "rng_state": inputs.rng_state, "return_lse": True,
+    }  # fmt: skip
+
+
+def _call(sample: Sample, backend: str, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> Results:
+    out, lse = attention(q, k, v, **options_of(sample) | changes, backend=backend)
+    return {"out": out, "lse": lse}
+
+
+def _qkv(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    return sample.inputs.q, sample.inputs.k, sample.inputs.v
+
+
+def _heads_first(sample: Sample, backend: str) -> Results:
+    found = _call(sample, backend, *(x.transpose(1, 2) for x in _qkv(sample)), layout="BHSD")
+    return found | {"out": found["out"].transpose(1, 2)}
+
+
+def _replayed(sample: Sample, backend: str) -> Results:
+    """By a plan, made for tensors of other values."""
+    others = [torch.randn_like(x) for x in _qkv(sample)]
+    for _ in range(2):
+        _call(sample, backend, *others)
+    return _call(sample, backend, *_qkv(sample))
+
+
+def _negative(sample: Sample, backend: str) -> Results:
+    """Tensors with the negative bit, after others without it."""
+    _call(sample, backend, *_qkv(sample))
+    return _call(sample, backend, *(torch._neg_view(-x) for x in _qkv(sample)))
+
+
+def _offset(sample: Sample, backend: str) -> Results:
+    """Tensors that begin one element after an aligned address."""
+    return _call(sample, backend, *(_one_further(x) for x in _qkv(sample)))
+
+
+def _one_further(x: Tensor) -> Tensor:
+    buffer = x.new_full((x.numel() + 1,), float("nan"))
+    return buffer[1:].view(x.shape).copy_(x)
+
+
+def _threads(sample: Sample, backend: str) -> Results:
+    """Four threads at once, which have to agree."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: _call(sample, backend, *_qkv(sample)), range(4)))
+    for other in found[1:]:
+        assert all(torch.equal(other[name].nan_to_num(7), x.nan_to_num(7)) for name, x in found[0].items()), "threads"
+    return found[0]
+
+
+def _vmap(sample: Sample, backend: str) -> Results:
+    q, k, v = (torch.stack([torch.zeros_like(x), x]) for x in _qkv(sample))
+    out, lse = torch.vmap(lambda *x: tuple(_call(sample, backend, *x).values()), randomness="same")(q, k, v)
+    return {"out": out[1], "lse": lse[1]}
+
+
+def _learned(sample: Sample, backend: str) -> Results:
+    """Forward of a call whose gradient is taken, twice, so that plans with gradients serve it."""
+    for _ in range(2):
+        found = _call(sample, backend, *(x.detach().requires_grad_() for x in _qkv(sample)))
+        found["out"].backward(sample.dout.to(found["out"].dtype))
+    return {name: x.detach() for name, x in found.items()}
+
+
+def _packed(sample: Sample, backend: str) -> Results:
+    """The sequences of the batch one after the other."""
+    inputs, options = sample.inputs, options_of(sample)
+    for name in ("bias", "mask", "segment_ids", "layout"):
+        options.pop(name, None)
+    q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
+    cu_q, cu_k = (_boundaries(inputs.batch, x.shape[1]) for x in (inputs.q, inputs.k))
+    out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options, backend=backend)
+    return {
+        "out": out.view(inputs.out_shape()),
+        "lse": lse.unflatten(1, (inputs.batch, inputs.q.shape[1])).transpose(0, 1),
+    }
+
+
+def _boundaries(batch: int, length: int) -> Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32) * length
+
+
+def _cache(sample: Sample, backend: str) -> Results:
+    """Keys and values in a cache of pages of five rows, the last of them appended by the call."""
+    inputs, options = sample.inputs, options_of(sample)
+    for name in ("mask", "segment_ids", "dropout_p", "rng_state"):
+        options.pop(name)
+    batch, s_kv, page = inputs.batch, inputs.k.shape[1], 5
+    pages = -(-s_kv // page)
+    table = torch.randperm(batch * pages).int().view(batch, pages)
+    new = min(3, s_kv)
+    caches = []
+    for x in (inputs.k, inputs.v):
+        padded = x.new_full((batch, pages * page, *x.shape[2:]), float("nan"))
+        padded[:, : s_kv - new] = x[:, : s_kv - new]
+        cache = torch.empty_like(padded).view(batch * pages, page, *x.shape[2:])
+        cache[table.flatten().long()] = padded.view(batch * pages, page, *x.shape[2:])
+        caches.append(cache)
+    lengths = torch.full((batch,), s_kv - new, dtype=torch.int32)
+    arguments = (*caches, lengths, inputs.k[:, s_kv - new :], inputs.v[:, s_kv - new :])
+    out, lse = attention_with_kv_cache(
+        inputs.q, *arguments, block_table=table, causal=False, **options, backend=backend
+    )
+    return {"out": out, "lse": lse}
+
+
+WAYS: dict[str, Way] = {
+    "heads first": _heads_first,
+    "replayed": _replayed,
+    "negative bit": _negative,
+    "odd offset": _offset,
+    "threads": _threads,
+    "vmap": _vmap,
+    "learned": _learned,
+    "packed": _packed,
+    "cache": _cache,
+}
+
+
+def ways_of(sample: Sample) -> list[str]:
+    """Those in which the problem can be asked for."""
+    inputs, spec = sample.inputs, sample.spec
+    if not serves(sample):
+        return []
+    has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
+    has_no_cache = (
+        inputs.mask is not None or inputs.segment_ids_q is not None or spec.dropout_p or not inputs.k.shape[1]
+    )
+    # What is dropped depends on the place in the batch, which packing and vmap change.
+    left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
+    return [name for name in WAYS if name not in left_out | ({"cache"} if has_no_cache else set())]

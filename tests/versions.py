@@ -1,0 +1,93 @@
+"""The tests that depend on versions, in an environment for each set of them: ``python tests/versions.py``.
+
+An environment is made below ``.venv-versions/`` once, by pip, with what people get who install that torch: on Linux its
+CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "guides" / "versions.md"
+BEGIN, END = "<!-- table: versions -->", "<!-- end -->"
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "filelock", "ninja", "tqdm", "peft")
+SETS = {
+    "2.11.0": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4", "transformers==5.17.0"),
+    "2.13.0": ("torch==2.13.0", "triton==3.7.1", "numpy==2.4.6", "transformers==5.23.0"),
+    "2.14.1": ("torch==2.14.1", "numpy==2.4.6", "transformers==5.23.0"),
+}
+PARTS = {
+    "torch's contracts": ("tests/core/test_torch_integration.py", "tests/core/test_compile_corners.py"),
+    "modules": ("tests/nn",),
+    "integrations": ("tests/integrations",),
+    "Triton's interpreter": ("tests/backends/triton",),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="*", default=list(SETS), help=f"of torch: {', '.join(SETS)}")
+    parser.add_argument("--jobs", default="2")
+    arguments = parser.parse_args()
+    rows = {}
+    for version in arguments.versions:
+        python = environment(version)
+        rows[version] = [build(python)] + [outcome(python, paths, arguments.jobs) for paths in PARTS.values()]
+        print(version, *rows[version], sep=" | ", flush=True)
+    write(rows)
+    return int(any("failed" in cell or "error" in cell for row in rows.values() for cell in row))
+
+
+def environment(version: str) -> Path:
+    folder = ROOT / ".venv-versions" / version
+    python = folder / "bin" / "python"
+    if not (folder / ".installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *SETS[version], *TOOLS], check=True)
+        (folder / ".installed").touch()
+    return python
+
+
+def build(python: Path) -> str:
+    """The versions with their build tags, as the environment itself says them."""
+    code = "import torch, transformers, numpy; print(torch.__version__, transformers.__version__, numpy.__version__)"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=clean()).stdout.split()
+    return f"{found[0]}, transformers {found[1]}, numpy {found[2]}"
+
+
+def outcome(python: Path, paths: tuple[str, ...], jobs: str) -> str:
+    """pytest's last line: how many passed, failed and were skipped."""
+    present = [path for path in paths if (ROOT / path).exists()]
+    command = [python, "-m", "pytest", "-q", "-n", jobs, "-p", "no:cacheprovider", *present]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean())
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last)
+    return ", ".join(counts) or f"error: {last[-100:]}"
+
+
+def clean() -> dict[str, str]:
+    """The environment without settings of this machine that change what is imported."""
+    dropped = ("PYTHONPATH", "TRITON_INTERPRET", "FASTATTN_BACKEND")
+    return {name: value for name, value in os.environ.items() if name not in dropped} | {"PYTHONPATH": str(ROOT)}
+
+
+def write(rows: dict[str, list[str]]) -> None:
+    """Put rows into the table of the page; rows of versions that did not run stay."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    table, after = rest.split(END)
+    old = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| 2.")}
+    new = old | {version: f"| {version} | {' | '.join(cells)} |" for version, cells in rows.items()}
+    head = f"| torch | build | {' | '.join(PARTS)} |\n|{' --- |' * (2 + len(PARTS))}"
+    lines = "\n".join(new[version] for version in sorted(new))
+    PAGE.write_text(f"{before}{BEGIN}\n\n{head}\n{lines}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
