@@ -16,6 +16,7 @@ from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
 from fastattn.problem import TENSORS, Inputs, check_inputs
 from fastattn.spec import AttentionSpec
+from fastattn.storage import check_storages
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -58,6 +59,7 @@ def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor,
 
     Without lse its place is taken by ``out``, as nobody asked for it.
     """
+    check_storages("qkv", (inputs.q, inputs.k, inputs.v))  # which the operator does, and ``look_up`` for later calls
     q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
     results = attend_as_planned(found, q, k, v, with_lse)
     out, lse = results if isinstance(results, tuple) else (results, results)
