@@ -60,8 +60,9 @@ def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor,
 
     Without lse its place is taken by ``out``, as nobody asked for it.
     """
+    check_storages("qkv", (inputs.q, inputs.k, inputs.v))  # which the operator does, and ``look_up`` for later calls
     q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
-    results = attend_as_planned(found, q, k, v, with_lse)
+    results = by_plan(found, q, k, v, with_lse)
     out, lse = results if isinstance(results, tuple) else (results, results)
     return out.transpose(1, 2) if found.heads_first else out, lse
 

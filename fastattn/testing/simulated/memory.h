@@ -70,6 +70,7 @@ struct Held {  // what keeps bytes alive, counted as memory of a device
 };
 
 c10::DataPtr on_device(Storage host, Device device) {
+  record([host] {});  // what a capture allocates stays as long as its graph, whose kernels know addresses alone
   void* const data = host.mutable_data();
   return {data, new Held(std::move(host), device.index()), [](void* x) { delete static_cast<Held*>(x); }, device};
 }

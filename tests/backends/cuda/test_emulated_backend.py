@@ -13,6 +13,7 @@ import emulate
 import pytest
 import torch
 
+from fastattn import compiled
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
 from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
@@ -60,6 +61,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     ]
     configs = [config for config in lines if config.d_qk == MAX_HEAD_DIM]
     path = emulate.Emulator(folder, jobs=1).build_library(configs, folder / "libfastattn.so")
+    compiled.seal(path)
     kernels = library.Library(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+from fastattn import compiled
 from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, driver, library, nvrtc
 from fastattn.backends.cuda.instances import COMBINE, PADDED_ROWS, PREPROCESS, Instance, forward_configs
@@ -239,6 +240,7 @@ def test_a_library_newer_than_the_driver_is_left(recorded: RecordingDriver, tmp_
     source, target = tmp_path / "library.c", tmp_path / "libfastattn.so"
     source.write_text("long long fa_cuda_version(void) { return 13000; }")
     subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(target)], check=True)
+    compiled.seal(target)
     recorded.library.rec_set_version(12040)
     with pytest.raises(OSError, match="built with CUDA 13, the driver knows CUDA 12"):
         library.Library(target)
