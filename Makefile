@@ -9,7 +9,7 @@ GPU_JOBS ?= 6
 CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
-        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse clean
+        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -77,6 +77,13 @@ test-versions:   ## the tests that depend on versions under each supported torch
 
 GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
   $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
+
+fuzz: install    ## judge 100,000 random problems on every backend that runs here: hours
+	$(BIN)/fastattn verify --quick --fuzz 100000
+
+wheel: install   ## sdist and manylinux wheels for x86_64 and aarch64 in dist/; needs nvcc and g++-aarch64-linux-gnu
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[release]'
+	$(BIN)/python release/wheels.py
 
 test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
 	$(GPU_PYTEST) tests/core/test_forward_backward.py tests/measure/test_timing.py

@@ -6,9 +6,10 @@ longest of packed sequences where it was not given. ``problem.check_inputs`` and
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn import rng
 from fastattn.errors import input_error
@@ -17,6 +18,9 @@ from fastattn.layout import Layout, check_cu_seqlens, check_layout, to_internal
 from fastattn.problem import Inputs, broadcasts, check_rank, check_scores_shape
 from fastattn.spec import Anchor, AttentionSpec
 from fastattn.torch_internals import autocast_dtype
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias  # it imports Dynamo and Triton, which take longer than we do
 
 Window = tuple[int | None, int | None]
 
@@ -114,9 +118,11 @@ def torch_problem(
     Leading dimensions are folded into the batch.
     """
     anchor: Anchor = "upper_left"
-    if isinstance(attn_mask, CausalBias):  # says what it masks, and holds nothing
-        check_causal_bias(attn_mask, query, key)
-        is_lower = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    kind = type(attn_mask)
+    if (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias"):  # it holds nothing to read
+        bias = cast("CausalBias", attn_mask)
+        check_causal_bias(bias, query, key)
+        is_lower = bias.variant.name == "LOWER_RIGHT"
         attn_mask, is_causal, anchor = None, True, "lower_right" if is_lower else anchor
     if is_causal and attn_mask is not None:
         raise input_error("attn_mask", "a mask together with is_causal=True", "one of the two", "Merge them yourself.")

@@ -77,7 +77,7 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a plan may read the memory of these tensors as it lies."""
-    return all(x is None or not (x.is_neg() or x.is_conj() or x.is_meta) for x in tensors)
+    return all(x is None or not (x.is_neg() or x.is_conj() or x.is_meta or x._is_zerotensor()) for x in tensors)
 
 
 def is_known(kind: Hashable) -> bool:

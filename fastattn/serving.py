@@ -50,6 +50,7 @@ def serve(
         found = _planned(inputs, spec, backend, heads_first, with_lse)
         plan.remember(kind, found, (inputs.q, inputs.k, inputs.v))
         if found is not None:
+            check_storages(TENSORS, (inputs.q, inputs.k, inputs.v))  # as the operator does
             return _first_by_plan(found, inputs, with_lse)
     return attend(inputs, spec, backend)
 
@@ -59,7 +60,6 @@ def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor,
 
     Without lse its place is taken by ``out``, as nobody asked for it.
     """
-    check_storages("qkv", (inputs.q, inputs.k, inputs.v))  # which the operator does, and ``look_up`` for later calls
     q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
     results = by_plan(found, q, k, v, with_lse)
     out, lse = results if isinstance(results, tuple) else (results, results)

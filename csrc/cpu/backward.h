@@ -218,7 +218,8 @@ class Backward {
   }
 
   Range kept(int i, Range keys, Range columns) const {
-    Range const found = i < band_.s_q ? common(scores_.kept(i), {keys.begin + columns.begin, keys.end}) : Range{0, 0};
+    Range const there = {keys.begin + columns.begin, fa::smaller(keys.begin + columns.end, keys.end)};
+    Range const found = i < band_.s_q ? common(scores_.kept(i), there) : Range{0, 0};
     return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
   }
 

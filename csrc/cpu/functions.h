@@ -30,6 +30,7 @@ inline Doubles scaled(Doubles fraction, Doubles whole) {
 }
 
 // 2^x for x <= 100, -inf included; the polynomial is of degree 6 (2e-9) or 4 (3e-6, enough for weights in bf16).
+// Both are exact at 0, so that the largest score weighs 1.
 template <int DEGREE>
 inline Floats power_of_2(Floats x) {
   Floats const magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
@@ -37,10 +38,10 @@ inline Floats power_of_2(Floats x) {
   Floats const whole = (x + magic) - magic, r = x - whole;
   Floats p;
   if (DEGREE == 4) {
-    p = 9.570101909070181e-3f * r + 5.591786031921613e-2f;
-    p = p * r + 2.4024744827915176e-1f;
-    p = p * r + 6.9312181473672e-1f;
-    p = p * r + 9.999992614456962e-1f;
+    p = 9.582843376368218e-3f * r + 5.590642563318595e-2f;
+    p = p * r + 2.402409877774328e-1f;
+    p = p * r + 6.931241933669637e-1f;
+    p = p * r + 1.0f;
   } else {
     p = 1.5345811985865076e-4f * r + 1.3399931218777774e-3f;
     p = p * r + 9.618488957166292e-3f;

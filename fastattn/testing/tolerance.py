@@ -3,7 +3,7 @@
 A result is right if its error against the fp64 reference is at most
 
     2 * (error of eager attention whose arithmetic is in the input's own dtype)
-      + eps(dtype) * |exact result|
+      + eps(dtype) * (|exact result| + the smallest normal number of the dtype)
       + 4 * eps(fp32, or fp64) * condition
 
 in two norms: the largest error, which detects a single wrong element, and the root mean square, which detects a small
@@ -15,8 +15,10 @@ lse is off by a rounding. The second is the rounding of the stored result. The t
 arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
 root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
-relative error of its argument by the argument; and ``delta`` reads an ``out`` that was rounded to its dtype. It stays
-above zero where the exact result cancels to zero: ``dp - delta`` with one key.
+relative error of its argument by the argument. Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
+of a pairwise sum: backward sums in another order than forward, and with one key eager never sees the difference.
+``delta`` reads an ``out`` that was rounded to its dtype. The condition stays above zero where the exact result cancels
+to zero: ``dp - delta`` with one key.
 
 Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
 """
@@ -24,6 +26,7 @@ Eager in fp16 may overflow. It then measures nothing, and the condition at eps(d
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +207,7 @@ def _judge(
 ) -> list[Row]:
     """A row for each norm. Where the exact result is -inf (lse of an empty row), ``found`` must be too."""
     stored_eps, arithmetic_eps = torch.finfo(found.dtype).eps, torch.finfo(arithmetic).eps
+    least = stored_eps * torch.finfo(found.dtype).smallest_normal  # the step between subnormal numbers
     at_infinity = exact == float("-inf")
     agrees = bool(((found == float("-inf")) == at_infinity).all())
     found, exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (found, exact, eager, condition))
@@ -213,7 +217,7 @@ def _judge(
         error = norm(found - exact) if agrees else float("nan")
         eager_error = norm(eager - exact)
         yardstick = stored_eps * norm(condition) if overflowed else eager_error
-        rounding = stored_eps * norm(exact) + CONDITION_FACTOR * arithmetic_eps * norm(condition)
+        rounding = stored_eps * norm(exact) + least + CONDITION_FACTOR * arithmetic_eps * norm(condition)
         bound = EAGER_FACTOR * yardstick + rounding
         rows.append(Row(f"{name} {norm_name}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
     return rows
@@ -237,7 +241,9 @@ def _condition(sample: Sample, exact: Results) -> Results:
     p = _score_gradient(sample, exact, zeros, ones)  # the derivative of lse with respect to the scores
     lse = exact["lse"].abs().nan_to_num(posinf=0).view(p.shape[:-1])
     dlse = torch.zeros_like(lse) if sample.dlse is None else sample.dlse.square().view(lse.shape)
-    magnified = (1 + abs(spec.scale) * (q @ k.transpose(-1, -2)).sqrt() + lse[..., None]).square()
+    of_scores, of_products = (1 + math.log2(x.shape[-1]) for x in (q, v))  # roundings of each term
+    products = of_products * dout @ v.transpose(-1, -2)
+    magnified = (1 + abs(spec.scale) * (of_scores * q @ k.transpose(-1, -2)).sqrt() + lse[..., None]).square()
     weight = p.square() * magnified
     sink_weight = (1 - p.sum(-1)).square() * (1 + lse).square()
     dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
@@ -245,9 +251,9 @@ def _condition(sample: Sample, exact: Results) -> Results:
     # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
     ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
     stored_out = _heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
-    shift = (dout * (out + stored_out)).sum(-1) + dlse
+    shift = of_products * (dout * (out + stored_out)).sum(-1) + dlse
     dt = _score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
-    dt = dt + dropped_weight * (dout @ v.transpose(-1, -2)) + p.square() * shift[..., None]
+    dt = dt + dropped_weight * products + p.square() * shift[..., None]
     gradients = {
         "dq": lambda: spec.scale**2 * _like(dt @ k, exact["dq"]),
         "dk": lambda: spec.scale**2 * _like(dt.transpose(-1, -2) @ q, exact["dk"]),

@@ -108,6 +108,13 @@ def test_fuzz_passes_what_is_right():
     assert fuzz(30, seed=11, backends=["eager"]) is None
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
+def test_500_random_problems():
+    failure = fuzz(500, seed=12, backends=["cpu"])
+    assert failure is None, failure
+
+
 @pytest.mark.usefixtures("broken")
 def test_fuzz_finds_minimises_and_prints_a_program(monkeypatch):
     found = fuzz(200, seed=5, backends=["broken"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Outputs, Run
+from fastattn.backends.cpu import threads
 from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
 from fastattn.problem import Grads, Inputs
@@ -63,7 +64,7 @@ class Call:
         """The struct, with further tensors by the name of its fields."""
         tensors = self.tensors | results | {"dout": dout, "dbias": dbias}
         variable = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
-        variable |= {"version": VERSION, "threads": torch.get_num_threads(), "machine": self.machine}
+        variable |= {"version": VERSION, "threads": threads.count(), "machine": self.machine}
         packed = VARIABLE_PART.pack(*(variable.get(name, 0) for name in VARIABLE))
         return packed + fixed_part(self.inputs, self.spec, dout, dbias)
 
@@ -119,7 +120,7 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
         return None
     out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    empty, threads, low = torch.empty, torch.get_num_threads, math.prod(inputs.lse_shape()) * words.itemsize
+    empty, count, low = torch.empty, threads.count, math.prod(inputs.lse_shape()) * words.itemsize
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
@@ -128,8 +129,7 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
-            + rest
+            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low) + rest
         )
         if failed:
             library.explain(failed)
@@ -145,7 +145,7 @@ def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dou
     if rest is None:
         return None
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
-    empty, threads = torch.empty, torch.get_num_threads
+    empty, count = torch.empty, threads.count
     low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
 
     def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -153,7 +153,7 @@ def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dou
         dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
         at = kept.data_ptr()
         failed = run_pass(
-            pack(VERSION, threads(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
+            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
                  dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
         )  # fmt: skip
         if failed:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastattn import kv_cache
 from fastattn.backends.base import Run
+from fastattn.backends.cpu import threads
 from fastattn.backends.cpu.library import FIXED_PART, VARIABLE_PART, VERSION, Library
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
@@ -45,7 +46,7 @@ def attend(
     out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
     variable = VARIABLE_PART.pack(
-        VERSION, torch.get_num_threads(), library.machine if machine is None else machine,
+        VERSION, threads.count(), library.machine if machine is None else machine,
         q.data_ptr(), inputs.k_cache.data_ptr(), inputs.v_cache.data_ptr(), out.data_ptr(), lse.data_ptr(),
         inputs.cache_lengths.data_ptr(), _address(inputs.block_table), _address(inputs.cu_seqlens_q),
         _address(inputs.k_scale), _address(inputs.v_scale), _address(inputs.bias), _address(inputs.alibi_slopes),
@@ -75,7 +76,7 @@ def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run 
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = torch.empty(lse_shape, dtype=torch.float32, device=device)
         variable = VARIABLE_PART.pack(
-            VERSION, torch.get_num_threads(), library.machine, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
+            VERSION, threads.count(), library.machine, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             out.data_ptr(), lse.data_ptr(), lengths.data_ptr(), 0 if table is None else table.data_ptr(),
             0, 0, 0, 0, 0, 0, 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
         )  # fmt: skip

@@ -199,7 +199,7 @@ def _operand(x: Tensor, width: int) -> Tensor:
     """``x`` as a dense ``(B, S, H, width)`` whose rows BLAS can address, filled up with zeros."""
     x = terms.dense(x)
     if x.shape[-1] < width:
-        return pad(x, (0, width - x.shape[-1]))
+        x = pad(x, (0, width - x.shape[-1]))  # in torch's channels-last order, if that is how x looks
     is_addressable = x.stride(-1) == 1 and (x.stride(1) >= width or x.shape[1] == 1)
     return x if is_addressable else x.contiguous()
 

@@ -162,3 +162,24 @@ def test_more_rows_than_the_kernel_counts():
     cache = torch.zeros(1, 4, 1, 1)
     with pytest.raises(InputError, match="q: got 536870912 rows"):
         fastattn.attention_with_kv_cache(q, cache, cache, torch.ones(1, dtype=torch.int32), backend="cpu")
+
+
+FORKED = """
+import os, signal, torch, fastattn
+torch.set_num_threads(2)
+q = torch.randn(2, 300, 4, 64)
+exact = fastattn.attention(q, q, q, causal=True, backend="cpu")
+pid = os.fork()
+if pid == 0:
+    signal.alarm(60)
+    for _ in range(2):
+        out = fastattn.attention(q, q, q, causal=True, backend="cpu")
+    os._exit(0 if out.numpy().tobytes() == exact.numpy().tobytes() else 3)
+print(os.waitpid(pid, 0)[1])
+"""
+
+
+def test_a_child_of_a_process_that_used_threads():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "0", done.stderr
+    assert done.stderr.count("in a forked process attention on CPUs takes one thread") == 1

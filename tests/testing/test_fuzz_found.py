@@ -1,0 +1,36 @@
+"""Problems that random search found: each once failed on a backend, and is judged on all of them since."""
+
+import pytest
+import torch
+
+import fastattn
+from fastattn import dispatch
+from fastattn.testing import Case, assert_within, make, measure
+
+USABLE = [name for name, why in dispatch.backends().items() if why is None]
+FOUND = {
+    # The gradient of the bias of a key in a run of keys that segments skip was that of the sequence before.
+    "bias beside skipped segments": (
+        Case(id="found", B=3, S_q=4, S_kv=65, H_q=1, H_kv=1, D_qk=16, bias=(1, 1, 4, 65), segments=2), 5121,
+    ),
+    # The weight of the largest score was not quite 1 in bf16, which lse shows.
+    "one key of score zero": (
+        Case(id="found", S_q=1, S_kv=1, D_qk=1, D_v=1, dtype=torch.bfloat16, magnitude=0.0), 9055,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", USABLE)
+@pytest.mark.parametrize(("case", "seed"), FOUND.values(), ids=FOUND)
+def test_it_stays_right(backend, case, seed):
+    assert_within(measure(backend, make(case, seed=seed)))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_one_column_of_any_stride(backend):
+    """Padding such queries left them in channels-last order, which the kernel below took for another."""
+    q, k, v = torch.randn(1, 2, 3, 1), torch.randn(1, 1, 3, 1), torch.randn(1, 1, 3, 2)
+    if fastattn.explain(q, k, v).reasons[backend]:
+        pytest.skip(f"{backend} does not serve it")
+    strided = torch.empty_strided(q.shape, (6, 1, 2, 2)).copy_(q)
+    assert torch.equal(fastattn.attention(strided, k, v, backend=backend), v.expand(1, 2, 3, 2))
