@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 GPU_JOBS ?= 6
-CPP    := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cpp csrc/*/*.cu)
+CPP    := $(wildcard $(foreach kind,h cuh cpp cu,csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
         sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
@@ -29,10 +29,11 @@ quick: install   ## under a minute, after a small change: lint, house rules, and
 	$(BIN)/mypy
 	$(BIN)/python tests/quick.py --jobs $(JOBS)
 
-lint: install    ## ruff and mypy
+lint: install    ## ruff, mypy, and clang-format for csrc/
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: install  ## rewrite what lint refuses: ruff for Python, clang-format for csrc/
 	$(BIN)/ruff check --fix .

@@ -18,7 +18,7 @@ struct Range {  // [begin, end)
 
 struct Band {
   int left, right;  // keys kept before and after the diagonal, kUnbounded where there is no limit
-  int diagonal;     // the key on the diagonal of query row 0
+  int diagonal;  // the key on the diagonal of query row 0
   int s_q, s_kv;
 };
 
@@ -30,14 +30,11 @@ FA_EVERYWHERE Band make_band(int left, int right, bool lower_right, int s_q, int
 }
 
 // The same band seen from the keys: keep(i, j) of one is keep(j, i) of the other.
-FA_EVERYWHERE Band transposed(Band const& band) {
-  return {band.right, band.left, -band.diagonal, band.s_kv, band.s_q};
-}
+FA_EVERYWHERE Band transposed(Band const& band) { return {band.right, band.left, -band.diagonal, band.s_kv, band.s_q}; }
 
 // The smallest range of keys outside which rows i0 .. i1 - 1 keep nothing.
 FA_EVERYWHERE Range tile_range(Band const& band, int i0, int i1) {
-  Range const keys = {larger(0, i0 + band.diagonal - band.left),
-                      smaller(band.s_kv, i1 + band.diagonal + band.right)};
+  Range const keys = {larger(0, i0 + band.diagonal - band.left), smaller(band.s_kv, i1 + band.diagonal + band.right)};
   return keys.begin < keys.end && i0 < i1 ? keys : Range{0, 0};
 }
 
@@ -53,9 +50,7 @@ FA_EVERYWHERE bool contains(Range keys, int j) {
   return static_cast<unsigned>(j - keys.begin) < static_cast<unsigned>(keys.end - keys.begin);
 }
 
-FA_EVERYWHERE bool contains(Range outer, Range inner) {
-  return inner.begin >= outer.begin && inner.end <= outer.end;
-}
+FA_EVERYWHERE bool contains(Range outer, Range inner) { return inner.begin >= outer.begin && inner.end <= outer.end; }
 
 // A kernel asks for the range of a row once and tests its keys against that; this is the same, pair by pair.
 FA_EVERYWHERE bool keep(Band const& band, int i, int j) {

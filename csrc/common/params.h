@@ -32,31 +32,31 @@ struct ForwardParams {
   const void* k;
   const void* v;
   void* out;
-  float* lse;                   // rounded to the nearest float, and
-  float* lse_low;               // what rounding took from it
-  const float* sinks;           // (1|B, H_q) logits, natural; null if there are none
-  const int32* cu_seqlens_q;    // (B + 1) boundaries if packed, else null
+  float* lse;  // rounded to the nearest float, and
+  float* lse_low;  // what rounding took from it
+  const float* sinks;  // (1|B, H_q) logits, natural; null if there are none
+  const int32* cu_seqlens_q;  // (B + 1) boundaries if packed, else null
   const int32* cu_seqlens_kv;
   Strides q_strides, k_strides, v_strides;
-  int64 sinks_batch_stride;     // H_q, or 0 where all sequences share them
-  int64 dtype;                  // Dtype of q, k, v and out
-  int64 batch;                  // B, or the number of packed sequences
+  int64 sinks_batch_stride;  // H_q, or 0 where all sequences share them
+  int64 dtype;  // Dtype of q, k, v and out
+  int64 batch;  // B, or the number of packed sequences
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;
-  int64 seqlen_q, seqlen_kv;    // rows of each sequence; packed: rows of all of them, T_q and T_kv
+  int64 seqlen_q, seqlen_kv;  // rows of each sequence; packed: rows of all of them, T_q and T_kv
   // Dense: the keys [key_begin, key_end) that some query keeps; rows outside may hold NaN, so the tensor maps do
   // not show them. Packed: [0, T_kv), and the kernel clears what a sequence does not keep.
   int64 key_begin, key_end;
-  int64 left, right;            // the band, kUnbounded where it has no limit
-  int64 lower_right;            // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
-  int64 has_band;               // 0 selects a kernel without masks inside its loop
+  int64 left, right;  // the band, kUnbounded where it has no limit
+  int64 lower_right;  // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
+  int64 has_band;  // 0 selects a kernel without masks inside its loop
   int64 has_softcap;
-  double score_scale;           // scores are score_scale * q k^T, or with softcap score_scale * tanh(...): scale, or softcap
-  double cap_scale;             // with softcap: x = tanh(cap_scale * q k^T), cap_scale = scale / softcap
-  int64 heads_per_pass;         // query heads worked on together, so that their keys and values stay in L2
-  int64 device;                 // CUDA device index
-  int64 blocks;                 // persistent blocks, 0 for one on each multiprocessor
-  void* stream;                 // cudaStream_t
+  double score_scale;  // scores are score_scale * q k^T, or with softcap score_scale * tanh(...): scale, or softcap
+  double cap_scale;  // with softcap: x = tanh(cap_scale * q k^T), cap_scale = scale / softcap
+  int64 heads_per_pass;  // query heads worked on together, so that their keys and values stay in L2
+  int64 device;  // CUDA device index
+  int64 blocks;  // persistent blocks, 0 for one on each multiprocessor
+  void* stream;  // cudaStream_t
 };
 
 // Rows of the backward pass's own tensors are padded: a dense sequence to a multiple of this, and in a packed batch
@@ -73,8 +73,8 @@ struct BackwardParams {
   const void* dout;
   const float* lse;
   const float* lse_low;
-  const float* dlse;            // null if lse has no gradient
-  const float* sinks;           // null if there are none, or their gradient is not wanted
+  const float* dlse;  // null if lse has no gradient
+  const float* sinks;  // null if there are none, or their gradient is not wanted
   const int32* cu_seqlens_q;
   const int32* cu_seqlens_kv;
   // Gradients, contiguous. Null if not wanted; dk and dv come together. dsinks is (B, H_q): of each sequence.
@@ -95,17 +95,17 @@ struct BackwardParams {
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;
   int64 seqlen_q, seqlen_kv;
-  int64 padded_q, padded_kv;    // rows with padding, of each sequence; packed: of all of them
-  int64 sum_columns;            // head dim of the kernel that fills dq_sums; 0 without
+  int64 padded_q, padded_kv;  // rows with padding, of each sequence; packed: of all of them
+  int64 sum_columns;  // head dim of the kernel that fills dq_sums; 0 without
   int64 key_begin, key_end;
   int64 left, right;
   int64 lower_right;
   int64 has_softcap;
-  double scale;                 // of q k^T
+  double scale;  // of q k^T
   double score_scale;
   double cap_scale;
-  int64 heads_per_pass;         // query heads worked on together where keys stream: their K and V stay in L2
-  int64 kv_heads_per_pass;      // K/V heads worked on together where queries stream: their Q and dout stay in L2
+  int64 heads_per_pass;  // query heads worked on together where keys stream: their K and V stay in L2
+  int64 kv_heads_per_pass;  // K/V heads worked on together where queries stream: their Q and dout stay in L2
   int64 device;
   void* stream;
 };
@@ -116,34 +116,34 @@ constexpr int64 kDecodeVersion = 2;
 struct DecodeParams {
   int64 version;  // kDecodeVersion
   const void* q;
-  const void* k_cache;          // (pages, page_size, H_kv, D)
+  const void* k_cache;  // (pages, page_size, H_kv, D)
   const void* v_cache;
-  void* out;                    // out and lse as in ForwardParams
+  void* out;  // out and lse as in ForwardParams
   float* lse;
-  float* partial_out;           // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q, 2): out and both parts of lse
-  float* partial_lse;           // of each split; null if there is one, whose are the final ones
+  float* partial_out;  // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q, 2): out and both parts of lse
+  float* partial_lse;  // of each split; null if there is one, whose are the final ones
   const float* sinks;
-  const int32* cache_lengths;   // (B): positions of each sequence, but for the new ones
-  const int32* block_table;     // null: sequence b owns page b, and has no other
-  const int32* cu_seqlens_q;    // if q is packed, else null
+  const int32* cache_lengths;  // (B): positions of each sequence, but for the new ones
+  const int32* block_table;  // null: sequence b owns page b, and has no other
+  const int32* cu_seqlens_q;  // if q is packed, else null
   Strides q_strides;
-  Strides k_strides, v_strides; // with that of a page in the place of the batch
+  Strides k_strides, v_strides;  // with that of a page in the place of the batch
   int64 sinks_batch_stride, table_stride;
   int64 dtype;
   int64 batch;
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;
-  int64 seqlen_q;               // rows of each sequence; packed: of all of them
-  int64 new_keys;               // positions of each sequence past cache_lengths; negative: as many as it has queries
+  int64 seqlen_q;  // rows of each sequence; packed: of all of them
+  int64 new_keys;  // positions of each sequence past cache_lengths; negative: as many as it has queries
   int64 pages, page_size;
-  int64 box_rows;               // rows that lie together in memory wherever they begin at a multiple of it; at most 64
-  int64 left, right;            // the anchor is the lower right
+  int64 box_rows;  // rows that lie together in memory wherever they begin at a multiple of it; at most 64
+  int64 left, right;  // the anchor is the lower right
   int64 has_softcap;
   double score_scale, cap_scale;
   // A tile has 64 rows: query heads of one K/V head, times positions. Rows left over do nothing.
   int64 heads_per_tile, positions_per_tile;
-  int64 tiles;                  // of each K/V head, in the whole batch; packed: at least as many as there are
-  int64 splits;                 // parts into which the keys of a tile are divided, at most kMostSplits
+  int64 tiles;  // of each K/V head, in the whole batch; packed: at least as many as there are
+  int64 splits;  // parts into which the keys of a tile are divided, at most kMostSplits
   int64 device;
   void* stream;
 };

@@ -10,9 +10,9 @@
 namespace fa {
 using namespace sm90;
 
-struct RowState {   // of a thread's two rows
-  float max[2];     // largest score so far, before its scale
-  float sum[2];     // of 2^(scale_log2 * (score - max)) over this thread's columns
+struct RowState {  // of a thread's two rows
+  float max[2];  // largest score so far, before its scale
+  float sum[2];  // of 2^(scale_log2 * (score - max)) over this thread's columns
 };
 
 // Scores become tanh(cap_scale * score), by an exponential and a reciprocal: tanh.approx is good to 2^-11 only, which

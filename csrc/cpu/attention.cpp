@@ -58,6 +58,7 @@ void add_shares(AttentionParams const& p, Unit const& unit, char* shares) {
 #define FA_NAME(operand, machine) FA_JOIN(operand, machine)
 
 extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
-  static constexpr fa::cpu::Attention kernels{forward_bytes, forward, backward_bytes, share_bytes, backward, add_shares};
+  static constexpr fa::cpu::Attention kernels{forward_bytes, forward,  backward_bytes,
+                                              share_bytes,   backward, add_shares};
   return &kernels;
 }

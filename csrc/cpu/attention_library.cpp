@@ -84,7 +84,7 @@ struct Call {
     BackwardItem item{unit(at.b, at.kv_head), {0, parts}, nullptr, nullptr, nullptr};
     if (splits) {
       item.parts = {index, index + 1};
-      item.dq_shares = shares_of(at, kernels.share_bytes(p, item.unit)) ;
+      item.dq_shares = shares_of(at, kernels.share_bytes(p, item.unit));
     }
     if (progress) {
       int64 const each = items_of(at.b), own = unit_index(at) * each + index;
@@ -174,8 +174,8 @@ static int rows_of_item(Call const& call, int64 threads) {
   AttentionParams const& p = call.p;
   int64 rows = call.first ? longest(call) : p.rows_q;
   int64 const all = call.first ? p.rows_q : p.batch * p.rows_q;
-  bool const splits = threads > 1 && (call.first ? rows * 4 * threads > all * p.heads_kv
-                                                 : are_few(p.batch * p.heads_kv, threads));
+  bool const splits =
+      threads > 1 && (call.first ? rows * 4 * threads > all * p.heads_kv : are_few(p.batch * p.heads_kv, threads));
   if (splits) rows = all * p.heads_kv / (4 * threads);
   return int((rows < kTile ? kTile : rows + kTile - 1) / kTile * kTile);
 }
@@ -257,8 +257,7 @@ static bool make_shares(Call& call, Memory& memory) {
   if (!at) return false;
   call.shares = taken<char>(at, bytes);
   call.left = taken<std::atomic<int>>(at, units);
-  for (int64 n = 0; n < units; ++n)
-    new (call.left + n) std::atomic<int>(part_count(call.s_kv(n / p.heads_kv)));
+  for (int64 n = 0; n < units; ++n) new (call.left + n) std::atomic<int>(part_count(call.s_kv(n / p.heads_kv)));
   return true;
 }
 
@@ -269,8 +268,9 @@ static Outcome backward(Call& call) {
   double const work = work_of(call);
   int64 const threads = work < kSmall ? 1 : p.threads;
   bool const shares_keys = p.dbias && !p.dbias_key && p.rows_kv > 1;  // parts of one unit would add to the same numbers
-  call.splits = threads > 1 && !shares_keys && (call.first ? longest(call) * 2 * threads > p.rows_q * p.heads_kv
-                                                           : are_few(p.batch * p.heads_kv, threads));
+  call.splits =
+      threads > 1 && !shares_keys &&
+      (call.first ? longest(call) * 2 * threads > p.rows_q * p.heads_kv : are_few(p.batch * p.heads_kv, threads));
   static thread_local Memory shares, progress;
   if (call.splits && !make_shares(call, shares)) return kNoMemory;
   count_items(call);

@@ -21,14 +21,23 @@ class Backward {
 
  public:
   Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
-      : p_(p), item_(item), tensors_{p, item.unit}, scores_(p, item.unit), band_(item.unit.band),
-        group_(scores_.group()), keys_per_part_(keys_per_part(band_.s_kv)),
+      : p_(p),
+        item_(item),
+        tensors_{p, item.unit},
+        scores_(p, item.unit),
+        band_(item.unit.band),
+        group_(scores_.group()),
+        keys_per_part_(keys_per_part(band_.s_kv)),
         block_rows_(rows_of_block(band_.s_q)),
-        words_(block_rows_ / Op::kPerWord), padded_rows_(rounded_up(band_.s_q, block_rows_)), packed_keys_(rounded_up(
-            fa::smaller(keys_per_part_, fa::larger(band_.s_kv, 1)), kKeys)),
+        words_(block_rows_ / Op::kPerWord),
+        padded_rows_(rounded_up(band_.s_q, block_rows_)),
+        packed_keys_(rounded_up(fa::smaller(keys_per_part_, fa::larger(band_.s_kv, 1)), kKeys)),
         dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
-        dim_v_((p.head_dim_v + Op::kPerWord - 1) / Op::kPerWord), columns_qk_(rounded_up(p.head_dim_qk, kCount<Word>)),
-        columns_v_(rounded_up(p.head_dim_v, kCount<Word>)), panels_(columns_qk_ / kCount<Word>), arena_(memory),
+        dim_v_((p.head_dim_v + Op::kPerWord - 1) / Op::kPerWord),
+        columns_qk_(rounded_up(p.head_dim_qk, kCount<Word>)),
+        columns_v_(rounded_up(p.head_dim_v, kCount<Word>)),
+        panels_(columns_qk_ / kCount<Word>),
+        arena_(memory),
         packer_(p, item.unit, block_rows_, padded_rows_, arena_) {
     take_queries(memory);
     take_keys();
@@ -230,7 +239,8 @@ class Backward {
     Range const columns = {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
     int64 const row = first + r;
     fill(columns, r, count);
-    multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns, strip_.scores);
+    multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns,
+                  strip_.scores);
     multiply_keys(count, {queries.dout.at + row * queries.dout.stride, queries.dout.stride}, dim_v_, v_, keys, columns,
                   strip_.dweights);
     for (int n = 0; n < count; n += 2) {
@@ -402,7 +412,8 @@ class Backward {
     for (int first = keys.begin; first < keys.end; first += kKeys) {
       int const count = fa::smaller(kKeys, keys.end - first);
       int64 const at = first - begin_;
-      if (p_.dk) write_block(dk_ + at * columns_qk_, columns_qk_, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), first, count);
+      if (p_.dk)
+        write_block(dk_ + at * columns_qk_, columns_qk_, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), first, count);
       if (p_.dv) write_block(dv_ + at * columns_v_, columns_v_, p_.head_dim_v, 1, tensors_.dv(), first, count);
     }
   }
@@ -432,18 +443,18 @@ class Backward {
   Segments segments_;
   Segments::Ids* runs_;
   Queries<Op>* heads_;
-  Word *totals_, *share_;             // dq of all heads, and of one head and part, before the factor `scale`
+  Word *totals_, *share_;  // dq of all heads, and of one head and part, before the factor `scale`
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq
-  Word *dk_, *dv_;                    // per block of keys [columns][kKeys]
-  bool* wild_;                        // of each panel of keys
+  Word *dk_, *dv_;  // per block of keys [columns][kKeys]
+  bool* wild_;  // of each panel of keys
   Strip<Word> strip_;
   Matrix<Word> gradient_rows_;
-  Word *weights_, *gradients_;        // per panel [words_][kPanel]
+  Word *weights_, *gradients_;  // per panel [words_][kPanel]
   Word *turned_, *dq_ = nullptr;
   Filled filled_[kPanels];
   Prefetch* prefetch_ = nullptr;
   int64 rows_at_once_ = 0, bytes_;
-  int begin_ = 0, step_ = 0;          // first key of the part; blocks of keys done
+  int begin_ = 0, step_ = 0;  // first key of the part; blocks of keys done
   uint16 bits_[kBackwardKeys + 2 * kBitsAtOnce];
 };
 

@@ -12,21 +12,21 @@
 
 namespace fa::cpu {
 
-constexpr int kKeys = 64;     // keys of a block: their scores are in memory at a time
-constexpr int kAlign = 16;    // rows of floats in scratch memory are multiples of this, the widest vector
-constexpr int kAtOnce = 4;    // keys that one pass over the head dim works on
+constexpr int kKeys = 64;  // keys of a block: their scores are in memory at a time
+constexpr int kAlign = 16;  // rows of floats in scratch memory are multiples of this, the widest vector
+constexpr int kAtOnce = 4;  // keys that one pass over the head dim works on
 
 static inline int64 padded(int64 n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
 // Lengths and page numbers are read once, checked, and used as they were read: another thread may change them.
 struct Sequence {
   int b;
-  int have;            // positions before the call
+  int have;  // positions before the call
   int32 const* pages;  // of its positions from first_page * page_size on; null: it owns page b
   int64 first_page;
-  int64 first_row;     // of its queries, in a tensor (B * S_q | T_q, H_q, D)
-  Band band;           // with s_q and s_kv
-  int rows;            // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
+  int64 first_row;  // of its queries, in a tensor (B * S_q | T_q, H_q, D)
+  Band band;  // with s_q and s_kv
+  int rows;  // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
 };
 
 // Results of one part: of each row the sums, padded(head_dim_v) floats, the largest score, the sum of the weights.
@@ -52,9 +52,7 @@ struct Scratch {
 
 static inline int64 scratch_floats(int64 rows, int64 dim) { return rows * (padded(dim) + kKeys); }
 
-static inline Scratch scratch_at(float* memory, int64 rows, int64 dim) {
-  return {memory, memory + rows * padded(dim)};
-}
+static inline Scratch scratch_at(float* memory, int64 rows, int64 dim) { return {memory, memory + rows * padded(dim)}; }
 
 struct Decode {  // what the library asks of a set of instructions
   void (*attend)(Params const&, Sequence const&, Range keys, Scratch, Part);

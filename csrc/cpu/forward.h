@@ -15,11 +15,15 @@ class Forward {
 
  public:
   Forward(AttentionParams const& p, ForwardItem const& item, void* memory)
-      : p_(p), item_(item), tensors_{p, item.unit}, scores_(p, item.unit),
+      : p_(p),
+        item_(item),
+        tensors_{p, item.unit},
+        scores_(p, item.unit),
         dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
         row_words_(rounded_up(p.head_dim_qk, kGroup<Op>) / Op::kPerWord),
         value_row_words_(rounded_up(p.head_dim_v, kGroup<Op>) / Op::kPerWord),
-        columns_(rounded_up(p.head_dim_v, kCount<Word>)), panels_(columns_ / kCount<Word>) {
+        columns_(rounded_up(p.head_dim_v, kCount<Word>)),
+        panels_(columns_ / kCount<Word>) {
     Range const keys = fa::tile_range(item.unit.band, item.rows.begin, item.rows.end);
     keys_ = {keys.begin / kMostKeys * kMostKeys, keys.end};
     packed_ = rounded_up(keys_.end - keys_.begin, kPanel<Word>);
@@ -145,10 +149,8 @@ class Forward {
     }
     prefetch_->step(rows_at_once_);
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord;
-    if (is_first)
-      multiply_values<false>(r, count, begin + columns.begin, depth);
-    else
-      multiply_values<true>(r, count, begin + columns.begin, depth);
+    if (is_first) multiply_values<false>(r, count, begin + columns.begin, depth);
+    else multiply_values<true>(r, count, begin + columns.begin, depth);
     if (has_wild_) add_wild_values(r, count, begin + columns.begin, keys);
   }
 
@@ -192,8 +194,7 @@ class Forward {
   void multiply_values(int r, int count, int key, int64 depth) {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
-      Word const* const values =
-          v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
+      Word const* const values = v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
       multiply<Op, ADD>(count, panels_.width(n), depth, {weights_, kStrip}, {values, width},
                         {sums_ + r * columns_ + column, columns_});
     }

@@ -59,8 +59,8 @@ inline Doubles power_of_2(Doubles x) {
   Doubles const magic = broadcast(6755399441055744.0);
   x = larger(broadcast(-1100.0), x);
   Doubles const whole = (x + magic) - magic, r = (x - whole) * kLn2;
-  constexpr double kInverse[] = {1, 1, 1. / 2, 1. / 3, 1. / 4, 1. / 5, 1. / 6, 1. / 7, 1. / 8, 1. / 9, 1. / 10,
-                                 1. / 11, 1. / 12, 1. / 13};
+  constexpr double kInverse[] = {1,      1,      1. / 2, 1. / 3,  1. / 4,  1. / 5,  1. / 6,
+                                 1. / 7, 1. / 8, 1. / 9, 1. / 10, 1. / 11, 1. / 12, 1. / 13};
   Doubles p = broadcast(1.0);
   for (int n = 13; n > 0; --n) p = p * (r * kInverse[n]) + 1.0;
   return scaled(p, whole);

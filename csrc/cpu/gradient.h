@@ -124,10 +124,8 @@ inline void add_bias_gradient(Word const* gradients, int count, int64 step, Word
   Vector<Word> total{};
   int j = 0;
   for (; j + kCount<Word> <= count; j += kCount<Word>) {
-    if (step)
-      store(to + j, load(to + j) + load(gradients + j));
-    else
-      total += load(gradients + j);
+    if (step) store(to + j, load(to + j) + load(gradients + j));
+    else total += load(gradients + j);
   }
   if (!step) *to += sum(total);
   for (; j < count; ++j) to[j * step] += gradients[j];

@@ -40,8 +40,7 @@ static bool has_avx2() {
 
 static bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
 static bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
@@ -59,8 +58,7 @@ static Machine const kMachines[] = {
     {"bf16", has_bf16, fa_decode_baseline(), fa_attention_Single_baseline(), fa_attention_Pairs_bf16(),
      fa_attention_Double_baseline()},
 #endif
-    {"baseline", always, fa_decode_baseline(), fa_attention_Single_baseline(), nullptr,
-     fa_attention_Double_baseline()},
+    {"baseline", always, fa_decode_baseline(), fa_attention_Single_baseline(), nullptr, fa_attention_Double_baseline()},
 };
 constexpr int kMachineCount = sizeof(kMachines) / sizeof(*kMachines);
 

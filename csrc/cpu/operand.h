@@ -54,8 +54,9 @@ inline Floats in_pairs(Floats joined) {
   Bfloat16 halves[2 * kLanes];
   __builtin_memcpy(halves, &joined, sizeof joined);
 #if defined(__AVX512BF16__)
-  const __m512i order = (__m512i)(__attribute__((vector_size(64))) short){
-      0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order =
+      (__m512i)(__attribute__((vector_size(64))) short){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (Floats)_mm512_permutexvar_epi16(order, (__m512i)joined);
 #else
   bfloat16x8_t const all = (bfloat16x8_t)joined;

@@ -123,10 +123,8 @@ class Largest<Pairs> {
 
 template <class Op, class T>
 inline Vector<typename Op::Word> load_words(T const* p) {
-  if constexpr (Op::kPerWord == 1)
-    return load(p);
-  else
-    return loaded<Vector<typename Op::Word>>(p);
+  if constexpr (Op::kPerWord == 1) return load(p);
+  else return loaded<Vector<typename Op::Word>>(p);
 }
 
 constexpr int kRowsAhead = 16;  // rows of one head lie far apart, which the machine's own prefetching follows badly
@@ -160,16 +158,11 @@ template <class Op>
 bool pack_rows(Source const& from, int64 rows, int64 padded_rows, int64 dim, Matrix<typename Op::Word> to) {
   for (int64 n = rows * to.stride; n < padded_rows * to.stride; n += kCount<typename Op::Word>)
     store(to.at + n, Vector<typename Op::Word>{});
-  if constexpr (Op::kPerWord == 2)
-    return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
-  else if constexpr (sizeof(typename Op::Word) == 8)
-    return pack_rows_of<Op, double>(from, rows, dim, to);
-  else if (from.dtype == fa::cpu::kFloat32)
-    return pack_rows_of<Op, float>(from, rows, dim, to);
-  else if (from.dtype == fa::cpu::kBfloat16)
-    return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
-  else
-    return pack_rows_of<Op, Float16>(from, rows, dim, to);
+  if constexpr (Op::kPerWord == 2) return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
+  else if constexpr (sizeof(typename Op::Word) == 8) return pack_rows_of<Op, double>(from, rows, dim, to);
+  else if (from.dtype == fa::cpu::kFloat32) return pack_rows_of<Op, float>(from, rows, dim, to);
+  else if (from.dtype == fa::cpu::kBfloat16) return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
+  else return pack_rows_of<Op, Float16>(from, rows, dim, to);
 }
 
 // Packed rows without what is not finite, the rest times a power of two. Rare, and so number by number.
@@ -240,7 +233,8 @@ inline Vector<typename Op::Word> stacked(typename Op::Word const* rows, int64 st
     (void)stride;
     return load(rows + c);
   } else {
-    Words const upper = __builtin_convertvector(loaded<Halves>(reinterpret_cast<uint16 const*>(rows + stride) + c), Words);
+    Words const upper =
+        __builtin_convertvector(loaded<Halves>(reinterpret_cast<uint16 const*>(rows + stride) + c), Words);
     Words const lower = __builtin_convertvector(loaded<Halves>(reinterpret_cast<uint16 const*>(rows) + c), Words);
     return (Floats)(lower | upper << 16);
   }
@@ -250,8 +244,8 @@ inline Vector<typename Op::Word> stacked(typename Op::Word const* rows, int64 st
 struct Panels {
   int count, vectors;
 
-  explicit Panels(int64 vectors_of_all) : count(int((vectors_of_all + kTileVectors - 1) / kTileVectors)),
-                                          vectors(int(vectors_of_all)) {}
+  explicit Panels(int64 vectors_of_all)
+      : count(int((vectors_of_all + kTileVectors - 1) / kTileVectors)), vectors(int(vectors_of_all)) {}
   int begin(int n) const { return vectors * n / count; }
   int width(int n) const { return begin(n + 1) - begin(n); }
 };
@@ -280,14 +274,10 @@ inline void write_row_of(Word const* row, int64 dim, Word factor, T* to) {
 // One row of results, times a factor, in the dtype of the tensor.
 template <class Word>
 inline void write_row(Word const* row, int64 dim, Word factor, int64 dtype, char* to) {
-  if constexpr (sizeof(Word) == 8)
-    write_row_of(row, dim, factor, reinterpret_cast<double*>(to));
-  else if (dtype == fa::cpu::kFloat32)
-    write_row_of(row, dim, factor, reinterpret_cast<float*>(to));
-  else if (dtype == fa::cpu::kBfloat16)
-    write_row_of(row, dim, factor, reinterpret_cast<Bfloat16*>(to));
-  else
-    write_row_of(row, dim, factor, reinterpret_cast<Float16*>(to));
+  if constexpr (sizeof(Word) == 8) write_row_of(row, dim, factor, reinterpret_cast<double*>(to));
+  else if (dtype == fa::cpu::kFloat32) write_row_of(row, dim, factor, reinterpret_cast<float*>(to));
+  else if (dtype == fa::cpu::kBfloat16) write_row_of(row, dim, factor, reinterpret_cast<Bfloat16*>(to));
+  else write_row_of(row, dim, factor, reinterpret_cast<Float16*>(to));
 }
 
 // Rows that a later item of work needs, brought towards the second cache a few at a time.

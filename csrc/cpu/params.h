@@ -30,34 +30,34 @@ struct Params {
   const void* q;
   const void* k_cache;
   const void* v_cache;
-  void* out;                   // contiguous (B, S_q, H_q, D_v), packed (T_q, H_q, D_v)
-  float* lse;                  // contiguous (B, H_q, S_q), packed (H_q, T_q)
+  void* out;  // contiguous (B, S_q, H_q, D_v), packed (T_q, H_q, D_v)
+  float* lse;  // contiguous (B, H_q, S_q), packed (H_q, T_q)
   const int32* cache_lengths;  // (B)
-  const int32* block_table;    // (B, max_pages); null: sequence b owns page b
-  const int32* cu_seqlens_q;   // (B + 1), null if q is dense
-  const float* k_scale;        // (1|P, H_kv), null without
+  const int32* block_table;  // (B, max_pages); null: sequence b owns page b
+  const int32* cu_seqlens_q;  // (B + 1), null if q is dense
+  const float* k_scale;  // (1|P, H_kv), null without
   const float* v_scale;
-  const float* bias;           // (1|B, 1|H_q, 1|S_q, 1|S_bias), null without; strides of 0 broadcast
-  const float* slopes;         // ALiBi's, (1|B, H_q), null without
-  const float* sinks;          // (1|B, H_q), null without
-  const void* new_keys;        // (B, S_new, H_kv, D_qk), packed (T_q, H_kv, D_qk), in the dtype of the caches, to be
-  const void* new_values;      // stored first; null if there are none, or if they are stored already
+  const float* bias;  // (1|B, 1|H_q, 1|S_q, 1|S_bias), null without; strides of 0 broadcast
+  const float* slopes;  // ALiBi's, (1|B, H_q), null without
+  const float* sinks;  // (1|B, H_q), null without
+  const void* new_keys;  // (B, S_new, H_kv, D_qk), packed (T_q, H_kv, D_qk), in the dtype of the caches, to be
+  const void* new_values;  // stored first; null if there are none, or if they are stored already
   // What calls with the same kind of tensors share.
   Strides q_strides, k_strides, v_strides, new_keys_strides, new_values_strides;
   int64 table_stride;
   int64 k_scale_stride, v_scale_stride;  // from page to page, 0 if all share them
   int64 bias_batch, bias_head, bias_row, bias_key;
-  int64 slopes_stride, sinks_stride;     // from sequence to sequence
-  int64 dtype, cache_dtype;    // of q and out; of the caches
+  int64 slopes_stride, sinks_stride;  // from sequence to sequence
+  int64 dtype, cache_dtype;  // of q and out; of the caches
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;
-  int64 rows_q;                // S_q, or T_q
-  int64 rows_new;              // positions added to each sequence; -1: as many as it has query rows
-  int64 longest_q;             // no sequence has more query rows
+  int64 rows_q;  // S_q, or T_q
+  int64 rows_new;  // positions added to each sequence; -1: as many as it has query rows
+  int64 longest_q;  // no sequence has more query rows
   int64 pages, page_size;
-  int64 capacity;              // the most positions a sequence may have
-  int64 left, right;           // the band, kUnbounded (mask.h) where it has no limit; the anchor is lower right
+  int64 capacity;  // the most positions a sequence may have
+  int64 left, right;  // the band, kUnbounded (mask.h) where it has no limit; the anchor is lower right
   double scale;
-  double softcap;              // 0: none
+  double softcap;  // 0: none
 };
 
 // Forward and backward. Words are float, and double where dtype is kFloat64.
@@ -69,25 +69,25 @@ struct AttentionParams {
   const void* q;
   const void* k;
   const void* v;
-  void* out;      // contiguous (B, S_q, H_q, D_v), packed (T_q, H_q, D_v); forward writes it, backward reads it
-  void* lse;      // words, contiguous (B, H_q, S_q), packed (H_q, T_q)
+  void* out;  // contiguous (B, S_q, H_q, D_v), packed (T_q, H_q, D_v); forward writes it, backward reads it
+  void* lse;  // words, contiguous (B, H_q, S_q), packed (H_q, T_q)
   void* lse_low;  // what rounding took from lse: exp((score - lse) - lse_low) is the weight
   const void* dout;
   const void* dlse;  // words, shaped like lse
-  void* dq;       // contiguous, shaped like q, k and v; null or all of the pass they are of: dq, or dk and dv
+  void* dq;  // contiguous, shaped like q, k and v; null or all of the pass they are of: dq, or dk and dv
   void* dk;
   void* dv;
-  void* dbias;    // words, contiguous, shaped like the bias, zeros at first
-  void* dsinks;   // words, (B, H_q): of each sequence
-  const void* bias;          // (1|B, 1|H_q, 1|S_q, 1|S_kv), of bias_dtype
+  void* dbias;  // words, contiguous, shaped like the bias, zeros at first
+  void* dsinks;  // words, (B, H_q): of each sequence
+  const void* bias;  // (1|B, 1|H_q, 1|S_q, 1|S_kv), of bias_dtype
   const unsigned char* mask;  // the same, bytes
-  const void* slopes;        // ALiBi's, words, (1|B, H_q)
-  const void* sinks;         // words, (1|B, H_q)
-  const int32* segments_q;   // (1|B, S_q), contiguous rows
+  const void* slopes;  // ALiBi's, words, (1|B, H_q)
+  const void* sinks;  // words, (1|B, H_q)
+  const int32* segments_q;  // (1|B, S_q), contiguous rows
   const int32* segments_kv;
   const int32* cu_seqlens_q;  // (B + 1) where packed
   const int32* cu_seqlens_kv;
-  const int64* rng_state;    // seed and offset
+  const int64* rng_state;  // seed and offset
   // What calls with the same kind of tensors share. A stride of 0 broadcasts.
   Strides q_strides, k_strides, v_strides, dout_strides;
   int64 bias_batch, bias_head, bias_row, bias_key;
@@ -96,11 +96,11 @@ struct AttentionParams {
   int64 slopes_stride, sinks_stride, segments_q_stride, segments_kv_stride;  // from sequence to sequence
   int64 dtype, bias_dtype;
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;
-  int64 rows_q, rows_kv;     // S_q and S_kv, or T_q and T_kv
+  int64 rows_q, rows_kv;  // S_q and S_kv, or T_q and T_kv
   int64 left, right, lower_right;
-  int64 dropout_threshold;   // a weight is dropped where its 16 random bits are below; 0: no dropout
+  int64 dropout_threshold;  // a weight is dropped where its 16 random bits are below; 0: no dropout
   double scale;
-  double softcap;            // 0: none
+  double softcap;  // 0: none
   double dropout_scale;
 };
 

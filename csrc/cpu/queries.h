@@ -108,8 +108,8 @@ class QueryPacker {
       bool const is_there = i < rows_;
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
-      to.delta[i] = is_there ? dot<Word>(out.at + i * out.stride, dout.at + i * dout.stride, p_.dtype, p_.head_dim_v)
-                             : 0;
+      to.delta[i] =
+          is_there ? dot<Word>(out.at + i * out.stride, dout.at + i * dout.stride, p_.dtype, p_.head_dim_v) : 0;
       if (is_there && dlse) to.delta[i] -= dlse[i];
     }
   }

@@ -73,10 +73,8 @@ inline Word dot(char const* a, char const* b, int64 dtype, int64 dim) {
 // Packed rows of 16 bits or words, element by element.
 template <class Op>
 inline typename Op::Word element(typename Op::Word const* row, int64 n) {
-  if constexpr (Op::kPerWord == 2)
-    return to_float(reinterpret_cast<Bfloat16 const*>(row)[n]);
-  else
-    return row[n];
+  if constexpr (Op::kPerWord == 2) return to_float(reinterpret_cast<Bfloat16 const*>(row)[n]);
+  else return row[n];
 }
 
 // What a product has lost because a row of its right operand was tamed: weight times each number that is not finite.

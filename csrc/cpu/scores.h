@@ -11,7 +11,7 @@ namespace {
 using namespace fa::cpu;
 using fa::Range;
 
-constexpr int kMostKeys = 512;    // of a block, forward and backward
+constexpr int kMostKeys = 512;  // of a block, forward and backward
 constexpr int kSegmentKeys = 64;  // of which the least and the largest segment id are known
 constexpr int kAlignWords = 16;
 
@@ -61,8 +61,8 @@ class Scores {
 
   AttentionParams const& p;
   Unit const& unit;
-  bool is_plain;     // raw products, of which some are not kept because of the band
-  Word to_score;     // a finished number times this is a score
+  bool is_plain;  // raw products, of which some are not kept because of the band
+  Word to_score;  // a finished number times this is a score
   Word to_exponent;  // and times this one an exponent of 2
 
   int group() const { return group_; }
@@ -136,8 +136,7 @@ class Scores {
     if (p.segments_q) __builtin_memcpy(ids_ + kept.begin, segments_kv() + begin, count * sizeof(int32));
     if (!p.mask) return;
     uint8 const* const row = p.mask + unit.b * p.mask_batch + head * p.mask_head + i * p.mask_row + begin * p.mask_key;
-    if (p.mask_key == 1)
-      __builtin_memcpy(mask_ + kept.begin, row, count);
+    if (p.mask_key == 1) __builtin_memcpy(mask_ + kept.begin, row, count);
     else
       for (int j = 0; j < count; ++j) mask_[kept.begin + j] = row[j * p.mask_key];
   }
@@ -171,7 +170,8 @@ class Segments {
   void look(int32 const* ids, Range keys, Ids* memory) {
     runs_ = memory;
     for (int begin = keys.begin / kSegmentKeys * kSegmentKeys; begin < keys.end; begin += kSegmentKeys)
-      runs_[begin / kSegmentKeys] = extremes(ids, {fa::larger(begin, keys.begin), fa::smaller(begin + kSegmentKeys, keys.end)});
+      runs_[begin / kSegmentKeys] =
+          extremes(ids, {fa::larger(begin, keys.begin), fa::smaller(begin + kSegmentKeys, keys.end)});
   }
 
   static Ids extremes(int32 const* ids, Range range) {
@@ -187,8 +187,7 @@ class Segments {
   Range narrowed(Range keys, Ids rows) const {
     while (keys.begin < keys.end && !meets(rows, keys.begin))
       keys.begin = keys.begin / kSegmentKeys * kSegmentKeys + kSegmentKeys;
-    while (keys.begin < keys.end && !meets(rows, keys.end - 1))
-      keys.end = (keys.end - 1) / kSegmentKeys * kSegmentKeys;
+    while (keys.begin < keys.end && !meets(rows, keys.end - 1)) keys.end = (keys.end - 1) / kSegmentKeys * kSegmentKeys;
     return keys.begin < keys.end ? keys : Range{0, 0};
   }
 

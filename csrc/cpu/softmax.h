@@ -61,10 +61,8 @@ inline typename Op::Word weigh(typename Op::Word const* scores, int count, typen
   }
   if (c < count) {
     V const x = weight(c, left);
-    if constexpr (Op::kPerWord == 2)
-      store(weights + c / 2, Op::joined(x, V{}));
-    else
-      store(weights + c, x);
+    if constexpr (Op::kPerWord == 2) store(weights + c / 2, Op::joined(x, V{}));
+    else store(weights + c, x);
   }
   return sum(left + right);
 }
@@ -82,7 +80,8 @@ inline typename Op::Word soften(typename Op::Word const* scores, int count, type
     state.most[row] = found;
     state.total[row] *= shrink;
   }
-  Word const most = state.most[row], shift = most == kNever<Word> ? 0 : most;  // no score yet, or none that has an order
+  Word const most = state.most[row],
+             shift = most == kNever<Word> ? 0 : most;  // no score yet, or none that has an order
   state.total[row] += dropped.bits ? weigh<Op, true>(scores, count, shift, factor, dropped, weights)
                                    : weigh<Op, false>(scores, count, shift, factor, dropped, weights);
   return shrink;

@@ -64,8 +64,9 @@ using Tile = void (*)(int64, Matrix<typename Op::Word const>, Matrix<typename Op
 template <class Op, bool ADD>
 struct Tiles {
 #if defined(__AVX512F__) || defined(__ARM_NEON)
-#define FA_ROW(m) {multiply_tile<Op, m, 1, ADD>, multiply_tile<Op, m, 2, ADD>, multiply_tile<Op, m, 3, ADD>, \
-                   multiply_tile<Op, m, 4, ADD>}
+#define FA_ROW(m) \
+  {multiply_tile<Op, m, 1, ADD>, multiply_tile<Op, m, 2, ADD>, multiply_tile<Op, m, 3, ADD>, \
+   multiply_tile<Op, m, 4, ADD>}
 #else
 #define FA_ROW(m) {multiply_tile<Op, m, 1, ADD>, multiply_tile<Op, m, 2, ADD>}
 #endif

@@ -78,9 +78,15 @@ template <class Word>
 constexpr int kCount = Lanes<Word>::kCount;
 
 // Numbers as they are stored.
-struct Bfloat16 { uint16 bits; };
-struct Float16 { uint16 bits; };
-struct Float8 { uint8 bits; };  // e4m3: a sign, 4 bits of exponent, 3 of mantissa, no infinity
+struct Bfloat16 {
+  uint16 bits;
+};
+struct Float16 {
+  uint16 bits;
+};
+struct Float8 {
+  uint8 bits;
+};  // e4m3: a sign, 4 bits of exponent, 3 of mantissa, no infinity
 
 template <class V>
 inline V loaded(void const* p) {
@@ -133,9 +139,7 @@ inline Floats widened(Words magnitude, Words sign, Words special, uint32 bias) {
 inline Floats load(float const* p) { return loaded<Floats>(p); }
 inline Doubles load(double const* p) { return loaded<Doubles>(p); }
 
-inline Floats load(Bfloat16 const* p) {
-  return as_floats(__builtin_convertvector(loaded<Halves>(p), Words) << 16);
-}
+inline Floats load(Bfloat16 const* p) { return as_floats(__builtin_convertvector(loaded<Halves>(p), Words) << 16); }
 
 inline Floats load(Float16 const* p) {
 #if defined(__AVX512F__)

@@ -74,11 +74,12 @@ std::string describe(DecodeCase const& c) {
   std::string lengths;
   for (int n = 0; n < c.batch; ++n) lengths += " " + std::to_string(c.s_q[n]) + "x" + std::to_string(c.s_kv[n]);
   return "seed " + std::to_string(c.seed) + (c.is_packed ? " packed" : " dense") + ", S_q x S_kv" + lengths + ", new " +
-         std::to_string(c.new_keys) + ", H_kv " + std::to_string(c.heads_kv) + " G " + std::to_string(c.group) + ", D " +
-         std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " + std::to_string(c.max_pages) + " pages of " +
-         std::to_string(c.page_size) + (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) +
-         ", " + std::to_string(c.right) + "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " +
-         std::to_string(c.sinks) + ", splits " + std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
+         std::to_string(c.new_keys) + ", H_kv " + std::to_string(c.heads_kv) + " G " + std::to_string(c.group) +
+         ", D " + std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " + std::to_string(c.max_pages) +
+         " pages of " + std::to_string(c.page_size) + (c.has_table ? "" : " without table") + ", band (" +
+         std::to_string(c.left) + ", " + std::to_string(c.right) + "), softcap " +
+         std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) + ", splits " +
+         std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
 }
 
 // ---- the problem -----------------------------------------------------------------------------------------------------
@@ -101,7 +102,8 @@ static bool sees(DecodeCase const& c, int n, int i, int j) {
 }
 
 static bool is_seen(DecodeCase const& c, int n, int j) {
-  for (int i = 0; i < c.s_q[n]; ++i) if (sees(c, n, i, j)) return true;
+  for (int i = 0; i < c.s_q[n]; ++i)
+    if (sees(c, n, i, j)) return true;
   return false;
 }
 
@@ -147,7 +149,8 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
   auto const fill = [&](Tensor& t, int b, int row) {
     bool const is_huge = c.has_equal_keys && &t != &p.v;
     for (int h = 0; h < t.heads; ++h)
-      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
+      for (int d = 0; d < t.columns; ++d)
+        t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
   };
   std::vector<uint16_t> first_key;  // of all heads, which other keys equal
   for (int row = 0; row < rows; ++row) fill(p.q, 0, row);
@@ -165,7 +168,8 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
       }
     }
   }
-  for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i) p.sinks.push_back(float(2 * normal(engine)));
+  for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i)
+    p.sinks.push_back(float(2 * normal(engine)));
   return p;
 }
 
@@ -242,8 +246,8 @@ static DecodeParams params_of(DecodeProblem& p) {
   f.heads_per_tile = std::min(c.group, 64);
   f.positions_per_tile = 64 / f.heads_per_tile;
   int64 const parts_of_group = (c.group + f.heads_per_tile - 1) / f.heads_per_tile, positions = f.positions_per_tile;
-  f.tiles = parts_of_group * (c.is_packed ? p.q.rows / positions + c.batch
-                                          : c.batch * ((c.s_q[0] + positions - 1) / positions));
+  f.tiles = parts_of_group *
+            (c.is_packed ? p.q.rows / positions + c.batch : c.batch * ((c.s_q[0] + positions - 1) / positions));
   f.splits = c.splits;
   return f;
 }

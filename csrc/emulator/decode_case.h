@@ -25,13 +25,13 @@ struct DecodeCase {
   int new_keys;                     // as in DecodeParams
   bool has_table;                   // else contiguous
   int page_size, max_pages, spare;  // spare pages belong to nobody
-  bool heads_first;                 // order of the caches in memory: (P, H, page_size, D) instead of (P, page_size, H, D)
-  int padding;                      // elements between rows, times 8
-  int left, right;                  // -1: unbounded
-  double scale, softcap;            // softcap 0: none
-  int sinks;                        // 0 none, 1 shared by the batch, 2 for each sequence
+  bool heads_first;  // order of the caches in memory: (P, H, page_size, D) instead of (P, page_size, H, D)
+  int padding;  // elements between rows, times 8
+  int left, right;  // -1: unbounded
+  double scale, softcap;  // softcap 0: none
+  int sinks;  // 0 none, 1 shared by the batch, 2 for each sequence
   int splits;
-  bool has_equal_keys;              // as in Case
+  bool has_equal_keys;  // as in Case
   uint32_t seed;
 };
 

@@ -213,8 +213,8 @@ FAULTS = [
     Fault(
         "causal is off by one",
         MASK,
-        "band.left),\n                      smaller(band.s_kv, i1 + band.diagonal",
-        "band.left),\n                      smaller(band.s_kv, i1 + 1 + band.diagonal",
+        "smaller(band.s_kv, i1 + band.diagonal",
+        "smaller(band.s_kv, i1 + 1 + band.diagonal",
     ),
     Fault(
         "the window is off by one",

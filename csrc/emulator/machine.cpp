@@ -154,12 +154,13 @@ static void report_deadlock() {
   }
   std::string text = "deadlock.";
   for (auto const& [what, threads] : waiting) {
-    text += " " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " wait for " + what + ".";
+    text += " " + std::to_string(threads.size()) + " threads from " + std::to_string(threads[0]) + " wait for " + what +
+            ".";
   }
   for (auto const& [address, barrier] : m.mbarriers) {
     text += " [mbarrier +" + std::to_string(address - kSharedBase) + ": phase " + std::to_string(barrier.phase) +
-            ", lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.arrivals) + " arrivals and " +
-            std::to_string(barrier.bytes) + " bytes]";
+            ", lacks " + std::to_string(barrier.pending) + " of " + std::to_string(barrier.arrivals) +
+            " arrivals and " + std::to_string(barrier.bytes) + " bytes]";
   }
   error(text);
 }
@@ -178,7 +179,8 @@ static void schedule(int threads) {
       freezer = Freezer();
       moved = run_ready_fibers(order, freezer);
     }
-    moved |= std::any_of(m.fibers.begin(), m.fibers.end(), [&](Fiber const& f) { return !f.done && f.resume_at > m.rounds; });
+    moved |= std::any_of(m.fibers.begin(), m.fibers.end(),
+                         [&](Fiber const& f) { return !f.done && f.resume_at > m.rounds; });
     moved |= run_product(!moved || m.random() % 2 == 0);
     moved |= run_load(!moved || m.random() % 3 == 0);
     moved |= run_store(!moved || m.random() % 3 == 0);

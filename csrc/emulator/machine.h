@@ -44,7 +44,7 @@ void trust_kernels();  // with all of global memory, from now on
 // ---- what follows is called by the kernel, through emulator/ptx.h ----------------------------------------------------
 struct Map {  // a tiled 4-D tensor map, 128-byte swizzle
   void* base;
-  int64_t size[4];    // elements
+  int64_t size[4];  // elements
   int64_t stride[4];  // bytes; stride[0] is the size of an element
   int box[4];
 };

@@ -108,7 +108,8 @@ Problem make_problem(Shape const& shape, Case const& c) {
   auto const fill = [&](Tensor& t, int b, int row) {
     bool const is_huge = c.has_equal_keys && &t != &p.v;
     for (int h = 0; h < t.heads; ++h)
-      for (int d = 0; d < t.columns; ++d) t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
+      for (int d = 0; d < t.columns; ++d)
+        t.at(b, row, h, d) = p.encode(is_huge ? huge_element(engine) : normal(engine));
   };
   int first = -1;  // the first key that is seen, which others equal
   for (int n = 0; n < c.batch; ++n) {
@@ -124,7 +125,8 @@ Problem make_problem(Shape const& shape, Case const& c) {
         for (int d = 0; d < p.k.columns; ++d) p.k.at(b, kv0 + j, h, d) = p.k.at(0, first, h, d);
     }
   }
-  for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i) p.sinks.push_back(float(2 * normal(engine)));
+  for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i)
+    p.sinks.push_back(float(2 * normal(engine)));
   return p;
 }
 
@@ -132,7 +134,8 @@ void find_kept_keys(Problem const& p, int64& begin, int64& end) {
   begin = 0, end = p.k.rows;
   if (p.c.is_packed) return;
   auto const seen = [&](int64 j) {
-    for (int i = 0; i < p.c.s_q[0]; ++i) if (sees(p.c, 0, i, static_cast<int>(j))) return true;
+    for (int i = 0; i < p.c.s_q[0]; ++i)
+      if (sees(p.c, 0, i, static_cast<int>(j))) return true;
     return false;
   };
   while (begin < end && !seen(begin)) ++begin;

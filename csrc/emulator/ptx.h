@@ -35,7 +35,8 @@ inline void mbarrier_wait(uint32 barrier, uint32 parity) { emu::mbarrier_wait(ba
 
 constexpr uint64 kEvictFirst = 0, kEvictLast = 0;
 inline void tma_prefetch(const TensorMap*) {}
-inline void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch, uint64) {
+inline void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch,
+                     uint64) {
   emu::tma_load(to, map, barrier, {column, row, head, batch});
 }
 inline void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier) {

@@ -194,7 +194,8 @@ bool run_product(bool wanted) {
 static void retire(Fiber& self, Product const& product) {
   int const lane = self.thread % 32;
   for (int i = 0; product.op.a_in_registers && i < 4; ++i) {
-    if (*product.a[lane][i] != product.a_values[lane][i]) error("registers of A changed while their wgmma was in flight");
+    if (*product.a[lane][i] != product.a_values[lane][i])
+      error("registers of A changed while their wgmma was in flight");
   }
   float* const d = product.d[lane];
   Accumulator& accumulator = self.accumulators.at(d);

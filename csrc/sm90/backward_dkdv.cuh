@@ -54,9 +54,9 @@ FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared)
   mbarrier_init(shared.k_full(), 1);
   mbarrier_init(shared.v_full(), 1);
   for (int stage = 0; stage < C::STAGES; ++stage) {
-    mbarrier_init(shared.q_ring() + 8 * stage, 2);                                // the rows, and lse
+    mbarrier_init(shared.q_ring() + 8 * stage, 2);  // the rows, and lse
     mbarrier_init(shared.q_ring() + 8 * (C::STAGES + stage), 4 * C::CONSUMERS);  // one lane of each warp
-    mbarrier_init(shared.dout_full(stage), 2);                                    // the rows, and delta
+    mbarrier_init(shared.dout_full(stage), 2);  // the rows, and delta
   }
   mbarrier_fence_init();
 }
@@ -310,7 +310,7 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
 // One finished sum of 64 keys to memory, through the tile that held the operand. `to` is row 0 of the tensor.
 template <class C, int N>
 FA_DEVICE void write_sum(BackwardArgs const& args, Tile const& tile, int keys, int64 columns, TensorMap const& map,
-                          void* to, uint32 staging, float const (&sum)[N]) {
+                         void* to, uint32 staging, float const (&sum)[N]) {
   BackwardParams const& p = args.p;
   int const first = tile.row + keys, map_row = tile.first_kv + static_cast<int>(p.key_begin) + first;
   uint32 packed[N / 2];

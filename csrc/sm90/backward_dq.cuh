@@ -148,8 +148,7 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
 
 // dq to memory, through the consumer's own rows of Q.
 template <class C>
-FA_DEVICE void write_dq(BackwardArgs const& args, DqShared<C> const& shared, int consumer,
-                             float (&dq)[C::D_QK / 2]) {
+FA_DEVICE void write_dq(BackwardArgs const& args, DqShared<C> const& shared, int consumer, float (&dq)[C::D_QK / 2]) {
   BackwardParams const& p = args.p;
   Tile const tile = read_tile(shared.tile());
   int const first = tile.row + consumer * 64, columns = static_cast<int>(p.head_dim_qk);

@@ -78,7 +78,8 @@ FA_DEVICE void backward_dsinks(BackwardParams const& p) {
   float sum = 0.f;
   for (int row = thread_index(); row < tile.s_q; row += kRowThreads) {
     Float2 const lse = load_global(reinterpret_cast<Float2 const*>(p.lse_parts) + first + row);
-    float const weight = p.has_softcap ? exp2_approx(multiply_add(sink, kLog2E, -lse.x)) : weight_of(sink, 1.f, lse.x, lse.y);
+    float const weight =
+        p.has_softcap ? exp2_approx(multiply_add(sink, kLog2E, -lse.x)) : weight_of(sink, 1.f, lse.x, lse.y);
     sum -= weight * load_global(p.delta + first + row);
   }
   FA_UNROLL

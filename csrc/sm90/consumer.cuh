@@ -100,20 +100,19 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
 template <class C>
 FA_DEVICE void attend_to_tile(ForwardArgs const& args, Shared<C> const& shared, TileBlocks const& blocks, int consumer,
                               Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state) {
-  auto const mask = [&](float(&scores)[C::BLOCK_N / 2], int block) {
+  auto const mask = [&](float (&scores)[C::BLOCK_N / 2], int block) {
     Tile const tile = read_tile(shared.tile());
     Place const at = this_place();
     mask_scores(scores, band_of<C>(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
   };
   auto const clear = [&](int block, Ring<C::STAGES> const& of) { clear_unkept_values<C>(args, shared, block, of); };
-  attend<C>(shared, blocks, scale_log2_of(args.p), static_cast<float>(args.p.cap_scale), consumer, k, v, out, state, mask,
-            clear);
+  attend<C>(shared, blocks, scale_log2_of(args.p), static_cast<float>(args.p.cap_scale), consumer, k, v, out, state,
+            mask, clear);
 }
 
 // Normalises out and writes lse. A tile without keys passes state.max = -inf and out = 0.
 template <class C>
-FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState const& state,
-                           float (&out)[C::D_V / 2]) {
+FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState const& state, float (&out)[C::D_V / 2]) {
   ForwardParams const& p = args.p;
   Place const at = this_place();
   float const sink =

@@ -17,7 +17,8 @@ template <class C, int CHUNKS>
 FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work const& work, Range const& kept, int block,
                           uint32 to, Ring<C::STAGES>& ring) {
   int const lane = thread_index() % 32, rows = static_cast<int>(p.box_rows), page_size = static_cast<int>(p.page_size);
-  uint64 const l2_hint = work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read it too, or none
+  uint64 const l2_hint =
+      work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read it too, or none
   mbarrier_wait(ring.empty(), ring.parity ^ 1);
   if (lane == 0) mbarrier_expect(ring.full(), C::BLOCK_N * CHUNKS * kRowBytes);
   warp_sync();
@@ -105,10 +106,11 @@ template <class C>
 FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, Work const& work,
                                TileBlocks const& blocks, float (&out)[C::D_V / 2], RowState& state) {
   Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
-  auto const mask = [&](float(&scores)[C::BLOCK_N / 2], int block) {
+  auto const mask = [&](float (&scores)[C::BLOCK_N / 2], int block) {
     Band const band = band_of(p, work);
     Place const at = this_place();
-    int const upper = query_of(p, work, at.first_row()).position, lower = query_of(p, work, at.first_row() + 8).position;
+    int const upper = query_of(p, work, at.first_row()).position,
+              lower = query_of(p, work, at.first_row() + 8).position;
     Range const kept[2] = {tile_range(band, upper, upper + 1), tile_range(band, lower, lower + 1)};
     mask_scores(scores, kept, block * C::BLOCK_N + at.first_column());
   };
@@ -148,8 +150,8 @@ FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys
     Query const query = query_of(p, work, at.first_row() + 8 * lower);
     if (!query.exists) continue;
     bool const has_sink = p.sinks && work.split == 0;
-    float const sink = has_sink ? load_global(p.sinks + work.sequence * p.sinks_batch_stride + query.head)
-                                : negative_infinity();
+    float const sink =
+        has_sink ? load_global(p.sinks + work.sequence * p.sinks_batch_stride + query.head) : negative_infinity();
     FinishedRow const finished =
         finish_row(state.max[lower], state.sum[lower], static_cast<float>(p.score_scale), sink);
     int64 const row = (work.first_q + query.position) * p.heads_q + query.head;

@@ -12,7 +12,7 @@ namespace fa::sm90 {
 constexpr int kPingPongBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
 
 struct Place {  // which part of the fragments this thread holds; asked for anew wherever it is needed (thread_index)
-  int thread;    // among all consumers
+  int thread;  // among all consumers
   FA_DEVICE int consumer() const { return thread / kWarpgroup; }
   FA_DEVICE int warp() const { return thread / 32 % 4; }  // of 16 rows each
   FA_DEVICE int lane() const { return thread % 32; }

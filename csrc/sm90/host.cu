@@ -28,7 +28,9 @@ static Encode encoder() {
 }
 
 // A dimension of size 1 is never stepped over, so any valid stride will do for it.
-static cuuint64_t stride_bytes(int64 size, int64 stride) { return size == 1 ? 16 : static_cast<cuuint64_t>(stride) * 2; }
+static cuuint64_t stride_bytes(int64 size, int64 stride) {
+  return size == 1 ? 16 : static_cast<cuuint64_t>(stride) * 2;
+}
 
 bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_rows) {
   cuuint64_t const sizes[4] = {static_cast<cuuint64_t>(x.columns), static_cast<cuuint64_t>(x.rows),
@@ -47,20 +49,21 @@ bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_rows) {
 #define FA_TRAITS(T, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG) \
   sm90::ForwardTraits<sm90::T, QK, V, M, N, STAGES, PINGPONG != 0, BAND != 0, SOFTCAP != 0>
 
-#define FORWARD(...)                                                                                                    \
-  extern template char const* launch_forward<FA_TRAITS(Bf16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int,         \
-                                                                           cudaStream_t);                              \
-  extern template char const* launch_forward<FA_TRAITS(F16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int,          \
+#define FORWARD(...) \
+  extern template char const* launch_forward<FA_TRAITS(Bf16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int, \
+                                                                           cudaStream_t); \
+  extern template char const* launch_forward<FA_TRAITS(F16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int, \
                                                                           cudaStream_t);
 #include "instances.inc"
 
 static char const* launch(ForwardParams const& p, int blocks) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
-#define FORWARD(QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)                                                           \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_band <= BAND && p.has_softcap <= SOFTCAP) {                     \
-    return p.dtype == kFloat16                                                                                          \
-               ? launch_forward<FA_TRAITS(F16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>(p, make_maps, blocks, stream)  \
-               : launch_forward<FA_TRAITS(Bf16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>(p, make_maps, blocks, stream); \
+#define FORWARD(QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_band <= BAND && p.has_softcap <= SOFTCAP) { \
+    return p.dtype == kFloat16 ? launch_forward<FA_TRAITS(F16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>( \
+                                     p, make_maps, blocks, stream) \
+                               : launch_forward<FA_TRAITS(Bf16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>( \
+                                     p, make_maps, blocks, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";
@@ -75,33 +78,36 @@ static char const* launch(ForwardParams const& p, int blocks) {
 
 extern template char const* launch_backward_preprocess<sm90::Bf16>(BackwardParams const&, cudaStream_t);
 extern template char const* launch_backward_preprocess<sm90::F16>(BackwardParams const&, cudaStream_t);
-#define BACKWARD_DKDV(...)                                              \
+#define BACKWARD_DKDV(...) \
   FA_EXTERN(launch_backward_dkdv, FA_BACKWARD_DKDV_TRAITS(Bf16, __VA_ARGS__)) \
   FA_EXTERN(launch_backward_dkdv, FA_BACKWARD_DKDV_TRAITS(F16, __VA_ARGS__))
-#define BACKWARD_DQ(...)                                                 \
+#define BACKWARD_DQ(...) \
   FA_EXTERN(launch_backward_dq, FA_BACKWARD_DQ_TRAITS(Bf16, __VA_ARGS__)) \
   FA_EXTERN(launch_backward_dq, FA_BACKWARD_DQ_TRAITS(F16, __VA_ARGS__))
 #include "instances.inc"
 
 // dk and dv; with dq_sums also dq, by the kernel for whose head dim they were made.
 static char const* launch_dkdv(BackwardParams const& p, cudaStream_t stream) {
-#define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED)                                                                       \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) {      \
-    return p.dtype == kFloat16                                                                                          \
-               ? launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream)   \
-               : launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>(p, make_backward_maps, stream); \
+#define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) { \
+    return p.dtype == kFloat16 \
+               ? launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>( \
+                     p, make_backward_maps, stream) \
+               : launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>( \
+                     p, make_backward_maps, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";
 }
 
 static char const* launch_dq(BackwardParams const& p, cudaStream_t stream) {
-#define BACKWARD_DQ(QK, V, SOFTCAP, N, K_STAGES, V_STAGES)                                                                  \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
-    return p.dtype == kFloat16 ? launch_backward_dq<FA_BACKWARD_DQ_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(         \
-                                     p, make_backward_maps, stream)                                                     \
-                               : launch_backward_dq<FA_BACKWARD_DQ_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>(        \
-                                     p, make_backward_maps, stream);                                                    \
+#define BACKWARD_DQ(QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) { \
+    return p.dtype == kFloat16 \
+               ? launch_backward_dq<FA_BACKWARD_DQ_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>( \
+                     p, make_backward_maps, stream) \
+               : launch_backward_dq<FA_BACKWARD_DQ_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>( \
+                     p, make_backward_maps, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";
@@ -109,7 +115,8 @@ static char const* launch_dq(BackwardParams const& p, cudaStream_t stream) {
 
 static char const* launch(BackwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
-  char const* wrong = p.dtype == kFloat16 ? launch_backward_preprocess<sm90::F16>(p, stream) : launch_backward_preprocess<sm90::Bf16>(p, stream);
+  char const* wrong = p.dtype == kFloat16 ? launch_backward_preprocess<sm90::F16>(p, stream)
+                                          : launch_backward_preprocess<sm90::Bf16>(p, stream);
   if (!wrong && p.dk) wrong = launch_dkdv(p, stream);
   if (!wrong && p.dq && !p.dq_sums) wrong = launch_dq(p, stream);
   return wrong;
@@ -121,17 +128,17 @@ static char const* launch(BackwardParams const& p) {
 
 extern template char const* launch_combine<sm90::Bf16>(DecodeParams const&, cudaStream_t);
 extern template char const* launch_combine<sm90::F16>(DecodeParams const&, cudaStream_t);
-#define DECODE(...)                                  \
+#define DECODE(...) \
   FA_EXTERN_DECODE(FA_DECODE_TRAITS(Bf16, __VA_ARGS__)) \
   FA_EXTERN_DECODE(FA_DECODE_TRAITS(F16, __VA_ARGS__))
 #include "instances.inc"
 
 static char const* launch_splits(DecodeParams const& p, cudaStream_t stream) {
-#define DECODE(QK, V, SOFTCAP, N, STAGES)                                                                               \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) {                                           \
-    return p.dtype == kFloat16                                                                                          \
-               ? launch_decode<FA_DECODE_TRAITS(F16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream)           \
-               : launch_decode<FA_DECODE_TRAITS(Bf16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream);         \
+#define DECODE(QK, V, SOFTCAP, N, STAGES) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) { \
+    return p.dtype == kFloat16 \
+               ? launch_decode<FA_DECODE_TRAITS(F16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream) \
+               : launch_decode<FA_DECODE_TRAITS(Bf16, QK, V, SOFTCAP, N, STAGES)>(p, make_decode_maps, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";

@@ -80,8 +80,8 @@ FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
                  : "memory");
 #ifdef FA_WATCHDOG  // for finding faults, and slow: what would hang for good says where, and ends the kernel
     if (++tries > FA_WATCHDOG) {
-      printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(), block_index(),
-             parity, thread_index());
+      printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(),
+             block_index(), parity, thread_index());
       __trap();
     }
 #endif
@@ -91,16 +91,14 @@ FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
 // ---- TMA -----------------------------------------------------------------------------------------------------------
 constexpr uint64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
-FA_DEVICE void tma_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
+FA_DEVICE void tma_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Brings the box at (column, row, head, batch); what lies outside the tensor arrives as zeros, and counts as bytes.
 FA_DEVICE void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch,
                         uint64 l2_hint) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3,%4,%5,%6}], [%2], %7;" ::"r"(to), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head),
-      "r"(batch), "l"(l2_hint)
+      " [%0], [%1, {%3,%4,%5,%6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(l2_hint)
       : "memory");
 }
 // Brings `bytes` from global memory as they are; 16 divides addresses and bytes.
@@ -223,7 +221,10 @@ FA_DEVICE void store_shared(uint32 to, Int4 v) {  // 16 bytes, aligned
 }
 FA_DEVICE Int4 load_shared(uint32 from) {  // volatile: read again rather than kept in registers
   Int4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 FA_DEVICE void store_shared_float(uint32 to, float x) {
@@ -250,7 +251,10 @@ FA_DEVICE void store_shared_floats(uint32 to, Float4 v) {  // 16 bytes, aligned
 }
 FA_DEVICE Float4 load_shared_floats(uint32 from) {  // 16 bytes, aligned; volatile as above
   Float4 v;
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 struct alignas(8) Packed4 {  // 16-bit numbers in pairs
@@ -261,7 +265,8 @@ struct alignas(16) Packed8 {
 };
 // Adds to four numbers in global memory, each at once but not the four together; the order of additions is open.
 FA_DEVICE void add_global(float* to, Float4 v) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 }
 template <class T>
 FA_DEVICE T load_global(T const* from) {

@@ -13,10 +13,10 @@
 namespace fa::sm90 {
 
 struct Tile {
-  int row;        // first query row, in its sequence; kNoTile: there is none left
+  int row;  // first query row, in its sequence; kNoTile: there is none left
   int s_q, s_kv;  // lengths of the sequence
   int head, batch;
-  int map_batch;          // batch coordinate in the tensor maps: 0 if packed
+  int map_batch;  // batch coordinate in the tensor maps: 0 if packed
   int first_q, first_kv;  // row coordinates of the sequence's row 0 in the tensor maps
 };
 

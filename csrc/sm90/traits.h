@@ -4,7 +4,8 @@
 
 // The experiments of docs/measured.md, one macro each; the defaults are what is shipped.
 #ifndef FA_EXP_OVERLAP
-#define FA_EXP_OVERLAP 1  // exp/PV overlap barrier: keeps the exponentials under the P V product (ptx.cuh, pin_above_wait)
+#define FA_EXP_OVERLAP \
+  1  // exp/PV overlap barrier: keeps the exponentials under the P V product (ptx.cuh, pin_above_wait)
 #endif
 
 namespace fa::sm90 {

@@ -15,7 +15,8 @@ struct Bf16 {};
 struct F16 {};
 
 #define FA_D8(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define FA_DLIST1(d) FA_D8(d, 0)
 #define FA_DLIST2(d) FA_DLIST1(d), FA_D8(d, 8)
 #define FA_DLIST3(d) FA_DLIST2(d), FA_D8(d, 16)
@@ -53,34 +54,38 @@ struct F16 {};
 #define FA_DESCRIPTOR_HIGH "0x40000040"
 
 // One shape for one type. EIGHTS = N / 16; I0 .. I6 number the operands after the N / 2 accumulator registers.
-#define FA_WGMMA_TYPE(N, EIGHTS, TYPE, PTX_TYPE, I0, I1, I2, I3, I4, I5, I6)                                         \
-  template <int TRANSPOSE_A, int TRANSPOSE_B>                                                                        \
-  FA_DEVICE void wgmma_ss(TYPE, float (&d)[N / 2], uint32 a, uint32 b, int accumulate) {                             \
-    asm volatile("{.reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %" #I2 ", 0;"                                        \
-                 " mov.b64 a, {%" #I0 ", " FA_DESCRIPTOR_HIGH "}; mov.b64 b, {%" #I1 ", " FA_DESCRIPTOR_HIGH "};"    \
-                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE                            \
-                 " {" FA_NAMES##EIGHTS "}, a, b, p, 1, 1, %" #I3 ", %" #I4 ";}"                                      \
-                 : FA_DLIST##EIGHTS(d)                                                                               \
-                 : "r"(a), "r"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));                             \
-  }                                                                                                                  \
-  template <int TRANSPOSE_B>                                                                                         \
-  FA_DEVICE void wgmma_rs(TYPE, float (&d)[N / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b,             \
-                          int accumulate) {                                                                          \
-    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %" #I5 ", 0;"                                           \
-                 " mov.b64 b, {%" #I4 ", " FA_DESCRIPTOR_HIGH "};"                                                   \
-                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE                            \
-                 " {" FA_NAMES##EIGHTS "}, {%" #I0 ",%" #I1 ",%" #I2 ",%" #I3 "}, b, p, 1, 1, %" #I6 ";}"            \
-                 : FA_DLIST##EIGHTS(d)                                                                               \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b), "r"(accumulate), "n"(TRANSPOSE_B));                   \
+#define FA_WGMMA_TYPE(N, EIGHTS, TYPE, PTX_TYPE, I0, I1, I2, I3, I4, I5, I6) \
+  template <int TRANSPOSE_A, int TRANSPOSE_B> \
+  FA_DEVICE void wgmma_ss(TYPE, float (&d)[N / 2], uint32 a, uint32 b, int accumulate) { \
+    asm volatile("{.reg .pred p; .reg .b64 a, b; setp.ne.b32 p, %" #I2 \
+                 ", 0;" \
+                 " mov.b64 a, {%" #I0 ", " FA_DESCRIPTOR_HIGH "}; mov.b64 b, {%" #I1 ", " FA_DESCRIPTOR_HIGH \
+                 "};" \
+                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {" FA_NAMES##EIGHTS \
+                 "}, a, b, p, 1, 1, %" #I3 ", %" #I4 ";}" \
+                 : FA_DLIST##EIGHTS(d) \
+                 : "r"(a), "r"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B)); \
+  } \
+  template <int TRANSPOSE_B> \
+  FA_DEVICE void wgmma_rs(TYPE, float (&d)[N / 2], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b, \
+                          int accumulate) { \
+    asm volatile("{.reg .pred p; .reg .b64 b; setp.ne.b32 p, %" #I5 \
+                 ", 0;" \
+                 " mov.b64 b, {%" #I4 ", " FA_DESCRIPTOR_HIGH \
+                 "};" \
+                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {" FA_NAMES##EIGHTS \
+                 "}, {%" #I0 ",%" #I1 ",%" #I2 ",%" #I3 "}, b, p, 1, 1, %" #I6 ";}" \
+                 : FA_DLIST##EIGHTS(d) \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b), "r"(accumulate), "n"(TRANSPOSE_B)); \
   }
 
 // The wait names the accumulator, so that no use of it can be moved above.
-#define FA_WGMMA(N, EIGHTS, I0, I1, I2, I3, I4, I5, I6)                                                              \
-  FA_WGMMA_TYPE(N, EIGHTS, Bf16, "bf16", I0, I1, I2, I3, I4, I5, I6)                                                 \
-  FA_WGMMA_TYPE(N, EIGHTS, F16, "f16", I0, I1, I2, I3, I4, I5, I6)                                                   \
-  template <int GROUPS>                                                                                              \
-  FA_DEVICE void wgmma_wait(float (&d)[N / 2]) {                                                                     \
-    asm volatile("wgmma.wait_group.sync.aligned %" #I0 ";" : FA_DLIST##EIGHTS(d) : "n"(GROUPS) : "memory");          \
+#define FA_WGMMA(N, EIGHTS, I0, I1, I2, I3, I4, I5, I6) \
+  FA_WGMMA_TYPE(N, EIGHTS, Bf16, "bf16", I0, I1, I2, I3, I4, I5, I6) \
+  FA_WGMMA_TYPE(N, EIGHTS, F16, "f16", I0, I1, I2, I3, I4, I5, I6) \
+  template <int GROUPS> \
+  FA_DEVICE void wgmma_wait(float (&d)[N / 2]) { \
+    asm volatile("wgmma.wait_group.sync.aligned %" #I0 ";" : FA_DLIST##EIGHTS(d) : "n"(GROUPS) : "memory"); \
   }
 
 FA_WGMMA(64, 4, 32, 33, 34, 35, 36, 37, 38)

@@ -77,8 +77,13 @@ void Problem::row_by_formula(int64 b, int64 h, int64 i, Results& r) const {
 
 Results Problem::by_formula() const {
   Results r;
-  for (auto [values, like] : {std::pair{&r.out, &out}, {&r.lse, &lse}, {&r.dq, &dq}, {&r.dk, &dk}, {&r.dv, &dv},
-                              {&r.dbias, &dbias}, {&r.dsinks, &dsinks}})
+  for (auto [values, like] : {std::pair{&r.out, &out},
+                              {&r.lse, &lse},
+                              {&r.dq, &dq},
+                              {&r.dk, &dk},
+                              {&r.dv, &dv},
+                              {&r.dbias, &dbias},
+                              {&r.dsinks, &dsinks}})
     values->assign(like->count, 0);
   for (int64 b = 0; b < p.batch; ++b)
     for (int64 h = 0; h < p.heads_q; ++h)

@@ -25,7 +25,10 @@ extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads,
 // Roundings of the dtype, and some for the arithmetic. Whether results are as good as they can be is for
 // fastattn/testing/tolerance.py; here a wrong index has to show.
 static double tolerance(int64 dtype) {
-  return dtype == fa::cpu::kFloat64 ? 1e-11 : dtype == fa::cpu::kFloat32 ? 2e-4 : dtype == fa::cpu::kFloat16 ? 1e-2 : 4e-2;
+  return dtype == fa::cpu::kFloat64   ? 1e-11
+         : dtype == fa::cpu::kFloat32 ? 2e-4
+         : dtype == fa::cpu::kFloat16 ? 1e-2
+                                      : 4e-2;
 }
 
 static bool is_right(char const* name, Tensor const& found, std::vector<double> const& exact, double limit) {

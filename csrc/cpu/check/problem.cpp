@@ -174,10 +174,14 @@ std::string Problem::describe() const {
                      number(p.heads_kv) + " S" + number(p.rows_q) + "x" + number(p.rows_kv) + " D" +
                      number(p.head_dim_qk) + "/" + number(p.head_dim_v) + " band " + number(p.left) + "," +
                      number(p.right);
-  for (auto const& [is_used, name] : {std::pair{p.cu_seqlens_q != nullptr, " packed"}, {p.bias != nullptr, " bias"},
-                                      {p.mask != nullptr, " mask"}, {p.segments_q != nullptr, " segments"},
-                                      {p.slopes != nullptr, " alibi"}, {p.sinks != nullptr, " sinks"},
-                                      {p.softcap != 0, " softcap"}, {p.dropout_threshold != 0, " dropout"}})
+  for (auto const& [is_used, name] : {std::pair{p.cu_seqlens_q != nullptr, " packed"},
+                                      {p.bias != nullptr, " bias"},
+                                      {p.mask != nullptr, " mask"},
+                                      {p.segments_q != nullptr, " segments"},
+                                      {p.slopes != nullptr, " alibi"},
+                                      {p.sinks != nullptr, " sinks"},
+                                      {p.softcap != 0, " softcap"},
+                                      {p.dropout_threshold != 0, " dropout"}})
     if (is_used) text += name;
   return text;
 }
