@@ -2,10 +2,10 @@
 
     python tests/integrations/families.py [family ...] [--jobs N] [--table FILE]
 
-Sizes of a family's own default configuration are shrunk by their names; what cannot be built so is reported, with the
-error. Each model that can is compared in every way that its inputs allow: outputs without padding and with padding on
-either side, gradients, whether an earlier token notices a later one, packed documents, greedy generation with a dynamic
-and a static cache.
+Sizes of a family's own default configuration are reduced by their names; families that cannot be built so are reported
+with the error. The others are compared in every way that their inputs allow: outputs without padding and with padding
+on either side, gradients, whether an earlier token depends on a later one, packed documents, greedy generation with a
+dynamic and a static cache.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules that keep the project readable, held by machine: the way of imports, sizes, what is banned."""
+"""The house rules that a machine can check: directions of imports, sizes, banned names and words."""
 
 import ast
 import functools
