@@ -1,4 +1,4 @@
-"""The operators in torch.library: schemas, implementations, fakes and FLOP formulas.
+"""The operators in torch.library: schemas, implementations and fakes. The only file that touches torch.library.
 
 Two operators, ``fastattn::forward`` and ``fastattn::backward``, serve every problem: their arguments are the fields of
 ``Inputs`` and ``AttentionSpec`` in order, followed by the name of a backend or None. The backend is chosen inside, so
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
@@ -23,7 +22,7 @@ from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
-from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.spec import AttentionSpec
 from fastattn.storage import check_storages
 from fastattn.torch_internals import autocast_dtype
 
@@ -175,7 +174,7 @@ SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)
 
 # --- caches -------------------------------------------------------------------------------------------------------
 
-_CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
+CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
 
 
 def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -187,7 +186,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 
 
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
+    inputs, spec = CacheInputs(*args[:CACHE_FIELDS]), AttentionSpec(*args[CACHE_FIELDS:-1])
     refuse_context_parallel()
     backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
@@ -201,7 +200,7 @@ def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | 
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    inputs = CacheInputs(*args[:CACHE_FIELDS])
     if inputs.k is not None:
         _refuse_shared_storage(inputs)
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
@@ -219,41 +218,3 @@ def _refuse_shared_storage(inputs: CacheInputs) -> None:
 for _name in ("attend_to_cache", "extend_cache"):
     _LIBRARY.impl(_name, _kernel(_attend_to_cache, CACHE_TENSORS), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake_attend_to_cache, lib=_LIBRARY)
-
-
-def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
-    """FLOPs of the two products of a forward pass: a multiply and an add for each kept pair and head dim."""
-    return 2 * (inputs.q.shape[-1] + inputs.v.shape[-1]) * _pairs(inputs, spec)
-
-
-def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
-    """FLOPs of the five products of a backward pass: three over ``D_qk`` (scores, dq, dk), two over ``D_v``."""
-    return 2 * (3 * inputs.q.shape[-1] + 2 * inputs.v.shape[-1]) * _pairs(inputs, spec)
-
-
-def _pairs(inputs: Inputs, spec: AttentionSpec) -> int:
-    """Kept pairs over all heads and sequences, by the band alone: masks and segments are data."""
-    if not inputs.is_packed:
-        return inputs.batch * inputs.heads_q * kept_pairs(spec, inputs.q.shape[1], inputs.k.shape[1])
-    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
-    lengths = zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_kv.diff().tolist(), strict=True)
-    return inputs.heads_q * sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in lengths)
-
-
-@register_flop_formula(torch.ops.fastattn.forward, get_raw=True)
-def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[:-1])
-    return forward_flops(inputs, spec)
-
-
-@register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
-def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[5:-1])
-    return backward_flops(inputs, spec)
-
-
-@register_flop_formula([torch.ops.fastattn.attend_to_cache, torch.ops.fastattn.extend_cache], get_raw=True)
-def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
-    pairs = sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in zip(*inputs.host_lengths(), strict=True))
-    return 2 * (inputs.q.shape[-1] + inputs.v_cache.shape[-1]) * inputs.heads_q * pairs

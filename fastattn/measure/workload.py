@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops import backward_flops, forward_flops
+from fastattn.flops import backward_flops, forward_flops
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 

@@ -33,8 +33,8 @@ VOCABULARY = {
     "torch_internals", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
-    "serving",
+    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "ops", "plain",
+    "plan", "reference", "serving",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": VOCABULARY | {"backends", "dispatch", "reference"},
+    "flops": {"kv_cache", "ops", "problem", "spec"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
@@ -68,9 +69,9 @@ MAY_IMPORT = {
     "inspection": VOCABULARY | {"arguments", "reference"},
     "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
-    "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},
+    "__init__": {"decoding", "dispatch", "errors", "flops", "functional", "inspection", "nn", "ops", "version"},
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "reference"},
-    "measure": VOCABULARY | {"", "backends", "ops", "reference", "testing"},
+    "measure": VOCABULARY | {"", "backends", "flops", "reference", "testing"},
     "lm": PUBLIC | {"nn"},
     "cli": PUBLIC | {"backends", "compiled", "evidence", "lm", "measure"},
 }
