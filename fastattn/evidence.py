@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from fastattn import state
 from fastattn.files import cache_root, replaced_file
 from fastattn.problem import Problem
 from fastattn.version import __version__
@@ -49,6 +50,7 @@ AHEAD = "'fastattn verify --device cuda --record' runs it by itself, ahead of ti
 AGAIN = "'fastattn verify --device cuda --record' tries again"
 log = logging.getLogger("fastattn")
 _verdicts: dict[str, Verdict] = {}  # of this process, by the key of a self-check
+state.on_forget(_verdicts.clear)
 
 
 @dataclass(frozen=True)

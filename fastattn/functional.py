@@ -341,7 +341,8 @@ def explain(
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
 
-    Nothing is computed and no random number is drawn; tensors may lie on the meta device.
+    Nothing is computed and no random number is drawn; tensors may be on the meta device. On a GPU without a verdict it
+    runs the self-check of a backend, in a separate process, as the first call would.
 
     Args:
         q, k, v and all that follows: as in ``fastattn.attention``.

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
+from fastattn.files import replaced_file
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -232,10 +233,8 @@ def plot_attention(
             raise input_error(name, f"{len(labels)} labels", allowed, "Or None for no labels.")
     figure = _draw(layers, tokens, query_tokens)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path
 
 

@@ -1,4 +1,4 @@
-"""The state that calls leave in the process: plans, choices of a backend, warnings given; ``forget()`` clears it.
+"""The state that calls leave in the process: plans, choices of a backend, verdicts, warnings; ``forget()`` clears it.
 
 A cache registers where it is created. Call ``forget()`` after the environment or the set of backends has changed, and
 between tests. Loaded libraries and facts about the machine are cached where they are used and are not cleared.
