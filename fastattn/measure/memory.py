@@ -56,7 +56,7 @@ def process_peak(call: Callable[[], Result]) -> tuple[int, Result]:
 
 
 def cannot_measure_process() -> str | None:
-    """Why ``process_peak`` does not work on this machine; None if it does."""
+    """The reason why ``process_peak`` does not work on this machine; None if it does."""
     if not _STATUS.exists() or not os.access("/proc/self/clear_refs", os.W_OK):
         return "needs Linux's /proc/self/clear_refs"
     return None

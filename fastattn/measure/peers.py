@@ -167,7 +167,7 @@ def _prepare_eager(operands: Operands) -> Forward:
 
 
 def sdpa_reasons(workload: Workload, device_type: str) -> list[str]:
-    """Why torch's ``scaled_dot_product_attention`` cannot express the workload."""
+    """The reasons why torch's ``scaled_dot_product_attention`` cannot express the workload."""
     return cannot(workload, "softcap", "sinks", "dropout")
 
 

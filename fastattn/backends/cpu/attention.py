@@ -1,4 +1,4 @@
-"""Attention by the C++ kernels: what they are given."""
+"""Attention by the C++ kernels: their structs and tensors."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _rest(inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tenso
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in, and the dtype of lse."""
+    """The dtype of the arithmetic and of lse."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -68,7 +68,7 @@ def read(kernel: Any, target: Target, tensor_core: str) -> Figures:
 
 
 def programs_of(registers: int, shared: int, warps: int, target: Target) -> int:
-    """How many programs of a kernel an NVIDIA multiprocessor holds: registers come in units of 256 for each warp."""
+    """The programs of a kernel that an NVIDIA multiprocessor holds; a warp takes registers in units of 256."""
     of_warp = -(-registers * target.warp_size // 256) * 256
     by_registers = CUDA_REGISTERS // (of_warp * warps)
     # each block takes a kilobyte of shared memory for the system
