@@ -1,4 +1,4 @@
-"""Derivatives of the operators: the only autograd.Functions.
+"""Derivatives of the operators, as autograd.Functions.
 
 ``Attention`` is the forward operator and ``AttentionBackward`` its gradient, itself differentiable: a second
 derivative goes through the reference formula. Under ``vmap`` the mapped dimension is folded into the batch
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
+    """``(out, lse)``, differentiable in reverse and forward mode, under vmap, and under these nested in each other."""
     compiling, transformed = torch.compiler.is_compiling(), is_transformed()
     # Outputs mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
     if is_in_forward_mode() or (compiling and transformed):
@@ -71,7 +71,7 @@ def _distinct(flat: ops.Flat) -> ops.Flat:
 
 
 def _with_arguments_of(operator: Any) -> Callable[[F], F]:
-    """Give a Function's ``forward(*args)`` the operator's parameters: Dynamo counts them and apply() binds them."""
+    """Give a Function's ``forward(*args)`` the operator's signature: Dynamo counts parameters, apply() binds them."""
     names = (argument.name for argument in operator.default._schema.arguments)
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
 
@@ -104,7 +104,6 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        # The Function costs more time than the operator, and is of use only where its result is differentiated again.
         grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
@@ -120,13 +119,13 @@ class Attention(torch.autograd.Function):
 
 
 def _backward_operator() -> Callable[..., tuple[Tensor, ...]]:
-    """The gradient, itself differentiable where that may be asked for: the Function costs more than the operator."""
+    """The gradient, itself differentiable only if that may be needed: the Function takes longer than the operator."""
     is_final = not (torch.is_grad_enabled() or is_transformed())
     return torch.ops.fastattn.backward if is_final else AttentionBackward.apply
 
 
 class PlannedAttention(torch.autograd.Function):
-    """Attention on q, k and v by a plan. It never sees a transform or a compiler: those calls have no plan."""
+    """Attention on q, k and v by a plan. Calls under a transform or a compiler never come here: they have no plan."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> Any:
@@ -221,7 +220,7 @@ class AttentionBackward(torch.autograd.Function):
 def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[str]) -> tuple[Any, ...]:
     """The operators' common arguments with ``size`` samples in one batch.
 
-    What all samples share stays shared, unless its gradient is wanted ``per_sample``.
+    A tensor shared by all samples stays shared, unless its gradient is needed ``per_sample``.
     """
     is_packed = _is_packed(flat)
     batch = _batch_size(flat, in_dims, "cu_seqlens_q") - 1 if is_packed else _batch_size(flat, in_dims, "q")

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
+from fastattn.files import replaced_file
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -46,7 +47,7 @@ def attention_weights(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
 ) -> Tensor:
-    """The attention weights of chosen query rows and heads, which ``attention`` multiplies the values with.
+    """The attention weights of chosen query rows and heads: the factors of the values in ``attention``.
 
     ``softmax(cap(scale * q @ k^T) + bias + alibi, where kept)``, by the reference formula. Only the rows asked for
     are computed, so 10 rows of 100,000 tokens take 10 rows of memory.
@@ -111,12 +112,12 @@ def attention_weights(
 def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """The mean of ``attention_weights`` over the heads: ``(B, S_q, S_kv)``, differentiable.
 
-    Without gradients it takes the memory of as many heads and batch entries at a time as fit into ``BUDGET``.
+    Without gradients, weights that do not fit into ``BUDGET`` bytes together are computed one head at a time.
 
     Args:
         q: as in ``attention_weights``.
-        k: as there.
-        options: as there, but ``rows`` and ``heads``.
+        k: as in ``attention_weights``.
+        options: those of ``attention_weights`` except ``rows`` and ``heads``.
 
     Returns:
         fp32 (fp64 for fp64 inputs) ``(B, S_q, S_kv)``.
@@ -129,6 +130,7 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
         torch.Size([1, 10, 10])
     """
     inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     return _mean_weights(inputs, spec)
 
@@ -196,15 +198,15 @@ def plot_attention(
 ) -> Path:
     """Draw attention weights to a PNG file: a map for each layer and head, entropies, and attention rollout.
 
-    One row of maps for each layer, a head in each column, titled with the mean entropy of its rows in nats; below
-    them all entropies side by side and, where every layer is square, the rollout through all of them.
+    The picture has a row of maps for each layer with a column for each head, titled with the mean entropy of its rows
+    in nats; below them a map of all mean entropies and, if every layer is square, the rollout through all layers.
 
     Args:
         weights: ``(H, S_q, S_kv)`` of one layer, or a sequence of them, first layer to last: from
             ``attention_weights(...)[0]``, or the ``attentions`` of a transformers model, for one batch entry.
         path: the file to write; its folders are created.
         tokens: the text of each key; of each query too unless ``query_tokens`` is given.
-        query_tokens: the text of each query, where the queries are other tokens or fewer.
+        query_tokens: the text of each query, if the queries are not the keys.
 
     Returns:
         ``path``.
@@ -231,16 +233,14 @@ def plot_attention(
             raise input_error(name, f"{len(labels)} labels", allowed, "Or None for no labels.")
     figure = _draw(layers, tokens, query_tokens)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path
 
 
 # --- all rows ---------------------------------------------------------------------------------------------------
 
-BUDGET = 64 * 2**20  # bytes of weights that are computed at a time, where no gradient keeps them all
+BUDGET = 64 * 2**20  # bytes of fp32 weights up to which all heads are computed together
 
 
 def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:

@@ -1,4 +1,4 @@
-"""Nested tensors as packed ones and back: the rows of all sequences end to end, and where each begins."""
+"""Conversion of nested tensors to packed ones and back: the rows of all sequences end to end, with boundaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Packed:
     Attributes:
         values: ``(T, ...)``, the sequences end to end.
         offsets: int32 ``(N + 1,)``, as ``cu_seqlens`` of ``fastattn.attention_varlen``.
-        longest: of the lengths.
+        longest: the longest length.
         like: the nested tensor.
     """
 

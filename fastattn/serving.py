@@ -1,4 +1,4 @@
-"""The way of a call: by the plan of its kind, if there is one; else checks, the operator, and a plan for the next."""
+"""The path of a call: the plan of its kind if there is one; else checks, the operator, and a plan for the next call."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def serve(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` in the internal layout.
 
-    Leaves a plan for the ``kind`` of the call, whose tensors were ``heads_first``, and which may give lse ``with_lse``.
+    Stores a plan for the ``kind`` of the call. ``heads_first`` says that its tensors are ``(B, H, S, D)``, ``with_lse``
+    that it returns lse.
     """
     check_name(backend)
     backend = requested(backend)
@@ -56,9 +57,9 @@ def serve(
 
 
 def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """The first call of a kind like all others: activation checkpointing compares what each of two calls saved.
+    """Serve the first call of a kind by its plan too: activation checkpointing compares what two equal calls save.
 
-    Without lse its place is taken by ``out``, as nobody asked for it.
+    Without lse the second result is ``out`` again, which no caller reads.
     """
     q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
     results = by_plan(found, q, k, v, with_lse)
@@ -86,14 +87,14 @@ def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, T
 def serve_cache(
     inputs: CacheInputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of attention to a cache. Leaves a plan for the ``kind`` of the call."""
+    """``(out, lse)`` of attention to a cache. Stores a plan for the ``kind`` of the call."""
     check_name(backend)
     check_cache_inputs(inputs, spec)
     backend = requested(backend)
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # those that a run is given
+        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # the arguments of a run
         made = ops.prepared_for_cache(inputs, spec, backend) if plan.is_plain(tensors) else None
         plan.remember(kind, made, tensors)
     return results

@@ -1,7 +1,7 @@
 """The tests that depend on versions, in an environment for each set of them: ``python tests/versions.py``.
 
-An environment is made below ``.venv-versions/`` once, by pip, with what people get who install that torch: on Linux its
-CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
+An environment is made once below ``.venv-versions/`` by pip, with the packages that pip installs for that torch: on
+Linux its CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from fastattn.errors import InputError, UnsupportedError
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# A backend of fastattn may call torch's attention, which must not come back here.
+# A backend of fastattn may call torch's attention, which must not be overridden then.
 _serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
 
 
@@ -54,7 +54,7 @@ def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
     It reaches all code that looks the function up at each call, ``F.scaled_dot_product_attention(...)``, including
     ``nn.MultiheadAttention``. A module that has executed ``from torch.nn.functional import
     scaled_dot_product_attention`` keeps torch's. A function compiled inside the block keeps fastattn after it. Calls
-    that fastattn cannot compute, nested tensors for example, go to torch; the report counts them by reason and is
+    that fastattn does not serve here, nested tensors for example, go to torch; the report counts them by reason and is
     printed to stderr at the end if there are any.
 
     Args:
@@ -135,10 +135,10 @@ def _now_serving() -> Iterator[None]:
 def register_flash_attention(name: str = "fastattn") -> None:
     """Add fastattn to torch's registry of flash attention. This changes nothing until it is activated there.
 
-    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, what ``scaled_dot_product_attention`` sends
-    to its flash kernel on a CUDA device (fp16 or bf16, no mask) is computed by fastattn, forward and backward.
-    ``restore_flash_attention_impl()`` ends it. torch's ``varlen_attn`` and nested tensors keep torch's kernel.
-    Not yet run on a GPU.
+    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, fastattn computes the calls that
+    ``scaled_dot_product_attention`` sends to its flash kernel on a CUDA device (fp16 or bf16, no mask), forward and
+    backward. ``restore_flash_attention_impl()`` ends it. torch's ``varlen_attn`` and nested tensors keep torch's
+    kernel. Not yet run on a GPU.
 
     Args:
         name: the name to register under.
@@ -237,7 +237,7 @@ def _flash_backward(
     flat = _flat(query, key, value, dropout_p, is_causal, philox_seed.view(torch.int64), scale)
     grad_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
     needs = [True, True, True, False, False]
-    lse = logsumexp.contiguous()  # torch keeps no more of it
+    lse = logsumexp.contiguous()  # torch saves no lse_low
     grads = torch.ops.fastattn.backward(grad_out, None, out, lse, torch.zeros_like(lse), *flat, needs)
     dq, dk, dv = (x.transpose(1, 2) for x in grads[:3])
     return dq, dk, dv

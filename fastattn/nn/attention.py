@@ -1,7 +1,7 @@
 """``MultiHeadAttention``: ``torch.nn.MultiheadAttention`` on fastattn, with the options of newer models.
 
-The only file that knows torch's conventions for this module: True in a boolean mask means masked here and nowhere
-else, attention masks may carry the heads inside the batch, and ``is_causal`` is a hint.
+Only this file follows torch's conventions for the module: True in a boolean mask means masked, attention masks may have
+the heads folded into the batch, and ``is_causal`` is a hint.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Window = tuple[int | None, int | None]
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention``, the same in every argument, parameter and result, on fused attention.
+    """Replace ``torch.nn.MultiheadAttention``, with the same arguments, parameters and results, on fused attention.
 
         q, k, v = heads(query W_q^T + b_q), heads(key W_k^T + b_k), heads(value W_v^T + b_v)
         out     = concat(fastattn.attention(q, k, v, ...)) W_o^T + b_o
 
-    With the keyword-only options left alone, its state_dict is torch's, both ways, and the same seed gives the same
-    initial parameters. What differs from torch:
+    Without the keyword-only options, state_dicts are interchangeable with torch's and the same seed gives the same
+    initial parameters. Differences from torch:
 
     - A query whose keys are all masked gets 0 from attention (so the module returns ``b_o``), and weights of 0.
       torch gives NaN or 0, depending on the path it takes.
     - Dropout drops other elements than torch does for the same seed, in the same proportion.
-    - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
-    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, and never if they
-      are not. Until then, changing a floating mask in place makes reading them an error.
+    - ``is_causal=True`` without ``attn_mask`` always raises; torch ignores the hint on its inference path.
+    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, if ever. Changing a
+      floating mask in place before that makes reading them an error.
 
     Args:
         embed_dim: E, the width of queries and outputs.
@@ -54,7 +54,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         num_kv_heads: H_kv, divides ``num_heads``; None is ``num_heads``. With fewer heads, E_kv = D * H_kv takes the
             place of E in the key and value projections: ``in_proj_weight`` is ``(E + 2 E_kv, E)`` (Ainslie et al.,
             "GQA", 2023).
-        window: ``(left, right)``, how many neighbouring keys each query sees, as in ``fastattn.attention``;
+        window: ``(left, right)``, the number of neighbouring keys that each query sees, as in ``fastattn.attention``;
             ``(None, 0)`` is causal, ``(W - 1, 0)`` a causal sliding window. With W = 2 and four tokens:
 
                 1 0 0 0
@@ -160,7 +160,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         """Attend from ``query`` to ``key`` and ``value``.
 
         Args:
-            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
+            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch; or with
+                ``batch_first`` a nested tensor, as are key and value then, without masks and weights.
             key: ``(S, N, kdim)``, likewise.
             value: ``(S, N, vdim)``, likewise.
             key_padding_mask: ``(N, S)``, or ``(S,)`` without a batch: boolean, True = masked, the opposite of
@@ -168,19 +169,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
             need_weights: also return the attention weights, which are computed when they are first read.
             attn_mask: ``(L, S)``, or ``(N * H_q, L, S)``: boolean, True = masked; or floating, added to the scores.
             average_attn_weights: average the weights over the heads.
-            is_causal: a promise that ``attn_mask``, which must be given, is the causal one. It is relied on where
-                torch does: without ``key_padding_mask`` and weights. For causal attention without a mask, construct
-                the module with ``window=(None, 0)``.
+            is_causal: a promise that ``attn_mask``, which must be given, is the causal one. As in torch, it is used if
+                there is no ``key_padding_mask`` and no weights are needed. For causal attention without a mask,
+                construct the module with ``window=(None, 0)``.
 
         Returns:
             ``(out, weights)``: ``out`` like the query; ``weights``, after dropout, ``(N, L, S)``, or ``(N, H_q, L, S)``
             if not averaged, without N if there is no batch; None if not needed. S counts appended keys.
 
         Raises:
-            InputError: a tensor's shape or dtype does not fit, ``is_causal`` comes without a mask, or ``rope`` meets
+            InputError: a tensor's shape or dtype does not fit, ``is_causal`` is given without a mask, or ``rope`` with
                 cross-attention.
         """
-        if isinstance(query, Proxy):  # torch.fx records torch's own modules as one node, too
+        if isinstance(query, Proxy):  # torch.fx also records torch's own modules as one node
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
@@ -221,7 +222,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
     ) -> tuple[Tensor, None]:
-        """Sequences of different lengths in nested tensors, without padding."""
+        """``forward`` for sequences of different lengths in nested tensors, without padding."""
         given = [name for name, mask in masks.items() if mask is not None]
         given += [name for name in ("bias_k", "add_zero_attn") if getattr(self, name) not in (None, False)]
         given += ["need_weights"] if need_weights else []
@@ -292,7 +293,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1).contiguous()
 
     def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k and v with what ``add_bias_kv`` and ``add_zero_attn`` put after the last key, and how many that is."""
+        """k and v with the rows of ``add_bias_kv`` and ``add_zero_attn`` after the last key, and their number."""
         keys, values = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
             keys.append(self.bias_k.view(1, 1, *k.shape[2:]).expand(k.shape[0], -1, -1, -1))
@@ -312,8 +313,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             padding = key_padding_mask
             if padding.dtype != torch.bool:
                 bias = key_padding_mask[..., None, None, :]
-                padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
-            segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
+                padding = key_padding_mask == float("-inf")  # torch's layers make it of True; as segments it is skipped
+            segments = torch.atleast_2d(padding).int()  # 1 is a document without queries
             segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
@@ -387,14 +388,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
 
 class _ShortcutGuard(nn.Module):
-    """A child that is never called, with a hook: where torch's encoder layers see one, they call their submodules."""
+    """A child that is never called and has a hook, because of which torch's encoder layers call their submodules."""
 
 
 def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
     """Have ``nn.TransformerEncoderLayer`` call ``module`` in inference instead of reading its weights.
 
-    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim``, by which it
-    could be told as well, stays what PEFT and others read it for.
+    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim = False`` would
+    prevent it too, but PEFT and others read it for its own meaning.
     """
     guard = _ShortcutGuard()
     guard.register_forward_pre_hook(_no_hook)
@@ -431,6 +432,6 @@ def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: flo
 
 
 def _check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
-    """Let ``fastattn.attention`` judge its own arguments now rather than in the first forward pass."""
+    """Have ``fastattn.attention`` check its own arguments now rather than in the first forward pass."""
     x = torch.empty(1, 1, 1, 1, device="meta")
     explain(x, x, x, window=window, softcap=softcap, backend=backend)

@@ -29,7 +29,7 @@ class Case:
         group: its part of the grid.
         B, S_q, S_kv, H_q, H_kv, D_qk, D_v: sizes; see ``lengths`` for packed ones.
         dtype: of q, k and v.
-        lengths: makes it a packed batch: ``(s_q, s_kv)`` of each sequence. B, S_q and S_kv are then not read.
+        lengths: ``(s_q, s_kv)`` of each sequence of a packed batch; B, S_q and S_kv are then ignored. None: dense.
         scale, softcap, left, right, anchor, dropout_p: as in ``AttentionSpec``; scale None is ``D_qk ** -0.5``.
         bias: shape of the bias, broadcast where 1.
         mask: "random" ``(B, H_q, S_q, S_kv)``; "empty rows" ``(1, 1, S_q, S_kv)``, every third row keeps nothing;
@@ -47,7 +47,7 @@ class Case:
         magnitude: factor on q and k.
         nan_rows: key and value rows that no query keeps hold NaN.
         dlse: lse has a gradient too.
-        needs: gradients wanted; ``Sample.needs`` leaves out those of tensors that the case lacks.
+        needs: gradients to compute; ``Sample.needs`` leaves out those of tensors that the case lacks.
     """
 
     id: str
@@ -233,7 +233,7 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
-# The cases that are worth walking in every dtype, and those that a look of a few seconds takes.
+# The cases that run in every dtype, and those of the quick grid.
 _EVERY_DTYPE = (
     "plain", "one token", "one query", "causal, empty rows", "gqa of three", "D 128", "D 192 and 128", "odd", "window",
     "mask, empty rows", "padding", "bias, shared by the batch", "bias, fp32", "alibi", "sinks", "segments", "softcap",

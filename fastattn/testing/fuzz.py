@@ -21,9 +21,9 @@ from fastattn.testing.ways import measure_way, ways_of
 _DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 128)
 _HEAD_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 128)
-_RARELY = 0.01  # how often a problem is one of the large ones below
+_RARELY = 0.01  # the share of problems with lengths or head dims of the next line
 _LONG_LENGTHS, _WIDE_HEAD_DIMS = (257, 700, 1024, 2048), (192, 256, 257, 512)
-# Fields of Case that turn something on, to be turned off one by one; the sizes are brought down after them.
+# Fields of Case that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
     "dtype", "scale", "softcap", "left", "right", "anchor", "dropout_p", "bias", "mask", "alibi", "sinks",
     "per_sequence", "segments", "memory", "bias_values", "magnitude", "nan_rows", "dlse",
@@ -38,7 +38,7 @@ class Failure:
         result: of the smallest problem that still fails.
         device: of the run.
         seed: of its values.
-        way: how the backend was reached, a name in ``ways.WAYS``; None: by itself.
+        way: how the backend was called, a name in ``ways.WAYS``; None: directly.
     """
 
     result: Result
@@ -67,8 +67,8 @@ class Failure:
 def fuzz(n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[str] | None = None) -> Failure | None:
     """Judge ``n`` random problems on every usable backend, and stop at the first that fails.
 
-    Each is run forward and backward by the backend itself, and once more as a user would reach it, in one of the ways
-    of ``fastattn.testing.ways``: by a plan, from threads, compiled, by the module, from a cache, in odd memory.
+    Each is run forward and backward by calling the backend directly, and once more through a public function in one of
+    the ways of ``fastattn.testing.ways``: by a plan, from threads, compiled, by the module, from a cache, and so on.
 
     Args:
         n: how many problems.
@@ -115,7 +115,7 @@ def _judged(
 
 
 def random_case(draw: random.Random) -> Case:
-    """Any problem that the spec allows, with few of its features at once; now and then a long or a wide one."""
+    """A random problem with few features at once; rarely one with long sequences or large head dims."""
 
     def sometimes(value: Any, otherwise: Any = None, chance: float = 0.25) -> Any:
         return value if draw.random() < chance else otherwise
@@ -166,7 +166,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
-    """Simplify the case step by step, as long as the backend still gets it wrong."""
+    """Simplify the case step by step while the backend still fails on it."""
     assert isinstance(result.case, Case)
     smaller = next(
         (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),
@@ -176,7 +176,7 @@ def _minimised(result: Result, device: str, seed: int, way: str | None = None) -
 
 
 def _simpler(case: Case) -> Iterator[Case]:
-    """Cases one step simpler: a feature turned off, or a size brought down."""
+    """Cases that are one step simpler: a feature turned off, or a size reduced."""
     plain = Case(id="fuzz")
     for name in _FEATURES:
         if getattr(case, name) != getattr(plain, name):

@@ -17,7 +17,7 @@ from fastattn.testing.cases import Case, Memory
 
 @dataclass(frozen=True)
 class Sample:
-    """A problem with its values, and the gradients that flow back into it.
+    """A problem with its values, and the gradients of its results.
 
     Attributes:
         case: the problem.

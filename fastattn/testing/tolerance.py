@@ -9,18 +9,18 @@ A result is right if its error against the fp64 reference is at most
 in two norms: the largest error, which detects a single wrong element, and the root mean square, which detects a small
 systematic error. All backends get the same bits as inputs; the exact result is computed from these in fp64.
 
-The first term is the error that a user has without this package. The other two cover results that eager computes
-exactly by luck, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
+The first term is the error that a user has without this package. The other two cover results that eager happens to
+compute exactly, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
 lse is off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32
 arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
 root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
 relative error of its argument by the argument. Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
-of a pairwise sum: backward sums in another order than forward, and with one key eager never sees the difference.
-``delta`` reads an ``out`` that was rounded to its dtype. The condition stays above zero where the exact result cancels
-to zero: ``dp - delta`` with one key.
+of a pairwise sum: backward sums in another order than forward, and with one key eager's error does not include that.
+``delta`` is computed from an ``out`` that was rounded to its dtype. The condition stays above zero even if the exact
+result cancels to zero, as ``dp - delta`` does with one key.
 
-Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
+Eager in fp16 may overflow. Its error is then replaced by the condition times eps(dtype).
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, 
     """Judge ``out`` and ``lse`` that were not computed by ``measure``, where the fp64 problem has values of its own.
 
     Args:
-        found: the two, in the shapes of the samples.
+        found: ``out`` and ``lse``, in the shapes of the samples.
         exact_sample: the problem in fp64.
-        rounded_sample: the same problem in the dtype in which ``found`` was asked for.
-        suffix: to the names of the rows.
+        rounded_sample: the same problem in the dtype of the call.
+        suffix: appended to the names of the rows.
     """
     yardstick = Yardstick(rounded_sample)
     yardstick.exact = _reference(exact_sample, None)
@@ -257,7 +257,7 @@ def _root_mean_square(x: Tensor) -> float:
 
 
 def _condition(sample: Sample, exact: Results) -> Results:
-    """How far independent relative errors of one could move each result; see the top of this file. Squares inside."""
+    """The condition of each result, defined at the top of this file. Computed with squares, until the last step."""
     inputs, spec = sample.inputs, sample.spec
     group = inputs.heads_q // inputs.heads_kv
     q, k, v, dout = (_heads_first(x, inputs).square() for x in (inputs.q, inputs.k, inputs.v, sample.dout))

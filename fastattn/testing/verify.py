@@ -132,7 +132,7 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
 
 
 def cases(quick: bool = False) -> list[Case | CacheCase]:
-    """Those of both grids."""
+    """The cases of both grids."""
     return [*grid(quick=quick), *(quick_cache_grid() if quick else cache_grid())]
 
 

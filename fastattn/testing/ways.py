@@ -1,7 +1,7 @@
-"""Ways in which users reach a backend: layouts, plans, threads, transforms, compilers, caches, modules, odd memory.
+"""Ways to call a backend through public functions: layouts, plans, threads, transforms, compilers, caches, modules.
 
-A way takes a sample and a backend's name, and gives ``out``, and ``lse`` where it has one, in the layout of the sample.
-What it changes in the call must not change the result, so one rule judges all.
+A way takes a sample and the name of a backend, and returns ``out``, and ``lse`` if it has one, in the layout of the
+sample. All ways must give the same result, up to the tolerance rule.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Pair = tuple[Tensor, Tensor]
 
 
 def serves(sample: Sample) -> bool:
-    """Whether the public functions can be asked for the problem: they have one anchor, and masks without packing."""
+    """Whether ``fastattn.attention`` can express the problem: dense, with the anchor ``lower_right``."""
     inputs, spec = sample.inputs, sample.spec
     has_diagonal = spec.has_band or inputs.alibi_slopes is not None
     return (spec.anchor == "lower_right" or not has_diagonal) and not inputs.is_packed
 
 
 def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
-    """The judgement of ``out`` and ``lse`` that came about in the way of this name."""
+    """Judge ``out`` and ``lse`` computed in the way of this name."""
     return (yardstick or Yardstick(sample)).judge(WAYS[name](sample, backend), f", {name}")
 
 
@@ -61,7 +61,7 @@ def _heads_first(sample: Sample, backend: str) -> Results:
 
 
 def _replayed(sample: Sample, backend: str) -> Results:
-    """By a plan, made for tensors of other values."""
+    """By a plan that was made for tensors with other values."""
     others = [torch.randn_like(x) for x in _qkv(sample)]
     for _ in range(2):
         _call(sample, backend, *others)
@@ -100,7 +100,7 @@ def _vmap(sample: Sample, backend: str) -> Results:
 
 
 def _learned(sample: Sample, backend: str) -> Results:
-    """Forward of a call whose gradient is taken, twice, so that plans with gradients serve it."""
+    """The forward pass of calls with gradients, twice, so that the second runs by a plan."""
     for _ in range(2):
         found = _call(sample, backend, *(x.detach().requires_grad_() for x in _qkv(sample)))
         found["out"].backward(sample.dout.to(found["out"].dtype))
@@ -170,7 +170,7 @@ def _boundaries(batch: int, length: int) -> Tensor:
 
 
 def _cache(sample: Sample, backend: str) -> Results:
-    """Keys and values in a cache of pages of five rows, the last of them appended by the call."""
+    """Keys and values in a cache with pages of five rows; the call appends up to three of them."""
     inputs, options = sample.inputs, options_of(sample)
     for name in ("mask", "segment_ids", "dropout_p", "rng_state"):
         options.pop(name)
@@ -209,7 +209,7 @@ WAYS: dict[str, Way] = {
 
 
 def ways_of(sample: Sample) -> list[str]:
-    """Those in which the problem can be asked for."""
+    """The ways that can express the problem."""
     inputs, spec = sample.inputs, sample.spec
     if not serves(sample):
         return []

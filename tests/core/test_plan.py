@@ -1,4 +1,4 @@
-"""A call like one before goes a shorter way, to the same result; one that is not, or is watched, does not."""
+"""A repeated call runs by a plan, with the same result; a call that differs, or is watched, does not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention in C++: the grid on every instruction set, what no other test asks for, and what a call leaves alone."""
+"""Attention in C++: the grid on every instruction set, further cases, and tensors that a call must not change."""
 
 import functools
 import subprocess
