@@ -31,11 +31,11 @@ _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The way to serve calls on q, k and v alone.
+    """The way to serve calls of one kind.
 
     Attributes:
-        forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
-        backward: ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        forward: ``(q, k, v, *more) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
+        backward: ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``; None where nothing needs a gradient.
         scalars: what follows the tensors among the arguments of the operators.
         heads_first: q, k, v and out are ``(B, H, S, D)``; the runs take and give ``(B, S, H, D)``, and read addresses.
     """

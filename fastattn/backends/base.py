@@ -61,6 +61,7 @@ class Backend:
 
     name: str
     capabilities: Capabilities
+    prepares_more: bool = False  # prepared runs take the tensors of problem.MORE, too
     checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
 
     def unavailable_reason(self) -> str | None:
@@ -103,17 +104,17 @@ class Backend:
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
     def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-        """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
+        """``forward`` for calls like this one, as a function of q, k, v and, if ``prepares_more``, of ``problem.MORE``.
 
-        The function reads the addresses of q, k and v alone: their shapes and strides are those of ``inputs``, and it
-        may be given any view that begins at the same element. It gives ``(out, *kept)``, what is kept being lse and
-        lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it gives ``(out,)``. None: there is no shorter way
-        than ``forward``.
+        The function reads their addresses alone: their shapes and strides are those of ``inputs``, and it may be given
+        any view that begins at the same element. Of ``MORE`` it is given all or, if all are None, none. It gives
+        ``(out, *kept)``, what is kept being lse and lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it
+        gives ``(out,)``. None: there is no shorter way than ``forward``.
         """
         return None
 
     def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        """``(dq, dk, dv)`` as a function of dout, out, what is kept, and q, k and v; as above.
+        """``(dq, dk, dv)`` as a function of dout, out, what is kept, and q, k, v and more; as above.
 
         ``dout`` is on the meta device and has the strides that gradients will have.
         """
