@@ -31,11 +31,11 @@ _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Functions prepared for calls of one kind, on q, k and v alone.
+    """Functions prepared for calls of one kind.
 
     Attributes:
-        forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
-        backward: ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        forward: ``(q, k, v, *more) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
+        backward: ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``; None where nothing needs a gradient.
         scalars: the arguments of the operators that follow the tensors.
         heads_first: q, k, v and out are ``(B, H, S, D)``. The runs are given them so, and return ``(B, S, H, D)``.
     """
