@@ -37,12 +37,14 @@ class Plan:
         forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
         backward: ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
         scalars: what follows the tensors among the arguments of the operators.
+        deterministic: ``torch.are_deterministic_algorithms_enabled()`` of the calls; backward kernels depend on it.
         heads_first: q, k, v and out are ``(B, H, S, D)``; the runs take and give ``(B, S, H, D)``, and read addresses.
     """
 
     forward: Run
     backward: Run | None
     scalars: tuple[Any, ...]
+    deterministic: bool
     heads_first: bool = False
 
 
