@@ -120,7 +120,8 @@ static int launch(Function* f, unsigned const* grid, unsigned const* block, unsi
   if (!threads || threads > 1024) return refuse(INVALID_VALUE, "a block of no threads, or of more than 1024");
   if (shared > f->shared) return refuse(INVALID_VALUE, "more shared memory than the function was allowed");
   if (f->param_bytes > PARAM_BYTES) return refuse(INVALID_VALUE, "more than 4 KB of parameters");
-  if (f->param_bytes && (uintptr_t)params[0] % 64) return refuse(INVALID_VALUE, "a tensor map that is not aligned to 64 bytes");
+  int const has_maps = f->param_bytes >= sizeof(Map) && ((Map const*)params[0])->magic == MAP_MAGIC;
+  if (has_maps && (uintptr_t)params[0] % 64) return refuse(INVALID_VALUE, "a tensor map that is not aligned to 64 bytes");
   Launch* const l = &launches[launch_count++ % MOST];
   memset(l, 0, sizeof *l);
   snprintf(l->kernel, sizeof l->kernel, "%s", f->name);

@@ -7,16 +7,19 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 from fastattn import compiled
-from fastattn.backends import cuda
-from fastattn.backends.cuda import abi, driver, nvrtc
-from fastattn.backends.cuda.instances import Instance
+from fastattn.backends import cuda, native
+from fastattn.backends.cuda import abi, build, driver, library, nvrtc
+from fastattn.backends.cuda.instances import Instance, library_instances
 
-SOURCE = Path(__file__).with_name("driver.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "driver.c"))  # the first includes the others
 DEVICES = 2
 NAME_BYTES, MAP_BYTES, MAP_MAGIC = 512, 128, 0x4D415021
 
@@ -72,6 +75,10 @@ class RecordingDriver:
     def launches(self) -> list[RecordedLaunch]:
         return [self.library.rec_launch(i).contents for i in range(self.library.rec_launches())]
 
+    def copies(self) -> list[RecordedLaunch]:
+        """``launches``, which stay as they are when others are recorded."""
+        return [RecordedLaunch.from_buffer_copy(launch) for launch in self.launches]
+
     @property
     def broken_rule(self) -> str:
         """The rule that was broken last; "" if none was."""
@@ -108,14 +115,62 @@ def argument_bytes(instance: Instance) -> int:
     return maps * MAP_BYTES + struct.size
 
 
+def built_host(recording: RecordingDriver) -> library.Library:
+    """The C++ host, ``csrc/sm90/host.cu`` with all launches, compiled by nvcc over the recording driver and runtime.
+
+    Kernels have no bodies there, so that they compile at once.
+
+    Raises:
+        BuildError: there is no nvcc, or the sources do not compile.
+    """
+    csrc = native.source_folder()
+    key = hashlib.sha256((build.fingerprint(csrc) + Path(__file__).read_text(encoding="utf-8")).encode())
+    path = compiled.kept(f"recorded-host-{key.hexdigest()[:24]}.so", functools.partial(_compile_host, csrc))
+    host = library.Library(path)
+    sizes = host._library.recorded_argument_bytes
+    sizes.restype = ctypes.c_uint
+    recording.library.rec_set_argument_bytes(sizes)
+    return host
+
+
+_BODY = re.compile(r"(FA_GLOBAL\([^\n]*\)\n\w+\(FA_KERNEL_ARGUMENT \w+ \w+\)) \{\n[^}]*\}")
+_SIZES = """
+extern "C" __attribute__((visibility("default"))) unsigned recorded_argument_bytes(char const* kernel) {
+  auto const takes = [&](char const* type) { return __builtin_strstr(kernel, type) != nullptr; };
+  if (takes("11ForwardArgs")) return sizeof(fa::sm90::ForwardArgs);
+  if (takes("12BackwardArgs")) return sizeof(fa::sm90::BackwardArgs);
+  if (takes("10DecodeArgs")) return sizeof(fa::sm90::DecodeArgs);
+  return takes("14BackwardParams") ? sizeof(fa::BackwardParams) : sizeof(fa::DecodeParams);
+}
+"""
+
+
+def _compile_host(csrc: Path, path: Path) -> None:
+    instances = library_instances(csrc)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("common", "sm90"):
+            shutil.copytree(csrc / name, folder / name)
+        for source in (folder / "sm90").glob("*.cuh"):
+            source.write_text(_BODY.sub(r"\1 {}", source.read_text()))
+        lines = [line for instance in instances for line in build.instance_source(instance).splitlines()[1:]]
+        whole = folder / "whole.cu"
+        whole.write_text("\n".join(['#include "sm90/host.cu"', '#include "sm90/launch.cuh"', *lines, _SIZES]))
+        command = [build.find_nvcc(), "-std=c++17", "-O0", "-w", *build.ARCHITECTURE]
+        command += ["-Xcompiler=-fPIC", "-cudart", "none", "-shared", f"-I{folder}", str(whole), "-o", str(path)]
+        code, said = compiled.run(command)
+    if code:
+        raise compiled.BuildError(f"the host code does not compile:\n{said}")
+
+
 @functools.cache
 def _built() -> Path:
-    key = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:24]
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:24]
     return compiled.kept(f"recording-{key}-libcuda.so.1", _compile)
 
 
 def _compile(path: Path) -> None:
-    command = ["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(SOURCE), "-o", str(path)]
+    command = ["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(SOURCES[0]), "-o", str(path)]
     code, said = compiled.run(command)
     if code:
         raise RuntimeError(f"the recording driver does not compile:\n{said}")

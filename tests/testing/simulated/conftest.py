@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastattn import evidence
 from fastattn.backends import cpu
 from fastattn.testing import simulated
 from fastattn.testing.simulated.kernels import fast_interpreter
-from fastattn.testing.simulated.recording import RecordingDriver
+from fastattn.testing.simulated.recording import RecordingDriver, built_host
 
 pytest.importorskip("triton")
 
@@ -24,6 +25,8 @@ def libraries() -> list[Path]:
         pytest.skip(reason)
     cpu.BACKEND.unavailable_reason()
     loaded = [Path(simulated.load()._name), RecordingDriver().path]
+    if shutil.which("nvcc"):
+        built_host(RecordingDriver())
     return [path for folder in {path.parent for path in loaded} for path in folder.glob("*.so*")]
 
 
