@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.backends.base import Outputs
-from fastattn.plan import Plan
+from fastattn.plan import ALIGNMENT, Plan
 from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
@@ -40,6 +40,11 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
         return out, lse
     out, lse, _ = Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
     return out, lse
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy that lies as kernels on an accelerator were compiled to find it."""
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
 def needs_gradient(inputs: Inputs) -> bool:
@@ -148,8 +153,9 @@ class PlannedAttention(torch.autograd.Function):
             dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
         is_plain = is_plain and not needs_more
+        is_plain = is_plain and plan.deterministic == torch.are_deterministic_algorithms_enabled()
         if is_plain and dout.dtype is out.dtype and not dout.is_neg():
-            grads = plan.backward(dout.contiguous(), out, *kept, q, k, v, *more)
+            grads = plan.backward(_aligned(dout.contiguous()), out, *kept, q, k, v, *more)
         else:
             dout = dout.transpose(1, 2) if plan.heads_first else dout
             operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))

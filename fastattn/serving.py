@@ -83,7 +83,10 @@ def _planned(
     if not plan.is_plain((*qkv, *more_of(inputs))) or (needs_grad and not all(x.requires_grad for x in qkv)):
         return None
     found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad, with_lse=with_lse, heads_first=heads_first)
-    return None if found is None else Plan(*found, ops.flatten(inputs, spec, backend)[len(TENSORS) :], heads_first)
+    if found is None:
+        return None
+    scalars = ops.flatten(inputs, spec, backend)[len(TENSORS) :]
+    return Plan(*found, scalars, torch.are_deterministic_algorithms_enabled(), heads_first)
 
 
 def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

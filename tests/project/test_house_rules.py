@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec"},
     "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
-    "evidence": {"files", "problem", "state", "version"},
+    "evidence": {"compiled", "files", "problem", "state", "version"},
     "plan": {"backends", "state", "storage", "torch_internals"},
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
