@@ -1,6 +1,7 @@
 """finetune, evaluate, generate and example through main([...]): what they print, write and refuse."""
 
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -310,3 +311,44 @@ def test_numbers_with_fractions_are_no_classes(tmp_path, capsys):
     command = ["finetune", "--data", path, "--preset", "tiny", "--out", tmp_path / "run", *QUICK]
     words = "3 numbers with fractions, such as 2.2, which are no classes: predict numbers with --task regression"
     fails(capsys, [*command, "--task", "classify", "--field", "label=score"], words)
+
+
+def typed(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_a_conversation_is_learned_and_held(tmp_path, capsys, monkeypatch):
+    """finetune --task chat, chat, and predict, from conversations in the form that everyone has them."""
+    path, run = tmp_path / "chats.jsonl", str(tmp_path / "run")
+    talks = [
+        [("user", "say up"), ("assistant", "UP"), ("user", "again"), ("assistant", "UP UP"), ("user", "thanks")],
+        [("user", "say down"), ("assistant", "DOWN"), ("user", "again"), ("assistant", "DOWN DOWN")],
+    ]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["finetune", "--task", "chat", "--data", str(path), "--eval", str(path), "--preset", "tiny", "--out", run]
+    flags = ["--steps", "150", "--lr", "1e-2", "--save-every", "1000", "--eval-every", "1000"]
+    assert main([*command, *flags, *QUICK]) == 0
+    assert re.search(r"held-out exact match +1\.0", capsys.readouterr().out)
+    command = ["chat", "--checkpoint", run, "--temperature", "0", "--tokens", "20", "--device", "cpu"]
+    typed(monkeypatch, "say down\nagain\n<|end|>\n/new\n\nsay up\n/exit\nsay down\n")
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert said.out == "DOWN\nDOWN DOWN\nUP\n"
+    assert re.fullmatch(r"fastattn chat: A message contains the special token '<\|end\|>'\. Remove it: .*\n", said.err)
+    typed(monkeypatch, json.dumps(lines[0]) + "\nsay down\n")
+    assert main(["predict", "--checkpoint", run, "--quiet", "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1]["prediction"] == {"response": "DOWN"} and len(rows[0]["input"]["messages"]) == 5
+    typed(monkeypatch, "say up\n" * 90)
+    assert main([*command, "--system", "be brief"]) == 0  # the oldest turns are forgotten
+    assert "oldest turns are forgotten: the model reads 256 tokens" in capsys.readouterr().err
+    fails(capsys, [*command, "--tokens", "0"], "--tokens: got 0")
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    fails(capsys, [*command, "--chat-template", tmp_path / "bad.jinja"], "The chat template is not valid Jinja")
+    step = find_checkpoint(tmp_path / "run").folder
+    state = json.loads((step / "trainer.json").read_text())
+    state["settings"].pop("chat_template")
+    (step / "trainer.json").write_text(json.dumps(state))
+    (step / "checksums.json").unlink()
+    fails(capsys, command, "has no chat template: fine-tune it with fastattn finetune --task chat")

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
-from jinja2.ext import loopcontrols as LoopControls  # noqa: N812 - the library's alias of a class
+from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer

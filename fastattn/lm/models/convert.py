@@ -72,7 +72,7 @@ def from_pretrained(
     with _open(folder, hf_format) as stored:
         config = _config(hf_format, fields, stored, folder)
         config = dataclasses.replace(config, attention=attention)
-        head = None if backbone_only else _head_class(hf_format, fields)
+        head = None if backbone_only else head_class(hf_format, fields)
         with torch.device("meta"):
             model = _build(config, head, stored, fields)
         names = {ours: hf_format.names(ours, config, head) for ours in model.state_dict()}
@@ -218,7 +218,7 @@ def _config(hf_format: HFFormat, fields: Json, stored: Tensors, folder: Path) ->
         raise DataError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _head_class(hf_format: HFFormat, fields: Json) -> str | None:
+def head_class(hf_format: HFFormat, fields: Json) -> str | None:
     """The class of ``heads.py`` for the model that ``config.json`` names."""
     architecture = (fields.get("architectures") or [hf_format.architecture])[0]
     of_theirs = hf_format.also | {theirs: ours for ours, (theirs, _) in hf_format.heads.items()}

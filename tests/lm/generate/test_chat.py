@@ -51,8 +51,8 @@ def test_the_tokens_are_those_of_transformers_and_the_assistants_are_marked(sour
     assert template.prompt(TALK[:3]) == theirs.apply_chat_template(TALK[:3], add_generation_prompt=True, **options)
     ids, learned = template.learned(TALK)
     assert ids == theirs.apply_chat_template(TALK, **options)
-    said = tokens.decode([x for x, is_learned in zip(ids, learned, strict=True) if is_learned], skip_special_tokens=False)
-    assert said == f"Hi{stop}So long{stop}"
+    said = [token for token, is_learned in zip(ids, learned, strict=True) if is_learned]
+    assert tokens.decode(said, skip_special_tokens=False) == f"Hi{stop}So long{stop}"
     assert [tokens.id_to_token(x) for x in template.stops] == [stop]
     assert tokens.encode("<|end|>", add_special_tokens=False).ids != [1]  # ours was not changed
 
@@ -83,6 +83,7 @@ def test_messages_have_two_forms():
 
 def test_the_tokenizers_settings_hold_templates_in_several_forms():
     assert template_of({"chat_template": "x"}) == "x"
-    assert template_of({"chat_template": [{"name": "tools", "template": "y"}, {"name": "default", "template": "x"}]}) == "x"
-    assert template_of({}) is None
-    assert token_named({"eos_token": {"content": "</s>"}}, "eos_token") == "</s>" and token_named({}, "bos_token") is None
+    several = [{"name": "tools", "template": "y"}, {"name": "default", "template": "x"}]
+    assert template_of({"chat_template": several}) == "x" and template_of({}) is None
+    assert token_named({"eos_token": {"content": "</s>"}}, "eos_token") == "</s>"
+    assert token_named({}, "bos_token") is None
