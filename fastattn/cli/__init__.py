@@ -19,6 +19,7 @@ from fastattn.cli import (
     doctor,
     evaluate,
     example,
+    export,
     finetune,
     generate,
     glue,
@@ -35,7 +36,8 @@ from fastattn.version import __version__
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
 COMMANDS = (
-    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, example, demo,
+    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export,
+    example, demo,
 )  # fmt: skip
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastattn.errors import DataError
-from fastattn.lm.finetune.load import is_finetuned, load_generative_model
+from fastattn.lm.finetune.load import is_finetuned, load_finetuned, load_generative_model
 from fastattn.lm.generate import ChatTemplate, Texts
 from fastattn.lm.generate.protocols import is_decoder, is_encoder_decoder
+from fastattn.lm.models import save_pretrained
 from fastattn.lm.train.hf_folder import AnySource
 
 
@@ -61,3 +64,29 @@ def load_texts(
         template = ChatTemplate(source, tokenizer, begin=begin, end=end)
     ends = [*checkpoint.ends(), *(template.stops if template else ())]
     return Texts(model, tokenizer, start=begin, end=end, target=target, stop=stop, ends=ends), template
+
+
+def export(checkpoint: AnySource, path: str | Path) -> str:
+    """Write the model of a checkpoint, its tokenizer and its chat template as a folder in Hugging Face's format.
+
+    Args:
+        checkpoint: as in ``load_model``; a model with the head of a task keeps it.
+        path: of the folder, which must not exist.
+
+    Returns:
+        the class of transformers that loads it.
+
+    Raises:
+        InputError: the model has no Hugging Face equivalent.
+        DataError: the checkpoint is damaged, or the folder exists.
+    """
+    found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
+    tokenizer = checkpoint.tokenizer()
+    special = checkpoint.special_tokens(tokenizer)
+    ids = {"eos": special.end, "pad": special.end} | ({} if special.begin is None else {"bos": special.begin})
+    if is_encoder_decoder(found):
+        ids["decoder_start"] = special.target
+    save_pretrained(
+        found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template
+    )  # fmt: skip
+    return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]

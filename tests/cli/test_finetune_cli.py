@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from fastattn.cli import finetune, main
@@ -16,7 +17,7 @@ from fastattn.lm.finetune.datasets import read_examples
 from fastattn.lm.finetune.examples import FIELDS
 from fastattn.lm.finetune.run import FinetuneConfig
 from fastattn.lm.finetune.tasks import TASKS
-from fastattn.lm.models import PRESETS, make_model, preset, save_pretrained
+from fastattn.lm.models import PRESETS, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.lm.train import find_checkpoint
 from fastattn.lm.train.tokens import train_tokenizer
 
@@ -352,3 +353,53 @@ def test_a_conversation_is_learned_and_held(tmp_path, capsys, monkeypatch):
     (step / "trainer.json").write_text(json.dumps(state))
     (step / "checksums.json").unlink()
     fails(capsys, command, "has no chat template: fine-tune it with fastattn finetune --task chat")
+
+
+def test_folders_of_hugging_face_are_used_as_they_are(out, data, tmp_path, capsys, monkeypatch):
+    """export a run; chat, generate, evaluate and predict take the folder as they took the run, and so do others."""
+    tokenizer = train_tokenizer(["up and down, left and right"], 280)
+    model = make_model(dataclasses.replace(preset("tiny", 280), width=32, layers=1, heads=2, kv_heads=1))
+    folder = tmp_path / "qwen3"
+    save_pretrained(model, folder, tokenizer=tokenizer, special_tokens={"bos": 0, "eos": 1})
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
+    command = ["generate", "--checkpoint", str(folder), "--prompt", "up", "--tokens", "4", "--device", "cpu"]
+    assert main(command) == 0 and capsys.readouterr().out.startswith("up")
+    fails(capsys, ["chat", "--checkpoint", folder], "has no chat template")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    typed(monkeypatch, "up\n")
+    assert main(["chat", "--checkpoint", str(folder), "--tokens", "3", "--device", "cpu"]) == 0
+    assert main(["evaluate", "--checkpoint", str(folder), "--data", str(data), "--device", "cpu", "--quiet"]) == 0
+    assert re.search("bits per byte", capsys.readouterr().out)
+    fails(
+        capsys, ["predict", "--checkpoint", folder, "--data", data], "is a model of text alone; it has the head of no"
+    )
+    # a classifier
+    bert = dataclasses.replace(preset("bert-tiny", 280), width=32, layers=1, heads=2, max_length=64, pooler=True)
+    torch.manual_seed(0)
+    model = SequenceClassifier(make_model(bert), 3, labels=("up", "down", "left"))
+    save_pretrained(model, tmp_path / "bert", tokenizer=tokenizer)
+    typed(monkeypatch, "up number 3\n")
+    assert main(["predict", "--checkpoint", str(tmp_path / "bert"), "--quiet", "--device", "cpu"]) == 0
+    prediction = json.loads(capsys.readouterr().out)["prediction"]
+    assert set(prediction["probabilities"]) == {"up", "down", "left"}
+    scores = ["evaluate", "--checkpoint", str(tmp_path / "bert"), "--data", str(data), "--device", "cpu", "--quiet"]
+    assert main(scores) == 0 and "F1 (macro)" in capsys.readouterr().out
+
+
+def test_export(tmp_path, capsys):
+    """What was trained here computes the same in transformers."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"one and two and three, number {number}\n" * 5)
+    run, folder = str(tmp_path / "run"), str(tmp_path / "folder")
+    command = ["train", "--data", str(tmp_path / "text"), "--out", run, "--steps", "2", "--length", "32"]
+    assert main([*command, "--eval-rows", "2", *QUICK]) == 0
+    assert main(["export", "--checkpoint", run, "--out", folder]) == 0
+    assert capsys.readouterr().out.endswith("Qwen3ForCausalLM\n")
+    fails(capsys, ["export", "--checkpoint", run, "--out", folder], "exists already")
+    ours, theirs = find_checkpoint(tmp_path / "run").load_pretrained(), transformers.AutoModelForCausalLM
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("one and two", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = theirs.from_pretrained(folder)(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-5, rtol=0)

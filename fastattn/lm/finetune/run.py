@@ -199,8 +199,9 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
     is_tuned = isinstance(source, Checkpoint) and is_finetuned(source)
     found: Any = load_finetuned(source).model if is_tuned else source.load_pretrained()
     backbone: Any = getattr(found, "backbone", found)
-    fresh = make_model(config.adjusted(backbone.config))
-    fresh.load_state_dict(backbone.state_dict())
+    with torch.device("meta"):  # the weights exist once
+        fresh = make_model(config.adjusted(backbone.config))
+    fresh.load_state_dict(backbone.state_dict(), assign=True)
     return source.tokenizer(), fresh, source.chat_template
 
 
