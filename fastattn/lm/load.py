@@ -80,13 +80,11 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
         InputError: the model has no Hugging Face equivalent.
         DataError: the checkpoint is damaged, or the folder exists.
     """
-    found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
+    found: Any = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
     tokenizer = checkpoint.tokenizer()
     special = checkpoint.special_tokens(tokenizer)
     ids = {"eos": special.end, "pad": special.end} | ({} if special.begin is None else {"bos": special.begin})
     if is_encoder_decoder(found):
         ids["decoder_start"] = special.target
-    save_pretrained(
-        found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template
-    )  # fmt: skip
+    save_pretrained(found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template)
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]

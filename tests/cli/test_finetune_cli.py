@@ -370,9 +370,7 @@ def test_folders_of_hugging_face_are_used_as_they_are(out, data, tmp_path, capsy
     assert main(["chat", "--checkpoint", str(folder), "--tokens", "3", "--device", "cpu"]) == 0
     assert main(["evaluate", "--checkpoint", str(folder), "--data", str(data), "--device", "cpu", "--quiet"]) == 0
     assert re.search("bits per byte", capsys.readouterr().out)
-    fails(
-        capsys, ["predict", "--checkpoint", folder, "--data", data], "is a model of text alone; it has the head of no"
-    )
+    fails(capsys, ["predict", "--checkpoint", folder, "--data", data], "it has the head of no task")
     # a classifier
     bert = dataclasses.replace(preset("bert-tiny", 280), width=32, layers=1, heads=2, max_length=64, pooler=True)
     torch.manual_seed(0)

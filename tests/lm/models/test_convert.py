@@ -96,7 +96,7 @@ def test_a_tokenizer_and_special_tokens_go_along(tmp_path):
     [
         (
             lambda f: change(f, model_type="mamba"),
-            "holds a model of type 'mamba'; fastattn has gpt2, bert, llama, qwen2",
+            "model of type 'mamba'; fastattn has gpt2, bert, llama, qwen2",
         ),
         (lambda f: change(f, hidden_size=None), "config.json lacks 'hidden_size'"),
         (lambda f: change(f, hidden_act="relu"), "hidden_act is 'relu' in config.json, and fastattn has only 'silu'"),

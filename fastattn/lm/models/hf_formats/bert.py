@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Tensors, activation, activation_name, refuse
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Table, Tensors, activation, activation_name, refuse
 
 # What all of them have: the blocks of 2017, learned positions, a norm of the embeddings.
 _SHARED: dict[str, Any] = {
@@ -90,9 +90,7 @@ def _write_distilbert(config: TransformerConfig) -> Json:
     }
 
 
-def _like_bert(
-    model_type: str, name: str, classifier: dict[str, str], transform: dict[str, str], **more: Any
-) -> HFFormat:
+def _like_bert(model_type: str, name: str, classifier: Table, transform: Table, **more: Any) -> HFFormat:
     """A format with BERT's names of the backbone."""
     return HFFormat(
         model_type=model_type,
@@ -125,7 +123,7 @@ def _like_bert(
     )
 
 
-def _heads(name: str, classifier: dict[str, str], transform: dict[str, str]) -> dict[str, tuple[str, dict[str, str]]]:
+def _heads(name: str, classifier: Table, transform: Table) -> dict[str, tuple[str, Table]]:
     return {
         "MaskedLM": (f"{name}ForMaskedLM", transform),
         "SequenceClassifier": (f"{name}ForSequenceClassification", classifier),
