@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.backends.base import Outputs
-from fastattn.plan import Plan
-from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
+from fastattn.plan import ALIGNMENT, Plan
+from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
 
@@ -42,17 +42,24 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
     return out, lse
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy that lies as kernels on an accelerator were compiled to find it."""
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 def needs_gradient(inputs: Inputs) -> bool:
     """Whether autograd will ask for the gradient of any input."""
     tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
 
 
-def attend_as_planned(plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def attend_as_planned(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()
+) -> Tensor | tuple[Tensor, Tensor]:
     """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
     if plan.backward is not None:
-        return PlannedAttention.apply(q, k, v, plan, with_lse)
-    out, *kept = plan.forward(q, k, v)
+        return PlannedAttention.apply(q, k, v, plan, with_lse, *more)
+    out, *kept = plan.forward(q, k, v, *more)
     out = out.transpose(1, 2) if plan.heads_first else out
     return (out, _lses(kept)[0]) if with_lse else out
 
@@ -128,29 +135,36 @@ class PlannedAttention(torch.autograd.Function):
     """Attention on q, k and v by a plan. Calls under a transform or a compiler never come here: they have no plan."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> Any:
-        results = plan.forward(q, k, v)
-        ctx.save_for_backward(*results, q, k, v)
-        ctx.plan = plan
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, *more: Tensor | None) -> Any:
+        results = plan.forward(q, k, v, *more)
+        ctx.save_for_backward(*results, q, k, v, *more)
+        ctx.plan, ctx.count = plan, len(results)
         ctx.set_materialize_grads(False)
         out = results[0].transpose(1, 2) if plan.heads_first else results[0]
         return (out, _lses(results[1:])[0]) if with_lse else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        plan, (out, *kept, q, k, v) = ctx.plan, ctx.saved_tensors
+        plan, saved = ctx.plan, ctx.saved_tensors
+        (out, *kept), (q, k, v, *more) = saved[: ctx.count], saved[ctx.count :]
+        needs = dict(zip(MORE, ctx.needs_input_grad[5:], strict=False))
+        needs_more = needs.get("bias", False) or needs.get("sinks", False)
         if dout is None:
             dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
+        is_plain = is_plain and not needs_more
+        is_plain = is_plain and plan.deterministic == torch.are_deterministic_algorithms_enabled()
         if is_plain and dout.dtype is out.dtype and not dout.is_neg():
-            grads = plan.backward(dout.contiguous(), out, *kept, q, k, v)
+            grads = plan.backward(_aligned(dout.contiguous()), out, *kept, q, k, v, *more)
         else:
             dout = dout.transpose(1, 2) if plan.heads_first else dout
             operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
-            flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
-            needed = [True, True, True, False, False]
-            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)[:3]
-        return *(x.transpose(1, 2) if plan.heads_first else x for x in grads), None, None
+            flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
+            needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
+            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
+        of_qkv = (x.transpose(1, 2) if plan.heads_first else x for x in grads[:3])
+        of_more = dict(zip(DIFFERENTIABLE, grads, strict=False)) if needs_more else {}
+        return *of_qkv, None, None, *(of_more[name] if needed else None for name, needed in needs.items())
 
 
 class AttentionBackward(torch.autograd.Function):

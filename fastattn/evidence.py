@@ -31,8 +31,8 @@ from typing import Any
 
 import torch
 
-from fastattn import state
-from fastattn.files import cache_root, replaced_file
+from fastattn import compiled, state
+from fastattn.files import replaced_file
 from fastattn.problem import Problem
 from fastattn.version import __version__
 
@@ -200,14 +200,11 @@ def _only_one(key: str) -> Iterator[None]:
 
 
 def _folder() -> Path | None:
-    """A folder for verdicts that this user can write: in the cache, else among temporary files; None without one."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    for root in (cache_root, lambda: Path(tempfile.gettempdir()) / f"fastattn-{user}"):
+    """A folder for verdicts that this user can write; None without one. A verdict decides which code runs, as code."""
+    for root in compiled.folders():
         with contextlib.suppress(OSError):
-            folder = root() / "self-check"
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-                continue  # a verdict decides which code runs, so one of another user is not trusted
+            folder = root / "self-check"
+            folder.mkdir(exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
     return None

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastattn import plan, reference
@@ -13,7 +14,7 @@ from fastattn.arguments import Window, dense_problem, packed_problem, torch_prob
 from fastattn.autograd import needs_gradient
 from fastattn.dispatch import Explanation, check_name, requested
 from fastattn.errors import input_error
-from fastattn.layout import Layout, from_internal
+from fastattn.layout import Layout, check_cu_seqlens_values, from_internal
 from fastattn.nested import Packed
 from fastattn.ops import without_autocast
 from fastattn.problem import Inputs, Problem, check_inputs
@@ -107,12 +108,12 @@ def attention(
     if return_weights not in (False, True, "mean"):
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
-    kind = None
-    if bias is mask is alibi_slopes is sinks is segment_ids is None and not dropout_p and not return_weights:
+    kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids)
+    if more is not None and not dropout_p and not return_weights:
         options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
-        kind, planned = plan.look_up((q, k, v), options)
+        kind, planned = plan.look_up((q, k, v, *more), options)
         if planned is not None:
-            return by_plan(planned, q, k, v, return_lse)
+            return by_plan(planned, q, k, v, return_lse, more)
     given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
@@ -133,6 +134,21 @@ def attention(
             weights = reference.mean_weights if return_weights == "mean" else reference.weights
             extras.append(weights(inputs, spec))
     return (out, *extras) if extras else out
+
+
+def _more(
+    bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, segment_ids: Any
+) -> tuple[Tensor | None, ...] | None:
+    """What follows q, k and v in a planned call, in the shapes of ``Inputs``; None for what the long way refuses."""
+    if bias is mask is alibi_slopes is sinks is segment_ids is None:
+        return ()
+    segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    found: list[Any] = []
+    for x, dims in ((bias, 4), (mask, 4), (alibi_slopes, 2), (sinks, 2)):
+        if x is not None and (type(x) not in (Tensor, Parameter) or x.dim() > dims):
+            return None
+        found.append(x if x is None or x.dim() == dims else x[(None,) * (dims - x.dim())])
+    return (*found, *segments, None, None) if len(segments) == 2 else None
 
 
 def attention_varlen(
@@ -194,6 +210,18 @@ def attention_varlen(
         >>> fastattn.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([7, 4, 32])
     """
+    kind = None
+    if alibi_slopes is sinks is None and not dropout_p and max_seqlen_q is not None and max_seqlen_kv is not None:
+        options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
+        more = (None,) * 6 + (cu_seqlens_q, cu_seqlens_kv)
+        kind, planned = plan.look_up((q, k, v, *more), (*options, requested(backend)))
+        if planned is not None:
+            for name, ends, x, most in (
+                ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
+                ("cu_seqlens_kv", cu_seqlens_kv, k, max_seqlen_kv),
+            ):
+                check_cu_seqlens_values(name, ends.tolist(), x.shape[0], most)
+            return by_plan(planned, q, k, v, return_lse, more)
     inputs, spec = packed_problem(
         q,
         k,
@@ -211,7 +239,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         rng_state=rng_state,
     )
-    out, lse = serve(inputs, spec, backend)
+    out, lse = serve(inputs, spec, backend, kind=kind, with_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -256,11 +284,13 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     kind = None
-    if attn_mask is None and not dropout_p:
+    is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    more = _more(*(None, attn_mask) if is_boolean else (attn_mask, None), None, None, None)  # type: ignore[call-arg]
+    if more is not None and not dropout_p:
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
-        kind, planned = plan.look_up((query, key, value), options)
+        kind, planned = plan.look_up((query, key, value, *more), options)
         if planned is not None:
-            return _in_order_of(query, by_plan(planned, query, key, value, False))  # type: ignore[arg-type]
+            return _in_order_of(query, by_plan(planned, query, key, value, False, more))  # type: ignore[arg-type]
     if has_torch_function_variadic(query, key, value):
         given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
         scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}

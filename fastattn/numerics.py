@@ -23,11 +23,11 @@ from fastattn.torch_internals import is_transformed
 NEVER = float("-inf")  # lse of an empty row, whose lse_low is 0
 
 
-def split_lse(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """``(lse, lse_low)`` of rows whose largest score is ``largest``, with ``total = sum(exp(score - largest))``."""
-    log_total = total.log()
-    lse = largest + log_total
-    return lse, torch.where(lse == NEVER, 0, (largest - lse) + log_total)
+def split_lse(largest: Tensor, total: Tensor, low: Tensor | float = 0) -> tuple[Tensor, Tensor]:
+    """``(lse, lse_low)`` of rows with the largest score ``m = largest + low``, and ``total = sum(exp(score - m))``."""
+    rest = total.log() + low
+    lse = largest + rest
+    return lse, torch.where(lse == NEVER, 0, (largest - lse) + rest)
 
 
 def merge_lse(lses: Tensor, lows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,9 +43,11 @@ def merge_lse(lses: Tensor, lows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     largest = lses.amax(0)
     base = torch.where(largest == NEVER, 0, largest)
-    weights = torch.exp((lses - base) + lows)
+    base_low = torch.where(lses == base, lows, NEVER).amax(0)  # up to 128 beside scores of 4e9: exp would overflow
+    base_low = torch.where(base_low == NEVER, 0, base_low)
+    weights = torch.exp((lses - base) + (lows - base_low))
     total = weights.sum(0)
-    return *split_lse(base, total), weights / torch.where(total == 0, 1, total)
+    return *split_lse(base, total, base_low), weights / torch.where(total == 0, 1, total)
 
 
 def kept_product(weights: Tensor, x: Tensor, kept: Tensor) -> Tensor:

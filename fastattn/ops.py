@@ -119,8 +119,10 @@ def _check_values(inputs: Inputs) -> None:
 def prepared(
     inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool, with_lse: bool, heads_first: bool
 ) -> tuple[Run, Run | None] | None:
-    """Runs for calls on q, k and v like this one, forward and backward; None if its backend has none."""
+    """Runs for calls like this one, forward and backward; None if its backend has none."""
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
+    if inputs.has_more_than_qkv and not chosen.prepares_more:
+        return None
     forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
     backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
     return None if forward is None or (needs_grad and backward is None) else (forward, backward)
@@ -128,8 +130,8 @@ def prepared(
 
 def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
     """A meta tensor with the strides that a contiguous gradient of ``out`` has in the internal layout."""
-    batch, rows, heads, dim = inputs.out_shape()
-    shape = (batch, heads, rows, dim) if heads_first else (batch, rows, heads, dim)
+    *batch, rows, heads, dim = inputs.out_shape()
+    shape = (*batch, heads, rows, dim) if heads_first else (*batch, rows, heads, dim)
     dout = torch.empty(shape, dtype=inputs.q.dtype, device="meta")
     return dout.transpose(1, 2) if heads_first else dout
 

@@ -31,18 +31,20 @@ _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Functions prepared for calls of one kind, on q, k and v alone.
+    """Functions prepared for calls of one kind.
 
     Attributes:
-        forward: ``(q, k, v) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
-        backward: ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        forward: ``(q, k, v, *more) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
+        backward: ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``; None where nothing needs a gradient.
         scalars: the arguments of the operators that follow the tensors.
+        deterministic: ``torch.are_deterministic_algorithms_enabled()`` of the calls; backward kernels depend on it.
         heads_first: q, k, v and out are ``(B, H, S, D)``. The runs are given them so, and return ``(B, S, H, D)``.
     """
 
     forward: Run
     backward: Run | None
     scalars: tuple[Any, ...]
+    deterministic: bool
     heads_first: bool = False
 
 

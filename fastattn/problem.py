@@ -99,6 +99,7 @@ class Inputs:
 # The tensor fields of Inputs in order, and those among them that have a gradient.
 TENSORS = tuple(f.name for f in dataclasses.fields(Inputs) if not f.name.startswith("max_"))
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+MORE = TENSORS[3:-1]  # what a prepared run may be given after q, k and v: all of them but the seed of dropout
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,14 @@ def is_watched() -> bool:
     )
 
 
+def current_raw_stream(device: torch.device) -> int:
+    """The handle of the current stream of a CUDA device, without an object around it; 0 for host memory."""
+    if device.type != "cuda":
+        return 0
+    handle = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device).cuda_stream if handle is None else handle(device.index)
+
+
 def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
     """Shortest and longest length of a jagged nested tensor, or None for those that it has not stored."""
     return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)

@@ -61,6 +61,7 @@ class Backend:
 
     name: str
     capabilities: Capabilities
+    prepares_more: bool = False  # prepared runs take the tensors of problem.MORE, too
     checks_cache_values: bool = False  # attend_to_cache itself makes the checks of kv_cache.check_cache_values
 
     def unavailable_reason(self) -> str | None:
@@ -103,17 +104,17 @@ class Backend:
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
     def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-        """``forward`` for calls like this one, as a function of q, k and v; there are no other tensors.
+        """``forward`` for calls like this one, as a function of q, k, v and, if ``prepares_more``, of ``problem.MORE``.
 
-        The function reads only the addresses of q, k and v: it takes their shapes and strides from ``inputs``, and may
-        be given any view that begins at the same element. It returns ``(out, *kept)``, where ``kept`` is lse and
-        lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it returns ``(out,)``. None means that calls like
-        this one have to use ``forward``.
+        The function reads only the addresses of the tensors: it takes their shapes and strides from ``inputs``, and may
+        be given any view that begins at the same element. Of ``MORE`` it is given all or, if all are None, none. It
+        returns ``(out, *kept)``, where ``kept`` is lse and lse_low, or one tensor ``(2, ...)`` of both; without
+        ``keep`` it returns ``(out,)``. None means that calls like this one have to use ``forward``.
         """
         return None
 
     def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        """A function ``(dout, out, *kept, q, k, v) -> (dq, dk, dv)``, on the terms of ``prepared_forward``.
+        """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``, on the terms of ``prepared_forward``.
 
         ``dout`` is on the meta device and has the strides that gradients of out will have.
         """

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 
 from fastattn.cli import (
     build,
+    chat,
     config,
     demo,
     doctor,
     evaluate,
     example,
+    export,
     finetune,
     generate,
     glue,
@@ -33,7 +35,10 @@ from fastattn.version import __version__
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
-COMMANDS = (info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, example, demo)
+COMMANDS = (
+    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export,
+    example, demo,
+)  # fmt: skip
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

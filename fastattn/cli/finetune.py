@@ -24,6 +24,7 @@ examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_
   qa          question, context, answer   and answer_start, the character where it begins, if it occurs twice
   seq2seq     source, target              translation, summarisation; or two files, line by line
   instruct    prompt, response            the response is learned, right after the prompt
+  chat        messages, response          {role, content} each; without a response, the assistant's last message
 
 The columns of GLUE, SQuAD, CNN/DailyMail, WMT, Alpaca and CoNLL are known; --field names others.
 """
@@ -39,6 +40,7 @@ FLAGS = (
     Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula", ("fastattn", "eager")),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the examples, with --preset"),
     Flag("--held-out", "held_out", float, 0.1, "part of --data kept for evaluation if there is no --eval"),
+    Flag("--chat-template", "chat_template", str, None, "of chat: a Jinja template; else that of the model, or ChatML"),
     Flag("--length", "length", int, None, "most tokens in a row; the model's if not given"),
     Flag("--dropout", "dropout", float, None, "probability of dropping; the model's if not given"),
     Flag("--epochs", "epochs", float, 3.0, "passes over the examples"),
@@ -48,7 +50,7 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
-TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct")
+TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat")
 _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             for name in ("task", "data", "checkpoint", "pretrained", "preset", "columns")
             if name in flags
         }
+        if "chat_template" in flags:
+            start["chat_template"] = _findable(flags.pop("chat_template"))
         config = FinetuneConfig(**start).changed(flags)
     with joined(device.choose(args.device)) as target:
         outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)

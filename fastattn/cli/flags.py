@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastattn.errors import input_error
@@ -84,6 +85,12 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
                 flag.name, dest=flag.field, type=flag.kind, choices=flag.choices, default=argparse.SUPPRESS,
                 metavar=None if flag.choices else flag.kind.__name__.upper(), help=text,
             )  # fmt: skip
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--checkpoint``, of a command that uses a model."""
+    text = "--out of a run (its best, if kept, or newest), one checkpoint, or a folder in Hugging Face's format"
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help=text)
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """``MultiHeadAttention``: ``torch.nn.MultiheadAttention`` on fastattn, with the options of newer models.
 
-Only this file follows torch's conventions for the module: True in a boolean mask means masked, attention masks may have
-the heads folded into the batch, and ``is_causal`` is a hint.
+Torch's conventions for this module stand only here and in ``masks.py``: True in a boolean mask means masked, attention
+masks may have the heads folded into the batch, and ``is_causal`` is a hint.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
 from fastattn.nn.lazy import weights_when_read
+from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
 from fastattn.torch_internals import autocast_dtype
 
@@ -110,7 +111,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
-        _check_options(window, softcap, backend)
+        check_options(window, softcap, backend)
         if window is not None and (add_bias_kv or add_zero_attn):
             todo = "Appended keys have no position that a window could be measured from."
             raise input_error("window", f"{window} with add_bias_kv or add_zero_attn", "one of them", todo)
@@ -193,7 +194,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = self._heads(query, key, value, is_batched)
         batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
         if key_padding_mask is not None or attn_mask is not None or is_causal:
-            self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
+            check_masks(key_padding_mask, attn_mask, is_batched, (batch, self.num_heads, s_q, s_kv))
+            _check_hint(is_causal, attn_mask)
         k, v, appended = self._append_keys(k, v)
 
         window = self.window
@@ -202,12 +204,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
             k, v = k[:, :s_q], v[:, :s_q]  # torch counts from the upper left: no query sees the keys beyond these
             window = (window[0] if window else None, s_q - k.shape[1])
 
-        bias, keep, segment_ids = self._scores_terms(
-            _padded(key_padding_mask, appended), _padded(attn_mask, appended), q
-        )
+        terms = mask_terms(_padded(key_padding_mask, appended), _padded(attn_mask, appended), q)
         options: dict[str, Any] = {
-            "window": window, "softcap": self.softcap, "bias": bias, "mask": keep, "sinks": self.sinks,
-            "segment_ids": segment_ids, "dropout_p": self.dropout if self.training else 0.0,
+            "window": window, "softcap": self.softcap, "sinks": self.sinks,
+            "dropout_p": self.dropout if self.training else 0.0, **terms,
         }  # fmt: skip
         if need_weights and options["dropout_p"]:
             options["rng_state"] = rng.new_rng_state(q.device)
@@ -304,26 +304,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
         appended = len(keys) - 1
         return (torch.cat(keys, 1), torch.cat(values, 1), appended) if appended else (k, v, 0)
 
-    def _scores_terms(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """torch's two masks as ``bias``, ``mask`` (True = attend) and ``segment_ids`` of ``fastattn.attention``."""
-        bias, keep, segment_ids = None, None, None
-        if key_padding_mask is not None:
-            padding = key_padding_mask
-            if padding.dtype != torch.bool:
-                bias = key_padding_mask[..., None, None, :]
-                padding = key_padding_mask == float("-inf")  # torch's layers make it of True; as segments it is skipped
-            segments = torch.atleast_2d(padding).int()  # 1 is a document without queries
-            segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            keep = ~attn_mask
-        elif attn_mask is not None:
-            bias = attn_mask if bias is None else bias + attn_mask
-        return bias, keep, segment_ids
-
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         is_self = query is key is value and self.in_proj_weight is not None
@@ -354,32 +334,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             todo = "Rotary positions count within one sequence: pass one sequence as both, or build it without rope."
             raise input_error("key", f"shape {tuple(key.shape)}, with rope on", f"{tuple(query.shape)}", todo)
 
-    def _check_masks(
-        self,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        is_batched: bool,
-        sizes: tuple[int, int, int],
-    ) -> None:
-        batch, s_q, s_kv = sizes
-        padding_shape = (batch, s_kv) if is_batched else (s_kv,)
-        attn_shapes = [(s_q, s_kv), (batch * self.num_heads, s_q, s_kv)]
-        for name, mask, shapes, advice in (
-            ("key_padding_mask", key_padding_mask, [padding_shape], "It has one entry for each key."),
-            ("attn_mask", attn_mask, attn_shapes, "A mask of each batch entry is repeated for each head."),
-        ):
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                todo = "Convert it with .bool(); True = masked."
-                raise input_error(name, mask.dtype, "torch.bool, or a floating dtype that is added to the scores", todo)
-            if mask.shape not in shapes:
-                raise input_error(name, f"shape {tuple(mask.shape)}", " or ".join(map(str, shapes)), advice)
-        if is_causal and attn_mask is None:
-            todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
-            raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
-
     def extra_repr(self) -> str:
         given = {"window": self.window, "softcap": self.softcap, "backend": self.backend}
         options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
@@ -405,6 +359,12 @@ def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
 def _no_hook(module: nn.Module, args: Any) -> None: ...
 
 
+def _check_hint(is_causal: bool, attn_mask: Tensor | None) -> None:
+    if is_causal and attn_mask is None:
+        todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
+        raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
+
+
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
     """``mask`` with unmasked columns for the appended keys."""
     return mask if mask is None or columns == 0 else F.pad(mask, (0, columns))
@@ -418,12 +378,17 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
-    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if size < 1:
-            raise input_error(name, size, "a positive int", "Check the model's configuration.")
+    check_heads({"embed_dim": embed_dim}, num_heads, num_kv_heads, dropout)
     if embed_dim % num_heads:
         todo = "The heads share embed_dim evenly."
         raise input_error("num_heads", f"{num_heads} for embed_dim {embed_dim}", "a divisor of embed_dim", todo)
+
+
+def check_heads(sizes: dict[str, int], num_heads: int, num_kv_heads: int, dropout: float) -> None:
+    """Raise InputError unless a layer with these ``sizes``, heads and dropout can be built."""
+    for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
+        if size < 1:
+            raise input_error(name, size, "a positive int", "Check the model's configuration.")
     if num_heads % num_kv_heads:
         todo = "Each key/value head serves num_heads // num_kv_heads query heads."
         raise input_error("num_kv_heads", f"{num_kv_heads} for num_heads {num_heads}", "a divisor of num_heads", todo)
@@ -431,7 +396,7 @@ def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: flo
         raise input_error("dropout", dropout, "a probability in [0, 1]", "0 turns dropout off.")
 
 
-def _check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
+def check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
     """Have ``fastattn.attention`` check its own arguments now rather than in the first forward pass."""
     x = torch.empty(1, 1, 1, 1, device="meta")
     explain(x, x, x, window=window, softcap=softcap, backend=backend)

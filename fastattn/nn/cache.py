@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.nn.layer_cache import LayerCache
+from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
 
 FP8 = torch.float8_e4m3fn
 
@@ -33,13 +33,15 @@ class KVCache(LayerCache):
         num_kv_heads: H_kv.
         head_dim: D_qk.
         head_dim_v: D_v; None is ``head_dim``.
+        values_in_keys: the value of a token is the first D_v numbers of its key, as in multi-head latent attention,
+            and is not stored again. What is appended must be so, and ``v_scale`` is None. Not for torch.compile.
         device: where the tensors lie; None is torch's default.
         dtype: of the tensors; None is torch's default. ``torch.float8_e4m3fn`` halves the memory, see ``k_scale``.
         k_scale: fp32 ``(H_kv,)`` of an e4m3 cache: keys are stored divided by it. None is 1.
         v_scale: likewise for the values.
 
     Raises:
-        InputError: a size is not positive.
+        InputError: a size is not positive, or ``values_in_keys`` meets wider values or a ``v_scale``.
 
     Example:
         >>> import torch, fastattn
@@ -60,6 +62,7 @@ class KVCache(LayerCache):
         head_dim: int,
         *,
         head_dim_v: int | None = None,
+        values_in_keys: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         k_scale: Tensor | None = None,
@@ -68,10 +71,11 @@ class KVCache(LayerCache):
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"batch": batch, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         check_sizes(sizes | {"head_dim_v": head_dim_v})
-        self.keys = torch.zeros(batch, max_length, num_kv_heads, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(batch, max_length, num_kv_heads, head_dim_v, device=device, dtype=dtype)
+        shape = (batch, max_length, num_kv_heads)
+        self.keys, self.values = make_stores(shape, (head_dim, head_dim_v), values_in_keys, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.k_scale, self.v_scale = k_scale, v_scale
+        self.k_scale, self.v_scale = scales_of_stores(k_scale, v_scale, values_in_keys)
+        self._stores = (self.keys,) if values_in_keys else (self.keys, self.values)
         self._filled = [0] * batch  # the same numbers, on the host
 
     @property
@@ -97,6 +101,9 @@ class KVCache(LayerCache):
     def row_lengths(self) -> list[int]:
         """Tokens in each row, on the host."""
         return list(self._filled)
+
+    def new_positions(self, tokens: int) -> Tensor:
+        return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of the next ``S`` tokens of every row.
@@ -140,7 +147,7 @@ class KVCache(LayerCache):
             return
         longest = max(self._filled)
         index = torch.tensor(rows).to(self.keys.device, non_blocking=True)
-        for store in (self.keys, self.values):
+        for store in self._stores:
             store[:, :longest] = store[index, :longest]
         self._set([self._filled[row] for row in rows])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastattn.errors import input_error
 from fastattn.nn.cache import check_sizes
-from fastattn.nn.layer_cache import LayerCache
+from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
 
 EVICTED = -1  # in place of a page before the window
 
@@ -87,6 +87,14 @@ class PagedLayer(LayerCache):
     def source(self, source: Any) -> None:
         self.cache.sources[self.index] = source
 
+    def new_positions(self, tokens: int) -> Tensor:
+        """``positions``: a step was made for its tokens."""
+        positions = self.positions
+        if positions.shape[1] != tokens:
+            todo = "Call the layer with the tokens that the step was made for."
+            raise input_error("tokens", tokens, f"{positions.shape[1]}, those of the step", todo)
+        return positions
+
     def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         step = self._step()
         options |= {
@@ -119,6 +127,8 @@ class PagedKVCache:
         layers: of the model.
         max_length: most tokens of a sequence; None is the capacity of all pages.
         head_dim_v: D_v; None is ``head_dim``.
+        values_in_keys: the value of a token is the first D_v numbers of its key, as in multi-head latent attention,
+            and is not stored again. What is appended must be so, and ``v_scale`` is None. Not for torch.compile.
         window: number of keys before a token that it sees, in every layer; None is all.
         device: where the tensors lie; None is torch's default.
         dtype: of keys and values; None is torch's default. ``torch.float8_e4m3fn`` halves the memory.
@@ -126,7 +136,7 @@ class PagedKVCache:
         v_scale: likewise for the values.
 
     Raises:
-        InputError: a size is not positive.
+        InputError: a size is not positive, or ``values_in_keys`` meets wider values or a ``v_scale``.
 
     Source:
         Kwon et al., "Efficient memory management for large language model serving with PagedAttention", 2023.
@@ -155,6 +165,7 @@ class PagedKVCache:
         layers: int = 1,
         max_length: int | None = None,
         head_dim_v: int | None = None,
+        values_in_keys: bool = False,
         window: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -168,8 +179,9 @@ class PagedKVCache:
         if window is not None and window < 0:
             raise input_error("window", window, "an int >= 0, or None", "It counts the neighbours before a token.")
         shape = (layers, num_pages, page_size, num_kv_heads)
-        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, head_dim_v, device=device, dtype=dtype)
+        self.keys, self.values = make_stores(shape, (head_dim, head_dim_v), values_in_keys, device=device, dtype=dtype)
+        self._stores = (self.keys,) if values_in_keys else (self.keys, self.values)
+        k_scale, v_scale = scales_of_stores(k_scale, v_scale, values_in_keys)
         self.k_scale, self.v_scale = (x if x is None else x.expand(layers, -1) for x in (k_scale, v_scale))
         self.max_length, self.window = max_length, window
         self._free = list(range(num_pages))[::-1]
@@ -295,7 +307,7 @@ class PagedKVCache:
             source, target = (
                 torch.tensor(pages).to(self.keys.device, non_blocking=True) for pages in zip(*copies, strict=True)
             )
-            for store in (self.keys, self.values):
+            for store in self._stores:
                 store[:, target] = store[:, source]
         return self._as_step((tuple(sequences), tuple(new), before), width, reuse)
 

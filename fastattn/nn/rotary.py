@@ -91,7 +91,7 @@ def rotary_tables(
         >>> cos.shape
         torch.Size([5, 32])
     """
-    _check(head_dim, base)
+    check_rotary(head_dim, base)
     exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
     frequencies = base**-exponents
     if scaling is not None:
@@ -129,7 +129,7 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        _check(head_dim, base)
+        check_rotary(head_dim, base)
         self.head_dim = head_dim
         self.base = float(base)
 
@@ -162,7 +162,8 @@ class Rotary(nn.Module):
         return f"head_dim={self.head_dim}, base={self.base:g}"
 
 
-def _check(head_dim: int, base: float) -> None:
+def check_rotary(head_dim: int, base: float) -> None:
+    """Raise InputError unless ``head_dim`` dims can be turned with this base."""
     if head_dim < 2 or head_dim % 2:
         raise input_error("head_dim", head_dim, "an even number", "Rotary embedding turns pairs of head dims.")
     if not 0 < base < float("inf"):

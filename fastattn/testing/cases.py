@@ -15,7 +15,8 @@ from fastattn.problem import DIFFERENTIABLE
 from fastattn.spec import Anchor
 
 Mask = Literal["random", "empty rows", "all false", "padding"]
-Memory = Literal["contiguous", "BHSD", "sliced", "strided", "strided head dim"]
+Memory = Literal["contiguous", "BHSD", "sliced", "strided", "strided head dim", "expanded", "shared"]
+Bias = Literal["normal", "padding", "offset", "infinity"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -39,7 +40,10 @@ class Case:
         extras_dtype: dtype of bias and sinks; None is ``dtype``.
         memory: "contiguous"; "BHSD", a transposed view; "sliced", q, k and v cut from one fused buffer (needs equal
             lengths and head dims); "strided", every second row of a buffer whose rows are not aligned;
-            "strided head dim", the last dimension has stride 2.
+            "strided head dim", the last dimension has stride 2; "expanded", all heads are views of the first; "shared",
+            v is k itself (needs equal head dims).
+        bias_values: "normal"; "padding", the most negative number of the dtype at a third of the places; "offset", the
+            same as normal on top of a large number that a row shares; "infinity", -inf at a third of the places.
         magnitude: factor on q and k.
         nan_rows: key and value rows that no query keeps hold NaN.
         dlse: lse has a gradient too.
@@ -71,6 +75,7 @@ class Case:
     segments: int = 0
     extras_dtype: torch.dtype | None = None
     memory: Memory = "contiguous"
+    bias_values: Bias = "normal"
     magnitude: float = 1.0
     nan_rows: bool = False
     dlse: bool = False

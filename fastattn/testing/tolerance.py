@@ -26,6 +26,7 @@ Eager in fp16 may overflow. Its error is then replaced by the condition times ep
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,39 +66,67 @@ class Row:
     ok: bool
 
 
-def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | str | None = None) -> list[Row]:
+class Yardstick:
+    """What the results of one sample are judged by. The parts are computed when first used, and once.
+
+    Attributes:
+        sample: the problem, as backends get it.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    @functools.cached_property
+    def exact(self) -> Results:
+        """The results in fp64."""
+        return _reference(in_float64(self.sample), None)
+
+    @functools.cached_property
+    def eager(self) -> Results:
+        """Those of eager attention whose arithmetic is in the dtype of the inputs."""
+        return _reference(self.sample, self.sample.inputs.q.dtype)
+
+    @functools.cached_property
+    def condition(self) -> Results:
+        """What a relative error of one in each operation could move the results by."""
+        return _condition(in_float64(self.sample), self.exact)
+
+    def judge(self, found: Results, suffix: str = "") -> list[Row]:
+        """Two rows, one for each norm, for each result that was found; ``suffix`` ends their names."""
+        arithmetic = reference.compute_dtype(self.sample.inputs)
+        rows = (
+            _judge(name + suffix, found[name], self.exact[name], self.eager[name], self.condition[name], arithmetic)
+            for name in self.condition
+            if name in found
+        )
+        return [row for both in rows for row in both]
+
+
+def measure(
+    backend: Backend | str,
+    sample: Sample,
+    backward_backend: Backend | str | None = None,
+    *,
+    yardstick: Yardstick | None = None,
+) -> list[Row]:
     """Run a sample forward and backward, and judge out, lse and every gradient that the sample needs.
 
     Args:
         backend: a backend or its name.
         sample: from ``inputs.make``.
         backward_backend: the backend of the backward pass; None means the same.
+        yardstick: of the sample, for several backends to share; None makes one.
 
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     forward = _load(backend)
     backward = forward if backward_backend is None else _load(backward_backend)
-    (rows,) = measure_each([(forward, backward)], sample)
-    return rows
-
-
-def measure_each(pairs: Sequence[tuple[Backend, Backend]], sample: Sample) -> list[list[Row]]:
-    """``measure`` for several pairs of a forward and a backward backend, with the reference computed once."""
-    exact = _reference(in_float64(sample), None)
-    eager = _reference(sample, sample.inputs.q.dtype)
-    condition = _condition(in_float64(sample), exact)
-    arithmetic = reference.compute_dtype(sample.inputs)
-    judged = []
-    for forward, backward in pairs:
-        found = run(forward, sample, backward)
-        rows = (_judge(n, found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
-        judged.append([row for each in rows for row in each])
-    return judged
+    return (yardstick or Yardstick(sample)).judge(run(forward, sample, backward))
 
 
 def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, suffix: str = "") -> list[Row]:
-    """Judge ``out`` and ``lse`` that were not computed by ``measure``.
+    """Judge ``out`` and ``lse`` that were not computed by ``measure``, where the fp64 problem has values of its own.
 
     Args:
         found: ``out`` and ``lse``, in the shapes of the samples.
@@ -105,15 +134,11 @@ def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, 
         rounded_sample: the same problem in the dtype of the call.
         suffix: appended to the names of the rows.
     """
-    exact, eager = _reference(exact_sample, None), _reference(rounded_sample, rounded_sample.inputs.q.dtype)
-    condition = _condition(exact_sample, exact)
-    arithmetic = reference.compute_dtype(rounded_sample.inputs)
-    shaped = {name: x.view(exact[name].shape) for name, x in found.items() if name in condition}
-    return [
-        row
-        for name in condition
-        for row in _judge(f"{name}{suffix}", shaped[name], exact[name], eager[name], condition[name], arithmetic)
-    ]
+    yardstick = Yardstick(rounded_sample)
+    yardstick.exact = _reference(exact_sample, None)
+    yardstick.condition = _condition(exact_sample, yardstick.exact)
+    shaped = {name: x.view(yardstick.exact[name].shape) for name, x in found.items() if name in yardstick.condition}
+    return yardstick.judge(shaped, suffix)
 
 
 def assert_within(rows: Sequence[Row]) -> None:

@@ -41,6 +41,7 @@ class CpuBackend(Backend):
         features=frozenset(FEATURES + CACHE_FEATURES),
         max_head_dim=attention.MAX_HEAD_DIM,
     )
+    prepares_more = True
     checks_cache_values = True
 
     def unavailable_reason(self) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,26 @@ DOUBLES = ("scale", "score_scale", "cap_scale")
 Fields = dict[str, int | float]
 
 
+# Launches the kernels of a pass with other tensors at the addresses of a struct, in their order, on a stream.
+Launch = Callable[[Sequence[int], int], None]
+
+
 @dataclass(frozen=True)
 class Abi:
-    """A struct: the version that it begins with, and the names of its fields."""
+    """The struct of a pass: the version that it begins with, and the names of its fields."""
 
+    name: str
     version: int
     names: tuple[str, ...]
 
     @functools.cached_property
     def _layout(self) -> struct.Struct:
         return struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in self.names))
+
+    @functools.cached_property
+    def addresses(self) -> tuple[str, ...]:
+        """The fields that point to tensors, 0 standing for none. They follow the version; the stream comes last."""
+        return self.names[1 : self.names.index("q_batch_stride")]
 
     @property
     def size(self) -> int:
@@ -47,15 +58,24 @@ class Abi:
     def pack(self, fields: Fields) -> bytes:
         return self._layout.pack(*(fields[name] for name in self.names))
 
+    def unpack(self, packed: bytes) -> Fields:
+        return dict(zip(self.names, self._layout.unpack(packed), strict=True))
 
-FORWARD = Abi(2, (
+    def template(self, fields: Fields) -> Callable[[Sequence[int], int], bytes]:
+        """``pack`` as a function of what changes from call to call: the addresses and the stream."""
+        head, stream = struct.Struct(f"<{1 + len(self.addresses)}q"), struct.Struct("<q")
+        between = self.pack(fields)[head.size : -stream.size]
+        return lambda addresses, on: head.pack(self.version, *addresses) + between + stream.pack(on)
+
+
+FORWARD = Abi("forward", 2, (
     "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
     "has_band", "has_softcap", "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
 ))  # fmt: skip
-BACKWARD = Abi(2, (
+BACKWARD = Abi("backward", 2, (
     "version", "q", "k", "v", "out", "dout", "lse", "lse_low", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
@@ -65,7 +85,7 @@ BACKWARD = Abi(2, (
     "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
-DECODE = Abi(2, (
+DECODE = Abi("decode", 2, (
     "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
     "block_table", "cu_seqlens_q", "q_batch_stride", "q_row_stride", "q_head_stride",
     "k_batch_stride", "k_row_stride", "k_head_stride", "v_batch_stride", "v_row_stride", "v_head_stride",
@@ -73,6 +93,13 @@ DECODE = Abi(2, (
     "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "score_scale",
     "cap_scale", "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
 ))  # fmt: skip
+
+
+def results(inputs: Inputs) -> Outputs:
+    """Memory for what the forward pass computes."""
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse, lse_low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=out.device) for _ in range(2))
+    return out, lse, lse_low
 
 
 def forward_fields(inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int) -> Fields:

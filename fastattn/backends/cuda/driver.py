@@ -77,6 +77,11 @@ def encode_map(to: int, data: int, dtype: int, sizes: tuple[int, ...], strides: 
     )
 
 
+def move_map(at: int, data: int) -> None:
+    """Let the tensor map at address ``at`` show a tensor alike at address ``data``."""
+    _call("cuTensorMapReplaceAddress", ctypes.c_void_p(at), ctypes.c_void_p(data))
+
+
 def use_device(device: int) -> None:
     """Make the context that torch uses on a device current on this thread, which may have none yet.
 

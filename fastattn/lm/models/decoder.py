@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.lm.models.blocks import Cache, Stack, check_kind, check_tokens, initialise
+from fastattn.lm.models.blocks import Cache, Stack, check_kind, check_tokens, initialise, soft_capped
 from fastattn.lm.models.config import TransformerConfig
 from fastattn.lm.models.generating import Generates
 from fastattn.nn import KVCache
@@ -89,7 +89,8 @@ class Decoder(Generates, Stack):
         """``(..., V)`` of final states ``(..., C)``."""
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return soft_capped(logits, self.config.logit_softcap)
 
     @property
     def cached_layers(self) -> int:
