@@ -60,7 +60,7 @@ def serve(
 
 
 def more_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """What a prepared run is given after q, k and v: nothing if all of it is None."""
+    """The arguments of a prepared run after q, k and v; () if all of them are None."""
     more = tuple(getattr(inputs, name) for name in MORE)
     return more if any(x is not None for x in more) else ()
 
