@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from fastattn.errors import input_error
 from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
-VERSION = 1  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 2  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -28,9 +29,9 @@ FIXED = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "dout_batch", "dout_row",
     "dout_head", "bias_batch", "bias_head", "bias_row", "bias_key", "dbias_batch", "dbias_head", "dbias_row",
     "dbias_key", "mask_batch", "mask_head", "mask_row", "mask_key", "slopes_stride", "sinks_stride",
-    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "batch", "heads_q", "heads_kv", "head_dim_qk",
-    "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold", "scale", "softcap",
-    "dropout_scale",
+    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
+    "heads_kv", "head_dim_qk", "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold",
+    "scale", "softcap", "dropout_scale",
 )  # fmt: skip
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 # The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
@@ -102,7 +103,7 @@ def backward(
         if name in needs
     }
     if inputs.bias is not None and "bias" in needs:
-        grads["dbias"] = torch.zeros(inputs.bias.shape, dtype=call.words, device=HOST)
+        grads["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else call.words)
     if inputs.sinks is not None and "sinks" in needs:
         grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
     library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
@@ -221,10 +222,24 @@ def fixed_part(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, 
         *_strides(q, is_packed), *_strides(k, is_packed), *_strides(v, is_packed), *_strides(dout, is_packed),
         *_steps(inputs.bias), *_steps(dbias), *_steps(inputs.mask), _step(inputs.alibi_slopes), _step(inputs.sinks),
         _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv),
-        DTYPES[q.dtype], 0 if inputs.bias is None else DTYPES[inputs.bias.dtype], inputs.batch, q.shape[-2],
+        DTYPES[q.dtype], *(0 if x is None else DTYPES[x.dtype] for x in (inputs.bias, dbias)),
+        dbias is not None and not _is_of_pairs(dbias, inputs), inputs.batch, q.shape[-2],
         k.shape[-2], q.shape[-1], v.shape[-1], q.shape[-3], k.shape[-3], _side(spec.left), _side(spec.right),
         spec.anchor == "lower_right", spec.dropout_threshold, spec.scale, spec.softcap or 0.0, spec.dropout_scale,
     )  # fmt: skip
+
+
+def _is_of_pairs(bias: Tensor, inputs: Inputs) -> bool:
+    """Whether each number of a bias is of one pair of a query and a key, in a dtype that the kernels write."""
+    shape = (inputs.batch, inputs.heads_q, inputs.q.shape[-3], inputs.k.shape[-3])
+    is_double = words_of(inputs.q.dtype) == torch.float64
+    return bias.shape == shape and bias.shape[-1] > 1 and is_double == (bias.dtype == torch.float64)
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros from fresh pages, which no one has to write; torch.zeros writes them."""
+    found = numpy.zeros(like.shape, f"i{dtype.itemsize}")
+    return torch.from_numpy(found).view(dtype)
 
 
 def _has_contiguous_rows(x: Tensor) -> bool:
