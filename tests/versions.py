@@ -1,7 +1,7 @@
 """The tests that depend on versions, in an environment for each set of them: ``python tests/versions.py``.
 
-An environment is made once, below ``.venv-versions/`` or ``--folder``, by pip, with what people get who install that torch: on Linux its
-CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
+An environment is made once, below ``.venv-versions/`` or ``--folder``, by pip, with what people get who install that
+torch: on Linux its CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
 """
 
 from __future__ import annotations
