@@ -9,7 +9,7 @@ GPU_JOBS ?= 6
 CPP    := $(wildcard $(foreach kind,h cuh cpp cu,csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
-        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
+        hub-kernel sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -85,6 +85,9 @@ fuzz: install    ## check 100,000 random problems on every backend that runs her
 wheel: install   ## build sdist and manylinux wheels for x86_64 and aarch64; needs nvcc and g++-aarch64-linux-gnu
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[release]'
 	$(BIN)/python release/wheels.py
+
+hub-kernel: install  ## write build/torch-universal, the package in the format of Hugging Face's kernels
+	$(BIN)/python release/hub_kernel.py
 
 test-gpu: test-gpu-cuda test-gpu-triton  ## run the tests that need a GPU, in several processes; offline, installs nothing
 	$(GPU_PYTEST) tests/core/test_forward_backward.py tests/measure/test_timing.py

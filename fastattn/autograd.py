@@ -147,12 +147,11 @@ class PlannedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         (out, *kept), (q, k, v, *more) = saved[: ctx.count], saved[ctx.count :]
-        needs = dict(zip(MORE, ctx.needs_input_grad[5:], strict=False))
-        needs_more = needs.get("bias", False) or needs.get("sinks", False)
         if dout is None:
             dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
-        is_plain = is_plain and not needs_more
+        needs = dict(zip(MORE, ctx.needs_input_grad[5:], strict=True)) if more else {}
+        needs_more = bool(needs) and (needs["bias"] or needs["sinks"])
+        is_plain = dlse is None and type(dout) is Tensor and not (needs_more or torch.is_grad_enabled() or is_watched())
         is_plain = is_plain and plan.deterministic == torch.are_deterministic_algorithms_enabled()
         if is_plain and dout.dtype is out.dtype and not dout.is_neg():
             grads = plan.backward(_aligned(dout.contiguous()), out, *kept, q, k, v, *more)
@@ -162,9 +161,13 @@ class PlannedAttention(torch.autograd.Function):
             flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
             needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
             grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
-        of_qkv = (x.transpose(1, 2) if plan.heads_first else x for x in grads[:3])
-        of_more = dict(zip(DIFFERENTIABLE, grads, strict=False)) if needs_more else {}
-        return *of_qkv, None, None, *(of_more[name] if needed else None for name, needed in needs.items())
+        dq, dk, dv = grads[:3]
+        if plan.heads_first:
+            dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        if not more:
+            return dq, dk, dv, None, None
+        of_more = dict(zip(DIFFERENTIABLE, grads, strict=True)) if needs_more else {}
+        return dq, dk, dv, None, None, *(of_more[name] if needed else None for name, needed in needs.items())
 
 
 class AttentionBackward(torch.autograd.Function):

@@ -135,6 +135,19 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     return _mean_weights(inputs, spec)
 
 
+def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -> Tensor:
+    """The weights, or their mean, of a call that ``fastattn.attention`` has served: nothing is checked again.
+
+    Args:
+        q: as in ``attention_weights``, after autocast.
+        k: as there.
+        mean: average over the heads.
+        options: of the call; ``rng_state`` is among them if there is dropout.
+    """
+    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    return _mean_weights(inputs, spec) if mean else _all_weights(inputs, spec)
+
+
 def attention_entropy(weights: Tensor) -> Tensor:
     """The entropy of each row, ``-sum_j p_j log p_j`` in nats: 0 for one key, ``log(n)`` for n equal ones.
 
@@ -248,12 +261,12 @@ def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     if spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None or spec.dropout_p:
         return reference.weights(inputs, spec)
     dtype = reference.compute_dtype(inputs)
-    q, k = (x.transpose(1, 2).to(dtype) for x in (inputs.q, inputs.k))
-    batch, heads, s_q, width = q.shape
-    group = heads // inputs.heads_kv
-    # the heads that share a key head are rows of one product
-    q, k = (q * spec.scale).reshape(-1, group * s_q, width), k.reshape(-1, k.shape[2], width)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, s_q, -1)
+    batch, s_q, heads, width = inputs.q.shape
+    q, k = inputs.q.transpose(1, 2).to(dtype) * spec.scale, inputs.k.permute(0, 2, 3, 1).to(dtype)
+    if heads != inputs.heads_kv:  # the heads that share a key head are rows of one product
+        q = q.reshape(batch, inputs.heads_kv, -1, width)
+    scores = torch.matmul(q, k)
+    scores = scores if heads == inputs.heads_kv else scores.view(batch, heads, s_q, -1)
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(dtype)
     if inputs.mask is not None or inputs.segment_ids_q is not None or spec.left is not None or spec.right is not None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
-from fastattn.nn.lazy import weights_when_read
+from fastattn.nn.lazy import attend_with_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
 from fastattn.torch_internals import autocast_dtype
@@ -211,11 +211,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
         }  # fmt: skip
         if need_weights and options["dropout_p"]:
             options["rng_state"] = rng.new_rng_state(q.device)
-        out = attention(q, k, v, backend=self.backend, **options)
+        both = attend_with_little_weights(q, k, v, options | {"backend": self.backend}) if need_weights else None
+        out = attention(q, k, v, backend=self.backend, **options) if both is None else both[0]
         assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
         if not need_weights:
             return out, None
+        if both is not None:
+            weights = both[1].mean(1) if average_attn_weights else both[1]
+            return out, weights if is_batched else weights[0]
         how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 
@@ -230,7 +234,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             allowed = "batch_first=True, and neither masks, appended keys nor weights"
             todo = "Pass need_weights=False: nested tensors carry their lengths. Or pad them and pass key_padding_mask."
             raise input_error("query", f"a nested tensor with {', '.join(given) or 'batch_first=False'}", allowed, todo)
-        packed = {id(x): nested.Packed.of(x) for x in (query, key, value)}
+        packed = {key_of: nested.Packed.of(x) for key_of, x in {id(x): x for x in (query, key, value)}.items()}
         q, k, v = (packed[id(x)] for x in (query, key, value))
         if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
             raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
@@ -252,8 +256,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
-        projected = self._project(query, key, value)
-        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        weight = self.in_proj_weight
+        if (
+            weight is not None
+            and query is key
+            and key is value
+            and is_batched
+            and weight.shape[0] == 3 * self.embed_dim
+        ):
+            x = F.linear(query, weight, self.in_proj_bias)  # heads of one size: fewer views than below
+            x = x.view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+            q, k, v = (x if self.batch_first else x.transpose(0, 1)).unbind(2)
+        else:
+            projected = self._project(query, key, value)
+            q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         return self._rotated(q, k, v, 0)
 
     def _rotated(

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastattn.arguments import autocast
+from fastattn.dispatch import requested
 from fastattn.errors import input_error
-from fastattn.inspection import attention_weights, mean_attention_weights
-from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed
+from fastattn.inspection import attention_weights, mean_attention_weights, weights_of_call
+from fastattn.ops import without_autocast
+from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed, is_watched
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_cpu", "is_sparse")
 _METHODS = ("dim", "size", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "ndimension")
@@ -47,6 +49,8 @@ class LazyTensor(Tensor):
         if func in _KNOWN and isinstance(args[0], LazyTensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if len(args) == 1 and not kwargs and isinstance(args[0], LazyTensor):
+            return func(args[0].read())  # the commonest look, without the time that a tree takes
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -179,12 +183,42 @@ def weights_when_read(
     reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
 
     def compute() -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            weights = function(q, k, **options).to(dtype)
+        with without_autocast(q.device.type):
+            weights = weights_of_call(q, k, mean, options)
+        weights = weights if weights.dtype == dtype else weights.to(dtype)
         return weights[0] if unbatched else weights
 
     shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])
     return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, reads)
+
+
+LITTLE = 1 << 15  # scores, below which the formula takes torch less time than a kernel and a look at the weights
+
+
+def attend_with_little_weights(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """``(out, weights)`` by the formula where that is the fastest way to both: on a CPU, few scores, no options given.
+
+    Args:
+        q: ``(B, S_q, H, D)``.
+        k: ``(B, S_kv, H, D)``.
+        v: ``(B, S_kv, H, D)``.
+        options: of ``fastattn.attention``.
+
+    Returns:
+        ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``; None for other calls.
+    """
+    scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    if not 0 < scores <= LITTLE or q.shape[2] != k.shape[2] or q.device.type != "cpu":
+        return None
+    if any(x is not None and (isinstance(x, Tensor | tuple) or x != 0) for x in options.values()):
+        return None
+    if is_watched() or requested(None) is not None or not _is_plain_eager([q, k, v]):
+        return None
+    q, k, v = q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    weights = torch.softmax(torch.matmul(q, k), -1)
+    return torch.matmul(weights, v).transpose(1, 2), weights
 
 
 def _pair(segment_ids: Any) -> tuple[Tensor, ...]:
