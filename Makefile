@@ -9,7 +9,7 @@ GPU_JOBS ?= 6
 CPP    := $(wildcard $(foreach kind,h cuh cpp cu,csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
-        hub-kernel sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
+        proofs hub-kernel sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
@@ -65,6 +65,11 @@ sanitize: install ## run the CPU kernels under the address, undefined behaviour 
 
 cross: install   ## compile the CPU kernels for arm64 and run them under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
 	$(BIN)/python csrc/cpu/check/check.py --cross
+
+proofs: install  ## the CUDA kernels' layouts beside CuTe's, their barrier protocols in every order of steps; needs nvcc
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target build/cutlass nvidia-cutlass==4.2.0.0
+	$(BIN)/python csrc/proofs/cute.py
+	$(BIN)/python csrc/proofs/protocol.py --jobs $(JOBS)
 
 gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates

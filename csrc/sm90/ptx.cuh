@@ -6,6 +6,8 @@
 #pragma once
 #include "../common/params.h"
 
+#define FA_DESCRIPTOR_HIGH "0x40000040"  // word of every wgmma descriptor (wgmma.cuh)
+
 #ifdef FA_EMULATE
 #include "../emulator/ptx.h"
 #else

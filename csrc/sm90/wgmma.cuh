@@ -52,8 +52,6 @@ struct F16 {};
 #define FA_NAMES15 FA_NAMES14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define FA_NAMES16 FA_NAMES15 ",%120,%121,%122,%123,%124,%125,%126,%127"
 
-#define FA_DESCRIPTOR_HIGH "0x40000040"
-
 // One shape for one type. EIGHTS = N / 16; I0 .. I6 number the operands after the N / 2 accumulator registers.
 #define FA_WGMMA_TYPE(N, EIGHTS, TYPE, PTX_TYPE, I0, I1, I2, I3, I4, I5, I6) \
   template <int TRANSPOSE_A, int TRANSPOSE_B> \

@@ -47,6 +47,14 @@ def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> 
     assert is_reported, printed
 
 
+@pytest.mark.parametrize(("line", "options"), emulate.KERNELS, ids=str)
+def test_every_call_that_orders_something_is_missed(
+    emulator: emulate.Emulator, line: tuple[str | int, ...], options: tuple[str, ...]
+) -> None:
+    count, unnoticed = emulator.check_sites(line, options)
+    assert count >= 25 and not unnoticed
+
+
 def test_there_are_enough_faults() -> None:
     assert len(emulate.FAULTS) >= 40 and len(emulate.BACKWARD_FAULTS) >= 30 and len(emulate.DECODE_FAULTS) >= 40
     assert len({fault.what for fault in emulate.ALL_FAULTS}) == len(emulate.ALL_FAULTS)
