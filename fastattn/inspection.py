@@ -212,7 +212,9 @@ def plot_attention(
     """Draw attention weights to a PNG file: a map for each layer and head, entropies, and attention rollout.
 
     The picture has a row of maps for each layer with a column for each head, titled with the mean entropy of its rows
-    in nats; below them a map of all mean entropies and, if every layer is square, the rollout through all layers.
+    in nats. The colours of a map go from 0 to its largest weight in a row with several keys, which its bar shows: maps
+    of long texts would be dark otherwise. Below them are a map of all mean entropies and, if every layer is square, the
+    rollout through all layers.
 
     Args:
         weights: ``(H, S_q, S_kv)`` of one layer, or a sequence of them, first layer to last: from
@@ -336,7 +338,7 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
     except ImportError as error:
         raise ImportError("plot_attention needs matplotlib: pip install 'fastattn[bench]'") from error
     columns = max(2, *(x.shape[0] for x in layers))
-    figure = Figure(figsize=(2.4 * columns + 1, 2.6 * (len(layers) + 1) + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.7 * columns + 1, 2.6 * (len(layers) + 1) + 0.5), layout="constrained")
     grid = figure.add_gridspec(len(layers) + 1, columns)
     entropies = torch.full((len(layers), columns), float("nan"))
     for n, layer in enumerate(layers):
@@ -344,7 +346,15 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
             entropies[n, h] = attention_entropy(head).mean()
             axes = figure.add_subplot(grid[n, h])
             axes.set_title(f"layer {n} head {h}: {entropies[n, h]:.2f} nats", fontsize=8)
-            axes.imshow(head.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            look: dict[str, Any] = {
+                "cmap": "magma",
+                "vmin": 0,
+                "vmax": _largest(head),
+                "aspect": "auto",
+                "interpolation": "nearest",
+            }
+            image = axes.imshow(head.numpy(), **look)
+            figure.colorbar(image, ax=axes).ax.tick_params(labelsize=5)  # each map has its own scale
             _label(axes, tokens, query_tokens if h == 0 else None)
     below = grid[len(layers), :].subgridspec(1, 2)
     axes = figure.add_subplot(below[0])
@@ -359,6 +369,12 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
         figure.colorbar(image, ax=axes)
         _label(axes, tokens, query_tokens)
     return figure
+
+
+def _largest(head: Tensor) -> float:
+    """The largest weight of the rows that have a choice: with one key it is 1 and says nothing."""
+    choosing = head[(head > 0).sum(-1) > 1]
+    return float(choosing.max()) if choosing.numel() else 1.0
 
 
 def _label(axes: Any, tokens: Sequence[str] | None, query_tokens: Sequence[str] | None) -> None:

@@ -24,6 +24,7 @@ from fastattn.cli import (
     generate,
     glue,
     info,
+    inspect,
     predict,
     prepare,
     train,
@@ -36,7 +37,7 @@ from fastattn.version import __version__
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
 COMMANDS = (
-    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export,
+    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export, inspect,
     example, demo,
 )  # fmt: skip
 

@@ -65,6 +65,8 @@ Cache = KVCache | PagedLayer
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads."""
 
+    weights: list[Tensor] | None = None  # receives those of each call while ``recorded_weights`` asks for them
+
     def __init__(self, config: TransformerConfig, causal: bool, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.head_shape
@@ -107,10 +109,10 @@ class Attention(nn.Module):
             sinks=self.sinks,
             segment_ids=rows.segment_ids,
             dropout_p=self.dropout if self.training else 0.0,
+            return_weights=self.weights is not None,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)  # no lse was asked for
-        return self.out(out.flatten(2))
+        return self.out(_noted(out, self.weights).flatten(2))
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: Cache) -> Tensor:
         return cache.attend(
@@ -128,8 +130,20 @@ class Attention(nn.Module):
         )
 
 
+def _noted(found: Tensor | tuple[Tensor, ...], weights: list[Tensor] | None) -> Tensor:
+    """The output of attention, whose weights are added to the list if there is one."""
+    if weights is None:
+        assert isinstance(found, Tensor)
+        return found
+    out, of_call = found
+    weights.append(of_call)
+    return out
+
+
 class CrossAttention(nn.Module):
     """Attention from the tokens of a decoder to the states of an encoder."""
+
+    weights: list[Tensor] | None = None  # as of ``Attention``
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -159,10 +173,10 @@ class CrossAttention(nn.Module):
             scale=self.scale,
             segment_ids=segment_ids,
             dropout_p=self.dropout if self.training else 0.0,
+            return_weights=self.weights is not None,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)
-        return self.out(out.flatten(2))
+        return self.out(_noted(out, self.weights).flatten(2))
 
     def _keys_and_values(self, memory: Memory) -> tuple[Tensor, Tensor, Segments]:
         k, v = self.kv(memory.states).unflatten(-1, (2 * self.kv_heads, self.head_dim)).chunk(2, dim=2)
