@@ -61,6 +61,7 @@ NaN and infinity stay where they belong. A key or value reaches those rows alone
 ``out`` and in the gradients of what it keeps, it may hold anything without effect. A row that keeps a NaN, or whose own
 query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Rows whose scores are all hugely negative
 (-1e9, finfo.min) or share any other offset have the weights that softmax, which does not see an offset, gives them.
+Kernels for GPUs hold the first of this only for what no row keeps: docs/decisions/empty_rows.md says why.
 
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
