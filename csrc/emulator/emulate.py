@@ -8,9 +8,12 @@ time, each of which has to be reported. Exits with 1 if a kernel is wrong or a f
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +24,7 @@ from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
 from sites import KERNELS, is_without_effect
 
+from fastattn import compiled
 from fastattn.backends.cuda.instances import (
     DecodeConfig,
     DkdvConfig,
@@ -114,9 +118,12 @@ class Emulator:
     def __init__(self, build: Path, jobs: int) -> None:
         self.build = build
         self.jobs = jobs
-        self.common = list(
-            self.map(lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON)
-        )
+
+    @functools.cached_property
+    def common(self) -> list[Path]:
+        """What every program is linked with."""
+        folder, build = CSRC / "emulator", self.build
+        return list(self.map(lambda name: compile_object(folder / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON))
 
     def map(self, function: Callable, items: Sequence) -> Iterator:
         """The results in order, each as soon as it is there."""
@@ -126,16 +133,16 @@ class Emulator:
     def check_instance(self, config: TableConfig, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
         name = "_".join([config.macro.lower(), *map(str, config.numbers), *options])
-        compiled = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", *options)
-        result = run(link([compiled, *self.common], self.build / name), cases, seed)
+        instance = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", *options)
+        result = run(link([instance, *self.common], self.build / name), cases, seed)
         return result.returncode == 0, without_sites(result.stdout) + result.stderr
 
     def check_sites(self, line: tuple[str | int, ...], options: tuple[str, ...]) -> tuple[int, list[str]]:
         """How many calls of a kernel order something, and which of them the machine does not miss when left out."""
         config = config_of(line)
         name = "sites_" + "_".join(map(str, (*line, *options)))
-        compiled = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", "-DFA_BFLOAT16_ONLY", *options)
-        program = link([compiled, *self.common], self.build / name)
+        instance = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", "-DFA_BFLOAT16_ONLY", *options)
+        program = link([instance, *self.common], self.build / name)
         printed = run(program, SITE_CASES, 0).stdout.splitlines()
         sites = [line.removeprefix("site ") for line in printed if line.startswith("site ")]
         codes = self.map(lambda site: run(program, FAULT_CASES, 0, site).returncode, sites)
@@ -161,13 +168,27 @@ class Emulator:
         plant(fault, folder)
         config = config_of(fault.kernel)
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
-        compiled = compile_instance(
+        instance = compile_instance(
             config, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
         )
-        result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
+        result = run(link([instance, *self.common], folder / "program"), FAULT_CASES, fault.seed)
         is_reported = result.returncode == 1 and "FAILED" in result.stdout
         lines = (result.stdout + result.stderr).splitlines()
         return is_reported, lines[1] if is_reported and len(lines) > 1 else "\n".join(lines)
+
+
+def kept_library(head_dim: int = 64) -> Path:
+    """The library of the lines for a head dim, which hold every mask: built once, for all tests and processes."""
+    lines = [config for config in emulated_configs(CSRC) if config.d_qk == head_dim and getattr(config, "band", True)]
+    digest = hashlib.sha256(repr((lines, COMPILE)).encode())
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp")):
+        digest.update(path.name.encode() + path.read_bytes())
+
+    def write(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Emulator(Path(folder), jobs=1).build_library(lines, target)
+
+    return compiled.kept(f"emulated-{digest.hexdigest()[:24]}.so", write)
 
 
 def plant(fault: Fault, folder: Path, csrc: Path = CSRC) -> None:

@@ -32,7 +32,7 @@ void block_until(std::function<bool()> condition, char const* waiting_for) {
   self->condition = nullptr;
 }
 
-// Sometimes lets the others run first, as if this warp were slow here.
+// Sometimes yields to the other warps, as if this one were slow here.
 void pause() {
   Machine& m = machine();
   if (m.random() % 3) return;
@@ -280,7 +280,7 @@ static bool overlaps(Store const& store, uint32_t from, uint32_t bytes) {
   return !store.is_read && from < store.from + store.data.size() && from + bytes > store.from;
 }
 
-// Something is about to write [from, from + bytes).
+// Checks before a write to [from, from + bytes).
 void check_write(uint32_t from, uint32_t bytes, char const* who) {
   Machine& m = machine();
   for (Store const& store : m.stores) {
@@ -450,7 +450,7 @@ void named_barrier(int id, int threads, bool wait) {
   if (wait) learn(m.running->clock, barrier.known);
 }
 
-// setmaxnreg: a warp that wants more waits until the pool, what the launch allotted to the block, has them.
+// setmaxnreg: a warp that needs more registers waits until the pool of the block has them.
 void set_registers(int registers, bool more) {
   Machine& m = machine();
   if (registers % 8 || registers < 24 || registers > 256) error("setmaxnreg takes multiples of 8 from 24 to 256");

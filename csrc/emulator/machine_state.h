@@ -121,8 +121,8 @@ struct Machine {
   NamedBarrier named[16];
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
-  std::vector<Region> global;  // what kernels may touch, but for what TMA loads
-  bool is_trusting = false;    // they may touch everything
+  std::vector<Region> global;  // memory that kernels may access, except by TMA loads
+  bool is_trusting = false;    // kernels may access all memory
   bool is_traced = false;
   int runs = 0;  // blocks run so far
   std::vector<Step> trace;

@@ -1,4 +1,4 @@
-// The names of sm90/ptx.cuh on the emulated machine. Nothing here decides anything: it forwards to machine.h.
+// The names of sm90/ptx.cuh on the emulated machine, which forward to machine.h.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -84,7 +84,7 @@ template <int TRANSPOSE_A, int TRANSPOSE_B, class T, int R>
 void wgmma_ss(T t, float (&d)[R], uint32 a, uint32 b, int accumulate) {
   emu::wgmma_issue({2 * R, is_half(t), false, TRANSPOSE_A != 0, TRANSPOSE_B != 0, accumulate != 0, a, b}, d, {});
 }
-// The registers of A by reference: the machine checks that they stay as they are until the wait.
+// The registers of A by reference: the machine checks that they do not change until the wait.
 template <int TRANSPOSE_B, class T, int R>
 void wgmma_rs(T t, float (&d)[R], uint32 const& a0, uint32 const& a1, uint32 const& a2, uint32 const& a3, uint32 b,
               int accumulate) {

@@ -1,6 +1,7 @@
 // wgmma in inline PTX: one overload of wgmma_ss, wgmma_rs and wgmma_wait for each accumulator size.
 //
-//   wgmma_ss<TRANSPOSE_A, TRANSPOSE_B>(T{}, d, a, b, accumulate)      d[64, N] (+)= A[64, 16] B[16, N], A in shared memory
+//   wgmma_ss<TRANSPOSE_A, TRANSPOSE_B>(T{}, d, a, b, accumulate)      d[64, N] (+)= A[64, 16] B[16, N], A in shared
+// memory
 //   wgmma_rs<TRANSPOSE_B>(T{}, d, a0, a1, a2, a3, b, accumulate)      A in registers
 //   wgmma_wait<GROUPS>(d)                                             at most GROUPS committed groups left in flight
 //

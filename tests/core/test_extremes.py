@@ -1,4 +1,4 @@
-"""Numbers at their limits: rows that share an offset of any size, and NaN and infinity, which stay in their rows."""
+"""Extreme values: rows that share an offset of any size, and NaN and infinity, which do not spread to other rows."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source on the emulated machine: right on random problems, visibly wrong with every fault."""
+"""The CUDA kernels' own source on the emulated machine: right on random problems, and every fault is reported."""
 
 from __future__ import annotations
 
