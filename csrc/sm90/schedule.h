@@ -1,9 +1,9 @@
-// The tile scheduler of the forward kernel. Blocks are persistent: block b takes tiles b, b + blocks, ... The producer walks
-// this sequence and leaves each tile in shared memory beside its Q; consumers read it there, as often as they need it,
-// and so spend no registers on it while they compute.
+// The tile scheduler of the forward kernel. Blocks are persistent: block b takes tiles b, b + blocks, ... The producer
+// walks this sequence and writes each tile to shared memory with its Q. Consumers read it there whenever they need it,
+// so it occupies no registers during the computation.
 //
-// Tiles are numbered pass by pass. A pass holds as many heads as fit L2 with their keys and values; inside it the
-// last query rows come first, since under a causal mask they have the most keys: long tiles first, short ones fill
+// Tiles are numbered pass by pass. A pass has as many heads as fit L2 with their keys and values. Inside it the last
+// query rows come first, since under a causal mask they have the most keys: long tiles start first, and short ones fill
 // the gaps at the end.
 #pragma once
 #include "../common/mask.h"
@@ -13,7 +13,7 @@
 namespace fa::sm90 {
 
 struct Tile {
-  int row;  // first query row, in its sequence; kNoTile: there is none left
+  int row;  // first query row in its sequence; kNoTile after the last tile
   int s_q, s_kv;  // lengths of the sequence
   int head, batch;
   int map_batch;  // batch coordinate in the tensor maps: 0 if packed

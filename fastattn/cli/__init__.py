@@ -1,6 +1,6 @@
 """The command line: ``fastattn COMMAND``, and one file for each command.
 
-A command's file is light; what it works with is imported when it runs. What a user can cause ends in one sentence on
+A command's file imports little; the rest is imported when the command runs. Errors of the user end in one sentence on
 stderr and exit code 2; an interrupted command exits with 128 plus the signal's number.
 """
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (DataError, InputError, UnsupportedError, FloatingPointError) as error:
         message = str(error)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

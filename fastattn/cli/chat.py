@@ -15,7 +15,7 @@ from fastattn.cli.sampling import add_sampling, check_positive, sampling_of
 from fastattn.errors import DataError
 
 TEXT = """\
-Talk to a model that was fine-tuned for chat, or to one of Hugging Face's with a chat template. The answer is printed as
+Talk to a model that was fine-tuned for chat, or to a Hugging Face model with a chat template. The answer is printed as
 it is generated, and the model reads the whole conversation each time. /new forgets it, /exit or Ctrl-D ends.
 """
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         history.append({"role": "user", "content": line})
         try:
             history.append({"role": "assistant", "content": _answer(texts, template, history, args.tokens, sampling)})
-        except DataError as error:  # the message is refused, the conversation goes on without it
+        except DataError as error:  # the message is refused, the conversation continues without it
             history.pop()
             print(f"fastattn chat: {error}", file=sys.stderr)
     return 0
@@ -99,9 +99,9 @@ def _answer(texts: Any, template: Any, history: list[dict[str, str]], tokens: in
 
 
 def _fitting_prompt(template: Any, history: list[dict[str, str]], longest: int) -> list[int]:
-    """The prompt of the conversation, whose oldest turns are forgotten where the model cannot read all of it.
+    """The prompt of the conversation, without its oldest turns if it exceeds the model's length.
 
-    A quarter of what the model reads is left to the answer.
+    A quarter of that length is reserved for the answer.
     """
     first = next(number for number, message in enumerate(history) if message["role"] == "user")
     forgotten = 0

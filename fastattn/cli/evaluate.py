@@ -1,4 +1,4 @@
-"""``fastattn evaluate``: how good a checkpoint is on a file."""
+"""``fastattn evaluate``: score a checkpoint on a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastattn.cli.flags import add_columns, add_model, columns_of
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
-        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), Matthews, Pearson, Spearman, "
-        "exact match, BLEU, chrF, ROUGE, as they apply."
+        "Score a checkpoint of fastattn finetune on a file of examples of its task, or one of fastattn train on text. "
+        "Depending on the task: loss, perplexity, bits per byte, accuracy, precision, recall, F1 (also of entities), "
+        "Matthews, Pearson, Spearman, exact match, BLEU, chrF, ROUGE."
     )
     parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
     add_model(parser)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.lm.train import find_model
 
     if args.limit is not None and args.limit < 1:
-        raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")
+        raise input_error("--limit", args.limit, "a positive int", "Without it all are used.")
     found = evaluate(
         find_model(args.checkpoint, best=True), args.data, device=device.choose(args.device),
         columns=columns_of(args), attention=args.attention, limit=args.limit, predictions=args.predictions,

@@ -1,4 +1,4 @@
-"""``fastattn finetune``: from a model and labelled examples to a model for a task, and its scores."""
+"""``fastattn finetune``: train a model for a task on labelled examples, and score it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastattn.cli.flags import TRAINING, Flag, add_columns, add_flags, columns_o
 from fastattn.cli.outcome import report
 
 TEXT = """\
-Train a model for a task on examples of your own, evaluate it on held-out ones, and leave checkpoints, log.jsonl and
-scores.json in --out. Ctrl-C stops with a checkpoint; --resume goes on from the newest.
+Train a model for a task on your own examples, evaluate it on held-out ones, and write checkpoints, log.jsonl and
+scores.json to --out. Ctrl-C stops with a checkpoint; --resume continues from the newest.
 """
 FIELDS = """\
 examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_to_disk, or one with train and dev files
@@ -103,7 +103,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def paths(args: argparse.Namespace) -> dict[str, Any]:
-    """The files and folders on the command line, by field of ``FinetuneConfig``; one as it is, several together."""
+    """The files and folders on the command line, by field of ``FinetuneConfig``."""
     found: dict[str, Any] = {}
     for name in _PATHS:
         if name in args:
@@ -150,6 +150,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _findable(given: str) -> str:
-    """Absolute, so that --resume finds it from any folder; a name without a file or folder as it was given."""
+    """The absolute path, so that --resume finds it from any folder; a name that is no file or folder is unchanged."""
     path = Path(given).expanduser()
     return str(path.absolute() if path.exists() else path)

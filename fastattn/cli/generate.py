@@ -1,4 +1,4 @@
-"""``fastattn generate``: text from a model, printed as it is generated; or for a whole file of prompts."""
+"""``fastattn generate``: stream text from a model, or answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn.errors import DataError, input_error
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "Continue a prompt with a model of fastattn or of Hugging Face, printing the text as it is generated; an "
-        "encoder-decoder answers it. With --prompts, take many at a time and write a JSON line for each."
+        "encoder-decoder answers it. With --prompts, process several at a time and write a JSON line for each."
     )
     parser = commands.add_parser("generate", help="generate text from a model", description=text)
     add_model(parser)
@@ -91,14 +91,14 @@ def _check(args: argparse.Namespace) -> None:
         return
     for name, value in (("--prompt", args.prompt), ("--beams", args.beams), ("--no-cache", args.no_cache)):
         if value:
-            raise input_error(name, value, "nothing with --prompts", "Leave one of the two out.")
+            raise input_error(name, value, "nothing with --prompts", "Pass one of the two.")
     if str(args.prompts) == "-" and args.out is None:
-        todo = "They are written there, one line each, and resumed from there."
+        todo = "The answers are written there, one line each, and a second run continues them."
         raise input_error("--out", "nothing", "a file for the answers, with --prompts -", todo)
 
 
 def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
-    """Every prompt of a file, by continuous batching."""
+    """Answer every prompt of a file, by continuous batching."""
     import dataclasses
 
     from tqdm import tqdm

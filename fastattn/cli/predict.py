@@ -1,4 +1,4 @@
-"""``fastattn predict``: a fine-tuned model on inputs without labels, as JSON lines."""
+"""``fastattn predict``: apply a fine-tuned model to inputs without labels, and write JSON lines."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predictions(args: argparse.Namespace, model: Any, columns: dict[str, str]) -> Iterator[str]:
-    """A line of JSON for each input."""
+    """Yield a line of JSON for each input."""
     from tqdm import tqdm
 
     inputs: Iterable[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""The flags of generation that ``generate`` and ``chat`` share. Nothing heavy is imported here."""
+"""The flags of generation that ``generate`` and ``chat`` share. Imports are light."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TEMPERATURE = 0.8
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> Any:
-    """Add the flags of sampling; the group that they are in."""
+    """Add the flags of sampling, and return their group."""
     group = parser.add_argument_group("how tokens are chosen")
     group.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy (default {_TEMPERATURE})")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
@@ -30,7 +30,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> Any:
 
 
 def sampling_of(args: argparse.Namespace) -> Any:
-    """The ``Sampling`` that the flags describe, with beams that of the penalty alone.
+    """The ``Sampling`` that the flags describe; with beams only the penalty applies.
 
     Raises:
         InputError: a flag of drawing together with ``--beams``, or a value out of range.

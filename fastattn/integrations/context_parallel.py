@@ -76,15 +76,15 @@ class SequenceSharding:
         return [range(n * chunk, (n + 1) * chunk) for n in held]
 
     def positions(self, length: int, device: torch.device | str | None = None) -> Tensor:
-        """The positions of this rank's tokens ``(length / size,)``, for rotary embedding and the like."""
+        """The positions of this rank's tokens ``(length / size,)``, for example for rotary embedding."""
         return torch.tensor([i for run in self.runs(length, self.rank) for i in run], device=device)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's part of a tensor that every rank holds whole."""
+        """This rank's part of a tensor that every rank has in full."""
         return x.index_select(dim, self.positions(x.shape[dim], x.device))
 
     def unshard(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole tensor on every rank, from everyone's part. No gradient flows through it."""
+        """The whole tensor on every rank, gathered from all parts. It has no gradient."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.detach().contiguous(), group=self.group)
         return torch.cat(parts, dim).index_select(dim, self._order(x.shape[dim] * self.size).argsort().to(x.device))
@@ -252,7 +252,7 @@ class _Block:
 
 
 def _blocks(rows: list[range], keys: list[range], length: int, spec: AttentionSpec) -> Iterator[_Block]:
-    """What is to be computed between the tokens of two ranks, cut to the band."""
+    """The blocks to compute between the tokens of two ranks, cut to the band."""
     for n, row_run in enumerate(rows):
         for m, key_run in enumerate(keys):
             begin, end = tile_range(spec, row_run.start, row_run.stop, length, length)
@@ -316,7 +316,7 @@ class _Ring(torch.autograd.Function):
                 dq[:, block.rows] += grads[0]
                 dk[:, block.keys] += grads[1]
                 dv[:, block.keys] += grads[2]
-            dk, dv = _passed_on((dk, dv), sharding)  # they follow their keys, and are home after the last step
+            dk, dv = _passed_on((dk, dv), sharding)  # gradients follow their keys, and end at the rank of the keys
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -327,7 +327,7 @@ def _flat(q: Tensor, k: Tensor, v: Tensor, block: _Block, backend: str | None) -
 
 
 def _merge(out: Tensor, lse: Tensor, low: Tensor, here: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Add the keys of one block to what is there, in place: weighted by their shares of the softmax."""
+    """Merge the results of one block into ``out``, ``lse`` and ``low``, in place, weighted by shares of the softmax."""
     out_here, lse_here, low_here = here
     merged = numerics.merge_lse(torch.stack([lse, lse_here]), torch.stack([low, low_here]))
     share, share_here = merged[2].transpose(2, 3)[..., None]
@@ -337,7 +337,7 @@ def _merge(out: Tensor, lse: Tensor, low: Tensor, here: tuple[Tensor, Tensor, Te
 
 
 def _travelling(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """``(rank, its tensors)`` for every rank, the own one first; the next ones are on their way meanwhile."""
+    """``(rank, its tensors)`` for every rank, this one first; the next tensors arrive during the computation."""
     tensors = tuple(x.contiguous() for x in tensors)
     for step in range(sharding.size):
         last = step == sharding.size - 1
@@ -356,7 +356,7 @@ def _passed_on(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> tuple
 
 
 def _send_on(tensors: tuple[Tensor, ...], sharding: SequenceSharding) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
-    """Begin to send contiguous tensors, which must live on until it is done, to the next rank, and to receive."""
+    """Start to send contiguous tensors to the next rank and to receive others; keep them until that is done."""
     if sharding.size == 1:
         return tensors, []
     group = sharding.group or dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Each command in its quick form on a CPU, and what it says to wrong arguments."""
+"""Each command in its quick form on a CPU, and its errors for wrong arguments."""
 
 import dataclasses
 import json

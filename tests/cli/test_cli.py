@@ -1,4 +1,4 @@
-"""The commands through main([...]): what they print, their exit codes, and each error a user can cause."""
+"""The commands through main([...]): output, exit codes, and each error that a user can cause."""
 
 import builtins
 import io

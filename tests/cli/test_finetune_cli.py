@@ -1,4 +1,4 @@
-"""finetune, evaluate, generate and example through main([...]): what they print, write and refuse."""
+"""finetune, evaluate, generate and example through main([...]): output, files and errors."""
 
 import dataclasses
 import io

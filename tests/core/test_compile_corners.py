@@ -1,4 +1,4 @@
-"""torch.compile where Dynamo needs care: no gradients, one tensor in two places, function transforms inside."""
+"""torch.compile in difficult cases: without gradients, one tensor as two arguments, function transforms inside."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
-"""Run by test_parallel.py as its own program: every check on gloo ranks, results to a JSON file.
+"""A program for test_parallel.py: every check on gloo ranks, results to a JSON file.
 
     python ranks.py RESULTS WORLD_SIZE
 
-Every rank runs every check (groups of two: the first two ranks) and notes "ok" or a traceback for it.
+Every rank runs every check (groups of two: the first two ranks) and writes "ok" or a traceback for it.
 """
 
 from __future__ import annotations

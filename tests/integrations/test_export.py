@@ -1,4 +1,4 @@
-"""Programs that run where fastattn is not installed: torch.jit.trace, torch.export, ONNX; and torch.fx."""
+"""Programs that run without fastattn: torch.jit.trace, torch.export, ONNX; and torch.fx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention weights that are computed when they are first read: what reads them, gradients, changes in place."""
+"""Attention weights that are computed when they are first read: ways to read them, gradients, changes in place."""
 
 import copy
 import io

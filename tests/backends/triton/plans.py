@@ -1,7 +1,7 @@
-"""A program: plans under a driver that launches nothing but notes what it is asked to. Prints one line of JSON.
+"""A program that checks plans under a driver that records launches. It prints one line of JSON.
 
-Kernels are compiled by the real compiler, for sm_80. A call in the usual way and a call by a plan, on other tensors of
-the same kind, have to launch the same kernels with the same grids and numbers, and pointers to the tensors at hand.
+The real compiler compiles kernels for sm_80. A call without a plan and a call by a plan, on other tensors of the same
+kind, must launch the same kernels with the same grids and numbers, and with pointers to their own tensors.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Plans launch what the usual way launches: Triton's own compiler and search, and a driver that only takes notes."""
+"""Plans launch the same kernels as calls without a plan, by Triton's compiler and a driver that records launches."""
 
 import json
 import os
