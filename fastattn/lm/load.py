@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, processors
 
 from fastattn.errors import DataError
 from fastattn.lm.finetune.load import is_finetuned, load_finetuned, load_generative_model
@@ -15,6 +16,7 @@ from fastattn.lm.generate import ChatTemplate, Texts
 from fastattn.lm.generate.protocols import is_decoder, is_encoder_decoder
 from fastattn.lm.models import save_pretrained
 from fastattn.lm.train.hf_folder import AnySource
+from fastattn.lm.train.special_tokens import SpecialTokens
 
 
 def load_model(checkpoint: AnySource, device: torch.device | str = "cpu", attention: str | None = None) -> Any:
@@ -83,8 +85,19 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
     found: Any = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
     tokenizer = checkpoint.tokenizer()
     special = checkpoint.special_tokens(tokenizer)
+    if tokenizer.post_processor is None:
+        tokenizer.post_processor = _marks(found, special, tokenizer)
     ids = {"eos": special.end, "pad": special.end} | ({} if special.begin is None else {"bos": special.begin})
     if is_encoder_decoder(found):
         ids["decoder_start"] = special.target
     save_pretrained(found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template)
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+
+
+def _marks(model: Any, special: SpecialTokens, tokenizer: Tokenizer) -> processors.PostProcessor:
+    """The special tokens around a text, so that transformers' tokenizer adds those that the model was trained with."""
+    begin, end, _ = special.names(tokenizer)
+    after = "" if is_decoder(model) else f" {end}:0"
+    single = f"{begin}:0 $A:0{after}" if begin is not None else f"$A:0{after}"
+    marks = [(end, special.end)] if begin is None or begin == end else [(begin, special.begin), (end, special.end)]
+    return processors.TemplateProcessing(single=single, special_tokens=marks)

@@ -398,6 +398,7 @@ def test_export(tmp_path, capsys):
     fails(capsys, ["export", "--checkpoint", run, "--out", folder], "exists already")
     ours, theirs = find_checkpoint(tmp_path / "run").load_pretrained(), transformers.AutoModelForCausalLM
     tokens = transformers.AutoTokenizer.from_pretrained(folder)("one and two", return_tensors="pt").input_ids
+    assert tokens[0, 0] == 0  # <|start|>, with which it was trained
     with torch.no_grad():
         expected = theirs.from_pretrained(folder)(tokens).logits
         torch.testing.assert_close(ours(tokens), expected, atol=1e-5, rtol=0)

@@ -19,7 +19,7 @@ from fastattn.lm.models.convert import head_class
 from fastattn.lm.models.hf_formats import HF_FORMATS
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.special_tokens import SpecialTokens
-from fastattn.lm.train.tokens import load_tokenizer
+from fastattn.lm.train.tokens import START, load_tokenizer
 
 _TASKS = {"SequenceClassifier": "classify", "TokenClassifier": "tag", "SpanExtractor": "qa"}
 _KINDS = {"regression": "regression", "multi_label_classification": "multilabel"}  # of "problem_type"
@@ -65,7 +65,8 @@ class HFFolder:
             if (token := token_named(settings, name)) is not None
         }
         before = tokenizer.encode("").ids  # the tokenizer's own way to begin a text, which GPT-2's and Qwen's lack
-        begin = usual.begin if usual.begin in before else named.get("bos_token") if before else None
+        is_ours = usual.begin is not None and tokenizer.id_to_token(usual.begin) == START
+        begin = usual.begin if is_ours or usual.begin in before else named.get("bos_token") if before else None
         target = self._read("config.json").get("decoder_start_token_id")
         ends = named.get("eos_token")
         return SpecialTokens(
