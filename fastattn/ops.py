@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import state
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError, input_error
@@ -101,7 +102,16 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
 
 
 def refuse_context_parallel() -> None:
-    """Inside torch's ``context_parallel`` a rank holds some tokens only, and none but torch's attention knows of it."""
+    """Where a rank holds some tokens only, refuse to attend to those alone.
+
+    Inside torch's ``context_parallel`` none but torch's attention knows of it, inside that of
+    ``fastattn.integrations.context_parallel`` none but ``fastattn.attention``.
+    """
+    if state.whole_rows is not None:
+        raise UnsupportedError(
+            "This call inside sharded() would attend to this rank's tokens alone. Call fastattn.attention there, or "
+            "leave the context."
+        )
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     if module.startswith("torch.distributed."):
         raise UnsupportedError(

@@ -50,9 +50,9 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
     """The kind of a call, and its ``Plan`` (for a cache the run itself), or None if there is none.
 
     The kind is None for a call that has to go the long way: somebody watches or transforms it, or its tensors are no
-    plain dense ones. On the way of every call, so it is written to be fast.
+    plain dense ones, or hold the tokens of one rank. On the way of every call, so it is written to be fast.
     """
-    if is_watched():
+    if is_watched() or state.whole_rows is not None:
         return None, None
     grad = torch.is_grad_enabled()
     kind: list[Any] = [options, torch.are_deterministic_algorithms_enabled()]

@@ -40,6 +40,7 @@ def serve(
 
     Leaves a plan for the ``kind`` of the call, whose tensors were ``heads_first``, and which may give lse ``with_lse``.
     """
+    ops.refuse_context_parallel()
     check_name(backend)
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)

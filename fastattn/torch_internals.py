@@ -22,11 +22,10 @@ def _found(module: Any, name: str) -> Callable[..., Any]:
 
 # Whether vmap, grad, jvp or another transform of torch.func is active. Without it: always.
 is_transformed = _found(torch._C, "_are_functorch_transforms_active")
-# Whether torch.jit.trace records; how many TorchDispatchModes and TorchFunctionModes are on; whether autocast is on for
-# any device. Without them: always.
+# Whether torch.jit.trace records; how many TorchDispatchModes are on; whether autocast is on for any device. Without
+# them: always.
 is_traced = _found(torch._C, "_is_tracing")
 _dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
-_function_modes = _found(torch._C, "_len_torch_function_stack")
 _is_autocast = _found(torch._C, "_is_any_autocast_enabled")
 _forward_mode: Any = torch.autograd.forward_ad
 _profiler: Any = torch.autograd.profiler
@@ -49,12 +48,11 @@ def is_in_forward_mode() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether a compiler, tracer, profiler, dispatch or function mode, autocast or a transform looks at operators."""
+    """Whether a compiler, tracer, profiler, dispatch mode, autocast or a transform looks at operators."""
     return bool(
         torch.compiler.is_compiling()
         or is_transformed()
         or _dispatch_modes()
-        or _function_modes()
         or _is_autocast()
         or is_traced()
         or is_in_forward_mode()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.overrides import TorchFunctionMode
 
-from fastattn import rng
+from fastattn import rng, state
 from fastattn.arguments import Window, dense_problem
 from fastattn.dispatch import check_name, requested
 from fastattn.errors import UnsupportedError, input_error
@@ -363,12 +363,12 @@ class _AllToAll(torch.autograd.Function):
 
 @contextlib.contextmanager
 def sharded(sharding: SequenceSharding, function: Callable[..., Tensor] = ring_attention) -> Iterator[None]:
-    """Have ``fastattn.attention`` attend to whole rows of which the caller holds this rank's tokens.
+    """Have ``fastattn.attention`` attend to whole rows, of which the caller holds this rank's tokens.
 
     A model that calls it, and is otherwise a function of each token, then computes what a single process would: give
-    it ``sharding.shard(tokens)`` and ``sharding.positions(length)``. The backward pass may lie outside, except for
-    activations that are computed again. Inside torch's own ``context_parallel`` it takes the place of torch's ring;
-    torch shards head and tail, as ``SequenceSharding`` does.
+    it ``sharding.shard(tokens)`` and ``sharding.positions(length)``. The backward pass may lie outside, unless it
+    computes activations again. The context is that of the process, not of a thread. Inside torch's own
+    ``context_parallel`` it takes the place of torch's ring; torch shards head and tail, as ``SequenceSharding`` does.
 
     What cannot be right is refused: other functions of fastattn, torch's ``scaled_dot_product_attention``,
     ``return_lse``, ``return_weights``, ``torch.compile``.
@@ -391,43 +391,52 @@ def sharded(sharding: SequenceSharding, function: Callable[..., Tensor] = ring_a
         True
         >>> dist.destroy_process_group()
     """
-    with _Sharded(sharding, function):
-        yield
+    before = state.whole_rows
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        state.whole_rows = None
+        try:
+            return _for_whole_rows(function, sharding, q, k, v, options)
+        finally:
+            state.whole_rows = attend
+
+    state.whole_rows = attend
+    try:
+        with _RefuseTorchs():
+            yield
+    finally:
+        state.whole_rows = before
 
 
-class _Sharded(TorchFunctionMode):
-    """Serves ``fastattn.attention`` by a function of this file; inside of that the mode is off."""
-
-    def __init__(self, sharding: SequenceSharding, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.sharding, self.function = sharding, function
+class _RefuseTorchs(TorchFunctionMode):
+    """Refuses torch's own attention, of anything but DTensors, which know what they hold."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is attention:
-            return self._attend(*args, **kwargs)
-        is_ours = str(func).startswith("fastattn.")
-        is_torchs = func is torch._C._nn.scaled_dot_product_attention and not any(issubclass(t, DTensor) for t in types)
-        if is_ours or is_torchs or getattr(func, "__module__", "") == "fastattn.functional":
-            name = getattr(func, "__name__", str(func))
-            raise UnsupportedError(
-                f"{name} inside sharded() would attend to this rank's tokens alone. Call fastattn.attention there, or "
-                "leave the context."
-            )
-        return func(*args, **kwargs)
+        if func is torch._C._nn.scaled_dot_product_attention and not any(issubclass(t, DTensor) for t in types):
+            todo = "Call fastattn.attention, or leave the context."
+            raise UnsupportedError(f"torch's attention inside sharded() would see this rank's tokens alone. {todo}")
+        return func(*args, **(kwargs or {}))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        refused = [name for name in ("return_lse", "return_weights") if options.pop(name, False)]
-        segments = options.get("segment_ids")
-        if isinstance(segments, tuple):
-            same = segments[0] is segments[1]
-            options["segment_ids"], refused = segments[0], refused + ([] if same else ["segment_ids of two kinds"])
-        if refused:
-            raise UnsupportedError(f"{', '.join(refused)} inside sharded(): leave it out, or leave the context.")
-        if options.pop("layout", "BSHD") == "BHSD":
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return self.function(q, k, v, self.sharding, **options).transpose(1, 2)
-        return self.function(q, k, v, self.sharding, **options)
+
+def _for_whole_rows(
+    function: Callable[..., Tensor],
+    sharding: SequenceSharding,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """A call of ``fastattn.attention`` by ``function``."""
+    refused = [name for name in ("return_lse", "return_weights") if options.pop(name)]
+    segments = options["segment_ids"]
+    if isinstance(segments, tuple):
+        options["segment_ids"] = segments[0]
+        refused += [] if segments[0] is segments[1] else ["two kinds of segment_ids"]
+    if refused:
+        raise UnsupportedError(f"{', '.join(refused)} inside sharded(): leave it out, or leave the context.")
+    if options.pop("layout") == "BHSD":
+        return function(*(x.transpose(1, 2) for x in (q, k, v)), sharding, **options).transpose(1, 2)
+    return function(q, k, v, sharding, **options)
 
 
 def _of_dtensors(q: DTensor, k: Tensor, v: Tensor, sharding: SequenceSharding, options: dict[str, Any]) -> Tensor:
