@@ -139,19 +139,30 @@ class PlannedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        plan, (out, *kept, q, k, v) = ctx.plan, ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        is_plain = dlse is None and type(dout) is Tensor and not torch.is_grad_enabled() and not is_watched()
-        if is_plain and dout.dtype is out.dtype and not dout.is_neg():
-            grads = plan.backward(dout.contiguous(), out, *kept, q, k, v)
+        plan, saved = ctx.plan, ctx.saved_tensors
+        is_final = dlse is None and not torch.is_grad_enabled() and not is_watched()
+        if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
+            dq, dk, dv = plan.backward(dout.contiguous(), *saved)
         else:
-            dout = dout.transpose(1, 2) if plan.heads_first else dout
-            operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
-            flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
-            needed = [True, True, True, False, False]
-            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)[:3]
-        return *(x.transpose(1, 2) if plan.heads_first else x for x in grads), None, None
+            dq, dk, dv = _by_operator(plan, dout, dlse, *saved)
+        if plan.heads_first:
+            return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
+        return dq, dk, dv, None, None
+
+
+def _is_plain(dout: Tensor, dtype: torch.dtype) -> bool:
+    return type(dout) is Tensor and dout.dtype is dtype and not dout.is_neg()
+
+
+def _by_operator(plan: Plan, dout: Tensor | None, dlse: Tensor | None, out: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+    """The gradients of a planned call whose own gradient is wanted, or is watched: by the operator."""
+    *kept, q, k, v = rest
+    if dout is None:
+        dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    dout = dout.transpose(1, 2) if plan.heads_first else dout
+    operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
+    flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
+    return _backward_operator()(dout, dlse, out, *_lses(kept), *flat, [True, True, True, False, False])[:3]
 
 
 class AttentionBackward(torch.autograd.Function):
