@@ -26,6 +26,7 @@ COLUMNS = [
     "fastattn",
     "read",
     "of copy",
+    "of a streaming read",
     "vs sdpa, gathered before",
     "vs gather + sdpa",
     "error",
@@ -112,6 +113,7 @@ def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) ->
         "gather": lambda: values.on_gathered(values.q, *values.gathered())(),
     }
     errors = {name: float((call().double() - exact).abs().max()) for name, call in calls.items()}
+    calls["stream"] = values.stream
     # twice sdpa's error, plus some roundings of the arithmetic, as sdpa's error may happen to be small
     allowed = 2 * errors["sdpa"] + 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     row["error"] = f"{errors['fastattn']:.1e}, sdpa {errors['sdpa']:.1e}"
@@ -125,6 +127,7 @@ def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) ->
         "fastattn": f"{tables.seconds(own.median)} ±{own.spread:.0%}",
         "read": f"{rate:.1f} GB/s",
         "of copy": f"{rate / copy_gbps:.0%}",
+        "of a streaming read": f"{own.times_faster_than(times['stream']):.0%}",
         "vs sdpa, gathered before": f"{own.times_faster_than(times['sdpa']):.2f}×",
         "vs gather + sdpa": f"{own.times_faster_than(times['gather']):.2f}×",
     }
@@ -157,6 +160,11 @@ class Values:
         )
         assert isinstance(out, Tensor)
         return out
+
+    def stream(self) -> Tensor:
+        """Reads as many bytes as a step does, one after the other."""
+        k, v = (x.flatten().view(torch.float32)[: self.bytes_read // 8] for x in (self.k_cache, self.v_cache))
+        return k.sum() + v.sum()
 
     def gathered(self) -> tuple[Tensor, Tensor]:
         """The content of the cache as ``(B, S, H, D)``: the cache itself if it is contiguous."""

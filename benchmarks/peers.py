@@ -150,7 +150,7 @@ def _prepare_torch_varlen(operands: Operands) -> Forward:
 
 def _varlen_reasons(workload: Workload, device_type: str) -> list[str]:
     dense = [] if workload.packed else ["packed batches only"]
-    return dense + cannot(workload, "softcap", "alibi", "sinks", "bias", "dropout", "mixed head dims")
+    return dense + cannot(workload, "softcap", "alibi", "sinks", "bias", "mask", "dropout", "mixed head dims")
 
 
 def _window(workload: Workload) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def _window(workload: Workload) -> tuple[int, int]:
 
 def _flash_attn_reasons(workload: Workload, device_type: str) -> list[str]:
     segments = ["no segment ids"] if workload.documents > 1 and not workload.packed else []
-    return segments + cannot(workload, "sinks", "bias", "dropout", "mixed head dims")
+    return segments + cannot(workload, "sinks", "bias", "mask", "dropout", "mixed head dims")
 
 
 def _prepare_flash_attn(operands: Operands) -> Forward:
@@ -234,7 +234,9 @@ def _prepare_xformers(operands: Operands) -> Forward:
 def _xformers_reasons(workload: Workload, device_type: str) -> list[str]:
     segments = ["no segment ids"] if workload.documents > 1 and not workload.packed else []
     window = ["window is not wired up here"] if workload.window else []
-    return segments + window + cannot(workload, "softcap", "alibi", "sinks", "bias", "dropout", "mixed head dims")
+    return (
+        segments + window + cannot(workload, "softcap", "alibi", "sinks", "bias", "mask", "dropout", "mixed head dims")
+    )
 
 
 def _prepare_flashinfer(operands: Operands) -> Forward:
@@ -267,7 +269,7 @@ def _prepare_flashinfer(operands: Operands) -> Forward:
 def _flashinfer_reasons(workload: Workload, device_type: str) -> list[str]:
     segments = ["no segment ids"] if workload.documents > 1 and not workload.packed else []
     two_sided = ["no window without causal"] if workload.window and not workload.causal else []
-    return segments + two_sided + cannot(workload, "alibi", "sinks", "bias", "dropout")
+    return segments + two_sided + cannot(workload, "alibi", "sinks", "bias", "mask", "dropout")
 
 
 PEERS: dict[str, Peer] = {

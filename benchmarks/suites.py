@@ -105,8 +105,13 @@ def _cpu() -> Iterator[Workload]:
     for dtype in ("fp32", "bf16"):
         one: dict[str, Any] = {"dtype": dtype, "passes": passes}
         yield _case(1024, 1, 64, **one)
+        yield _case(1024, 1, 64, causal=True, **one)
+        yield _case(4096, 1, 64, **one)
         yield _case(4096, 2, 64, causal=True, window=(255, 0), **one)
         yield _case(4096, 2, 64, causal=True, documents=8, **one)
+        yield _case(4096, 2, 64, documents=8, **one)
+        yield _case(4096, 2, 64, mask=True, **one)
+        yield _case(4096, 2, 64, bias=True, bias_grad=False, **one)
         yield _case(4096, 2, 64, bias=True, **one)
         yield _case(4096, 2, 64, softcap=30.0, **one)
         yield _case(4096, 2, 64, dropout_p=0.1, **one)
@@ -146,6 +151,6 @@ SUITES = {
         Suite("telling", "causal, D 128, 4k tokens: the most common call", tuple(_telling())),
         Suite("cells", "six cells of the papers' grid, causal and not", tuple(_cells())),
         Suite("first", "one small case for each kind of kernel", tuple(_first())),
-        Suite("cpu", "2 threads: dense, causal, window, packed documents, memory", tuple(_cpu())),
+        Suite("cpu", "2 threads: dense, causal, each feature, packed documents, few heads, memory", tuple(_cpu())),
     )
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastattn.measure.timing import Timing
+from fastattn.measure.workload import Workload
 
 Record = dict[str, Any]
 OURS = "fastattn"  # the backend that is selected automatically
@@ -88,13 +89,16 @@ def passes_of(result: Record) -> list[str]:
 
 def _ops_table(record: Record) -> str:
     peers = _shown_peers(record)
-    header = ["case", "pass", *peers, "TFLOP/s", "of matmul", "vs best peer"]
+    header = ["case", "pass", *peers, "TFLOP/s", "of matmul", "of dense", "vs best peer"]
     rows = []
     for result in record["results"]:
         for pass_name in passes_of(result):
             cells = [_cell(result, peer, pass_name) for peer in peers]
             rows.append([result["id"], pass_name, *cells, *_rates(record, result, pass_name), _best(result, pass_name)])
-    legend = "Time of one call ±spread, peak memory above the operands. ×: how many times faster fastattn is."
+    legend = (
+        "Time of one call ±spread, peak memory above the operands. ×: how many times faster fastattn is. Of dense: "
+        "speed per kept pair, as a share of the full case of the same shape."
+    )
     return "\n".join([markdown(header, rows), "", legend, *_footnotes(record)])
 
 
@@ -122,11 +126,27 @@ def _cell(result: Record, peer: str, pass_name: str) -> str:
 
 
 def _rates(record: Record, result: Record, pass_name: str) -> list[str]:
-    tflops = result["peers"].get(OURS, {}).get("passes", {}).get(pass_name, {}).get("tflops")
+    """TFLOP/s, and what share they are of a matrix product, and of attention without features."""
+    tflops = _tflops(result, pass_name)
     ceiling = record.get("ceilings", {}).get(f"matmul_{result['workload']['dtype']}_tflops")
+    dense = next((x for x in record["results"] if _is_dense_of(x, result)), None)
     if tflops is None:
-        return ["–", "–"]
-    return [f"{tflops:.3g}", f"{tflops / ceiling:.0%}" if ceiling else "–"]
+        return ["–", "–", "–"]
+    of_dense = _tflops(dense, pass_name) if dense is not None and dense is not result else None
+    return [f"{tflops:.3g}", *(f"{tflops / whole:.0%}" if whole else "–" for whole in (ceiling, of_dense))]
+
+
+def _tflops(result: Record, pass_name: str) -> float | None:
+    """Of kept pairs only."""
+    found: float | None = result["peers"].get(OURS, {}).get("passes", {}).get(pass_name, {}).get("tflops")
+    return found
+
+
+def _is_dense_of(dense: Record, result: Record) -> bool:
+    """Whether a case is another's shape without its features."""
+    shape = ("dtype", "batch", "s_q", "s_kv", "heads_q", "heads_kv", "d_qk", "d_v")
+    plain, other = Workload.from_dict(dense["workload"]), Workload.from_dict(result["workload"])
+    return not plain.features and all(getattr(plain, name) == getattr(other, name) for name in shape)
 
 
 def _best(result: Record, pass_name: str) -> str:
@@ -139,7 +159,7 @@ def _ops_summary(record: Record) -> str:
     passes = list(dict.fromkeys(p for result in record["results"] for p in passes_of(result)))
     header = ["case"]
     for pass_name in passes:
-        header += [pass_name, *(f"vs {peer}" for peer in peers)]
+        header += [pass_name, *(f"vs {peer}" for peer in peers), "of matmul", "of dense"]
     header.append("peak memory: " + " / ".join([OURS, *peers]))
     rows = []
     for result in record["results"]:
@@ -148,6 +168,7 @@ def _ops_summary(record: Record) -> str:
             ours = timing(result, OURS, pass_name)
             row.append(seconds(ours.median) if ours else "–")
             row += [times(result, peer, pass_name) for peer in peers]
+            row += _rates(record, result, pass_name)[1:]
         rows.append([*row, _memory([OURS, *peers], result)])
     return "\n".join([markdown(header, rows), "", *_footnotes(record)]).rstrip()
 

@@ -146,28 +146,43 @@ class PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
-        (out, *kept), (q, k, v, *more) = saved[: ctx.count], saved[ctx.count :]
-        if dout is None:
-            dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-        needs = dict(zip(MORE, ctx.needs_input_grad[5:], strict=True)) if more else {}
-        needs_more = bool(needs) and (needs["bias"] or needs["sinks"])
-        is_plain = dlse is None and type(dout) is Tensor and not (needs_more or torch.is_grad_enabled() or is_watched())
-        is_plain = is_plain and plan.deterministic == torch.are_deterministic_algorithms_enabled()
-        if is_plain and dout.dtype is out.dtype and not dout.is_neg():
-            grads = plan.backward(_aligned(dout.contiguous()), out, *kept, q, k, v, *more)
+        needs_more = ctx.needs_input_grad[5:]
+        is_final = dlse is None and not torch.is_grad_enabled() and not is_watched() and not any(needs_more)
+        is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()
+        of_more: Sequence[Tensor | None]
+        if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
+            (dq, dk, dv), of_more = plan.backward(_aligned(dout.contiguous()), *saved), (None,) * len(needs_more)
         else:
-            dout = dout.transpose(1, 2) if plan.heads_first else dout
-            operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
-            flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
-            needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
-            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
-        dq, dk, dv = grads[:3]
+            dq, dk, dv, *of_more = _by_operator(plan, dout, dlse, saved[: ctx.count], saved[ctx.count :], needs_more)
         if plan.heads_first:
             dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-        if not more:
-            return dq, dk, dv, None, None
-        of_more = dict(zip(DIFFERENTIABLE, grads, strict=True)) if needs_more else {}
-        return dq, dk, dv, None, None, *(of_more[name] if needed else None for name, needed in needs.items())
+        return dq, dk, dv, None, None, *of_more
+
+
+def _is_plain(dout: Tensor, dtype: torch.dtype) -> bool:
+    return type(dout) is Tensor and dout.dtype is dtype and not dout.is_neg()
+
+
+def _by_operator(
+    plan: Plan,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    results: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    needs_more: Sequence[bool],
+) -> list[Any]:
+    """The gradients of q, k, v and what follows them, by the operator: of calls that a prepared run cannot serve."""
+    (out, *kept), (q, k, v, *more) = results, tensors
+    if dout is None:
+        dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    dout = dout.transpose(1, 2) if plan.heads_first else dout
+    operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
+    flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
+    needs = dict(zip(MORE, needs_more, strict=False))  # a call without more has none
+    needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
+    grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
+    by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    return [*grads[:3], *(by_name[name] if is_needed else None for name, is_needed in needs.items())]
 
 
 class AttentionBackward(torch.autograd.Function):

@@ -112,6 +112,8 @@ def refuse_context_parallel() -> None:
             "This call inside sharded() would attend to this rank's tokens alone. Call fastattn.attention there, or "
             "leave the context."
         )
+    if torch.compiler.is_compiling():
+        return  # the operator asks again when it runs
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     if module.startswith("torch.distributed."):
         raise UnsupportedError(

@@ -65,13 +65,15 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 continue
             if type(x) is not Tensor:
                 return None, None
-            kind.append((x.shape, x.stride(), x.dtype, device := x.device, grad and x.requires_grad, x.is_neg()))
-            if device.type != "cpu":
+            kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
+            if not x.is_cpu:
                 kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
         found = tuple(kind)
         known, extents = _known.get(found, (None, ()))
-        if known is not None and not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
-            return None, None  # a storage was shrunk since; the general path raises
+        if known is not None:
+            for x, size in zip(tensors, extents):  # noqa: B905  equally many, and strict costs time
+                if x is not None and not holds(x, size):
+                    return None, None  # a storage was shrunk since; the general path raises
         return found, known
     except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None

@@ -181,15 +181,16 @@ class Backward {
     int64 const stride_v = rounded_up(p_.head_dim_v, kGroup<Op>) / Op::kPerWord;
     Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
-      int const count = fa::smaller(kPanel<Word>, keys.end - first), at = first - keys.begin;
-      pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, kPanel<Word>, p_.head_dim_v, v);
-      pack_panel(v, dim_v_, v_ + at * dim_v_);
+      int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
+      int const at = first - keys.begin;
+      pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, padded, p_.head_dim_v, v);
+      pack_panel(v, count, dim_v_, v_ + at * dim_v_);
       bool const is_wild =
-          pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, kPanel<Word>, p_.head_dim_qk, k);
-      pack_panel(k, dim_qk_, k_ + at * dim_qk_);
+          pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, padded, p_.head_dim_qk, k);
+      pack_panel(k, count, dim_qk_, k_ + at * dim_qk_);
       wild_[at / kPanel<Word>] = is_wild;
       if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
-      pack_stacked<Op>(k, kPanel<Word>, panels_, packed_keys_ / Op::kPerWord, at / Op::kPerWord, k_stacked_);
+      pack_stacked<Op>(k, padded, panels_, packed_keys_ / Op::kPerWord, at / Op::kPerWord, k_stacked_);
     }
   }
 

@@ -80,20 +80,21 @@ class Forward {
   }
 
   void pack_keys(int begin) {
-    int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
     Matrix<Word> const rows{rows_, row_words_};
-    pack_rows<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, kPanel<Word>, p_.head_dim_qk, rows);
-    pack_panel(rows, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
+    pack_rows<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, padded, p_.head_dim_qk, rows);
+    pack_panel(rows, count, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
   }
 
   bool pack_values(int begin) {
-    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), at = begin - keys_.begin;
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
+    int const at = begin - keys_.begin;
     Matrix<Word> const rows{rows_, value_row_words_};
     bool const is_wild =
-        pack_rows<Op>(from_row(tensors_.v(), begin), count, keys_.end - begin, kPanel<Word>, p_.head_dim_v, rows);
+        pack_rows<Op>(from_row(tensors_.v(), begin), count, keys_.end - begin, padded, p_.head_dim_v, rows);
     if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
     wild_[at / kPanel<Word>] = is_wild;
-    pack_stacked<Op>(rows, kPanel<Word>, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
+    pack_stacked<Op>(rows, padded, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
     return is_wild;
   }
 

@@ -220,10 +220,11 @@ __attribute__((noinline)) void transpose(Matrix<Word const> from, int64 columns,
   }
 }
 
-// A panel of as many packed rows as it has columns: [words of a row][kPanel], the right operand of products with them.
+// A panel of packed rows: [words of a row][kPanel], the right operand of products with them. Whole vectors of rows are
+// written; what lies behind them is not read.
 template <class Word>
-inline void pack_panel(Matrix<Word> rows, int64 words, Word* panel) {
-  for (int j = 0; j < kTileVectors; ++j)
+inline void pack_panel(Matrix<Word> rows, int64 count, int64 words, Word* panel) {
+  for (int j = 0; j * kCount<Word> < count; ++j)
     transpose<Word>({rows.at + j * kCount<Word> * rows.stride, rows.stride}, words,
                     {panel + j * kCount<Word>, kPanel<Word>});
 }

@@ -144,6 +144,8 @@ def smaller(operands: Operands, part: Part, needs: Sequence[str]) -> Sample:
     if operands.segment_ids is not None:
         ids = torch.stack([operands.segment_ids[b] for b, _ in part.pairs])
         kept = kept & (ids[:, None, part.rows, None] == ids[:, None, None, :])
+    if operands.mask is not None:
+        kept = kept & operands.mask[:, :, part.rows]
     bias = None if operands.bias is None else part.scores(operands.bias.detach())
     if operands.alibi_slopes is not None:
         assert bias is None, "ALiBi is written out as the bias here, so there can be no other"
@@ -160,7 +162,9 @@ def smaller(operands: Operands, part: Part, needs: Sequence[str]) -> Sample:
         max_seqlen_kv=s_kv,
     )
     # testing.cases.Case drops the gradients of tensors it was not told of
-    case = cases.Case(w.id, dtype=q.dtype, bias=(1, 1, 1, 1) if w.bias else None, sinks=w.sinks, needs=tuple(needs))
+    case = cases.Case(
+        w.id, dtype=q.dtype, bias=(1, 1, 1, 1) if "bias" in needs else None, sinks=w.sinks, needs=tuple(needs)
+    )
     without_band = dataclasses.replace(spec, left=None, right=None)
     return Sample(case, inputs, without_band, part.queries(operands.dout), None)
 

@@ -6,6 +6,7 @@ forward pass. Preparation builds masks and compiles; it is not timed, which favo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,14 +68,15 @@ def pass_call(forward: Forward, operands: Operands, pass_name: str) -> Callable[
 def cannot(workload: Workload, *features: str) -> list[str]:
     """A reason for each of the named, unsupported features that the workload uses.
 
-    Features are "softcap", "alibi", "sinks", "bias", "window", "documents", "packed", "dropout", "gqa", "mixed head
-    dims".
+    Features are "softcap", "alibi", "sinks", "bias", "mask", "window", "documents", "packed", "dropout", "gqa",
+    "mixed head dims".
     """
     uses = {
         "softcap": workload.softcap is not None,
         "alibi": workload.alibi,
         "sinks": workload.sinks,
         "bias": workload.bias,
+        "mask": workload.mask,
         "window": workload.window is not None,
         "documents": workload.documents > 1,
         "packed": workload.packed,
@@ -117,7 +119,7 @@ def fastattn_peer(backend: str | None) -> Peer:
         q, k, v = operands.q, operands.k, operands.v
         call: Callable[..., Any] = fastattn.attention
         if operands.cu_seqlens is None:
-            options |= {"bias": operands.bias, "segment_ids": operands.segment_ids}
+            options |= {"bias": operands.bias, "mask": operands.mask, "segment_ids": operands.segment_ids}
             return lambda: call(q, k, v, **options)
         cu_seqlens, longest = operands.cu_seqlens, w.s_q // w.documents
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
@@ -172,13 +174,23 @@ def sdpa_reasons(workload: Workload, device_type: str) -> list[str]:
 
 
 def prepare_sdpa(operands: Operands) -> Forward:
-    """``scaled_dot_product_attention``: with its causal flag if that suffices, else with a mask built beforehand."""
+    """``scaled_dot_product_attention``: with its causal flag if that suffices, else with a mask built beforehand.
+
+    Packed documents are of one length, so padding to the longest makes a batch of them without one token to spare.
+    """
     w = operands.workload
-    q, k, v = (x.transpose(-3, -2) for x in (operands.q, operands.k, operands.v))
-    q, k, v = (x[None] for x in (q, k, v)) if w.packed else (q, k, v)
+    q, k, v = operands.q, operands.k, operands.v
+    if w.packed:
+        q, k, v = (x.unflatten(0, (w.documents, -1)) for x in (q, k, v))
+        w = dataclasses.replace(
+            w, batch=w.documents, s_q=w.s_q // w.documents, s_kv=w.s_kv // w.documents, documents=1, packed=False
+        )
+        operands = dataclasses.replace(operands, workload=w, q=q, k=k, v=v)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
     causal_flag = w.causal and not (w.has_mask or w.bias or w.alibi)
     bias, kept = (None, None) if causal_flag else bias_and_mask(operands)
     options: dict[str, Any] = {"scale": w.spec.scale, "is_causal": causal_flag, "enable_gqa": w.heads_q != w.heads_kv}
+    is_packed = operands.cu_seqlens is not None
 
     def forward() -> Tensor:
         mask = bias
@@ -186,9 +198,8 @@ def prepare_sdpa(operands: Operands) -> Forward:
             mask = bias.masked_fill(~kept, float("-inf"))  # part of every call if the bias learns
         elif kept is not None:
             mask = kept
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
-        out = out.transpose(-3, -2)
-        return out[0] if w.packed else out
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(-3, -2)
+        return out.flatten(0, 1) if is_packed else out
 
     return forward
 

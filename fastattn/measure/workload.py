@@ -7,6 +7,7 @@ irregular shapes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Workload:
     """A problem: shapes, dtype, the features used, and which passes to measure. Causal is lower right.
 
     Attributes:
+        bias_grad: the bias has a gradient.
+        mask: a boolean mask as a tensor: every row keeps the first quarter of the keys, and those up to its own.
         documents: number of equally long documents in each sequence; 1 is an ordinary batch.
         packed: the documents come as ``cu_seqlens`` (batch must be 1) instead of segment ids.
         passes: of PASSES, to be timed.
@@ -47,6 +50,8 @@ class Workload:
     alibi: bool = False
     sinks: bool = False
     bias: bool = False
+    bias_grad: bool = True
+    mask: bool = False
     documents: int = 1
     packed: bool = False
     dropout_p: float = 0.0
@@ -61,7 +66,8 @@ class Workload:
         softcap = self.softcap and f"softcap {self.softcap:g}"
         documents = self.documents > 1 and f"{self.documents} documents{' packed' if self.packed else ''}"
         words = ("causal" if self.causal else "", window, softcap, documents)
-        flags = [name for name in ("alibi", "sinks", "bias") if getattr(self, name)]
+        flags = [name for name in ("alibi", "sinks", "bias", "mask") if getattr(self, name)]
+        flags += ["without gradient"] if self.bias and not self.bias_grad else []
         return [word for word in words if word] + flags + (["dropout"] if self.dropout_p else [])
 
     @property
@@ -82,10 +88,12 @@ class Workload:
     def has_mask(self) -> bool:
         """Whether torch's own attention needs a mask tensor for this."""
         square = self.s_q == self.s_kv
-        return self.window is not None or self.documents > 1 or (self.causal and not square)
+        return self.mask or self.window is not None or self.documents > 1 or (self.causal and not square)
 
     def keeps(self, i: Any, j: Any) -> Any:
-        """Whether query row ``i`` attends to key ``j``: the band, inside its own document."""
+        """Whether query row ``i`` attends to key ``j``: the band, inside its own document, where the mask is True."""
+        if self.mask:
+            return keep(self.spec, i, j, self.s_q, self.s_kv) & ((j < self.s_kv // 4) | (j <= i))
         if self.documents == 1:
             return keep(self.spec, i, j, self.s_q, self.s_kv)
         length = self.s_q // self.documents
@@ -106,6 +114,9 @@ class Workload:
         q = torch.empty(batch, lengths[0], heads[0], dims[0], device="meta")
         k, v = (torch.empty(batch, lengths[1], heads[1], d, device="meta") for d in dims)
         forward, backward = (count(Inputs(q, k, v), self.spec) for count in (forward_flops, backward_flops))
+        if self.mask:
+            kept = self.keeps(torch.arange(self.s_q)[:, None], torch.arange(self.s_kv)[None]).sum().item()
+            forward, backward = (flops * kept // (self.s_q * self.s_kv) for flops in (forward, backward))
         return {"forward": forward, "backward": backward, "both": forward + backward}
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,6 +134,7 @@ class Operands:
 
     Attributes:
         bias: ``(1, H_q, S_q, S_kv)``.
+        mask: ``(1, 1, S_q, S_kv)``, boolean.
         segment_ids: ``(B, S)`` int32, the same for q and kv.
         cu_seqlens: ``(N + 1,)`` int32 if packed; then q, k, v and dout have no batch dimension.
     """
@@ -133,6 +145,7 @@ class Operands:
     v: Tensor
     dout: Tensor
     bias: Tensor | None = None
+    mask: Tensor | None = None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
     segment_ids: Tensor | None = None
@@ -165,7 +178,10 @@ class Operands:
             k=normal(*rows_kv, workload.heads_kv, workload.d_qk),
             v=normal(*rows_kv, workload.heads_kv, workload.d_v),
             dout=normal(*rows_q, workload.heads_q, workload.d_v, leaf=False),
-            bias=normal(1, workload.heads_q, workload.s_q, workload.s_kv) if workload.bias else None,
+            bias=normal(1, workload.heads_q, workload.s_q, workload.s_kv, leaf=workload.bias_grad)
+            if workload.bias
+            else None,
+            mask=_of_positions(workload, workload.keeps, device)[None, None] if workload.mask else None,
             sinks=normal(workload.heads_q) if workload.sinks else None,
             alibi_slopes=torch.exp2(-8.0 * heads / workload.heads_q) if workload.alibi else None,
             segment_ids=ids.expand(workload.batch, -1) if has_segments else None,
@@ -179,7 +195,7 @@ class Operands:
     def leaves(self) -> dict[str, Tensor]:
         """The operands with a gradient, by the name in the spec."""
         named = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias, "sinks": self.sinks}
-        return {name: x for name, x in named.items() if x is not None}
+        return {name: x for name, x in named.items() if x is not None and x.requires_grad}
 
     @property
     def inputs(self) -> Inputs:
@@ -190,6 +206,7 @@ class Operands:
             k=self.k,
             v=self.v,
             bias=self.bias,
+            mask=self.mask,
             alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes[None],
             sinks=None if self.sinks is None else self.sinks[None],
             segment_ids_q=self.segment_ids,
@@ -203,13 +220,15 @@ class Operands:
 
     def keep_matrix(self) -> Tensor:
         """``(S_q, S_kv)`` boolean, True = attend: the mask for libraries without this feature."""
-        return self.workload.keeps(*self._positions())
+        return _of_positions(self.workload, self.workload.keeps, self.q.device)
 
     def alibi_bias(self) -> Tensor:
         """``(1, H_q, S_q, S_kv)`` fp32: ALiBi as a bias for libraries without it."""
         assert self.alibi_slopes is not None
-        return (-self.alibi_slopes[:, None, None] * self.workload.distance(*self._positions()))[None]
+        distances = _of_positions(self.workload, self.workload.distance, self.q.device)
+        return (-self.alibi_slopes[:, None, None] * distances)[None]
 
-    def _positions(self) -> tuple[Tensor, Tensor]:
-        w, device = self.workload, self.q.device
-        return torch.arange(w.s_q, device=device)[:, None], torch.arange(w.s_kv, device=device)[None, :]
+
+def _of_positions(w: Workload, function: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor:
+    """``(S_q, S_kv)``: a function of query row and key."""
+    return function(torch.arange(w.s_q, device=device)[:, None], torch.arange(w.s_kv, device=device)[None, :])

@@ -22,6 +22,8 @@ WORKLOADS = {
     "alibi": dataclasses.replace(BASE, alibi=True),
     "sinks": dataclasses.replace(BASE, sinks=True),
     "bias": dataclasses.replace(BASE, bias=True, batch=2),
+    "constant bias": dataclasses.replace(BASE, bias=True, bias_grad=False),
+    "mask": dataclasses.replace(BASE, mask=True, causal=False),
     "documents": dataclasses.replace(BASE, documents=4, batch=2),
     "packed": dataclasses.replace(BASE, documents=4, packed=True),
     "two head dims": dataclasses.replace(BASE, d_v=16),

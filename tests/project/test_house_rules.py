@@ -22,7 +22,7 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL, MAX_POSITIONAL = 500, 60, 120, 8
 STAND_INS = {
     "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
     "flash_attn_with_kvcache", "flash_attn_kvpacked_func", "flash_attn_varlen_qkvpacked_func",
-    "flash_attn_varlen_kvpacked_func", "_flash_forward", "_flash_backward",
+    "flash_attn_varlen_kvpacked_func", "_flash_forward", "_flash_backward", "_varlen_forward",
 }  # fmt: skip
 CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 

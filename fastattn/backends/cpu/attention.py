@@ -124,12 +124,13 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
     alone = rest()
     out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    empty, count, low = torch.empty, threads.count, math.prod(inputs.lse_shape()) * words.itemsize
+    count, low = threads.count, math.prod(inputs.lse_shape()) * words.itemsize
 
     def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
-        out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
+        # new_empty takes dtype and device from q, in half the time of torch.empty with both
+        out, kept, at, at_low = q.new_empty(out_shape), None, 0, 0
         if keep:
-            kept = empty(kept_shape, dtype=words, device=HOST)
+            kept = q.new_empty(kept_shape, dtype=words) if words is not dtype else q.new_empty(kept_shape)
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
@@ -145,20 +146,18 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
 
 def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
     """``backward`` for calls of one kind, whose ``lse`` has no gradient and whose q, k and v alone need one."""
-    q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
+    q_shape, k_shape, v_shape = inputs.q.shape, inputs.k.shape, inputs.v.shape
     rest = _rest(inputs, spec, BACKWARD_PART, dout)
     if rest is None:
         return None
     alone = rest()
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
-    empty, count = torch.empty, threads.count
-    low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
+    count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
     def run(
         dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
     ) -> tuple[Tensor, ...]:
-        dq = empty(q_shape, dtype=dtype, device=HOST)
-        dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
+        dq, dk, dv = q.new_empty(q_shape), k.new_empty(k_shape), v.new_empty(v_shape)
         at = kept.data_ptr()
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,

@@ -103,6 +103,7 @@ BITS = {
     "one unit of several parts": ((1, 1700, (1, 1), 32), {}),
     "fewer units than threads, causal": ((1, 1100, (3, 1), 32), {"right": 0}),
     "window": ((1, 900, (2, 2), 32), {"left": 70, "right": 3}),
+    "window, the last rows of many heads": ((1, 1019, (6, 1), 32), {"left": 70, "right": 0}),
     "dropout": ((2, 600, (4, 2), 24), {"dropout_p": 0.3, "rng_state": torch.tensor([1, 2])}),
     "bias of all": ((3, 300, (4, 4), 16), {"bias": torch.ones(1, 1, 300, 300)}),
     "bias of heads": ((3, 300, (4, 2), 16), {"bias": torch.ones(1, 4, 300, 300)}),
