@@ -70,8 +70,10 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
         found = tuple(kind)
         known, extents = _known.get(found, (None, ()))
-        if known is not None and not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=True)):
-            return None, None  # memory was taken from a tensor: the long way says so
+        if known is not None:
+            for x, size in zip(tensors, extents, strict=True):
+                if x is not None and not holds(x, size):
+                    return None, None  # memory was taken from a tensor: the long way says so
         return found, known
     except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
