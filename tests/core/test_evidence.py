@@ -1,4 +1,4 @@
-"""When a backend with kernels of its own may be chosen unasked: records, self-checks, and how verdicts are kept."""
+"""Automatic selection of a backend with kernels of its own: records, self-checks, and storage of verdicts."""
 
 from __future__ import annotations
 

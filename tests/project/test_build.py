@@ -1,4 +1,4 @@
-"""How the CUDA kernels reach a machine: the struct, the table of kernels, the build and its refusals, the cache."""
+"""Build and delivery of the CUDA kernels: the structs, the table of kernels, the build and its errors, the cache."""
 
 from __future__ import annotations
 

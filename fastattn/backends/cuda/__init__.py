@@ -1,6 +1,6 @@
 """CUDA C++ for Hopper (sm_90a): the kernels of ``csrc/``, built with the package or compiled at first use.
 
-Not yet run on a GPU, so it serves where it is asked for by name, never by choice.
+Not yet run on a GPU, so it serves only if it is asked for by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _sees_gpu() -> bool:
 
 @contextlib.contextmanager
 def _current_stream(device: torch.device) -> Iterator[int]:
-    """The stream to launch on, with its device current. Host memory has none: tests run kernels there, emulated."""
+    """The stream to launch on, with its device current; 0 for host memory, on which tests run emulated kernels."""
     if device.type != "cuda":
         yield 0
         return

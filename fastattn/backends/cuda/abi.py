@@ -1,8 +1,8 @@
 """The flat structs of ``csrc/common/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
 ``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/project/test_build.py holds them against C++.
-Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
-some query keeps, the padding of the backward pass's own tensors.
+Values that the kernels need beyond the spec are computed here: scales in base 2, the band without None, the keys that
+some query keeps, the padding of the workspace of the backward pass.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
 
 
 def spec_fields(spec: AttentionSpec) -> Fields:
-    """Those that every pass has, but for the anchor."""
+    """The fields of the spec that every pass has; the anchor is not among them."""
     if spec.softcap is not None and spec.softcap > MOST_SOFTCAP:
         todo = 'Use backend="triton".'
         raise input_error("softcap", f"{spec.softcap:g}", f"at most {MOST_SOFTCAP} in the CUDA kernels", todo)
@@ -233,7 +233,7 @@ def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec
 
 
 def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:
-    """q and the scale, or what gives the same scores with a scale that is positive in fp32."""
+    """q and the scale, changed if needed to give the same scores with a scale that is positive in fp32."""
     tiny = torch.finfo(torch.float32).tiny
     if spec.softcap is not None or spec.scale >= tiny:
         return q, spec.scale
@@ -242,7 +242,7 @@ def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:
 
 
 def readable(inputs: Inputs) -> Inputs:
-    """The same tensors where TMA can read them, copies where it cannot; fp32 sinks, contiguous boundaries."""
+    """The tensors that TMA can read, and copies of those that it cannot; fp32 sinks, contiguous boundaries."""
     q, k, v = (readable_rows(x) for x in (inputs.q, inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     bounds = (None if x is None else x.contiguous() for x in (inputs.cu_seqlens_q, inputs.cu_seqlens_kv))
@@ -251,7 +251,7 @@ def readable(inputs: Inputs) -> Inputs:
 
 
 def readable_rows(x: Tensor) -> Tensor:
-    """``x`` or a copy: TMA wants addresses and strides that 16 bytes divide, and no stride of 0."""
+    """``x``, or a copy if an address or stride is not a multiple of 16 bytes or a stride is 0, as TMA requires."""
     steps = [stride * x.element_size() for stride, size in zip(x.stride(), x.shape, strict=True)][:-1]
     used = [step for step, size in zip(steps, x.shape, strict=False) if size > 1]
     is_readable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in used)

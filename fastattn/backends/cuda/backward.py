@@ -1,9 +1,9 @@
-"""The backward pass: which kernels compute it, the tensors that they need, and their results as gradients.
+"""The backward pass: choice of kernels, their workspace, and their results as gradients.
 
-One fused kernel computes all three of dq, dk and dv, and adds dq up by atomics: the fastest way, and the order of the
-additions is open. Two kernels, one for dk and dv, one for dq, compute the same with no atomics: bit for bit the same
-every time. They serve under ``torch.use_deterministic_algorithms``, where only some gradients are needed, and for head
-dims that no fused kernel holds.
+One fused kernel computes dq, dk and dv, and sums dq by atomic additions, whose order is not fixed. It takes five
+products instead of seven. Two kernels, one for dk and dv, one for dq, compute the same without atomics, with the same
+bits every time. They serve under ``torch.use_deterministic_algorithms``, if only some gradients are needed, and for
+head dims without a fused kernel.
 """
 
 from __future__ import annotations

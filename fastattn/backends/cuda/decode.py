@@ -1,6 +1,6 @@
 """Attention to a cache with the CUDA kernels: how many splits, the struct of params.h, the partial results.
 
-New keys and values are stored, and queries turned to their positions, by the shared steps of ``fastattn.kv_cache``.
+``fastattn.kv_cache`` stores new keys and values and rotates queries by their positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK_KEYS, COMBINE_KEYS = 192, 256
 def attend(
     launch: Callable[[abi.Fields], None], inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, the new keys and values being stored."""
+    """Append the new keys and values, and return ``(out, lse)``."""
     q = kv_cache.rotated_queries(inputs, spec)
     kv_cache.append(inputs)
     step = Step.of(inputs.replace(q=q), spec, multiprocessors)
@@ -119,7 +119,7 @@ def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
 
 
 def readable(inputs: CacheInputs) -> CacheInputs:
-    """The same tensors where kernels can read them (so the usual layouts of caches), copies where they cannot."""
+    """The tensors that kernels can read, which include the usual layouts of caches, and copies of the others."""
     q, k_cache, v_cache = (abi.readable_rows(x) for x in (inputs.q, inputs.k_cache, inputs.v_cache))
     cu_seqlens_q = None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.contiguous()
     return inputs.replace(

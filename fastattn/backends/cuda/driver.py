@@ -49,7 +49,7 @@ def _refuse(name: str, code: int) -> NoReturn:
 
 
 def aligned_buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """A buffer that holds ``size`` bytes, and what the alignment rounds them up to, at the returned, aligned address.
+    """A buffer of ``size`` bytes, rounded up to the alignment, and the aligned address of these bytes.
 
     The driver copies whole multiples of the alignment of a kernel's argument.
     """
@@ -109,7 +109,7 @@ def use_device(device: int) -> None:
 
 @functools.cache
 def _primary_context(device: int) -> ctypes.c_void_p:
-    """Retained once, and for the life of the process."""
+    """The primary context of a device, retained once and never released."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     _call("cuDeviceGet", ctypes.byref(handle), device)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)

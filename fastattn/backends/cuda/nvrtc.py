@@ -290,7 +290,7 @@ class Kernel:
 
 
 def shared_bytes(config: AnyConfig) -> int:
-    """Of a block. The large kernels get all that there is: one block runs on each multiprocessor in any case."""
+    """Shared memory of a block. Large kernels get all of it, since one block runs on each multiprocessor anyway."""
     if isinstance(config, CombineConfig):
         return 0
     return ROW_SHARED_BYTES if isinstance(config, RowwiseConfig) else SHARED_BYTES
@@ -302,12 +302,12 @@ def tiles_of(given: dict[str, int], side: str, block: int) -> int:
 
 
 def _batch(given: dict[str, int]) -> int:
-    """Of the tensors: 1 if packed."""
+    """The batch size of the tensors: 1 if packed."""
     return 1 if given["cu_seqlens_q"] else given["batch"]
 
 
 def row_view(given: dict[str, int], name: str, side: str, columns: str, box_rows: int) -> View:
-    """A tensor that kernels read. Keys outside of what some query keeps are not shown."""
+    """The view of a tensor that kernels read, without the keys that no query keeps."""
     row, head, batch = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
     is_of_keys = side == "kv"
     rows = given["key_end"] - given["key_begin"] if is_of_keys else given["seqlen_q"]
@@ -324,14 +324,14 @@ def result_view(given: dict[str, int], name: str, side: str, columns: str) -> Vi
 
 
 def cache_view(given: dict[str, int], name: str, columns: str) -> View:
-    """A cache, with pages in the place of the batch. One box never leaves a page."""
+    """The view of a cache, with pages in place of the batch, so that a box lies in one page."""
     row, head, page = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
     sizes = (given[columns], given["page_size"], given["heads_kv"], given["pages"])
     return View(f"{name}_cache", 0, sizes, (row, head, page), given["box_rows"])
 
 
 def input_views(given: dict[str, int], block_m: int, block_n: int) -> list[View]:
-    """Those of q, k and v. Where no key is kept nothing is loaded, and q stands for all."""
+    """The views of q, k and v. If no key is kept nothing is loaded, and the view of q is repeated."""
     q = row_view(given, "q", "q", "head_dim_qk", block_m)
     if given["key_begin"] == given["key_end"]:
         return [q, q, q]

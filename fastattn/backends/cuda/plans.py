@@ -1,7 +1,7 @@
 """Plans: a pass described once for all calls of its kind; a later call allocates, fills addresses in and launches.
 
-All of the struct of a pass but its addresses and its stream depends on the kind of the call (``fastattn/plan.py``):
-shapes, strides, dtypes, device, alignment, flags. The same is true of the kernels that serve it and of its tensor maps.
+The struct of a pass, except its addresses and its stream, depends on the kind of the call alone (``fastattn/plan.py``):
+shapes, strides, dtypes, device, alignment, flags. So do the kernels that serve it and its tensor maps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QKV = ("q", "k", "v")
 
 
 def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-    """None where a tensor has to be copied or scaled first."""
+    """The run of a forward pass; None if a tensor has to be copied or scaled first."""
     ready, positive = abi.prepared(inputs, spec)
     if any(getattr(ready, name) is not getattr(inputs, name) for name in QKV):
         return None
@@ -36,7 +36,7 @@ def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool
 
 
 def backward_pass(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-    """None where a tensor has to be copied first, or there is no pair of a query and a key."""
+    """The run of a backward pass; None if a tensor has to be copied first, or there is no pair of a query and a key."""
     ready, (out, lse, lse_low) = abi.readable(inputs), abi.results(inputs)
     dout = torch.empty_strided(dout.shape, dout.stride(), dtype=dout.dtype, device=out.device)
     is_ready = all(getattr(ready, name) is getattr(inputs, name) for name in QKV)
@@ -49,7 +49,7 @@ def backward_pass(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: T
 
 
 def for_cache(prepare: Prepare, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int) -> Run | None:
-    """None where a tensor has to be copied or scaled first, or there is no query."""
+    """The run of attention to a cache; None if a tensor has to be copied or scaled first, or there is no query."""
     step = decode.Step.of(inputs, spec, multiprocessors)
     names = ("q", "k_cache", "v_cache", "cache_lengths", "block_table")
     if any(getattr(step.inputs, name) is not getattr(inputs, name) for name in names) or not step.rows:

@@ -1,6 +1,6 @@
 """The whole cuda backend on CPU tensors: its own Python, structs, tensor maps and kernels, on the emulated machine.
 
-Judged by the rule of every backend, alone and with the other pass on another backend.
+Results are judged by the tolerance rule, also with the other pass on another backend.
 """
 
 from __future__ import annotations

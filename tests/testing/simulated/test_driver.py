@@ -1,6 +1,6 @@
-"""The CUDA backend's own host over a recording driver: contexts, captures, tensor maps, launches, sizes of arguments.
+"""The host code of the CUDA backend over a recording driver: contexts, captures, tensor maps, launches, argument sizes.
 
-The tensors lie on the simulated GPUs, so devices and streams are those of torch.
+The tensors are on the simulated GPUs, so devices and streams are those of torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faults planted in the code that only a GPU would run, one at a time: each has to be reported."""
+"""Faults planted one at a time in the code that only runs on a GPU: each has to be reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The self-check and ``fastattn verify`` on the simulated GPU: as a process, and by a call that chooses."""
+"""The self-check and ``fastattn verify`` on the simulated GPU: as a process, and by a call that selects a backend."""
 
 from __future__ import annotations
 
