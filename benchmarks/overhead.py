@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     record.set(columns=COLUMNS)
     steps: list[Callable[[], Iterator[Row]]] = [
         lambda: _calls(device, args.quick),
+        lambda: _calls_of_a_gpu(args.quick),
         lambda: _imports(1 if args.quick else 7),
         _size,
         *([] if args.quick else [_installation]),
@@ -78,6 +81,34 @@ def _calls(device: torch.device, quick: bool) -> Iterator[Row]:
                 "beside": f"{ratio:.2f}× sdpa",
                 "note": "1 head, 16 tokens, D 16",
             }
+
+
+KINDS = {"forward": "forward", "both": "forward and backward", "decode": "a paged step with its append"}
+
+
+def _calls_of_a_gpu(quick: bool) -> Iterator[Row]:
+    """Host time of what runs on a GPU, up to the driver, in a process of its own: ``benchmarks/host_time.py``."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", "benchmarks.host_time", str(answer), *(["--quick"] if quick else [])]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            yield {"what": "host time of calls on a GPU", "value": "failed", "note": said[:200]}
+            return
+        rows = json.loads(answer.read_text(encoding="utf-8"))
+    for row in rows:
+        kind, who = row["kind"], row["who"]
+        where = "on the CPU" if who == "sdpa" else "host time on a GPU"
+        yield {
+            "what": f"{where}, {KINDS[kind]}, {who}",
+            "value": f"{tables.seconds(row['seconds'])} ±{row['spread']:.0%}",
+            "beside": f"{row['ratio']:.2f}× sdpa" + (" forward" if kind == "decode" else ""),
+            "note": "to the driver, which takes notes alone; 1 head, 16 tokens, D 16" if kind != "decode" else
+                    "to the driver, which takes notes alone; 2 sequences, 8 heads, D 64",
+        }  # fmt: skip
 
 
 def _imports(rounds: int) -> Iterator[Row]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import NoReturn
 
 TILED_4D = 4
 DTYPES = (9, 6)  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 and _FLOAT16, in the order of Dtype in csrc/common/params.h
@@ -36,10 +38,14 @@ def supported_major() -> int:
 def _call(name: str, *arguments: object) -> None:
     code = getattr(_driver(), name)(*arguments)
     if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        reason = text.value.decode() if text.value else f"code {code}"
-        raise RuntimeError(f"fastattn's CUDA kernel was not launched: {name}: {reason}")
+        _refuse(name, code)
+
+
+def _refuse(name: str, code: int) -> NoReturn:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(code, ctypes.byref(text))
+    reason = text.value.decode() if text.value else f"code {code}"
+    raise RuntimeError(f"fastattn's CUDA kernel was not launched: {name}: {reason}")
 
 
 def aligned_buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
@@ -77,9 +83,13 @@ def encode_map(to: int, data: int, dtype: int, sizes: tuple[int, ...], strides: 
     )
 
 
-def move_map(at: int, data: int) -> None:
-    """Let the tensor map at address ``at`` show a tensor alike at address ``data``."""
-    _call("cuTensorMapReplaceAddress", ctypes.c_void_p(at), ctypes.c_void_p(data))
+def move_maps(at: int, data: Sequence[int]) -> None:
+    """Let the tensor maps that lie one after the other at address ``at`` show tensors alike at addresses ``data``."""
+    replace = _driver().cuTensorMapReplaceAddress
+    for address in data:
+        if code := replace(ctypes.c_void_p(at), ctypes.c_void_p(address)):
+            _refuse("cuTensorMapReplaceAddress", code)
+        at += MAP_BYTES
 
 
 def use_device(device: int) -> None:
@@ -89,6 +99,8 @@ def use_device(device: int) -> None:
     """
     context, current = ctypes.c_void_p(), ctypes.c_int(-1)
     _call("cuCtxGetCurrent", ctypes.byref(context))
+    if context.value == _primary_context(device).value:
+        return
     if context.value:
         _call("cuCtxGetDevice", ctypes.byref(current))
     if current.value != device:

@@ -283,8 +283,8 @@ class Kernel:
         argument = self.maps + packed
         buffer, at = driver.aligned_buffer(len(argument))  # of this call alone: other threads launch, too
         ctypes.memmove(at, argument, len(argument))
-        for n, (which, skipped) in enumerate(self.places):
-            driver.move_map(at + n * driver.MAP_BYTES, addresses[which] + skipped)
+        if self.places:
+            driver.move_maps(at, [addresses[which] + skipped for which, skipped in self.places])
         driver.launch(self.function, at, self.blocks, self.threads, self.shared_bytes, stream)
         del buffer  # held until the launch has copied it
 

@@ -166,21 +166,22 @@ def test_what_a_kernel_may_not_touch_is_refused(machine: simulated.Machine) -> N
             machine.check_address("forward", "q", address, device)
 
 
-def assert_held(expected: int) -> None:
-    """So many bytes of the device soon: autograd's threads let go of gradients a moment after they have given them."""
+def assert_held(most: int) -> None:
+    """No more bytes of the device, soon: autograd's threads let go of gradients a moment after they have given them."""
     ends = time.monotonic() + 5
-    while (found := torch.cuda.memory_allocated()) != expected and time.monotonic() < ends:
+    while (found := torch.cuda.memory_allocated()) > most and time.monotonic() < ends:
         time.sleep(0.01)
-    assert found == expected
+    assert found <= most
 
 
 @pytest.mark.parametrize("prepare", CALLS, ids=lambda prepare: prepare.__name__)
 def test_a_plan_keeps_no_tensor(prepare: Callable[[], Callable[[], object]]) -> None:
+    others = torch.cuda.memory_allocated()  # what tests before this one left behind
     run, before = prepare(), torch.cuda.memory_allocated()
     run()
     assert_held(before)
     del run
-    assert_held(0)
+    assert_held(others)
 
 
 # --- planted faults: plans that launch what is stale, memory that a kernel may not touch --------------------------
@@ -271,7 +272,7 @@ FAULTS = [
           "self.version, *(fields[name] for name in self.addresses)", by_plan_as_without),
     Fault("the stream of the first call", C + "abi:Abi.template", "stream.pack(on)", "stream.pack(fields['stream'])",
           stays_on_its_stream),
-    Fault("maps of the first call", C + "nvrtc:Kernel.launch", "enumerate(self.places)", "()", shown_tensors),
+    Fault("maps of the first call", C + "nvrtc:Kernel.launch", "if self.places:", "if False:", shown_tensors),
     Fault("maps of one tensor", C + "nvrtc:Kernel.launch", "addresses[which] + skipped", "addresses[0] + skipped",
           shown_tensors),
     Fault("memory that calls share", C + "plans:_run", "torch.empty(shape, dtype=dtype, device=device)",
