@@ -192,14 +192,14 @@ def main() -> int:
         return 2
     print(f"{'kernel':<44} registers  HGMMA  exp under/after P V  verdict")
     is_good = True
+    judge = check_with_nvrtc if options.nvrtc else check
     with ThreadPoolExecutor(options.jobs or os.cpu_count()) as pool:
-        judge = check_with_nvrtc if options.nvrtc else check
-        checked = list(pool.map(lambda instance: judge(instance, options.build, cuobjdump), instances))
-    for instance, (facts, found) in zip(instances, checked, strict=True):
-        is_good = is_good and not found
-        under, after = facts.exponentials
-        verdict = "; ".join(found) or "ok"
-        print(f"{instance.name:<44} {facts.registers:>9}  {facts.products:>5}  {under:>9} / {after:<7}  {verdict}")
+        checked = pool.map(lambda instance: judge(instance, options.build, cuobjdump), instances)
+        for instance, (facts, found) in zip(instances, checked, strict=True):
+            is_good = is_good and not found
+            under, after = facts.exponentials
+            figures = f"{facts.registers:>9}  {facts.products:>5}  {under:>9} / {after:<7}"
+            print(f"{instance.name:<44} {figures}  {'; '.join(found) or 'ok'}", flush=True)
     return 0 if is_good else 1
 
 

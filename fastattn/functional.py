@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn import plan, reference
+from fastattn import plan, reference, state
 from fastattn.arguments import Window, dense_problem, packed_problem, torch_problem, with_rng_state
 from fastattn.autograd import needs_gradient
 from fastattn.dispatch import Explanation, check_name, requested
@@ -119,8 +119,10 @@ def attention(
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
         "rng_state": rng_state, "layout": layout,
     }  # fmt: skip
-    if has_torch_function_variadic(q, k, v):
+    if has_torch_function_variadic(q, k, v) or state.whole_rows is not None:
         given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
+        if state.whole_rows is not None:
+            return state.whole_rows(q, k, v, **given)
         return handle_torch_function(attention, (q, k, v), q, k, v, **given)
     if isinstance(q, Tensor) and q.is_nested:
         return _of_nested(q, k, v, given, return_lse or return_weights, backend)

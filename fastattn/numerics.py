@@ -50,6 +50,14 @@ def merge_lse(lses: Tensor, lows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return *split_lse(base, total, base_low), weights / torch.where(total == 0, 1, total)
 
 
+def shifted_lse(lse: Tensor, low: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``lse`` and ``lse_low`` of rows whose scores are all greater by ``shift``; what rounding takes is kept."""
+    moved = lse + shift
+    taken = moved - lse
+    rest = (lse - (moved - taken)) + (shift - taken)  # Knuth's sum of two
+    return moved, torch.where(lse == NEVER, 0, low + rest)
+
+
 def kept_product(weights: Tensor, x: Tensor, kept: Tensor) -> Tensor:
     """``weights @ x``, in which a row of ``x`` that is not finite makes the rows that keep it NaN, and no others.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import state
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError, input_error
@@ -101,7 +102,16 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
 
 
 def refuse_context_parallel() -> None:
-    """Raise UnsupportedError inside torch's ``context_parallel``: q, k and v are this rank's tokens only."""
+    """Raise UnsupportedError where q, k and v are this rank's tokens only, and attention would be to those alone.
+
+    Inside torch's ``context_parallel`` only torch's attention is right, inside ``sharded`` of
+    ``fastattn.integrations.context_parallel`` only ``fastattn.attention``.
+    """
+    if state.whole_rows is not None:
+        raise UnsupportedError(
+            "This call inside sharded() would attend to this rank's tokens alone. Call fastattn.attention there, or "
+            "leave the context."
+        )
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     if module.startswith("torch.distributed."):
         raise UnsupportedError(

@@ -51,10 +51,10 @@ class Plan:
 def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Hashable | None, Any]:
     """The kind of a call, and its ``Plan`` (for a cache the run itself), or None if there is none.
 
-    The kind is None for a call that must not take a plan: a tool of torch watches or transforms it, or its tensors are
-    not plain dense ones. Every call passes here, so it is written for speed.
+    The kind is None for a call that must not take a plan: a tool of torch watches or transforms it, its tensors are not
+    plain dense ones, or they hold the tokens of one rank. Every call passes here, so it is written for speed.
     """
-    if is_watched():
+    if is_watched() or state.whole_rows is not None:
         return None, None
     grad = torch.is_grad_enabled()
     kind: list[Any] = [options, torch.are_deterministic_algorithms_enabled()]

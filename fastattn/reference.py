@@ -330,7 +330,7 @@ def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> T
     if spec.dropout_p == 0:
         return x
     assert inputs.rng_state is not None
-    head = at.sequence_q * at.num_heads + at.h
+    head = rng.head_number(inputs.rng_state, at.sequence_q, at.h, at.num_heads)
     survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
     return torch.where(survives, x * spec.dropout_scale, 0)
 

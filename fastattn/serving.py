@@ -41,6 +41,7 @@ def serve(
     Stores a plan for the ``kind`` of the call. ``heads_first`` says that its tensors are ``(B, H, S, D)``, ``with_lse``
     that it returns lse.
     """
+    ops.refuse_context_parallel()
     check_name(backend)
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)

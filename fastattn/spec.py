@@ -60,7 +60,8 @@ is one).
 NaN and infinity do not spread beyond the rows that keep them. A key or value may hold anything without effect on the
 rows that do not keep it, on their ``out`` and on the gradients of what they keep. A row that keeps a NaN, or whose own
 query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Softmax does not depend on an offset that
-all scores of a row share, however large (-1e9, finfo.min), and neither do the weights.
+all scores of a row share, however large (-1e9, finfo.min), and neither do the weights. GPU kernels ignore only what no
+row keeps (docs/decisions/empty_rows.md).
 
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.

@@ -10,6 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+# While tensors hold the tokens of one rank: what serves ``fastattn.attention`` for whole rows. Not of one thread alone,
+# as backward passes, which may compute forward passes again, run in threads of their own. Else None.
+whole_rows: Callable[..., Any] | None = None
+
 F = TypeVar("F", bound=Callable[..., Any])
 _forget: list[Callable[[], object]] = []
 

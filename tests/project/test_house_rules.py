@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "__init__": {"decoding", "dispatch", "errors", "flops", "functional", "inspection", "nn", "ops", "version"},
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "nn", "reference"},
     "measure": VOCABULARY | {"", "backends", "flops", "reference", "testing"},
-    "lm": PUBLIC | {"nn"},
+    "lm": PUBLIC | {"integrations", "nn"},
     "cli": PUBLIC | {"backends", "compiled", "evidence", "lm", "measure"},
 }
 

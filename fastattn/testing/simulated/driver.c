@@ -5,13 +5,13 @@
 #include <string.h>
 
 enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, CAPTURE_UNSUPPORTED = 900 };
-enum { NAME_BYTES = 512, DEVICES = 2, MOST = 4096, PARAM_BYTES = 4096, SHARED_DEFAULT = 49152, SHARED_LIMIT = 232448 };
+enum { NAME_BYTES = 512, MOST_PARAMS = 256, DEVICES = 2, MOST = 4096, PARAM_BYTES = 4096, SHARED_DEFAULT = 49152, SHARED_LIMIT = 232448 };
 
 typedef struct Context { int device; } Context;
-typedef struct Function { Context* context; char name[NAME_BYTES]; unsigned param_bytes, shared; } Function;
+typedef struct Function { Context* context; char name[NAME_BYTES]; unsigned params, sizes[MOST_PARAMS], shared; } Function;
 typedef struct Launch {
   char kernel[NAME_BYTES];
-  unsigned grid[3], block[3], shared, param_bytes;
+  unsigned grid[3], block[3], shared, param_bytes, param_count, sizes[MOST_PARAMS];
   uint64_t stream;
   int device;
   unsigned char params[PARAM_BYTES];
@@ -39,9 +39,13 @@ static int refuse(int code, char const* rule) {
 }
 
 // ---- for recording.py ----------------------------------------------------------------------------------------------
-void rec_reset(void) {
-  function_count = launch_count = capturing = 0;
+void rec_clear(void) {
+  launch_count = 0;
   broken[0] = 0;
+}
+void rec_reset(void) {
+  rec_clear();
+  function_count = capturing = 0;
   current = 0;
   version = 13000;
 }
@@ -83,14 +87,18 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
   *mode = before;
   return OK;
 }
-// A module is text here: "NAME PARAM_BYTES".
+// A module is text here: the name of its kernel, and the bytes of each parameter.
 int cuModuleLoadData(void** module, void const* image) {
   if (!current) return refuse(INVALID_CONTEXT, "cuModuleLoadData without a context on this thread");
   if (capturing && capture_mode != 2) return refuse(CAPTURE_UNSUPPORTED, "a module was loaded during a capture");
   Function* const f = &functions[function_count++];
   f->context = current;
   f->shared = SHARED_DEFAULT;
-  if (sscanf((char const*)image, "%511s %u", f->name, &f->param_bytes) != 2) f->param_bytes = 0, strcpy(f->name, "cubin");
+  char const* text = image;
+  int read = 0;
+  f->params = 0;
+  if (sscanf(text, "%511s%n", f->name, &read) != 1) return refuse(INVALID_VALUE, "a module without a kernel");
+  while (f->params < MOST_PARAMS && sscanf(text += read, "%u%n", &f->sizes[f->params], &read) == 1) ++f->params;
   *module = f;
   return OK;
 }
@@ -98,10 +106,9 @@ int cuModuleUnload(void* module) { return OK; }
 int cuModuleGetFunction(void** function, void* module, char const* name) {
   if (!module) return refuse(INVALID_HANDLE, "a function of no module");
   *function = module;
-  if (strcmp(((Function*)module)->name, "cubin") == 0) snprintf(((Function*)module)->name, NAME_BYTES, "%s", name);
   return current ? OK : refuse(INVALID_CONTEXT, "cuModuleGetFunction without a context on this thread");
 }
-int cuFuncGetAttribute(int* value, int attribute, Function* f) { *value = 0; return OK; }
+int cuFuncGetAttribute(int* value, int attribute, Function* f) { *value = attribute == 0 ? 1024 : 0; return OK; }
 int cuFuncSetCacheConfig(Function* f, int config) { return OK; }
 int cuFuncSetAttribute(Function* f, int attribute, int value) {
   if (!f || f->context != current) return refuse(INVALID_HANDLE, "a function of another context");
@@ -119,8 +126,10 @@ static int launch(Function* f, unsigned const* grid, unsigned const* block, unsi
   unsigned const threads = block[0] * block[1] * block[2];
   if (!threads || threads > 1024) return refuse(INVALID_VALUE, "a block of no threads, or of more than 1024");
   if (shared > f->shared) return refuse(INVALID_VALUE, "more shared memory than the function was allowed");
-  if (f->param_bytes > PARAM_BYTES) return refuse(INVALID_VALUE, "more than 4 KB of parameters");
-  int const has_maps = f->param_bytes >= sizeof(Map) && ((Map const*)params[0])->magic == MAP_MAGIC;
+  unsigned bytes = 0;
+  for (unsigned i = 0; i < f->params; ++i) bytes += f->sizes[i];
+  if (bytes > PARAM_BYTES) return refuse(INVALID_VALUE, "more than 4 KB of parameters");
+  int const has_maps = f->params && f->sizes[0] >= sizeof(Map) && ((Map const*)params[0])->magic == MAP_MAGIC;
   if (has_maps && (uintptr_t)params[0] % 64) return refuse(INVALID_VALUE, "a tensor map that is not aligned to 64 bytes");
   Launch* const l = &launches[launch_count++ % MOST];
   memset(l, 0, sizeof *l);
@@ -130,8 +139,12 @@ static int launch(Function* f, unsigned const* grid, unsigned const* block, unsi
   l->shared = shared;
   l->stream = stream;
   l->device = current->device;
-  l->param_bytes = f->param_bytes;
-  if (f->param_bytes) memcpy(l->params, params[0], f->param_bytes);
+  l->param_bytes = bytes;
+  l->param_count = f->params;
+  for (unsigned i = 0, at = 0; i < f->params; at += f->sizes[i++]) {
+    l->sizes[i] = f->sizes[i];
+    memcpy(l->params + at, params[i], f->sizes[i]);
+  }
   return OK;
 }
 int cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
@@ -187,3 +200,6 @@ int cuTensorMapReplaceAddress(Map* map, void* address) {
   map->address = (uint64_t)address;
   return OK;
 }
+// ---- what Triton's launcher is linked with, too -----------------------------------------------------------------------
+int cuCtxSetLimit(int limit, size_t value) { return OK; }
+int cuCtxGetLimit(size_t* value, int limit) { *value = 0; return OK; }

@@ -36,22 +36,29 @@ class RecordedMap(ctypes.Structure):
 
 
 class RecordedLaunch(ctypes.Structure):
-    """One launch; ``params`` are the bytes of its first argument."""
+    """One launch; ``params`` are the bytes of its arguments, one after the other."""
 
     _fields_ = (
         ("kernel", ctypes.c_char * NAME_BYTES), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("stream", ctypes.c_uint64),
+        ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("param_count", ctypes.c_uint),
+        ("sizes", ctypes.c_uint * 256), ("stream", ctypes.c_uint64),
         ("device", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
     )  # fmt: skip
 
     @property
+    def arguments(self) -> list[bytes]:
+        ends = list(itertools.accumulate(list(self.sizes)[: self.param_count]))
+        return [bytes(self.params)[end - size : end] for size, end in zip(self.sizes, ends, strict=False)]
+
+    @property
     def argument(self) -> bytes:
-        return bytes(self.params)[: self.param_bytes]
+        """The first."""
+        return self.arguments[0]
 
     @property
     def maps(self) -> list[RecordedMap]:
         """The tensor maps with which the argument begins."""
-        pieces = (self.argument[n : n + MAP_BYTES] for n in range(0, self.param_bytes - MAP_BYTES + 1, MAP_BYTES))
+        pieces = (self.argument[n : n + MAP_BYTES] for n in range(0, len(self.argument) - MAP_BYTES + 1, MAP_BYTES))
         maps = (RecordedMap.from_buffer_copy(piece) for piece in pieces)
         return list(itertools.takewhile(lambda found: found.magic == MAP_MAGIC, maps))
 
@@ -75,6 +82,10 @@ class RecordingDriver:
     def launches(self) -> list[RecordedLaunch]:
         return [self.library.rec_launch(i).contents for i in range(self.library.rec_launches())]
 
+    def clear(self) -> None:
+        """Forget launches and broken rules, not what is loaded."""
+        self.library.rec_clear()
+
     def copies(self) -> list[RecordedLaunch]:
         """``launches``, which stay as they are when others are recorded."""
         return [RecordedLaunch.from_buffer_copy(launch) for launch in self.launches]
@@ -95,12 +106,15 @@ def recorded_cuda() -> Iterator[RecordingDriver]:
     recording = RecordingDriver()
     driver._primary_context.cache_clear()
 
+    def fake_driver() -> ctypes.CDLL:  # no mock, which would take longer than the calls that are timed through it
+        return recording.library
+
     def text_of(instance: Instance) -> bytes:
         return f"{instance.name} {argument_bytes(instance)}\0".encode()
 
     with contextlib.ExitStack() as undo:
         undo.callback(driver._primary_context.cache_clear)
-        undo.enter_context(mock.patch.object(driver, "_driver", return_value=recording.library))
+        undo.enter_context(mock.patch.object(driver, "_driver", fake_driver))
         undo.enter_context(mock.patch.object(nvrtc, "cached_kernel", text_of))
         with mock.patch.object(nvrtc, "load"):
             kernels = nvrtc.NvrtcKernels()

@@ -28,7 +28,8 @@ static Function* function_of(void const* host) {
   Function* const f = &functions[function_count++];
   f->context = current;
   f->shared = SHARED_DEFAULT;
-  f->param_bytes = argument_bytes(entry->name);
+  f->params = 1;
+  f->sizes[0] = argument_bytes(entry->name);
   snprintf(f->name, sizeof f->name, "%s", entry->name);
   return f;
 }

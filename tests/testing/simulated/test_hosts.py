@@ -160,7 +160,7 @@ def compare(call: Callable[[], None], recorded: RecordingDriver, host: library.L
     assert noting.structs
     found = []
     for kernels in (by_ctypes, host):
-        recorded.library.rec_reset()
+        recorded.clear()
         for struct, fields in noting.structs:
             kernels.launch(struct, fields)
         assert recorded.broken_rule == ""
