@@ -1,4 +1,4 @@
-"""fastattn: fast attention, one definition of it, and a transformer that trains on it."""
+"""fastattn: fast attention for PyTorch, by several backends that implement one definition."""
 
 from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
 from fastattn.dispatch import Explanation, backends, use_backend

@@ -1,7 +1,7 @@
-"""FLOPs of our operators, for ``torch.utils.flop_counter.FlopCounterMode`` and for benchmarks.
+"""FLOPs of fastattn's operators, for ``torch.utils.flop_counter.FlopCounterMode`` and for benchmarks.
 
-A counter copies torch's registry of formulas when it is created, so ours must be in it by then. Importing torch's
-module just to register them would load Triton (0.4 s), so they are registered when somebody else imports it.
+A counter copies torch's registry of formulas when it is created, so the formulas must be registered before. Importing
+torch's module for that would load Triton (0.4 s), so they are registered once other code imports it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
 
 
 def register_with_torch() -> None:
-    """Registers the formulas now if torch's counter is imported, else right after its import."""
+    """Register the formulas now if torch's counter is imported, else right after its import."""
     _after_import("torch.utils.flop_counter", _register)
 
 
 def _pairs(inputs: Inputs, spec: AttentionSpec) -> int:
-    """Kept pairs over all heads and sequences. Masks and segments are data, so the band alone is counted."""
+    """Kept pairs over all heads and sequences, by the band alone: masks and segments are data."""
     if not inputs.is_packed:
         return inputs.batch * inputs.heads_q * kept_pairs(spec, inputs.q.shape[1], inputs.k.shape[1])
     assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
@@ -79,7 +79,7 @@ def _after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Leaves finding the module to the other finders and runs ``action`` after it was loaded."""
+    """Let the other finders find the module, and run ``action`` after it was loaded."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action

@@ -1,8 +1,8 @@
-"""The operator boundary: schemas, implementations and fakes. The only file that touches torch.library.
+"""The operators in torch.library: schemas, implementations and fakes. The only file that touches torch.library.
 
-Two operators, ``fastattn::forward`` and ``fastattn::backward``, carry every problem: their arguments are the fields of
-``Inputs`` and ``AttentionSpec`` in order, followed by the backend asked for. Which backend serves is decided inside,
-so a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
+Two operators, ``fastattn::forward`` and ``fastattn::backward``, serve every problem: their arguments are the fields of
+``Inputs`` and ``AttentionSpec`` in order, followed by the name of a backend or None. The backend is chosen inside, so
+a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
 ``fastattn::attend_to_cache`` reads caches, ``fastattn::extend_cache`` also writes new keys and values into them.
 """
 
@@ -96,16 +96,16 @@ def _backward(
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
+    """A context without autocast: it has already cast q, k and v, and must not change the spec's fp32."""
     is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def refuse_context_parallel() -> None:
-    """Where a rank holds some tokens only, refuse to attend to those alone.
+    """Raise UnsupportedError where q, k and v are this rank's tokens only, and attention would be to those alone.
 
-    Inside torch's ``context_parallel`` none but torch's attention knows of it, inside that of
-    ``fastattn.integrations.context_parallel`` none but ``fastattn.attention``.
+    Inside torch's ``context_parallel`` only torch's attention is right, inside ``sharded`` of
+    ``fastattn.integrations.context_parallel`` only ``fastattn.attention``.
     """
     if state.whole_rows is not None:
         raise UnsupportedError(
@@ -121,7 +121,7 @@ def refuse_context_parallel() -> None:
 
 
 def _check_values(inputs: Inputs) -> None:
-    """Check what only the values tell, where reading them costs nothing: in host memory."""
+    """Check the values of ``cu_seqlens`` if they are in host memory, where reading them costs nothing."""
     if inputs.is_packed and inputs.q.device.type == "cpu":
         inputs.boundaries()
 
@@ -129,17 +129,19 @@ def _check_values(inputs: Inputs) -> None:
 def prepared(
     inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool, with_lse: bool, heads_first: bool
 ) -> tuple[Run, Run | None] | None:
-    """Runs for calls on q, k and v like this one, forward and backward; None if its backend has none."""
+    """Runs for calls like this one, forward and backward; None if its backend has none."""
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
+    if inputs.has_more_than_qkv and not chosen.prepares_more:
+        return None
     forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
     backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
     return None if forward is None or (needs_grad and backward is None) else (forward, backward)
 
 
 def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
-    """A tensor without memory and with the strides of a contiguous gradient, in the internal layout."""
-    batch, rows, heads, dim = inputs.out_shape()
-    shape = (batch, heads, rows, dim) if heads_first else (batch, rows, heads, dim)
+    """A meta tensor with the strides that a contiguous gradient of ``out`` has in the internal layout."""
+    *batch, rows, heads, dim = inputs.out_shape()
+    shape = (*batch, heads, rows, dim) if heads_first else (*batch, rows, heads, dim)
     dout = torch.empty(shape, dtype=inputs.q.dtype, device="meta")
     return dout.transpose(1, 2) if heads_first else dout
 
@@ -161,7 +163,7 @@ def _fake_backward(
 
 
 def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold callers to memory that is there, every backend to the strides that the fakes promise; without autocast."""
+    """Wrap an implementation: check storages, turn autocast off, and return the strides that the fakes promise."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         check_storages(names, args)
@@ -178,7 +180,7 @@ _LIBRARY.impl(
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
-# What selective activation checkpointing should save rather than compute again.
+# The operators whose results selective activation checkpointing should save rather than compute again.
 SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)
 
 
@@ -188,7 +190,7 @@ CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
 
 
 def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of what the cache holds with the new keys and values in it; there is no derivative."""
+    """Append the new keys and values, then ``(out, lse)`` of attention to the cache; there is no derivative."""
     flat = tuple(getattr(inputs, name) for name in CACHE_TENSORS)
     scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
     operator = torch.ops.fastattn.attend_to_cache if inputs.k is None else torch.ops.fastattn.extend_cache
@@ -205,7 +207,7 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """A run for calls on a cache like this one, which checks values only; None if its backend has none."""
+    """A run for calls on a cache like this one, which checks values but not shapes; None if its backend has none."""
     return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
@@ -218,7 +220,7 @@ def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_shared_storage(inputs: CacheInputs) -> None:
-    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
+    """Raise InputError for caches that are parts of one tensor: a compiled step would copy all of it each time."""
     k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
     if k_storage == v_storage:
         todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."

@@ -1,7 +1,7 @@
-"""Dropout's randomness: Philox4x32 with 7 rounds as a pure function of the element, in torch ops.
+"""Random bits of dropout: Philox4x32 with 7 rounds, as a pure function of the element, in torch ops.
 
-The random bits of element ``(b, h, i, j)`` depend on nothing but ``(seed, offset, b, h, i, j)``, so every backend,
-tile size and pass drops the same elements. One Philox call gives four 32-bit words, that is eight 16-bit numbers:
+The random bits of element ``(b, h, i, j)`` depend on ``(seed, offset, b, h, i, j)`` alone, so every backend, tile size
+and pass drops the same elements. One Philox call gives four 32-bit words, that is eight 16-bit numbers:
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (i, (j // 32) * 4 + (j % 8) // 2, b * H_q + h, offset & 0xffffffff)
@@ -95,5 +95,5 @@ def dropout_keep_columns(
 
 
 def new_rng_state(device: torch.device) -> Tensor:
-    """A fresh ``(seed, offset)`` from torch's generator of ``device``: follows torch.manual_seed, never waits."""
+    """A fresh ``(seed, offset)`` from torch's generator of ``device``; follows torch.manual_seed, without a sync."""
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)

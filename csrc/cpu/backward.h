@@ -97,10 +97,9 @@ class Backward {
     dk_ = arena_.take<Word>(packed_keys_ * columns_qk_);
     dv_ = arena_.take<Word>(packed_keys_ * columns_v_);
     wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
-    runs_ = arena_.take<Segments::Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
+    runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
-    strip_.slopes = p_.softcap ? arena_.take<Word>(kStrip) : nullptr;
     gradient_rows_ = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     weights_ = arena_.take<Word>(words_ * kKeys);
     gradients_ = arena_.take<Word>(words_ * kKeys);
@@ -183,9 +182,10 @@ class Backward {
     Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), at = first - keys.begin;
-      pack_rows<Op>(from_row(tensors_.v(), first), count, kPanel<Word>, p_.head_dim_v, v);
+      pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, kPanel<Word>, p_.head_dim_v, v);
       pack_panel(v, dim_v_, v_ + at * dim_v_);
-      bool const is_wild = pack_rows<Op>(from_row(tensors_.k(), first), count, kPanel<Word>, p_.head_dim_qk, k);
+      bool const is_wild =
+          pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, kPanel<Word>, p_.head_dim_qk, k);
       pack_panel(k, dim_qk_, k_ + at * dim_qk_);
       wild_[at / kPanel<Word>] = is_wild;
       if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
@@ -219,38 +219,48 @@ class Backward {
     add_wild_rows(head, queries, first, keys);
   }
 
-  Range keys_of_strip(int i, int count, Range keys) const {
+  Seen seen_by_strip(int head, int i, int count, Range keys) const {
     int const end = fa::smaller(i + count, band_.s_q);
     Range const found = common(fa::tile_range(band_, i, end), keys);
-    if (!p_.segments_q || is_empty(found)) return found;
-    return segments_.narrowed(found, Segments::extremes(scores_.segments_q(), {i, end}));
+    return seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
   }
 
-  Range kept(int i, Range keys, Range columns) const {
-    Range const there = {keys.begin + columns.begin, fa::smaller(keys.begin + columns.end, keys.end)};
-    Range const found = i < band_.s_q ? common(scores_.kept(i), there) : Range{0, 0};
+  // What the band keeps of a row, counted from the first key of the block.
+  Range kept(int i, Range keys, Range seen) const {
+    Range const found = i < band_.s_q ? common(scores_.kept(i), seen) : Range{0, 0};
     return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
   }
 
   void run_strip(int head, Queries<Op> const& queries, int first, int r, int count, Range keys) {
-    Range const seen = keys_of_strip(first + r, count, keys);
+    Seen const seen_keys = seen_by_strip(head, first + r, count, keys);
+    Range const seen = seen_keys.keys;
     if (is_empty(seen)) return;
     int const end = seen.end - keys.begin;
     Range const columns = {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
     int64 const row = first + r;
+    for (int n = first + r; n < fa::smaller(first + r + count, band_.s_q); ++n) {
+      scores_.prefetch_bias(head, n, seen);
+      if (n + count < band_.s_q) scores_.prefetch_mask(head, n + count, seen);
+    }
     fill(columns, r, count);
     multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns,
                   strip_.scores);
     multiply_keys(count, {queries.dout.at + row * queries.dout.stride, queries.dout.stride}, dim_v_, v_, keys, columns,
                   strip_.dweights);
-    for (int n = 0; n < count; n += 2) {
-      Range const both[2] = {kept(int(row) + n, keys, columns), kept(int(row) + n + 1, keys, columns)};
-      weigh_pair(head, queries, row + n, n, keys, columns, both, target(r, n));
-    }
+    with_terms(terms_of(scores_, seen_keys), [&](auto terms) {
+      for (int n = 0; n < count; n += 2) {
+        PairTerms<Word> pair;
+        for (int x = 0; x < 2; ++x) read_terms(head, queries, int(row) + n + x, keys, seen, columns, x, pair);
+        if (p_.dropout_threshold)
+          weigh_pair<Op, terms == kBand ? kHidden : terms, true>(strip_, n, columns, pair, target(r, n));
+        else weigh_pair<Op, terms, false>(strip_, n, columns, pair, target(r, n));
+      }
+    });
     prefetch_->step(rows_at_once_);
     if (!p_.dq) return;
-    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord;
-    add_dq(row, count, depth, keys.begin + columns.begin);
+    int64 const skipped = (seen.begin - keys.begin - columns.begin) / Op::kPerWord;  // words of zeros
+    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
+    add_dq(row, count, skipped, depth, keys.begin + columns.begin + int(skipped) * Op::kPerWord);
     add_wild_keys(head, int(row), count, keys, columns, seen);
   }
 
@@ -293,43 +303,34 @@ class Backward {
     }
   }
 
-  void weigh_pair(int head, Queries<Op> const& queries, int64 row, int n, Range keys, Range columns,
-                  Range const (&both)[2], PairTarget<Word> const& to) {
-    RowTerms<Word> const terms[2] = {{queries.lse[row], queries.low[row], queries.delta[row]},
-                                     {queries.lse[row + 1], queries.low[row + 1], queries.delta[row + 1]}};
-    if (scores_.is_plain && !p_.dropout_threshold)
-      return plain_pair<Op>(strip_, n, columns, both, scores_.to_score, terms, to);
-    for (int x = 0; x < 2; ++x)
-      weigh_row(head, int(row) + x, keys, columns, both[x], terms[x], strip_.scores.at + (n + x) * kStrip,
-                strip_.dweights.at + (n + x) * kStrip);
-    store_rows<Op>(strip_, n, columns, to);
-  }
-
-  void weigh_row(int head, int i, Range keys, Range columns, Range kept, RowTerms<Word> const& terms, Word* scores,
-                 Word* dweights) {
-    bool const is_there = i < band_.s_q;
-    if (!scores_.is_plain) scores_.finish(head, is_there ? i : 0, keys.begin, columns, kept, scores, strip_.slopes);
-    Dropped dropped{nullptr, int(p_.dropout_threshold)};
+  // The terms of row i, which is the first or the second of a pair.
+  void read_terms(int head, Queries<Op> const& queries, int i, Range keys, Range seen, Range columns, int n,
+                  PairTerms<Word>& to) {
+    Range const kept = this->kept(i, keys, seen);
+    int const row = i < band_.s_q ? i : 0;
+    to.row[n] = scores_.row(head, row, keys.begin, kept, n);
+    to.end[n] = {queries.lse[i], queries.low[i], queries.delta[i]};
+    to.to_score = scores_.to_score;
+    to.survivor = Word(p_.dropout_scale);
+    to.dropped[n] = {nullptr, int(p_.dropout_threshold)};
+    to.dbias[n] = {nullptr, p_.dbias_dtype, !p_.dbias_key, p_.dbias_adds != 0};
     if (p_.dropout_threshold) {
       int const begin = keys.begin + columns.begin, first = begin / 32 * 32;
-      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + head, i, first, keys.begin + columns.end, bits_);
-      dropped.bits = bits_ + (begin - first);
+      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + head, i, first, keys.begin + columns.end, bits_[n]);
+      to.dropped[n].bits = bits_[n] + (begin - first);
     }
-    general_row<Op>(scores, dweights, columns, kept, scores_, terms, dropped);
-    if (p_.dbias && !is_empty(kept)) {
-      Word* const to = static_cast<Word*>(p_.dbias) + item_.unit.b * p_.dbias_batch + head * p_.dbias_head +
-                       i * p_.dbias_row + (keys.begin + kept.begin) * p_.dbias_key;
-      add_bias_gradient(dweights + kept.begin, kept.end - kept.begin, p_.dbias_key, to);
-    }
-    if (strip_.slopes) multiply_row(dweights, columns, strip_.slopes);
+    if (p_.dbias && !is_empty(kept))
+      to.dbias[n].at = static_cast<char*>(p_.dbias) +
+                       bytes_of(p_.dbias_dtype) * (item_.unit.b * p_.dbias_batch + head * p_.dbias_head +
+                                                   i * p_.dbias_row + keys.begin * p_.dbias_key);
   }
 
-  void add_dq(int64 row, int count, int64 depth, int key) {
+  void add_dq(int64 row, int count, int64 word, int64 depth, int key) {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const right =
           k_stacked_ + column * (packed_keys_ / Op::kPerWord) + (key - begin_) / Op::kPerWord * width;
-      multiply<Op, true>(count, panels_.width(n), depth, {gradient_rows_.at, kStrip}, {right, width},
+      multiply<Op, true>(count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
                          {dq_ + row * columns_qk_ + column, columns_qk_});
     }
   }
@@ -402,9 +403,11 @@ class Backward {
   void write_dq(Word const* totals) const {
     for (int g = 0; g < group_; ++g) {
       Source const to = tensors_.dq(scores_.first_head() + g);
-      for (int64 i = 0; i < band_.s_q; ++i)
+      for (int64 i = 0; i < band_.s_q; ++i) {
+        if (i + kRowsAhead < band_.s_q) prefetch_results(from_row(to, i + kRowsAhead), 1, p_.head_dim_qk);
         write_row(totals + (g * padded_rows_ + i) * columns_qk_, p_.head_dim_qk, Word(p_.scale), p_.dtype,
                   written(to, i));
+      }
     }
   }
 
@@ -421,6 +424,7 @@ class Backward {
   void write_block(Word const* sums, int64 columns, int64 dim, Word factor, Source const& to, int first,
                    int count) const {
     for (int j = 0; j < count; j += kCount<Word>) {
+      prefetch_results(from_row(to, first + j), fa::smaller(kCount<Word>, count - j), dim);
       for (int64 e = 0; e < columns; e += kCount<Word>)
         transpose<Word>({sums + e * kKeys + j, kKeys}, kCount<Word>, {turned_ + e, columns});
       for (int i = 0; i < kCount<Word> && j + i < count; ++i)
@@ -441,7 +445,7 @@ class Backward {
   Arena arena_;
   QueryPacker<Op> packer_;
   Segments segments_;
-  Segments::Ids* runs_;
+  Ids* runs_;
   Queries<Op>* heads_;
   Word *totals_, *share_;  // dq of all heads, and of one head and part, before the factor `scale`
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq
@@ -455,7 +459,7 @@ class Backward {
   Prefetch* prefetch_ = nullptr;
   int64 rows_at_once_ = 0, bytes_;
   int begin_ = 0, step_ = 0;  // first key of the part; blocks of keys done
-  uint16 bits_[kBackwardKeys + 2 * kBitsAtOnce];
+  uint16 bits_[2][kBackwardKeys + 2 * kBitsAtOnce];
 };
 
 }  // namespace

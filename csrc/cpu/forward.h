@@ -25,13 +25,13 @@ class Forward {
         columns_(rounded_up(p.head_dim_v, kCount<Word>)),
         panels_(columns_ / kCount<Word>) {
     Range const keys = fa::tile_range(item.unit.band, item.rows.begin, item.rows.end);
-    keys_ = {keys.begin / kMostKeys * kMostKeys, keys.end};
+    keys_ = {keys.begin / kPanel<Word> * kPanel<Word>, keys.end};
     packed_ = rounded_up(keys_.end - keys_.begin, kPanel<Word>);
     Arena arena(memory);
     k_ = arena.take<Word>(packed_ * dim_qk_);
     v_ = arena.take<Word>(packed_ / Op::kPerWord * columns_);
     wild_ = arena.take<bool>(packed_ / kPanel<Word>);
-    runs_ = arena.take<Segments::Ids>(p.segments_q ? Segments::runs(item.unit.band.s_kv) : 0);
+    runs_ = arena.take<Ids>(p.segments_q ? Segments::runs(item.unit.band.s_kv) : 0);
     rows_ = arena.take<Word>(kPanel<Word> * (row_words_ > value_row_words_ ? row_words_ : value_row_words_));
     queries_ = arena.take<Word>(kForwardRows * row_words_);
     sums_ = arena.take<Word>(kForwardRows * columns_);
@@ -46,9 +46,10 @@ class Forward {
     prefetch_ = &prefetch;
     int const rows = item_.rows.end - item_.rows.begin, group = scores_.group();
     rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, rows * group);
-    pack();
+    if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
+    packed_to_ = keys_.begin;
     // Few rows of each head: those of all heads together.
-    int const heads = rows < 2 * kTileRows ? group : 1;
+    int const heads = item_.unit.band.s_q < 2 * kTileRows ? group : 1;
     for (int head = 0; head < group; head += heads)
       for (int first = 0; first < heads * rows; first += kForwardRows)
         run_tile(scores_.first_head() + head, first, fa::smaller(kForwardRows, heads * rows - first));
@@ -60,30 +61,36 @@ class Forward {
     Range kept;
   };
 
-  void pack() {
-    if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
-    has_wild_ = false;
-    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) pack_keys(begin);
-    v_factor_ = 1;
+  // Packs the keys and values before `end` that are not yet, and sees to it that those which follow are at hand.
+  void pack_to(int end) {
+    int const first = packed_to_;
+    for (; packed_to_ < end; packed_to_ += kPanel<Word>) pack_keys(packed_to_);
     bool is_wild = false;
-    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) is_wild |= pack_values(begin);
-    if (!is_wild) return;
-    has_wild_ = true;
-    v_factor_ = 1.0 / (1 << 24);  // so that sums of the largest values do not overflow
-    for (int begin = keys_.begin; begin < keys_.end; begin += kPanel<Word>) pack_values(begin);
+    for (int begin = first; begin < packed_to_; begin += kPanel<Word>) is_wild |= pack_values(begin);
+    if (is_wild && !has_wild_) {
+      has_wild_ = true;
+      v_factor_ = 1.0 / (1 << 24);  // so that sums of the largest values do not overflow
+      for (int begin = keys_.begin; begin < packed_to_; begin += kPanel<Word>) pack_values(begin);
+    }
+    int const next = fa::smaller(packed_to_ + kForwardRows, keys_.end);
+    if (next <= packed_to_) return;
+    int64 const bytes = bytes_of(p_.dtype);
+    upcoming_.add(from_row(tensors_.k(), packed_to_), next - packed_to_, p_.head_dim_qk * bytes);
+    upcoming_.add(from_row(tensors_.v(), packed_to_), next - packed_to_, p_.head_dim_v * bytes);
   }
 
   void pack_keys(int begin) {
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
     Matrix<Word> const rows{rows_, row_words_};
-    pack_rows<Op>(from_row(tensors_.k(), begin), count, kPanel<Word>, p_.head_dim_qk, rows);
+    pack_rows<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, kPanel<Word>, p_.head_dim_qk, rows);
     pack_panel(rows, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
   }
 
   bool pack_values(int begin) {
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin), at = begin - keys_.begin;
     Matrix<Word> const rows{rows_, value_row_words_};
-    bool const is_wild = pack_rows<Op>(from_row(tensors_.v(), begin), count, kPanel<Word>, p_.head_dim_v, rows);
+    bool const is_wild =
+        pack_rows<Op>(from_row(tensors_.v(), begin), count, keys_.end - begin, kPanel<Word>, p_.head_dim_v, rows);
     if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
     wild_[at / kPanel<Word>] = is_wild;
     pack_stacked<Op>(rows, kPanel<Word>, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
@@ -102,15 +109,27 @@ class Forward {
       sinks_[r] = scores_.sink(row_[r].head);
       keys = hull(keys, row_[r].kept);
     }
+    upcoming_ = Prefetch();
+    pack_to(keys.end);
     for (int r = 0, end; r < count; r = end) {
       for (end = r; end < count && row_[end].head == row_[r].head;) ++end;
-      pack_rows<Op>(from_row(tensors_.q(row_[r].head), row_[r].i), end - r, end - r, p_.head_dim_qk,
-                    {queries_ + r * row_words_, row_words_});
+      pack_rows<Op>(from_row(tensors_.q(row_[r].head), row_[r].i), end - r, item_.rows.end - row_[r].i, end - r,
+                    p_.head_dim_qk, {queries_ + r * row_words_, row_words_});
+      prefetch_rows(row_[r].head, row_[r].i, end - r);
     }
     for (bool& is_started : started_) is_started = false;
-    for (int begin = keys.begin / kMostKeys * kMostKeys; begin < keys.end; begin += kMostKeys)
+    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
       for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
     write(count);
+  }
+
+  // Where results of these rows go, and the queries that follow.
+  void prefetch_rows(int head, int i, int count) {
+    int64 const bytes = bytes_of(p_.dtype);
+    prefetch_results(from_row(tensors_.out(head), i), count, p_.head_dim_v);
+    int const left = item_.rows.end - i - count;
+    if (left > 0 && upcoming_.streams() < 3)
+      upcoming_.add(from_row(tensors_.q(head), i + count), fa::smaller(left, kForwardRows), p_.head_dim_qk * bytes);
   }
 
   static Range hull(Range a, Range b) {
@@ -118,39 +137,36 @@ class Forward {
     return {fa::smaller(a.begin, b.begin), fa::larger(a.end, b.end)};
   }
 
-  // The keys of the block that some row of the strip keeps, perhaps.
-  Range keys_of_strip(int r, int count, int begin) const {
+  Seen seen_by_strip(int r, int count, int begin) const {
     Range keys{0, 0};
     for (int n = r; n < r + count; ++n) keys = hull(keys, row_[n].kept);
-    keys = common(keys, {begin, begin + kMostKeys});
-    if (!p_.segments_q || is_empty(keys)) return keys;
-    int32 const* const ids = scores_.segments_q();
-    Segments::Ids of_rows{ids[row_[r].i], ids[row_[r].i]};
-    for (int n = r; n < r + count; ++n) {
-      of_rows.least = fa::smaller(of_rows.least, ids[row_[n].i]);
-      of_rows.most = fa::larger(of_rows.most, ids[row_[n].i]);
-    }
-    return segments_.narrowed(keys, of_rows);
+    auto const head = [&](int n) { return row_[r + n].head; };
+    auto const i = [&](int n) { return row_[r + n].i; };
+    return seen_by(scores_, segments_, common(keys, {begin, begin + kMostKeys}), count, head, i);
   }
 
   void run_strip(int r, int count, int begin) {
-    Range const keys = keys_of_strip(r, count, begin);
+    Seen const seen = seen_by_strip(r, count, begin);
+    Range const keys = seen.keys;
     if (is_empty(keys)) return;
+    for (int n = r; n < r + count; ++n) {
+      scores_.prefetch_bias(row_[n].head, row_[n].i, keys);
+      if (row_[n].i + count < item_.unit.band.s_q) scores_.prefetch_mask(row_[n].head, row_[n].i + count, keys);
+    }
     int const end = keys.end - begin;
     Range const columns = {(keys.begin - begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
     multiply_keys(r, count, begin, columns);
     bool const is_first = !started_[r / kTileRows];
     started_[r / kTileRows] = true;
-    for (int n = 0; n < count; ++n) {
-      Word const shrink = weigh_row(r + n, begin, columns, strip_ + n * kStrip, weights_ + n * kStrip);
-      if (is_first || shrink == 1) continue;
-      Word* const sums = sums_ + (r + n) * columns_;
-      for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, load(sums + c) * shrink);
-    }
+    with_terms(terms_of(scores_, seen),
+               [&](auto terms) { weigh_rows<terms>(r, count, begin, columns, keys, is_first); });
+    upcoming_.step(3 * kTileRows);
     prefetch_->step(rows_at_once_);
-    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord;
-    if (is_first) multiply_values<false>(r, count, begin + columns.begin, depth);
-    else multiply_values<true>(r, count, begin + columns.begin, depth);
+    int64 const skipped = (keys.begin - begin - columns.begin) / Op::kPerWord;  // words whose weights are zero
+    int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
+    int const first = begin + columns.begin + int(skipped) * Op::kPerWord;
+    if (is_first) multiply_values<false>(r, count, first, skipped, depth);
+    else multiply_values<true>(r, count, first, skipped, depth);
     if (has_wild_) add_wild_values(r, count, begin + columns.begin, keys);
   }
 
@@ -165,37 +181,40 @@ class Forward {
     }
   }
 
-  // Products of one row become weights, which begin at the first of `columns`.
-  Word weigh_row(int r, int begin, Range columns, Word* scores, Word* weights) {
-    Row const& row = row_[r];
-    Range const both = common(row.kept, {begin + columns.begin, begin + columns.end});
-    Range const kept = {both.begin - begin, both.end - begin};
-    if (!scores_.is_plain)
-      scores_.finish(row.head, row.i, begin, columns, is_empty(both) ? Range{0, 0} : kept, scores, nullptr);
-    else if (is_empty(both) || kept.begin > columns.begin || kept.end < columns.end)
-      mask(columns, is_empty(both) ? Range{0, 0} : kept, scores);
-    Dropped dropped{nullptr, int(p_.dropout_threshold)};
-    if (p_.dropout_threshold) {
-      int const first = (begin + columns.begin) / 32 * 32;
-      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + row.head, row.i, first, begin + columns.end, bits_);
-      dropped.bits = bits_ + (begin + columns.begin - first);
+  // Products become weights, which begin at the first of `columns`; what was summed before shrinks.
+  template <Terms TERMS>
+  void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
+    for (int n = 0; n < count; ++n) {
+      Row const& row = row_[r + n];
+      Word* const scores = strip_ + n * kStrip;
+      Range const both = common(row.kept, keys);
+      Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
+      Word most;
+      if constexpr (TERMS == kBand) most = largest_in_band(columns, kept, scores);
+      else most = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+      Word const shrink =
+          soften<Op>(scores + columns.begin, columns.end - columns.begin, most, scores_.to_exponent,
+                     dropped(row, begin + columns.begin, begin + columns.end), state_, r + n, weights_ + n * kStrip);
+      if (is_first || shrink == 1) continue;
+      Word* const sums = sums_ + (r + n) * columns_;
+      for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, load(sums + c) * shrink);
     }
-    return soften<Op>(scores + columns.begin, columns.end - columns.begin, scores_.to_exponent, dropped, state_, r,
-                      weights);
   }
 
-  static void mask(Range columns, Range kept, Word* scores) {
-    for (int c = columns.begin; c < columns.end; c += kCount<Word>)
-      if (c < kept.begin || c + kCount<Word> > kept.end)
-        store(scores + c, inside<Word>(kept, c) ? load(scores + c) : broadcast(kNever<Word>));
+  // Dropout's bits of the keys first .. end - 1.
+  Dropped dropped(Row const& row, int first, int end) {
+    if (!p_.dropout_threshold) return {nullptr, 0};
+    int const begin = first / 32 * 32;
+    random_bits(p_.rng_state, item_.unit.b * p_.heads_q + row.head, row.i, begin, end, bits_);
+    return {bits_ + (first - begin), int(p_.dropout_threshold)};
   }
 
   template <bool ADD>
-  void multiply_values(int r, int count, int key, int64 depth) {
+  void multiply_values(int r, int count, int key, int64 word, int64 depth) {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const values = v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
-      multiply<Op, ADD>(count, panels_.width(n), depth, {weights_, kStrip}, {values, width},
+      multiply<Op, ADD>(count, panels_.width(n), depth, {weights_ + word, kStrip}, {values, width},
                         {sums_ + r * columns_ + column, columns_});
     }
   }
@@ -234,16 +253,18 @@ class Forward {
   Segments segments_;
   int64 dim_qk_, row_words_, value_row_words_, columns_;
   Panels panels_;
-  Range keys_;       // packed, from a whole block on
+  Range keys_;       // packed, from a whole panel on
   int64 packed_;     // how many, in whole panels
   Word *k_, *v_;     // panels of keys [words of a row][kPanel]; panels of columns of values
   bool* wild_;       // of each panel of keys: whether a value is
   bool has_wild_ = false;
   double v_factor_ = 1;
-  Segments::Ids* runs_;
+  Ids* runs_;
   Word *rows_, *queries_, *sums_, *strip_, *weights_;
   int64 bytes_;
-  Prefetch* prefetch_ = nullptr;
+  Prefetch* prefetch_ = nullptr;  // of the next item
+  Prefetch upcoming_;  // of the next tile
+  int packed_to_ = 0;  // keys before this one are packed
   int64 rows_at_once_ = 0;
   Row row_[kForwardRows];
   bool started_[kForwardRows / kTileRows];

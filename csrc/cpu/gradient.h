@@ -51,89 +51,91 @@ inline void store_pair(Vector<typename Op::Word> const (&p)[2], Vector<typename 
   }
 }
 
-// Rows of a strip: products of queries and keys, of dout and values; and the derivative of softcap.
+// Rows of a strip: products of queries and keys, of dout and values.
 template <class Word>
 struct Strip {
   Matrix<Word> scores, dweights;
-  Word* slopes;  // of one row; null without softcap
 };
 
-// Two rows of raw products where nothing but a band hides pairs.
-template <class Op>
-inline void plain_pair(Strip<typename Op::Word> const& strip, int r, Range columns, Range const (&kept)[2],
-                       typename Op::Word to_score, RowTerms<typename Op::Word> const (&row)[2],
-                       PairTarget<typename Op::Word> const& to) {
-  using Word = typename Op::Word;
-  Range const both = common(kept[0], kept[1]);
-  for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
-    Vector<Word> p[2], g[2];
-#pragma GCC unroll 2
-    for (int n = 0; n < 2; ++n) {
-      p[n] = weight_of<Op>(load(strip.scores.at + (r + n) * strip.scores.stride + c), to_score, row[n]);
-      g[n] = p[n] * (load(strip.dweights.at + (r + n) * strip.dweights.stride + c) - row[n].delta);
-      if (__builtin_expect(c < both.begin || c + kCount<Word> > both.end, 0)) {
-        auto const is_kept = inside<Word>(kept[n], c);
-        p[n] = is_kept ? p[n] : Vector<Word>{};
-        g[n] = is_kept ? g[n] : Vector<Word>{};
-      }
-    }
-    store_pair<Op>(p, g, c, columns.begin, to);
+// Where gradients of a row's scores go that are those of a bias.
+struct BiasTarget {
+  char* at;  // of column 0; null where there is none
+  int64 dtype;
+  bool is_shared;  // all keys share one number
+  bool adds;       // to what other rows, heads or sequences have left; else each is written once
+};
+
+template <class T, class V>
+inline void put_some(V gradients, Range there, int c, bool adds, T* to) {
+  for (int n = there.begin; n < there.end; ++n) {
+    auto const before = adds ? to_float(to[n]) : 0;
+    round_to(decltype(gradients[0] + 0)(gradients[n - c] + before), to + n);
   }
 }
 
-// One row in place, whatever the features: products become weights, after dropout, and gradients of finished scores.
-template <class Op>
-inline void general_row(typename Op::Word* scores, typename Op::Word* dweights, Range columns, Range kept,
-                        Scores<typename Op::Word> const& of, RowTerms<typename Op::Word> const& row,
-                        Dropped const& dropped) {
+template <class Word>
+inline void put_bias_gradient(Vector<Word> gradients, int c, Range kept, BiasTarget const& to) {
+  auto const put = [&](auto* at) {
+    Range const there = common(kept, {c, c + kCount<Word>});
+    if (there.end - there.begin < kCount<Word>) put_some(gradients, there, c, to.adds, at);
+    else if constexpr (std::is_same_v<decltype(at), Word*>)
+      store(at + c, to.adds ? load(at + c) + gradients : gradients);
+    else store(at + c, gradients);
+  };
+  if constexpr (sizeof(Word) == 8) return put(reinterpret_cast<double*>(to.at));
+  else if (to.dtype == fa::cpu::kFloat32) put(reinterpret_cast<float*>(to.at));
+  else if (to.dtype == fa::cpu::kBfloat16) put(reinterpret_cast<Bfloat16*>(to.at));
+  else put(reinterpret_cast<Float16*>(to.at));
+}
+
+// What the two rows of a pair take besides products: how products become scores, what dropout drops.
+template <class Word>
+struct PairTerms {
+  typename Scores<Word>::Row row[2];
+  RowTerms<Word> end[2];
+  Dropped dropped[2];
+  BiasTarget dbias[2];
+  Word to_score, survivor;  // survivor: the factor of weights that dropout leaves
+};
+
+// Two rows of products become weights, after dropout, and gradients of products.
+template <class Op, Terms TERMS, bool DROPS>
+inline void weigh_pair(Strip<typename Op::Word> const& strip, int r, Range columns,
+                       PairTerms<typename Op::Word> const& given, PairTarget<typename Op::Word> const to) {
   using Word = typename Op::Word;
   using V = Vector<Word>;
-  V const never = broadcast(kNever<Word>), zero{};
-  Word const survivor = Word(of.p.dropout_scale);
+  PairTerms<Word> const of = given;
+  V totals[2]{};
   for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
-    V const score = load(scores + c);
-    auto const is_kept = of.is_plain ? inside<Word>(kept, c) : (Integers<Word>)(score != never);
-    V p = weight_of<Op>(score, of.to_score, row), dp = load(dweights + c), after = p;
-    if (dropped.bits) {
-      after = survivors<Word>(p * survivor, dropped, c - columns.begin);
-      dp = survivors<Word>(dp * survivor, dropped, c - columns.begin);
-    }
-    store(scores + c, is_kept ? after : zero);
-    store(dweights + c, is_kept ? p * (dp - row.delta) : zero);
-  }
-}
-
-// Finished rows of a strip, two at a time.
-template <class Op>
-inline void store_rows(Strip<typename Op::Word> const& strip, int r, Range columns,
-                       PairTarget<typename Op::Word> const& to) {
-  using Word = typename Op::Word;
-  for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
-    Vector<Word> p[2], g[2];
+    V p[2], g[2];
+#pragma GCC unroll 2
     for (int n = 0; n < 2; ++n) {
-      p[n] = load(strip.scores.at + (r + n) * strip.scores.stride + c);
-      g[n] = load(strip.dweights.at + (r + n) * strip.dweights.stride + c);
+      V const raw = load(strip.scores.at + (r + n) * strip.scores.stride + c);
+      V dp = load(strip.dweights.at + (r + n) * strip.dweights.stride + c), slope = broadcast(Word(1));
+      V const score = Scores<Word>::template score<TERMS>(of.row[n], c, raw, &slope);
+      V const weight = weight_of<Op>(score, of.to_score, of.end[n]);
+      auto const is_kept = score != broadcast(kNever<Word>);
+      p[n] = weight;
+      if (DROPS) {
+        p[n] = survivors<Word>(weight * of.survivor, of.dropped[n], c - columns.begin);
+        dp = survivors<Word>(dp * of.survivor, of.dropped[n], c - columns.begin);
+      }
+      g[n] = weight * (dp - of.end[n].delta);
+      bool const hides = TERMS != kBand || c < of.row[n].kept.begin || c + kCount<Word> > of.row[n].kept.end;
+      if (hides) {
+        p[n] = is_kept ? p[n] : V{};
+        g[n] = is_kept ? g[n] : V{};
+      }
+      if (TERMS >= kBiased && of.dbias[n].at) {
+        if (of.dbias[n].is_shared) totals[n] += g[n];
+        else put_bias_gradient<Word>(g[n], c, of.row[n].kept, of.dbias[n]);
+      }
+      if (TERMS == kAll) g[n] = is_kept ? g[n] * slope : V{};
     }
     store_pair<Op>(p, g, c, columns.begin, to);
   }
-}
-
-// Adds a row of score gradients to dbias; `step` is 1, or 0 where all keys share one number.
-template <class Word>
-inline void add_bias_gradient(Word const* gradients, int count, int64 step, Word* to) {
-  Vector<Word> total{};
-  int j = 0;
-  for (; j + kCount<Word> <= count; j += kCount<Word>) {
-    if (step) store(to + j, load(to + j) + load(gradients + j));
-    else total += load(gradients + j);
-  }
-  if (!step) *to += sum(total);
-  for (; j < count; ++j) to[j * step] += gradients[j];
-}
-
-template <class Word>
-inline void multiply_row(Word* row, Range columns, Word const* factors) {
-  for (int c = columns.begin; c < columns.end; c += kCount<Word>) store(row + c, load(row + c) * load(factors + c));
+  for (int n = 0; n < 2 && TERMS >= kBiased; ++n)
+    if (of.dbias[n].at && of.dbias[n].is_shared) *reinterpret_cast<Word*>(of.dbias[n].at) += sum(totals[n]);
 }
 
 }  // namespace

@@ -127,15 +127,15 @@ inline Vector<typename Op::Word> load_words(T const* p) {
   else return loaded<Vector<typename Op::Word>>(p);
 }
 
-constexpr int kRowsAhead = 16;  // rows of one head lie far apart, which the machine's own prefetching follows badly
+constexpr int kRowsAhead = 48;  // rows of one head lie far apart, which the machine's own prefetching follows badly
 
 template <class Op, class T>
-bool pack_rows_of(Source from, int64 rows, int64 dim, Matrix<typename Op::Word> to) {
+bool pack_rows_of(Source from, int64 rows, int64 there, int64 dim, Matrix<typename Op::Word> to) {
   Largest<Op> largest;
   for (int64 r = 0; r < rows; ++r, from.at += from.stride, to.at += to.stride) {
     T const* const row = reinterpret_cast<T const*>(from.at);
     for (int64 c = 0; c < dim * int64(sizeof(T)); c += 64)
-      __builtin_prefetch(from.at + (r + kRowsAhead < rows ? kRowsAhead * from.stride : 0) + c, 0, 2);
+      __builtin_prefetch(from.at + (r + kRowsAhead < there ? kRowsAhead * from.stride : 0) + c, 0, 2);
     int64 j = 0;
     for (; j + kGroup<Op> <= dim; j += kGroup<Op>) {
       Vector<typename Op::Word> const words = load_words<Op>(row + j);
@@ -153,16 +153,18 @@ bool pack_rows_of(Source from, int64 rows, int64 dim, Matrix<typename Op::Word> 
   return largest.is_wild();
 }
 
-// Rows as words, zeros up to the stride of `to` and in the rows that pad. Whether a number is wild.
+// Rows as words, zeros up to the stride of `to` and in the rows that pad. Whether a number is wild. `there` rows can be
+// read: those behind the last one are packed next.
 template <class Op>
-bool pack_rows(Source const& from, int64 rows, int64 padded_rows, int64 dim, Matrix<typename Op::Word> to) {
+bool pack_rows(Source const& from, int64 rows, int64 there, int64 padded_rows, int64 dim,
+               Matrix<typename Op::Word> to) {
   for (int64 n = rows * to.stride; n < padded_rows * to.stride; n += kCount<typename Op::Word>)
     store(to.at + n, Vector<typename Op::Word>{});
-  if constexpr (Op::kPerWord == 2) return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
-  else if constexpr (sizeof(typename Op::Word) == 8) return pack_rows_of<Op, double>(from, rows, dim, to);
-  else if (from.dtype == fa::cpu::kFloat32) return pack_rows_of<Op, float>(from, rows, dim, to);
-  else if (from.dtype == fa::cpu::kBfloat16) return pack_rows_of<Op, Bfloat16>(from, rows, dim, to);
-  else return pack_rows_of<Op, Float16>(from, rows, dim, to);
+  if constexpr (Op::kPerWord == 2) return pack_rows_of<Op, Bfloat16>(from, rows, there, dim, to);
+  else if constexpr (sizeof(typename Op::Word) == 8) return pack_rows_of<Op, double>(from, rows, there, dim, to);
+  else if (from.dtype == fa::cpu::kFloat32) return pack_rows_of<Op, float>(from, rows, there, dim, to);
+  else if (from.dtype == fa::cpu::kBfloat16) return pack_rows_of<Op, Bfloat16>(from, rows, there, dim, to);
+  else return pack_rows_of<Op, Float16>(from, rows, there, dim, to);
 }
 
 // Packed rows without what is not finite, the rest times a power of two. Rare, and so number by number.
@@ -280,6 +282,12 @@ inline void write_row(Word const* row, int64 dim, Word factor, int64 dtype, char
   else write_row_of(row, dim, factor, reinterpret_cast<Float16*>(to));
 }
 
+// Rows that are written soon.
+inline void prefetch_results(Source const& to, int64 rows, int64 dim) {
+  for (int64 n = 0; n < rows; ++n)
+    for (int64 c = 0; c < dim * bytes_of(to.dtype); c += 64) __builtin_prefetch(to.at + n * to.stride + c, 1, 2);
+}
+
 // Rows that a later item of work needs, brought towards the second cache a few at a time.
 class Prefetch {
  public:
@@ -290,6 +298,7 @@ class Prefetch {
     all_ += count;
   }
   int64 all() const { return all_; }
+  int streams() const { return streams_; }
 
   void step(int64 rows) {
     while (rows > 0 && stream_ < streams_) {

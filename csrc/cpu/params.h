@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 1, kAttentionVersion = 1;
+constexpr int64 kVersion = 1, kAttentionVersion = 2;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
@@ -77,7 +77,7 @@ struct AttentionParams {
   void* dq;  // contiguous, shaped like q, k and v; null or all of the pass they are of: dq, or dk and dv
   void* dk;
   void* dv;
-  void* dbias;  // words, contiguous, shaped like the bias, zeros at first
+  void* dbias;  // contiguous, shaped like the bias, zeros at first; words where pairs share a number
   void* dsinks;  // words, (B, H_q): of each sequence
   const void* bias;  // (1|B, 1|H_q, 1|S_q, 1|S_kv), of bias_dtype
   const unsigned char* mask;  // the same, bytes
@@ -94,7 +94,8 @@ struct AttentionParams {
   int64 dbias_batch, dbias_head, dbias_row, dbias_key;
   int64 mask_batch, mask_head, mask_row, mask_key;
   int64 slopes_stride, sinks_stride, segments_q_stride, segments_kv_stride;  // from sequence to sequence
-  int64 dtype, bias_dtype;
+  int64 dtype, bias_dtype, dbias_dtype;
+  int64 dbias_adds;  // 0: each number of dbias is of one pair, and zero at first
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;
   int64 rows_q, rows_kv;  // S_q and S_kv, or T_q and T_kv
   int64 left, right, lower_right;

@@ -64,19 +64,19 @@ class QueryPacker {
     for (int64 first = 0; first < padded_; first += block_) {
       int64 const count = rows_ - first < block_ ? rows_ - first : block_;
       int64 const n = first / block_;
-      to.wild_q[n] = pack_block(from_row(tensors_.q(head), first), count, p_.head_dim_qk,
+      to.wild_q[n] = pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
                                 {to.q.at + first * to.q.stride, to.q.stride},
                                 to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
-      to.wild_dout[n] = pack_block(from_row(tensors_.dout(head), first), count, p_.head_dim_v,
+      to.wild_dout[n] = pack_block(from_row(tensors_.dout(head), first), count, rows_ - first, p_.head_dim_v,
                                    {to.dout.at + first * to.dout.stride, to.dout.stride},
                                    to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
+      read_terms(head, first, to);
     }
-    read_terms(head, to);
   }
 
  private:
-  bool pack_block(Source const& from, int64 count, int64 dim, Matrix<Word> rows, Word* columns) const {
-    bool const is_wild = pack_rows<Op>(from, count, block_, dim, rows);
+  bool pack_block(Source const& from, int64 count, int64 there, int64 dim, Matrix<Word> rows, Word* columns) const {
+    bool const is_wild = pack_rows<Op>(from, count, there, block_, dim, rows);
     if (is_wild) {  // a product over rows must not meet what some of its weights of zero hide
       Matrix<Word> const tamed{scratch_.rows, rows.stride};
       __builtin_memcpy(tamed.at, rows.at, block_ * rows.stride * sizeof(Word));
@@ -98,14 +98,17 @@ class QueryPacker {
     return is_wild;
   }
 
-  void read_terms(int head, Queries<Op>& to) const {
+  // Of one block, whose rows of dout have just been read.
+  void read_terms(int head, int64 first, Queries<Op>& to) const {
     int64 const at = tensors_.lse(head);
     auto const* const lse = static_cast<Word const*>(p_.lse) + at;
     auto const* const low = p_.lse_low ? static_cast<Word const*>(p_.lse_low) + at : nullptr;
     auto const* const dlse = p_.dlse ? static_cast<Word const*>(p_.dlse) + at : nullptr;
     Source const out = tensors_.out(head), dout = tensors_.dout(head);
-    for (int64 i = 0; i < padded_; ++i) {
+    for (int64 i = first; i < first + block_; ++i) {
       bool const is_there = i < rows_;
+      for (int64 c = 0; i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
+        __builtin_prefetch(out.at + (i + kRowsAhead) * out.stride + c, 0, 2);
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
       to.delta[i] =

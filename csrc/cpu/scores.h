@@ -11,8 +11,7 @@ namespace {
 using namespace fa::cpu;
 using fa::Range;
 
-constexpr int kMostKeys = 512;  // of a block, forward and backward
-constexpr int kSegmentKeys = 64;  // of which the least and the largest segment id are known
+constexpr int kMostKeys = 512;  // of a block
 constexpr int kAlignWords = 16;
 
 template <class Word>
@@ -28,7 +27,8 @@ inline bool is_empty(Range range) { return range.begin >= range.end; }
 // Bytes and ids as integers of the width of a word.
 template <class Word>
 inline Integers<Word> bytes_at(uint8 const* p) {
-  return __builtin_convertvector(loaded<typename Lanes<Word>::Narrow8>(p), Integers<Word>);
+  if constexpr (sizeof(Word) == 8) return bytes_in_longs(p);
+  else return bytes_in_ints(p);
 }
 
 template <class Word>
@@ -49,20 +49,38 @@ inline Integers<Word> inside(Range range, int column) {
   return (columns >= Integer(range.begin)) & (columns < Integer(range.end));
 }
 
+// What stands between the products of a strip and its scores: nothing but the band; what hides pairs; a bias, too; all.
+enum Terms { kBand, kHidden, kBiased, kAll };
+
 // The scores of one unit.
 template <class Word>
 class Scores {
+  using V = Vector<Word>;
+
  public:
+  // A row, and where its terms lie, counted in columns of a block of keys.
+  struct Row {
+    Range kept;  // columns that the band keeps: of nothing else a term is read
+    char const* bias;
+    int64 bias_dtype;
+    uint8 const* mask;
+    int32 const* ids;
+    int32 id;
+    Word scale, cap, inverse_cap, slope, diagonal;
+  };
+
   Scores(AttentionParams const& p, Unit const& unit) : p(p), unit(unit), group_(int(p.heads_q / p.heads_kv)) {
-    is_plain = p.scale > 0 && !p.softcap && !p.bias && !p.slopes && !p.mask && !p.segments_q;
-    to_score = is_plain ? Word(p.scale) : 1;
-    to_exponent = Word(is_plain ? p.scale * kLog2E : kLog2E);
+    terms = p.scale <= 0 || p.softcap || p.slopes ? kAll : p.bias ? kBiased : p.mask || p.segments_q ? kHidden : kBand;
+    bool const is_raw = terms <= kHidden;
+    scale_ = is_raw ? 1 : Word(p.scale);
+    to_score = is_raw ? Word(p.scale) : 1;
+    to_exponent = Word(is_raw ? p.scale * kLog2E : kLog2E);
   }
 
   AttentionParams const& p;
   Unit const& unit;
-  bool is_plain;  // raw products, of which some are not kept because of the band
-  Word to_score;  // a finished number times this is a score
+  Terms terms;
+  Word to_score;  // a finished number times this is a score: without bias and the like, products are finished
   Word to_exponent;  // and times this one an exponent of 2
 
   int group() const { return group_; }
@@ -75,129 +93,165 @@ class Scores {
   }
   int32 const* segments_q() const { return p.segments_q + unit.b * p.segments_q_stride; }
   int32 const* segments_kv() const { return p.segments_kv + unit.b * p.segments_kv_stride; }
+  uint8 const* mask(int head, int i) const {
+    return p.mask + unit.b * p.mask_batch + head * p.mask_head + i * p.mask_row;
+  }
 
-  // Raw products of row i and keys first .. become scores. `columns` are whole vectors, counted from `first`; `kept` is
-  // what the band keeps of them, and nothing else of any tensor is read. `slopes` takes the derivative of softcap.
-  void finish(int head, int i, int first, Range columns, Range kept, Word* scores, Word* slopes) {
-    read_terms(head, i, first, kept);
-    using V = Vector<Word>;
-    V const never = broadcast(kNever<Word>), scale = broadcast(Word(p.scale));
-    V const cap = broadcast(Word(p.softcap)), inverse_cap = broadcast(Word(p.softcap ? 1 / p.softcap : 0));
-    Word const slope = p.slopes ? this->slopes()[unit.b * p.slopes_stride + head] : 0;
-    Word const diagonal = Word(unit.band.diagonal + i - first);
-    typename Lanes<Word>::Integer const id = p.segments_q ? segments_q()[i] : 0;
-    V const lanes = __builtin_convertvector(lane_numbers<Word>(), V);
-    for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
-      if (c + kCount<Word> <= kept.begin || c >= kept.end) {
-        store(scores + c, never);
-        if (slopes) store(slopes + c, V{});
-        continue;
-      }
-      V x = load(scores + c) * scale, capped{};
-      if (p.softcap) {
-        capped = hyperbolic_tangent(x * inverse_cap);
-        x = cap * capped;
-      }
-      if (p.bias) {
-        V const bias = load(bias_ + c);
-        x = bias == never ? never : x + bias;
-      }
-      if (p.slopes) {
-        V const distance = (lanes + Word(c)) - diagonal;
-        x -= slope * (distance < 0 ? -distance : distance);
-      }
-      if (p.mask) x = bytes_at<Word>(mask_ + c) != 0 ? x : never;
-      if (p.segments_q) x = ids_at<Word>(ids_ + c) == id ? x : never;
-      if (c < kept.begin || c + kCount<Word> > kept.end) x = inside<Word>(kept, c) ? x : never;
-      store(scores + c, x);
-      if (slopes) store(slopes + c, x == never ? V{} : 1 - capped * capped);
+  // Row i and the block of keys that begins at `first`. `n` tells two rows apart that are read at once.
+  Row row(int head, int i, int first, Range kept, int n = 0) {
+    Row row{kept, nullptr, p.bias_dtype, nullptr, nullptr, 0, scale_, Word(p.softcap), 0, 0, 0};
+    if (p.softcap) row.inverse_cap = Word(1 / p.softcap);
+    if (p.slopes) row.slope = slopes()[unit.b * p.slopes_stride + head];
+    row.diagonal = Word(unit.band.diagonal + i - first);
+    if (p.segments_q) {
+      row.id = segments_q()[i];
+      row.ids = segments_kv() + first;
     }
+    if (p.mask) row.mask = p.mask_key == 1 ? mask(head, i) + first : copied_mask(head, i, first, kept, mask_[n]);
+    if (p.bias) {
+      bool const is_readable = p.bias_key == 1 && sizeof(Word) == (p.bias_dtype == fa::cpu::kFloat64 ? 8 : 4);
+      if (is_readable) {
+        row.bias = bias_row(head, i) + first * bytes_of(p.bias_dtype);
+      } else {
+        row.bias = copied_bias(head, i, first, kept, bias_[n]);
+        row.bias_dtype = sizeof(Word) == 8 ? fa::cpu::kFloat64 : fa::cpu::kFloat32;
+      }
+    }
+    return row;
+  }
+
+  // Brings what a mask and a bias have for row i and `keys`: their rows lie far apart.
+  void prefetch_mask(int head, int i, Range keys) const {
+    if (p.mask && p.mask_row && p.mask_key == 1) prefetch(mask(head, i) + keys.begin, keys.end - keys.begin);
+  }
+  void prefetch_bias(int head, int i, Range keys) const {
+    int64 const bytes = bytes_of(p.bias_dtype);
+    if (p.bias && p.bias_row && p.bias_key == 1)
+      prefetch(bias_row(head, i) + keys.begin * bytes, (keys.end - keys.begin) * bytes);
+  }
+
+  // Products of the columns from c on become scores. `slope` takes the derivative of softcap.
+  template <Terms TERMS>
+  static V score(Row const& row, int c, V x, V* slope = nullptr) {
+    bool const is_edge = c < row.kept.begin || c + kCount<Word> > row.kept.end;
+    if (__builtin_expect(!is_edge, 1)) return inner<TERMS>(row, c, x, slope);
+    if (TERMS == kBand) return inside<Word>(row.kept, c) ? x : broadcast(kNever<Word>);
+    return edge<TERMS>(row, c, x, slope);
+  }
+
+  // Products of a strip's row become scores in place; the largest. `columns` are whole vectors.
+  template <Terms TERMS>
+  static Word finish(Row const row, Range columns, Word* scores) {
+    V most = broadcast(kNever<Word>);
+    for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
+      V const x = score<TERMS>(row, c, load(scores + c));
+      store(scores + c, x);
+      most = larger(x, most);  // NaN is not larger; it comes through the exponential
+    }
+    return largest(most);
   }
 
   // Whether a pair is kept, for the rare cases that go pair by pair. A bias of -inf is a mask.
   bool keeps(int head, int i, int j) const {
     if (!fa::keep(unit.band, i, j)) return false;
-    if (p.mask && !p.mask[unit.b * p.mask_batch + head * p.mask_head + i * p.mask_row + j * p.mask_key]) return false;
+    if (p.mask && !mask(head, i)[j * p.mask_key]) return false;
     if (p.segments_q && segments_q()[i] != segments_kv()[j]) return false;
     return !p.bias || number_at(bias_row(head, i), p.bias_dtype, j * p.bias_key) != -__builtin_inf();
   }
 
  private:
+  static void prefetch(void const* from, int64 bytes) {
+    for (int64 n = 0; n < bytes; n += 64) __builtin_prefetch(static_cast<char const*>(from) + n);
+  }
+
+  static V bias_at(char const* bias, int64 dtype, int c) {
+    if constexpr (sizeof(Word) == 8) {
+      return load(reinterpret_cast<double const*>(bias) + c);
+    } else {
+      if (dtype == fa::cpu::kFloat32) return load(reinterpret_cast<float const*>(bias) + c);
+      if (dtype == fa::cpu::kBfloat16) return load(reinterpret_cast<Bfloat16 const*>(bias) + c);
+      return load(reinterpret_cast<Float16 const*>(bias) + c);
+    }
+  }
+
+  template <Terms TERMS>
+  static V inner(Row const& row, int c, V x, V* slope) {
+    V const never = broadcast(kNever<Word>);
+    if (TERMS >= kBiased) x = x * row.scale;
+    if (TERMS == kAll && row.cap != 0) {
+      V const capped = hyperbolic_tangent(x * row.inverse_cap);
+      x = row.cap * capped;
+      if (slope) *slope = 1 - capped * capped;
+    }
+    if (TERMS >= kBiased && row.bias) {
+      V const bias = bias_at(row.bias, row.bias_dtype, c);
+      x = bias == never ? never : x + bias;
+    }
+    if (TERMS == kAll && row.slope != 0) {
+      V const lanes = __builtin_convertvector(lane_numbers<Word>(), V), distance = (lanes + Word(c)) - row.diagonal;
+      x -= row.slope * (distance < 0 ? -distance : distance);
+    }
+    if (TERMS >= kHidden && row.mask) x = bytes_at<Word>(row.mask + c) != 0 ? x : never;
+    if (TERMS >= kHidden && row.ids) x = ids_at<Word>(row.ids + c) == row.id ? x : never;
+    return x;
+  }
+
+  // Columns of which some are not kept: the terms of those that are, copied, because the others may not be read.
+  template <Terms TERMS>
+  static __attribute__((noinline)) V edge(Row row, int c, V x, V* slope) {
+    Range const there = common(row.kept, {c, c + kCount<Word>});
+    if (is_empty(there)) return broadcast(kNever<Word>);
+    uint8 mask[kCount<Word>] = {};
+    int32 ids[kCount<Word>] = {};
+    Word bias[kCount<Word>] = {};
+    auto const copy = [&](void* to, auto const* from, int64 bytes) {
+      auto const* const begin = reinterpret_cast<char const*>(from) + there.begin * bytes;
+      __builtin_memcpy(static_cast<char*>(to) + (there.begin - c) * bytes, begin, (there.end - there.begin) * bytes);
+    };
+    if (TERMS >= kHidden && row.mask) copy(mask, row.mask, 1);
+    if (TERMS >= kHidden && row.ids) copy(ids, row.ids, sizeof(int32));
+    if (TERMS >= kBiased && row.bias) copy(bias, row.bias, bytes_of(row.bias_dtype));
+    row.mask = row.mask ? mask : nullptr;
+    row.ids = row.ids ? ids : nullptr;
+    row.bias = row.bias ? reinterpret_cast<char const*>(bias) : nullptr;
+    row.diagonal -= Word(c);
+    return inside<Word>(there, c) ? inner<TERMS>(row, 0, x, slope) : broadcast(kNever<Word>);
+  }
+
   char const* bias_row(int head, int i) const {
     return static_cast<char const*>(p.bias) +
            (unit.b * p.bias_batch + head * p.bias_head + i * p.bias_row) * bytes_of(p.bias_dtype);
   }
 
-  // The terms of one row, copied: what lies beyond its last key must not be read.
-  void read_terms(int head, int i, int first, Range kept) {
-    int const count = kept.end - kept.begin, begin = first + kept.begin;
-    if (count <= 0) return;
-    if (p.bias) read_bias(bias_row(head, i) + begin * p.bias_key * bytes_of(p.bias_dtype), count, bias_ + kept.begin);
-    if (p.segments_q) __builtin_memcpy(ids_ + kept.begin, segments_kv() + begin, count * sizeof(int32));
-    if (!p.mask) return;
-    uint8 const* const row = p.mask + unit.b * p.mask_batch + head * p.mask_head + i * p.mask_row + begin * p.mask_key;
-    if (p.mask_key == 1) __builtin_memcpy(mask_ + kept.begin, row, count);
-    else
-      for (int j = 0; j < count; ++j) mask_[kept.begin + j] = row[j * p.mask_key];
+  uint8 const* copied_mask(int head, int i, int first, Range kept, uint8* to) const {
+    uint8 const* const row = mask(head, i);
+    for (int c = kept.begin; c < kept.end; ++c) to[c] = row[(first + c) * p.mask_key];
+    return to;
   }
 
-  void read_bias(char const* row, int count, Word* to) {
+  char const* copied_bias(int head, int i, int first, Range kept, Word* to) const {
     with_dtype(p.bias_dtype, [&](auto const* type) {
-      auto const* const from = reinterpret_cast<decltype(type)>(row);
-      int j = 0;
-      if constexpr (std::is_same_v<Vector<Word>, decltype(load(from))>)
-        if (p.bias_key == 1)
-          for (; j + kCount<Word> <= count; j += kCount<Word>) store(to + j, load(from + j));
-      for (; j < count; ++j) to[j] = Word(to_float(from[j * p.bias_key]));
+      auto const* const row = reinterpret_cast<decltype(type)>(bias_row(head, i));
+      for (int c = kept.begin; c < kept.end; ++c) to[c] = Word(to_float(row[(first + c) * p.bias_key]));
     });
+    return reinterpret_cast<char const*>(to);
   }
 
   int group_;
-  Word bias_[kMostKeys + kAlignWords];
-  int32 ids_[kMostKeys + kAlignWords];
-  uint8 mask_[kMostKeys + kAlignWords];
+  Word scale_;
+  Word bias_[2][kMostKeys + kAlignWords];
+  uint8 mask_[2][kMostKeys + kAlignWords];
 };
 
-// The segment ids in every run of kSegmentKeys keys: whole runs are skipped.
-class Segments {
- public:
-  struct Ids {
-    int32 least, most;
-  };
-
-  static int64 runs(int s_kv) { return (s_kv + kSegmentKeys - 1) / kSegmentKeys; }
-
-  void look(int32 const* ids, Range keys, Ids* memory) {
-    runs_ = memory;
-    for (int begin = keys.begin / kSegmentKeys * kSegmentKeys; begin < keys.end; begin += kSegmentKeys)
-      runs_[begin / kSegmentKeys] =
-          extremes(ids, {fa::larger(begin, keys.begin), fa::smaller(begin + kSegmentKeys, keys.end)});
+// Calls step with a constant: the terms of a strip.
+template <class Step>
+inline auto with_terms(Terms terms, Step const& step) {
+  switch (terms) {
+    case kBand: return step(std::integral_constant<Terms, kBand>{});
+    case kHidden: return step(std::integral_constant<Terms, kHidden>{});
+    case kBiased: return step(std::integral_constant<Terms, kBiased>{});
+    default: return step(std::integral_constant<Terms, kAll>{});
   }
-
-  static Ids extremes(int32 const* ids, Range range) {
-    Ids found = {ids[range.begin], ids[range.begin]};
-    for (int n = range.begin; n < range.end; ++n) {
-      found.least = fa::smaller(found.least, ids[n]);
-      found.most = fa::larger(found.most, ids[n]);
-    }
-    return found;
-  }
-
-  // `keys` without the runs at both ends that have no id in common with `rows`.
-  Range narrowed(Range keys, Ids rows) const {
-    while (keys.begin < keys.end && !meets(rows, keys.begin))
-      keys.begin = keys.begin / kSegmentKeys * kSegmentKeys + kSegmentKeys;
-    while (keys.begin < keys.end && !meets(rows, keys.end - 1)) keys.end = (keys.end - 1) / kSegmentKeys * kSegmentKeys;
-    return keys.begin < keys.end ? keys : Range{0, 0};
-  }
-
- private:
-  bool meets(Ids rows, int key) const {
-    Ids const run = runs_[key / kSegmentKeys];
-    return rows.least <= run.most && rows.most >= run.least;
-  }
-
-  Ids* runs_ = nullptr;
-};
+}
 
 }  // namespace

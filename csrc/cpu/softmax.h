@@ -1,7 +1,7 @@
 // Online softmax of strips of a few query rows, and what becomes of a row in the end.
 #pragma once
 
-#include "scores.h"
+#include "seen.h"
 
 namespace {
 
@@ -22,16 +22,25 @@ inline Vector<Word> survivors(Vector<Word> x, Dropped const& dropped, int c) {
   return bits_at<Word>(dropped.bits + c) >= typename Lanes<Word>::Integer(dropped.threshold) ? x : Vector<Word>{};
 }
 
+// The largest of a row's scores; where only the band hides some, they are marked first.
 template <class Word>
-inline Word largest_of(Word const* scores, int count) {
+inline Word largest_in_band(Range columns, Range kept, Word* scores) {
   using V = Vector<Word>;
+  constexpr int kStep = kCount<Word>;
   V a = broadcast(kNever<Word>), b = a;
-  int c = 0;
-  for (; c + 2 * kCount<Word> <= count; c += 2 * kCount<Word>) {
-    a = larger(load(scores + c), a);  // NaN is not larger; it comes through the exponential
-    b = larger(load(scores + c + kCount<Word>), b);
+  auto const mark = [&](int c) {
+    V const x = inside<Word>(kept, c) ? load(scores + c) : broadcast(kNever<Word>);
+    store(scores + c, x);
+    a = larger(x, a);  // NaN is not larger; it comes through the exponential
+  };
+  int c = columns.begin, end = columns.end;
+  for (; c < end && c < kept.begin; c += kStep) mark(c);
+  for (; end > c && end > kept.end; end -= kStep) mark(end - kStep);
+  for (; c + 2 * kStep <= end; c += 2 * kStep) {
+    a = larger(load(scores + c), a);
+    b = larger(load(scores + c + kStep), b);
   }
-  if (c < count) a = larger(load(scores + c), a);
+  if (c < end) a = larger(load(scores + c), a);
   return largest(larger(a, b));
 }
 
@@ -67,16 +76,17 @@ inline typename Op::Word weigh(typename Op::Word const* scores, int count, typen
   return sum(left + right);
 }
 
-// Takes a row's scores into its state. The factor by which what was summed before has to shrink.
+// Takes a row's scores, whose largest is `found`, into its state. The factor by which what was summed before has to
+// shrink.
 template <class Op, int ROWS>
-inline typename Op::Word soften(typename Op::Word const* scores, int count, typename Op::Word factor,
-                                Dropped const& dropped, RowState<typename Op::Word, ROWS>& state, int row,
-                                typename Op::Word* weights) {
+inline typename Op::Word soften(typename Op::Word const* scores, int count, typename Op::Word found,
+                                typename Op::Word factor, Dropped const& dropped,
+                                RowState<typename Op::Word, ROWS>& state, int row, typename Op::Word* weights) {
   using Word = typename Op::Word;
-  Word const found = largest_of(scores, count), before = state.most[row];
+  Word const before = state.most[row];
   Word shrink = 1;
   if (found > before) {
-    shrink = power_of_2<Op::kDegree>(broadcast((before - found) * factor))[0];
+    shrink = before == kNever<Word> ? 0 : power_of_2<Op::kDegree>(broadcast((before - found) * factor))[0];
     state.most[row] = found;
     state.total[row] *= shrink;
   }

@@ -55,7 +55,6 @@ struct Lanes<float> {
   using Integer = int32;
   using Narrow32 = Ints;
   using Narrow16 = Halves;
-  using Narrow8 = Bytes;
   static constexpr int kCount = kLanes;
 };
 
@@ -66,7 +65,6 @@ struct Lanes<double> {
   using Integer = int64;
   using Narrow32 = FewInts;
   using Narrow16 = FewHalves;
-  using Narrow8 = FewBytes;
   static constexpr int kCount = kLanes / 2;
 };
 
@@ -153,8 +151,29 @@ inline Floats load(Float16 const* p) {
   return widened(magnitude, (w & 0x8000u) << 16, special, 112);
 }
 
+// As many bytes as there are lanes of 32 or of 64 bits, in them. GCC 12 converts vectors of bytes one by one.
+inline Ints bytes_in_ints(uint8 const* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtepu8_epi32(loaded<__m128i>(p));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_set_epi64x(0, loaded<int64>(p)));
+#else
+  return __builtin_convertvector(loaded<Bytes>(p), Ints);
+#endif
+}
+
+inline Longs bytes_in_longs(uint8 const* p) {
+#if defined(__AVX512F__)
+  return (Longs)_mm512_cvtepu8_epi64(_mm_set_epi64x(0, loaded<int64>(p)));
+#elif defined(__AVX2__)
+  return (Longs)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(loaded<int32>(p)));
+#else
+  return __builtin_convertvector(loaded<FewBytes>(p), Longs);
+#endif
+}
+
 inline Floats load(Float8 const* p) {
-  Words const w = __builtin_convertvector(loaded<Bytes>(p), Words);
+  Words const w = (Words)bytes_in_ints(&p->bits);
   Words const magnitude = (w & 0x7fu) << 20;
   Words const special = (Words)(magnitude == 0x07f00000u) & 0x7fc00000u;  // the one NaN
   return widened(magnitude, (w & 0x80u) << 24, special, 120);

@@ -1,6 +1,6 @@
-"""The key/value cache of one attention layer during generation: room for ``max_length`` tokens a row, set aside once.
+"""The contiguous key/value cache of one attention layer: room for ``max_length`` tokens in each row, allocated once.
 
-For sequences that come and go, share beginnings or differ much in length there is ``PagedKVCache``.
+Use ``PagedKVCache`` for sequences that are added and freed, share prefixes or differ much in length.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class KVCache(LayerCache):
     """Keys and values of the tokens so far. ``append`` or ``attend`` write new ones in place.
 
     ``keys`` ``(B, S_max, H_kv, D_qk)`` and ``values`` ``(B, S_max, H_kv, D_v)`` are allocated at once and never move.
-    How many tokens each row holds is kept twice: on the host, so that errors cost nothing, and on the device in
+    The number of tokens in each row is stored twice: on the host, so that checks need no device, and on the device in
     ``lengths`` ``(B,)`` int32, which kernels read. Nothing waits for the device.
 
-    Inside ``torch.compile`` and in a replayed CUDA graph no host code runs: such a step counts on the device alone.
-    Tell the host with ``advance`` before it.
+    Inside ``torch.compile`` and in a replayed CUDA graph no host code runs, so such a step updates the device alone.
+    Call ``advance`` before it to update the host.
 
     Args:
         batch: B.
@@ -113,14 +113,14 @@ class KVCache(LayerCache):
             v: ``(B, S, H_kv, D_v)``.
 
         Returns:
-            views ``(B, length, H_kv, D)`` of all keys and values so far; they change when a ``reset`` is written over.
+            views ``(B, length, H_kv, D)`` of all keys and values so far; tokens written after a ``reset`` change them.
 
         Raises:
             InputError: a shape, dtype or device does not fit, there is no room left, rows differ in length, the cache
                 is e4m3, or the tensors need gradients. The cache stays as it was.
         """
         if self.keys.dtype == FP8:
-            raise input_error("cache", "e4m3", "a cache in the dtype of k", "Call attend, which knows the scales.")
+            raise input_error("cache", "e4m3", "a cache in the dtype of k", "Call attend, which applies the scales.")
         begin = self.length
         self._check_new(k, v)
         end = begin + k.shape[1]
@@ -136,10 +136,10 @@ class KVCache(LayerCache):
         return out
 
     def select(self, rows: Sequence[int]) -> None:
-        """Make row ``n`` a copy of what row ``rows[n]`` was: how beams that go on take the place of those that do not.
+        """Make row ``n`` a copy of the old row ``rows[n]``: beam search replaces dropped beams by surviving ones so.
 
         Raises:
-            InputError: not one existing row for each row of the cache.
+            InputError: ``rows`` does not name one existing row for each row of the cache.
         """
         if len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
             raise input_error("rows", list(rows), f"{self.batch} ints in [0, {self.batch})", "One source for each row.")
@@ -152,7 +152,7 @@ class KVCache(LayerCache):
         self._set([self._filled[row] for row in rows])
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forget the tokens from ``lengths`` on: how rejected guesses are taken back.
+        """Forget the tokens from ``lengths`` on, such as rejected guesses of speculative decoding.
 
         Raises:
             InputError: a row holds fewer.
@@ -171,7 +171,7 @@ class KVCache(LayerCache):
         self._set([0] * self.batch)
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more in every row on the host alone: before a compiled or captured step that adds them.
+        """Count ``tokens`` more in every row on the host alone, before a compiled or captured step that adds them.
 
         Raises:
             InputError: there is no room for them.
@@ -181,7 +181,7 @@ class KVCache(LayerCache):
 
     def _count(self, tokens: int) -> None:
         self.lengths += tokens
-        if not torch.compiler.is_compiling():  # a graph for each length would be the price
+        if not torch.compiler.is_compiling():  # Dynamo would compile a graph for each length
             self._filled = [filled + tokens for filled in self._filled]
 
     def _set(self, lengths: list[int]) -> None:

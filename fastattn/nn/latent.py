@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values from one small vector a token, which is all that a cache holds."""
+"""Multi-head latent attention: keys and values are expanded from a small vector for each token, which is cached."""
 
 from __future__ import annotations
 

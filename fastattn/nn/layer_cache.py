@@ -15,7 +15,7 @@ Window = tuple[int | None, int | None]
 
 
 class LayerCache(ABC):
-    """Keys and values of one layer; ``KVCache`` and ``PagedLayer`` say where they lie.
+    """Keys and values of one layer; ``KVCache`` and ``PagedLayer`` store them.
 
     Attributes:
         keys: the store of keys.
@@ -47,7 +47,7 @@ class LayerCache(ABC):
         """Append the keys and values of new tokens, and attend from ``q`` to all tokens that the cache then holds.
 
         Args:
-            q: ``(B, S_q, H_q, D_qk)``; the last query of a row stands at its last token. In a packed step of a
+            q: ``(B, S_q, H_q, D_qk)``; the last query of a row is at its last token. In a packed step of a
                 ``PagedKVCache`` q, k and v are ``(1, T, H, D)``.
             k: ``(B, S, H_kv, D_qk)``.
             v: ``(B, S, H_kv, D_v)``.

@@ -23,8 +23,8 @@ def mask_terms(key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Ten
         padding = key_padding_mask
         if padding.dtype != torch.bool:
             bias = key_padding_mask[..., None, None, :]
-            padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
-        segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
+            padding = key_padding_mask == float("-inf")  # torch's layers make it of True; as segments it is skipped
+        segments = torch.atleast_2d(padding).int()  # 1 is a document without queries
         segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, (q.shape[0], q.shape[2]))

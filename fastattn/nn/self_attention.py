@@ -1,7 +1,8 @@
-"""Self-attention layers of decoders and encoders, batch first, with caches; the base of the layers beside this file.
+"""Self-attention layers of decoders and encoders, batch first, with caches; the base of the other layers in this
+folder.
 
-Parameters have the names that Llama, Qwen and DeepSeek checkpoints have them under: ``q_proj``, ``k_proj``, ``v_proj``,
-``o_proj``, ``q_norm``, ``k_norm``.
+Parameters have the names of Llama, Qwen and DeepSeek checkpoints: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``,
+``q_norm``, ``k_norm``.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class AttentionLayer(nn.Module):
         return out
 
     def _read_back(self, k: Tensor, v: Tensor, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Append to the cache, and the keys and values that it then holds."""
+        """Append to the cache, and return the keys and values that it then holds."""
         if not isinstance(cache, KVCache) or cache.keys.dtype == FP8:
             given = f"a {type(cache).__name__} of {cache.keys.dtype} with a mask, or read back with absorb=False"
             todo = "The sequences of a PagedKVCache need no padding: give each the tokens that it has."
@@ -125,7 +126,7 @@ class AttentionLayer(nn.Module):
         return cache.append(k, v)
 
     def _mask_of_heads(self, attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """A mask for each head as one for each head of q, of which a head may have several side by side."""
+        """A mask for each head, repeated for each head of q: a head of the layer may have several of them in a row."""
         each = q.shape[2] // self.num_heads
         if attn_mask is None or attn_mask.dim() == 2 or each == 1:
             return attn_mask
@@ -272,7 +273,7 @@ class SelfAttention(AttentionLayer):
 
     @staticmethod
     def _scored_dim(head_dim: int) -> int:
-        """Dims of a query, of which a head may have several."""
+        """Dims of a query; a head of the layer may have several queries."""
         return head_dim
 
     def _combined(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -280,7 +281,7 @@ class SelfAttention(AttentionLayer):
         return self._attend(q, k, v, call)
 
     def _gated(self, out: Tensor, x: Tensor) -> Tensor:
-        """What goes into the last projection."""
+        """The input of the last projection."""
         return out
 
 

@@ -1,4 +1,4 @@
-"""Records: written whole after each result, whatever happens; reports: what they refuse and what they say."""
+"""Records are complete after each result, also after a kill; reports refuse mixed records; tables are right."""
 
 import json
 import os

@@ -127,6 +127,8 @@ void Problem::draw_terms() {
     dbias = Tensor(words, bias.count);
     for (int64 n = 0; n < dbias.count; ++n) dbias.set(n, 0);
     p.dbias = dbias.data();
+    p.dbias_dtype = words;
+    p.dbias_adds = b < p.batch || h < p.heads_q || i < p.rows_q || j < p.rows_kv || j == 1;
     p.dbias_batch = p.bias_batch, p.dbias_head = p.bias_head, p.dbias_row = p.bias_row, p.dbias_key = p.bias_key;
   }
   if (is_dense && chance(30)) {

@@ -1,12 +1,13 @@
-"""Attention by the C++ kernels: what they are given."""
+"""Attention by the C++ kernels: their structs and tensors."""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from fastattn.backends.base import Outputs, Run
 from fastattn.backends.cpu import threads
 from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
-from fastattn.problem import Grads, Inputs
+from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
-VERSION = 1  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 2  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -28,19 +29,21 @@ FIXED = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "dout_batch", "dout_row",
     "dout_head", "bias_batch", "bias_head", "bias_row", "bias_key", "dbias_batch", "dbias_head", "dbias_row",
     "dbias_key", "mask_batch", "mask_head", "mask_row", "mask_key", "slopes_stride", "sinks_stride",
-    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "batch", "heads_q", "heads_kv", "head_dim_qk",
-    "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold", "scale", "softcap",
-    "dropout_scale",
+    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
+    "heads_kv", "head_dim_qk", "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold",
+    "scale", "softcap", "dropout_scale",
 )  # fmt: skip
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 # The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
 FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
+MORE_PART = struct.Struct(f"<{len(MORE)}q")  # from bias to cu_seqlens_kv
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
 HOST = torch.device("cpu")  # said each time: torch.device as a context changes where new tensors are made
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
 MAX_HEAD_DIM = 512
 
+_NOTHING = (None,) * len(MORE)
 Addresses = dict[str, int]
 
 
@@ -100,7 +103,7 @@ def backward(
         if name in needs
     }
     if inputs.bias is not None and "bias" in needs:
-        grads["dbias"] = torch.zeros(inputs.bias.shape, dtype=call.words, device=HOST)
+        grads["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else call.words)
     if inputs.sinks is not None and "sinks" in needs:
         grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
     library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
@@ -114,22 +117,24 @@ def backward(
 
 
 def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-    """``forward`` for calls on q, k and v alone; lse and lse_low are one tensor, since two take longer to make."""
+    """``forward`` for calls of one kind; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
+    alone = rest()
     out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
     empty, count, low = torch.empty, threads.count, math.prod(inputs.lse_shape()) * words.itemsize
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
         out, kept, at, at_low = empty(out_shape, dtype=dtype, device=HOST), None, 0, 0
         if keep:
             kept = empty(kept_shape, dtype=words, device=HOST)
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
-            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low) + rest
+            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
+            + (rest(*more) if more else alone)
         )
         if failed:
             library.explain(failed)
@@ -139,22 +144,25 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
 
 
 def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-    """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
+    """``backward`` for calls of one kind, whose ``lse`` has no gradient and whose q, k and v alone need one."""
     q_shape, k_shape, v_shape, dtype = inputs.q.shape, inputs.k.shape, inputs.v.shape, inputs.q.dtype
     rest = _rest(inputs, spec, BACKWARD_PART, dout)
     if rest is None:
         return None
+    alone = rest()
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     empty, count = torch.empty, threads.count
     low = math.prod(inputs.lse_shape()) * words_of(dtype).itemsize
 
-    def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
+    ) -> tuple[Tensor, ...]:
         dq = empty(q_shape, dtype=dtype, device=HOST)
         dk, dv = empty(k_shape, dtype=dtype, device=HOST), empty(v_shape, dtype=dtype, device=HOST)
         at = kept.data_ptr()
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
-                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + (rest(*more) if more else alone)
         )  # fmt: skip
         if failed:
             library.explain(failed)
@@ -163,15 +171,24 @@ def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dou
     return run
 
 
-def _rest(inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None) -> bytes | None:
-    """The struct behind its ``first`` part, for calls on q, k and v alone; None if it takes more than addresses."""
-    if inputs.has_more_than_qkv or not all(_has_contiguous_rows(x) for x in (inputs.q, inputs.k, inputs.v)):
+def _rest(
+    inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None
+) -> Callable[..., bytes] | None:
+    """The struct behind its ``first`` part as a function of ``MORE``; None if it takes more than addresses."""
+    read = readable(inputs)
+    if inputs.rng_state is not None or any(getattr(read, name) is not getattr(inputs, name) for name in TENSORS):
         return None
-    return bytes(VARIABLE_PART.size - first.size) + fixed_part(inputs, spec, dout)
+    before = bytes(VARIABLE_PART.size - first.size - MORE_PART.size - 8)  # 8: rng_state
+    after, pack = bytes(8) + fixed_part(inputs, spec, dout), MORE_PART.pack
+
+    def rest(*more: Tensor | None) -> bytes:
+        return before + pack(*(0 if x is None else x.data_ptr() for x in more or _NOTHING)) + after
+
+    return rest
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in, and the dtype of lse."""
+    """The dtype of the arithmetic and of lse."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -205,10 +222,24 @@ def fixed_part(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, 
         *_strides(q, is_packed), *_strides(k, is_packed), *_strides(v, is_packed), *_strides(dout, is_packed),
         *_steps(inputs.bias), *_steps(dbias), *_steps(inputs.mask), _step(inputs.alibi_slopes), _step(inputs.sinks),
         _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv),
-        DTYPES[q.dtype], 0 if inputs.bias is None else DTYPES[inputs.bias.dtype], inputs.batch, q.shape[-2],
+        DTYPES[q.dtype], *(0 if x is None else DTYPES[x.dtype] for x in (inputs.bias, dbias)),
+        dbias is not None and not _is_of_pairs(dbias, inputs), inputs.batch, q.shape[-2],
         k.shape[-2], q.shape[-1], v.shape[-1], q.shape[-3], k.shape[-3], _side(spec.left), _side(spec.right),
         spec.anchor == "lower_right", spec.dropout_threshold, spec.scale, spec.softcap or 0.0, spec.dropout_scale,
     )  # fmt: skip
+
+
+def _is_of_pairs(bias: Tensor, inputs: Inputs) -> bool:
+    """Whether each number of a bias is of one pair of a query and a key, in a dtype that the kernels write."""
+    shape = (inputs.batch, inputs.heads_q, inputs.q.shape[-3], inputs.k.shape[-3])
+    is_double = words_of(inputs.q.dtype) == torch.float64
+    return bias.shape == shape and bias.shape[-1] > 1 and is_double == (bias.dtype == torch.float64)
+
+
+def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros from fresh pages, which no one has to write; torch.zeros writes them."""
+    found = numpy.zeros(like.shape, f"i{dtype.itemsize}")
+    return torch.from_numpy(found).view(dtype)
 
 
 def _has_contiguous_rows(x: Tensor) -> bool:

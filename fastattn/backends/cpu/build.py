@@ -20,8 +20,8 @@ from fastattn.compiled import BuildError
 LIBRARY = "libfastattn_cpu.so"
 SOURCES = (
     "common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/functions.h", "cpu/operand.h", "cpu/tile.h", "cpu/pack.h",
-    "cpu/random.h", "cpu/attention.h", "cpu/scores.h", "cpu/softmax.h", "cpu/rows.h", "cpu/forward.h", "cpu/gradient.h",
-    "cpu/queries.h", "cpu/backward.h",
+    "cpu/random.h", "cpu/attention.h", "cpu/scores.h", "cpu/seen.h", "cpu/softmax.h", "cpu/rows.h", "cpu/forward.h",
+    "cpu/gradient.h", "cpu/queries.h", "cpu/backward.h",
     "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/decode.h", "cpu/decode.cpp",
     "cpu/decode_library.cpp", "cpu/threads.h", "cpu/machines.h", "cpu/machines.cpp",
 )  # fmt: skip
@@ -68,7 +68,7 @@ def machines() -> tuple[str, ...]:
 
 
 def units(kind: str | None = None) -> tuple[Unit, ...]:
-    """What is compiled on a ``kind`` of machine, by default this one's."""
+    """The units to compile on a ``kind`` of machine, by default this one's."""
     return UNITS.get(kind or machine(), ANYWHERE)
 
 
@@ -86,7 +86,7 @@ def find_compiler() -> str:
 
 
 def fingerprint(csrc: Path) -> str:
-    """What the library is built from, in 24 digits."""
+    """A hash of the sources and options of the library, 24 digits."""
     digest = hashlib.sha256(repr((FLAGS, EXPLICIT, units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())

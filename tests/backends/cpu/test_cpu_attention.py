@@ -1,4 +1,4 @@
-"""Attention in C++: the grid on every instruction set, what no other test asks for, and what a call leaves alone."""
+"""Attention in C++: the grid on every instruction set, further cases, and tensors that a call must not change."""
 
 import functools
 import subprocess
@@ -13,7 +13,7 @@ from fastattn.backends.cpu import attention, build, library
 from fastattn.problem import DIFFERENTIABLE, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.testing import Case, assert_within, grid, make
-from fastattn.testing.tolerance import measure_each
+from fastattn.testing.tolerance import Yardstick, measure
 
 FOUND, HOW = library.delivered()
 try:
@@ -44,8 +44,9 @@ BACKENDS = [OnMachine(name) for name in MACHINES]
 
 
 def assert_right_everywhere(case):
-    for rows in measure_each([(backend, backend) for backend in BACKENDS], make(case)):
-        assert_within(rows)
+    yardstick = Yardstick(make(case))
+    for backend in BACKENDS:
+        assert_within(measure(backend, yardstick.sample, yardstick=yardstick))
 
 
 @pytest.mark.parametrize("case", grid(), ids=lambda case: case.id)
