@@ -118,7 +118,7 @@ def refuse_context_parallel() -> None:
     if module.startswith("torch.distributed."):
         raise UnsupportedError(
             "fastattn inside torch's context_parallel() would attend to this rank's tokens alone. Leave that context "
-            "and use fastattn.integrations.context_parallel (ring_attention, ulysses_attention)."
+            "and use fastattn.integrations.context_parallel: ring_attention, ulysses_attention, or sharded()."
         )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -361,8 +361,11 @@ class _AllToAll(torch.autograd.Function):
 # --- in models ----------------------------------------------------------------------------------------------------
 
 
+WAYS: dict[str, Callable[..., Tensor]] = {"ring": ring_attention, "ulysses": ulysses_attention}
+
+
 @contextlib.contextmanager
-def sharded(sharding: SequenceSharding, function: Callable[..., Tensor] = ring_attention) -> Iterator[None]:
+def sharded(sharding: SequenceSharding, way: Literal["ring", "ulysses"] = "ring") -> Iterator[None]:
     """Have ``fastattn.attention`` attend to whole rows, of which the caller holds this rank's tokens.
 
     A model that calls it, and is otherwise a function of each token, then computes what a single process would: give
@@ -375,9 +378,10 @@ def sharded(sharding: SequenceSharding, function: Callable[..., Tensor] = ring_a
 
     Args:
         sharding: which tokens the ranks hold.
-        function: ``ring_attention`` or ``ulysses_attention``.
+        way: "ring" is ``ring_attention``, "ulysses" is ``ulysses_attention``.
 
     Raises:
+        InputError: there is no such way.
         UnsupportedError: from a call inside that does not know of the other ranks.
 
     Example:
@@ -391,7 +395,9 @@ def sharded(sharding: SequenceSharding, function: Callable[..., Tensor] = ring_a
         True
         >>> dist.destroy_process_group()
     """
-    before = state.whole_rows
+    if way not in WAYS:
+        raise input_error("way", repr(way), ", ".join(map(repr, WAYS)), "The ring takes any number of heads.")
+    function, before = WAYS[way], state.whole_rows
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         state.whole_rows = None

@@ -23,9 +23,9 @@ class DifferentialAttention(SelfAttention):
         head   = (softmax(q1 k1^T / sqrt(D/2)) - lambda softmax(q2 k2^T / sqrt(D/2))) v
         out    = concat((1 - lambda_init) RMSNorm(head)) W_o^T
 
-    with ``lambda_init = 0.8 - 0.6 exp(-0.3 depth)``. Both maps come from one call: a head's two queries are padded
-    with zeros to D, ``[q1; 0]`` and ``[0; q2]``, and read the key ``[k1; k2]`` and the value as grouped heads, so that
-    keys and values are read once and a cache holds no value twice.
+    with ``lambda_init = 0.8 - 0.6 exp(-0.3 depth)``. Both maps come from one call, in which
+    each value stands twice. With a cache it does not: a head's two queries are padded with zeros to D, ``[q1; 0]`` and
+    ``[0; q2]``, and both read the key ``[k1; k2]`` and the value as grouped heads, for more arithmetic.
 
     Args:
         depth: number of the layer in its model, counted from 0.
@@ -92,12 +92,24 @@ class DifferentialAttention(SelfAttention):
         return head_dim // 2
 
     def _combined(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        first, second = q.unflatten(2, (self.num_heads, 2)).unbind(3)
-        half = self.scored_dim
-        q = torch.stack((F.pad(first, (0, half)), F.pad(second, (half, 0))), dim=3).flatten(2, 3)
-        k = k.unflatten(2, (self.num_kv_heads, 2)).flatten(3)
-        first, second = self._attend(q, k, v, call).unflatten(2, (self.num_heads, 2)).unbind(3)
+        """Query heads are in the order ``(H_kv, 2, H // H_kv)``: the first maps of a group, then its second ones."""
+        kv_heads, half = self.num_kv_heads, self.scored_dim
+        q = q.unflatten(2, (kv_heads, -1, 2)).transpose(3, 4)
+        if call.cache is None:
+            v = v.repeat_interleave(2, dim=2)
+        else:
+            first, second = q.unbind(3)
+            q = torch.stack((F.pad(first, (0, half)), F.pad(second, (half, 0))), dim=3)
+            k = k.unflatten(2, (kv_heads, 2)).flatten(3)
+        out = self._attend(q.flatten(2, 4), k, v, call)
+        first, second = (x.flatten(2, 3) for x in out.unflatten(2, (kv_heads, 2, -1)).unbind(3))
         return self.subln(first - self._lambda().to(first.dtype) * second) * (1 - self.lambda_init)
+
+    def _mask_of_heads(self, attn_mask: Tensor | None, batch: int) -> Tensor | None:
+        if attn_mask is None or attn_mask.dim() == 2:
+            return attn_mask
+        of_groups = attn_mask.unflatten(0, (batch, self.num_kv_heads, 1, -1))
+        return of_groups.expand(-1, -1, 2, -1, -1, -1).flatten(0, 3)
 
     def _lambda(self) -> Tensor:
         """The factor of the second map, at least in fp32."""

@@ -112,7 +112,7 @@ class AttentionLayer(nn.Module):
             check_masks(
                 call.key_padding_mask, call.attn_mask, True, (q.shape[0], self.num_heads, q.shape[1], k.shape[1])
             )
-            options |= mask_terms(call.key_padding_mask, self._mask_of_heads(call.attn_mask, q), q)
+            options |= mask_terms(call.key_padding_mask, self._mask_of_heads(call.attn_mask, q.shape[0]), q)
         out = attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **options)
         assert isinstance(out, Tensor)  # no lse was asked for
         return out
@@ -125,12 +125,9 @@ class AttentionLayer(nn.Module):
             raise input_error("cache", given, "a KVCache in the dtype of the tokens", todo)
         return cache.append(k, v)
 
-    def _mask_of_heads(self, attn_mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """A mask for each head, repeated for each head of q: a head of the layer may have several of them in a row."""
-        each = q.shape[2] // self.num_heads
-        if attn_mask is None or attn_mask.dim() == 2 or each == 1:
-            return attn_mask
-        return attn_mask.repeat_interleave(each, dim=0)
+    def _mask_of_heads(self, attn_mask: Tensor | None, batch: int) -> Tensor | None:
+        """``attn_mask`` for the heads of q, of which a head of the layer may have several."""
+        return attn_mask
 
     def _check_tokens(self, x: Tensor, positions: Tensor | None) -> None:
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.embed_dim:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastattn import rng
+from fastattn import numerics, rng
 from fastattn.spec import AttentionSpec
 
 # Random123's kat_vectors for philox4x32-7: counter, key, answer.
@@ -102,3 +102,23 @@ def test_columns_are_the_elements_one_by_one(begin, end):
     head, i = torch.arange(6).view(2, 3, 1, 1), torch.arange(4, 9)[:, None]
     columns = rng.random_bits_of_columns(state, head, i, begin, end)
     assert torch.equal(columns, rng.random_bits(state, head, i, torch.arange(begin, end)))
+
+
+def test_a_part_of_a_problem_draws_the_numbers_of_the_whole():
+    """``rng_state`` of six numbers says where the part begins; ``b * H + h`` counts heads as the whole does."""
+    state, b, h = torch.tensor([3, 5]), torch.arange(2)[:, None, None, None], torch.arange(4)[None, :, None, None]
+    i, j = torch.arange(40)[:, None], torch.arange(70)[None]
+    whole = rng.random_bits(state, rng.head_number(state, b, h, 4), i, j)
+    part = torch.tensor([3, 5, 7, 33, 2, 4])  # rows from 7, keys from 33, the last two heads of four
+    of_heads = rng.head_number(part, b, torch.arange(2)[None, :, None, None], 2)
+    found = rng.random_bits(part, of_heads, i[:20], j[:, :30])
+    assert torch.equal(found, whole[:, 2:, 7:27, 33:63])
+    assert torch.equal(rng.random_bits_of_columns(part, of_heads, i[:20], 5, 30), found[..., 5:])
+
+
+def test_moving_a_log_sum_exp_keeps_what_rounding_takes():
+    lse, low, shift = torch.tensor([0.1, float("-inf")]), torch.tensor([1e-9, 0.0]), torch.tensor([-123456.789, -1.0])
+    moved, rest = numerics.shifted_lse(lse, low, shift)
+    exact = lse.double() + low.double() + shift.double()
+    assert abs(float((moved.double() + rest.double() - exact)[0])) < 1e-9 < abs(float((moved.double() - exact)[0]))
+    assert moved[1] == float("-inf") and rest[1] == 0

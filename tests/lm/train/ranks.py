@@ -102,7 +102,7 @@ def run_all(corpus, folder):
         train(corpus, folder / "ddp", parallel="auto")
         train(corpus, folder / "ddp parts", micro_batch=1)
         train(corpus, folder / "context", context_parallel=2)
-        train(corpus, folder / "context parts", context_parallel=2, parallel="fsdp", micro_batch=1, recompute=True)
+        train(corpus, folder / "context parts", context_parallel=2, parallel="fsdp", micro_batch=2, recompute=True)
         train(corpus, folder / "fsdp", parallel="fsdp")
         train(corpus, folder / "fsdp parts", parallel="fsdp", micro_batch=1, recompute=True)
         for way in ("ddp", "fsdp"):
