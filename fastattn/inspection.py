@@ -143,6 +143,13 @@ def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -
         k: as there.
         mean: average over the heads.
         options: of the call; ``rng_state`` is among them if there is dropout.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.inspection import weights_of_call
+        >>> q = torch.randn(1, 3, 2, 16)
+        >>> weights_of_call(q, q, mean=True, options={"causal": True}).shape
+        torch.Size([1, 3, 3])
     """
     inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
     return _mean_weights(inputs, spec) if mean else _all_weights(inputs, spec)

@@ -323,7 +323,7 @@ FAULTS = [
     ),
     Fault("a plan for another alignment", "fastattn.plan:look_up", "x.data_ptr() % ALIGNMENT", "0", keeps_plans_apart),
     Fault(
-        "a plan for another device", "fastattn.plan:look_up", "device := x.device", "(device := x.device) and 0",
+        "a plan for another device", "fastattn.plan:look_up", "x.dtype, x.device,", "x.dtype, 0,",
         keeps_plans_apart,
     ),
     Fault("a plan without a gradient", "fastattn.plan:look_up", "grad and x.requires_grad", "False", keeps_plans_apart),
