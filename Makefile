@@ -9,10 +9,10 @@ GPU_JOBS ?= 6
 CPP    := $(wildcard $(foreach kind,h cuh cpp cu,csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
 .PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
-        sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
+        proofs hub-kernel sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 17
 
 install: $(VENV)/.installed  ## create .venv and install the package with all its tools
 
@@ -56,50 +56,58 @@ tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/re
 bench: install   ## operator benchmarks on this machine's CPU
 	$(BIN)/python -m benchmarks ops --suite cpu
 
-emulate: install ## run the CUDA kernels on an emulated GPU, and plant faults that it has to report
+emulate: install ## run the CUDA kernels on an emulated GPU, and check that it reports planted faults
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
 
-sanitize: install ## run the CPU kernels under the sanitizers of addresses, undefined behaviour and threads
+sanitize: install ## run the CPU kernels under the address, undefined behaviour and thread sanitizers
 	$(BIN)/python csrc/cpu/check/check.py --sanitize address,undefined
 	$(BIN)/python csrc/cpu/check/check.py --sanitize thread
 
 cross: install   ## compile the CPU kernels for arm64 and run them under qemu (Debian: g++-aarch64-linux-gnu qemu-user)
 	$(BIN)/python csrc/cpu/check/check.py --cross
 
+proofs: install  ## the CUDA kernels' layouts beside CuTe's, their barrier protocols in every order of steps; needs nvcc
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target build/cutlass nvidia-cutlass==4.2.0.0
+	$(BIN)/python csrc/proofs/cute.py
+	$(BIN)/python csrc/proofs/protocol.py --jobs $(JOBS)
+
 gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
-sweep: install   ## every family of transformers beside eager, and the page of docs/ that says what was found
+sweep: install   ## compare every family of transformers with eager, and rewrite its page in docs/
 	PYTHONPATH=. $(BIN)/python tests/integrations/families.py --jobs $(JOBS) --table docs/guides/transformers_families.md
 
-test-versions:   ## the tests that depend on versions under each supported torch; makes environments of several GB
+test-versions:   ## run tests that depend on versions under each supported torch; makes environments of several GB
 	$(PYTHON) tests/versions.py --jobs $(JOBS)
 
 GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
   $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
 
-fuzz: install    ## judge 100,000 random problems on every backend that runs here: hours
+fuzz: install    ## check 100,000 random problems on every backend that runs here; takes hours
 	$(BIN)/fastattn verify --quick --fuzz 100000
 
-wheel: install   ## sdist and manylinux wheels for x86_64 and aarch64 in dist/; needs nvcc and g++-aarch64-linux-gnu
+wheel: install   ## build sdist and manylinux wheels for x86_64 and aarch64; needs nvcc and g++-aarch64-linux-gnu
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[release]'
 	$(BIN)/python release/wheels.py
 
-test-gpu: test-gpu-cuda test-gpu-triton  ## the tests that need a GPU, in several processes; installs nothing, works offline
+hub-kernel: install  ## write build/torch-universal, the package in the format of Hugging Face's kernels
+	$(BIN)/python release/hub_kernel.py
+
+test-gpu: test-gpu-cuda test-gpu-triton  ## run the tests that need a GPU, in several processes; offline, installs nothing
 	$(GPU_PYTEST) tests/core/test_forward_backward.py tests/measure/test_timing.py
 
-test-gpu-cuda:   ## those of CUDA C++
+test-gpu-cuda:   ## run those of the cuda backend only
 	$(GPU_PYTEST) tests/gpu/test_cuda_forward.py tests/gpu/test_cuda_backward.py tests/gpu/test_cuda_decode.py
 
-test-gpu-triton: ## those of Triton
+test-gpu-triton: ## run those of the triton backend only
 	$(GPU_PYTEST) tests/gpu/test_triton.py tests/gpu/test_triton_cache.py
 
-gpu:             ## everything that needs a GPU in one report, under 9 minutes; installs nothing, so it works offline
+gpu:             ## all tests and benchmarks that need a GPU, one report, under 9 minutes; offline, installs nothing
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --out gpu-report
 
-rehearse: install  ## the plan of gpu on a simulated GPU: does every step work, and what would be left undone?
+rehearse: install  ## run the plan of gpu on a simulated GPU, and list what a shorter run would omit
 	$(BIN)/python -m benchmarks gpu --rehearse --out gpu-rehearsal
 
-clean:           ## remove what the targets above made
+clean:           ## remove the files that the other targets create
 	rm -rf $(VENV) .venv-versions build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache fastattn-demo gpu-report gpu-rehearsal

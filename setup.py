@@ -1,9 +1,10 @@
-"""Packaging entry point: builds ``csrc/`` if compilers are there. Imports no torch, and needs no compiler.
+"""Packaging entry point: builds ``csrc/`` if there are compilers. Imports no torch, and needs no compiler.
 
-``FASTATTN_BUILD_CPU`` and ``FASTATTN_BUILD_CUDA`` decide, each for its library: ``auto`` builds if it can and says so
-if it cannot, ``1`` fails if it cannot, ``0`` does not try. The library for CPUs takes seconds, and ``auto`` is its
-default; that for CUDA takes minutes, and its default is ``0``: see docs/decisions/wheels.md. ``FASTATTN_MACHINE``
-names the kind of machine that ``CXX`` compiles for, if it is not this one. The rest stands in pyproject.toml.
+``FASTATTN_BUILD_CPU`` and ``FASTATTN_BUILD_CUDA`` control the two libraries: ``auto`` builds if possible and prints why
+not otherwise, ``1`` fails if it is not possible, ``0`` does not build. The library for CPUs takes seconds, and ``auto``
+is its default; that for CUDA takes minutes, and its default is ``0``: see docs/decisions/wheels.md.
+``FASTATTN_MACHINE`` names the kind of machine that ``CXX`` compiles for, if it is not this one. All other settings are
+in pyproject.toml.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-# What is compiled at first use, where it was not built: by NVRTC for a GPU, by a C++ compiler for a CPU.
+# Sources that are compiled at first use if they were not built: by NVRTC for a GPU, by a C++ compiler for a CPU.
 SOURCES = ("common/*.h", "sm90/*.h", "sm90/*.cuh", "sm90/instances.inc", "cpu/*.h", "cpu/*.cpp")
 
 
@@ -64,7 +65,7 @@ class NativeLibrary(Extension):
         return f"FASTATTN_BUILD_{self.backend.upper()}"
 
     def check(self) -> None:
-        """Raise BuildError if what it takes to build it is not here."""
+        """Raise BuildError if a tool that builds it is missing."""
         if self.module is cuda:
             cuda.find_nvcc()
             cuda.find_ninja()
@@ -80,7 +81,7 @@ class NativeLibrary(Extension):
         compiled.seal(target)
 
     def is_wanted(self) -> bool:
-        """Whether to build it: what was asked for, and what is possible."""
+        """Whether to build it, by its switch and the tools there are."""
         wish = os.environ.get(self.switch, self.default)
         if wish not in ("auto", "0", "1"):
             sys.exit(f"{self.switch}: got {wish!r}; allowed: auto, 0, 1.")
@@ -95,7 +96,7 @@ class NativeLibrary(Extension):
         return True
 
     def cannot(self, error: Exception) -> None:
-        """Stop if it was asked for, else say what will be instead."""
+        """Exit if it was asked for, else print what serves in its place."""
         if os.environ.get(self.switch) == "1":
             sys.exit(f"fastattn: the library for {self.backend} cannot be built: {error}")
         say(f"the library for {self.backend} is not built: {error}. {self.otherwise}")
@@ -124,7 +125,7 @@ class BuildLibraries(build_ext):
 
 
 class BuildPython(build_py):
-    """Puts the sources of the kernels into the package, where compilers find them; a checkout has them beside it."""
+    """Copies the sources of the kernels into the package, where compilers find them; a checkout has them beside it."""
 
     def run(self) -> None:
         super().run()
@@ -138,7 +139,7 @@ class BuildPython(build_py):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python: with a library it belongs to a platform, without one to none."""
+    """One wheel for every Python, for one platform if it contains a library."""
 
     def get_tag(self) -> tuple[str, str, str]:
         platform = super().get_tag()[2]

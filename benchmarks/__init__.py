@@ -1,1 +1,1 @@
-"""Benchmarks of fastattn: ``python -m benchmarks ops|model|overhead|report|gpu``. See ``benchmarks/README.md``."""
+"""Benchmarks of fastattn: ``python -m benchmarks COMMAND``. See ``benchmarks/README.md``."""

@@ -14,11 +14,11 @@ from fastattn.errors import DataError, InputError
 COMMANDS = {
     "ops": "speed and memory of attention itself",
     "model": "training and generation steps of a model",
-    "decode": "reading a key/value cache, generation with and without one",
-    "swap": "each thing that fastattn replaces, beside the thing itself",
+    "decode": "attention to a key/value cache, generation with and without one",
+    "swap": "functions and modules that fastattn replaces, each beside its replacement",
     "overhead": "host time for each call, import time, installation time and size",
     "report": "tables and plots from records",
-    "gpu": "everything a GPU can tell, in under nine minutes",
+    "gpu": "all tests and benchmarks that need a GPU, in under nine minutes",
     "tune": "tile sizes of the Triton kernels",
     "gates": "compile gates of the Triton kernels, without a GPU",
 }

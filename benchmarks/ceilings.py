@@ -1,4 +1,4 @@
-"""The measured ceilings of a device: the fastest matrix product and copy it does in this very run."""
+"""The measured ceilings of a device: its fastest matrix product and copy in the same run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def measure(device: torch.device, dtypes: set[str], quick: bool = False) -> dict
     for contender in contenders.values():
         contender()
     times = compare(contenders, stopwatch(device), rounds=7, round_s=0.02, budget_s=5)
-    # a ceiling is the best that was seen, not the usual
+    # a ceiling is the best time, not the median
     best = {name: min(timing.rounds) for name, timing in times.items()}
     ceilings = {f"matmul_{name}_tflops": 2 * n**3 / best[name] / 1e12 for name in sorted(dtypes)}
     return ceilings | {"copy_gbps": 2 * (megabytes << 20) / best["copy"] / 1e9}

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device(args: argparse.Namespace) -> torch.device:
     """The device asked for, its threads set.
 
     Raises:
-        InputError: it is not there, or Triton's interpreter would be measured.
+        InputError: this machine has no such device, or Triton's interpreter would be measured.
     """
     is_rehearsed = args.device == "cuda" and torch.cuda.is_available() and simulated.is_present()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and not is_rehearsed:

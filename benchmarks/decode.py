@@ -1,4 +1,4 @@
-"""``python -m benchmarks decode``: reading a key/value cache, and generation with and without one."""
+"""``python -m benchmarks decode``: attention to a key/value cache, and generation with and without one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
     """One step of decoding: a token for each of ``batch`` sequences.
 
     Attributes:
-        lengths: "equal", or "ragged": evenly spread from an eighth of ``length`` to all of it.
+        lengths: "equal", or "ragged", evenly spread from ``length / 8`` to ``length``.
         page_size: None is a contiguous cache. Pages lie in random order.
     """
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) -> dict[str, str]:
-    """One line: the contenders are checked against fp64 first, and take turns then."""
+    """One row of the table: the contenders are checked against fp64, then timed in turn."""
     values = Values(case, device)
     row = {"what": case.what, "cache": case.cache, "dtype": case.dtype}
     exact = values.on_gathered(*(x.double() for x in (values.q, values.keys, values.values)))()
@@ -114,7 +114,7 @@ def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) ->
     }
     errors = {name: float((call().double() - exact).abs().max()) for name, call in calls.items()}
     calls["stream"] = values.stream
-    # twice sdpa's error, which may be small by luck, and some roundings of the arithmetic
+    # twice sdpa's error, plus some roundings of the arithmetic, as sdpa's error may happen to be small
     allowed = 2 * errors["sdpa"] + 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     row["error"] = f"{errors['fastattn']:.1e}, sdpa {errors['sdpa']:.1e}"
     if not errors["fastattn"] <= allowed:
@@ -167,7 +167,7 @@ class Values:
         return k.sum() + v.sum()
 
     def gathered(self) -> tuple[Tensor, Tensor]:
-        """What the cache holds as ``(B, S, H, D)``: itself, if it is contiguous."""
+        """The content of the cache as ``(B, S, H, D)``: the cache itself if it is contiguous."""
         if self.block_table is None:
             return self.k_cache, self.v_cache
         keys, values = (x[self.block_table.long()].flatten(1, 2) for x in (self.k_cache, self.v_cache))
@@ -181,7 +181,7 @@ class Values:
 
 
 def _generation(device: torch.device, tokens: int) -> dict[str, Any]:
-    """The same greedy text with and without a cache."""
+    """One row of the table: generation of the same greedy text with and without a cache."""
     torch.manual_seed(0)
     name = "tiny" if tokens <= 16 else "small"  # tiny measures the host, not the model
     config = dataclasses.replace(preset(name, 256), max_length=tokens + 16)

@@ -1,4 +1,4 @@
-"""The conditions of a measurement: code, versions, device, clocks. What cannot be found out is None."""
+"""The conditions of a measurement: code, versions, device, clocks. Unknown facts are None."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SOURCES = ("fastattn/**/*.py", "csrc/**/*", "benchmarks/**/*.py")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Everything a reader needs to judge a number, as JSON."""
+    """The conditions of a measurement, as JSON."""
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _output("git", "rev-parse", "HEAD"),
@@ -49,7 +49,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name by which results are kept apart."""
+    """The name of the device in records and tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -106,7 +106,7 @@ def _output(*command: str) -> str | None:
 
 
 def _source_hash() -> str:
-    """Tells code apart where there is no git, or where it is dirty."""
+    """A hash of the source, which identifies code without git or with uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _SOURCES for path in REPOSITORY.glob(pattern) if path.is_file()):
         digest.update(str(path.relative_to(REPOSITORY)).encode())

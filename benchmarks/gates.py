@@ -1,4 +1,4 @@
-"""``python -m benchmarks gates``: compile the Triton kernels for GPUs that are not there; judge the machine code."""
+"""``python -m benchmarks gates``: compile the Triton kernels for several GPUs, without one; check the machine code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         wrong = gates.problems(build, figures, None if args.update else expected.get(build.name))
         if wrong:
             failed[build.name] = wrong
-        elif args.update and build.name in there:  # each by itself, so that a kill loses one
+        elif args.update and build.name in there:  # written after each build, so that a kill loses one
             figures_now |= gates.as_expected([(build, figures)])
             _write(expected_file, figures_now)
     print(gates.table(results))

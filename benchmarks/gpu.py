@@ -1,8 +1,9 @@
-"""``python -m benchmarks gpu --out DIR``: everything a GPU can tell, offline, in under nine minutes.
+"""``python -m benchmarks gpu --out DIR``: all tests and benchmarks that need a GPU, offline, in under nine minutes.
 
-Each step of ``gpu_plan.py`` is a group of processes under a time limit, ended as a whole, and each result is on disk as
-soon as it is there. What is missing, fails or takes too long is a row, not the end. No step starts a self-check.
-``--rehearse`` follows the same plan on the simulated device and prints what would be left undone at which minute.
+Each step of ``gpu_plan.py`` is a group of processes with a time limit, killed as a group. Each result is written to
+disk at once. A step that is missing, fails or takes too long is a row of the report and does not stop the others. No
+step starts a self-check. ``--rehearse`` runs the same plan on the simulated device and prints which steps would be left
+undone at which minute.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ COLUMNS = ["step", "result", "seconds", "note"]
 TAIL = 3000  # characters of output that a row keeps
 MOST_LINES = 95
 LEAST_S = 5.0  # no step begins with less time left
-REHEARSAL_PATIENCE = 20.0  # how much longer a step may take in the interpreter
+REHEARSAL_PATIENCE = 20.0  # factor on the time limit of a step in the interpreter
 LIMIT_S = 540.0
 
 
@@ -82,7 +83,7 @@ def _follow(plan: Plan, record: Record, deadline: float, quiet: bool) -> None:
 
 
 def _environment(step: Step, plan: Plan) -> dict[str, str]:
-    """Self-checks off, and one cache for what all steps compile."""
+    """The environment of a step: self-checks off, and one cache for the kernels that all steps compile."""
     caches = plan.out / "caches"
     env = os.environ | {"FASTATTN_SELF_CHECK": "0", "TRITON_CACHE_DIR": str(caches / "triton"), **step.env}
     paths = [str(REPOSITORY), env.get("PYTHONPATH", "")]
@@ -95,11 +96,11 @@ def _environment(step: Step, plan: Plan) -> dict[str, str]:
 
 
 def _perform(step: Step, plan: Plan, deadline: float) -> dict[str, str]:
-    """Run a step and say how it went. Its output is on disk while it runs."""
+    """Run a step and return its row. Its output is written to disk while it runs."""
     began = time.monotonic()
     row = {"step": step.name, "result": "ok", "seconds": "", "note": "", "output": ""}
     if plan.rehearses and not step.is_rehearsed:
-        return row | {"result": "not rehearsed", "note": "it measures what the simulated device has not"}
+        return row | {"result": "not rehearsed", "note": "the simulated device cannot run it"}
     left = deadline - began
     if left < LEAST_S:
         return row | {"result": "not begun", "note": "out of time"}
@@ -117,7 +118,7 @@ def _perform(step: Step, plan: Plan, deadline: float) -> dict[str, str]:
     if code is None:
         row |= {"result": "timed out", "note": _last_line(output)}
     elif code != 0:
-        crashed = code < 0 or code == 3  # a signal, or ops's word for a device that failed
+        crashed = code < 0 or code == 3  # a signal, or the exit code of ops for a device that failed
         row |= {"result": "crashed" if crashed else "failed", "note": f"exit code {code}: {_last_line(output)}"}
     elif step.record is None:
         row |= {"note": _last_line(output)}
@@ -127,7 +128,7 @@ def _perform(step: Step, plan: Plan, deadline: float) -> dict[str, str]:
 
 
 def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """The exit code; None if it had to be ended. Nothing that it started is left behind, on the GPU least of all."""
+    """The exit code; None if the time limit passed. All its processes are killed, so that none stays on the GPU."""
     code = None
     with contextlib.suppress(subprocess.TimeoutExpired):
         code = process.wait(limit_s)
@@ -140,7 +141,7 @@ def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
 
 
 def _left_undone(plan: Plan, limit_s: float) -> list[str]:
-    """When each step would run on a GPU, if all took all of their time, and what a shorter loan would leave undone."""
+    """Tables of when each step would run on a GPU if all took their whole limit, and what a shorter run would omit."""
     lines = ["", "| from | to | steps |", "| --- | --- | --- |"]
     for begin, end, phase in timetable(plan, limit_s):
         lines.append(f"| {_clock(begin)} | {_clock(end)} | {', '.join(step.name for step in phase)} |")
@@ -165,7 +166,7 @@ def _last_line(output: str) -> str:
 
 
 def _verdicts(path: Path, row: dict[str, str]) -> dict[str, str]:
-    """What the gate said in an ops record of one peer."""
+    """``row`` with the verdicts of the correctness gate in an ops record of one peer as its note."""
     try:
         results = read(path)["results"]
     except DataError:
@@ -182,14 +183,14 @@ def _verdicts(path: Path, row: dict[str, str]) -> dict[str, str]:
 
 
 def _conclude(record: Record, out: Path) -> None:
-    """report.md and the plots, and the short table on the terminal."""
+    """Write report.md and the plots, and print the short table."""
     parts = {}
     for path in sorted(out.glob("*.json")):
         with contextlib.suppress(DataError):
             parts[path.stem] = read(path)
     parts.pop("gpu", None)
     sections = [
-        f"# Everything {record.data['environment']['device']} told",
+        f"# Tests and benchmarks on {record.data['environment']['device']}",
         tables.conditions(record.data),
         tables.table(record.data),
     ]
@@ -198,7 +199,7 @@ def _conclude(record: Record, out: Path) -> None:
         if part["kind"] == "ops":
             try:
                 sections += [f"![{path.stem}]({path.name})" for path in report.draw(part, out, name)]
-            except Exception as error:  # a picture must not cost the numbers
+            except Exception as error:  # without a plot the numbers are still reported
                 sections.append(f"No plots of {name}: {error}")
     outputs = [
         row for row in record.data["results"] if row.get("output") and row["step"].startswith(("profile", "ncu"))
@@ -209,7 +210,7 @@ def _conclude(record: Record, out: Path) -> None:
 
 
 def _short(record: Record, parts: list[tables.Record], out: Path) -> list[str]:
-    """Under 100 lines: how each step went, then the fastest of ours beside the fastest of the others."""
+    """Under 100 lines: the result of each step, then our fastest kernel beside the fastest peer."""
     rows = [[row.get(column, "")[:100] for column in COLUMNS] for row in record.data["results"]]
     lines = tables.markdown(COLUMNS, rows).splitlines()
     cells = [

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu_compile``: every kernel into the caches, in as many processes as there are cores.
+"""``python -m benchmarks.gpu_compile``: compile every kernel into the caches, in as many processes as there are cores.
 
-Triton's with their launchers, and through NVRTC those of CUDA C++. ``--rehearse`` compiles a few of Triton's for a GPU
-that is not there.
+These are the Triton kernels with their launchers, and through NVRTC the CUDA C++ kernels. ``--rehearse`` compiles a few
+Triton kernels without a GPU.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from fastattn.testing import precompile
 
 HOPPER = ("cuda", "90", "32")
-REHEARSED = ("0", "400")  # one of so many parts
+REHEARSED = ("0", "400")  # part 0 of 400
 
 
 def main(arguments: Sequence[str]) -> int:
     env = dict(os.environ)
-    if arguments[:1] == ["--rehearse"]:  # the real compiler, so neither the interpreter nor the simulated device
+    if arguments[:1] == ["--rehearse"]:  # runs the real compiler, not the interpreter or the simulated device
         env.pop("TRITON_INTERPRET", None)
         paths = env.get("PYTHONPATH", "").split(os.pathsep)
         env["PYTHONPATH"] = os.pathsep.join(path for path in paths if "simulated" not in path)

@@ -1,7 +1,7 @@
-"""The first nine minutes on a GPU, as data: which processes run, together or in turn, and how long each may take.
+"""The plan of ``make gpu`` as data: which processes run, together or in turn, and how long each may take.
 
-The most telling comes first, so a machine that is taken away early has told the most. Steps of one phase share the GPU;
-phases that time have one step.
+The most informative steps come first, in case the run is cut short. Steps of one phase share the GPU; a phase that
+measures time has one step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BENCH = (sys.executable, "-m", "benchmarks")
 KERNELS = ("cuda", "triton")  # backends with kernels of their own for a GPU
 RIVALS = ("sdpa-cudnn", "sdpa-flash")
 WATCHDOG = {"FASTATTN_NVRTC_OPTIONS": "-DFA_WATCHDOG=20000000"}
-# What a rehearsal runs instead, in seconds of the interpreter.
+# A rehearsal runs these instead, which take seconds in the interpreter.
 REHEARSED_TESTS = "choice_is_explained"
 REHEARSED_SUITE, REHEARSED_CASE = "first", "d64 causal"  # 64 tokens
 
@@ -26,11 +26,11 @@ class Step:
     """One process.
 
     Attributes:
-        name: its row.
-        command: what to run; its program may be missing.
-        limit_s: ended after this long.
+        name: the name of its row in the report.
+        command: the command to run; its program may be missing.
+        limit_s: seconds after which it is killed.
         record: an ops record whose verdicts become the note of the row.
-        backend: if this crashes or hangs, the backend takes no part in what is timed later.
+        backend: the backend that it tests; if it crashes or hangs, later steps do not time this backend.
         env: added to the environment.
         is_rehearsed: it can run on the simulated device.
     """
@@ -46,12 +46,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the steps need to know.
+    """The settings of a run, and its steps.
 
     Attributes:
-        out: where everything goes.
+        out: the folder of all results.
         backends: those of ``KERNELS`` that can run.
-        rehearses: on the simulated device: tiny problems, few of them.
+        rehearses: it runs on the simulated device, with few and tiny problems.
     """
 
     out: Path
@@ -59,7 +59,10 @@ class Plan:
     rehearses: bool = False
 
     def phases(self, unsafe: Collection[str] = ()) -> Iterator[tuple[Step, ...]]:
-        """Steps that run at once, in order. ``unsafe`` backends, which may become more on the way, are not timed."""
+        """The phases in order, each a tuple of steps that run at once.
+
+        Backends in ``unsafe`` are not timed; the caller may add some while it iterates.
+        """
         for backend in self.backends:
             yield (self._ops(f"first numbers, {backend}", "telling", 25, backend, *RIVALS),)
         yield (self._compile(),)
@@ -83,7 +86,7 @@ class Plan:
             yield (Step(f"ncu, {backend}", (*counters, *profile), 45, is_rehearsed=False),)
 
     def _ops(self, name: str, suite: str, limit_s: float, *contenders: str) -> Step:
-        """Backends by name, then other peers; each checked before it is timed."""
+        """A step of ``ops``, which checks and times ``contenders``, names of backends and of other peers."""
         peers = [f"fastattn-{x}" if x in KERNELS else x for x in contenders]
         path = self.out / f"{name.replace(', ', '-').replace(' ', '-')}.json"
         command = [*BENCH, "ops", "--device", "cuda", "--quiet", "--no-memory", "--out", str(path)]
@@ -119,7 +122,7 @@ class Plan:
         return Step(f"tests, {backend}", (*self._pytest(*files), *selected), 100)
 
     def _pytest(self, *files: str) -> tuple[str, ...]:
-        """In three processes, which are replaced when a kernel takes one along; a minute for each test."""
+        """Run pytest in three processes, each replaced if a kernel crashes it, with a minute for each test."""
         options = ["-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider", "-n", "1" if self.rehearses else "3"]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout", "60", "--timeout-method", "thread"]
@@ -148,7 +151,7 @@ def timetable(plan: Plan, limit_s: float) -> list[tuple[float, float, tuple[Step
 
 
 def undone(plan: Plan, limit_s: float, minute: int) -> list[str]:
-    """The steps that have not ended, should the machine be taken away after so many minutes."""
+    """The steps that would not have ended after ``minute`` minutes."""
     return [
         step.name
         for begin, end, phase in timetable(plan, limit_s)

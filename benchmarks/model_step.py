@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What every variant runs."""
+    """The model and data that all variants share."""
 
     config: TransformerConfig
     batch: int
@@ -98,8 +98,8 @@ class Variant:
     """A model with one kind of attention, trained in step with the others.
 
     Attributes:
-        name: the kind, and "compiled" where it is.
-        losses: of each step so far.
+        name: the kind of attention, and "compiled" if it is.
+        losses: the loss of each step so far.
     """
 
     def __init__(self, setting: Setting, kind: str, compiled: bool, batches: list[Tensor]) -> None:
@@ -133,7 +133,7 @@ class Variant:
 
 
 def _gathering(attention: Attention) -> Attention:
-    """``attention`` on a cache as people do it by hand: append, slice what is filled, attend. Rows are alike here."""
+    """``attention`` on a cache written by hand: append, slice the filled part, attend. All rows have one length."""
 
     def attend(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, *, causal: bool,
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _built(setting: Setting, compiled: bool, batches: list[Tensor], record: Record) -> Iterator[Variant]:
-    """The variants that survive their first step; why another did not is a row."""
+    """The variants whose first step succeeds; a failure is recorded as a row."""
     for kind in ATTENTION:
         variant = Variant(setting, kind, compiled, batches)
         try:
@@ -236,7 +236,7 @@ def _train(setting: Setting, variants: list[Variant], ceiling: float) -> Iterato
 
 
 def _generate(setting: Setting, variants: list[Variant], ceiling: float) -> Iterator[dict[str, str]]:
-    for variant in variants[1:]:  # the same weights for all, or greedy choices drift with training's rounding
+    for variant in variants[1:]:  # all get the same weights: after training these differ by rounding
         variant.model.load_state_dict(variants[0].model.state_dict())
     texts = {variant.name: variant.generate() for variant in variants}
     first = texts[variants[0].name]
@@ -260,7 +260,7 @@ def _beside(variants: list[Variant], times: dict[str, Any], variant: Variant) ->
 
 
 def _peak(variant: Variant, device: torch.device) -> str:
-    """Of one more step, above weights and optimizer."""
+    """Peak memory of one more step, above weights and optimizer."""
     if device.type == "cuda":
         return tables.size(memory.cuda_peak(variant.train_step))
     return "–" if memory.cannot_measure_process() else tables.size(memory.process_peak(variant.train_step)[0])

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", nargs="+", metavar="NAME", help=f"of {', '.join(SUITES)} (default: cpu on a CPU, else paper)"
     )
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="whom to measure, or 'all'")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="peers to measure, or 'all'")
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose line contains TEXT")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
     parser.add_argument("--effort", type=float, metavar="S", help="seconds of timing for each pass of each case")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             found = compare_peers(workload, peers, device, effort, wall=suite.wall, takes_memory=not args.no_memory)
             record.add(_head(suite, workload) | {"peers": found})
-        except RuntimeError as error:  # of the device: a peer's own errors are rows of the result
+        except RuntimeError as error:  # the device failed; errors of a peer are rows of the result
             record.add(_head(suite, workload) | {"peers": {}, "why": f"{type(error).__name__}: {str(error)[:200]}"})
         if _device_is_lost(device):
             record.set(stopped=f"the device failed at {workload.id}; a process cannot go on after that")
@@ -83,7 +83,7 @@ def _head(suite: Suite, workload: Workload) -> dict[str, Any]:
 
 
 def _device_is_lost(device: torch.device) -> bool:
-    """After an illegal access every further CUDA call of the process fails."""
+    """Whether the device has failed: after an illegal access every further CUDA call of the process raises."""
     if device.type != "cuda":
         return False
     try:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks overhead``: what fastattn costs besides its kernels: each call, import, installation."""
+"""``python -m benchmarks overhead``: the time of fastattn outside its kernels: calls, import, installation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calls(device: torch.device, quick: bool) -> Iterator[Row]:
-    """Host time of a call on a problem so small that its kernels hardly count."""
+    """Host time of a call on a problem so small that its kernels take little of it."""
     dtype = "bf16" if device.type == "cuda" else "fp32"
     workload = Workload(
         s_q=16, s_kv=16, heads_q=1, heads_kv=1, d_qk=16, d_v=16, dtype=dtype, passes=("forward", "both")
@@ -81,7 +81,7 @@ def _calls(device: torch.device, quick: bool) -> Iterator[Row]:
 
 
 def _imports(rounds: int) -> Iterator[Row]:
-    """In fresh processes, in turn."""
+    """Import times in fresh processes, with and without fastattn in turn."""
     seconds: dict[str, list[float]] = {"torch": [], "fastattn": []}
     for _ in range(rounds):
         for module, found in seconds.items():

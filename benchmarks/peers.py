@@ -1,7 +1,7 @@
 """Every peer by name: those of ``fastattn.measure.peers`` and the ones that compile, force a kernel or need a package.
 
-The output of every peer passes the correctness gate before its time is printed, so a peer that means something else
-than the workload shows up as red, not as fast.
+The output of every peer passes the correctness gate before its time is printed, so a peer that computes something else
+is reported as wrong, not as fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Reasons = Callable[[Workload, str], list[str]]
 
 
 def _on_gpu(reasons: Reasons, *, half_only: bool = True) -> Reasons:
-    """``reasons`` of a GPU library, led by the device and, if it has half precision only, the dtype."""
+    """The reasons of a GPU library: the device, the dtype if it has half precision only, then ``reasons``."""
 
     def checked(workload: Workload, device_type: str) -> list[str]:
         if device_type != "cuda":
@@ -159,7 +159,7 @@ def _window(workload: Workload) -> tuple[int, int]:
     return (-1 if left is None else left, -1 if right is None else right)
 
 
-# Packages that may be there
+# Packages, if they are installed
 
 
 def _flash_attn_reasons(workload: Workload, device_type: str) -> list[str]:
@@ -293,7 +293,7 @@ PEERS: dict[str, Peer] = {
     )
 }
 
-# What is measured if --peers does not say: on a CPU those that need no compiler.
+# The default of --peers: on a CPU those that need no compiler.
 DEFAULTS = {
     "cpu": ("fastattn", "eager", "sdpa"),
     "cuda": tuple(name for name in PEERS if name not in ("fastattn-eager", "sdpa")),

@@ -12,7 +12,7 @@ from fastattn.files import replaced_file
 
 COLUMNS = 4  # of panels
 MOST_PANELS = 16
-Family = tuple[str, str]  # what a panel shows, and the pass
+Family = tuple[str, str]  # the cases of a panel, and the pass
 
 
 def draw(record: Record, folder: Path, stem: str) -> list[Path]:
@@ -31,7 +31,7 @@ def draw(record: Record, folder: Path, stem: str) -> list[Path]:
 
 
 def _by_length(record: Record, field: str, label: str, title: str, factor: float = 1.0) -> Any:
-    """A panel for each family of cases that differ in length alone, a line for each peer; None without any."""
+    """A figure with a panel for each family of cases that differ in length alone; None if there is none."""
     families: dict[Family, dict[str, dict[int, float]]] = {}
     for result in record["results"]:
         for pass_name in passes_of(result):
@@ -69,12 +69,12 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
 
 
 def _family(result: Record) -> str:
-    """The case without its batch and lengths; heads too, which suites trade for length."""
+    """The case without batch, lengths and heads: suites choose batch and heads by the length."""
     return " ".join(word for word in result["id"].split() if not re.fullmatch(r"[bsh]\d+(/\d+)?", word))
 
 
 def _ratios(record: Record, title: str) -> Any:
-    """A bar for each pass of each case: how many times faster fastattn is than the best peer; None without any."""
+    """A figure with a bar for each pass of each case: how many times faster fastattn is than the best peer; or None."""
     bars = list(_bars(record))
     if not bars:
         return None

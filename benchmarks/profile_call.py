@@ -1,4 +1,4 @@
-"""``python -m benchmarks.profile_call DEVICE BACKEND``: where the time of one forward and backward pass goes."""
+"""``python -m benchmarks.profile_call DEVICE BACKEND``: profile one forward and backward pass."""
 
 from __future__ import annotations
 

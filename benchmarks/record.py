@@ -1,4 +1,4 @@
-"""The record of a run: one JSON file, written anew after each result, so that a kill at any moment loses none."""
+"""The record of a run: one JSON file, replaced after each result, so that a kill loses no earlier one."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SCHEMA = 1
 
 
 class Record:
-    """What a command measured, under which conditions.
+    """The results of a command and the conditions of the measurement.
 
     Args:
         kind: the command.
         command: the whole command line.
-        device: measured on.
-        path: where it lies; None keeps it in memory.
-        append: go on with the record that lies there.
+        device: the device of the measurement.
+        path: the file; None keeps the record in memory.
+        append: continue the record in that file.
 
     Attributes:
         data: ``schema, kind, command, started, finished, environment`` and ``results``, a list of JSON objects whose
-            form is the business of the command.
+            form each command defines.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Record:
         self.save()
 
     def _continued(self, data: dict[str, Any], kind: str, command: str, device: torch.device) -> dict[str, Any]:
-        """An earlier record to go on with, if it is of the same kind, device and code."""
+        """The earlier record, if it is of the same kind, device and code."""
         now, then = environment.describe(device), data["environment"]
         same = all(now[field] == then[field] for field in ("device", "commit", "dirty", "source"))
         if data["kind"] != kind or not same:

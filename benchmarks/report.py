@@ -77,7 +77,7 @@ def draw(record: Record, folder: Path, stem: str) -> list[Path]:
 
 
 def _mixture(records: dict[str, Record]) -> str | None:
-    """What differs between records that ought to be alike, in a sentence; None if nothing."""
+    """A sentence that says how the device or code of the records differs; None if they do not."""
     devices = {stem: record["environment"]["device"] for stem, record in records.items()}
     codes = {stem: tables.code(record) for stem, record in records.items()}
     for what, values in (("devices", devices), ("code", codes)):

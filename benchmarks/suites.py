@@ -1,4 +1,4 @@
-"""The named suites, as data. Nothing here runs."""
+"""The named suites, as data."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _case(s: int, heads: int, d: int, heads_kv: int = 0, **rest: Any) -> Workloa
 
 
 def _paper() -> Iterator[Workload]:
-    """The grid of the FlashAttention papers: width 2048, 16k tokens whatever the length."""
+    """The grid of the FlashAttention papers: width 2048, and 16k tokens in total at every length."""
     for d in (128, 64, 256):
         for causal in (True, False):
             for s in (512, 1024, 2048, 4096, 8192, 16384, 32768):
@@ -72,7 +72,7 @@ def _llm() -> Iterator[Workload]:
 
 
 def _features() -> Iterator[Workload]:
-    """One feature at a time on one shape, the first line being the shape with none."""
+    """One feature at a time on one shape; the first case has none."""
     shape = {"batch": 4, "causal": True}
     yield _case(4096, 16, 128, **shape)
     yield _case(4096, 16, 128, window=(255, 0), **shape)
@@ -120,7 +120,7 @@ def _cpu() -> Iterator[Workload]:
 
 
 def _first() -> Iterator[Workload]:
-    """One small case for each kind of kernel: what to run before anything long."""
+    """One small case for each kind of kernel, to run before long suites."""
     for d in (64, 128, 256):
         yield _case(512, 4, d, causal=True)
     yield _case(512, 4, 128)
@@ -132,12 +132,12 @@ def _first() -> Iterator[Workload]:
 
 
 def _telling() -> Iterator[Workload]:
-    """The call of most users, which a first run should know before all else."""
+    """The most common call, which a first run on a GPU measures first."""
     yield _case(4096, 16, 128, batch=4, causal=True, passes=("forward", "both"))
 
 
 def _cells() -> Iterator[Workload]:
-    """Of the papers' grid the cells that stand for it."""
+    """Representative cells of the grid of the papers."""
     return (w for w in _paper() if w.d_qk in (64, 128) and w.s_q in (2048, 8192, 16384))
 
 
@@ -148,7 +148,7 @@ SUITES = {
         Suite("llm", "shapes of language models: GQA, softcap, sinks, windows, two head dims", tuple(_llm())),
         Suite("features", "the cost of each feature on one shape", tuple(_features())),
         Suite("small", "problems bound by launches, by the wall clock", tuple(_small()), wall=True),
-        Suite("telling", "causal, D 128, 4k tokens: what a first run should know", tuple(_telling())),
+        Suite("telling", "causal, D 128, 4k tokens: the most common call", tuple(_telling())),
         Suite("cells", "six cells of the papers' grid, causal and not", tuple(_cells())),
         Suite("first", "one small case for each kind of kernel", tuple(_first())),
         Suite("cpu", "2 threads: dense, causal, each feature, packed documents, few heads, memory", tuple(_cpu())),

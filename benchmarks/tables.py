@@ -9,21 +9,21 @@ from fastattn.measure.timing import Timing
 from fastattn.measure.workload import Workload
 
 Record = dict[str, Any]
-OURS = "fastattn"  # the automatic choice, which is what a user gets
+OURS = "fastattn"  # the backend that is selected automatically
 
 
 def table(record: Record) -> str:
-    """The whole record: a line for each pass of each case, or each row of a command that measures something else."""
+    """The whole record as a table: a line for each pass of each case, or each row of another command."""
     return _ops_table(record) if record["kind"] == "ops" else _rows_table(record)
 
 
 def summary(record: Record) -> str:
-    """Short enough for a page of docs/: a line for each case, fastattn's time and how many times faster it is."""
+    """A shorter table for a page of docs/: a line for each case with fastattn's time and the ratios to peers."""
     return _ops_summary(record) if record["kind"] == "ops" else _rows_table(record)
 
 
 def conditions(record: Record) -> str:
-    """Where, when and with what a record was measured."""
+    """The device, versions, code and date of a record, in a paragraph."""
     e = record["environment"]
     versions = ", ".join(
         f"{name} {version}" for name, version in e["versions"].items() if version and name != "fastattn"
@@ -42,7 +42,7 @@ def conditions(record: Record) -> str:
 
 
 def code(record: Record) -> str:
-    """Which code was measured."""
+    """The commit or source hash of the measured code."""
     e = record["environment"]
     if e["commit"] is None:
         return f"source {e['source']}, no git"
@@ -80,7 +80,7 @@ def best_rival(result: Record, pass_name: str) -> tuple[str, float] | None:
 
 
 def passes_of(result: Record) -> list[str]:
-    """The passes that have anything to show, in order."""
+    """The passes that have results, in order."""
     seen = dict.fromkeys(result["workload"]["passes"])
     for peer in result["peers"].values():
         seen |= dict.fromkeys(peer["passes"])
@@ -191,7 +191,7 @@ def _memory(peers: Sequence[str], result: Record) -> str:
 
 
 def _footnotes(record: Record) -> Iterator[str]:
-    """Why a number is missing: each reason once, with how many cases it concerns."""
+    """The reasons for missing numbers, each once with the number of cases."""
     reasons: dict[str, int] = {}
     for result in record["results"]:
         if result.get("why"):
@@ -209,7 +209,7 @@ def _footnotes(record: Record) -> Iterator[str]:
             yield f"- {reason} ({count} case{'s' if count > 1 else ''})"
 
 
-# everything else: rows that the command has laid out itself
+# other commands, whose records hold finished rows
 
 
 def _rows_table(record: Record) -> str:
@@ -229,7 +229,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def seconds(value: float) -> str:
-    """3 digits in the unit that fits."""
+    """A time with 3 digits in a fitting unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"

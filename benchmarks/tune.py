@@ -29,8 +29,8 @@ def run(args: argparse.Namespace, timer: tuning.Timer | None = None, arch: str |
 
     Args:
         args: the arguments.
-        timer: returns the seconds of what it is given; None times on the GPU.
-        arch: the rows to write; None is the GPU's.
+        timer: returns the seconds of a piece of work; None measures on the GPU.
+        arch: the architecture whose rows are written; None is that of the GPU.
     """
     device = torch.device("cuda" if timer is None else "cpu")
     if timer is None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, timer: tuning.Timer | None = None, arch: str |
 
 
 def _sound(key: tuning.Key, configs: list[tuning.Config], processes: int) -> list[tuning.Config]:
-    """The configs that pass the compile gates, where there are gates for the architecture."""
+    """The configs that pass the compile gates; all of them if the architecture has no gates."""
     arch, kernel, bits, head_dim = key
     if arch not in builds.TARGETS:
         return configs

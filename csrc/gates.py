@@ -2,7 +2,7 @@
 
 A kernel fails if registers are touched while a wgmma uses them (sass.py), if it spills or touches local memory, if
 ptxas warns that it serialised a wgmma (C75xx; C7519, an inserted fence, is harmless), if the number of tensor-core
-instructions is unexpected, or if exponentials stand outside of the P V product that should hide them. ``--options``
+instructions is unexpected, or if exponentials do not overlap the P V product that should hide them. ``--options``
 passes flags on to nvcc, such as -DFA_EXP_OVERLAP=0.
 """
 
@@ -54,7 +54,7 @@ class Facts:
 
 
 def facts_of(log: str, sass: str) -> Facts:
-    """Read ptxas's words (-v) and the disassembly."""
+    """Read the output of ptxas (-v) and the disassembly."""
     instructions = [match.groups() for line in sass.splitlines() if (match := INSTRUCTION.match(line))]
     names = [name for name, _ in instructions]
     return Facts(
@@ -90,10 +90,10 @@ def exponentials(instructions: Sequence[tuple[str, str]]) -> tuple[int, int]:
 
 
 def expected_products(instance: Instance) -> int:
-    """Tensor-core instructions.
+    """The expected number of tensor-core instructions.
 
-    Both products of a forward pass and of decoding stand in the loop, and before or after it. Those of a backward pass
-    stand in its loop alone, and twice where one consumer sums dv, the other dk.
+    Both products of a forward pass and of decoding occur in the loop, and once more before or after it. Those of a
+    backward pass occur in its loop only, and twice if one consumer sums dv and the other dk.
     """
     config = instance.config
     if isinstance(config, DkdvConfig):
@@ -154,7 +154,7 @@ def check(instance: Instance, folder: Path, cuobjdump: str) -> tuple[Facts, list
 
 
 def check_with_nvrtc(instance: Instance, folder: Path, cuobjdump: str) -> tuple[Facts, list[str]]:
-    """As ``check``, for the kernel that NVRTC makes of the same source. It says nothing of spills: accesses tell."""
+    """``check`` for the kernel that NVRTC makes of the same source; spills show as accesses to local memory."""
     target = folder / f"{instance.name}.cubin"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(nvrtc.compile_kernel(instance))
@@ -192,14 +192,14 @@ def main() -> int:
         return 2
     print(f"{'kernel':<44} registers  HGMMA  exp under/after P V  verdict")
     is_good = True
+    judge = check_with_nvrtc if options.nvrtc else check
     with ThreadPoolExecutor(options.jobs or os.cpu_count()) as pool:
-        judge = check_with_nvrtc if options.nvrtc else check
-        checked = list(pool.map(lambda instance: judge(instance, options.build, cuobjdump), instances))
-    for instance, (facts, found) in zip(instances, checked, strict=True):
-        is_good = is_good and not found
-        under, after = facts.exponentials
-        verdict = "; ".join(found) or "ok"
-        print(f"{instance.name:<44} {facts.registers:>9}  {facts.products:>5}  {under:>9} / {after:<7}  {verdict}")
+        checked = pool.map(lambda instance: judge(instance, options.build, cuobjdump), instances)
+        for instance, (facts, found) in zip(instances, checked, strict=True):
+            is_good = is_good and not found
+            under, after = facts.exponentials
+            figures = f"{facts.registers:>9}  {facts.products:>5}  {under:>9} / {after:<7}"
+            print(f"{instance.name:<44} {figures}  {'; '.join(found) or 'ok'}", flush=True)
     return 0 if is_good else 1
 
 

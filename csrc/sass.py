@@ -1,9 +1,9 @@
 """Hazards in machine code (SASS): every path through a kernel is walked with the registers that wgmma still uses.
 
-ptxas moves instructions around asynchronous products, inserts fences, or serialises them; the emulator runs C++, and
-sees none of that. Three rules are checked, and one of the launch:
+ptxas moves instructions around asynchronous products, inserts fences, or serialises them; the emulator runs C++ and
+cannot see that. These rules are checked:
 
-- a register of an accumulator, or of an operand A, is left alone until the wait for its product;
+- a register of an accumulator, or of an operand A, is not accessed until the wait for its product;
 - a register that a product reads is not written between WARPGROUP.ARRIVE and that product;
 - no product is in flight at the end;
 - after ``setmaxnreg`` a role names no register above its new limit.
@@ -39,7 +39,7 @@ class Instruction:
         return [int(number) for number in re.findall(r"\bR(\d+)\b", self.operands)]
 
     def touched(self) -> Registers:
-        """All registers that it reads or writes, but for a product's own."""
+        """All registers that it reads or writes, except those of a product itself."""
         pairs = (int(number) + 1 for number in re.findall(r"\bR(\d+)\.64\b", self.operands))  # 64-bit addresses
         return frozenset([register + i for register in self.named() for i in range(self._width())]).union(pairs)
 
@@ -81,9 +81,9 @@ class Group(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is known at an instruction: committed groups in flight, the open one, what was written since ARRIVE.
+    """The state at an instruction: committed groups in flight, the open one, and registers written since ARRIVE.
 
-    ``dirty`` is None where no ARRIVE is in force.
+    ``dirty`` is None if no ARRIVE is in force.
     """
 
     position: int
@@ -100,7 +100,7 @@ def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
 
 
 def hazards(code: list[Instruction]) -> list[str]:
-    """What breaks the rules; [] if nothing does."""
+    """The violations of the rules."""
     if not any(instruction.name.startswith("HGMMA") for instruction in code):
         return []
     return [*_hazards_of_products(code), *_registers_over_limit(code)]
@@ -125,7 +125,7 @@ def _hazards_of_products(code: list[Instruction]) -> list[str]:
 
 
 def _step(instruction: Instruction, state: State, read: Registers) -> tuple[list[str], State]:
-    """What is wrong with one instruction in a state, and the state after it."""
+    """The violations of one instruction in a state, and the state after it."""
     product = instruction.product()
     if product is not None:
         return _multiply(product, state)
@@ -181,7 +181,7 @@ def _successors(code: list[Instruction]) -> Callable[[int], list[int]]:
 
 
 def _registers_over_limit(code: list[Instruction]) -> list[str]:
-    """Registers that a role names though ``setmaxnreg`` took them from it, or never gave it."""
+    """Registers that a role names above its limit by ``setmaxnreg``."""
     found, follow = [], _successors(code)
     for begin, instruction in enumerate(code):
         if not instruction.name.startswith("USETMAXREG"):

@@ -1,8 +1,9 @@
-"""fastattn: fast attention, one definition of it, and a transformer that trains on it."""
+"""fastattn: fast attention for PyTorch, by several backends that implement one definition."""
 
 from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
 from fastattn.dispatch import Explanation, backends, use_backend
 from fastattn.errors import InputError, UnsupportedError
+from fastattn.flops import register_with_torch as _register_flops
 from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
 from fastattn.inspection import attention_weights, plot_attention
 from fastattn.nn import MultiHeadAttention, replace_attention
@@ -29,3 +30,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "use_backend",
 ]
+
+_register_flops()

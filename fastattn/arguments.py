@@ -1,7 +1,8 @@
 """Arguments of the public functions turned into a problem: ``Inputs`` or ``CacheInputs``, and an ``AttentionSpec``.
 
-Names, defaults and layouts end here. Nothing is computed, no random number is drawn and no value is read, but for the
-longest of packed sequences where it was not given. ``problem.check_inputs`` and its like judge the whole afterwards.
+Public names, defaults and layouts are resolved here. Nothing is computed and no random number is drawn. The only values
+read are the lengths of packed sequences whose longest was not given. ``problem.check_inputs`` and
+``kv_cache.check_cache_inputs`` check the result.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastattn.spec import Anchor, AttentionSpec
 from fastattn.torch_internals import autocast_dtype
 
 if TYPE_CHECKING:
-    from torch.nn.attention.bias import CausalBias  # it imports Dynamo and Triton, which take longer than we do
+    from torch.nn.attention.bias import CausalBias  # it imports Dynamo and Triton, which takes longer than fastattn
 
 Window = tuple[int | None, int | None]
 
@@ -43,7 +44,7 @@ def dense_problem(
     rng_state: Tensor | None,
     layout: Layout,
 ) -> tuple[Inputs, AttentionSpec]:
-    """The problem of ``attention`` from its arguments, not yet checked as a whole. Draws no random number."""
+    """The problem of ``attention`` from its arguments, not yet checked."""
     check_layout(layout)
     check_rank({"q": q, "k": k, "v": v}, range(4, 5), "(B, S, H, D), in the order that layout names")
     q, k, v = (to_internal(x, layout) for x in autocast(q, k, v))
@@ -83,7 +84,7 @@ def packed_problem(
     dropout_p: float,
     rng_state: Tensor | None,
 ) -> tuple[Inputs, AttentionSpec]:
-    """The problem of ``attention_varlen``, likewise."""
+    """The problem of ``attention_varlen`` from its arguments, not yet checked."""
     todo = "Pack the sequences end to end; padded ones go to fastattn.attention."
     check_rank({"q": q, "k": k, "v": v}, range(3, 4), "(T, H, D), sequences packed end to end", todo)
     q, k, v = autocast(q, k, v)
@@ -113,13 +114,13 @@ def torch_problem(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Inputs, AttentionSpec, tuple[int, ...]]:
-    """The problem of ``scaled_dot_product_attention``, likewise, and the shape that its result ``(B, H, S, D)`` takes.
+    """The problem of ``scaled_dot_product_attention``, not yet checked, and the shape of torch's result.
 
-    Leading dimensions are folded into the batch.
+    Leading dimensions are folded into the batch; the shape unfolds them.
     """
     anchor: Anchor = "upper_left"
     kind = type(attn_mask)
-    if (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias"):  # it holds nothing to read
+    if (kind.__module__, kind.__name__) == ("torch.nn.attention.bias", "CausalBias"):  # has no values, lengths only
         bias = cast("CausalBias", attn_mask)
         check_causal_bias(bias, query, key)
         is_lower = bias.variant.name == "LOWER_RIGHT"
@@ -170,7 +171,7 @@ def cache_problem(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> tuple[CacheInputs, AttentionSpec]:
-    """The problem of ``attention_with_kv_cache``, likewise."""
+    """The problem of ``attention_with_kv_cache`` from its arguments, not yet checked."""
     is_packed = cu_seqlens_q is not None
     order = "(T_q, H, D), packed as cu_seqlens_q says" if is_packed else "(B, S, H, D); packed needs cu_seqlens_q"
     check_rank({"q": q}, range(3, 4) if is_packed else range(4, 5), order)
@@ -203,7 +204,7 @@ def cache_problem(
 
 
 def with_rng_state(inputs: Inputs, spec: AttentionSpec) -> Inputs:
-    """``inputs`` with a fresh seed from torch's generator, if there is dropout and none was given."""
+    """``inputs`` with a fresh ``rng_state`` from torch's generator, if there is dropout and none was given."""
     if spec.dropout_p == 0 or inputs.rng_state is not None:
         return inputs
     return inputs.replace(rng_state=rng.new_rng_state(inputs.q.device))
@@ -252,7 +253,7 @@ def number(name: str, x: float) -> float:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v in autocast's dtype, where autocast is on; float64 stays, as in torch."""
+    """The tensors in autocast's dtype if autocast is on; float64 stays, as in torch."""
     dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors

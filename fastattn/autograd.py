@@ -1,4 +1,4 @@
-"""Derivatives of the operators: the only autograd.Functions.
+"""Derivatives of the operators, as autograd.Functions.
 
 ``Attention`` is the forward operator and ``AttentionBackward`` its gradient, itself differentiable: a second
 derivative goes through the reference formula. Under ``vmap`` the mapped dimension is folded into the batch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastattn import ops, reference
 from fastattn.backends.base import Outputs
-from fastattn.plan import Plan
-from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs
+from fastattn.plan import ALIGNMENT, Plan
+from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
 
@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, differentiable in every sense: reverse mode, forward mode, vmap and each of them nested."""
+    """``(out, lse)``, differentiable in reverse and forward mode, under vmap, and under these nested in each other."""
     compiling, transformed = torch.compiler.is_compiling(), is_transformed()
     # Outputs mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
     if is_in_forward_mode() or (compiling and transformed):
@@ -42,17 +42,24 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
     return out, lse
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy that lies as kernels on an accelerator were compiled to find it."""
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 def needs_gradient(inputs: Inputs) -> bool:
     """Whether autograd will ask for the gradient of any input."""
     tracked = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
 
 
-def attend_as_planned(plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def attend_as_planned(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()
+) -> Tensor | tuple[Tensor, Tensor]:
     """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
     if plan.backward is not None:
-        return PlannedAttention.apply(q, k, v, plan, with_lse)
-    out, *kept = plan.forward(q, k, v)
+        return PlannedAttention.apply(q, k, v, plan, with_lse, *more)
+    out, *kept = plan.forward(q, k, v, *more)
     out = out.transpose(1, 2) if plan.heads_first else out
     return (out, _lses(kept)[0]) if with_lse else out
 
@@ -71,7 +78,7 @@ def _distinct(flat: ops.Flat) -> ops.Flat:
 
 
 def _with_arguments_of(operator: Any) -> Callable[[F], F]:
-    """Give a Function's ``forward(*args)`` the operator's parameters: Dynamo counts them and apply() binds them."""
+    """Give a Function's ``forward(*args)`` the operator's signature: Dynamo counts parameters, apply() binds them."""
     names = (argument.name for argument in operator.default._schema.arguments)
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
 
@@ -104,7 +111,6 @@ class Attention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        # The Function costs more time than the operator, and is of use only where its result is differentiated again.
         grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, needed)
         by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
         return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
@@ -120,19 +126,19 @@ class Attention(torch.autograd.Function):
 
 
 def _backward_operator() -> Callable[..., tuple[Tensor, ...]]:
-    """The gradient, itself differentiable where that may be asked for: the Function costs more than the operator."""
+    """The gradient, itself differentiable only if that may be needed: the Function takes longer than the operator."""
     is_final = not (torch.is_grad_enabled() or is_transformed())
     return torch.ops.fastattn.backward if is_final else AttentionBackward.apply
 
 
 class PlannedAttention(torch.autograd.Function):
-    """Attention on q, k and v by a plan. It never sees a transform or a compiler: those calls have no plan."""
+    """Attention on q, k and v by a plan. Calls under a transform or a compiler never come here: they have no plan."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool) -> Any:
-        results = plan.forward(q, k, v)
-        ctx.save_for_backward(*results, q, k, v)
-        ctx.plan = plan
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, *more: Tensor | None) -> Any:
+        results = plan.forward(q, k, v, *more)
+        ctx.save_for_backward(*results, q, k, v, *more)
+        ctx.plan, ctx.count = plan, len(results)
         ctx.set_materialize_grads(False)
         out = results[0].transpose(1, 2) if plan.heads_first else results[0]
         return (out, _lses(results[1:])[0]) if with_lse else out
@@ -140,29 +146,28 @@ class PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
-        is_final = dlse is None and not torch.is_grad_enabled() and not is_watched()
-        if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
-            dq, dk, dv = plan.backward(dout.contiguous(), *saved)
+        (out, *kept), (q, k, v, *more) = saved[: ctx.count], saved[ctx.count :]
+        if dout is None:
+            dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+        needs = dict(zip(MORE, ctx.needs_input_grad[5:], strict=True)) if more else {}
+        needs_more = bool(needs) and (needs["bias"] or needs["sinks"])
+        is_plain = dlse is None and type(dout) is Tensor and not (needs_more or torch.is_grad_enabled() or is_watched())
+        is_plain = is_plain and plan.deterministic == torch.are_deterministic_algorithms_enabled()
+        if is_plain and dout.dtype is out.dtype and not dout.is_neg():
+            grads = plan.backward(_aligned(dout.contiguous()), out, *kept, q, k, v, *more)
         else:
-            dq, dk, dv = _by_operator(plan, dout, dlse, *saved)
+            dout = dout.transpose(1, 2) if plan.heads_first else dout
+            operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
+            flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
+            needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
+            grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
+        dq, dk, dv = grads[:3]
         if plan.heads_first:
-            return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
-        return dq, dk, dv, None, None
-
-
-def _is_plain(dout: Tensor, dtype: torch.dtype) -> bool:
-    return type(dout) is Tensor and dout.dtype is dtype and not dout.is_neg()
-
-
-def _by_operator(plan: Plan, dout: Tensor | None, dlse: Tensor | None, out: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-    """The gradients of a planned call whose own gradient is wanted, or is watched: by the operator."""
-    *kept, q, k, v = rest
-    if dout is None:
-        dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    dout = dout.transpose(1, 2) if plan.heads_first else dout
-    operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
-    flat = (*operands, *(None,) * (len(TENSORS) - 3), *plan.scalars)
-    return _backward_operator()(dout, dlse, out, *_lses(kept), *flat, [True, True, True, False, False])[:3]
+            dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+        if not more:
+            return dq, dk, dv, None, None
+        of_more = dict(zip(DIFFERENTIABLE, grads, strict=True)) if needs_more else {}
+        return dq, dk, dv, None, None, *(of_more[name] if needed else None for name, needed in needs.items())
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -232,7 +237,7 @@ class AttentionBackward(torch.autograd.Function):
 def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[str]) -> tuple[Any, ...]:
     """The operators' common arguments with ``size`` samples in one batch.
 
-    What all samples share stays shared, unless its gradient is wanted ``per_sample``.
+    A tensor shared by all samples stays shared, unless its gradient is needed ``per_sample``.
     """
     is_packed = _is_packed(flat)
     batch = _batch_size(flat, in_dims, "cu_seqlens_q") - 1 if is_packed else _batch_size(flat, in_dims, "q")

@@ -1,10 +1,10 @@
-"""Compiled code on disk: whole and synced, checked before it is loaded, in folders that nobody else may write.
+"""Compiled code on disk: written atomically, checked before it is loaded, in folders that no other user may write to.
 
-A file ends in a seal, which holds the size and the SHA-256 of what stands before it. Loaders ignore what follows the
+A file ends in a seal, which holds the size and the SHA-256 of the bytes before it. Loaders ignore bytes after the
 sections of an ELF file, so code and seal are one file and appear together. A file whose seal is missing or wrong is
-built again: to load a truncated library would kill the process.
+built again: loading a truncated library would kill the process.
 
-Only the standard library is imported at first, since ``setup.py`` builds with this module, too.
+At import only the standard library is needed, since ``setup.py`` also builds with this module.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _said: set[str] = set()
 
 
 class BuildError(Exception):
-    """Why something cannot be compiled here."""
+    """Something cannot be compiled on this machine; the message says why."""
 
 
 # --- seals --------------------------------------------------------------------------------------------------------
 
 
 def seal(path: Path) -> None:
-    """Append the seal to a file that is written whole."""
+    """Append the seal to a complete file."""
     content = path.read_bytes()
     with path.open("ab") as file:
         file.write(_SEAL.pack(len(content), hashlib.sha256(content).digest(), _MAGIC))
@@ -48,7 +48,7 @@ def seal(path: Path) -> None:
 
 
 def unsealed(path: Path) -> bytes:
-    """What was sealed.
+    """The content of a sealed file, without its seal.
 
     Raises:
         OSError: the file is missing, damaged, or may be written by others.
@@ -66,7 +66,7 @@ def unsealed(path: Path) -> bytes:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A sealed shared library.
+    """Check the seal of a shared library and load it.
 
     Raises:
         OSError: it is missing or damaged, or the system cannot load it.
@@ -79,15 +79,15 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def refusals() -> list[str]:
-    """What was said of folders and files that are not used: for `fastattn doctor`."""
+    """The warnings given about folders and files that are not used, for `fastattn doctor`."""
     return sorted(_said)
 
 
 def folders() -> Iterator[Path]:
-    """Where compiled code may lie: in the folder of all caches, and in one of this user among temporary files.
+    """The folders for compiled code: the cache folder, then one of this user among the temporary files.
 
-    A folder is made if it is missing. One that others may write is left out, and a warning says so once: they could
-    put code there that this process would run.
+    A missing folder is created. One that other users may write to is skipped with one warning: they could put code
+    there that this process would run.
     """
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
     for root in (cache_root, lambda: Path(tempfile.gettempdir()) / f"fastattn-{user}"):
@@ -104,7 +104,7 @@ def folders() -> Iterator[Path]:
 
 
 def _why_shared(found: os.stat_result) -> str | None:
-    """Why somebody else may have written there; None if nobody may."""
+    """The reason why other users may have written there; None if they cannot."""
     if not hasattr(os, "getuid"):
         return None
     if found.st_uid not in (os.getuid(), 0):
@@ -119,11 +119,11 @@ def _warn_once(text: str) -> None:
 
 
 def kept(name: str, build: Callable[[Path], None]) -> Path:
-    """The sealed file of this name, which ``build`` writes where it is missing or damaged; once for all processes.
+    """The path of the sealed file of this name. If it is missing or damaged, one process calls ``build`` to write it.
 
     Raises:
         OSError: there is no folder to keep it in.
-        BuildError: by ``build``.
+        BuildError: raised by ``build``.
     """
     if (found := find(name)) is not None:
         return found
@@ -138,7 +138,7 @@ def kept(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The sealed file of this name, if there is a sound one."""
+    """The path of the sealed file of this name; None if it is missing or damaged."""
     return next((folder / name for folder in folders() if _is_sound(folder / name)), None)
 
 
@@ -162,7 +162,7 @@ def _build(path: Path, build: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """Others wait while one process builds. On a file system without locks each builds for itself."""
+    """A lock under which one process builds while others wait. On a file system without locks each one builds."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=2 * TIME_LIMIT)
@@ -176,7 +176,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def run(command: Sequence[str], limit: float | None = None) -> tuple[int, str]:
-    """The exit code of a compiler and all that it said. It ends, with all that it started, after ``limit`` seconds.
+    """Run a compiler: its exit code and output. After ``limit`` seconds it and its children are killed.
 
     Raises:
         BuildError: it did not start, or did not end in time.
@@ -201,7 +201,7 @@ def run(command: Sequence[str], limit: float | None = None) -> tuple[int, str]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a process and its children, which may hold its output open."""
+    """Kill a process and its children, which may hold its output open."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Attention to a cache of keys and values, as a public function."""
+"""The public functions of attention to a cache of keys and values."""
 
 from __future__ import annotations
 
@@ -37,28 +37,29 @@ def attention_with_kv_cache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of new tokens to a cache of keys and values, to which theirs are appended first: decoding.
+    """Append the keys and values of new tokens to a cache, in place, and attend to it: decoding.
 
-    Each sequence ``b`` has ``cache_lengths[b]`` positions in the cache. With ``k`` and ``v`` their rows are written, in
-    place, to the positions that follow. Then ``out`` is what ``fastattn.attention`` gives for q and all of the ``S_kv``
-    positions that the sequence has by now, whether the cache is contiguous or paged:
+    Each sequence ``b`` has ``cache_lengths[b]`` positions in the cache. The rows of ``k`` and ``v``, if given, are
+    written to the positions that follow. ``out`` is then the result of ``fastattn.attention`` for q and all ``S_kv``
+    positions of the sequence, whether the cache is contiguous or paged:
 
         page_size = 4, block_table[b] = [7, 2, ...], cache_lengths[b] = 5, one new token:
 
         page 7:  0 1 2 3        page 2:  4 [5] . .        S_kv = 6
 
-    Pages that no query row keeps a position of are not read, nor are their numbers looked up, and the rows of a page
-    beyond ``S_kv`` may hold anything, NaN included. ``cache_lengths`` itself is left alone. There is no gradient.
+    Pages of which no query row keeps a position are neither read nor looked up, and the rows of a page beyond ``S_kv``
+    may hold anything, NaN included. ``cache_lengths`` is not changed. There is no gradient.
 
     Args:
-        q: queries ``(B, S_q, H_q, D_qk)``, or packed ``(T_q, H_q, D_qk)`` with ``cu_seqlens_q``: sequences that decode
-            one token and sequences whose prompt is still to be read go into one call. The last query of a sequence
-            stands at its last position.
+        q: queries ``(B, S_q, H_q, D_qk)``, or packed ``(T_q, H_q, D_qk)`` with ``cu_seqlens_q``, so that one call
+        serves
+            sequences that decode one token and sequences with a whole prompt. The last query of a sequence is at its
+            last position.
         k_cache: contiguous ``(B, S_max, H_kv, D_qk)``, or paged ``(P, page_size, H_kv, D_qk)`` with ``block_table``. In
             the dtype of q, or ``torch.float8_e4m3fn``.
         v_cache: ``(B, S_max, H_kv, D_v)`` or ``(P, page_size, H_kv, D_v)``, likewise.
-        cache_lengths: int32 ``(B,)``, positions filled before the call. Stays on the device: on a GPU nothing waits for
-            it, so there the caller answers for its values; in host memory they are checked.
+        cache_lengths: int32 ``(B,)``, positions filled before the call. In host memory its values are checked; on a
+            GPU they are not read by the host, and the caller has to make sure that they are right.
         k: new keys ``(B, S_new, H_kv, D_qk)``, packed like q ``(T_q, H_kv, D_qk)``; None appends nothing.
         v: new values, likewise.
         block_table: int32 ``(B, max_pages)``, the pages of each sequence in order; any ``page_size``. Entries of pages
@@ -72,21 +73,22 @@ def attention_with_kv_cache(
         bias: added to the scores; broadcasts to ``(B, H_q, S_q, S_bias)`` with ``S_kv <= S_bias``; dense q only.
         alibi_slopes: ``(H_q,)`` or ``(B, H_q)``; adds ``-slope * distance`` to the diagonal.
         sinks: ``(H_q,)``, a logit for each head that takes part in the softmax but has no value.
-        rotary_cos: ``(S_rotary, D_rotary / 2)`` from ``fastattn.nn.rotary.rotary_tables``, ``S_rotary`` at least what
-            the cache holds. q and k are turned to their positions first, and k is stored turned. Without k, only q.
+        rotary_cos: ``(S_rotary, D_rotary / 2)`` from ``fastattn.nn.rotary.rotary_tables``, with ``S_rotary`` at least
+            the capacity of the cache. q and k are rotated by their positions first, and k is stored rotated.
         rotary_sin: likewise.
-        rotary_interleaved: pairs are neighbours ``(2i, 2i + 1)``; False: half of ``D_rotary`` apart.
+        rotary_interleaved: True rotates neighbouring head dims ``(2i, 2i + 1)``; False pairs ``D_rotary / 2`` apart.
         k_scale: fp32 ``(H_kv,)``, or ``(P, H_kv)`` for each page, of an e4m3 cache: ``key = stored * k_scale``. New
-            keys are divided by it and rounded, at most ``2^-4`` of each number off; None is 1.
+            keys are divided by it and rounded, with a relative error of at most ``2^-4``; None is 1.
         v_scale: likewise.
         return_lse: also return the log-sum-exp of each row.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
-        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)`` or ``(H_q, T_q)``.
+        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, ``(B, H_q, S_q)`` or ``(H_q, T_q)``, fp32
+        (fp64 for fp64 inputs).
 
     Raises:
-        InputError: an argument is wrong, or a tensor requires grad. The caches are then as they were.
+        InputError: an argument is wrong, or a tensor requires grad. The caches are then unchanged.
         UnsupportedError: the backend asked for cannot serve the call; the message gives its reasons.
 
     Source:
@@ -159,7 +161,8 @@ def explain_with_kv_cache(
 ) -> Explanation:
     """Name the backend that would serve ``attention_with_kv_cache``, with the reasons against the others.
 
-    Nothing is computed and nothing is appended. As ``fastattn.explain`` otherwise.
+    Nothing is computed or appended. Arguments are those of ``attention_with_kv_cache``, the result is that of
+    ``fastattn.explain``.
 
     Example:
         >>> import torch, fastattn

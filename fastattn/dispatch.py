@@ -29,9 +29,9 @@ def check_name(backend: str | None) -> None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Make every fastattn call inside the block use one backend, or raise where it cannot.
 
-    The choice belongs to the thread or asyncio task that makes it: others are not disturbed, and a thread that is
-    started inside the block chooses by itself, unless it runs in a copy of the context (``contextvars.copy_context``).
-    The backward pass of a call uses the backend of its forward pass.
+    It applies to the current thread or asyncio task only. A thread that is started inside the block does not inherit
+    it, unless it runs in a copy of the context (``contextvars.copy_context``). The backward pass of a call made inside
+    the block uses the same backend, wherever it runs.
 
     Args:
         name: a name from ``fastattn.backends()``; None lets fastattn choose again.
@@ -56,7 +56,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 def requested(backend: str | None) -> str | None:
     """The backend that a call asks for: its own argument, else that of the surrounding ``use_backend``.
 
-    A compiler sees no context: in a compiled graph the operators ask when they run.
+    While compiling it is the argument alone; the operators of a compiled graph ask for the context when they run.
     """
     return backend if backend is not None or torch.compiler.is_compiling() else _forced.get()
 
@@ -79,7 +79,11 @@ def reasons(problem: Problem) -> dict[str, list[str]]:
 
 
 def choose(problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
-    """The first backend that can serve ``problem`` and may do so unasked, and why those that can but may not do not."""
+    """The backend that is selected automatically, and for those before it that could serve the reasons against them.
+
+    The first is the first backend without reasons against ``problem``, neither ``unsupported_reasons`` nor
+    ``automatic_reasons``; None if there is none.
+    """
     passed_over: dict[str, list[str]] = {}
     for name, why_not in reasons(problem).items():
         if why_not:
@@ -91,7 +95,7 @@ def choose(problem: Problem) -> tuple[str | None, dict[str, list[str]]]:
 
 
 def select(problem: Problem, backend: str | None = None) -> Backend:
-    """The backend that serves ``problem``: the one asked for, or the first that can and may do so unasked.
+    """The backend that serves ``problem``: the one asked for by name, or the one selected automatically.
 
     Raises:
         InputError: ``backend`` is not a known name.
@@ -114,7 +118,7 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
 
 @remembered
 def _warn_slow(chosen: str, device: str, why_not: tuple[tuple[str, tuple[str, ...]], ...]) -> None:
-    """Say, once for the same reasons, that no kernel serves tensors of an accelerator, why, and what can be done."""
+    """Warn, once for the same reasons, that no kernel serves tensors of an accelerator, with reasons and advice."""
     how = "quadratic in memory" if chosen == "eager" else "in torch operators"
     others = "; ".join(f"{name}: {', '.join(why)}" for name, why in why_not)
     todo = "fastattn.explain() shows it for a call, and backend='...' asks for one by name"
@@ -130,8 +134,8 @@ class Explanation:
     Attributes:
         chosen: the backend that would serve the call; None if none can.
         reasons: for every backend, why it cannot; an empty list means it can.
-        problem: the facts that were decided on.
-        passed_over: for backends that can, why they are not chosen unless asked by name.
+        problem: the facts that the reasons are based on.
+        passed_over: for backends that can, why they are selected by name only.
     """
 
     chosen: str | None

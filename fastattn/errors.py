@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 
 class InputError(ValueError, RuntimeError):
-    """An argument is wrong for every backend: its type, shape, device or value. torch raises either of its bases."""
+    """An argument is wrong for every backend: its type, shape, device or value.
+
+    It is both a ValueError and a RuntimeError, because torch raises either for such arguments.
+    """
 
 
 class UnsupportedError(NotImplementedError):
@@ -14,7 +17,7 @@ class UnsupportedError(NotImplementedError):
 
 
 class DataError(Exception):
-    """A file or folder that a command was given is missing, empty, damaged or not ours; the CLI exits with 2."""
+    """A file or folder is missing, empty, damaged or not of the expected kind; the CLI exits with 2."""
 
 
 def input_error(argument: str, given: object, allowed: str, todo: str) -> InputError:

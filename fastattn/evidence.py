@@ -1,11 +1,11 @@
-"""Why a backend with kernels of its own may be chosen unasked on a GPU: a committed record, or a passed self-check.
+"""Evidence for selecting a GPU backend automatically: a committed record, or a passed self-check.
 
 A record is a file under ``benchmarks/results/``, of a run of the tests on a GPU of that architecture. Without one,
-``python -m fastattn.testing.self_check`` runs a few small cases, forward and backward, in a process of its own (a
-kernel that crashes takes only that with it), once for each version of the backend, GPU and driver. One process of a
-machine checks, the others wait for its verdict, which is kept in the user's cache folder. ``fastattn verify --device
-cuda --record`` checks again; ``FASTATTN_SELF_CHECK=0`` turns self-checks off. Nothing serves before its check has
-ended: see docs/decisions/no_kernel_before_its_check.md.
+``python -m fastattn.testing.self_check`` runs a few small cases, forward and backward, in a separate process (a crash
+ends only that), once for each version of the backend, GPU and driver. One process of a machine runs the check, the
+others wait for its verdict, which is kept in the user's cache folder. ``fastattn verify --device cuda --record`` checks
+again; ``FASTATTN_SELF_CHECK=0`` turns self-checks off. No kernel is selected before its check has passed: see
+docs/decisions/no_kernel_before_its_check.md.
 """
 
 from __future__ import annotations
@@ -31,35 +31,37 @@ from typing import Any
 
 import torch
 
-from fastattn.files import cache_root, replaced_file
+from fastattn import compiled, state
+from fastattn.files import replaced_file
 from fastattn.problem import Problem
 from fastattn.version import __version__
 
 # (backend, architecture) -> the record that shows it passed there. There is none yet.
 RECORDS: dict[tuple[str, int], str] = {}
-# Limits in seconds: on the way to a context, on compiling, on running. A kernel that hangs costs the last of them.
+# Limits in seconds of the stages: creating a context, compiling, running. A kernel that hangs costs the last of them.
 START_S, COMPILE_S, RUN_S = 60.0, 180.0, 40.0
-KILL_S = 3.0  # for a killed check to be gone: one that is stuck in the driver is left behind
+KILL_S = 3.0  # to wait for a killed check to end; one that is stuck in the driver is left behind
 HANG_HOLDS_S = 86400.0
-# Another process of the same start may take a failure that says nothing of the kernels, such as a full GPU, as its own.
+# A failure that says nothing about the kernels, such as a full GPU, holds for the other processes of the same launch.
 FAILURE_HOLDS_S = 60.0
 WRONG_RESULT = 3  # exit code of the self-check if the backend ran, and its results are wrong
-STARTED, COMPILED = "started", "compiled"  # lines by which the self-check tells how far it is
+STARTED, COMPILED = "started", "compiled"  # lines that the self-check prints at the end of a stage
 AHEAD = "'fastattn verify --device cuda --record' runs it by itself, ahead of time"
 AGAIN = "'fastattn verify --device cuda --record' tries again"
 log = logging.getLogger("fastattn")
 _verdicts: dict[str, Verdict] = {}  # of this process, by the key of a self-check
+state.on_forget(_verdicts.clear)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a self-check ended.
+    """The result of a self-check.
 
     Attributes:
         failure: why it failed, a sentence; None if it passed.
-        final: another run would say the same.
-        hung: it was ended while a kernel ran.
-        at: when, in seconds since the epoch.
+        final: another run would give the same result.
+        hung: it was killed while a kernel ran.
+        at: time of the result, in seconds since the epoch.
     """
 
     failure: str | None
@@ -73,7 +75,7 @@ class Verdict:
 
 
 def reasons_against(backend: str, problem: Problem) -> list[str]:
-    """Why ``backend`` must not be chosen unasked for ``problem``; [] with evidence. May run a self-check."""
+    """Reasons against selecting ``backend`` automatically for ``problem``; [] with evidence. May run a self-check."""
     if problem.device != "cuda" or (backend, problem.arch) in RECORDS:
         return []
     facts = _facts(backend, problem.arch)
@@ -93,7 +95,7 @@ def reasons_against(backend: str, problem: Problem) -> list[str]:
 
 
 def check_again(backend: str, arch: int) -> Verdict:
-    """Run the self-check now, whatever is remembered, and remember how it ended."""
+    """Run the self-check now, even if there is a verdict, and store the new one."""
     facts = _facts(backend, arch)
     key = _key(facts)
     if _has_no_interpreter():
@@ -108,7 +110,7 @@ _NO_INTERPRETER = f"a self-check needs a Python interpreter to run in, which a f
 
 
 def _obstacle() -> str | None:
-    """Why no self-check may run here and now."""
+    """The reason why no self-check can run now; None if one can."""
     if os.environ.get("FASTATTN_SELF_CHECK") == "0":
         return "FASTATTN_SELF_CHECK=0 forbids a self-check"
     if _has_no_interpreter():
@@ -128,7 +130,7 @@ def _key(facts: dict[str, Any]) -> str:
 
 @functools.cache
 def _facts(backend: str, arch: int) -> dict[str, Any]:
-    """What a verdict holds for: it is asked for again when any of it changes."""
+    """The facts that a verdict depends on; if any of them changes, the check runs again."""
     devices = range(torch.cuda.device_count())
     index = next(i for i in devices if arch == 10 * (c := torch.cuda.get_device_capability(i))[0] + c[1])
     source = hashlib.sha256()
@@ -166,7 +168,7 @@ def _version_of(package: str) -> str:
 
 
 def _agreed(backend: str, facts: dict[str, Any], key: str) -> Verdict:
-    """The verdict of this machine: of the first process that asks, for which the others wait."""
+    """The verdict of this machine. The first process that asks runs the check, the others wait for it."""
     asked = time.time()
     with _only_one(key):
         known = _remembered(key, since=asked)
@@ -178,7 +180,7 @@ def _agreed(backend: str, facts: dict[str, Any], key: str) -> Verdict:
 
 @contextlib.contextmanager
 def _only_one(key: str) -> Iterator[None]:
-    """Hold the lock of a check. Without a place for it, or after too long, go on without."""
+    """Hold the lock of a check. Without a folder for it, or after its time limit, go on without the lock."""
     from filelock import FileLock, Timeout
 
     folder = _folder()
@@ -198,21 +200,18 @@ def _only_one(key: str) -> Iterator[None]:
 
 
 def _folder() -> Path | None:
-    """A folder for verdicts that this user can write: in the cache, else among temporary files; None without one."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    for root in (cache_root, lambda: Path(tempfile.gettempdir()) / f"fastattn-{user}"):
+    """A folder for verdicts that this user can write; None without one. A verdict decides which code runs, as code."""
+    for root in compiled.folders():
         with contextlib.suppress(OSError):
-            folder = root() / "self-check"
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-                continue  # a verdict decides which code runs, so nobody else's counts
+            folder = root / "self-check"
+            folder.mkdir(exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=folder):
                 return folder
     return None
 
 
 def _remembered(key: str, since: float = float("inf")) -> Verdict | None:
-    """The verdict on disk that still holds, or came after ``since``; None without one, or if it is damaged."""
+    """The verdict on disk, if it still holds or is newer than ``since``; None without one, or if it is damaged."""
     folder = _folder()
     if folder is None:
         return None
@@ -224,7 +223,7 @@ def _remembered(key: str, since: float = float("inf")) -> Verdict | None:
 
 
 def _remember(key: str, verdict: Verdict) -> None:
-    """Write the verdict, whole or not at all. Without a place to write, it is found again in the next process."""
+    """Write the verdict atomically. Without a folder to write to, the next process runs the check again."""
     folder = _folder()
     if folder is None:
         log.warning("fastattn: no folder to keep the verdict of the self-check in; FASTATTN_CACHE names one")
@@ -259,7 +258,7 @@ def _self_check(backend: str, facts: dict[str, Any]) -> Verdict:
 
 
 def _watched(child: subprocess.Popen[str]) -> Verdict:
-    """Read what the check says, with a limit on each of its stages."""
+    """Read the output of the check, with a time limit for each stage, and return its verdict."""
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
     stage, ends, said = "starting", time.monotonic() + START_S, "it said nothing"
@@ -303,7 +302,7 @@ def _exit_code(child: subprocess.Popen[str]) -> int | None:
 
 
 def _kill(child: subprocess.Popen[str]) -> bool:
-    """End the check and what it started. False if it is still there: a process in the driver cannot be killed."""
+    """Kill the check and its children. False if it does not end: a process stuck in the driver cannot be killed."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
     return _exit_code(child) is not None

@@ -1,6 +1,6 @@
-"""Files that are complete or absent: a kill or a full disk at any moment leaves what was there before.
+"""Atomic files and folders: after a kill or with a full disk, a path holds its old content or all of the new one.
 
-Everything is written under a temporary name, synced and renamed. The folder of all caches is here, too.
+Everything is written under a temporary name, synced and renamed. ``cache_root`` is the folder of all caches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
 
     Args:
         path: of the folder.
-        alone: nobody else writes beside it, so whatever killed writers left there goes; else only what is of ``path``.
+        alone: no other process writes in the parent folder, so all temporary files that killed writers left there are
+            removed; False removes those of ``path`` only.
 
     Raises:
         DataError: the disk is full or cannot be written; ``path`` does not exist then.
@@ -35,7 +36,7 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
         own = f"{_TEMPORARY}{path.name}-"
         _remove(path.parent, _TEMPORARY if alone else own)
         folder = path.with_name(own + secrets.token_hex(4))
-        folder.mkdir()  # readable by whom the umask lets, unlike one of tempfile
+        folder.mkdir()  # with the permissions of the umask, unlike a folder of tempfile
         try:
             yield folder
             for file in folder.iterdir():
@@ -50,10 +51,10 @@ def new_folder(path: Path, *, alone: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keep others from making ``path`` during the block, by a lock that the system releases when the process dies.
+    """Lock ``path`` during the block, so that one process at a time creates it.
 
-    It is on an empty hidden file beside ``path``, which goes at the end of the block; a killed process leaves it, to no
-    effect.
+    The lock is on an empty hidden file beside ``path``, which is removed at the end of the block. The system releases
+    the lock of a killed process; the file it leaves has no effect.
 
     Raises:
         DataError: another process is making ``path``, or the folder cannot be written.
@@ -71,14 +72,14 @@ def only_writer(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            os.unlink(lock.lock_file)  # while it is held: who waits for a lock on a removed file is sent to a new one
+        with contextlib.suppress(OSError):  # Windows refuses to remove an open file
+            os.unlink(lock.lock_file)  # while it is held: a process that waits for a removed file then opens a new one
         lock.release()
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block, which writes to it, ends without an error.
+    """A temporary path beside ``path``; write to it. It replaces ``path`` when the block ends without an error.
 
     Raises:
         OSError: the disk is full or cannot be written; the old file is intact then.
@@ -105,9 +106,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def cache_root() -> Path:
-    """The folder of everything that is kept between processes: ``FASTATTN_CACHE``, else the user's cache folder.
+    """The folder of everything that is kept between processes.
 
-    That is ``$XDG_CACHE_HOME/fastattn``, or ``~/.cache/fastattn`` where the variable is not set.
+    ``$FASTATTN_CACHE``, else ``$XDG_CACHE_HOME/fastattn``, else ``~/.cache/fastattn``.
 
     Raises:
         OSError: the user has no home folder.
@@ -172,7 +173,7 @@ def read_limited(path: Path, most: int = 1 << 27) -> str:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder in one piece: a kill leaves it whole, or under a name that ``new_folder`` clears away."""
+    """Rename a folder, then remove it: a kill leaves it complete, or under a name that ``new_folder`` cleans up."""
     with contextlib.suppress(OSError):
         gone = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
         os.replace(path, gone)
@@ -189,7 +190,7 @@ def _remove(parent: Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def saying_why(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a DataError with a sentence on what to do."""
+    """Turn an OSError of the block into a DataError that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The public functions. Their arguments become a problem in ``arguments.py``, which ``serving.py`` has computed."""
+"""The public functions: ``arguments.py`` turns their arguments into a problem, ``serving.py`` has it computed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastattn import plan, reference
+from fastattn import plan, reference, state
 from fastattn.arguments import Window, dense_problem, packed_problem, torch_problem, with_rng_state
 from fastattn.autograd import needs_gradient
 from fastattn.dispatch import Explanation, check_name, requested
 from fastattn.errors import input_error
-from fastattn.layout import Layout, from_internal
+from fastattn.layout import Layout, check_cu_seqlens_values, from_internal
 from fastattn.nested import Packed
 from fastattn.ops import without_autocast
 from fastattn.problem import Inputs, Problem, check_inputs
@@ -44,11 +45,12 @@ def attention(
 ) -> Tensor | tuple[Tensor, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
 
-    ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``, the full order of operations and
-    drawings of the masks standing in ``fastattn/spec.py``.
+    ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``. ``fastattn/spec.py`` has the full
+    order of operations and drawings of the masks.
 
     Args:
-        q: queries ``(B, S_q, H_q, D_qk)``; float16, bfloat16, float32 or float64.
+        q: queries ``(B, S_q, H_q, D_qk)``; float16, bfloat16, float32 or float64. q, k and v may be nested tensors
+            ``(N, S_n, H, D)``, without bias, mask, segment_ids and further results.
         k: keys ``(B, S_kv, H_kv, D_qk)``; ``H_kv`` divides ``H_q`` (grouped and multi-query attention).
         v: values ``(B, S_kv, H_kv, D_v)``.
         causal: attend to no later key. The last query sees the last key (lower right), as decoding needs:
@@ -56,8 +58,8 @@ def attention(
                 S_q = 2, S_kv = 5:   1 1 1 1 0
                                      1 1 1 1 1
 
-        window: ``(left, right)``, how many neighbours on each side are kept, the diagonal itself extra; None or -1
-            is unbounded on that side. With ``causal`` the right side is 0. ``window=(1, 0)``:
+        window: ``(left, right)``, the number of neighbours kept on each side of the diagonal, which is kept too; None
+            or -1 is unbounded on that side. With ``causal`` the right side is 0. ``window=(1, 0)``:
 
                 S_q = S_kv = 4:      1 0 0 0
                                      1 1 0 0
@@ -66,26 +68,28 @@ def attention(
 
         scale: factor on the scores; None is ``D_qk ** -0.5``.
         softcap: ``softcap * tanh(scores / softcap)`` before bias and masks (Gemma 2); None or 0 is off.
-        bias: added to the scores, any shape that broadcasts to ``(B, H_q, S_q, S_kv)``; has a gradient.
+        bias: added to the scores, any shape that broadcasts to ``(B, H_q, S_q, S_kv)``; has a gradient. A pair whose
+            bias is -inf is not kept.
         mask: boolean, True = attend, any shape that broadcasts to ``(B, H_q, S_q, S_kv)``.
-        alibi_slopes: ``(H_q,)`` or ``(B, H_q)``; adds ``-slope * distance`` to the diagonal (Press et al., 2021).
+        alibi_slopes: ``(H_q,)`` or ``(B, H_q)``; adds ``-slope * distance`` from the diagonal (Press et al., 2021).
         sinks: ``(H_q,)``, a logit for each head that takes part in the softmax but has no value; has a gradient.
-        segment_ids: ``(B, S)`` integers; tokens attend inside their own segment. A pair ``(for q, for kv)`` where
-            they differ.
-        dropout_p: probability of dropping an attention weight. 0 during evaluation is the caller's business.
+        segment_ids: ``(B, S)`` integers; tokens attend inside their own segment. Pass a pair ``(for q, for kv)`` if
+            queries and keys have different ids.
+        dropout_p: probability of dropping an attention weight; pass 0 during evaluation.
         rng_state: int64 ``(2,)``, seed and offset of dropout; None draws from torch's generator.
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
         return_lse: also return the log-sum-exp of each row.
-        return_weights: also return the attention weights after dropout, by the reference formula whatever the backend:
-            for inspection, since they take the quadratic memory that fused attention avoids. ``"mean"`` averages them
-            over the heads, computed one by one. ``out`` is not touched.
+        return_weights: also return the attention weights after dropout, computed by the reference formula for
+            inspection: they take the quadratic memory that fused attention avoids. ``"mean"`` averages them over the
+            heads, computed one by one. ``out`` still comes from the backend.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
-        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, fp32 ``(B, H_q, S_q)``, natural log; with
-        ``return_weights`` also the weights, fp32 ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``; each of
-        them differentiable. A row that keeps no key gives 0, lse ``-inf`` and zero gradients, never NaN. Results do
-        not depend on the backend beyond rounding; the dropped elements do not depend on it at all.
+        ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, ``(B, H_q, S_q)``, natural log; with
+        ``return_weights`` also the weights ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``. lse and weights
+        are fp32 (fp64 for fp64 inputs). Each result is differentiable. A row that keeps no key gives 0, lse ``-inf``
+        and zero gradients, never NaN. Results do not depend on the backend beyond rounding; the dropped elements do
+        not depend on it at all.
 
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
@@ -104,19 +108,21 @@ def attention(
     if return_weights not in (False, True, "mean"):
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
-    kind = None
-    if bias is mask is alibi_slopes is sinks is segment_ids is None and not dropout_p and not return_weights:
+    kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids)
+    if more is not None and not dropout_p and not return_weights:
         options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
-        kind, planned = plan.look_up((q, k, v), options)
+        kind, planned = plan.look_up((q, k, v, *more), options)
         if planned is not None:
-            return by_plan(planned, q, k, v, return_lse)
+            return by_plan(planned, q, k, v, return_lse, more)
     given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
         "rng_state": rng_state, "layout": layout,
     }  # fmt: skip
-    if has_torch_function_variadic(q, k, v):
+    if has_torch_function_variadic(q, k, v) or state.whole_rows is not None:
         given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
+        if state.whole_rows is not None:
+            return state.whole_rows(q, k, v, **given)
         return handle_torch_function(attention, (q, k, v), q, k, v, **given)
     if isinstance(q, Tensor) and q.is_nested:
         return _of_nested(q, k, v, given, return_lse or return_weights, backend)
@@ -130,6 +136,21 @@ def attention(
             weights = reference.mean_weights if return_weights == "mean" else reference.weights
             extras.append(weights(inputs, spec))
     return (out, *extras) if extras else out
+
+
+def _more(
+    bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, segment_ids: Any
+) -> tuple[Tensor | None, ...] | None:
+    """What follows q, k and v in a planned call, in the shapes of ``Inputs``; None for what the long way refuses."""
+    if bias is mask is alibi_slopes is sinks is segment_ids is None:
+        return ()
+    segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    found: list[Any] = []
+    for x, dims in ((bias, 4), (mask, 4), (alibi_slopes, 2), (sinks, 2)):
+        if x is not None and (type(x) not in (Tensor, Parameter) or x.dim() > dims):
+            return None
+        found.append(x if x is None or x.dim() == dims else x[(None,) * (dims - x.dim())])
+    return (*found, *segments, None, None) if len(segments) == 2 else None
 
 
 def attention_varlen(
@@ -154,15 +175,15 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths, packed end to end without padding.
 
-    Sequence ``n`` owns query rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` and the key rows of ``cu_seqlens_kv``
-    alike, and is computed as ``attention`` would on it alone. Zero-length sequences are allowed.
+    Sequence ``n`` has query rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` and key rows ``cu_seqlens_kv[n] :
+    cu_seqlens_kv[n + 1]``. Its result is that of ``attention`` on it alone. Zero-length sequences are allowed.
 
     Args:
         q: queries ``(T_q, H_q, D_qk)``.
         k: keys ``(T_kv, H_kv, D_qk)``.
         v: values ``(T_kv, H_kv, D_v)``.
         cu_seqlens_q: int32 ``(N + 1,)``, a running sum of the lengths that begins with 0 and ends with ``T_q``.
-            Its values are checked where they lie in host memory; on a GPU reading them would stall the device.
+            Its values are checked in host memory only; on a GPU reading them would stall the device.
         cu_seqlens_kv: the same for the keys.
         max_seqlen_q: longest query sequence. None reads it from ``cu_seqlens_q``, which on a GPU waits for the device.
         max_seqlen_kv: longest key sequence, likewise.
@@ -173,12 +194,12 @@ def attention_varlen(
         alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
         sinks: ``(H_q,)``, as in ``attention``.
         dropout_p: as in ``attention``.
-        rng_state: as in ``attention``; element coordinates count from the start of each sequence.
+        rng_state: as in ``attention``; positions count from the start of each sequence.
         return_lse: also return lse.
         backend: as in ``attention``.
 
     Returns:
-        ``out`` ``(T_q, H_q, D_v)``; with ``return_lse`` also ``lse``, fp32 ``(H_q, T_q)``.
+        ``out`` ``(T_q, H_q, D_v)``; with ``return_lse`` also ``lse`` ``(H_q, T_q)``, fp32 (fp64 for fp64 inputs).
 
     Raises:
         InputError: an argument is wrong.
@@ -191,6 +212,18 @@ def attention_varlen(
         >>> fastattn.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([7, 4, 32])
     """
+    kind = None
+    if alibi_slopes is sinks is None and not dropout_p and max_seqlen_q is not None and max_seqlen_kv is not None:
+        options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
+        more = (None,) * 6 + (cu_seqlens_q, cu_seqlens_kv)
+        kind, planned = plan.look_up((q, k, v, *more), (*options, requested(backend)))
+        if planned is not None:
+            for name, ends, x, most in (
+                ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
+                ("cu_seqlens_kv", cu_seqlens_kv, k, max_seqlen_kv),
+            ):
+                check_cu_seqlens_values(name, ends.tolist(), x.shape[0], most)
+            return by_plan(planned, q, k, v, return_lse, more)
     inputs, spec = packed_problem(
         q,
         k,
@@ -208,7 +241,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         rng_state=rng_state,
     )
-    out, lse = serve(inputs, spec, backend)
+    out, lse = serve(inputs, spec, backend, kind=kind, with_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -223,7 +256,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``torch.nn.functional.scaled_dot_product_attention``, the same arguments with the same meaning.
+    """Replace ``torch.nn.functional.scaled_dot_product_attention``: the same arguments with the same meaning.
 
     Args:
         query: ``(N, ..., H_q, L, E)``.
@@ -231,7 +264,7 @@ def scaled_dot_product_attention(
         value: ``(N, ..., H, S, E_v)``.
         attn_mask: broadcasts to ``(N, ..., H_q, L, S)``; boolean (True = attend), or added to the scores, with a
             gradient.
-        dropout_p: probability of dropping an attention weight, whether in training or not.
+        dropout_p: probability of dropping an attention weight; as in torch it applies in evaluation too.
         is_causal: attend to no later key, counted from the upper left. Excludes ``attn_mask``. ``L = 2``, ``S = 5``:
 
                 1 0 0 0 0
@@ -253,11 +286,13 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     kind = None
-    if attn_mask is None and not dropout_p:
+    is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    more = _more(*(None, attn_mask) if is_boolean else (attn_mask, None), None, None, None)  # type: ignore[call-arg]
+    if more is not None and not dropout_p:
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
-        kind, planned = plan.look_up((query, key, value), options)
+        kind, planned = plan.look_up((query, key, value, *more), options)
         if planned is not None:
-            return _in_order_of(query, by_plan(planned, query, key, value, False))  # type: ignore[arg-type]
+            return _in_order_of(query, by_plan(planned, query, key, value, False, more))  # type: ignore[arg-type]
     if has_torch_function_variadic(query, key, value):
         given: tuple[Any, ...] = (query, key, value, attn_mask, dropout_p, is_causal)
         scaling: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
@@ -273,7 +308,7 @@ def scaled_dot_product_attention(
 
 
 def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
-    """``out`` in the memory order of the query, as torch has it: callers view it."""
+    """``out`` contiguous if the query is, as torch returns it, since callers call ``view`` on it."""
     return out.contiguous() if query.is_contiguous() else out
 
 
@@ -338,7 +373,8 @@ def explain(
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
 
-    Nothing is computed and no random number is drawn; tensors may lie on the meta device.
+    Nothing is computed and no random number is drawn; tensors may be on the meta device. On a GPU without a verdict it
+    runs the self-check of a backend, in a separate process, as the first call would.
 
     Args:
         q, k, v and all that follows: as in ``fastattn.attention``.
@@ -398,7 +434,7 @@ def explain_varlen(
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention_varlen``, with the reasons against the others.
 
-    As ``fastattn.explain``; the longest sequences are read from ``cu_seqlens`` where they are not given.
+    Like ``fastattn.explain``, except that the longest lengths, if not given, are read from ``cu_seqlens``.
 
     Example:
         >>> import torch, fastattn

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.arguments import Window, dense_problem, with_rng_state
 from fastattn.errors import input_error
+from fastattn.files import replaced_file
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, check_inputs
 from fastattn.spec import AttentionSpec
@@ -46,7 +47,7 @@ def attention_weights(
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
 ) -> Tensor:
-    """The attention weights of chosen query rows and heads, which ``attention`` multiplies the values with.
+    """The attention weights of chosen query rows and heads: the factors of the values in ``attention``.
 
     ``softmax(cap(scale * q @ k^T) + bias + alibi, where kept)``, by the reference formula. Only the rows asked for
     are computed, so 10 rows of 100,000 tokens take 10 rows of memory.
@@ -111,12 +112,12 @@ def attention_weights(
 def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """The mean of ``attention_weights`` over the heads: ``(B, S_q, S_kv)``, differentiable.
 
-    Without gradients it takes the memory of as many heads and batch entries at a time as fit into ``BUDGET``.
+    Without gradients, weights that do not fit into ``BUDGET`` bytes together are computed one head at a time.
 
     Args:
         q: as in ``attention_weights``.
-        k: as there.
-        options: as there, but ``rows`` and ``heads``.
+        k: as in ``attention_weights``.
+        options: those of ``attention_weights`` except ``rows`` and ``heads``.
 
     Returns:
         fp32 (fp64 for fp64 inputs) ``(B, S_q, S_kv)``.
@@ -129,8 +130,22 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
         torch.Size([1, 10, 10])
     """
     inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     return _mean_weights(inputs, spec)
+
+
+def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -> Tensor:
+    """The weights, or their mean, of a call that ``fastattn.attention`` has served: nothing is checked again.
+
+    Args:
+        q: as in ``attention_weights``, after autocast.
+        k: as there.
+        mean: average over the heads.
+        options: of the call; ``rng_state`` is among them if there is dropout.
+    """
+    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    return _mean_weights(inputs, spec) if mean else _all_weights(inputs, spec)
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
@@ -196,15 +211,17 @@ def plot_attention(
 ) -> Path:
     """Draw attention weights to a PNG file: a map for each layer and head, entropies, and attention rollout.
 
-    One row of maps for each layer, a head in each column, titled with the mean entropy of its rows in nats; below
-    them all entropies side by side and, where every layer is square, the rollout through all of them.
+    The picture has a row of maps for each layer with a column for each head, titled with the mean entropy of its rows
+    in nats. The colours of a map go from 0 to its largest weight in a row with several keys, which its bar shows: maps
+    of long texts would be dark otherwise. Below them are a map of all mean entropies and, if every layer is square, the
+    rollout through all layers.
 
     Args:
         weights: ``(H, S_q, S_kv)`` of one layer, or a sequence of them, first layer to last: from
             ``attention_weights(...)[0]``, or the ``attentions`` of a transformers model, for one batch entry.
         path: the file to write; its folders are created.
         tokens: the text of each key; of each query too unless ``query_tokens`` is given.
-        query_tokens: the text of each query, where the queries are other tokens or fewer.
+        query_tokens: the text of each query, if the queries are not the keys.
 
     Returns:
         ``path``.
@@ -231,16 +248,14 @@ def plot_attention(
             raise input_error(name, f"{len(labels)} labels", allowed, "Or None for no labels.")
     figure = _draw(layers, tokens, query_tokens)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return path
 
 
 # --- all rows ---------------------------------------------------------------------------------------------------
 
-BUDGET = 64 * 2**20  # bytes of weights that are computed at a time, where no gradient keeps them all
+BUDGET = 64 * 2**20  # bytes of fp32 weights up to which all heads are computed together
 
 
 def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -248,12 +263,12 @@ def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     if spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None or spec.dropout_p:
         return reference.weights(inputs, spec)
     dtype = reference.compute_dtype(inputs)
-    q, k = (x.transpose(1, 2).to(dtype) for x in (inputs.q, inputs.k))
-    batch, heads, s_q, width = q.shape
-    group = heads // inputs.heads_kv
-    # the heads that share a key head are rows of one product
-    q, k = (q * spec.scale).reshape(-1, group * s_q, width), k.reshape(-1, k.shape[2], width)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, s_q, -1)
+    batch, s_q, heads, width = inputs.q.shape
+    q, k = inputs.q.transpose(1, 2).to(dtype) * spec.scale, inputs.k.permute(0, 2, 3, 1).to(dtype)
+    if heads != inputs.heads_kv:  # the heads that share a key head are rows of one product
+        q = q.reshape(batch, inputs.heads_kv, -1, width)
+    scores = torch.matmul(q, k)
+    scores = scores if heads == inputs.heads_kv else scores.view(batch, heads, s_q, -1)
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(dtype)
     if inputs.mask is not None or inputs.segment_ids_q is not None or spec.left is not None or spec.right is not None:
@@ -323,7 +338,7 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
     except ImportError as error:
         raise ImportError("plot_attention needs matplotlib: pip install 'fastattn[bench]'") from error
     columns = max(2, *(x.shape[0] for x in layers))
-    figure = Figure(figsize=(2.4 * columns + 1, 2.6 * (len(layers) + 1) + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.7 * columns + 1, 2.6 * (len(layers) + 1) + 0.5), layout="constrained")
     grid = figure.add_gridspec(len(layers) + 1, columns)
     entropies = torch.full((len(layers), columns), float("nan"))
     for n, layer in enumerate(layers):
@@ -331,7 +346,15 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
             entropies[n, h] = attention_entropy(head).mean()
             axes = figure.add_subplot(grid[n, h])
             axes.set_title(f"layer {n} head {h}: {entropies[n, h]:.2f} nats", fontsize=8)
-            axes.imshow(head.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            look: dict[str, Any] = {
+                "cmap": "magma",
+                "vmin": 0,
+                "vmax": _largest(head),
+                "aspect": "auto",
+                "interpolation": "nearest",
+            }
+            image = axes.imshow(head.numpy(), **look)
+            figure.colorbar(image, ax=axes).ax.tick_params(labelsize=5)  # each map has its own scale
             _label(axes, tokens, query_tokens if h == 0 else None)
     below = grid[len(layers), :].subgridspec(1, 2)
     axes = figure.add_subplot(below[0])
@@ -346,6 +369,12 @@ def _draw(layers: list[Tensor], tokens: Sequence[str] | None, query_tokens: Sequ
         figure.colorbar(image, ax=axes)
         _label(axes, tokens, query_tokens)
     return figure
+
+
+def _largest(head: Tensor) -> float:
+    """The largest weight of the rows that have a choice: with one key it is 1 and says nothing."""
+    choosing = head[(head > 0).sum(-1) > 1]
+    return float(choosing.max()) if choosing.numel() else 1.0
 
 
 def _label(axes: Any, tokens: Sequence[str] | None, query_tokens: Sequence[str] | None) -> None:

@@ -1,7 +1,7 @@
-"""Attention to a cache of keys and values: its tensors (``CacheInputs``), their checks, and where each position lies.
+"""Attention to a cache of keys and values: its tensors (``CacheInputs``), their checks, and the place of each position.
 
-The meaning stands in ``spec.py``; here are the steps that every implementation in torch ops shares: turning queries and
-new keys to their positions, storing new keys and values, reading stored ones. None of them waits for a device.
+``spec.py`` has the definition. Implementations in torch ops share the steps here: rotating queries and new keys by
+their positions, storing new keys and values, reading stored ones. None of them waits for a device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class CacheInputs:
-    """The tensors of one call. Sizes of 1 in a ``1 |`` place broadcast. P pages of ``page_size`` rows.
+    """The tensors of one call. ``1|X`` is a size of X, or 1 that broadcasts; P is the number of pages.
 
     Attributes:
         q: ``(B, S_q, H_q, D_qk)``, or ``(T_q, H_q, D_qk)`` if packed.
@@ -138,7 +138,7 @@ CACHE_TENSORS = tuple(f.name for f in dataclasses.fields(CacheInputs))[:-2]
 
 
 def facts_of(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
-    """The facts on which a backend may decide."""
+    """The facts that backends base their reasons on."""
     q = inputs.q
     return Problem(
         device=q.device.type,
@@ -154,7 +154,7 @@ def facts_of(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
 
 
 def _used(inputs: CacheInputs, spec: AttentionSpec) -> list[str]:
-    """Names in ``problem.FEATURES`` and ``problem.CACHE_FEATURES``. On the way of every call, so it is kept short."""
+    """The members of ``problem.FEATURES`` and ``problem.CACHE_FEATURES`` that the call needs."""
     q, k_cache, v_cache = inputs.q, inputs.k_cache, inputs.v_cache
     operands = (q, k_cache, v_cache) if inputs.k is None else (q, k_cache, v_cache, inputs.k, inputs.v)
     used = (
@@ -198,7 +198,7 @@ def packed_positions(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
 
 
 def rotated_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
-    """q, each row turned to the position of its diagonal (to 0, where that would lie before the beginning)."""
+    """q, each row rotated by the position of its diagonal, or by 0 if that is negative."""
     if inputs.rotary_cos is None:
         return inputs.q
     s_q, s_new = inputs._query_and_new()
@@ -212,12 +212,12 @@ def rotated_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
 
 
 def append(inputs: CacheInputs) -> None:
-    """Write the new keys, turned to their positions, and the new values into the caches, in place."""
+    """Write the new keys, rotated by their positions, and the new values into the caches, in place."""
     if inputs.k is None or inputs.v is None:
         return
     new_keys, new_values = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
     if (begin := _common_length(inputs)) is not None:
-        rows = slice(begin, begin + new_keys.shape[1])  # views and copies: a fraction of the host time of an index
+        rows = slice(begin, begin + new_keys.shape[1])  # a copy into a slice takes less host time than an index
         inputs.k_cache[:, rows] = new_keys
         inputs.v_cache[:, rows] = new_values
         return
@@ -234,7 +234,7 @@ def append(inputs: CacheInputs) -> None:
 
 
 def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:
-    """New rows that lie in a cache are copied: what is stored is what they held when the call began."""
+    """``x``, copied if it is a view of a cache, so that storing other rows first cannot change it."""
     caches = (inputs.k_cache.untyped_storage().data_ptr(), inputs.v_cache.untyped_storage().data_ptr())
     return x.clone() if x.untyped_storage().data_ptr() in caches else x
 
@@ -409,14 +409,14 @@ def _check_no_gradient(inputs: CacheInputs) -> None:
 
 
 def most_positions(inputs: CacheInputs) -> int:
-    """The most positions that a sequence may have: those that the cache holds and the bias has numbers for."""
+    """The most positions that a sequence may have: the capacity of the cache, or the length of a shorter bias."""
     if inputs.bias is None or inputs.bias.shape[3] == 1:
         return inputs.capacity
     return min(inputs.capacity, inputs.bias.shape[3])
 
 
 def check_cache_values(inputs: CacheInputs, spec: AttentionSpec) -> None:
-    """Check lengths and page numbers: only where reading them costs nothing, in host memory."""
+    """Check the values of lengths and page numbers, for tensors in host memory."""
     if inputs.cu_seqlens_q is not None:
         boundaries = inputs.cu_seqlens_q.tolist()
         layout.check_cu_seqlens_values("cu_seqlens_q", boundaries, inputs.q.shape[0], inputs.max_seqlen_q)

@@ -1,7 +1,7 @@
-"""Layouts: the order of dimensions at the public surface, and the one order used inside.
+"""Layouts: the orders of dimensions that public functions accept, and the one order used internally.
 
-Inside the package a dense batch is always ``(B, S, H, D)`` and a packed one ``(T, H, D)`` with ``cu_seqlens``.
-A layout only names an order; these functions return strided views and never copy.
+Internally a dense batch is always ``(B, S, H, D)`` and a packed one ``(T, H, D)`` with ``cu_seqlens``. A layout only
+names an order; these functions return strided views and never copy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_layout(layout: str) -> None:
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
-    """Check what can be known without reading values: the form of a ``cu_seqlens`` tensor."""
+    """Check type, dtype, shape and device of a ``cu_seqlens`` tensor, without reading its values."""
     if not isinstance(cu_seqlens, Tensor):
         raise input_error(
             name, type(cu_seqlens).__name__, "an int32 tensor", f"Pass torch.tensor({name}, dtype=torch.int32)."
@@ -52,7 +52,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
 
 
 def check_cu_seqlens_values(name: str, boundaries: list[int], total: int, max_seqlen: int) -> None:
-    """Check the values of ``cu_seqlens``, once they are on the host anyway."""
+    """Check the values of ``cu_seqlens``, for callers that have them on the host."""
     if boundaries[0] != 0:
         raise input_error(name, f"first value {boundaries[0]}", "first value 0", "Prepend a 0: it is a running sum.")
     lengths = [end - begin for begin, end in itertools.pairwise(boundaries)]

@@ -1,7 +1,8 @@
-"""Nested tensors as packed ones and back: the rows of all sequences end to end, and where each begins."""
+"""Conversion of nested tensors to packed ones and back: the rows of all sequences end to end, with boundaries."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class Packed:
     Attributes:
         values: ``(T, ...)``, the sequences end to end.
         offsets: int32 ``(N + 1,)``, as ``cu_seqlens`` of ``fastattn.attention_varlen``.
-        longest: of the lengths.
+        longest: the longest length.
         like: the nested tensor.
     """
 
@@ -33,9 +34,14 @@ class Packed:
             longest = jagged_lengths(x)[1]
             longest = int(offsets.diff().max()) if longest is None else longest
             return cls(x.values(), offsets.to(torch.int32), longest, x)
-        rows = x.unbind()
-        ends = torch.tensor([0, *(row.shape[0] for row in rows)], dtype=torch.int32, device=x.device).cumsum(0)
-        return cls(torch.cat(rows), ends.to(torch.int32), max(row.shape[0] for row in rows), x)
+        sizes = x._nested_tensor_size()
+        lengths = sizes[:, 0].tolist()
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=x.device)
+        if x.is_contiguous() and not x.requires_grad and bool((sizes[:, 1:] == sizes[:1, 1:]).all()):
+            values = x.values().view(-1, *sizes[0, 1:].tolist())  # its sequences lie end to end
+        else:
+            values = torch.cat(x.unbind())
+        return cls(values, ends, max(lengths), x)
 
     def nested(self, values: Tensor) -> Tensor:
         """``(T, ...)`` as a nested tensor of the same sequences and layout."""
@@ -43,6 +49,12 @@ class Packed:
             shortest = jagged_lengths(self.like)[0]
             offsets: Tensor = self.like.offsets()  # type: ignore[attr-defined]
             return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=shortest, max_seqlen=self.longest)
+        if torch.is_grad_enabled() and values.requires_grad:
+            return torch.nested.as_nested_tensor(list(values.split(self.offsets.diff().tolist())))
+        sizes = self.like._nested_tensor_size()
+        if values.shape[1:] == tuple(sizes[0, 1:].tolist()):
+            of_like = (sizes, self.like._nested_tensor_strides(), self.like._nested_tensor_storage_offsets())
+            return torch._nested_view_from_buffer(values.reshape(-1), *of_like)
         return torch.nested.as_nested_tensor(list(values.split(self.offsets.diff().tolist())))
 
     def positions(self) -> Tensor:

@@ -1,16 +1,16 @@
-"""Exactness in torch ops: the softmax normaliser in two parts, and products through which no NaN leaks.
+"""Numerical care in torch ops: the softmax normaliser in two parts, and products that do not spread NaN.
 
 With ``m`` the largest score of a row and ``l`` the sum of ``exp(score - m)``, the normaliser is ``m + log(l)``. Rounded
-to one number it loses ``log(l)`` where all scores of a row share an offset of 1e8 (a row of -1e9 or finfo.min, which is
-how half the field pads), and weights computed from it are ``l`` times too large. So two numbers are kept:
+to one number it loses ``log(l)`` if all scores of a row share an offset of 1e8 (much code pads with -1e9 or finfo.min),
+and weights computed from it are ``l`` times too large. So two numbers are kept:
 
-    lse     = round(m + log(l))          what users see
-    lse_low = (m - lse) + log(l)         what rounding took from it
+    lse     = round(m + log(l))          returned to users
+    lse_low = (m - lse) + log(l)         the rounding error of lse
 
-and ``exp((score - lse) - lse_low)`` is exact: large numbers cancel first.
+In ``exp((score - lse) - lse_low)`` the large numbers cancel first, so nothing is lost.
 
-A NaN or an infinity in a key, value or query reaches those rows alone that keep the pair. ``0 * NaN`` is NaN, so a
-product with weights that are 0 is not enough: ``kept_product`` tells the rows apart.
+A NaN or an infinity in a key, value or query must reach the rows that keep the pair, and no others. ``0 * NaN`` is NaN,
+so weights of 0 do not keep it out; ``kept_product`` does.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastattn.torch_internals import is_transformed
 NEVER = float("-inf")  # lse of an empty row, whose lse_low is 0
 
 
-def split_lse(largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """``(lse, lse_low)`` of rows whose largest score is ``largest``, with ``total = sum(exp(score - largest))``."""
-    log_total = total.log()
-    lse = largest + log_total
-    return lse, torch.where(lse == NEVER, 0, (largest - lse) + log_total)
+def split_lse(largest: Tensor, total: Tensor, low: Tensor | float = 0) -> tuple[Tensor, Tensor]:
+    """``(lse, lse_low)`` of rows with the largest score ``m = largest + low``, and ``total = sum(exp(score - m))``."""
+    rest = total.log() + low
+    lse = largest + rest
+    return lse, torch.where(lse == NEVER, 0, (largest - lse) + rest)
 
 
 def merge_lse(lses: Tensor, lows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,16 +43,27 @@ def merge_lse(lses: Tensor, lows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     largest = lses.amax(0)
     base = torch.where(largest == NEVER, 0, largest)
-    weights = torch.exp((lses - base) + lows)
+    base_low = torch.where(lses == base, lows, NEVER).amax(0)  # up to 128 beside scores of 4e9: exp would overflow
+    base_low = torch.where(base_low == NEVER, 0, base_low)
+    weights = torch.exp((lses - base) + (lows - base_low))
     total = weights.sum(0)
-    return *split_lse(base, total), weights / torch.where(total == 0, 1, total)
+    return *split_lse(base, total, base_low), weights / torch.where(total == 0, 1, total)
+
+
+def shifted_lse(lse: Tensor, low: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``lse`` and ``lse_low`` of rows whose scores are all greater by ``shift``; what rounding takes is kept."""
+    moved = lse + shift
+    taken = moved - lse
+    rest = (lse - (moved - taken)) + (shift - taken)  # Knuth's sum of two
+    return moved, torch.where(lse == NEVER, 0, low + rest)
 
 
 def kept_product(weights: Tensor, x: Tensor, kept: Tensor) -> Tensor:
-    """``weights @ x``, where a row of ``x`` that is not finite reaches those rows alone that keep it, as NaN.
+    """``weights @ x``, in which a row of ``x`` that is not finite makes the rows that keep it NaN, and no others.
 
-    It is looked for in host memory, where looking costs little; on a device, where it would wait, the rows are always
-    told apart. Under torch's transforms and while compiling, where values cannot be looked at, the product is plain.
+    In host memory a plain product serves if all of ``x`` is finite, which is checked. On a device that check would
+    wait, so the careful product always runs. Under torch's transforms and while compiling, values cannot be read, and
+    the product is always plain.
 
     Args:
         weights: ``(..., M, N)``, 0 outside ``kept``.

@@ -1,8 +1,8 @@
-"""The operator boundary: schemas, implementations, fakes and FLOP formulas. The only file that touches torch.library.
+"""The operators in torch.library: schemas, implementations and fakes. The only file that touches torch.library.
 
-Two operators, ``fastattn::forward`` and ``fastattn::backward``, carry every problem: their arguments are the fields of
-``Inputs`` and ``AttentionSpec`` in order, followed by the backend asked for. Which backend serves is decided inside,
-so a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
+Two operators, ``fastattn::forward`` and ``fastattn::backward``, serve every problem: their arguments are the fields of
+``Inputs`` and ``AttentionSpec`` in order, followed by the name of a backend or None. The backend is chosen inside, so
+a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
 ``fastattn::attend_to_cache`` reads caches, ``fastattn::extend_cache`` also writes new keys and values into them.
 """
 
@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fastattn import state
 from fastattn.backends.base import Outputs, Run
 from fastattn.dispatch import requested, select
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
 from fastattn.reference import lse_dtype
-from fastattn.spec import AttentionSpec, kept_pairs
+from fastattn.spec import AttentionSpec
 from fastattn.storage import check_storages
 from fastattn.torch_internals import autocast_dtype
 
@@ -96,13 +96,22 @@ def _backward(
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast chose the dtype of q, k and v; inside, the spec's fp32 must stay fp32."""
+    """A context without autocast: it has already cast q, k and v, and must not change the spec's fp32."""
     is_on = autocast_dtype(device) is not None
     return torch.autocast(device, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def refuse_context_parallel() -> None:
-    """Inside torch's ``context_parallel`` a rank holds some tokens only, and none but torch's attention knows of it."""
+    """Raise UnsupportedError where q, k and v are this rank's tokens only, and attention would be to those alone.
+
+    Inside torch's ``context_parallel`` only torch's attention is right, inside ``sharded`` of
+    ``fastattn.integrations.context_parallel`` only ``fastattn.attention``.
+    """
+    if state.whole_rows is not None:
+        raise UnsupportedError(
+            "This call inside sharded() would attend to this rank's tokens alone. Call fastattn.attention there, or "
+            "leave the context."
+        )
     module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
     if module.startswith("torch.distributed."):
         raise UnsupportedError(
@@ -112,7 +121,7 @@ def refuse_context_parallel() -> None:
 
 
 def _check_values(inputs: Inputs) -> None:
-    """Check what only the values tell, where reading them costs nothing: in host memory."""
+    """Check the values of ``cu_seqlens`` if they are in host memory, where reading them costs nothing."""
     if inputs.is_packed and inputs.q.device.type == "cpu":
         inputs.boundaries()
 
@@ -120,17 +129,19 @@ def _check_values(inputs: Inputs) -> None:
 def prepared(
     inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool, with_lse: bool, heads_first: bool
 ) -> tuple[Run, Run | None] | None:
-    """Runs for calls on q, k and v like this one, forward and backward; None if its backend has none."""
+    """Runs for calls like this one, forward and backward; None if its backend has none."""
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
+    if inputs.has_more_than_qkv and not chosen.prepares_more:
+        return None
     forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
     backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
     return None if forward is None or (needs_grad and backward is None) else (forward, backward)
 
 
 def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
-    """A tensor without memory and with the strides of a contiguous gradient, in the internal layout."""
-    batch, rows, heads, dim = inputs.out_shape()
-    shape = (batch, heads, rows, dim) if heads_first else (batch, rows, heads, dim)
+    """A meta tensor with the strides that a contiguous gradient of ``out`` has in the internal layout."""
+    *batch, rows, heads, dim = inputs.out_shape()
+    shape = (*batch, heads, rows, dim) if heads_first else (*batch, rows, heads, dim)
     dout = torch.empty(shape, dtype=inputs.q.dtype, device="meta")
     return dout.transpose(1, 2) if heads_first else dout
 
@@ -152,7 +163,7 @@ def _fake_backward(
 
 
 def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
-    """Hold callers to memory that is there, every backend to the strides that the fakes promise; without autocast."""
+    """Wrap an implementation: check storages, turn autocast off, and return the strides that the fakes promise."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         check_storages(names, args)
@@ -169,17 +180,17 @@ _LIBRARY.impl(
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
 
-# What selective activation checkpointing should save rather than compute again.
+# The operators whose results selective activation checkpointing should save rather than compute again.
 SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)
 
 
 # --- caches -------------------------------------------------------------------------------------------------------
 
-_CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
+CACHE_FIELDS = len(dataclasses.fields(CacheInputs))
 
 
 def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of what the cache holds with the new keys and values in it; there is no derivative."""
+    """Append the new keys and values, then ``(out, lse)`` of attention to the cache; there is no derivative."""
     flat = tuple(getattr(inputs, name) for name in CACHE_TENSORS)
     scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
     operator = torch.ops.fastattn.attend_to_cache if inputs.k is None else torch.ops.fastattn.extend_cache
@@ -187,7 +198,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
 
 
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
+    inputs, spec = CacheInputs(*args[:CACHE_FIELDS]), AttentionSpec(*args[CACHE_FIELDS:-1])
     refuse_context_parallel()
     backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
@@ -196,12 +207,12 @@ def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def prepared_for_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | None) -> Run | None:
-    """A run for calls on a cache like this one, which checks values only; None if its backend has none."""
+    """A run for calls on a cache like this one, which checks values but not shapes; None if its backend has none."""
     return select(facts_of(inputs, spec), backend).prepared_for_cache(inputs, spec)
 
 
 def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs = CacheInputs(*args[:_CACHE_FIELDS])
+    inputs = CacheInputs(*args[:CACHE_FIELDS])
     if inputs.k is not None:
         _refuse_shared_storage(inputs)
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
@@ -209,7 +220,7 @@ def _fake_attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_shared_storage(inputs: CacheInputs) -> None:
-    """A compiled step writes into both caches; parts of one tensor it would copy as a whole, each time."""
+    """Raise InputError for caches that are parts of one tensor: a compiled step would copy all of it each time."""
     k_storage, v_storage = (x.untyped_storage()._cdata for x in (inputs.k_cache, inputs.v_cache))
     if k_storage == v_storage:
         todo = "Allocate two tensors: k_cache, v_cache = (torch.zeros(...) for _ in range(2))."
@@ -219,41 +230,3 @@ def _refuse_shared_storage(inputs: CacheInputs) -> None:
 for _name in ("attend_to_cache", "extend_cache"):
     _LIBRARY.impl(_name, _kernel(_attend_to_cache, CACHE_TENSORS), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastattn::{_name}", _fake_attend_to_cache, lib=_LIBRARY)
-
-
-def forward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
-    """FLOPs of the two products of a forward pass: a multiply and an add for each kept pair and head dim."""
-    return 2 * (inputs.q.shape[-1] + inputs.v.shape[-1]) * _pairs(inputs, spec)
-
-
-def backward_flops(inputs: Inputs, spec: AttentionSpec) -> int:
-    """FLOPs of the five products of a backward pass: three over ``D_qk`` (scores, dq, dk), two over ``D_v``."""
-    return 2 * (3 * inputs.q.shape[-1] + 2 * inputs.v.shape[-1]) * _pairs(inputs, spec)
-
-
-def _pairs(inputs: Inputs, spec: AttentionSpec) -> int:
-    """Kept pairs over all heads and sequences. Masks and segments are data, so the band alone is counted."""
-    if not inputs.is_packed:
-        return inputs.batch * inputs.heads_q * kept_pairs(spec, inputs.q.shape[1], inputs.k.shape[1])
-    assert inputs.cu_seqlens_q is not None and inputs.cu_seqlens_kv is not None
-    lengths = zip(inputs.cu_seqlens_q.diff().tolist(), inputs.cu_seqlens_kv.diff().tolist(), strict=True)
-    return inputs.heads_q * sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in lengths)
-
-
-@register_flop_formula(torch.ops.fastattn.forward, get_raw=True)
-def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[:-1])
-    return forward_flops(inputs, spec)
-
-
-@register_flop_formula(torch.ops.fastattn.backward, get_raw=True)
-def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec, _backend = unflatten(args[5:-1])
-    return backward_flops(inputs, spec)
-
-
-@register_flop_formula([torch.ops.fastattn.attend_to_cache, torch.ops.fastattn.extend_cache], get_raw=True)
-def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:
-    inputs, spec = CacheInputs(*args[:_CACHE_FIELDS]), AttentionSpec(*args[_CACHE_FIELDS:-1])
-    pairs = sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in zip(*inputs.host_lengths(), strict=True))
-    return 2 * (inputs.q.shape[-1] + inputs.v_cache.shape[-1]) * inputs.heads_q * pairs

@@ -1,6 +1,6 @@
-"""Attention in torch's own operators, for programs that are to run where fastattn is not installed.
+"""Attention in torch's own operators, for exported programs that run without fastattn.
 
-``torch.jit.trace`` records it by itself; ``plain_torch()`` is for ``torch.export``, AOTInductor and ONNX.
+``torch.jit.trace`` always records it; ``plain_torch()`` selects it for ``torch.export``, AOTInductor and ONNX.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _wanted: ContextVar[bool] = ContextVar("fastattn_plain_torch", default=False)
 def plain_torch() -> Iterator[None]:
     """Make attention that is exported inside the block consist of torch's operators alone.
 
-    What ``torch.export.export``, ``torch.onnx.export(..., dynamo=True)`` or AOTInductor record then loads and runs
+    Programs of ``torch.export.export``, ``torch.onnx.export(..., dynamo=True)`` or AOTInductor then load and run
     without fastattn, at the speed of torch's attention.
 
     Example:
@@ -50,7 +50,7 @@ def is_wanted() -> bool:
 
 
 def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of the spec, by torch's attention where it has all the terms, else by the reference formula."""
+    """``(out, lse)`` of the spec, by torch's attention if it has all the terms, else by the reference formula."""
     has_more = spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None
     out, lse, _ = reference.forward(inputs, spec)
     if has_more or inputs.is_packed or spec.dropout_p:
@@ -61,11 +61,11 @@ def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     mask = None if is_causal else _mask(inputs, spec)
     enable_gqa = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
     out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=spec.scale, enable_gqa=enable_gqa)
-    return out.transpose(1, 2), lse  # what computed lse is dropped as dead where nobody asked for it
+    return out.transpose(1, 2), lse  # exporters drop the operators of lse as dead code if lse is not returned
 
 
 def _mask(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
-    """Everything but the product, as torch's ``attn_mask``."""
+    """Band, segments, mask and bias, as torch's ``attn_mask``; None if there are none."""
     bounded = spec.left is not None or spec.right is not None
     if inputs.mask is None and inputs.segment_ids_q is None and not bounded:
         return None if inputs.bias is None else inputs.bias.to(inputs.q.dtype)

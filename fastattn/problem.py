@@ -19,7 +19,7 @@ INTS = (torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one attention call, in the internal layout. Sizes of 1 in a ``1 |`` place broadcast.
+    """The tensors of one attention call, in the internal layout. ``1|X`` is a size of X, or 1 that broadcasts.
 
     Attributes:
         q: ``(B, S_q, H_q, D_qk)``, or ``(T_q, H_q, D_qk)`` if packed.
@@ -99,6 +99,7 @@ class Inputs:
 # The tensor fields of Inputs in order, and those among them that have a gradient.
 TENSORS = tuple(f.name for f in dataclasses.fields(Inputs) if not f.name.startswith("max_"))
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
+MORE = TENSORS[3:-1]  # what a prepared run may be given after q, k and v: all of them but the seed of dropout
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,10 @@ def check_rank(
     order: str,
     todo: str = "Reshape it, or unsqueeze what is missing; packed sequences go to fastattn.attention_varlen.",
 ) -> None:
-    """Raise InputError unless these are tensors with as many dimensions as ``dims`` allows, in words ``order``.
+    """Raise InputError unless these are dense tensors whose number of dimensions is in ``dims``.
 
-    Comes before anything that reads a shape; ``check_inputs`` does the rest.
+    ``order`` names the dimensions in the message. Call it before anything that reads a shape; ``check_inputs`` checks
+    the rest.
     """
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -190,7 +192,7 @@ def _check_scalars(spec: AttentionSpec) -> None:
 
 
 def check_scale_and_softcap(spec: AttentionSpec) -> None:
-    """Raise InputError unless they are finite numbers that scores can be multiplied with and squashed to."""
+    """Raise InputError unless scale is finite, and softcap positive and finite or None."""
     if not spec.scale == spec.scale or spec.scale in (float("inf"), float("-inf")):
         raise input_error("scale", spec.scale, "a finite number", "None means D_qk ** -0.5.")
     if spec.softcap is not None and not 0 < spec.softcap < float("inf"):
@@ -235,7 +237,7 @@ def _check_scores_terms(inputs: Inputs) -> None:
 
 
 def check_per_head(alibi_slopes: Tensor | None, sinks: Tensor | None, batch: int, heads: int) -> None:
-    """Raise InputError unless these have a number for each query head, shared by or for each of ``batch``."""
+    """Raise InputError unless these are ``(1, heads)`` or ``(batch, heads)``, floating, and slopes without gradient."""
     for name, x in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if x is None:
             continue
@@ -276,7 +278,7 @@ def _check_rng_state(rng_state: Tensor | None) -> None:
 
 
 def check_devices(tensors: Mapping[str, Tensor | None], device: torch.device) -> None:
-    """Raise InputError unless the tensors that are there lie on ``device``, that of q."""
+    """Raise InputError unless every tensor that is not None is on ``device``, that of q."""
     for name, x in tensors.items():
         if x is not None and x.device != device:
             raise input_error(name, f"device {x.device}", f"device {device}, that of q", "Move it with .to().")
@@ -284,7 +286,9 @@ def check_devices(tensors: Mapping[str, Tensor | None], device: torch.device) ->
 
 @dataclass(frozen=True)
 class Problem:
-    """The facts on which a backend may decide, all host values. No batch size or length, so it rarely changes.
+    """The facts that backends base their reasons on, all host values.
+
+    Batch size and lengths are not among them, so choices can be cached by problem.
 
     Attributes:
         device: "cpu", "cuda", ...
@@ -329,14 +333,14 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
-# What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
-# sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
+# Further features of attention_with_kv_cache. A sequence with more than PROMPT_ROWS query rows is a "prompt": its time
+# goes into computing rather than reading the cache.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
 PROMPT_ROWS = 32
 
 
 def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:
-    """The members of FEATURES that this problem needs; a backend declares those it has."""
+    """The members of FEATURES that this problem needs; a backend declares those it supports."""
     used = {
         "band": spec.has_band,
         "softcap": spec.softcap is not None,

@@ -1,8 +1,8 @@
 """The formula of ``spec.py`` in eager torch ops: forward, and backward in closed form. Any device, any float dtype.
 
-This is what everything else is measured against, and the path that stays differentiable to any order (its
-operations are ordinary torch ops, so jvp, double backward and vmap work through it). It holds the whole
-``S_q x S_kv`` score matrix. With ``p`` the probabilities, ``z`` dropout's factors (0 or ``dropout_scale``):
+Every backend is tested against it. It is differentiable to any order, because jvp, double backward and vmap work
+through its ordinary torch ops, and it stores the whole ``S_q x S_kv`` score matrix. With ``p`` the probabilities and
+``z`` the factors of dropout (0 or ``dropout_scale``):
 
     dv    = (p * z)^T dout
     dp    = z * (dout v^T)
@@ -33,8 +33,8 @@ from fastattn.spec import AttentionSpec, distance, keep
 class Positions:
     """Positions of the query rows ``(B, 1, S_q, 1)`` and key rows ``(B, 1, 1, S_kv)`` in their sequences.
 
-    A packed batch is a dense batch of one whose rows carry the index, position and lengths of their sequence. The
-    heads ``h`` (``(1, H, 1, 1)``) are some of ``num_heads``.
+    A packed batch is treated as a dense batch of one, whose rows have index, position and lengths of their sequence.
+    ``h`` ``(1, H, 1, 1)`` are the indices of the heads computed, out of ``num_heads``.
     """
 
     h: Tensor
@@ -80,7 +80,7 @@ def _packed_positions(total: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Terms:
-    """Everything the formula needs, as ``(B, H_q, ...)`` tensors in the dtype of the computation."""
+    """The operands and scores of the formula, as ``(B, H_q, ...)`` tensors in the dtype of the computation."""
 
     q: Tensor
     k: Tensor
@@ -93,7 +93,7 @@ class _Terms:
 
 
 def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """The whole of ``keep``: band and lengths, sequences, segments, the boolean mask and a bias of -inf."""
+    """True for each pair that is kept by the band, lengths, sequences, segments, the boolean mask and a finite bias."""
     kept = keep(spec, at.i, at.j, at.s_q, at.s_kv) & (at.sequence_q == at.sequence_kv)
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         kept = kept & (inputs.segment_ids_q[:, None, :, None] == inputs.segment_ids_kv[:, None, None, :])
@@ -105,13 +105,13 @@ def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
 def forward(
     inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None, at: Positions | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, lse_low)`` by the formula of the spec; ``numerics.py`` says what the last is for.
+    """``(out, lse, lse_low)`` by the formula of the spec; ``numerics.py`` explains ``lse_low``.
 
     Args:
         inputs: the tensors.
         spec: the scalars.
         dtype: dtype of the computation; None means fp32, or fp64 for fp64 inputs.
-        at: where the rows stand; None is as ``inputs`` says.
+        at: the positions of the rows; None derives them from ``inputs``.
     """
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype, at)
@@ -126,14 +126,14 @@ def forward(
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
     """The factors of v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
 
-    ``at`` says which rows and heads those of ``inputs`` are, if they are some of a larger problem's.
+    ``at`` gives the positions of the rows and heads, if ``inputs`` is a part of a larger problem.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
     return _dropped(_weights(t, *_normaliser(t)), inputs, spec, t.positions)
 
 
 def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    """The mean of ``weights`` over the heads, ``(B, S_q, S_kv)``, in the memory of one head where nothing is saved."""
+    """The mean of ``weights`` over the heads, ``(B, S_q, S_kv)``, one head at a time."""
     everywhere = Positions.of(inputs)
     total = torch.zeros((), device=inputs.q.device)
     for head in torch.arange(inputs.heads_q, device=inputs.q.device).split(1):
@@ -171,7 +171,7 @@ def backward(
     *,
     dtype: torch.dtype | None = None,
 ) -> Grads:
-    """The gradients named in ``needs``, in closed form; see the formulas at the top of this file."""
+    """The gradients named in ``needs``, in closed form, by the formulas at the top of this file."""
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype)
     dout, out = (_heads_first(x, inputs).to(dtype) for x in (dout, out))
@@ -233,7 +233,7 @@ def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tu
 
 
 def _reach(inputs: CacheInputs) -> int:
-    """Positions to gather: all, unless a bias is shorter than the cache, as the sequences then are."""
+    """Positions to gather: the capacity, or the length of a shorter bias, which bounds the lengths too."""
     is_short = inputs.bias is not None and 1 < inputs.bias.shape[3] < inputs.capacity
     return inputs.bias.shape[3] if inputs.bias is not None and is_short else inputs.capacity
 
@@ -319,18 +319,18 @@ def _weights(t: _Terms, largest: Tensor, total: Tensor) -> Tensor:
 
 
 def _weights_again(t: _Terms, lse: Tensor, lse_low: Tensor) -> Tensor:
-    """The weights from what the forward pass kept: first the large numbers cancel, then the small one is taken off."""
+    """The weights from ``lse`` and ``lse_low``, subtracted in this order so that the large numbers cancel first."""
     finite_lse = torch.where(lse == float("-inf"), 0, lse)
     p = torch.exp((t.scores - finite_lse[..., None]) - lse_low[..., None])
-    return torch.where(t.kept, p, 0)  # in a row that is NaN the others are not 0 by themselves
+    return torch.where(t.kept, p, 0)  # in a row whose lse is NaN, exp(-inf - lse) is NaN too
 
 
 def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """``x`` times dropout's factors."""
+    """``x`` times the factors of dropout."""
     if spec.dropout_p == 0:
         return x
     assert inputs.rng_state is not None
-    head = at.sequence_q * at.num_heads + at.h
+    head = rng.head_number(inputs.rng_state, at.sequence_q, at.h, at.num_heads)
     survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
     return torch.where(survives, x * spec.dropout_scale, 0)
 

@@ -1,4 +1,4 @@
-"""The rotation of rotary position embedding, where positions already are cosines and sines."""
+"""The rotation of rotary position embedding, given the cosines and sines of the positions."""
 
 from __future__ import annotations
 

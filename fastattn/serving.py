@@ -1,4 +1,4 @@
-"""The way of a call: by the plan of its kind, if there is one; else checks, the operator, and a plan for the next."""
+"""The path of a call: the plan of its kind if there is one; else checks, the operator, and a plan for the next call."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastattn.backends.base import Run
 from fastattn.dispatch import check_name, requested
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
 from fastattn.plan import Plan
-from fastattn.problem import TENSORS, Inputs, check_inputs
+from fastattn.problem import MORE, TENSORS, Inputs, check_inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import check_storages
 
 Result = Tensor | tuple[Tensor, Tensor]
 
 
-def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Result:
+def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()) -> Result:
     """``out``, or ``(out, lse)``, in the layout of the call."""
     ops.refuse_context_parallel()
-    return attend_as_planned(found, q, k, v, with_lse)
+    return attend_as_planned(found, q, k, v, with_lse, more)
 
 
 def serve(
@@ -38,8 +38,10 @@ def serve(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` in the internal layout.
 
-    Leaves a plan for the ``kind`` of the call, whose tensors were ``heads_first``, and which may give lse ``with_lse``.
+    Stores a plan for the ``kind`` of the call. ``heads_first`` says that its tensors are ``(B, H, S, D)``, ``with_lse``
+    that it returns lse.
     """
+    ops.refuse_context_parallel()
     check_name(backend)
     backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
@@ -48,20 +50,29 @@ def serve(
         return plain.attend(inputs, spec)
     if kind is not None and not plan.is_known(kind):
         found = _planned(inputs, spec, backend, heads_first, with_lse)
-        plan.remember(kind, found, (inputs.q, inputs.k, inputs.v))
+        more = more_of(inputs)
+        plan.remember(kind, found, (inputs.q, inputs.k, inputs.v, *more))
         if found is not None:
-            check_storages(TENSORS, (inputs.q, inputs.k, inputs.v))  # as the operator does
+            check_storages(TENSORS, (inputs.q, inputs.k, inputs.v, *more))  # as the operator does
+            if inputs.is_packed:
+                inputs.boundaries()
             return _first_by_plan(found, inputs, with_lse)
     return attend(inputs, spec, backend)
 
 
-def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """The first call of a kind like all others: activation checkpointing compares what each of two calls saved.
+def more_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The arguments of a prepared run after q, k and v; () if all of them are None."""
+    more = tuple(getattr(inputs, name) for name in MORE)
+    return more if any(x is not None for x in more) else ()
 
-    Without lse its place is taken by ``out``, as nobody asked for it.
+
+def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """Serve the first call of a kind by its plan too: activation checkpointing compares what two equal calls save.
+
+    Without lse the second result is ``out`` again, which no caller reads.
     """
     q, k, v = (x.transpose(1, 2) if found.heads_first else x for x in (inputs.q, inputs.k, inputs.v))
-    results = by_plan(found, q, k, v, with_lse)
+    results = by_plan(found, q, k, v, with_lse, more_of(inputs))
     out, lse = results if isinstance(results, tuple) else (results, results)
     return out.transpose(1, 2) if found.heads_first else out, lse
 
@@ -70,10 +81,13 @@ def _planned(
     inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool, with_lse: bool
 ) -> Plan | None:
     needs_grad, qkv = needs_gradient(inputs), (inputs.q, inputs.k, inputs.v)
-    if not plan.is_plain(qkv) or (needs_grad and not all(x.requires_grad for x in qkv)):
+    if not plan.is_plain((*qkv, *more_of(inputs))) or (needs_grad and not all(x.requires_grad for x in qkv)):
         return None
     found = ops.prepared(inputs, spec, backend, needs_grad=needs_grad, with_lse=with_lse, heads_first=heads_first)
-    return None if found is None else Plan(*found, ops.flatten(inputs, spec, backend)[len(TENSORS) :], heads_first)
+    if found is None:
+        return None
+    scalars = ops.flatten(inputs, spec, backend)[len(TENSORS) :]
+    return Plan(*found, scalars, torch.are_deterministic_algorithms_enabled(), heads_first)
 
 
 def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -86,14 +100,14 @@ def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, T
 def serve_cache(
     inputs: CacheInputs, spec: AttentionSpec, backend: str | None, kind: Hashable | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of attention to a cache. Leaves a plan for the ``kind`` of the call."""
+    """``(out, lse)`` of attention to a cache. Stores a plan for the ``kind`` of the call."""
     check_name(backend)
     check_cache_inputs(inputs, spec)
     backend = requested(backend)
     with torch.no_grad():
         results = ops.attend_to_cache(inputs, spec, backend)
     if kind is not None and not plan.is_known(kind):
-        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # those that a run is given
+        tensors = [getattr(inputs, name) for name in CACHE_TENSORS[:7]]  # the arguments of a run
         made = ops.prepared_for_cache(inputs, spec, backend) if plan.is_plain(tensors) else None
         plan.remember(kind, made, tensors)
     return results

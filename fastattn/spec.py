@@ -57,10 +57,11 @@ Segments (packed documents): a pair is kept only where ``segment_ids_q[i] == seg
 Empty rows keep no key: ``out`` is 0, every gradient is 0, and ``lse`` is ``-inf`` (the sink's logit if there
 is one).
 
-NaN and infinity stay where they belong. A key or value reaches those rows alone that keep it: in any other row, in its
-``out`` and in the gradients of what it keeps, it may hold anything without effect. A row that keeps a NaN, or whose own
-query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Rows whose scores are all hugely negative
-(-1e9, finfo.min) or share any other offset have the weights that softmax, which does not see an offset, gives them.
+NaN and infinity do not spread beyond the rows that keep them. A key or value may hold anything without effect on the
+rows that do not keep it, on their ``out`` and on the gradients of what they keep. A row that keeps a NaN, or whose own
+query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Softmax does not depend on an offset that
+all scores of a row share, however large (-1e9, finfo.min), and neither do the weights. GPU kernels ignore only what no
+row keeps (docs/decisions/empty_rows.md).
 
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
@@ -74,10 +75,9 @@ table. Without a block table each sequence owns one page: a contiguous cache. Be
 
     page 7:  0 1 2 3        page 2:  4 [5] . .        S_kv = 6
 
-Query row ``i`` stands at the position of its diagonal, which rotary embedding turns it to; new keys are turned to
-their own positions before they are stored. A page with scales holds ``stored = round(x / scale)``, kept within what
-its dtype can hold, and is read as ``stored * scale``. Pages of which no query keeps a row are neither read nor looked
-up.
+Rotary embedding rotates query row ``i`` by the position of its diagonal, and new keys by their own positions before
+they are stored. A page with scales holds ``stored = round(x / scale)``, clamped to the range of its dtype, and is read
+as ``stored * scale``. Pages of which no query keeps a row are neither read nor looked up in the block table.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ DROPOUT_LEVELS = 1 << 16
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The scalar half of a problem: what is computed, apart from the tensors.
+    """The scalar half of a problem; the tensors are in ``problem.Inputs``.
 
     Attributes:
         scale: factor on ``q @ k^T``; by convention ``D_qk ** -0.5``.
@@ -133,7 +133,7 @@ class AttentionSpec:
         return dataclasses.replace(self, left=self.right, right=self.left)
 
 
-# The functions below take ints or integer tensors alike: positions broadcast, results follow.
+# The functions below take ints or integer tensors; positions broadcast.
 
 
 def diagonal(spec: AttentionSpec, s_q: Any, s_kv: Any) -> Any:

@@ -1,7 +1,7 @@
-"""All that the process remembers from call to call, and one way to forget it: plans, choices, verdicts, warnings.
+"""The state that calls leave in the process: plans, choices of a backend, verdicts, warnings; ``forget()`` clears it.
 
-A cache is registered where it is made. ``forget()`` empties them all, as after backends have come or gone, after the
-environment was changed, and between tests.
+A cache registers where it is created. Call ``forget()`` after the environment or the set of backends has changed, and
+between tests. Loaded libraries and facts about the machine are cached where they are used and are not cleared.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+# While tensors hold the tokens of one rank: what serves ``fastattn.attention`` for whole rows. Not of one thread alone,
+# as backward passes, which may compute forward passes again, run in threads of their own. Else None.
+whole_rows: Callable[..., Any] | None = None
 
 F = TypeVar("F", bound=Callable[..., Any])
 _forget: list[Callable[[], object]] = []

@@ -1,6 +1,6 @@
-"""Whether a tensor lies inside its memory: kernels read addresses, and torch does not say when a storage was shrunk.
+"""Check that tensors lie inside their storage: kernels read addresses, and torch permits storages that are too small.
 
-Freed and resized storages are no rarity: sharded training frees parameters by ``untyped_storage().resize_(0)``.
+Such storages are common: sharded training frees parameters by ``untyped_storage().resize_(0)``.
 """
 
 from __future__ import annotations

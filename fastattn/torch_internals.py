@@ -1,7 +1,7 @@
-"""Private functions of torch that we read: one place, each with the versions it was seen in and what replaces it.
+"""Private functions of torch that tell how a call is watched or transformed, and what happens without each.
 
-Seen in torch 2.11, 2.13 and 2.14. A version that lacks one of them is served all the same, by the general path of
-``autograd.py``: a call counts as transformed or watched, which costs time and changes no result.
+Seen in torch 2.11, 2.13 and 2.14. If a version lacks one of them, calls count as transformed or watched and take the
+general path of ``autograd.py``, which takes longer and changes no result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _AUTOCAST_DEVICES = frozenset(device for device in _DEVICES if torch.amp.is_auto
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype that autocast turns to on a device type; None if it is off there, or knows no such device (meta)."""
+    """The dtype of autocast on a device type; None if it is off there, or does not know the device (meta)."""
     is_on = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_on else None
 
@@ -48,7 +48,7 @@ def is_in_forward_mode() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether a compiler, tracer, profiler, dispatch mode, autocast or a transform looks at operators."""
+    """Whether a compiler, tracer, profiler, dispatch mode, autocast or transform is active."""
     return bool(
         torch.compiler.is_compiling()
         or is_transformed()
@@ -60,6 +60,14 @@ def is_watched() -> bool:
     )
 
 
+def current_raw_stream(device: torch.device) -> int:
+    """The handle of the current stream of a CUDA device, without an object around it; 0 for host memory."""
+    if device.type != "cuda":
+        return 0
+    handle = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return torch.cuda.current_stream(device).cuda_stream if handle is None else handle(device.index)
+
+
 def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
-    """Shortest and longest of a jagged nested tensor, where it knows them; without these attributes they are read."""
+    """Shortest and longest length of a jagged nested tensor, or None for those that it has not stored."""
     return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)

@@ -1,4 +1,4 @@
-"""Build what is released into dist/: the sdist and, from it, a manylinux wheel for each kind of machine.
+"""Build the release in dist/: the sdist and, from it, a manylinux wheel for each kind of machine.
 
     python release/wheels.py [--machines x86_64 aarch64] [--no-cuda] [--out dist]
 

@@ -1,4 +1,4 @@
-"""What every test needs: the interpreter where there is no GPU, honest skips, seeds, a header that says what ran."""
+"""Fixtures of all tests: the interpreter without a GPU, skips with reasons, seeds, a header with the environment."""
 
 import os
 import time
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_replayed() -> None:
-    """Each test takes the long way first: what others have changed for themselves is not remembered."""
+    """Each test starts without plans and cached choices of earlier tests."""
     state.forget()
 
 

@@ -1,8 +1,8 @@
-"""What ``make quick`` tests: the house rules and, of the tests beside the changed files, as many as fit in the time.
+"""The tests of ``make quick``: the house rules, and as many tests beside the changed files as fit in the time.
 
 A changed ``fastattn/a/b.py`` selects ``tests/a/test_b.py``, or all of ``tests/a/`` if there is none; a changed test
-selects itself; ``csrc/`` selects its backend. Without changes those of the last commit count. Tests marked slow are
-left to ``make test``, which stays the judge: this only finds most mistakes early.
+selects itself; ``csrc/`` selects its backend. Without changes those of the last commit count. Tests marked slow run in
+``make test`` only.
 """
 
 from __future__ import annotations

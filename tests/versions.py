@@ -1,7 +1,7 @@
 """The tests that depend on versions, in an environment for each set of them: ``python tests/versions.py``.
 
-An environment is made below ``.venv-versions/`` once, by pip, with what people get who install that torch: on Linux its
-CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
+An environment is made once, below ``.venv-versions/`` or ``--folder``, by pip, with the packages that pip installs for
+that torch: on Linux its CUDA build, several gigabytes. The results replace the table in docs/guides/versions.md.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=list(SETS), help=f"of torch: {', '.join(SETS)}")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where the environments lie")
     parser.add_argument("--jobs", default="2")
     arguments = parser.parse_args()
     rows = {}
     for version in arguments.versions:
-        python = environment(version)
+        python = environment(arguments.folder, version)
         rows[version] = [build(python)] + [outcome(python, paths, arguments.jobs) for paths in PARTS.values()]
         print(version, *rows[version], sep=" | ", flush=True)
     write(rows)
     return int(any("failed" in cell or "error" in cell for row in rows.values() for cell in row))
 
 
-def environment(version: str) -> Path:
-    folder = ROOT / ".venv-versions" / version
+def environment(below: Path, version: str) -> Path:
+    folder = below / version
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

@@ -1,8 +1,8 @@
 // The backward pass on a fragment of scores: weights from lse, masks, and the gradient of the scores.
 //
-// With both parts of lse known, exp((score - lse) - lse_low) is the weight itself. The product of score and scale is not
-// rounded before the subtraction, as finish_row does not round that of the largest score. Fragments
-// are laid out as in softmax.h. In backward_dkdv they are transposed: rows are keys, columns are queries.
+// With both parts of lse known, exp((score - lse) - lse_low) is the weight itself. The product of score and scale is
+// not rounded before the subtraction, because finish_row does not round that of the largest score. Fragments have the
+// layout of softmax.h. In backward_dkdv they are transposed: rows are keys, columns are queries.
 #pragma once
 #include "softmax.h"
 
@@ -16,9 +16,9 @@ FA_DEVICE float weight_of(float x, float scale, float lse, float low_log2) {
   return exp2_approx(multiply_add(multiply_add(x, scale, -lse), kLog2E, -low_log2));
 }
 
-// The weight of a score. With softcap scores lie within the softcap of 0, so one float has room for the whole of lse: it is
-// `lse`, in base 2 (abi.py bounds the softcap). Two floats would spill. `score` becomes the weight times the slope of softcap: what turns the gradient of the weight's
-// logit into that of the raw score.
+// The weight of a score. With softcap no score exceeds the softcap in magnitude (abi.py bounds it), so one float, `lse`
+// in base 2, is exact enough; two would spill. `score` becomes the weight times the slope of softcap, the factor
+// between the gradient of the capped score and that of the raw one.
 template <bool SOFTCAP>
 FA_DEVICE float weigh(float& score, ScoreScales const& scales, float lse, float low_log2) {
   if (!SOFTCAP) return score = weight_of(score, scales.score, lse, low_log2);
@@ -28,13 +28,13 @@ FA_DEVICE float weigh(float& score, ScoreScales const& scales, float lse, float 
   return p;
 }
 
-// The columns that a row keeps: none if there is no such row.
+// The columns that a row keeps; none for a row past the end.
 FA_DEVICE Range kept_columns(Band const& band, int row) {
   return row < band.s_q ? tile_range(band, row, row + 1) : Range{0, 0};
 }
 
-// Weights of pairs that are not kept become 0, whatever they were: a score that lse does not count may give infinity.
-// `row` and `column` are this thread's first; `band` is transposed where the fragment is.
+// Sets weights of pairs that are not kept to 0; they may be infinite, since lse does not include their scores.
+// `row` and `column` are this thread's first; `band` is transposed if the fragment is.
 template <int N>
 FA_DEVICE void mask_weights(float (&weights)[N], Band const& band, int row, int column) {
   Range const kept[2] = {kept_columns(band, row), kept_columns(band, row + 8)};
@@ -44,7 +44,7 @@ FA_DEVICE void mask_weights(float (&weights)[N], Band const& band, int row, int 
   }
 }
 
-// The same for weights in pairs of 16-bit numbers.
+// mask_weights for weights in pairs of 16-bit numbers.
 template <int N>
 FA_DEVICE void mask_packed(uint32 (&weights)[N], Band const& band, int row, int column) {
   Range const kept[2] = {kept_columns(band, row), kept_columns(band, row + 8)};

@@ -1,4 +1,4 @@
-// The mask, which says which query sees which key: the transcription of keep, tile_range and full_range of fastattn/spec.py.
+// The mask: the transcription of keep, tile_range and full_range of fastattn/spec.py.
 //
 // Nothing else in csrc/ compares positions; tests/backends/cuda/test_mask.py enumerates these functions against the
 // spec. Plain C++: it compiles for the device, for the emulator and as a host library.
@@ -29,7 +29,7 @@ FA_EVERYWHERE Band make_band(int left, int right, bool lower_right, int s_q, int
   return {left, right, lower_right ? s_kv - s_q : 0, s_q, s_kv};
 }
 
-// The same band seen from the keys: keep(i, j) of one is keep(j, i) of the other.
+// The transposed band: keep(i, j) of one is keep(j, i) of the other.
 FA_EVERYWHERE Band transposed(Band const& band) { return {band.right, band.left, -band.diagonal, band.s_kv, band.s_q}; }
 
 // The smallest range of keys outside which rows i0 .. i1 - 1 keep nothing.
@@ -45,14 +45,14 @@ FA_EVERYWHERE Range full_range(Band const& band, int i0, int i1) {
   return keys.begin < keys.end && i0 < i1 ? keys : Range{0, 0};
 }
 
-// j inside the range, in one comparison; the range must not end before it begins.
+// Whether j is inside the range, in one comparison; the range must not end before it begins.
 FA_EVERYWHERE bool contains(Range keys, int j) {
   return static_cast<unsigned>(j - keys.begin) < static_cast<unsigned>(keys.end - keys.begin);
 }
 
 FA_EVERYWHERE bool contains(Range outer, Range inner) { return inner.begin >= outer.begin && inner.end <= outer.end; }
 
-// A kernel asks for the range of a row once and tests its keys against that; this is the same, pair by pair.
+// keep, pair by pair, for tests. Kernels compute the range of a row once and compare its keys with that.
 FA_EVERYWHERE bool keep(Band const& band, int i, int j) {
   return i >= 0 && i < band.s_q && contains(tile_range(band, i, i + 1), j);
 }

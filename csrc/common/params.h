@@ -2,7 +2,7 @@
 //
 // Every field is 8 bytes wide and the version comes first, so that `struct.pack` writes it and no compiler can
 // pad it. It is passed to the kernel unchanged; csrc/README.md maps the fields of AttentionSpec to it. This file
-// may hold such structs and the meaning of their fields, nothing that computes.
+// holds the structs and the meaning of their fields only.
 #pragma once
 
 namespace fa {
@@ -32,22 +32,22 @@ struct ForwardParams {
   const void* k;
   const void* v;
   void* out;
-  float* lse;  // rounded to the nearest float, and
-  float* lse_low;  // what rounding took from it
+  float* lse;  // rounded to the nearest float
+  float* lse_low;  // the rounding error of lse
   const float* sinks;  // (1|B, H_q) logits, natural; null if there are none
   const int32* cu_seqlens_q;  // (B + 1) boundaries if packed, else null
   const int32* cu_seqlens_kv;
   Strides q_strides, k_strides, v_strides;
-  int64 sinks_batch_stride;  // H_q, or 0 where all sequences share them
+  int64 sinks_batch_stride;  // H_q, or 0 if all sequences share them
   int64 dtype;  // Dtype of q, k, v and out
   int64 batch;  // B, or the number of packed sequences
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;
   int64 seqlen_q, seqlen_kv;  // rows of each sequence; packed: rows of all of them, T_q and T_kv
-  // Dense: the keys [key_begin, key_end) that some query keeps; rows outside may hold NaN, so the tensor maps do
-  // not show them. Packed: [0, T_kv), and the kernel clears what a sequence does not keep.
+  // Dense: the keys [key_begin, key_end) that some query keeps; rows outside may hold NaN, so the tensor maps exclude
+  // them. Packed: [0, T_kv), and the kernel clears rows that a sequence does not keep.
   int64 key_begin, key_end;
-  int64 left, right;  // the band, kUnbounded where it has no limit
+  int64 left, right;  // the band; kUnbounded for a side without limit
   int64 lower_right;  // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
   int64 has_band;  // 0 selects a kernel without masks inside its loop
   int64 has_softcap;
@@ -82,9 +82,11 @@ struct BackwardParams {
   void* dk;
   void* dv;
   float* dsinks;
-  // The pass's own tensors, (B, H_q, padded_q) or packed (H_q, padded_q): pairs of lse (+inf for a row that keeps nothing
-  // or does not exist: its weights are then 0) and lse_low in base 2, with softcap of their sum in base 2 and 0; rowsum(dout * out) - dlse; and, if one kernel is to compute
-  // all three gradients, sums for dq in fp32 of sum_columns columns for each padded row, else null.
+  // Workspace, (B, H_q, padded_q) or packed (H_q, padded_q):
+  // - lse_parts: pairs of lse and lse_low in base 2; with softcap pairs of their sum in base 2 and 0. lse is +inf for a
+  //   row that keeps nothing or does not exist, so that its weights are 0;
+  // - delta: rowsum(dout * out) - dlse;
+  // - dq_sums: for the fused kernel, fp32 sums of dq with sum_columns columns for each padded row; else null.
   float* lse_parts;
   float* delta;
   float* dq_sums;
@@ -104,8 +106,8 @@ struct BackwardParams {
   double scale;  // of q k^T
   double score_scale;
   double cap_scale;
-  int64 heads_per_pass;  // query heads worked on together where keys stream: their K and V stay in L2
-  int64 kv_heads_per_pass;  // K/V heads worked on together where queries stream: their Q and dout stay in L2
+  int64 heads_per_pass;  // query heads worked on together by kernels that stream keys: their K and V stay in L2
+  int64 kv_heads_per_pass;  // K/V heads worked on together by kernels that stream queries: their Q and dout stay in L2
   int64 device;
   void* stream;
 };
@@ -120,14 +122,14 @@ struct DecodeParams {
   const void* v_cache;
   void* out;  // out and lse as in ForwardParams
   float* lse;
-  float* partial_out;  // (splits, rows of q, H_q, D_v) and (splits, rows of q, H_q, 2): out and both parts of lse
-  float* partial_lse;  // of each split; null if there is one, whose are the final ones
+  float* partial_out;  // (splits, rows of q, H_q, D_v): out of each split; null with one split, which writes out itself
+  float* partial_lse;  // (splits, rows of q, H_q, 2): both parts of lse of each split; null likewise
   const float* sinks;
-  const int32* cache_lengths;  // (B): positions of each sequence, but for the new ones
-  const int32* block_table;  // null: sequence b owns page b, and has no other
+  const int32* cache_lengths;  // (B): positions of each sequence without the new ones
+  const int32* block_table;  // null: sequence b owns page b only
   const int32* cu_seqlens_q;  // if q is packed, else null
   Strides q_strides;
-  Strides k_strides, v_strides;  // with that of a page in the place of the batch
+  Strides k_strides, v_strides;  // with the stride of a page in place of the batch stride
   int64 sinks_batch_stride, table_stride;
   int64 dtype;
   int64 batch;
@@ -136,11 +138,11 @@ struct DecodeParams {
   int64 seqlen_q;  // rows of each sequence; packed: of all of them
   int64 new_keys;  // positions of each sequence past cache_lengths; negative: as many as it has queries
   int64 pages, page_size;
-  int64 box_rows;  // rows that lie together in memory wherever they begin at a multiple of it; at most 64
+  int64 box_rows;  // rows of a box: box_rows rows from any multiple of it lie in one page; at most 64
   int64 left, right;  // the anchor is the lower right
   int64 has_softcap;
   double score_scale, cap_scale;
-  // A tile has 64 rows: query heads of one K/V head, times positions. Rows left over do nothing.
+  // A tile has 64 rows: query heads of one K/V head, times positions. Rows beyond these are not used.
   int64 heads_per_tile, positions_per_tile;
   int64 tiles;  // of each K/V head, in the whole batch; packed: at least as many as there are
   int64 splits;  // parts into which the keys of a tile are divided, at most kMostSplits

@@ -1,8 +1,8 @@
 // Online softmax on the fragment of scores that one thread holds, in base 2.
 //
 // A thread of a warpgroup holds N values of an accumulator [64, 2 N]: element e of group i (4 i + e) belongs to its row
-// e / 2 (8 rows apart) and to column 8 i + e % 2 past its first. Four neighbouring threads share a row. Written in the
-// names of sm90/ptx.cuh, so it compiles for the device and for the emulator.
+// e / 2 (8 rows apart) and to column 8 i + e % 2 past its first. Four neighbouring threads share a row. It uses the
+// functions of sm90/ptx.cuh, so it compiles for the device and for the emulator.
 #pragma once
 #include "mask.h"
 #include "../sm90/ptx.cuh"
@@ -15,8 +15,8 @@ struct RowState {  // of a thread's two rows
   float sum[2];  // of 2^(scale_log2 * (score - max)) over this thread's columns
 };
 
-// Scores become tanh(cap_scale * score), by an exponential and a reciprocal: tanh.approx is good to 2^-11 only, which
-// softcap would multiply.
+// Scores become tanh(cap_scale * score), by an exponential and a reciprocal: the error of tanh.approx, 2^-11, would be
+// multiplied by softcap.
 FA_DEVICE float capped(float score, float cap_scale) {
   float const e = exp2_approx(score * (2 * kLog2E * cap_scale));
   return multiply_add(-2.f, reciprocal_approx(e + 1.f), 1.f);
@@ -28,7 +28,7 @@ FA_DEVICE void cap_scores(float (&scores)[N], float cap_scale) {
   for (int i = 0; i < N; ++i) scores[i] = capped(scores[i], cap_scale);
 }
 
-// Scores of keys outside of what a thread's two rows keep become -inf. `column` is this thread's first.
+// Sets the scores of keys that a thread's two rows do not keep to -inf. `column` is this thread's first.
 template <int N>
 FA_DEVICE void mask_scores(float (&scores)[N], Range const (&kept)[2], int column) {
   FA_UNROLL
@@ -37,16 +37,16 @@ FA_DEVICE void mask_scores(float (&scores)[N], Range const (&kept)[2], int colum
   }
 }
 
-// The same where the rows are `row` and the one 8 below it.
+// The same for row `row` and the one 8 below it.
 template <int N>
 FA_DEVICE void mask_scores(float (&scores)[N], Band const& band, int row, int column) {
   Range const kept[2] = {tile_range(band, row, row + 1), tile_range(band, row + 8, row + 9)};
   mask_scores(scores, kept, column);
 }
 
-// Scores become weights 2^(scale_log2 * (score - max)), and `state` takes them in. The difference comes first: it is exact
-// however large the scores are, so that equal scores get equal weights. `rescale` is the factor on
-// everything accumulated before, by which the maximum has grown.
+// Turns scores into weights 2^(scale_log2 * (score - max)) and updates `state`. The difference is taken before the
+// scaling, so that an offset shared by the scores, however large, is not rounded into the weights. `rescale` becomes
+// the factor on all earlier sums.
 template <bool FIRST, int N>
 FA_DEVICE void softmax_step(float (&scores)[N], RowState& state, float (&rescale)[2], float scale_log2) {
   float largest[2] = {FIRST ? scores[0] : state.max[0], FIRST ? scores[2] : state.max[1]};
@@ -69,7 +69,7 @@ FA_DEVICE void softmax_step(float (&scores)[N], RowState& state, float (&rescale
   }
 }
 
-// A sum in two parts: the nearest float, and what rounding took from it.
+// A sum in two parts: the nearest float, and its rounding error.
 struct alignas(8) Parts {
   float high, low;
 };
@@ -79,9 +79,9 @@ FA_DEVICE Parts in_parts(float large, float small) {
   return {high, (large - high) + small};
 }
 
-// A finished row: the factor that normalises its output, and its natural log-sum-exp in two parts, since beside scores of
-// 1e8 one float has no room for the logarithm of the sum. `max` lacks the factor `scale`, which is positive; `sink` is a
-// further score, -inf if there is none. A row without keys gives 0 and the sink.
+// The results of a finished row: the factor that normalises its output, and its natural log-sum-exp in two parts, since
+// one float would round away the logarithm of the sum beside scores of 1e8. `max` lacks the factor `scale`, which is
+// positive; `sink` is a further score, -inf if there is none. A row without keys gives 0 and the sink.
 struct FinishedRow {
   float factor;
   Parts lse;

@@ -69,7 +69,8 @@ static void attend(BackwardProblem& p, int n, int h, int i) {
   for (int d = 0; d < c.d_v; ++d) p.out.at(p.of(n), p.first_q(n) + i, h, d) = p.encode(sum > 0 ? out[d] / sum : 0);
 }
 
-// The contribution of row i to every gradient. Roundings to 16 bits: of P for dv, of dS (and of P within it) for dq and dk.
+// The contribution of row i to every gradient. Roundings to 16 bits: of P for dv, of dS (and of P within it) for dq and
+// dk.
 static void differentiate(BackwardProblem& p, int n, int h, int i, Reference& to) {
   Case const& c = p.c;
   int const b = p.of(n), head_kv = h / c.group;

@@ -1,4 +1,4 @@
-// One backward problem for the emulator: the runs of all kernels that it takes, and the comparison with the closed form.
+// One backward problem for the emulator: the runs of all its kernels, and the comparison with the closed form.
 #pragma once
 #include "../sm90/backward.h"
 #include "problem.h"
@@ -19,7 +19,7 @@ struct BackwardInstance {
 };
 std::vector<BackwardInstance>& backward_instances();
 
-// Empty if the kernels compute the case rightly and the machine has nothing to report; else what is wrong.
+// Empty if the results are right and the machine reports nothing; else the error.
 std::string check_backward(BackwardInstance const& instance, Case const& c, Report& report);
 
 }  // namespace fa::emu

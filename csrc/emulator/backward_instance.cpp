@@ -1,5 +1,5 @@
-// A BACKWARD_DKDV or BACKWARD_DQ line of instances.inc for the emulator: compiled with -DFA_KEYS=D_QK,D_V,... or -DFA_QUERIES=...
-// Both types, or bfloat16 alone with -DFA_BFLOAT16_ONLY.
+// A BACKWARD_DKDV or BACKWARD_DQ line of instances.inc for the emulator: compiled with -DFA_KEYS=D_QK,D_V,... or
+// -DFA_QUERIES=... Both types, or bfloat16 alone with -DFA_BFLOAT16_ONLY.
 #include "../sm90/backward_dkdv.cuh"
 #include "../sm90/backward_dq.cuh"
 #include "../sm90/backward_postprocess.cuh"

@@ -278,7 +278,7 @@ static std::string compare(DecodeProblem& p) {
   return "";
 }
 
-// Everything that kernels may touch but by TMA; of the block table only what they have to read.
+// Allows the accesses that kernels may make besides TMA; of the block table only the entries that they have to read.
 static void allow_tensors(DecodeProblem& p) {
   auto const allow = [](auto const& x) { allow_global(x.data(), x.size() * sizeof(x[0])); };
   forget_global();

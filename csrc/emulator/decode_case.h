@@ -38,11 +38,11 @@ struct DecodeCase {
 DecodeCase random_decode_case(Shape const& shape, uint32_t seed);
 std::string describe(DecodeCase const& c);
 
-// Empty if the kernels compute the case rightly and the machine has nothing to report; else what is wrong.
+// Empty if the results are right and the machine reports nothing; else the error.
 std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report);
 
-// Both kernels, as the host code launches them. What they may touch besides the caches has been allowed before. Empty, or
-// what the machine reports.
+// Both kernels, as the host code launches them. What they may touch besides the caches has been allowed before. Empty,
+// or what the machine reports.
 std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report);
 
 }  // namespace fa::emu

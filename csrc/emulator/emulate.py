@@ -8,9 +8,12 @@ time, each of which has to be reported. Exits with 1 if a kernel is wrong or a f
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +22,9 @@ from fault import Fault
 from faults import FAULTS
 from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
+from sites import KERNELS, is_without_effect
 
+from fastattn import compiled
 from fastattn.backends.cuda.instances import (
     DecodeConfig,
     DkdvConfig,
@@ -32,16 +37,29 @@ from fastattn.backends.cuda.instances import (
 )
 
 CSRC = Path(__file__).parents[1]
-COMMON = ("machine", "tma", "tensor_core", "problem", "forward_case", "backward_case", "decode_case", "main")
+COMMON = (
+    "machine",
+    "races",
+    "sites",
+    "tma",
+    "tensor_core",
+    "problem",
+    "forward_case",
+    "backward_case",
+    "decode_case",
+    "main",
+)
 DIRECTIONS = {
     ForwardConfig: "forward",
     DkdvConfig: "backward",
     DqConfig: "backward",
     DecodeConfig: "decode",
 }
+PLANTABLE, SOURCES = ("common", "sm90", "emulator", "proofs"), {".h", ".cuh", ".cpp", ".inc"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
 ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
+SITE_CASES = 12  # problems that come to every call that orders something
 TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
@@ -63,6 +81,11 @@ def emulated_configs(csrc: Path) -> list[TableConfig]:
     return [*forward_configs(csrc), *dkdv_configs(csrc), *dq_configs(csrc), *decode_configs(csrc)]
 
 
+def config_of(line: tuple[str | int, ...]) -> TableConfig:
+    """The first line of the table that begins with ``line``."""
+    return next(c for c in emulated_configs(CSRC) if (c.macro, *c.numbers)[: len(line)] == line)
+
+
 def emulated_kernels(csrc: Path) -> list[tuple[TableConfig, tuple[str, ...]]]:
     """Every line, and the variants that docs/measured.md compares with it: dq staged in shared memory."""
     lines = emulated_configs(csrc)
@@ -80,9 +103,13 @@ def link(objects: Sequence[Path], target: Path, *options: str) -> Path:
     return target
 
 
-def run(program: Path, cases: int, seed: int) -> subprocess.CompletedProcess[str]:
-    command = [str(program), str(cases), str(seed)]
+def run(program: Path, cases: int, seed: int, *site: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), str(cases), str(seed), *site]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def without_sites(printed: str) -> str:
+    return "".join(line for line in printed.splitlines(keepends=True) if not line.startswith("site "))
 
 
 class Emulator:
@@ -91,9 +118,12 @@ class Emulator:
     def __init__(self, build: Path, jobs: int) -> None:
         self.build = build
         self.jobs = jobs
-        self.common = list(
-            self.map(lambda name: compile_object(CSRC / "emulator" / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON)
-        )
+
+    @functools.cached_property
+    def common(self) -> list[Path]:
+        """What every program is linked with."""
+        folder, build = CSRC / "emulator", self.build
+        return list(self.map(lambda name: compile_object(folder / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON))
 
     def map(self, function: Callable, items: Sequence) -> Iterator:
         """The results in order, each as soon as it is there."""
@@ -103,9 +133,21 @@ class Emulator:
     def check_instance(self, config: TableConfig, cases: int, seed: int, *options: str) -> tuple[bool, str]:
         """Whether both kernels of a line compute ``cases`` random problems rightly, and what they printed."""
         name = "_".join([config.macro.lower(), *map(str, config.numbers), *options])
-        compiled = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", *options)
-        result = run(link([compiled, *self.common], self.build / name), cases, seed)
-        return result.returncode == 0, result.stdout + result.stderr
+        instance = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", *options)
+        result = run(link([instance, *self.common], self.build / name), cases, seed)
+        return result.returncode == 0, without_sites(result.stdout) + result.stderr
+
+    def check_sites(self, line: tuple[str | int, ...], options: tuple[str, ...]) -> tuple[int, list[str]]:
+        """How many calls of a kernel order something, and which of them the machine does not miss when left out."""
+        config = config_of(line)
+        name = "sites_" + "_".join(map(str, (*line, *options)))
+        instance = compile_instance(config, CSRC, self.build / f"{name}.o", "-O1", "-DFA_BFLOAT16_ONLY", *options)
+        program = link([instance, *self.common], self.build / name)
+        printed = run(program, SITE_CASES, 0).stdout.splitlines()
+        sites = [line.removeprefix("site ") for line in printed if line.startswith("site ")]
+        codes = self.map(lambda site: run(program, FAULT_CASES, 0, site).returncode, sites)
+        missed = [site for site, code in zip(sites, codes, strict=True) if code != 1]
+        return len(sites), [site for site in missed if not is_without_effect(site)]
 
     def build_library(self, configs: Sequence[TableConfig], target: Path) -> Path:
         """The C interface of these lines on the emulated machine (library.cpp): a shared library for host memory."""
@@ -124,27 +166,36 @@ class Emulator:
         """Whether the machine reports ``fault``, and how."""
         folder = self.build / "faults" / "".join(c if c.isalnum() else "_" for c in fault.what)
         plant(fault, folder)
-        lines = [(config.macro, *config.numbers) for config in emulated_configs(CSRC)]
-        config = emulated_configs(CSRC)[
-            next(i for i, line in enumerate(lines) if line[: len(fault.kernel)] == fault.kernel)
-        ]
+        config = config_of(fault.kernel)
         # The instance comes first: where a function stands in several objects, the linker takes the planted one.
-        compiled = compile_instance(
+        instance = compile_instance(
             config, folder, folder / "instance.o", "-O1", "-w", "-DFA_BFLOAT16_ONLY", *fault.options
         )
-        result = run(link([compiled, *self.common], folder / "program"), FAULT_CASES, fault.seed)
+        result = run(link([instance, *self.common], folder / "program"), FAULT_CASES, fault.seed)
         is_reported = result.returncode == 1 and "FAILED" in result.stdout
         lines = (result.stdout + result.stderr).splitlines()
         return is_reported, lines[1] if is_reported and len(lines) > 1 else "\n".join(lines)
 
 
-def plant(fault: Fault, folder: Path) -> None:
-    """A copy of the headers in ``folder``, with the fault."""
-    for path in CSRC.rglob("*"):
-        if path.suffix not in (".h", ".cuh") and not path.name.endswith("_instance.cpp"):
-            continue
+def kept_library(head_dim: int = 64) -> Path:
+    """The library of the lines for a head dim, which hold every mask: built once, for all tests and processes."""
+    lines = [config for config in emulated_configs(CSRC) if config.d_qk == head_dim and getattr(config, "band", True)]
+    digest = hashlib.sha256(repr((lines, COMPILE)).encode())
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp")):
+        digest.update(path.name.encode() + path.read_bytes())
+
+    def write(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Emulator(Path(folder), jobs=1).build_library(lines, target)
+
+    return compiled.kept(f"emulated-{digest.hexdigest()[:24]}.so", write)
+
+
+def plant(fault: Fault, folder: Path, csrc: Path = CSRC) -> None:
+    """A copy of the kernels, the machine and its witness in ``folder``, with the fault."""
+    for path in [path for part in PLANTABLE for path in (csrc / part).iterdir() if path.suffix in SOURCES]:
         text = path.read_text()
-        name = path.relative_to(CSRC).as_posix()
+        name = path.relative_to(csrc).as_posix()
         if name == fault.file:
             if text.count(fault.old) != 1:
                 raise ValueError(
@@ -175,6 +226,11 @@ def main() -> int:
     for ok, text in results:
         print(text, end="", flush=True)
         is_good = is_good and ok
+    if options.faults and not options.only:
+        for line, flags in KERNELS:
+            count, missed = emulator.check_sites(line, flags)
+            print(f"{' '.join(map(str, (*line, *flags)))}: {count - len(missed)} of {count} calls are missed", *missed)
+            is_good = is_good and not missed
     if options.faults:
         planted = [fault for fault in ALL_FAULTS if options.only in fault.what]
         reported = 0

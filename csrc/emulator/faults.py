@@ -22,11 +22,7 @@ FAULTS = [
     # What the producer may do when
     Fault("K is loaded with the wrong parity", PRODUCER, "k.empty(), k.parity ^ 1", "k.empty(), k.parity"),
     Fault("V is loaded with the wrong parity", PRODUCER, "v.empty(), v.parity ^ 1", "v.empty(), v.parity"),
-    Fault("K is loaded without waiting for room", PRODUCER, "mbarrier_wait(k.empty(), k.parity ^ 1);", ""),
-    Fault("V is loaded without waiting for room", PRODUCER, "mbarrier_wait(v.empty(), v.parity ^ 1);", ""),
-    Fault("Q is loaded without waiting for room", PRODUCER, "mbarrier_wait(shared.q_empty(), q_parity ^ 1);", ""),
     Fault("the parity of Q never flips", PRODUCER, "q_parity ^= 1;", ""),
-    Fault("a tile without keys is not announced", PRODUCER, "mbarrier_arrive(shared.q_full());", ""),
     Fault(
         "more bytes are expected than come", FRAGMENT, "ROWS * CHUNKS * kRowBytes)", "ROWS * CHUNKS * kRowBytes + 16)"
     ),
@@ -39,7 +35,6 @@ FAULTS = [
     Fault("K ignores where its sequence begins", PRODUCER, "k.full(), tile.first_kv + block", "k.full(), block"),
     Fault("Q ignores where its sequence begins", PRODUCER, "tile.first_q + tile.row, tile.head", "tile.row, tile.head"),
     # Products in flight
-    Fault("scores are used before the wait", CONSUMER, "wgmma_wait<1>(scores);", ""),
     Fault(
         "K is released before its product is done",
         CONSUMER,
@@ -79,7 +74,6 @@ FAULTS = [
     ),
     Fault("no wait for K", CONSUMER, "2 * kWarpgroup);\n    mbarrier_wait(k.full(), k.parity);", "2 * kWarpgroup);"),
     Fault("no wait for V", CONSUMER, "k.stage);\n    mbarrier_wait(v.full(), v.parity);", "k.stage);"),
-    Fault("no wait for Q", CONSUMER, "mbarrier_wait(shared.q_full(), q_parity);", ""),
     Fault("every lane releases a stage", FRAGMENT, "if (thread_index() % 32 == 0) mbarrier", "mbarrier"),
     Fault("the first scores add to what was there", FRAGMENT, "c != 0);", "1);"),
     Fault("out is not cleared", CONSUMER, "++i) out[i] = 0.f;", "++i) out[i] = 1.f;"),
@@ -123,9 +117,6 @@ FAULTS = [
         "kRowBytes, packed);\n    fence_proxy_async();",
         "kRowBytes, packed);",
     ),
-    Fault("Q's buffer is handed back before out has left", CONSUMER, "tma_store_wait_read();", ""),
-    Fault("the store of out is not committed", CONSUMER, "tma_store_commit();", ""),
-    Fault("Q's buffer is never handed back", CONSUMER, "mbarrier_arrive(shared.q_empty());", ""),
     Fault(
         "the block ends before out has arrived",
         CONSUMER,
@@ -146,12 +137,6 @@ FAULTS = [
         CONSUMER,
         "fence_proxy_async();\n  named_sync(kConsumersBarrier",
         "named_sync(kConsumersBarrier",
-    ),
-    Fault(
-        "cleared values are used before all are",
-        CONSUMER,
-        "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);",
-        "",
     ),
     Fault(
         "values are cleared before they arrive",
@@ -243,7 +228,5 @@ FAULTS = [
     Fault("lse of the wrong head", CONSUMER, "tile.map_batch * p.heads_q + tile.head)", "tile.map_batch * p.heads_q)"),
     # Set-up
     Fault("a stage counts consumers, not warps", FORWARD, "4 * C::CONSUMERS", "C::CONSUMERS"),
-    Fault("the barriers' initialisation is not fenced", FORWARD, "mbarrier_fence_init();", ""),
-    Fault("roles begin before the barriers are there", FORWARD, "block_sync();", ""),
     Fault("the producer keeps too many registers", TRAITS, "CONSUMERS == 2 ? 24 : 32", "CONSUMERS == 2 ? 40 : 32"),
 ]

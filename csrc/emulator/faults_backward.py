@@ -19,9 +19,6 @@ BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "co
 BACKWARD_FAULTS = [
     # What the producers may do when
     Fault(
-        "backward: Q is loaded without waiting for room", DKDV, "mbarrier_wait(q.empty(), q.parity ^ 1);", "", FUSED_128
-    ),
-    Fault(
         "backward: Q is loaded with the wrong parity", DKDV, "q.empty(), q.parity ^ 1", "q.empty(), q.parity", FUSED_128
     ),
     Fault(
@@ -39,13 +36,6 @@ BACKWARD_FAULTS = [
         FUSED_128,
     ),
     Fault("backward: a stage counts consumers, not warps", DKDV, "4 * C::CONSUMERS", "C::CONSUMERS", FUSED_128),
-    Fault(
-        "backward: K is loaded without waiting for room",
-        DQ,
-        "mbarrier_wait(k.empty(), k.parity ^ 1);",
-        "",
-        DQ_128,
-    ),
     Fault(
         "backward: V is loaded with the wrong parity",
         DQ,
@@ -98,8 +88,6 @@ BACKWARD_FAULTS = [
         FUSED_128,
     ),
     # Waits of backward_dkdv
-    Fault("backward: no wait for K", DKDV, "mbarrier_wait(shared.k_full(), 0);", "", FUSED_128),
-    Fault("backward: no wait for V", DKDV, "mbarrier_wait(shared.v_full(), 0);", "", FUSED_128),
     Fault("backward: no wait for Q", DKDV, "mbarrier_wait(q.full(), q.parity);\n      clear", "clear", FUSED_128),
     Fault(
         "backward: no wait for dout",
@@ -108,7 +96,6 @@ BACKWARD_FAULTS = [
         "if",
         FUSED_128,
     ),
-    Fault("backward: scores are used before the wait", DKDV, "wgmma_wait<1>(scores);", "", FUSED_128),
     Fault("backward: dP is used before the wait", DKDV, "wgmma_wait<OF_V ? 1 : 0>(dp);", "", FUSED_128),
     Fault(
         "backward: Q is released before its products are done",
@@ -336,13 +323,6 @@ BACKWARD_FAULTS = [
         "backward: dk and dv are staged while K and V are read",
         DKDV,
         "named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more",
-        "",
-        FUSED_128,
-    ),
-    Fault(
-        "backward: dk is stored before all warps have staged it",
-        DKDV,
-        "named_sync(kOwnBarrier + this_place().consumer(), kWarpgroup);",
         "",
         FUSED_128,
     ),

@@ -14,7 +14,7 @@ struct ForwardInstance {
 };
 std::vector<ForwardInstance>& forward_instances();
 
-// Empty if the kernel computes the case rightly and the machine has nothing to report; else what is wrong.
+// Empty if the results are right and the machine reports nothing; else the error.
 std::string check_forward(ForwardInstance const& instance, Case const& c, Report& report);
 
 }  // namespace fa::emu

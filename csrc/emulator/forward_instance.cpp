@@ -1,5 +1,5 @@
-// A FORWARD line of instances.inc for the emulator: compiled with -DFA_FORWARD=D_QK,D_V,... Both types, or bfloat16 alone
-// with -DFA_BFLOAT16_ONLY.
+// A FORWARD line of instances.inc for the emulator: compiled with -DFA_FORWARD=D_QK,D_V,... Both types, or bfloat16
+// alone with -DFA_BFLOAT16_ONLY.
 #include "../sm90/forward.cuh"
 #include "forward_case.h"
 

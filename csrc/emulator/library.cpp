@@ -1,5 +1,5 @@
-// The C interface of csrc/sm90/host.cu on the emulated machine: the same structs, tensor maps and order of launches, with tensors
-// in host memory. So tests run the whole backend, from torch's tensors to its results, with no GPU.
+// The C interface of csrc/sm90/host.cu on the emulated machine: the same structs, tensor maps and order of launches,
+// with tensors in host memory. So tests run the whole backend, from torch's tensors to its results, without a GPU.
 #include <algorithm>
 #include <cstdio>
 

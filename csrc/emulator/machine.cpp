@@ -32,7 +32,7 @@ void block_until(std::function<bool()> condition, char const* waiting_for) {
   self->condition = nullptr;
 }
 
-// Sometimes lets the others run first, as if this warp were slow here.
+// Sometimes yields to the other warps, as if this one were slow here.
 void pause() {
   Machine& m = machine();
   if (m.random() % 3) return;
@@ -63,6 +63,16 @@ Collected const& meet(char const* what, uint64_t a, uint64_t b, uint64_t c, uint
   return warp.collected;
 }
 
+// A meeting after which every lane may rely on what the others did before it.
+void sync_warp(char const* what) {
+  Warp& warp = my_warp();
+  if (warp.arrived == 0) warp.arriving.assign(agent_count(), 0);
+  tell(warp.arriving);
+  if (warp.arrived == 31) warp.known = std::move(warp.arriving);
+  meet(what);
+  learn(machine().running->clock, warp.known);
+}
+
 static void enter_fiber() {
   machine().kernel();
   machine().running->done = true;
@@ -78,6 +88,8 @@ static void start_fibers(int threads) {
     fiber.stack = std::move(stack);
     fiber.stack.resize(64 * 1024);
     fiber.thread = thread;
+    fiber.clock.assign(agent_count(), 0);
+    fiber.clock[thread] = 1;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -196,6 +208,9 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   m.fibers = std::move(before.fibers);  // whose stacks are used again
   m.global = std::move(before.global);
   m.is_trusting = before.is_trusting;
+  m.is_traced = before.is_traced;
+  m.trace = std::move(before.trace);
+  m.runs = before.runs + 1;
   m.report = &report;
   m.kernel = kernel;
   m.block = block;
@@ -204,11 +219,13 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   m.shared.assign(kSharedBytes, 0xff);
   m.unfenced_writer.assign(kSharedBytes / 16, 0);
   m.is_written.assign(kSharedBytes / 16, false);
+  m.grains.assign(kSharedBytes / 16, Grain());
   m.warps.resize(threads / 32);
   int const at_launch = 65536 / threads / 8 * 8;
   m.register_pool = at_launch * threads;
   for (Warp& warp : m.warps) warp.registers = at_launch;
   start_fibers(threads);
+  for (NamedBarrier& barrier : m.named) barrier.arriving.assign(agent_count(), 0);
   schedule(threads);
   bool const is_finished = std::all_of(m.fibers.begin(), m.fibers.end(), [](Fiber const& f) { return f.done; });
   if (is_finished && !m.loads.empty()) error("the block ended with a TMA load in flight");
@@ -227,6 +244,26 @@ void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> 
   }
 }
 
+// Of a warp its first lane alone, but for loads, which every lane may start.
+void note(char const* what, uint64_t a, uint64_t b, uint64_t c) {
+  Machine& m = machine();
+  if (!m.is_traced || (thread_index() % 32 && std::string(what) != "load")) return;
+  m.trace.push_back({m.runs, thread_index() / 32, what, a, b, c});
+}
+
+void trace_blocks() { machine().is_traced = true; }
+
+std::string take_trace() {
+  std::string lines;
+  for (Step const& step : machine().trace) {
+    lines += std::to_string(step.run) + " " + std::to_string(step.warp) + " " + step.what;
+    for (uint64_t const x : {step.a, step.b, step.c}) lines += " " + std::to_string(x);
+    lines += "\n";
+  }
+  machine().trace.clear();
+  return lines;
+}
+
 void forget_global() { machine().global.clear(); }
 void trust_kernels() { machine().is_trusting = true; }
 
@@ -243,13 +280,18 @@ static bool overlaps(Store const& store, uint32_t from, uint32_t bytes) {
   return !store.is_read && from < store.from + store.data.size() && from + bytes > store.from;
 }
 
-// Something is about to write [from, from + bytes).
+// Checks before a write to [from, from + bytes).
 void check_write(uint32_t from, uint32_t bytes, char const* who) {
   Machine& m = machine();
   for (Store const& store : m.stores) {
     if (overlaps(store, from, bytes)) error(std::string(who) + " a buffer that a TMA store still reads");
   }
   if (is_operand_in_flight(from, bytes)) error(std::string(who) + " an operand of a wgmma in flight");
+}
+
+static Access now() {
+  Fiber const& self = *machine().running;
+  return {static_cast<uint32_t>(self.thread), self.clock[self.thread]};
 }
 
 void store_shared(uint32_t to, void const* from, int bytes) {
@@ -259,6 +301,8 @@ void store_shared(uint32_t to, void const* from, int bytes) {
   check_write(to, static_cast<uint32_t>(bytes), "a store writes over");
   std::copy_n(static_cast<uint8_t const*>(from), bytes, target);
   uint32_t const granule = (to - kSharedBase) / 16;
+  note_write(granule, now());
+  note("write", to, to + static_cast<uint32_t>(bytes));
   m.unfenced_writer[granule] = static_cast<uint16_t>(thread_index() + 1);
   m.is_written[granule] = true;
   m.running->unfenced.push_back(granule);
@@ -266,7 +310,10 @@ void store_shared(uint32_t to, void const* from, int bytes) {
 
 void load_shared(uint32_t from, void* to, int bytes) {
   uint8_t const* const source = shared_bytes(from, bytes);
-  if (!machine().is_written[(from - kSharedBase) / 16]) error("a load reads shared memory that was never written");
+  uint32_t const granule = (from - kSharedBase) / 16;
+  if (!machine().is_written[granule]) error("a load reads shared memory that was never written");
+  note_read(granule, now());
+  note("get", from, from + static_cast<uint32_t>(bytes));
   std::copy_n(source, bytes, static_cast<uint8_t*>(to));
 }
 
@@ -322,7 +369,7 @@ bool may_add(void const* address, size_t bytes) {
 }
 
 // ---- mbarriers and named barriers ------------------------------------------------------------------------------------
-static Mbarrier& mbarrier_at(uint32_t address) {
+Mbarrier& mbarrier_at(uint32_t address) {
   auto const found = machine().mbarriers.find(address);
   if (found == machine().mbarriers.end()) {
     error("no mbarrier at +" + std::to_string(address - kSharedBase));
@@ -336,13 +383,21 @@ static void finish_phase(Mbarrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
     barrier.phase ^= 1;
     barrier.pending = barrier.arrivals;
+    barrier.arriving[loads_of(barrier.number)] = ++barrier.completed;
+    barrier.known = barrier.arriving;
   }
 }
 
 void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   if (barrier % 8) error("misaligned mbarrier");
   shared_bytes(barrier, 8);
-  machine().mbarriers[barrier] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0, false};
+  note("init", barrier, arrivals);
+  auto& all = machine().mbarriers;
+  if (all.size() == kMostMbarriers) error("more mbarriers than the emulated machine tells apart");
+  Mbarrier& made = all[barrier] = Mbarrier();
+  made.arrivals = made.pending = static_cast<int>(arrivals);
+  made.number = static_cast<uint32_t>(all.size()) - 1;
+  made.arriving.assign(agent_count(), 0);
 }
 
 void mbarrier_fence_init() {
@@ -351,9 +406,11 @@ void mbarrier_fence_init() {
 
 void mbarrier_arrive(uint32_t address, uint32_t expected_bytes) {
   Mbarrier& barrier = mbarrier_at(address);
+  note("arrive", address, expected_bytes);
   if (barrier.pending == 0) return error("more arrivals at an mbarrier than it counts");
   barrier.bytes += expected_bytes;
   --barrier.pending;
+  tell(barrier.arriving);
   finish_phase(barrier);
   pause();
 }
@@ -367,7 +424,10 @@ void complete_bytes(uint32_t address, int64_t bytes) {
 
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   mbarrier_at(address);
+  note("wait", address, parity);
   block_until([=] { return machine().mbarriers[address].phase != static_cast<int>(parity & 1); }, "an mbarrier");
+  Clock const& known = machine().mbarriers[address].known;
+  if (!known.empty()) learn(machine().running->clock, known);
 }
 
 void named_barrier(int id, int threads, bool wait) {
@@ -375,18 +435,22 @@ void named_barrier(int id, int threads, bool wait) {
   if (threads == 0) threads = static_cast<int>(m.fibers.size());
   if (id < 0 || id > 15 || threads % 32) return error("a named barrier has number 0 to 15 and whole warps");
   NamedBarrier& barrier = m.named[id];
+  note(wait ? "meet" : "pass", static_cast<uint64_t>(id), static_cast<uint64_t>(threads));
   if (barrier.arrived && barrier.threads != threads) error("threads disagree about the size of a named barrier");
   barrier.threads = threads;
   uint64_t const generation = barrier.generation;
+  tell(barrier.arriving);
   if (++barrier.arrived == threads) {
     barrier.arrived = 0;
     ++barrier.generation;
+    barrier.known = barrier.arriving;
   } else if (wait) {
     block_until([&barrier, generation] { return barrier.generation != generation; }, "a named barrier");
   }
+  if (wait) learn(m.running->clock, barrier.known);
 }
 
-// setmaxnreg: a warp that wants more waits until the pool, what the launch allotted to the block, has them.
+// setmaxnreg: a warp that needs more registers waits until the pool of the block has them.
 void set_registers(int registers, bool more) {
   Machine& m = machine();
   if (registers % 8 || registers < 24 || registers > 256) error("setmaxnreg takes multiples of 8 from 24 to 256");

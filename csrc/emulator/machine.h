@@ -1,4 +1,5 @@
-// One streaming multiprocessor, on a CPU: what the names of sm90/ptx.cuh do when kernels are built with FA_EMULATE.
+// One streaming multiprocessor on a CPU: it implements the names of sm90/ptx.cuh when kernels are built with
+// FA_EMULATE.
 //
 // Every thread of a block is a fiber. Warps are scheduled at random; a warp or a warpgroup is held back at random.
 // Everything asynchronous happens at a random later time: TMA loads and stores, and each wgmma, of which every warp
@@ -6,19 +7,21 @@
 // Shared memory begins as NaN, the target of a TMA load is NaN until it arrives, and accumulators are NaN until their
 // wait. Beyond wrong results this reports, with block, thread and reason:
 //
-//   a block that cannot go on (who waits for what, and the state of every mbarrier)
+//   a deadlock of a block (each thread's wait, and the state of every mbarrier)
 //   an operand that is overwritten, registers that change, or a wait without commit, while a wgmma is in flight
+//   two accesses to the same 16 bytes of shared memory, one of them a write, that no barrier orders (races.cpp)
 //   wgmma and TMA reading what was written without a proxy fence; a buffer reused while a TMA store reads it
 //   a wgmma without wgmma.fence; threads of a warp that disagree about one, or meet in different instructions
 //   mbarriers used before init and fence, too many arrivals or bytes; named barriers with differing counts
-//   registers taken that nobody gave; misalignment; addresses out of range; reads of shared memory never written;
+//   more registers taken than were released; misalignment; addresses out of range; reads of unwritten shared memory;
 //   outputs stored twice
 //
-// It cannot show real latencies, bank conflicts, what ptxas does to registers, clusters, or races between ordinary
-// loads and stores of shared memory. How it agrees with hardware: csrc/README.md.
+// It cannot show real latencies, bank conflicts, what ptxas does to registers, or clusters. How it agrees with
+// hardware: csrc/README.md.
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <string>
 
 namespace fa::emu {
@@ -36,10 +39,13 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
 // A whole grid, block after block in any order, until the first error.
 void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
 
-// Global memory that kernels may load from, and store to once. What TMA loads is bounded by its tensor map.
+void trace_blocks();  // from now on
+std::string take_trace();  // a line for each step: which block in the order of their runs, warp, what, and its numbers
+
+// Allows kernels to load from global memory and to store to it once. TMA loads are bounded by their tensor map instead.
 void allow_global(void const* begin, size_t bytes);
 void forget_global();
-void trust_kernels();  // with all of global memory, from now on
+void trust_kernels();  // allows all accesses to global memory from now on
 
 // ---- what follows is called by the kernel, through emulator/ptx.h ----------------------------------------------------
 struct Map {  // a tiled 4-D tensor map, 128-byte swizzle
@@ -54,10 +60,25 @@ int thread_index();
 int block_index();
 int block_count();
 
-struct Collected {  // what every lane of a warp brought to a collective
+// A call in a kernel that orders something. One of them can be left out, to see that the machine reports it: no kernel
+// has to be compiled again for that.
+struct Site {
+  char const* what;
+  char const* file;
+  int line;
+  static Site here(char const* what, char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {what, file, line};
+  }
+  bool is_left_out() const;  // and notes that the call happened
+};
+void leave_out(std::string const& site);  // as `sites` names it: "consumer.cuh:53 mbarrier_wait"
+std::set<std::string> sites();  // that kernels have come to
+
+struct Collected {  // the arguments of every lane of a warp in a collective
   uint64_t of_lane[32][5];
 };
 Collected const& meet(char const* what, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0, uint64_t d = 0, uint64_t e = 0);
+void sync_warp(char const* what);
 
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_fence_init();

@@ -11,6 +11,20 @@
 
 namespace fa::emu {
 
+// For every agent (races.cpp) the time of its that is known to be over.
+using Clock = std::vector<uint32_t>;
+
+struct Access {
+  uint32_t agent, time;
+};
+
+struct Grain {  // 16 bytes of shared memory
+  Access written{0, 0};
+  std::vector<Access> reads;  // since then, one of each agent
+};
+
+constexpr uint32_t kMostMbarriers = 32;
+
 struct Accumulator {  // of one thread, while products on it are in flight
   std::vector<float> values;
   int in_flight = 0;
@@ -21,6 +35,7 @@ struct Fiber {
   std::vector<char> stack;
   int thread = 0;
   bool done = false;
+  Clock clock;
   std::function<bool()> condition;  // null: it can run
   std::string waiting_for;
   std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
@@ -47,6 +62,7 @@ struct Warp {
   char const* meeting = "";
   int arrived = 0;
   uint64_t generation = 0;
+  Clock arriving, known;  // of a meeting that orders memory: what its lanes did before it
   int registers = 0;                     // of each thread
   std::deque<Product> products;
   size_t computed = 0, retired = 0;  // products before these are computed; waited for
@@ -57,11 +73,14 @@ struct Mbarrier {
   int64_t bytes = 0;
   int phase = 0;
   bool is_fenced = false;
+  uint32_t number = 0, completed = 0;  // which of the block's mbarriers, and how many of its phases are over
+  Clock arriving, known;               // what those did who arrived; until the last phase ended
 };
 
 struct NamedBarrier {
   int arrived = 0, threads = 0;
   uint64_t generation = 0;
+  Clock arriving, known;
 };
 
 struct Store {
@@ -69,6 +88,12 @@ struct Store {
   std::vector<uint8_t> data;
   std::function<void(std::vector<uint8_t> const&)> write;
   bool is_read, is_written;
+};
+
+struct Step {  // what a warp did that others can notice, in the order of the run (csrc/proofs/protocol.cpp)
+  int run, warp;
+  char const* what;
+  uint64_t a, b, c;
 };
 
 struct Region {  // of global memory
@@ -91,16 +116,21 @@ struct Machine {
   std::vector<uint8_t> shared;
   std::vector<uint16_t> unfenced_writer;  // per granule: 1 + the thread that wrote it without a proxy fence, or 0
   std::vector<bool> is_written;           // per granule: by ordinary stores
+  std::vector<Grain> grains;
   std::map<uint32_t, Mbarrier> mbarriers;
   NamedBarrier named[16];
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
-  std::vector<Region> global;  // what kernels may touch, but for what TMA loads
-  bool is_trusting = false;    // they may touch everything
+  std::vector<Region> global;  // memory that kernels may access, except by TMA loads
+  bool is_trusting = false;    // kernels may access all memory
+  bool is_traced = false;
+  int runs = 0;  // blocks run so far
+  std::vector<Step> trace;
 };
 
 Machine& machine();
 Warp& my_warp();
+void note(char const* what, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0);  // by the running thread; if traced
 void block_until(std::function<bool()> condition, char const* waiting_for);
 void pause();
 uint8_t* shared_bytes(uint32_t address, int bytes);
@@ -108,6 +138,17 @@ void check_write(uint32_t from, uint32_t bytes, char const* who);
 void complete_bytes(uint32_t mbarrier, int64_t bytes);
 void check_async_read(uint32_t from, uint32_t bytes, char const* who);
 uint32_t swizzled(uint32_t address);
+Mbarrier& mbarrier_at(uint32_t address);
+
+void learn(Clock& clock, Clock const& known);
+void tell(Clock& known);
+size_t agent_count();
+uint32_t products_of(uint32_t warp);
+uint32_t stores_of(uint32_t warp);
+uint32_t loads_of(uint32_t mbarrier);
+// By the running thread, or by an agent that it sets going.
+void note_read(uint32_t grain, Access const& access);
+void note_write(uint32_t grain, Access const& access);
 
 bool is_operand_in_flight(uint32_t from, uint32_t bytes);
 bool run_product(bool wanted);  // computes one that is waiting, if there is any

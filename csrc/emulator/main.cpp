@@ -1,4 +1,5 @@
-// emulate CASES SEED: runs every linked kernel on CASES random problems. Exits with 1 at the first that is wrong.
+// emulate CASES SEED [SITE | --trace]: runs every linked kernel on CASES random problems, without the call at SITE if one is
+// given. Exits with 1 at the first that is wrong. Prints the sites that kernels have come to (machine.h), or what they did.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -30,11 +31,17 @@ static bool run(std::vector<Instance> const& instances, MakeCase make_case, Chec
 }
 
 int main(int count, char** arguments) {
-  if (count != 3) return std::fprintf(stderr, "usage: emulate CASES SEED\n"), 2;
+  if (count < 3 || count > 4) return std::fprintf(stderr, "usage: emulate CASES SEED [SITE | --trace]\n"), 2;
   int const cases = std::atoi(arguments[1]);
   uint32_t const seed = static_cast<uint32_t>(std::atoi(arguments[2]));
   using namespace fa::emu;
-  return !run(forward_instances(), random_case, check_forward, cases, seed) ||
-         !run(backward_instances(), random_case, check_backward, cases, seed) ||
-         !run(decode_instances(), random_decode_case, check_decode, cases, seed);
+  bool const is_traced = count == 4 && arguments[3] == std::string("--trace");
+  if (is_traced) trace_blocks();
+  else if (count == 4) leave_out(arguments[3]);
+  bool const is_right = run(forward_instances(), random_case, check_forward, cases, seed) &&
+                        run(backward_instances(), random_case, check_backward, cases, seed) &&
+                        run(decode_instances(), random_decode_case, check_decode, cases, seed);
+  if (is_traced) std::printf("%s", take_trace().c_str());
+  for (std::string const& site : sites()) std::printf("site %s\n", site.c_str());
+  return !is_right;
 }

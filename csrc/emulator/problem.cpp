@@ -1,4 +1,4 @@
-// Random problems: sizes that fill blocks, leave them part empty or empty, every mask, every way to lie in memory.
+// Random problems: sizes that fill blocks fully, partly or not at all, every mask, and every layout in memory.
 #include "problem.h"
 
 #include <cmath>

@@ -53,7 +53,7 @@ struct Tensor {  // 16-bit, (batch, row, head, column) with strides in elements
 
 Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first, int padding, uint16_t fill);
 
-// Whether query i of sequence n sees key j, by the words of fastattn/spec.py.
+// Whether query i of sequence n sees key j, by the definition in fastattn/spec.py.
 bool sees(Case const& c, int n, int i, int j);
 
 struct Problem {

@@ -1,4 +1,4 @@
-// The names of sm90/ptx.cuh on the emulated machine. Nothing here decides anything: it forwards to machine.h.
+// The names of sm90/ptx.cuh on the emulated machine, which forward to machine.h.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -15,6 +15,7 @@ namespace fa::sm90 {
 struct Bf16 {};
 struct F16 {};
 using TensorMap = emu::Map;
+using emu::Site;
 
 inline int thread_index() { return emu::thread_index(); }
 inline int block_index() { return emu::block_index(); }
@@ -28,10 +29,18 @@ inline uint32 shared_base() { return emu::kSharedBase; }
 inline uint32 recomputed(uint32 x) { return x; }
 
 inline void mbarrier_init(uint32 barrier, uint32 arrivals) { emu::mbarrier_init(barrier, arrivals); }
-inline void mbarrier_fence_init() { emu::mbarrier_fence_init(); }
-inline void mbarrier_arrive(uint32 barrier) { emu::mbarrier_arrive(barrier, 0); }
-inline void mbarrier_expect(uint32 barrier, uint32 bytes) { emu::mbarrier_arrive(barrier, bytes); }
-inline void mbarrier_wait(uint32 barrier, uint32 parity) { emu::mbarrier_wait(barrier, parity); }
+inline void mbarrier_fence_init(Site site = Site::here("mbarrier_fence_init")) {
+  if (!site.is_left_out()) emu::mbarrier_fence_init();
+}
+inline void mbarrier_arrive(uint32 barrier, Site site = Site::here("mbarrier_arrive")) {
+  if (!site.is_left_out()) emu::mbarrier_arrive(barrier, 0);
+}
+inline void mbarrier_expect(uint32 barrier, uint32 bytes, Site site = Site::here("mbarrier_expect")) {
+  if (!site.is_left_out()) emu::mbarrier_arrive(barrier, bytes);
+}
+inline void mbarrier_wait(uint32 barrier, uint32 parity, Site site = Site::here("mbarrier_wait")) {
+  if (!site.is_left_out()) emu::mbarrier_wait(barrier, parity);
+}
 
 constexpr uint64 kEvictFirst = 0, kEvictLast = 0;
 inline void tma_prefetch(const TensorMap*) {}
@@ -45,33 +54,45 @@ inline void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier)
 inline void tma_store(const TensorMap* map, uint32 from, int column, int row, int head, int batch) {
   emu::tma_store(map, from, {column, row, head, batch});
 }
-inline void tma_store_commit() { emu::tma_store_commit(); }
-inline void tma_store_wait_read() { emu::tma_store_wait(true, 0); }
-inline void tma_store_wait() { emu::tma_store_wait(false, 0); }
+inline void tma_store_commit(Site site = Site::here("tma_store_commit")) {
+  if (!site.is_left_out()) emu::tma_store_commit();
+}
+inline void tma_store_wait_read(Site site = Site::here("tma_store_wait_read")) {
+  if (!site.is_left_out()) emu::tma_store_wait(true, 0);
+}
+inline void tma_store_wait(Site site = Site::here("tma_store_wait")) {
+  if (!site.is_left_out()) emu::tma_store_wait(false, 0);
+}
 template <int GROUPS>
-void tma_store_wait_read_but() {
-  emu::tma_store_wait(true, GROUPS);
+void tma_store_wait_read_but(Site site = Site::here("tma_store_wait_read_but")) {
+  if (!site.is_left_out()) emu::tma_store_wait(true, GROUPS);
 }
 inline void bulk_add(float* to, uint32 from, uint32 bytes) { emu::bulk_add(to, from, bytes); }
-inline void fence_proxy_async() { emu::fence_proxy_async(); }
+inline void fence_proxy_async(Site site = Site::here("fence_proxy_async")) {
+  if (!site.is_left_out()) emu::fence_proxy_async();
+}
 
 inline bool is_half(Bf16) { return false; }
 inline bool is_half(F16) { return true; }
-inline void wgmma_fence() { emu::wgmma_fence(); }
-inline void wgmma_commit() { emu::wgmma_commit(); }
+inline void wgmma_fence(Site site = Site::here("wgmma_fence")) {
+  if (!site.is_left_out()) emu::wgmma_fence();
+}
+inline void wgmma_commit(Site site = Site::here("wgmma_commit")) {
+  if (!site.is_left_out()) emu::wgmma_commit();
+}
 template <int TRANSPOSE_A, int TRANSPOSE_B, class T, int R>
 void wgmma_ss(T t, float (&d)[R], uint32 a, uint32 b, int accumulate) {
   emu::wgmma_issue({2 * R, is_half(t), false, TRANSPOSE_A != 0, TRANSPOSE_B != 0, accumulate != 0, a, b}, d, {});
 }
-// The registers of A by reference: the machine checks that they stay as they are until the wait.
+// The registers of A by reference: the machine checks that they do not change until the wait.
 template <int TRANSPOSE_B, class T, int R>
 void wgmma_rs(T t, float (&d)[R], uint32 const& a0, uint32 const& a1, uint32 const& a2, uint32 const& a3, uint32 b,
               int accumulate) {
   emu::wgmma_issue({2 * R, is_half(t), true, false, TRANSPOSE_B != 0, accumulate != 0, 0, b}, d, {&a0, &a1, &a2, &a3});
 }
 template <int GROUPS, int R>
-void wgmma_wait(float (&)[R]) {
-  emu::wgmma_wait(GROUPS);
+void wgmma_wait(float (&)[R], Site site = Site::here("wgmma_wait")) {
+  if (!site.is_left_out()) emu::wgmma_wait(GROUPS);
 }
 inline void pin_above_wait(uint32, float) {}
 
@@ -80,13 +101,21 @@ void take_registers() {
   emu::set_registers(REGISTERS, true);
 }
 template <int REGISTERS>
-void give_registers() {
-  emu::set_registers(REGISTERS, false);
+void give_registers(Site site = Site::here("give_registers")) {
+  if (!site.is_left_out()) emu::set_registers(REGISTERS, false);
 }
-inline void warp_sync() { emu::meet("syncwarp"); }
-inline void named_sync(int barrier, int threads) { emu::named_barrier(barrier, threads, true); }
-inline void named_arrive(int barrier, int threads) { emu::named_barrier(barrier, threads, false); }
-inline void block_sync() { emu::named_barrier(0, 0, true); }
+inline void warp_sync(Site site = Site::here("warp_sync")) {
+  if (!site.is_left_out()) emu::sync_warp("syncwarp");
+}
+inline void named_sync(int barrier, int threads, Site site = Site::here("named_sync")) {
+  if (!site.is_left_out()) emu::named_barrier(barrier, threads, true);
+}
+inline void named_arrive(int barrier, int threads, Site site = Site::here("named_arrive")) {
+  if (!site.is_left_out()) emu::named_barrier(barrier, threads, false);
+}
+inline void block_sync(Site site = Site::here("block_sync")) {
+  if (!site.is_left_out()) emu::named_barrier(0, 0, true);
+}
 
 inline float negative_infinity() { return -INFINITY; }
 inline float positive_infinity() { return INFINITY; }

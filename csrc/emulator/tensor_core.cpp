@@ -110,6 +110,16 @@ static bool same(Wgmma const& x, Wgmma const& y) {
          x.transpose_a == y.transpose_a && x.transpose_b == y.transpose_b && x.accumulate == y.accumulate;
 }
 
+// The rows of the swizzle, of 1024 bytes for eight, that an operand lies in.
+static void note_operand(uint32_t descriptor, bool transposed, int size) {
+  if (!machine().is_traced) return;
+  uint32_t low = ~0u, high = 0;
+  visit_pieces(descriptor, transposed, 0, size, [&](uint32_t address, int, int) {
+    low = std::min(low, address / 1024 * 1024), high = std::max(high, address / 1024 * 1024 + 1024);
+  });
+  note("read", low, high);
+}
+
 void wgmma_fence() { machine().running->is_wgmma_fenced = true; }
 
 void wgmma_issue(Wgmma const& op, float* d, uint32_t const* const (&a)[4]) {
@@ -122,11 +132,18 @@ void wgmma_issue(Wgmma const& op, float* d, uint32_t const* const (&a)[4]) {
   if (product.lanes == 0) {
     product.op = op;
     product.granules = granules_of(op);
-    for (uint32_t granule : product.granules) check_async_read(kSharedBase + granule * 16, 16, "a wgmma");
+    uint32_t const agent = products_of(static_cast<uint32_t>(self.thread / 32)),
+                   time = static_cast<uint32_t>(index + 1);
+    for (uint32_t granule : product.granules) {
+      check_async_read(kSharedBase + granule * 16, 16, "a wgmma");
+      note_read(granule, {agent, time});
+    }
   } else if (!same(product.op, op)) {
     error("threads of a warp disagree about a wgmma");
   }
   int const lane = self.thread % 32;
+  if (!op.a_in_registers) note_operand(op.a, op.transpose_a, 64);
+  note_operand(op.b, op.transpose_b, op.n);
   ++product.lanes;
   product.d[lane] = d;
   for (int i = 0; op.a_in_registers && i < 4; ++i) {
@@ -140,9 +157,16 @@ void wgmma_issue(Wgmma const& op, float* d, uint32_t const* const (&a)[4]) {
   }
 }
 
-void wgmma_commit() { machine().running->group_ends.push_back(machine().running->issued); }
+void wgmma_commit() {
+  note("commit");
+  machine().running->group_ends.push_back(machine().running->issued);
+}
 
 // ---- compute ---------------------------------------------------------------------------------------------------------
+// Element i of a lane's fragment, an accumulator or (i < 8) an operand A in registers, among its warp's 16 rows.
+static int row_of(int lane, int i) { return lane / 4 + i / 2 % 2 * 8; }
+static int column_of(int lane, int i) { return i / 4 * 8 + lane % 4 * 2 + i % 2; }
+
 static void compute(Warp& warp, int warp_index) {
   static float a[16][256], b[16][256], sums[16][256];  // [k][row], [k][column], [row][column]
   Machine& m = machine();
@@ -151,16 +175,16 @@ static void compute(Warp& warp, int warp_index) {
   int const quarter = warp_index % 4;
   read_operand(op.b, op.transpose_b, op.is_half, 0, op.n, b);
   if (!op.a_in_registers) read_operand(op.a, op.transpose_a, op.is_half, quarter * 16, quarter * 16 + 16, a);
-  for (int row = 0; op.a_in_registers && row < 16; ++row) {
-    for (int k = 0; k < 16; ++k) {
-      uint32_t const pair = product.a_values[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-      a[k][row] = decoder(op.is_half)[static_cast<uint16_t>(pair >> 16 * (k % 2))];
+  for (int lane = 0; op.a_in_registers && lane < 32; ++lane) {
+    for (int i = 0; i < 8; ++i) {
+      uint32_t const pair = product.a_values[lane][i / 2];
+      a[column_of(lane, i)][row_of(lane, i)] = decoder(op.is_half)[static_cast<uint16_t>(pair >> 16 * (i % 2))];
     }
   }
-  auto const each = [&](auto visit) {  // element i of a lane's accumulator is (row, column)
+  auto const each = [&](auto visit) {
     for (int lane = 0; lane < 32; ++lane) {
       auto& values = m.fibers[warp_index * 32 + lane].accumulators[product.d[lane]].values;
-      for (int i = 0; i < op.n / 2; ++i) visit(values[i], lane / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane % 4 * 2 + i % 2);
+      for (int i = 0; i < op.n / 2; ++i) visit(values[i], row_of(lane, i), column_of(lane, i));
     }
   };
   each([&](float value, int row, int column) { sums[row][column] = op.accumulate ? value : 0.f; });
@@ -208,16 +232,19 @@ static void retire(Fiber& self, Product const& product) {
 }
 
 void wgmma_wait(int groups) {
+  note("retire", static_cast<uint64_t>(groups));
   Fiber& self = *machine().running;
   Warp& warp = my_warp();
   if ((self.group_ends.empty() ? 0 : self.group_ends.back()) != self.issued) error("a wait with a wgmma not committed");
   int const kept = static_cast<int>(self.group_ends.size()) - groups;
   size_t const end = kept > 0 ? self.group_ends[kept - 1] : 0;
-  meet("a wgmma wait");  // so every lane has issued what this one has
+  sync_warp("a wgmma wait");  // so every lane has issued what this one has
   pause();
   while (warp.computed < end) compute(warp, self.thread / 32);
   for (; self.retired < end; ++self.retired) retire(self, warp.products[self.retired]);
   for (; warp.retired < end; ++warp.retired) warp.products[warp.retired].granules.clear();
+  uint32_t& over = self.clock[products_of(static_cast<uint32_t>(self.thread / 32))];
+  over = std::max(over, static_cast<uint32_t>(end));
   self.is_wgmma_fenced = false;
 }
 

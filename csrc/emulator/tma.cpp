@@ -30,8 +30,8 @@ static void visit_box(Map const& map, int const (&at)[4], Visit visit) {
 static uint32_t box_bytes(Map const& map) { return 2u * map.box[0] * map.box[1] * map.box[2] * map.box[3]; }
 
 static void check_map(Map const& map, uint32_t shared) {
-  // The swizzle goes by address and repeats after 8 rows (CUDA C++ Programming Guide, "The Swizzle Modes"): smaller boxes
-  // may begin at any of them.
+  // The swizzle goes by address and repeats after 8 rows (CUDA C++ Programming Guide, "The Swizzle Modes"): smaller
+  // boxes may begin at any of them.
   if (shared % (map.box[1] < 8 ? 128 * map.box[1] : 1024)) error("a TMA box begins off the rows of its swizzle");
   if (map.stride[0] != 2 || map.box[0] * 2 > 128) error("a box is wider than the swizzle");
   for (int d = 0; d < 4; ++d) {
@@ -41,12 +41,34 @@ static void check_map(Map const& map, uint32_t shared) {
   if (reinterpret_cast<uintptr_t>(map.base) % 16) error("a tensor map with a base that 16 does not divide");
 }
 
+// A load on an mbarrier writes these bytes some time from now.
+static void begin_write(uint32_t to, uint32_t bytes, uint32_t barrier, char const* who) {
+  check_write(to, bytes, who);
+  note("load", to, to + bytes, barrier);
+  Mbarrier const& reports_to = mbarrier_at(barrier);
+  for (uint32_t granule = (to - kSharedBase) / 16; granule < (to + bytes - kSharedBase) / 16; ++granule) {
+    note_write(granule, {loads_of(reports_to.number), reports_to.completed + 1});
+  }
+  std::fill_n(shared_bytes(to, static_cast<int>(bytes)), bytes, 0xff);
+}
+
+// A store of the running thread reads these bytes some time from now.
+static void begin_store(uint32_t from, uint32_t bytes, std::function<void(std::vector<uint8_t> const&)> write) {
+  Machine& m = machine();
+  note("store", from, from + bytes);
+  uint32_t const warp = static_cast<uint32_t>(thread_index() / 32), time = static_cast<uint32_t>(m.stores.size() + 1);
+  for (uint32_t granule = (from - kSharedBase) / 16; granule < (from + bytes - kSharedBase) / 16; ++granule) {
+    note_read(granule, {stores_of(warp), time});
+  }
+  m.running->open_stores.push_back(m.stores.size());
+  m.stores.push_back({from, std::vector<uint8_t>(bytes), std::move(write), false, false});
+}
+
 void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4]) {
   Machine& m = machine();
   check_map(*map, to);
   uint32_t const bytes = box_bytes(*map);
-  check_write(to, bytes, "a TMA load writes over");
-  std::fill_n(shared_bytes(to, static_cast<int>(bytes)), bytes, 0xff);
+  begin_write(to, bytes, barrier, "a TMA load writes over");
   m.loads.push_back([=, x = std::vector<int>(at, at + 4)] {
     check_write(to, bytes, "a TMA load writes over");
     visit_box(*map, {x[0], x[1], x[2], x[3]}, [&](uint32_t offset, char const* from) {
@@ -63,8 +85,7 @@ void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4])
 void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier) {
   if (to % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) error("a bulk load that 16 does not divide");
   if (!may_load(from, bytes)) return;
-  check_write(to, bytes, "a bulk load writes over");
-  std::fill_n(shared_bytes(to, static_cast<int>(bytes)), bytes, 0xff);
+  begin_write(to, bytes, barrier, "a bulk load writes over");
   machine().loads.push_back([=] {
     check_write(to, bytes, "a bulk load writes over");
     std::copy_n(static_cast<uint8_t const*>(from), bytes, shared_bytes(to, static_cast<int>(bytes)));
@@ -75,7 +96,6 @@ void bulk_load(uint32_t to, void const* from, uint32_t bytes, uint32_t barrier) 
 }
 
 void tma_store(Map const* map, uint32_t from, int const (&at)[4]) {
-  Machine& m = machine();
   check_map(*map, from);
   auto const write = [=, x = std::vector<int>(at, at + 4)](std::vector<uint8_t> const& data) {
     visit_box(*map, {x[0], x[1], x[2], x[3]}, [&](uint32_t offset, char* to) {
@@ -83,11 +103,11 @@ void tma_store(Map const* map, uint32_t from, int const (&at)[4]) {
     });
     ++machine().report->stores;
   };
-  m.running->open_stores.push_back(m.stores.size());
-  m.stores.push_back({from, std::vector<uint8_t>(box_bytes(*map)), write, false, false});
+  begin_store(from, box_bytes(*map), write);
 }
 
 void tma_store_commit() {
+  note("store_commit");
   Fiber& self = *machine().running;
   self.stores.insert(self.stores.end(), self.open_stores.begin(), self.open_stores.end());
   self.open_stores.clear();
@@ -95,7 +115,6 @@ void tma_store_commit() {
 }
 
 void bulk_add(float* to, uint32_t from, uint32_t bytes) {
-  Machine& m = machine();
   if (from % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16) error("a bulk addition that 16 does not divide");
   if (!may_load(to, bytes)) return;
   auto const add = [=](std::vector<uint8_t> const& data) {
@@ -106,11 +125,11 @@ void bulk_add(float* to, uint32_t from, uint32_t bytes) {
     }
     ++machine().report->stores;
   };
-  m.running->open_stores.push_back(m.stores.size());
-  m.stores.push_back({from, std::vector<uint8_t>(bytes), add, false, false});
+  begin_store(from, bytes, add);
 }
 
 void tma_store_wait(bool only_read, int groups_left) {
+  note("store_wait", static_cast<uint64_t>(groups_left));
   Fiber const* self = machine().running;
   if (!self->open_stores.empty()) error("a wait for TMA stores that were not committed");
   int const groups = static_cast<int>(self->store_groups.size()) - groups_left;
@@ -122,6 +141,8 @@ void tma_store_wait(bool only_read, int groups_left) {
                            [&](size_t i) { return only_read ? all[i].is_read : all[i].is_written; });
       },
       "its TMA stores");
+  uint32_t& over = machine().running->clock[stores_of(static_cast<uint32_t>(thread_index() / 32))];
+  if (end != self->stores.begin()) over = std::max(over, static_cast<uint32_t>(*(end - 1) + 1));
 }
 
 }  // namespace fa::emu

@@ -1,7 +1,7 @@
 // Shared by the kernels of the backward pass: arguments, and the tile of each thread block.
 //
-// A block works on one tile: the hardware hands out blocks in order, so long tiles come first. Tiles are numbered pass
-// by pass as in schedule.h, and a tile is told to all warps through shared memory in the same form.
+// A block works on one tile. The hardware starts blocks in order, so long tiles come first. Tiles are numbered pass by
+// pass as in schedule.h, and all warps read the tile of the block from shared memory, as there.
 #pragma once
 #include "../common/gradient.h"
 #include "shared.h"
@@ -84,8 +84,8 @@ FA_DEVICE ScoreScales scales_of(BackwardParams const& p) {
   return {static_cast<float>(p.score_scale), static_cast<float>(p.cap_scale)};
 }
 
-// The keys of a packed sequence that some query keeps, counted from `first`; rows outside are a neighbour's, or may
-// hold NaN. In a dense batch everything: tensor maps end where keys that are kept do.
+// The keys of a packed sequence that some query keeps, counted from `first`; rows outside belong to another sequence or
+// may hold NaN. In a dense batch all rows: tensor maps include only keys that are kept.
 FA_DEVICE Range keys_to_keep(BackwardParams const& p, Tile const& tile, int first, int rows) {
   if (!p.cu_seqlens_q) return {0, rows};
   Range const kept = tile_range(band_of(p, tile), 0, tile.s_q);

@@ -1,8 +1,8 @@
 // backward_dkdv: dk and dv of a block of keys, and with FUSED the contribution of these keys to dq.
 //
-// K and V stay; Q, dout, lse and delta of one block of queries after the other come by TMA, for all query heads that
-// share the key/value head. Scores are transposed, so that a consumer's weights and score gradients are the operands in
-// registers of its sums:
+// K and V stay in shared memory; TMA loads Q, dout, lse and delta of one block of queries after the other, for all
+// query heads that share the key/value head. Scores are transposed, so that a consumer's weights and score gradients
+// are already in registers as the left operands of its sums:
 //
 //     S^T = K Q^T     P^T = 2^(S^T - lse)     dv += P^T dout
 //     dP^T = V dout^T     dS^T = P^T (dP^T - delta)     dk += dS^T Q
@@ -17,8 +17,8 @@
 
 namespace fa::sm90 {
 
-// Named barriers besides those of fragment.cuh, one for each consumer: its staged part of dq may be written, and is
-// there.
+// Named barriers besides those of fragment.cuh, two for each consumer: its buffer for a part of dq is free, and is
+// full.
 constexpr int kPartFreeBarrier = 8, kPartStagedBarrier = 10;
 
 template <class C>
@@ -39,7 +39,7 @@ struct DkdvShared {  // addresses
   FA_DEVICE uint32 dout_full(int stage) const { return base + C::BARRIERS + 16 + 8 * (2 * C::STAGES + stage); }
 };
 
-// By one thread, before the others begin. Chooses the tile, and tells it to all.
+// Run by one thread before the others begin: chooses the tile and writes it to shared memory for all.
 template <class C>
 FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile tile = find_tile<C::BLOCK_N, true>(args.p, block_index());
@@ -115,12 +115,12 @@ FA_DEVICE void clear_rows_past_end(BackwardArgs const& args, DkdvShared<C> const
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Address of the statistics of this thread's first column, `bytes` for each; those of columns 8 j and 8 j + 1 past it lie
-// 8 j * bytes on.
+// Address of the statistics of this thread's first column, `bytes` for each; those of columns 8 j and 8 j + 1 past it
+// lie 8 j * bytes on.
 FA_DEVICE uint32 of_columns(uint32 statistics, int bytes) { return statistics + this_place().first_column() * bytes; }
 
-// p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) what weigh makes of them: both zero where the
-// band does not keep.
+// p becomes the weights, and scores (or `sloped`, with SLOPED_IN_16_BITS) the weights times the slope of softcap, as
+// weigh computes them; both are zero where the band does not keep.
 template <class C>
 FA_DEVICE void weigh_block(BackwardArgs const& args, DkdvShared<C> const& shared, int keys, int block, int stage,
                            float (&scores)[C::BLOCK_M / 2], uint32 (&p)[C::BLOCK_M / 4],
@@ -130,7 +130,7 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, DkdvShared<C> const& shared
   uint32 const statistics = of_columns(shared.lse(stage), 8);
   FA_UNROLL
   for (int j = 0; j < C::BLOCK_M / 8; ++j) {
-    Float4 lse{};  // of two columns, each with its low part, which softcap does without
+    Float4 lse{};  // of two columns, each with its low part, which is not used with softcap
     if (C::SOFTCAP) lse.x = load_shared_float(statistics + 64 * j), lse.z = load_shared_float(statistics + 64 * j + 8);
     else lse = load_shared_floats(statistics + 64 * j);
     FA_UNROLL
@@ -172,7 +172,7 @@ FA_DEVICE void score_gradients(DkdvShared<C> const& shared, int stage, float con
   }
 }
 
-// This consumer's part of dS K for a block of queries; the sums of both consumers' parts are whole.
+// This consumer's part of dS K for a block of queries, summed over the keys of both consumers.
 template <class C>
 FA_DEVICE void issue_dq(float (&dq)[32], DkdvShared<C> const& shared, int consumer, int buffer) {
   uint32 const ds = n_major(shared.ds(buffer) + (C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0), 64);
@@ -192,7 +192,7 @@ FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int co
   return args.p.dq_sums + row * C::D_QK + consumer * 64 * 64;
 }
 
-// Adds it there, or stages it for the thread that does: four numbers of each thread beside those of the next.
+// Adds the part to dq_sums, or stages it for the warp that does: four numbers of each thread, thread after thread.
 template <class C>
 FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer, int head, int block,
                       float const (&dq)[32]) {
@@ -215,7 +215,7 @@ FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int
 template <class C>
 FA_DEVICE void add_staged(BackwardArgs const& args, DkdvShared<C> const& shared) {
   int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
-  for (int i = 0; i < group; ++i) {  // what is not needed throughout is read anew: this warp has 24 registers
+  for (int i = 0; i < group; ++i) {  // values are read again when needed: this warp has 24 registers
     Tile const tile = read_tile(shared.tile());
     Range const blocks = read_blocks(shared.tile()).all;
     float* to = part_of_sums<C>(args, tile, 0, tile.head * group + i, blocks.begin);
@@ -307,7 +307,7 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
   }
 }
 
-// One finished sum of 64 keys to memory, through the tile that held the operand. `to` is row 0 of the tensor.
+// Stores one finished sum of 64 keys, through the tile that held the operand. `to` is row 0 of the tensor.
 template <class C, int N>
 FA_DEVICE void write_sum(BackwardArgs const& args, Tile const& tile, int keys, int64 columns, TensorMap const& map,
                          void* to, uint32 staging, float const (&sum)[N]) {

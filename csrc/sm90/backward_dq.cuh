@@ -1,6 +1,7 @@
 // backward_dq: dq of 128 query rows, accumulated over blocks of keys by one thread block.
 //
-// Together with backward_dkdv it computes all gradients in a fixed order. Q and dout stay in shared memory, K and V stream:
+// Together with backward_dkdv it computes all gradients in a fixed order. Q and dout stay in shared memory; K and V are
+// loaded block by block:
 //
 //     S = Q K^T     P = 2^(S - lse)     dP = dout V^T     dS = P (dP - delta)     dq += dS K
 #pragma once
@@ -25,7 +26,7 @@ struct DqShared {  // addresses
   FA_DEVICE uint32 v_ring() const { return base + C::BARRIERS + 16 + 16 * C::K_STAGES; }
 };
 
-// By one thread, before the others begin. Chooses the tile, and tells it to all.
+// Run by one thread before the others begin: chooses the tile and writes it to shared memory for all.
 template <class C>
 FA_DEVICE void begin_dq(BackwardArgs const& args, DqShared<C> const& shared) {
   Tile tile = find_tile<C::BLOCK_M, false>(args.p, block_index());
@@ -146,7 +147,7 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
   }
 }
 
-// dq to memory, through the consumer's own rows of Q.
+// Stores dq, through the consumer's own rows of Q.
 template <class C>
 FA_DEVICE void write_dq(BackwardArgs const& args, DqShared<C> const& shared, int consumer, float (&dq)[C::D_QK / 2]) {
   BackwardParams const& p = args.p;

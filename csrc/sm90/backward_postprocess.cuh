@@ -1,4 +1,4 @@
-// The kernel that runs after the fused backward kernel: dq in 16 bits out of its fp32 sums. It is bound by memory.
+// The kernel that runs after the fused backward kernel and converts the fp32 sums of dq to 16 bits. Bound by memory.
 //
 // A block has eight warps and works on 128 padded rows of one head (kPaddedRows).
 #pragma once
@@ -6,7 +6,7 @@
 
 namespace fa::sm90 {
 
-// dq of a tile out of its sums, in the order of the registers of the kernel that made them (backward_dkdv.cuh, add_dq).
+// dq of a tile from its sums, which are in the register order of the kernel that made them (backward_dkdv.cuh, add_dq).
 // A lane takes eight columns of a row, from four threads of that kernel.
 template <class C>
 FA_DEVICE void backward_postprocess(BackwardParams const& p) {

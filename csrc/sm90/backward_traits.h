@@ -15,7 +15,8 @@ struct BackwardDkdvTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool SOFTCAP = SOFTCAP_, FUSED = FUSED_, SPLIT = BLOCK_N == 64;
-  // 128 queries leave no registers for the weights (times the slope of softcap) in fp32 until dp is there.
+  // With 128 queries, registers do not suffice to hold the weights (times the slope of softcap) in fp32 until dp is
+  // done.
   static constexpr bool SLOPED_IN_16_BITS = BLOCK_M == 128;
 
   static constexpr int CONSUMERS = 2, THREADS = kWarpgroup * (CONSUMERS + 1);
@@ -53,7 +54,7 @@ struct BackwardDqTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = 128, BLOCK_N = BLOCK_N_;
   static constexpr int K_STAGES = K_STAGES_, V_STAGES = V_STAGES_;
-  // The barrier needs values that are never negative; times softcap's slope, 1 - t^2 rounded, they may be.
+  // The overlap barrier needs values that are never negative; times the rounded slope of softcap, 1 - t^2, they may be.
   static constexpr bool SOFTCAP = SOFTCAP_, EXP_OVERLAP = FA_EXP_OVERLAP && !SOFTCAP;
 
   static constexpr int CONSUMERS = 2, THREADS = kWarpgroup * (CONSUMERS + 1);

@@ -18,8 +18,7 @@ struct Weights {             // of the splits lane, lane + 32, ..., which this l
 FA_DEVICE Weights weigh_splits(DecodeParams const& p, int64 output, int64 outputs) {
   int const lane = thread_index() % 32;
   Parts const* const partial = reinterpret_cast<Parts const*>(p.partial_lse);
-  Parts lse[kMostSplits / 32],
-      top = {negative_infinity(), negative_infinity()};  // the largest, of which the low part counts
+  Parts lse[kMostSplits / 32], top = {negative_infinity(), negative_infinity()};  // both parts of the largest lse
   float total = 0;
   FA_UNROLL
   for (int i = 0; i < kMostSplits / 32; ++i) {

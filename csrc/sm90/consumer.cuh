@@ -7,7 +7,7 @@ namespace fa::sm90 {
 
 template <class C>
 FA_DEVICE void issue_scores(float (&scores)[C::BLOCK_N / 2], Shared<C> const& shared, int consumer, int stage) {
-  // Else the descriptors of all steps of q would stay in registers throughout the loop.
+  // Otherwise the descriptors of all steps of q would stay in registers throughout the loop.
   uint32 const q = k_major(recomputed(shared.q() + consumer * 64 * kRowBytes));
   multiply_by_rows<typename C::Element, C::D_QK, C::BLOCK_M, C::BLOCK_N>(scores, q, k_major(shared.k(stage)));
 }
@@ -18,8 +18,9 @@ FA_DEVICE void issue_output(float (&out)[C::D_V / 2], uint32 const (&p)[C::BLOCK
   add_product<typename C::Element>(out, p, n_major(shared.v(stage), C::BLOCK_N));
 }
 
-// A V row that its sequence does not keep meets weights of 0, but 0 times NaN is NaN. Dense maps end before such rows
-// and bring zeros; in a packed batch they are a neighbour's, and are cleared here. They lie in the first or last block.
+// Rows of V that a sequence does not keep are multiplied by weights of 0, but 0 times NaN is NaN. Dense maps exclude
+// such rows, so TMA loads zeros. In a packed batch they belong to another sequence; this function zeroes those in the
+// first or last block.
 template <class C>
 FA_DEVICE void clear_unkept_values(ForwardArgs const& args, Shared<C> const& shared, int block,
                                    Ring<C::STAGES> const& v) {
@@ -34,9 +35,9 @@ FA_DEVICE void clear_unkept_values(ForwardArgs const& args, Shared<C> const& sha
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);
 }
 
-// Everything between the arrival of Q and the finished sums of a tile that keeps at least one block of keys.
-// `mask(scores, block)` puts -inf where a row does not keep a key; `clear(block, v)` puts zeros into the stage of v, once
-// it is full, where a value meets weights of 0 alone. Both are asked about the blocks where that may be.
+// Computes the sums of a tile with at least one block of keys, from the arrival of Q on. `mask(scores, block)` puts
+// -inf where a row does not keep a key; `clear(block, v)` zeroes the rows of v that no row of the tile keeps, in its
+// full stage. Both are called for the blocks that may need it.
 template <class C, class Mask, class Clear>
 FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float scale_log2, float cap_scale,
                       int consumer, Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state,
@@ -177,7 +178,7 @@ FA_DEVICE void consume(ForwardArgs const& args, Shared<C> const& shared, int con
     if (read_tile(shared.tile()).row == kNoTile) break;
     float out[C::D_V / 2];
     RowState state{{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
-    // Cleared here, and not by a first product that does not accumulate: a flag known only at run time makes some
+    // Cleared here instead of by a first product that does not accumulate: with a flag known only at run time some
     // versions of ptxas serialise every wgmma (C7515).
     FA_UNROLL
     for (int i = 0; i < C::D_V / 2; ++i) out[i] = 0.f;

@@ -1,8 +1,8 @@
 // The decode kernel for Hopper: a few queries against a long cache of keys and values, contiguous or in pages.
 //
-// One warp brings K and V by TMA, through as many stages as shared memory holds: the kernel is as fast as memory. One
-// consumer warpgroup computes as in the forward kernel, with rows that are query heads of one K/V head times positions.
-// A split writes its own out and lse; combine.cuh puts them together. One split writes the final ones.
+// One warp loads K and V by TMA, through as many stages as shared memory holds, since the kernel is bound by memory.
+// One consumer warpgroup computes as in the forward kernel, with rows that are query heads of one K/V head times
+// positions. Each split writes its own out and lse, which combine.cuh combines; a single split writes the final ones.
 #pragma once
 #include "consumer.cuh"
 #include "decode.h"
@@ -11,14 +11,14 @@ namespace fa::sm90 {
 
 // ---- producer: one warp ------------------------------------------------------------------------------------------------
 
-// A block of keys or values in boxes, which lie in one page each. Every lane looks up the pages of its boxes. Boxes of
-// which no row is kept come from beyond the last page: as zeros, and their page is not looked up.
+// Loads a block of keys or values in boxes, each within one page. Every lane looks up the pages of its boxes. A box
+// without a kept row is loaded from beyond the last page, which gives zeros, and its page is not looked up.
 template <class C, int CHUNKS>
 FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work const& work, Range const& kept, int block,
                           uint32 to, Ring<C::STAGES>& ring) {
   int const lane = thread_index() % 32, rows = static_cast<int>(p.box_rows), page_size = static_cast<int>(p.page_size);
   uint64 const l2_hint =
-      work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read it too, or none
+      work.s_q > p.positions_per_tile ? kEvictLast : kEvictFirst;  // other tiles read the keys too, or no tile does
   mbarrier_wait(ring.empty(), ring.parity ^ 1);
   if (lane == 0) mbarrier_expect(ring.full(), C::BLOCK_N * CHUNKS * kRowBytes);
   warp_sync();
@@ -59,7 +59,7 @@ FA_DEVICE void produce(DecodeArgs const& args, Shared<C> const& shared, Work con
 
 // ---- consumer: one warpgroup -------------------------------------------------------------------------------------------
 
-// Where a row of the tile lies: row = position * heads_per_tile + head.
+// The place of a row of the tile in q and out: row = position * heads_per_tile + head.
 struct Query {
   int position, head;
   bool exists;
@@ -90,7 +90,7 @@ FA_DEVICE void load_queries(DecodeParams const& p, Shared<C> const& shared, Work
   named_sync(kOwnBarrier, kWarpgroup);
 }
 
-// Values outside of what the tile keeps meet weights of 0 alone, and may be NaN.
+// Zeroes values that no row of the tile keeps: their weights are 0, but they may be NaN.
 template <class C>
 FA_DEVICE void clear_unkept_values(Shared<C> const& shared, Range const& kept, int block, Ring<C::STAGES> const& v) {
   Range const keys = keys_of<C>(block);
@@ -139,8 +139,8 @@ FA_DEVICE void write_row(DecodeParams const& p, int64 row, int lower, float fact
   }
 }
 
-// out and lse of the tile, or of its split. The first split counts the sink; a later one without keys says so by its lse
-// alone.
+// Writes out and lse of the tile, or of its split. The first split includes the sink; a later one without keys writes
+// only an lse of -inf.
 template <class C>
 FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys, RowState const& state,
                           float const (&out)[C::D_V / 2]) {

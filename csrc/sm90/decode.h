@@ -4,7 +4,7 @@
 #pragma once
 #include "shared.h"
 
-#ifndef FA_LEAST_KEYS  // an experiment of docs/measured.md; the emulator has shorter splits, and so more of them
+#ifndef FA_LEAST_KEYS  // an experiment of docs/measured.md; smaller in the emulator, for more splits
 #define FA_LEAST_KEYS 256
 #endif
 
@@ -15,7 +15,7 @@ struct DecodeTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = 64, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool SOFTCAP = SOFTCAP_, BAND = true, PINGPONG = false, EXP_OVERLAP = FA_EXP_OVERLAP;
-  static constexpr int CONSUMERS = 1, THREADS = 2 * kWarpgroup;  // with registers enough for every thread
+  static constexpr int CONSUMERS = 1, THREADS = 2 * kWarpgroup;  // few enough that every thread has 255 registers
 
   static constexpr int CHUNKS_QK = (D_QK + 63) / 64, CHUNKS_V = (D_V + 63) / 64;  // of 64 columns
   static constexpr int Q_BYTES = BLOCK_M * CHUNKS_QK * 128;
@@ -66,7 +66,7 @@ FA_DEVICE int sequence_of(DecodeParams const& p, int tile) {
   return low;
 }
 
-// Part `index` of the work. Neighbours work on tiles of the same keys, if there are several.
+// Part `index` of the work. Consecutive parts read the same keys, if several tiles do.
 FA_DEVICE Work find_work(DecodeParams const& p, int index) {
   int const tiles = static_cast<int>(p.tiles), splits = static_cast<int>(p.splits);
   int const group = static_cast<int>(p.heads_q / p.heads_kv), heads = static_cast<int>(p.heads_per_tile);
@@ -106,14 +106,14 @@ FA_DEVICE Positions positions_of(DecodeParams const& p, Work const& work) {
   return {work.position, smaller(work.position + static_cast<int>(p.positions_per_tile), work.s_q)};
 }
 
-// The keys that some row of the tile keeps, in whatever split.
+// The keys that some row of the tile keeps, in all splits together.
 FA_DEVICE Range kept_keys(DecodeParams const& p, Work const& work) {
   Positions const rows = positions_of(p, work);
   return tile_range(band_of(p, work), rows.begin, rows.end);
 }
 
-// Keys are divided by what the device finds in cache_lengths; the host knows only how many splits there are at most.
-// Shorter ones than this would cost more to combine than they save.
+// The device divides the keys by cache_lengths; the host knows only the most splits there may be. Splits shorter than
+// this are assumed to cost more to combine than they save.
 constexpr int kLeastKeys = FA_LEAST_KEYS;
 
 // Blocks of keys of the tile's split, and those among them that need no mask.

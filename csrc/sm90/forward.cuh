@@ -7,8 +7,8 @@
 //      softmax             S1          S2          S3
 //
 // Consumers alternate in issuing products (ping-pong), so one's softmax also runs under another's products.
-// Roles, barriers and the map of shared memory are drawn in csrc/README.md. This file holds what both roles do;
-// the producer and the consumer have theirs.
+// csrc/README.md draws the roles, barriers and shared memory. This file has the setup and the start of both roles,
+// which are in producer.cuh and consumer.cuh.
 #pragma once
 #include "consumer.cuh"
 #include "producer.cuh"

@@ -11,7 +11,7 @@ namespace fa::sm90 {
 // its own threads.
 constexpr int kPingPongBarrier = 1, kOwnBarrier = 4, kConsumersBarrier = 7;
 
-struct Place {  // which part of the fragments this thread holds; asked for anew wherever it is needed (thread_index)
+struct Place {  // the part of the fragments that this thread holds; computed again wherever needed (thread_index)
   int thread;  // among all consumers
   FA_DEVICE int consumer() const { return thread / kWarpgroup; }
   FA_DEVICE int warp() const { return thread / 32 % 4; }  // of 16 rows each
@@ -34,7 +34,7 @@ FA_DEVICE void load_tile(uint32 to, TensorMap const& map, uint32 barrier, int ro
   }
 }
 
-// One lane of each warp says that the warp is done with a stage.
+// Signals that the warp is done with a stage, by one lane.
 template <int STAGES>
 FA_DEVICE void release(Ring<STAGES>& ring) {
   if (thread_index() % 32 == 0) mbarrier_arrive(ring.empty());
@@ -86,8 +86,8 @@ FA_DEVICE void stage_fragment(uint32 to, uint32 const (&x)[N]) {
   }
 }
 
-// Straight to global memory, the first `rows` rows and `columns` columns: where TMA would also write rows of the next
-// sequence. `to` is row 0 of the fragment.
+// Stores the first `rows` rows and `columns` columns directly to global memory, for tiles of which TMA would also write
+// rows of the next sequence. `to` is row 0 of the fragment.
 template <int N>
 FA_DEVICE void store_fragment(void* to, int64 row_stride, int rows, int columns, uint32 const (&x)[N]) {
   Place const at = this_place();
@@ -104,8 +104,8 @@ FA_DEVICE void store_fragment(void* to, int64 row_stride, int rows, int columns,
   }
 }
 
-// Zeros in the rows of a tile in shared memory that lie outside of `kept`, by all consumers. Rows that count for
-// nothing may hold NaN, and 0 times NaN is NaN. What follows has to wait for fence_proxy_async and a barrier.
+// Zeroes the rows of a tile in shared memory outside `kept`, by all consumers: they may hold NaN, and 0 times NaN is
+// NaN. A fence_proxy_async and a barrier have to follow before the tile is used.
 template <int ROWS, int CHUNKS, int CONSUMERS>
 FA_DEVICE void clear_rows(uint32 tile, Range kept) {
   constexpr int kPieces = CHUNKS * 8;  // of 16 bytes in a row

@@ -1,8 +1,8 @@
 // The C interface of the shared library: one function for each pass, taking a flat struct (params.h).
 //
-// It chooses the kernel, builds the tensor maps and launches; it allocates nothing and waits for nothing. The one
-// function of the driver that it needs is asked for at run time, so the library loads where there is no driver, and
-// says so. Errors come back as text.
+// It chooses the kernel, builds the tensor maps and launches; it allocates nothing and waits for nothing. It looks up
+// the one driver function that it needs at run time, so the library loads without a driver, and then reports that there
+// is none. Errors are returned as text.
 #include <cstdio>
 
 #include "launch.h"
@@ -86,7 +86,7 @@ extern template char const* launch_backward_preprocess<sm90::F16>(BackwardParams
   FA_EXTERN(launch_backward_dq, FA_BACKWARD_DQ_TRAITS(F16, __VA_ARGS__))
 #include "instances.inc"
 
-// dk and dv; with dq_sums also dq, by the kernel for whose head dim they were made.
+// dk and dv; with dq_sums also dq, by the fused kernel whose head dim is sum_columns.
 static char const* launch_dkdv(BackwardParams const& p, cudaStream_t stream) {
 #define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED) \
   if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) { \
@@ -198,7 +198,7 @@ FA_EXPORT long long fa_backward_version() { return fa::kBackwardVersion; }
 FA_EXPORT long long fa_backward_bytes() { return sizeof(fa::BackwardParams); }
 FA_EXPORT long long fa_decode_version() { return fa::kDecodeVersion; }
 FA_EXPORT long long fa_decode_bytes() { return sizeof(fa::DecodeParams); }
-// The CUDA that it was built with, 1000 * major + 10 * minor: the driver must know its major version.
+// The CUDA version that it was built with, 1000 * major + 10 * minor: the driver must support its major version.
 FA_EXPORT long long fa_cuda_version() { return CUDART_VERSION; }
 
 FA_EXPORT int fa_forward(fa::ForwardParams const* params, char* error, long long error_bytes) {

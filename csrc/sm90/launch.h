@@ -1,5 +1,5 @@
-// Between the C interface (host.cu) and the files that hold one kernel each (made by the build): how to launch one.
-// Host code; needs the headers of the CUDA runtime and nothing of the driver at link time.
+// The launch functions that the C interface (host.cu) calls and the generated files with one kernel each define.
+// Host code; it needs the headers of the CUDA runtime, and no driver at link time.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@ namespace fa {
 
 static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands for CUtensorMap");
 
-// Fills in the tensor maps; null, or what went wrong. Boxes of what is read have as many rows as the tile; those of
-// what is written have the 64 rows of a consumer.
+// Fills in the tensor maps and returns null, or an error message. Boxes for loads have the rows of the tile; boxes for
+// stores have the 64 rows of a consumer.
 using MakeMaps = char const* (*)(ForwardParams const&, int block_m, int block_n, sm90::ForwardArgs&);
 using MakeBackwardMaps = char const* (*)(BackwardParams const&, int block_m, int block_n, sm90::BackwardArgs&);
 using MakeDecodeMaps = char const* (*)(DecodeParams const&, sm90::DecodeArgs&);
@@ -21,23 +21,23 @@ using MakeDecodeMaps = char const* (*)(DecodeParams const&, sm90::DecodeArgs&);
 template <class C>
 char const* launch_forward(ForwardParams const& p, MakeMaps make_maps, int blocks, cudaStream_t stream);
 
-// dk and dv, and if the kernel is fused dq out of its sums.
+// Launches backward_dkdv, and for a fused kernel backward_postprocess, which writes dq.
 template <class C>
 char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 
-// dq.
+// Launches backward_dq.
 template <class C>
 char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 
-// lse_parts, delta and zeros in dq_sums, which the others need; and dsinks.
+// Launches backward_preprocess (lse_parts, delta, zeros in dq_sums), which must come first, and backward_dsinks.
 template <class T>
 char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream);
 
-// out and lse of each split.
+// Launches decode: out and lse of each split.
 template <class C>
 char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream);
 
-// out and lse out of those of several splits.
+// Launches combine: out and lse from those of several splits.
 template <class T>
 char const* launch_combine(DecodeParams const& p, cudaStream_t stream);
 

@@ -12,10 +12,10 @@ struct View {  // (batch, row, head, column), strides in elements
   Strides strides;
 };
 
-// Fills in a map whose boxes have 64 columns and so many rows; false if it was refused.
+// Fills in a map whose boxes have 64 columns and `box_rows` rows; false if the driver refuses it.
 bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_rows);
 
-// K and V as far as some query keeps them: what lies outside of the map arrives as zeros.
+// The rows of K and V that some query keeps; TMA loads zeros for rows outside the map.
 template <class Params>
 inline View kept_rows(void const* data, int64 columns, Params const& p, Strides const& strides, int64 batch) {
   char const* const first = static_cast<char const*>(data) + p.key_begin * strides.row * 2;
@@ -27,14 +27,14 @@ inline View contiguous(void const* data, int64 columns, int64 rows, int64 heads,
   return {data, columns, rows, heads, batch, {rows * heads * columns, heads * columns, columns}};
 }
 
-// Those of q, k and v, which both passes read.
+// The maps of q, k and v, which both passes read.
 template <class Params, class Args>
 inline char const* make_input_maps(Params const& p, int block_m, int block_n, Args& args) {
   int64 const batch = p.cu_seqlens_q ? 1 : p.batch;
   if (!encode(args.q, {p.q, p.head_dim_qk, p.seqlen_q, p.heads_q, batch, p.q_strides}, p.dtype, block_m)) {
     return "the tensor map of q was refused: check its address and strides";
   }
-  args.k = args.v = args.q;  // where no key is kept, nothing is loaded
+  args.k = args.v = args.q;  // placeholders: if no key is kept, nothing is loaded
   if (p.key_begin == p.key_end) return nullptr;
   if (!encode(args.k, kept_rows(p.k, p.head_dim_qk, p, p.k_strides, batch), p.dtype, block_n)) {
     return "the tensor map of k was refused: check its address and strides";
@@ -59,7 +59,7 @@ inline char const* make_backward_maps(BackwardParams const& p, int block_m, int 
   if (!encode(args.dout, {p.dout, p.head_dim_v, p.seqlen_q, p.heads_q, batch, p.dout_strides}, p.dtype, block_m)) {
     return "the tensor map of dout was refused: check its address and strides";
   }
-  args.dq = args.dk = args.dv = args.q;  // what is not wanted is not written
+  args.dq = args.dk = args.dv = args.q;  // placeholders for gradients that are not written
   if (p.dq && !encode(args.dq, contiguous(p.dq, p.head_dim_qk, p.seqlen_q, p.heads_q, batch), p.dtype, 64)) {
     return "the tensor map of dq was refused: check its address";
   }
@@ -72,7 +72,7 @@ inline char const* make_backward_maps(BackwardParams const& p, int block_m, int 
   return nullptr;
 }
 
-// Those of the caches, with pages in the place of the batch: one box never leaves a page.
+// The maps of the caches, with pages in place of the batch, so that a box lies in one page.
 inline char const* make_decode_maps(DecodeParams const& p, sm90::DecodeArgs& args) {
   int const rows = static_cast<int>(p.box_rows);
   if (!encode(args.k, {p.k_cache, p.head_dim_qk, p.page_size, p.heads_kv, p.pages, p.k_strides}, p.dtype, rows)) {

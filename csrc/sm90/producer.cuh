@@ -1,4 +1,4 @@
-// The producer: one thread that brings Q, K and V of every tile into shared memory by TMA, as room becomes free.
+// The producer: one thread that loads Q, K and V of every tile into shared memory by TMA, as buffers become free.
 #pragma once
 #include "fragment.cuh"
 

@@ -1,10 +1,12 @@
-// The one layer between kernels and the machine: mbarriers, TMA, wgmma, named barriers, registers, in inline PTX.
+// The hardware layer: mbarriers, TMA, wgmma, named barriers and registers, in inline PTX.
 //
-// Kernels call nothing else of the hardware. With FA_EMULATE the same names come from emulator/ptx.h and run on a
-// CPU. Compiles with nvcc and NVRTC: no header of the standard library or of CUDA. Everything is force-inlined,
+// Kernels use the hardware only through it. With FA_EMULATE emulator/ptx.h defines the same names, which run on a CPU.
+// It compiles with nvcc and NVRTC, without headers of the standard library or of CUDA. Everything is force-inlined,
 // since a function call between the issue of a wgmma and its wait makes ptxas serialise it.
 #pragma once
 #include "../common/params.h"
+
+#define FA_DESCRIPTOR_HIGH "0x40000040"  // word of every wgmma descriptor (wgmma.cuh)
 
 #ifdef FA_EMULATE
 #include "../emulator/ptx.h"
@@ -27,9 +29,9 @@ struct alignas(64) TensorMap {  // CUtensorMap, whose header does not compile un
   uint64 opaque[16];
 };
 
-// ---- where am I ----------------------------------------------------------------------------------------------------
-// Volatile, so that what depends on it is computed where it is used. Otherwise the compiler computes the addresses of
-// rarely executed code ahead of the main loop, and spills them.
+// ---- indices -------------------------------------------------------------------------------------------------------
+// Volatile, so that values that depend on it are computed where they are used. Otherwise the compiler computes the
+// addresses of rarely executed code ahead of the main loop, and spills them.
 FA_DEVICE int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -48,7 +50,7 @@ FA_DEVICE uint32 shared_base() {
   return static_cast<uint32>(__cvta_generic_to_shared(shared_memory));
 }
 
-// x, but the compiler no longer knows that it is the same as before: nothing computed from it leaves a loop.
+// x, made opaque to the compiler, so that it does not move computations on x out of a loop.
 FA_DEVICE uint32 recomputed(uint32 x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -62,7 +64,7 @@ FA_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release
 FA_DEVICE void mbarrier_arrive(uint32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives, and holds the phase open until so many bytes have come by TMA.
+// Arrives, and keeps the phase open until `bytes` bytes have arrived by TMA.
 FA_DEVICE void mbarrier_expect(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -78,7 +80,7 @@ FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-#ifdef FA_WATCHDOG  // for finding faults, and slow: what would hang for good says where, and ends the kernel
+#ifdef FA_WATCHDOG  // for debugging, and slow: a wait that would hang reports its place and ends the kernel
     if (++tries > FA_WATCHDOG) {
       printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(),
              block_index(), parity, thread_index());
@@ -92,7 +94,7 @@ FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
 constexpr uint64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
 
 FA_DEVICE void tma_prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// Brings the box at (column, row, head, batch); what lies outside the tensor arrives as zeros, and counts as bytes.
+// Loads the box at (column, row, head, batch). Elements outside the tensor arrive as zeros, and count as bytes.
 FA_DEVICE void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int column, int row, int head, int batch,
                         uint64 l2_hint) {
   asm volatile(
@@ -101,7 +103,7 @@ FA_DEVICE void tma_load(uint32 to, const TensorMap* map, uint32 barrier, int col
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(l2_hint)
       : "memory");
 }
-// Brings `bytes` from global memory as they are; 16 divides addresses and bytes.
+// Copies `bytes` from global memory; addresses and bytes are multiples of 16.
 FA_DEVICE void bulk_load(uint32 to, void const* from, uint32 bytes, uint32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
@@ -117,12 +119,12 @@ FA_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" :
 // This thread's stores have read their shared memory / have reached global memory.
 FA_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 FA_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-// The same, but for the GROUPS committed last.
+// The same, except for the GROUPS committed last.
 template <int GROUPS>
 FA_DEVICE void tma_store_wait_read_but() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(GROUPS) : "memory");
 }
-// Adds floats to global memory, in no order; a store in all else. 16 divides addresses and bytes.
+// Adds floats to global memory, in no fixed order; otherwise like a TMA store. Addresses and bytes are multiples of 16.
 FA_DEVICE void bulk_add(float* to, uint32 from, uint32 bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
@@ -135,8 +137,8 @@ FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta
 FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Keeps what x depends on above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
-// keeps its order with memory operations: a store that never happens, because x is never negative, pins it.
+// Keeps the computation of x above the next wait. ptxas moves register arithmetic freely across wgmma.wait_group, but
+// not across memory operations: a predicated store that never executes, because x is never negative, pins it.
 FA_DEVICE void pin_above_wait(uint32 address, float x) {
   asm volatile("{.reg .pred p; setp.lt.f32 p, %1, 0f00000000; @p st.shared.f32 [%0], %1;}" ::"r"(address), "f"(x)
                : "memory");
@@ -263,7 +265,7 @@ struct alignas(8) Packed4 {  // 16-bit numbers in pairs
 struct alignas(16) Packed8 {
   uint32 pair[4];
 };
-// Adds to four numbers in global memory, each at once but not the four together; the order of additions is open.
+// Adds to four numbers in global memory, each atomically but not the four together, in no fixed order.
 FA_DEVICE void add_global(float* to, Float4 v) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");

@@ -2,7 +2,7 @@
 #pragma once
 #include "../common/params.h"
 
-// The experiments of docs/measured.md, one macro each; the defaults are what is shipped.
+// The experiments of docs/measured.md, one macro each; the defaults are those of the shipped kernels.
 #ifndef FA_EXP_OVERLAP
 #define FA_EXP_OVERLAP \
   1  // exp/PV overlap barrier: keeps the exponentials under the P V product (ptx.cuh, pin_above_wait)
@@ -20,7 +20,7 @@ struct ForwardTraits {
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool PINGPONG = PINGPONG_, BAND = BAND_, SOFTCAP = SOFTCAP_, EXP_OVERLAP = FA_EXP_OVERLAP;
 
-  // Warpgroup 0 produces; the others own 64 query rows each. 65536 registers are shared out between them.
+  // Warpgroup 0 is the producer; the others own 64 query rows each. They share the 65536 registers unevenly.
   static constexpr int CONSUMERS = BLOCK_M / 64, THREADS = kWarpgroup * (CONSUMERS + 1);
   static constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
   static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
@@ -32,8 +32,8 @@ struct ForwardTraits {
   static constexpr int Q = 0;  // and out, on its way to memory
   static constexpr int K = Q_BYTES > OUT_BYTES ? Q_BYTES : OUT_BYTES;
   static constexpr int V = K + STAGES * K_BYTES;
-  static constexpr int TILE = V + STAGES * V_BYTES;  // what the producer tells the consumers (schedule.h)
-  static constexpr int BARRIERS = TILE + 48;         // q full, q empty, then full and empty of K's and V's stages
+  static constexpr int TILE = V + STAGES * V_BYTES;  // the tile that the producer writes for the consumers (schedule.h)
+  static constexpr int BARRIERS = TILE + 48;  // q full, q empty, then full and empty of K's and V's stages
   static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 + 4 * STAGES);
 
   static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are shared out for 2 or 3 consumer warpgroups");

@@ -1,6 +1,7 @@
 // wgmma in inline PTX: one overload of wgmma_ss, wgmma_rs and wgmma_wait for each accumulator size.
 //
-//   wgmma_ss<TRANSPOSE_A, TRANSPOSE_B>(T{}, d, a, b, accumulate)      d[64, N] (+)= A[64, 16] B[16, N], A in shared memory
+//   wgmma_ss<TRANSPOSE_A, TRANSPOSE_B>(T{}, d, a, b, accumulate)      d[64, N] (+)= A[64, 16] B[16, N], A in shared
+// memory
 //   wgmma_rs<TRANSPOSE_B>(T{}, d, a0, a1, a2, a3, b, accumulate)      A in registers
 //   wgmma_wait<GROUPS>(d)                                             at most GROUPS committed groups left in flight
 //
@@ -50,8 +51,6 @@ struct F16 {};
 #define FA_NAMES14 FA_NAMES13 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define FA_NAMES15 FA_NAMES14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define FA_NAMES16 FA_NAMES15 ",%120,%121,%122,%123,%124,%125,%126,%127"
-
-#define FA_DESCRIPTOR_HIGH "0x40000040"
 
 // One shape for one type. EIGHTS = N / 16; I0 .. I6 number the operands after the N / 2 accumulator registers.
 #define FA_WGMMA_TYPE(N, EIGHTS, TYPE, PTX_TYPE, I0, I1, I2, I3, I4, I5, I6) \

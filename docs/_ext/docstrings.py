@@ -1,8 +1,9 @@
-"""Docstrings are written to be read as text; for the site their drawings become code and their formulas mathematics.
+"""Turns drawings in docstrings into code blocks and formulas into mathematics; the docstrings are written as plain
+text.
 
-A paragraph indented by four spaces or more below the text above it is a drawing, kept as it stands, or a formula. A
-formula is what ``formulas.FORMULAS`` lists, alone or in double backticks, and is set in LaTeX. An entry of that list
-which no docstring on the site has is an error, so it cannot outlive what it renders.
+A paragraph indented by four spaces or more below the text above it is a drawing, kept unchanged, or a formula. Formulas
+are the texts in ``formulas.FORMULAS``, alone or in double backticks, and are set in LaTeX. An entry of that list which
+occurs in no docstring of the site is an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Directives that draw, as SVG that follows the colours of the page.
+"""Directives that draw SVG in the colours of the page, and one that prints the help of the command line.
 
-``{mask}`` draws which query sees which key, from ``spec.keep``; ``{layers}`` draws the parts of the package in rows;
-``{commands}`` prints the help of the command line, from its parsers.
+``{mask}`` draws a mask from ``spec.keep``; ``{layers}`` draws the parts of the package in rows; ``{commands}`` prints
+help texts from the parsers of the command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the formulas of docstrings are set on the site: their text, and the same in LaTeX."""
+"""The formulas of docstrings: their text, and the LaTeX that replaces it on the site."""
 
 _OUT = r"\operatorname{dropout}\bigl(\operatorname{softmax}"
 _SCORES = r"\operatorname{cap}(\mathrm{scale}\cdot q k^\top) + \mathrm{bias} + \mathrm{alibi},\ \text{where kept}"

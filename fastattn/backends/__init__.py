@@ -1,4 +1,4 @@
-"""The backends, in order of preference. The tuple is the whole registry; a backend is imported when first asked for."""
+"""The backends, in order of preference. The tuple is the whole registry; a backend is imported on its first use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The contract of a backend: what it declares, how it answers, what it computes.
+"""The contract of a backend: its capabilities, its reasons against problems, and its results.
 
 A backend is a folder ``backends/<name>/`` whose ``__init__.py`` exposes ``BACKEND``, an instance of a subclass of
-``Backend``, and whose name stands in ``BACKENDS`` in ``backends/__init__.py``. Nothing else registers it.
+``Backend``. It is registered by its name in ``BACKENDS`` in ``backends/__init__.py``.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
 
-# Serves calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
+# A function for calls with equal specs, whose tensors have equal shapes, strides, dtypes and devices.
 Run = Callable[..., tuple[Tensor, ...]]
-# What a forward pass gives: out, lse, and lse_low, which rounding took from lse.
+# The results of a forward pass: out, lse, and lse_low, the rounding error of lse.
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The abilities of a backend. A feature of the spec that is not named here is one it lacks.
+    """The abilities of a backend. It does not support features of the spec that are not named here.
 
     Attributes:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
         features: members of ``problem.FEATURES`` and, for a backend with ``attend_to_cache``, ``CACHE_FEATURES``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
-        min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
-        deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``,
-        deterministic_by_flag: and only there; without it faster kernels serve.
+        min_arch: least CUDA compute capability (major * 10 + minor), on CUDA devices.
+        deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``.
+        deterministic_by_flag: without that flag they may differ, because faster kernels serve.
     """
 
     devices: frozenset[str] = frozenset()
@@ -55,13 +55,14 @@ class Backend:
     """One implementation of the spec.
 
     ``out`` is contiguous and shaped ``inputs.out_shape()``; ``lse`` and ``lse_low`` are contiguous fp32 (fp64 for fp64
-    inputs) and shaped ``inputs.lse_shape()``; ``numerics.py`` says why there are two. They mean the same in every
-    backend, so one may run forward and another backward.
+    inputs) and shaped ``inputs.lse_shape()``; ``numerics.py`` explains both. All backends define them alike, so one may
+    run forward and another backward.
     """
 
     name: str
     capabilities: Capabilities
-    checks_cache_values: bool = False  # attend_to_cache itself raises what cache.check_cache_values would
+    prepares_more: bool = False  # prepared runs take the tensors of problem.MORE, too
+    checks_cache_values: bool = False  # attend_to_cache itself makes the checks of kv_cache.check_cache_values
 
     def unavailable_reason(self) -> str | None:
         """The reason why this backend cannot run on this machine at all; None if it can."""
@@ -73,11 +74,11 @@ class Backend:
         return [missing] if missing else capability_reasons(self.capabilities, problem)
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
-        """The reasons why this backend, which can serve ``problem``, should only do so by name; [] means it may."""
+        """The reasons why this backend, which can serve ``problem``, should do so by name only; [] allows selection."""
         return []
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
-        """``(out, lse, lse_low)``. A backend that serves caches alone has neither this nor ``backward``."""
+        """``(out, lse, lse_low)``. A backend that only serves caches has neither this nor ``backward``."""
         raise NotImplementedError(f"the {self.name} backend serves caches alone")
 
     def backward(
@@ -95,41 +96,42 @@ class Backend:
         raise NotImplementedError(f"the {self.name} backend serves caches alone")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, if there are any, in the cache; ``(out, lse)`` of all that it then holds.
+        """Append the new keys and values, if any, to the cache, and return ``(out, lse)`` of attention to all of it.
 
-        ``out`` and ``lse`` are as those of ``forward``. Only a backend that declares "cache" is asked. On a device it
-        must not wait for lengths or block tables: sizes known to the host bound them.
+        ``out`` and ``lse`` are like those of ``forward``. It is called only if the backend declares "cache". On a
+        device it must not wait for lengths or block tables, but use bounds that the host knows.
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
     def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-        """``forward`` for calls like this one, as a function of q, k and v, where there are no other tensors.
+        """``forward`` for calls like this one, as a function of q, k, v and, if ``prepares_more``, of ``problem.MORE``.
 
-        The function reads the addresses of q, k and v alone: their shapes and strides are those of ``inputs``, and it
-        may be given any view that begins at the same element. It gives ``(out, *kept)``, what is kept being lse and
-        lse_low, or one tensor ``(2, ...)`` of both; without ``keep`` it gives ``(out,)``. None: there is no shorter way
-        than ``forward``.
+        The function reads only the addresses of the tensors: it takes their shapes and strides from ``inputs``, and may
+        be given any view that begins at the same element. Of ``MORE`` it is given all or, if all are None, none. It
+        returns ``(out, *kept)``, where ``kept`` is lse and lse_low, or one tensor ``(2, ...)`` of both; without
+        ``keep`` it returns ``(out,)``. None means that calls like this one have to use ``forward``.
         """
         return None
 
     def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        """``(dq, dk, dv)`` as a function of dout, out, what is kept, and q, k and v; as above.
+        """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``, on the terms of ``prepared_forward``.
 
-        ``dout`` is on the meta device and has the strides that gradients will have.
+        ``dout`` is on the meta device and has the strides that gradients of out will have.
         """
         return None
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
-        """``attend_to_cache`` for calls like this one, where there are no other tensors than those it is a function of.
+        """``attend_to_cache`` for calls like this one, as a function of q, k_cache, v_cache, cache_lengths, k, v,
+        block_table.
 
-        These are q, k_cache, v_cache, cache_lengths, k, v and block_table, the last three of which may be None. It
-        checks their values. None: there is no shorter way.
+        The last three may be None; there are no other tensors. The function checks lengths and page numbers. None means
+        that calls like this one have to use ``attend_to_cache``.
         """
         return None
 
 
 def capability_reasons(can: Capabilities, problem: Problem) -> list[str]:
-    """The part of ``unsupported_reasons`` that a capability table decides."""
+    """The reasons against ``problem`` that follow from a capability table."""
     reasons = []
     if can.devices and problem.device not in can.devices:
         reasons.append(f"device {problem.device} (has {', '.join(sorted(can.devices))})")

@@ -1,6 +1,6 @@
 """The command line: ``fastattn COMMAND``, and one file for each command.
 
-A command's file is light; what it works with is imported when it runs. What a user can cause ends in one sentence on
+A command's file imports little; the rest is imported when the command runs. Errors of the user end in one sentence on
 stderr and exit code 2; an interrupted command exits with 128 plus the signal's number.
 """
 
@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 
 from fastattn.cli import (
     build,
+    chat,
     config,
     demo,
     doctor,
     evaluate,
     example,
+    export,
     finetune,
     generate,
     glue,
     info,
+    inspect,
     predict,
     prepare,
     train,
@@ -33,7 +36,10 @@ from fastattn.version import __version__
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
-COMMANDS = (info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, example, demo)
+COMMANDS = (
+    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export, inspect,
+    example, demo,
+)  # fmt: skip
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except (DataError, InputError, UnsupportedError, FloatingPointError) as error:
         message = str(error)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

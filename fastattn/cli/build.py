@@ -1,4 +1,4 @@
-"""``fastattn build``: compile the kernels now, not at first use."""
+"""``fastattn build``: compile the kernels ahead of their first use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from fastattn.errors import DataError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    text = "Compile the kernels of csrc/ ahead of time and keep them where every process of this user finds them."
+    text = "Compile the kernels of csrc/ ahead of time into the cache, where every process of this user finds them."
     parser = commands.add_parser("build", help="compile the kernels ahead of time", description=text)
-    parser.add_argument("--cpu", action="store_true", help="those for CPUs: seconds, with a C++ compiler")
-    parser.add_argument("--cuda", action="store_true", help="those for Hopper: minutes, with nvcc and ninja")
+    parser.add_argument(
+        "--cpu", action="store_true", help="the CPU kernels, the default; takes seconds, needs a C++ compiler"
+    )
+    parser.add_argument(
+        "--cuda", action="store_true", help="the CUDA kernels for Hopper; takes minutes, needs nvcc and ninja"
+    )
     parser.set_defaults(run=run)
 
 

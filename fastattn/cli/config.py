@@ -1,7 +1,8 @@
-"""Settings from a TOML file, for every command: its keys are the command's flags, and flags that are given win.
+"""Settings from a TOML file, for every command. Its keys are the command's flags; flags on the command line override
+it.
 
-A file is turned into flags that stand before those of the command line, so types, choices and what is required are
-checked in one place. For one file that serves several commands, put the keys of each into a table of its name.
+A file is turned into flags before those of the command line, so argparse checks types, choices and required flags of
+both. For one file that serves several commands, put the keys of each into a table of its name.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def expand(argv: Sequence[str], commands: Mapping[str, argparse.ArgumentParser])
 
     Raises:
         DataError: a file is missing or is not TOML.
-        InputError: it holds a key or a value that the command does not know.
+        InputError: it has a key or a value that the command does not accept.
     """
     if not argv or argv[0] not in commands:
         return list(argv)
@@ -87,7 +88,7 @@ def _settings(path: Path, command: str, commands: Mapping[str, argparse.Argument
 
 
 def _tokens(flag: str, value: object, action: argparse.Action, given: Sequence[str]) -> list[str]:
-    """One setting as the command line would have it."""
+    """The command-line tokens of one setting."""
     key = flag.removeprefix("--")
     if action.nargs == 0:  # a switch
         if not isinstance(value, bool):
@@ -100,7 +101,7 @@ def _tokens(flag: str, value: object, action: argparse.Action, given: Sequence[s
     if isinstance(value, list) and not (several or repeated):
         raise input_error(key, value, "a single value", "Remove the brackets.")
     texts = [_text(key, item, action) for item in (value if isinstance(value, list) else [value])]
-    if repeated:  # it would add to what the command line gives, which wins
+    if repeated:  # argparse would append to the values of the command line, which must override the file
         is_given = any(token == flag or token.startswith(f"{flag}=") for token in given)
         return [] if is_given else [f"{flag}={text}" for text in texts]
     return [flag, *texts] if several else [f"{flag}={texts[0]}"]

@@ -1,4 +1,4 @@
-"""``fastattn demo``: the whole package on this machine and on real text, with a report to keep."""
+"""``fastattn demo``: check, measure and train on real text on this machine, with a report."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
     from fastattn.lm.train import Outcome, RunConfig, Trainer
 
-_MARK = ".fastattn-demo"  # a folder with it is ours to write over
+_MARK = ".fastattn-demo"  # marks a folder that an earlier demo made, which may be overwritten
 PROMPTS = ("def main(", "import ", "class ")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Info, verify --quick, speed and memory against eager attention and torch's, a language model trained on the "
-        "source of Python's standard library, and a sample of what it writes; a report with plots goes to --out."
+        "Run info, verify --quick, a comparison of speed and memory with eager attention and torch's, and a short "
+        "training of a language model on the source of Python's standard library. A report with plots goes to --out."
     )
-    parser = commands.add_parser("demo", help="see everything at work in a few minutes", description=text)
+    parser = commands.add_parser("demo", help="check, measure and train in a few minutes", description=text)
     parser.add_argument(
         "--out", type=Path, default=Path("fastattn-demo"), metavar="DIR", help="folder of the report (fastattn-demo)"
     )
@@ -60,7 +60,7 @@ class Report:
         self.seconds[title] = round(time.perf_counter() - began, 1)
 
     def block(self, text: str) -> None:
-        """Show preformatted text, here and in the report."""
+        """Show preformatted text on the terminal and in the report."""
         print(text, flush=True)
         self.text.append(f"```text\n{text}\n```")
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _own_folder(folder: Path) -> Path:
-    """``folder``, empty or made by an earlier demo, whose run is removed; never anyone else's."""
+    """``folder``, if it is empty or was made by an earlier demo, whose run is removed; any other raises."""
     if folder.exists() and not (folder / _MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{str(folder)!r} exists and was not made by fastattn demo: choose another --out.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +152,10 @@ def _train(report: Report, args: argparse.Namespace, target: torch.device) -> Ou
 
 
 def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device) -> RunConfig:
-    """A tiny model, and as many steps as the machine can do in the time."""
+    """The config of a tiny model, with as many steps as the machine can do in the time."""
     from fastattn.lm.train import RunConfig, make_trainer
 
-    # A small vocabulary and few rows make steps cheap: in so short a training, many of them count most.
+    # A small vocabulary and few rows make steps cheap; in a short training the number of steps matters most.
     flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
     config = RunConfig(data=tuple(args.data), vocab_size=2048).changed(flags)
     trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
@@ -170,7 +170,7 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
 def _fastest_threads(trainer: Trainer) -> tuple[int, float]:
     """Set torch's threads to the number that is fastest now, and return it with the time of a step.
 
-    For so small a model all cores of a large machine are slower than a few, and so are the cores that others use.
+    For so small a model all cores of a large or busy machine are slower than a few.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""``fastattn doctor``: one page for a bug report. It changes nothing, downloads nothing, and always ends."""
+"""``fastattn doctor``: one page for a bug report. It changes and downloads nothing, and an error does not stop it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastattn.cli import info
 
 TRITON_CACHE = ("TRITON_CACHE_DIR", "TRITON_HOME")
 SHOWN_VERDICTS = 8
-# Variables that change what fastattn or torch does; values that are paths or numbers, never secrets.
+# Environment variables that change the behaviour of fastattn or torch. Their values are paths or numbers, not secrets.
 VARIABLES = (
     "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "CXX", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_CACHE_DIR",
     "TRITON_INTERPRET", "XDG_CACHE_HOME",
@@ -21,7 +21,7 @@ VARIABLES = (
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
         "One page for a bug report: versions, devices, every backend with the reason if it cannot run, caches, "
-        "self-checks, a small call on each backend, and the errors met on the way. Exit code 1 if there are any."
+        "self-checks, a small call on each backend, and all errors. Exit code 1 if there are any."
     )
     parser = commands.add_parser("doctor", help="one page for a bug report", description=text)
     parser.set_defaults(run=run)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _guarded(errors: dict[str, str], title: str, find: Callable[[], dict]) -> dict | None:
-    """What is found; if that raises, the error is one of the page and the rest still follows."""
+    """The result of ``find``; if it raises, the error is added to ``errors`` and the result is None."""
     try:
         return find()
     except Exception as error:
@@ -72,7 +72,7 @@ def _triton_cache() -> Path:
 
 
 def _self_checks() -> dict[str, str]:
-    """The verdicts that are kept, the newest first, whatever is in their files."""
+    """The text of the stored verdicts, newest first, even if a file is damaged."""
     from fastattn import compiled
 
     paths = [path for folder in compiled.folders() for path in (folder / "self-check").glob("*.json")]

@@ -1,4 +1,4 @@
-"""``fastattn evaluate``: how good a checkpoint is on a file."""
+"""``fastattn evaluate``: score a checkpoint on a file."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import argparse
 from pathlib import Path
 
 from fastattn.cli import device
-from fastattn.cli.flags import add_columns, columns_of
+from fastattn.cli.flags import add_columns, add_model, columns_of
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Score a checkpoint: of fastattn finetune on a file of examples of its task, of fastattn train on text. Loss, "
-        "perplexity, bits per byte, accuracy, precision, recall, F1 (of entities, too), Matthews, Pearson, Spearman, "
-        "exact match, BLEU, chrF, ROUGE, as they apply."
+        "Score a checkpoint of fastattn finetune on a file of examples of its task, or one of fastattn train on text. "
+        "Depending on the task: loss, perplexity, bits per byte, accuracy, precision, recall, F1 (also of entities), "
+        "Matthews, Pearson, Spearman, exact match, BLEU, chrF, ROUGE."
     )
     parser = commands.add_parser("evaluate", help="score a checkpoint on a file", description=text)
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its best, if kept, or newest)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help="a file of examples; for a pre-trained model any text"
     )
@@ -41,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.files import write_text
     from fastattn.lm.finetune.evaluate import evaluate
-    from fastattn.lm.train import find_checkpoint
+    from fastattn.lm.train import find_model
 
     if args.limit is not None and args.limit < 1:
-        raise input_error("--limit", args.limit, "a positive int", "Leave it out for everything.")
+        raise input_error("--limit", args.limit, "a positive int", "Without it all are used.")
     found = evaluate(
-        find_checkpoint(args.checkpoint, best=True), args.data, device=device.choose(args.device),
+        find_model(args.checkpoint, best=True), args.data, device=device.choose(args.device),
         columns=columns_of(args), attention=args.attention, limit=args.limit, predictions=args.predictions,
         show_progress=not args.quiet,
     )  # fmt: skip

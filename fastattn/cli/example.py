@@ -1,4 +1,4 @@
-"""``fastattn example``: a task on real data that every machine has, from the data to a model that beats a baseline."""
+"""``fastattn example``: train a model for a task on Python's own source, and compare it with a baseline."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastattn.cli import device
 
 TEXT = """\
 Three tasks on the source of Python's standard library, with no download. Each writes its data, trains a model, and
-compares it on held-out modules with a baseline that it states. What it writes to --out is what fastattn train and
-finetune work with: data/, run/, and result.json with all figures.
+compares it on held-out modules with a stated baseline. --out then holds data/ and run/, in the formats of fastattn
+train and finetune, and result.json with all figures.
 
   classify    which package a docstring comes from; baseline: always the largest one
-  summarise   a function's docstring, its first line, from the function; baseline: the function's first words
+  summarise   the first line of a function's docstring from its code; baseline: the function's first words
   code        the next token of Python code; baseline: how often each token occurs
 """
 
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.lm.examples.shipped import run_example
 
     if args.steps is not None and args.steps < 1:
-        raise input_error("--steps", args.steps, "a positive int", "Leave it out for what the example needs.")
+        raise input_error(
+            "--steps", args.steps, "a positive int", "Without it the example runs as many steps as it needs."
+        )
     out = args.out or Path(f"fastattn-example-{args.name}")
     target = device.choose(args.device)
     result = run_example(args.name, out, device=target, steps=args.steps, show_progress=not args.quiet)

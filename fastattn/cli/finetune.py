@@ -1,4 +1,4 @@
-"""``fastattn finetune``: from a model and labelled examples to a model for a task, and its scores."""
+"""``fastattn finetune``: train a model for a task on labelled examples, and score it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastattn.cli.flags import TRAINING, Flag, add_columns, add_flags, columns_o
 from fastattn.cli.outcome import report
 
 TEXT = """\
-Train a model for a task on examples of your own, evaluate it on held-out ones, and leave checkpoints, log.jsonl and
-scores.json in --out. Ctrl-C stops with a checkpoint; --resume goes on from the newest.
+Train a model for a task on your own examples, evaluate it on held-out ones, and write checkpoints, log.jsonl and
+scores.json to --out. Ctrl-C stops with a checkpoint; --resume continues from the newest.
 """
 FIELDS = """\
 examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_to_disk, or one with train and dev files
@@ -24,6 +24,7 @@ examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_
   qa          question, context, answer   and answer_start, the character where it begins, if it occurs twice
   seq2seq     source, target              translation, summarisation; or two files, line by line
   instruct    prompt, response            the response is learned, right after the prompt
+  chat        messages, response          {role, content} each; without a response, the assistant's last message
 
 The columns of GLUE, SQuAD, CNN/DailyMail, WMT, Alpaca and CoNLL are known; --field names others.
 """
@@ -39,6 +40,7 @@ FLAGS = (
     Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula", ("fastattn", "eager")),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the examples, with --preset"),
     Flag("--held-out", "held_out", float, 0.1, "part of --data kept for evaluation if there is no --eval"),
+    Flag("--chat-template", "chat_template", str, None, "of chat: a Jinja template; else that of the model, or ChatML"),
     Flag("--length", "length", int, None, "most tokens in a row; the model's if not given"),
     Flag("--dropout", "dropout", float, None, "probability of dropping; the model's if not given"),
     Flag("--epochs", "epochs", float, 3.0, "passes over the examples"),
@@ -48,7 +50,7 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
-TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct")
+TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat")
 _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
@@ -101,7 +103,7 @@ def add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def paths(args: argparse.Namespace) -> dict[str, Any]:
-    """The files and folders on the command line, by field of ``FinetuneConfig``; one as it is, several together."""
+    """The files and folders on the command line, by field of ``FinetuneConfig``."""
     found: dict[str, Any] = {}
     for name in _PATHS:
         if name in args:
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
             for name in ("task", "data", "checkpoint", "pretrained", "preset", "columns")
             if name in flags
         }
+        if "chat_template" in flags:
+            start["chat_template"] = _findable(flags.pop("chat_template"))
         config = FinetuneConfig(**start).changed(flags)
     with joined(device.choose(args.device)) as target:
         outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
@@ -146,6 +150,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _findable(given: str) -> str:
-    """Absolute, so that --resume finds it from any folder; a name without a file or folder as it was given."""
+    """The absolute path, so that --resume finds it from any folder; a name that is no file or folder is unchanged."""
     path = Path(given).expanduser()
     return str(path.absolute() if path.exists() else path)

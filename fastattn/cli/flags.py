@@ -1,9 +1,10 @@
-"""Flags as tables: one line for each setting, shared by the commands that train. Nothing heavy is imported here."""
+"""Flags as tables: one line for each setting, shared by the commands that train. Imports are light."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastattn.errors import input_error
@@ -13,11 +14,11 @@ class Flag(NamedTuple):
     """A flag for one field of a command's config.
 
     Attributes:
-        name: with its dashes.
-        field: in the config, like "preset" or "train.optim.lr".
-        kind: int, float, str or another type of argparse; bool is a flag without a value, and ``--no-`` before it.
-        default: repeats the field's for the help text; None is told in ``help``.
-        help: what it does.
+        name: the flag with its dashes.
+        field: its field of the config, like "preset" or "train.optim.lr".
+        kind: int, float, str or another type of argparse; bool makes a pair of switches, ``--name`` and ``--no-name``.
+        default: the default of the field, repeated for the help text; for None ``help`` says what happens.
+        help: the help text.
         choices: allowed values, if they are few and fixed.
     """
 
@@ -29,7 +30,7 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] | None = None
 
 
-# The fields of ``fastattn.lm.train.TrainConfig``, where they stand in a config as ``train``.
+# The fields of ``fastattn.lm.train.TrainConfig``, which is the field ``train`` of a config.
 TRAINING = (
     Flag("--steps", "train.steps", int, 1000, "updates of the weights"),
     Flag("--max-minutes", "train.max_minutes", float, None, "stop after this long, with a checkpoint"),
@@ -66,12 +67,12 @@ TRAINING = (
 
 
 def with_defaults(flags: Iterable[Flag], defaults: Mapping[str, object]) -> tuple[Flag, ...]:
-    """The same flags, with other defaults for some fields."""
+    """The flags with other defaults for some fields."""
     return tuple(flag._replace(default=defaults.get(flag.field, flag.default)) for flag in flags)
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    """Add ``flags``; those that are not given leave no trace in the parsed arguments."""
+    """Add ``flags``; a flag that is not given does not appear in the parsed arguments."""
     for flag in flags:
         shown = "" if flag.default is None or flag.kind is bool else f" (default {flag.default})"
         text = flag.help + shown
@@ -84,6 +85,12 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
                 flag.name, dest=flag.field, type=flag.kind, choices=flag.choices, default=argparse.SUPPRESS,
                 metavar=None if flag.choices else flag.kind.__name__.upper(), help=text,
             )  # fmt: skip
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--checkpoint``, of a command that uses a model."""
+    text = "--out of a run (its best, if kept, or newest), one checkpoint, or a folder in Hugging Face's format"
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help=text)
 
 
 def add_columns(parser: argparse.ArgumentParser) -> None:

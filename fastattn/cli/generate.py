@@ -1,35 +1,37 @@
-"""``fastattn generate``: text from a checkpoint, as it is generated; or for a whole file of prompts."""
+"""``fastattn generate``: stream text from a model, or answer a file of prompts."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastattn.cli import device
+from fastattn.cli.flags import add_model
+from fastattn.cli.sampling import add_sampling, check_positive, sampling_of
 from fastattn.errors import DataError, input_error
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Continue a prompt with a model that fastattn has trained, printing the text as it comes; an encoder-decoder "
-        "answers it. With --prompts, take many at a time and write a JSON line for each."
+        "Continue a prompt with a model of fastattn or of Hugging Face, printing the text as it is generated; an "
+        "encoder-decoder answers it. With --prompts, process several at a time and write a JSON line for each."
     )
-    parser = commands.add_parser("generate", help="generate text from a checkpoint", description=text)
+    parser = commands.add_parser("generate", help="generate text from a model", description=text)
+    add_model(parser)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its newest), or one checkpoint"
-    )
-    parser.add_argument(
-        "--prompt", default="", metavar="TEXT", help="beginning of the text, or its source (default: none)"
-    )
+        "--prompt", default="", metavar="TEXT",
+        help="beginning of the text, or its source (default: none); - reads standard input",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default 200)")
-    _add_strategy(parser)
+    _add_beams(add_sampling(parser))
     many = parser.add_argument_group("many prompts")
     many.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='a prompt in each line, or .jsonl lines with a "prompt", or a folder of files',
+        help='a prompt in each line, or .jsonl lines with a "prompt", or a folder of files; - is standard input',
     )
     many.add_argument(
         "--out", type=Path, metavar="FILE", help="of results, resumed if it exists (default: FILE.out.jsonl)"
@@ -48,58 +50,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def _add_strategy(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how tokens are chosen")
-    group.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default 0.8)")
-    group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that make up P")
-    group.add_argument(
-        "--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="make tokens of the text so far unlikelier"
-    )
+def _add_beams(group: Any) -> None:
     group.add_argument("--beams", type=int, metavar="N", help="beam search for the likeliest text, instead of drawing")
     group.add_argument(
-        "--length-penalty",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="above 1 favours long beams (default 1)",
+        "--length-penalty", type=float, default=1.0, metavar="X", help="above 1 favours long beams (default 1)"
     )
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="the same text each time")
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastattn.lm.generate import Sampling, Texts
-    from fastattn.lm.load import load_model
-    from fastattn.lm.train import find_checkpoint
-    from fastattn.lm.train.special_tokens import SpecialTokens
+    from fastattn.lm.load import load_texts
+    from fastattn.lm.train import find_model
 
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.min_p, args.repetition_penalty)
     _check(args)
-    checkpoint = find_checkpoint(args.checkpoint)
-    model = load_model(checkpoint, device.choose(args.device), args.attention)
-    if model.config.kind not in ("decoder", "encoder-decoder"):
-        raise DataError(
-            f"{checkpoint.folder} is an {model.config.kind}, which generates no text: see fastattn evaluate."
-        )
-    tokenizer = checkpoint.tokenizer()
-    start, end, target = SpecialTokens.of(tokenizer).names(tokenizer)
-    texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=args.stop)
+    sampling = sampling_of(args)
+    texts, _ = load_texts(
+        find_model(args.checkpoint, best=True), device.choose(args.device), args.attention, stop=args.stop
+    )
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}
     if args.beams is not None:
-        best = texts.best(args.prompt, args.tokens, beams=args.beams, length_penalty=args.length_penalty, **cache)
-        pieces = iter([best])
+        penalties = {"length_penalty": args.length_penalty, "repetition_penalty": args.repetition_penalty}
+        pieces = iter([texts.best(prompt, args.tokens, beams=args.beams, **penalties, **cache)])
     else:
-        pieces = texts.stream(args.prompt, args.tokens, sampling, **cache)
-    if model.config.kind == "decoder":  # continues the prompt, where an encoder-decoder answers it
-        print(args.prompt, end="", flush=True)
+        pieces = texts.stream(prompt, args.tokens, sampling, **cache)
+    if texts.model.config.kind == "decoder":  # continues the prompt, where an encoder-decoder answers it
+        print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -107,21 +84,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("tokens", "beams", "batch", "pages", "page_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise input_error("--" + name.replace("_", "-"), value, "a positive int", "Give at least 1.")
+    check_positive(args, "tokens", "beams", "batch", "pages", "page_size")
     if args.prompts is None:
         if args.out is not None or args.pages is not None:
             raise input_error("--out, --pages", "a value", "none without --prompts", "One text is printed.")
         return
     for name, value in (("--prompt", args.prompt), ("--beams", args.beams), ("--no-cache", args.no_cache)):
         if value:
-            raise input_error(name, value, "nothing with --prompts", "Leave one of the two out.")
+            raise input_error(name, value, "nothing with --prompts", "Pass one of the two.")
+    if str(args.prompts) == "-" and args.out is None:
+        todo = "The answers are written there, one line each, and a second run continues them."
+        raise input_error("--out", "nothing", "a file for the answers, with --prompts -", todo)
 
 
 def _continue_all(args: argparse.Namespace, texts: Any, sampling: Any) -> int:
-    """Every prompt of a file, by continuous batching."""
+    """Answer every prompt of a file, by continuous batching."""
     import dataclasses
 
     from tqdm import tqdm

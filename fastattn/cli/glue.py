@@ -1,4 +1,4 @@
-"""``fastattn glue``: a model on every task of GLUE, and the average."""
+"""``fastattn glue``: fine-tune a model on every task of GLUE, and average the scores."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastattn.cli import device, finetune
 from fastattn.cli.flags import add_flags, given
 
 TEXT = """\
-Fine-tune a model for each task of GLUE below --data (CoLA, SST-2, MRPC, ... with train.tsv and dev.tsv, as they are
-published), and print the scores and their average. The same command again goes on where it was stopped.
+Fine-tune a model for each task of GLUE below --data (CoLA, SST-2, MRPC, ... with train.tsv and dev.tsv, as published),
+and print the scores and their average. If it was stopped, the same command continues.
 """
 
 
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
     print(outcome.table())
     if outcome.signal is None:
         return 0
-    print("stopped; the same command goes on from there", file=sys.stderr)
+    print("stopped; the same command continues from there", file=sys.stderr)
     return 128 + outcome.signal

@@ -1,4 +1,4 @@
-"""The end of a command that trains: its figures, and how to go on if it was stopped."""
+"""The last output of a command that trains: its figures, and how to continue if it was stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def report(outcome: Any) -> int:
-    """Print the figures of a run; the exit code, which for a stopped run is 128 plus the signal's number."""
+    """Print the figures of a run and return the exit code, for a stopped run 128 plus the signal's number."""
     print(outcome.summary())
     if outcome.progress.signal is None:
         return 0

@@ -1,4 +1,4 @@
-"""``fastattn predict``: a fine-tuned model on inputs without labels, as JSON lines."""
+"""``fastattn predict``: apply a fine-tuned model to inputs without labels, and write JSON lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cli import device
-from fastattn.cli.flags import add_columns, columns_of
+from fastattn.cli.flags import add_columns, add_model, columns_of
 from fastattn.errors import input_error
 
 
@@ -21,9 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "scores, generated text. One JSON object for each input, in their order."
     )
     parser = commands.add_parser("predict", help="apply a fine-tuned model", description=text)
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="DIR", help="--out of a run (its best, if kept, or newest)"
-    )
+    add_model(parser)
     parser.add_argument(
         "--data", nargs="+", default=["-"], metavar="FILE",
         help="inputs, in any format of finetune; - (default) reads lines of text or of JSON from stdin",
@@ -46,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
         raise input_error("--data", args.data, "- alone, or files", "- is standard input.")
     from fastattn.files import replaced_file, saying_why
     from fastattn.lm.finetune import load_finetuned
-    from fastattn.lm.train import find_checkpoint
+    from fastattn.lm.train import find_model
 
     columns = columns_of(args)
-    model = load_finetuned(find_checkpoint(args.checkpoint, best=True), device.choose(args.device), args.attention)
+    model = load_finetuned(find_model(args.checkpoint, best=True), device.choose(args.device), args.attention)
     lines = _predictions(args, model, columns)
     if args.out == "-":
         for line in lines:
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _predictions(args: argparse.Namespace, model: Any, columns: dict[str, str]) -> Iterator[str]:
-    """A line of JSON for each input."""
+    """Yield a line of JSON for each input."""
     from tqdm import tqdm
 
     inputs: Iterable[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""``fastattn prepare``: from raw files to a corpus that ``fastattn train --corpus`` reads."""
+"""``fastattn prepare``: make a corpus for ``fastattn train --corpus`` of raw files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     text = (
         "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
-        "repair encodings, drop bad and duplicate documents, mask personal data, learn a byte-level BPE and write "
-        "token files. What was dropped and why is printed, and kept in report.json."
+        "repair encodings, drop bad and duplicate documents, mask personal data, train a byte-level BPE and write "
+        "token files. The documents dropped and the reasons are printed and written to report.json."
     )
     parser = commands.add_parser("prepare", help="make a corpus from raw text", description=text)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the corpus")

@@ -1,4 +1,4 @@
-"""``fastattn train``: from text to a pre-trained model."""
+"""``fastattn train``: pre-train a model on text."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ FLAGS = (
     Flag("--length", "length", int, None, "tokens in a row; the preset's if not given"),
     Flag("--window", "window", int, None, "keys a token sees before itself; all if not given"),
     Flag("--dropout", "dropout", float, 0.0, "probability of dropping"),
+    Flag("--context-parallel", "train.context_parallel", int, 1, "processes that share each row, some tokens each"),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the text"),
     Flag("--held-out", "held_out", float, 0.05, "part of the documents kept for the held-out loss"),
     *TRAINING,
@@ -39,14 +40,14 @@ FLAGS = (
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     text = (
-        "Learn a byte-level BPE, pack the documents, train a model; checkpoints and log.jsonl go to --out. "
-        "Ctrl-C stops with a checkpoint; --resume goes on from the newest."
+        "Train a byte-level BPE, pack the documents, and train a model; checkpoints and log.jsonl go to --out. "
+        "Ctrl-C stops with a checkpoint; --resume continues from the newest."
     )
     parser = commands.add_parser("train", help="train a language model on text", description=text)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--data", nargs="+", default=argparse.SUPPRESS, metavar="PATH",
-        help="files, folders, patterns, hf:NAME, as they are (default: the source of Python's standard library)",
+        help="files, folders, patterns, hf:NAME; not cleaned (default: the source of Python's standard library)",
     )  # fmt: skip
     parser.add_argument(
         "--corpus",

@@ -10,7 +10,7 @@ from fastattn.cli import device
 from fastattn.errors import input_error
 from fastattn.files import write_text
 
-CHECKED = ("triton",)  # backends that a passed self-check lets serve unasked
+CHECKED = ("triton",)  # backends that are selected automatically after a passed self-check
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report there")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also judge N random problems")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
-    record = "only run the self-check by which a GPU backend is chosen unasked, and remember how it ends"
+    record = "only run the self-check that automatic selection of a GPU backend requires, and store its verdict"
     parser.add_argument("--record", action="store_true", help=record)
     device.add_flag(parser)
     parser.set_defaults(run=run)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record(target: str, backends: list[str] | None) -> int:
-    """Check each backend that runs kernels on this GPU, say how it ended, and leave the verdict for later processes."""
+    """Run the self-check of each backend with kernels for this GPU, print its verdict, and store it."""
     import torch
 
     from fastattn import backends as all_backends

@@ -4,5 +4,5 @@
 - ``fastattn.integrations.torch``: ``F.scaled_dot_product_attention`` and torch's flash-attention registry
 - ``fastattn.integrations.flash_attn``: the functions of the flash-attn package, under their names
 - ``fastattn.integrations.tensor_parallel``: sharding rules for DTensor
-- ``fastattn.integrations.context_parallel``: ring and all-to-all attention over a sequence sharded across ranks
+- ``fastattn.integrations.context_parallel``: ring and all-to-all attention over rows sharded across ranks
 """

@@ -1,8 +1,8 @@
 """Programs that run where fastattn is not installed: ``torch.export``, AOTInductor, ONNX.
 
-By itself an exported program holds fastattn's operators, one node for each attention call, and needs ``import
-fastattn`` where it is loaded. ``plain_torch()`` and ``without_fastattn()`` give one of torch's operators alone.
-``torch.jit.trace`` always records those.
+By default an exported program contains fastattn's operators, one node for each attention call, and needs ``import
+fastattn`` where it is loaded. ``plain_torch()`` and ``without_fastattn()`` make programs of torch's operators alone.
+``torch.jit.trace`` always records torch's operators.
 """
 
 from __future__ import annotations

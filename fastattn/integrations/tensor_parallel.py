@@ -55,7 +55,7 @@ def _forward_rule(*args: Any) -> list[tuple[Placements, Placements]]:
 
 
 def _backward_rule(dout: Any, dlse: Any, *args: Any) -> list[tuple[Placements, Placements]]:
-    """The same for ``fastattn::backward``: the gradient of a replicated tensor is a sum over the shards."""
+    """``_forward_rule`` for ``fastattn::backward``; the gradient of a replicated tensor is a sum over the shards."""
     flat, needed = args[3:-1], args[-1]  # behind out, lse and lse_low
     rules = []
     for split in _ways(flat):

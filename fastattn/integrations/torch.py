@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn.attention import register_flash_attention_impl
 
 from fastattn import functional, ops, rng
+from fastattn.decoding import attention_with_kv_cache
 from fastattn.dispatch import requested
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# A backend of fastattn may call torch's attention, which must not come back here.
+# A backend of fastattn may call torch's attention, which must not be overridden then.
 _serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
 
 
@@ -54,7 +55,7 @@ def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
     It reaches all code that looks the function up at each call, ``F.scaled_dot_product_attention(...)``, including
     ``nn.MultiheadAttention``. A module that has executed ``from torch.nn.functional import
     scaled_dot_product_attention`` keeps torch's. A function compiled inside the block keeps fastattn after it. Calls
-    that fastattn cannot compute, nested tensors for example, go to torch; the report counts them by reason and is
+    that fastattn does not serve here, nested tensors for example, go to torch; the report counts them by reason and is
     printed to stderr at the end if there are any.
 
     Args:
@@ -135,10 +136,10 @@ def _now_serving() -> Iterator[None]:
 def register_flash_attention(name: str = "fastattn") -> None:
     """Add fastattn to torch's registry of flash attention. This changes nothing until it is activated there.
 
-    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, what ``scaled_dot_product_attention`` sends
-    to its flash kernel on a CUDA device (fp16 or bf16, no mask) is computed by fastattn, forward and backward.
-    ``restore_flash_attention_impl()`` ends it. torch's ``varlen_attn`` and nested tensors keep torch's kernel.
-    Not yet run on a GPU.
+    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, fastattn computes the calls that
+    ``scaled_dot_product_attention`` sends to its flash kernel on a CUDA device (fp16 or bf16, no mask), forward and
+    backward, and those of ``torch.nn.attention.varlen.varlen_attn``, with its windows, pages and ``out``.
+    ``restore_flash_attention_impl()`` ends it. Nested tensors keep torch's kernel. Not yet run on a GPU.
 
     Args:
         name: the name to register under.
@@ -154,14 +155,19 @@ def register_flash_attention(name: str = "fastattn") -> None:
 
 
 class _Override:
-    """Replaces torch's two flash operators on one device type until ``remove`` is called."""
+    """Replaces torch's flash operators, those that it has, on one device type until ``remove`` is called."""
 
     def __init__(self, device: str = "CUDA") -> None:
         self.library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
         for name, ours in (
             ("_scaled_dot_product_flash_attention", _flash_forward),
             ("_scaled_dot_product_flash_attention_backward", _flash_backward),
+            ("_flash_attention_forward", _varlen_forward),
+            ("_flash_attention_forward_no_dropout_inplace", _varlen_forward_into),
+            ("_flash_attention_backward", _varlen_backward),
         ):
+            if not hasattr(torch.ops.aten, name):
+                continue
             kernel = _guarded(ours, _original(f"aten::{name}", device))
             self.library.impl(name, kernel, device, allow_override=True)
 
@@ -237,7 +243,7 @@ def _flash_backward(
     flat = _flat(query, key, value, dropout_p, is_causal, philox_seed.view(torch.int64), scale)
     grad_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
     needs = [True, True, True, False, False]
-    lse = logsumexp.contiguous()  # torch keeps no more of it
+    lse = logsumexp.contiguous()  # torch saves no lse_low
     grads = torch.ops.fastattn.backward(grad_out, None, out, lse, torch.zeros_like(lse), *flat, needs)
     dq, dk, dv = (x.transpose(1, 2) for x in grads[:3])
     return dq, dk, dv
@@ -254,3 +260,139 @@ def _flat(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spec = AttentionSpec(scale, None, None, 0 if is_causal else None, "upper_left", dropout_p)
     return ops.flatten(inputs, spec, requested(None))
+
+
+# --- packed sequences: torch.nn.attention.varlen ------------------------------------------------------------------
+
+
+def _varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``aten::_flash_attention_forward``: packed ``(T, H, D)``, or ``(B, S, H, D)`` without boundaries; five results.
+
+    With a ``block_table``, key and value are pages, and ``seqused_k`` says how many keys each sequence has.
+    """
+    if return_debug_mask or alibi_slopes is not None:
+        raise UnsupportedError("return_debug_mask and alibi_slopes: call fastattn.attention or attention_weights.")
+    rng_state = rng.new_rng_state(query.device)
+    unused, debug_mask = rng_state.new_zeros(()).view(torch.uint64), query.new_empty(0)
+    band = _sides(window_size_left, window_size_right, is_causal)
+    if block_table is not None:
+        out, lse = _of_pages(query, key, value, cum_seq_q, cum_seq_k, max_q, seqused_k, block_table, band, scale)
+    elif seqused_k is not None:
+        raise UnsupportedError("seqused_k without a block_table: pack the keys that are in use, and pass cu_seq_k.")
+    else:
+        boundaries = (cum_seq_q, cum_seq_k, max_q, max_k)
+        flat = _packed_flat((query, key, value), boundaries, dropout_p, band, rng_state, scale)
+        out, lse, _ = torch.ops.fastattn.forward(*flat, query.requires_grad)
+    return out, lse, rng_state.view(torch.uint64), unused, debug_mask
+
+
+def _varlen_forward_into(out: Tensor, *args: Any, **options: Any) -> Tensor:
+    """``aten::_flash_attention_forward_no_dropout_inplace``: the result goes to ``out``."""
+    found, lse, *_ = _varlen_forward(*args, **options)
+    out.copy_(found)
+    return lse
+
+
+def _varlen_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``aten::_flash_attention_backward``."""
+    band = _sides(window_size_left, window_size_right, is_causal)
+    boundaries = (cum_seq_q, cum_seq_k, max_q, max_k)
+    flat = _packed_flat((query, key, value), boundaries, dropout_p, band, rng_state.view(torch.int64), scale)
+    lse, needs = logsumexp.contiguous(), [True, True, True, False, False]
+    grads = torch.ops.fastattn.backward(
+        grad_out.contiguous(), None, out.contiguous(), lse, torch.zeros_like(lse), *flat, needs
+    )
+    dq, dk, dv = grads[:3]
+    return dq, dk, dv
+
+
+Band = tuple[int | None, int | None]
+
+
+def _sides(left: int | None, right: int | None, is_causal: bool) -> Band:
+    """The band of a spec; -1 and None are unbounded."""
+    left, right = (None if side is None or side < 0 else side for side in (left, right))
+    return left, 0 if is_causal else right
+
+
+def _packed_flat(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    boundaries: tuple[Tensor | None, Tensor | None, int, int],
+    dropout_p: float,
+    band: Band,
+    rng_state: Tensor,
+    scale: float | None,
+) -> ops.Flat:
+    starts_q, starts_k, longest_q, longest_k = boundaries
+    inputs = Inputs(
+        *qkv,
+        cu_seqlens_q=None if starts_q is None else starts_q.to(torch.int32),
+        cu_seqlens_kv=None if starts_k is None else starts_k.to(torch.int32),
+        rng_state=rng_state if dropout_p else None,
+        max_seqlen_q=longest_q,
+        max_seqlen_kv=longest_k,
+    )
+    scale = qkv[0].shape[-1] ** -0.5 if scale is None else scale
+    return ops.flatten(inputs, AttentionSpec(scale, None, *band, "lower_right", dropout_p), requested(None))
+
+
+def _of_pages(
+    query: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    longest_q: int,
+    used: Tensor | None,
+    block_table: Tensor,
+    band: Band,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    if used is None and starts_k is None:
+        raise UnsupportedError("a block_table with neither seqused_k nor cu_seq_k: how many keys are there?")
+    lengths = used if used is not None else starts_k.diff()  # type: ignore[union-attr]
+    packed: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": longest_q} if starts_q is not None else {}
+    found = attention_with_kv_cache(
+        query, pages_k, pages_v, lengths.to(torch.int32), block_table=block_table, causal=False, window=band,
+        scale=scale, return_lse=True, **packed,
+    )  # fmt: skip
+    assert isinstance(found, tuple)
+    return found

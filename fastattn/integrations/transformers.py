@@ -1,9 +1,9 @@
 """Hugging Face transformers 5: ``register()``, then ``attn_implementation="fastattn"`` in any model.
 
-The function that transformers calls, and the one that builds its masks. transformers hands over ``(B, H, S, D)`` views
-with key heads not repeated, a boolean ``(B, 1, S_q, S_kv)`` mask that already holds padding, causality and window, or
-no mask if causality alone is meant, and every keyword of the model's ``forward``. What changes attention is honoured;
-what is known not to concern it is listed in ``IRRELEVANT``; anything else raises.
+``attention_forward`` computes attention for transformers, ``attention_mask`` builds its masks. transformers passes
+``(B, H, S, D)`` views with key heads not repeated, a boolean ``(B, 1, S_q, S_kv)`` mask that combines padding,
+causality and window, or no mask if causality alone is meant, and every keyword of the model's ``forward``. Keywords
+that change attention are applied; those that do not are listed in ``IRRELEVANT``; any other raises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ except ImportError as error:
         "fastattn.integrations.transformers needs transformers 5.17 or newer: pip install 'fastattn[hf]'"
     ) from error
 
-# Keywords of a model's forward that travel to its attention function and make no difference there.
+# Keywords of a model's forward that are passed to its attention function and do not change attention.
 IRRELEVANT = frozenset({
     "use_cache", "cache_position", "position_embeddings", "num_items_in_batch", "return_dict", "output_hidden_states",
     "output_router_logits", "logits_to_keep", "seq_idx", "token_type_ids", "deterministic",
@@ -65,19 +65,19 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """transformers' mask for SDPA, left out only where a layer can be relied on to say whether it is causal.
+    """The mask that transformers makes for SDPA; a causal one is omitted only if all layers state ``is_causal``.
 
     Args:
         args: as ``transformers.masking_utils.sdpa_mask``.
-        config: of the model that the mask is for.
-        allow_is_causal_skip: whether the caller lets a mask that is causal and no more be left out.
-        allow_is_bidirectional_skip: likewise one that keeps everything.
+        config: the config of the model.
+        allow_is_causal_skip: the caller allows None for a mask that is causal and nothing else.
+        allow_is_bidirectional_skip: the caller allows None for a mask that keeps everything.
         others: as ``sdpa_mask``.
 
     Returns:
-        boolean ``(B, 1, S_q, S_kv)``, True = attend, or None. Families that were written for eager's masks get its
-        floating one, 0 or the least number, whose attribute ``keeps`` is the boolean one. ``knows_no_documents`` says
-        that transformers may not have seen that documents are packed.
+        boolean ``(B, 1, S_q, S_kv)``, True = attend, or None. Families that were written for eager's masks get a
+        floating one, 0 or the least number, with the boolean one as its attribute ``keeps``. The attribute
+        ``knows_no_documents`` says that transformers may not have noticed packed documents.
 
     Raises:
         UnsupportedError: the family of the model computes attention itself.
@@ -105,7 +105,7 @@ def attention_mask(
 class _Call:
     """One attention call in fastattn's terms, ``(B, S, H, D)``.
 
-    ``causal`` and ``window`` are what the layer says, and hold only where there is no mask, which has them.
+    ``causal`` and ``window`` are those of the layer. They apply only without a mask, since a mask includes them.
     """
 
     q: Tensor
@@ -120,7 +120,7 @@ class _Call:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is wanted that packed sequences do not have."""
+        """Whether packed sequences can serve the call: no mask, no bias, and no weights to return."""
         return self.mask is None and self.bias is None and not self.with_weights
 
     def dense(self, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +181,7 @@ def attention_forward(
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers calls it; ``register`` is what users need.
+    """The attention function that transformers calls. Users call ``register``.
 
     Args:
         module: the attention layer; its ``is_causal`` applies unless the keyword is given.
@@ -189,8 +189,8 @@ def attention_forward(
         key: ``(B, H_kv, S_kv, D_qk)``.
         value: ``(B, H_kv, S_kv, D_v)``.
         attention_mask: boolean ``(B, 1, S_q, S_kv)``, True = attend, or a float one that is added; complete, so
-            neither causality nor a window is added to it. None: causality, if the layer has it, and the window. In
-            families that are not relied on to say what is causal (``transformers_families``) None is no mask at all.
+            neither causality nor a window is added to it. None: causality, if the layer is causal, and the window. In
+            families whose layers do not all state ``is_causal`` (``transformers_families``) None is no mask at all.
         scaling: factor on the scores; None is ``D_qk ** -0.5``.
         dropout: probability of dropping an attention weight, 0 in evaluation.
         is_causal: attend to no later key.
@@ -214,7 +214,7 @@ def attention_forward(
         with ``output_attentions=True``, else None.
 
     Raises:
-        InputError: the mask is of another kind, or the layer does not say whether it is causal.
+        InputError: the mask is of another kind, or the layer does not state whether it is causal.
         UnsupportedError: a keyword that may change attention is not known.
     """
     _refuse_unknown(others)
@@ -292,7 +292,7 @@ def _by_boundaries(
 
 
 def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
-    """Whether a call without a mask is causal: as the layer says, where it is relied on, and never by default."""
+    """Whether a call without a mask is causal, by the layer's ``is_causal``; there is no default."""
     if is_causal is not None:
         return bool(is_causal)
     config = getattr(module, "config", None)

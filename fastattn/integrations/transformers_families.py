@@ -1,10 +1,10 @@
-"""Families of transformers' models: which of them call attention through its interface, and which say what is causal.
+"""Properties of model families in transformers: use of its attention interface, and statements of causality.
 
-transformers leaves a mask out where causality alone is meant, and SDPA then asks each layer for ``is_causal``, taking a
-layer that does not say for a causal one. That is right for families whose layers all say and which transformers itself
-lets SDPA serve, or FlashAttention, if they are decoders alone: SDPA lacks the sinks and caps of some. Every other
-family gets its masks in full, as its own eager attention does. The mask function and the attention function both ask
-``may_leave_masks_out``, so that they agree.
+transformers omits a mask if causality alone is meant. Its SDPA function then reads ``is_causal`` of the layer, and
+assumes that a layer without it is causal. That is right for families whose layers all state ``is_causal`` and which
+transformers itself allows to use SDPA, or FlashAttention for pure decoders, since SDPA lacks the sinks and caps of
+some. Every other family gets complete masks, as with its own eager attention. The mask function and the attention
+function both call ``may_leave_masks_out``, so that they agree.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from fastattn.errors import UnsupportedError
 
 DECODER = r"self\.is_causal = (True|not getattr\(config\b)"
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what modeling code calls attention through
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the registry through which modeling code calls attention
 
 
 def may_leave_masks_out(config: Any) -> bool:
-    """Whether the layers of this configuration, and of those inside it, all say whether they are causal."""
+    """Whether the layers of this configuration, and of those inside it, all state whether they are causal."""
     # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
     if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
         return False
@@ -36,7 +36,7 @@ def may_leave_masks_out(config: Any) -> bool:
 
 
 def refuse_outsiders(config: Any) -> None:
-    """Raise for families that build attention themselves: they would add our boolean masks to their scores."""
+    """Raise UnsupportedError for families that compute attention themselves: they would add boolean masks to scores."""
     if not _uses_the_interface(type(config)):
         raise UnsupportedError(
             f"attn_implementation='fastattn': models of the family {getattr(config, 'model_type', '') or 'unknown'!r} "
@@ -46,7 +46,7 @@ def refuse_outsiders(config: Any) -> None:
 
 
 def expects_float_masks(config: Any) -> bool:
-    """Whether a family was written for eager's masks alone: its layers may add them to scores, or put parts to them."""
+    """Whether a family was written for eager's floating masks: its layers may add them to scores, or extend them."""
     return not _served_by_sdpa(type(config))
 
 
@@ -73,7 +73,7 @@ def _modeling(config_class: type) -> ModuleType | None:
 
 @functools.cache
 def _layers_say(modeling: ModuleType | None) -> bool:
-    """Whether each attention layer of a module says ``is_causal``, and transformers relies on it for every model."""
+    """Whether each attention layer of a module states ``is_causal``, and transformers relies on it for every model."""
     models = _models(modeling)
     layers = [x for x in _classes(modeling) if issubclass(x, torch.nn.Module) and INTERFACE in _source(x)]
     if not models or not all(_says(x, "is_causal") for x in layers):
@@ -93,7 +93,7 @@ def _says(layer: type, pattern: str) -> bool:
 
 @functools.cache
 def _calls_interface(modeling: ModuleType | None) -> bool:
-    """As transformers decides whether ``set_attn_implementation`` may be called; a family without layers may."""
+    """Whether a module calls the interface, by the rule of transformers for ``set_attn_implementation``."""
     text = _source(modeling)
     has_layers = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
     return not has_layers or f"{INTERFACE}.get_interface(" in text or f"{INTERFACE}[" in text

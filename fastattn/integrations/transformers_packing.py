@@ -1,7 +1,7 @@
-"""Documents packed into one row, as transformers says it: by ``position_ids`` that restart at 0, or by boundaries.
+"""Documents packed into one row, given as in transformers: by ``position_ids`` that restart at 0, or by boundaries.
 
-transformers makes masks of packed ``position_ids`` only without a cache, without a padding mask and where the model's
-code hands them on; its FlashAttention looks at them itself, and so does this.
+transformers makes masks of packed ``position_ids`` only without a cache, without a padding mask and if the model's code
+passes them on. Its FlashAttention function therefore reads them itself, and so does this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastattn.errors import input_error
 
 @dataclass(frozen=True)
 class Documents:
-    """Which document each token of ``(B, S)`` rows belongs to.
+    """The documents to which the tokens of ``(B, S)`` rows belong.
 
     Attributes:
         segment_ids: ``(B, S)``, ascending in each row.
@@ -45,8 +45,8 @@ _implied = WeakTensorKeyDictionary()  # masks -> (their version, boundaries, whe
 def documents_of(position_ids: Tensor | None, rows: int, s_q: int) -> Documents | None:
     """The documents of a row whose ``position_ids`` restart at 0; None for one document in each row.
 
-    Reads values, once for each forward, so not while compiling or capturing a CUDA graph. Positions that are all 0
-    say nothing.
+    It reads values, once for each forward pass, so it returns None while compiling or capturing a CUDA graph.
+    Positions that are all 0 are ignored.
     """
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != s_q or s_q < 2:
         return None
@@ -61,6 +61,8 @@ def documents_of(position_ids: Tensor | None, rows: int, s_q: int) -> Documents 
 
 
 def _read(position_ids: Tensor) -> Documents | None:
+    if bool(position_ids[:, 1:].all()):  # the commonest, and cheap to see
+        return None
     begins = position_ids == 0
     begins[:, 0] = True
     starts = begins.sum(1)
@@ -86,7 +88,7 @@ def segments_of_boundaries(cu_seqlens: Tensor, length: int) -> Tensor:
 def says_no_more(mask: Tensor, cu_seq_lens: Tensor, causal: bool, window: tuple[int, int] | None) -> bool:
     """Whether a boolean mask over packed sequences keeps exactly what their boundaries, causality and window keep.
 
-    False where that would take reading values at a bad time: the mask is then honoured at its full cost.
+    False if values cannot be read now; the mask is then applied at its full cost.
     """
     if mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3] or not _may_read(mask):
         return False
@@ -114,9 +116,9 @@ def _kept(cu_seq_lens: Tensor, length: int, causal: bool, window: tuple[int, int
 
 
 def refuse_packing_beside_others(documents: Documents, attention_mask: Tensor) -> None:
-    """Raise where a mask over keys of other forwards lets a document see the one before it.
+    """Raise InputError if a mask over keys of earlier forward passes lets a document see the one before it.
 
-    Restarts of positions behind padding are no documents, and such a mask keeps them apart.
+    Positions that restart behind padding are no documents, and such a mask keeps them apart.
     """
     restart = documents.segment_ids.diff(dim=1) != 0
     before = attention_mask[:, 0].diagonal(-1, -2, -1)[:, : restart.shape[1]]

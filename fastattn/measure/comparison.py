@@ -106,7 +106,7 @@ def _time(
 
 
 def _weigh_on_cpu(workload: Workload, peers: Sequence[Peer], found: dict[str, Any]) -> None:
-    passes = ("forward", "both") if workload.passes else ("both",)  # the peak of both, if it is long
+    passes = ("forward", "both") if workload.passes else ("both",)  # without timing it is long: one pass is enough
     missing = memory.cannot_measure_process()
     names = [peer.name for peer in peers if peer.name in memory.PEERS]
     peaks = [] if missing else memory.in_fresh_process(workload, names, passes)

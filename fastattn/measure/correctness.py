@@ -69,7 +69,7 @@ class Part:
     """The sampled part of a problem, and how to cut it out of a tensor.
 
     Attributes:
-        pairs: (batch entry, key/value head); no two share a head, so that what a batch shares stays apart.
+        pairs: (batch entry, key/value head); no two share a head, so that gradients shared by the batch do not mix.
         rows: query rows.
         group: query heads per key/value head.
         sequences: packed tensors are viewed as this many batch entries of one length; 0 if not packed.
@@ -177,8 +177,8 @@ def judge(part: Part, operands: Operands, out: Tensor, gradients: Sequence[Tenso
     """The verdict on a whole result.
 
     Args:
-        part: what to look at closely.
-        operands: the tensors it was computed from, with ``dout`` zero outside the part.
+        part: the sampled rows and heads.
+        operands: the tensors that the result was computed from, with ``dout`` zero outside the part.
         out: the output.
         gradients: those of ``operands.leaves``; none judges out alone.
     """

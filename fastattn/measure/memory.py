@@ -46,10 +46,9 @@ def cuda_peak(call: Callable[[], object]) -> int:
 
 
 def process_peak(call: Callable[[], Result]) -> tuple[int, Result]:
-    """Bytes of resident memory that this process held at most during ``call``, above what it held before, and its
-    result."""
+    """The peak of resident memory during ``call`` minus the bytes resident before, and the result of ``call``."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc kept would hide what the call takes
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the call could use freed memory that malloc still holds
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_bytes("VmRSS")
     result = call()
@@ -57,7 +56,7 @@ def process_peak(call: Callable[[], Result]) -> tuple[int, Result]:
 
 
 def cannot_measure_process() -> str | None:
-    """Why ``process_peak`` does not work on this machine; None if it does."""
+    """The reason why ``process_peak`` does not work on this machine; None if it does."""
     if not _STATUS.exists() or not os.access("/proc/self/clear_refs", os.W_OK):
         return "needs Linux's /proc/self/clear_refs"
     return None
@@ -123,7 +122,7 @@ def _main() -> None:
     small = Workload(s_q=64, s_kv=64, heads_q=1, heads_kv=1, d_qk=w.d_qk, d_v=w.d_v, dtype=w.dtype)
     first, operands = (Operands.of(each, torch.device("cpu")) for each in (small, w))
     part = correctness.Part.of(operands)
-    # the gate needs the gradient of the sampled part alone; how much memory is taken does not depend on values
+    # the gate needs the gradient of the sampled part alone; memory does not depend on the values of dout
     operands = dataclasses.replace(operands, dout=part.only(operands.dout))
     for name, pass_name in itertools.product(task["peers"], task["passes"]):
         peer = PEERS[name]

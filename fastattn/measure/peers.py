@@ -95,7 +95,7 @@ def _ours_reasons(backend: str | None) -> Callable[[Workload, str], list[str]]:
         w = workload
         shapes = ((w.heads_q, w.d_qk), (w.heads_kv, w.d_qk), (w.heads_kv, w.d_v))
         q, k, v = (torch.empty(1, 1, *shape, dtype=DTYPES[w.dtype], device=device_type) for shape in shapes)
-        # not explain(), which asks what would be chosen, and for that may run a self-check in the middle of a benchmark
+        # not explain(): it asks for the automatic choice, which may run a self-check in the middle of a benchmark
         return load(backend).unsupported_reasons(Problem.of(Inputs(q, k, v, max_seqlen_q=1, max_seqlen_kv=1), w.spec))
 
     return reasons
@@ -169,7 +169,7 @@ def _prepare_eager(operands: Operands) -> Forward:
 
 
 def sdpa_reasons(workload: Workload, device_type: str) -> list[str]:
-    """Why torch's ``scaled_dot_product_attention`` cannot express the workload."""
+    """The reasons why torch's ``scaled_dot_product_attention`` cannot express the workload."""
     return cannot(workload, "softcap", "sinks", "dropout")
 
 

@@ -42,7 +42,7 @@ class Entry:
     missing: dict[str, str]
 
     def times_faster_than(self, peer: str) -> float | None:
-        """How many times faster fastattn is; None if either has no number."""
+        """The ratio of the peer's time to that of fastattn; None if either has no number."""
         if peer not in self.times or "fastattn" not in self.times:
             return None
         return self.times["fastattn"].times_faster_than(self.times[peer])

@@ -71,7 +71,7 @@ class HostStopwatch:
         return self._now() - start
 
 
-SLEEP_PER_LAUNCH = 1.5  # of the time that the host takes for a call: flushing and events are queued, too
+SLEEP_PER_LAUNCH = 1.5  # times the host time of a call, because the flush and the events are queued too
 
 
 class CudaStopwatch:
@@ -94,7 +94,7 @@ class CudaStopwatch:
         launch_s = max(1e-6, time.perf_counter() - queued)
         at_once = max(1, int(self.LONGEST_SLEEP / (SLEEP_PER_LAUNCH * launch_s)))
         done, seconds = 0, 0.0
-        while done < calls:  # no more at once than a sleep of bearable length can hide
+        while done < calls:  # at most as many at once as the longest sleep hides
             now = min(at_once, calls - done)
             seconds += self._batch(contender, now, SLEEP_PER_LAUNCH * launch_s * now)
             done += now
@@ -165,5 +165,5 @@ def compare(
 def _calls_per_turn(contender: Contender, measure: Stopwatch, round_s: float) -> int:
     once = measure(contender, 1)
     if once < round_s:
-        once = min(once, measure(contender, 1))  # the first call of a short one is no guide
+        once = min(once, measure(contender, 1))  # the first short call may include one-time costs
     return max(1, min(1000, round(round_s / max(once, 1e-9))))

@@ -1,6 +1,7 @@
 """``Workload``: a problem to measure, as plain data that can be stored as JSON; ``Operands``: its tensors.
 
-A case of ``testing/cases.py`` tests a corner of the definition on small odd shapes; a workload is a realistic problem.
+A workload is a realistic problem, while a case of ``testing/cases.py`` tests one corner of the definition on small
+irregular shapes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.ops import backward_flops, forward_flops
+from fastattn.flops import backward_flops, forward_flops
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
 
@@ -129,7 +130,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of a workload. q, k, v and dout are stored as ``(B, S, H, D)``, as projections leave them.
+    """The tensors of a workload. q, k, v and dout are stored as ``(B, S, H, D)``, the order that projections give.
 
     Attributes:
         bias: ``(1, H_q, S_q, S_kv)``.

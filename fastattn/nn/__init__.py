@@ -2,8 +2,14 @@
 
 from fastattn.nn.attention import MultiHeadAttention
 from fastattn.nn.cache import KVCache
+from fastattn.nn.differential import DifferentialAttention
+from fastattn.nn.latent import LatentAttention
 from fastattn.nn.paged import CacheStep, PagedKVCache, PagedLayer
 from fastattn.nn.replace import replace_attention
 from fastattn.nn.rotary import Rotary
+from fastattn.nn.self_attention import GatedAttention, SelfAttention
 
-__all__ = ["CacheStep", "KVCache", "MultiHeadAttention", "PagedKVCache", "PagedLayer", "Rotary", "replace_attention"]
+__all__ = [
+    "CacheStep", "DifferentialAttention", "GatedAttention", "KVCache", "LatentAttention", "MultiHeadAttention",
+    "PagedKVCache", "PagedLayer", "Rotary", "SelfAttention", "replace_attention",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """``MultiHeadAttention``: ``torch.nn.MultiheadAttention`` on fastattn, with the options of newer models.
 
-The only file that knows torch's conventions for this module: True in a boolean mask means masked here and nowhere
-else, attention masks may carry the heads inside the batch, and ``is_causal`` is a hint.
+Torch's conventions for this module stand only here and in ``masks.py``: True in a boolean mask means masked, attention
+masks may have the heads folded into the batch, and ``is_causal`` is a hint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
-from fastattn.nn.lazy import weights_when_read
+from fastattn.nn.lazy import attend_with_little_weights, weights_when_read
+from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
 from fastattn.torch_internals import autocast_dtype
 
@@ -24,20 +25,20 @@ Window = tuple[int | None, int | None]
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention``, the same in every argument, parameter and result, on fused attention.
+    """Replace ``torch.nn.MultiheadAttention``, with the same arguments, parameters and results, on fused attention.
 
         q, k, v = heads(query W_q^T + b_q), heads(key W_k^T + b_k), heads(value W_v^T + b_v)
         out     = concat(fastattn.attention(q, k, v, ...)) W_o^T + b_o
 
-    With the keyword-only options left alone, its state_dict is torch's, both ways, and the same seed gives the same
-    initial parameters. What differs from torch:
+    Without the keyword-only options, state_dicts are interchangeable with torch's and the same seed gives the same
+    initial parameters. Differences from torch:
 
     - A query whose keys are all masked gets 0 from attention (so the module returns ``b_o``), and weights of 0.
       torch gives NaN or 0, depending on the path it takes.
     - Dropout drops other elements than torch does for the same seed, in the same proportion.
-    - ``is_causal=True`` without ``attn_mask`` raises always; torch ignores the hint on its inference path.
-    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, and never if they
-      are not. Until then, changing a floating mask in place makes reading them an error.
+    - ``is_causal=True`` without ``attn_mask`` always raises; torch ignores the hint on its inference path.
+    - The weights of ``need_weights=True``, torch's default, are computed when they are first read, if ever. Changing a
+      floating mask in place before that makes reading them an error.
 
     Args:
         embed_dim: E, the width of queries and outputs.
@@ -54,7 +55,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         num_kv_heads: H_kv, divides ``num_heads``; None is ``num_heads``. With fewer heads, E_kv = D * H_kv takes the
             place of E in the key and value projections: ``in_proj_weight`` is ``(E + 2 E_kv, E)`` (Ainslie et al.,
             "GQA", 2023).
-        window: ``(left, right)``, how many neighbouring keys each query sees, as in ``fastattn.attention``;
+        window: ``(left, right)``, the number of neighbouring keys that each query sees, as in ``fastattn.attention``;
             ``(None, 0)`` is causal, ``(W - 1, 0)`` a causal sliding window. With W = 2 and four tokens:
 
                 1 0 0 0
@@ -110,7 +111,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
-        _check_options(window, softcap, backend)
+        check_options(window, softcap, backend)
         if window is not None and (add_bias_kv or add_zero_attn):
             todo = "Appended keys have no position that a window could be measured from."
             raise input_error("window", f"{window} with add_bias_kv or add_zero_attn", "one of them", todo)
@@ -160,7 +161,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         """Attend from ``query`` to ``key`` and ``value``.
 
         Args:
-            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch.
+            query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)`` without a batch; or with
+                ``batch_first`` a nested tensor, as are key and value then, without masks and weights.
             key: ``(S, N, kdim)``, likewise.
             value: ``(S, N, vdim)``, likewise.
             key_padding_mask: ``(N, S)``, or ``(S,)`` without a batch: boolean, True = masked, the opposite of
@@ -168,19 +170,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
             need_weights: also return the attention weights, which are computed when they are first read.
             attn_mask: ``(L, S)``, or ``(N * H_q, L, S)``: boolean, True = masked; or floating, added to the scores.
             average_attn_weights: average the weights over the heads.
-            is_causal: a promise that ``attn_mask``, which must be given, is the causal one. It is relied on where
-                torch does: without ``key_padding_mask`` and weights. For causal attention without a mask, construct
-                the module with ``window=(None, 0)``.
+            is_causal: a promise that ``attn_mask``, which must be given, is the causal one. As in torch, it is used if
+                there is no ``key_padding_mask`` and no weights are needed. For causal attention without a mask,
+                construct the module with ``window=(None, 0)``.
 
         Returns:
             ``(out, weights)``: ``out`` like the query; ``weights``, after dropout, ``(N, L, S)``, or ``(N, H_q, L, S)``
             if not averaged, without N if there is no batch; None if not needed. S counts appended keys.
 
         Raises:
-            InputError: a tensor's shape or dtype does not fit, ``is_causal`` comes without a mask, or ``rope`` meets
+            InputError: a tensor's shape or dtype does not fit, ``is_causal`` is given without a mask, or ``rope`` with
                 cross-attention.
         """
-        if isinstance(query, Proxy):  # torch.fx records torch's own modules as one node, too
+        if isinstance(query, Proxy):  # torch.fx also records torch's own modules as one node
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             path = query.tracer.path_of_module(self)
             return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
@@ -192,7 +194,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = self._heads(query, key, value, is_batched)
         batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
         if key_padding_mask is not None or attn_mask is not None or is_causal:
-            self._check_masks(key_padding_mask, attn_mask, is_causal, is_batched, (batch, s_q, s_kv))
+            check_masks(key_padding_mask, attn_mask, is_batched, (batch, self.num_heads, s_q, s_kv))
+            _check_hint(is_causal, attn_mask)
         k, v, appended = self._append_keys(k, v)
 
         window = self.window
@@ -201,27 +204,29 @@ class MultiHeadAttention(nn.MultiheadAttention):
             k, v = k[:, :s_q], v[:, :s_q]  # torch counts from the upper left: no query sees the keys beyond these
             window = (window[0] if window else None, s_q - k.shape[1])
 
-        bias, keep, segment_ids = self._scores_terms(
-            _padded(key_padding_mask, appended), _padded(attn_mask, appended), q
-        )
+        terms = mask_terms(_padded(key_padding_mask, appended), _padded(attn_mask, appended), q)
         options: dict[str, Any] = {
-            "window": window, "softcap": self.softcap, "bias": bias, "mask": keep, "sinks": self.sinks,
-            "segment_ids": segment_ids, "dropout_p": self.dropout if self.training else 0.0,
+            "window": window, "softcap": self.softcap, "sinks": self.sinks,
+            "dropout_p": self.dropout if self.training else 0.0, **terms,
         }  # fmt: skip
         if need_weights and options["dropout_p"]:
             options["rng_state"] = rng.new_rng_state(q.device)
-        out = attention(q, k, v, backend=self.backend, **options)
+        both = attend_with_little_weights(q, k, v, options | {"backend": self.backend}) if need_weights else None
+        out = attention(q, k, v, backend=self.backend, **options) if both is None else both[0]
         assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
         if not need_weights:
             return out, None
+        if both is not None:
+            weights = both[1].mean(1) if average_attn_weights else both[1]
+            return out, weights if is_batched else weights[0]
         how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
     ) -> tuple[Tensor, None]:
-        """Sequences of different lengths in nested tensors, without padding."""
+        """``forward`` for sequences of different lengths in nested tensors, without padding."""
         given = [name for name, mask in masks.items() if mask is not None]
         given += [name for name in ("bias_k", "add_zero_attn") if getattr(self, name) not in (None, False)]
         given += ["need_weights"] if need_weights else []
@@ -229,7 +234,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             allowed = "batch_first=True, and neither masks, appended keys nor weights"
             todo = "Pass need_weights=False: nested tensors carry their lengths. Or pad them and pass key_padding_mask."
             raise input_error("query", f"a nested tensor with {', '.join(given) or 'batch_first=False'}", allowed, todo)
-        packed = {id(x): nested.Packed.of(x) for x in (query, key, value)}
+        packed = {key_of: nested.Packed.of(x) for key_of, x in {id(x): x for x in (query, key, value)}.items()}
         q, k, v = (packed[id(x)] for x in (query, key, value))
         if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
             raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
@@ -251,8 +256,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
-        projected = self._project(query, key, value)
-        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        weight = self.in_proj_weight
+        if (
+            weight is not None
+            and query is key
+            and key is value
+            and is_batched
+            and weight.shape[0] == 3 * self.embed_dim
+        ):
+            x = F.linear(query, weight, self.in_proj_bias)  # heads of one size: fewer views than below
+            x = x.view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+            q, k, v = (x if self.batch_first else x.transpose(0, 1)).unbind(2)
+        else:
+            projected = self._project(query, key, value)
+            q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         return self._rotated(q, k, v, 0)
 
     def _rotated(
@@ -292,7 +309,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1).contiguous()
 
     def _append_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k and v with what ``add_bias_kv`` and ``add_zero_attn`` put after the last key, and how many that is."""
+        """k and v with the rows of ``add_bias_kv`` and ``add_zero_attn`` after the last key, and their number."""
         keys, values = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
             keys.append(self.bias_k.view(1, 1, *k.shape[2:]).expand(k.shape[0], -1, -1, -1))
@@ -302,26 +319,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             values.append(torch.zeros_like(v[:, :1]))
         appended = len(keys) - 1
         return (torch.cat(keys, 1), torch.cat(values, 1), appended) if appended else (k, v, 0)
-
-    def _scores_terms(
-        self, key_padding_mask: Tensor | None, attn_mask: Tensor | None, q: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """torch's two masks as ``bias``, ``mask`` (True = attend) and ``segment_ids`` of ``fastattn.attention``."""
-        bias, keep, segment_ids = None, None, None
-        if key_padding_mask is not None:
-            padding = key_padding_mask
-            if padding.dtype != torch.bool:
-                bias = key_padding_mask[..., None, None, :]
-                padding = key_padding_mask == float("-inf")  # torch's layers turn True into it; skipped, not added
-            segments = torch.atleast_2d(padding).int()  # 1 is a document that no query belongs to
-            segment_ids = (segments.new_zeros(1, q.shape[1]), segments)
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (q.shape[0], self.num_heads))
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            keep = ~attn_mask
-        elif attn_mask is not None:
-            bias = attn_mask if bias is None else bias + attn_mask
-        return bias, keep, segment_ids
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
@@ -353,32 +350,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             todo = "Rotary positions count within one sequence: pass one sequence as both, or build it without rope."
             raise input_error("key", f"shape {tuple(key.shape)}, with rope on", f"{tuple(query.shape)}", todo)
 
-    def _check_masks(
-        self,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        is_batched: bool,
-        sizes: tuple[int, int, int],
-    ) -> None:
-        batch, s_q, s_kv = sizes
-        padding_shape = (batch, s_kv) if is_batched else (s_kv,)
-        attn_shapes = [(s_q, s_kv), (batch * self.num_heads, s_q, s_kv)]
-        for name, mask, shapes, advice in (
-            ("key_padding_mask", key_padding_mask, [padding_shape], "It has one entry for each key."),
-            ("attn_mask", attn_mask, attn_shapes, "A mask of each batch entry is repeated for each head."),
-        ):
-            if mask is None:
-                continue
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                todo = "Convert it with .bool(); True = masked."
-                raise input_error(name, mask.dtype, "torch.bool, or a floating dtype that is added to the scores", todo)
-            if mask.shape not in shapes:
-                raise input_error(name, f"shape {tuple(mask.shape)}", " or ".join(map(str, shapes)), advice)
-        if is_causal and attn_mask is None:
-            todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
-            raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
-
     def extra_repr(self) -> str:
         given = {"window": self.window, "softcap": self.softcap, "backend": self.backend}
         options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
@@ -387,14 +358,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
 
 class _ShortcutGuard(nn.Module):
-    """A child that is never called, with a hook: where torch's encoder layers see one, they call their submodules."""
+    """A child that is never called and has a hook, because of which torch's encoder layers call their submodules."""
 
 
 def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
     """Have ``nn.TransformerEncoderLayer`` call ``module`` in inference instead of reading its weights.
 
-    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim``, by which it
-    could be told as well, stays what PEFT and others read it for.
+    A layer takes that shortcut unless some module inside it has a forward hook. ``_qkv_same_embed_dim = False`` would
+    prevent it too, but PEFT and others read it for its own meaning.
     """
     guard = _ShortcutGuard()
     guard.register_forward_pre_hook(_no_hook)
@@ -402,6 +373,12 @@ def keep_from_shortcut(module: nn.MultiheadAttention) -> None:
 
 
 def _no_hook(module: nn.Module, args: Any) -> None: ...
+
+
+def _check_hint(is_causal: bool, attn_mask: Tensor | None) -> None:
+    if is_causal and attn_mask is None:
+        todo = "It is a hint about the mask; for causal attention without one construct with window=(None, 0)."
+        raise input_error("is_causal", "True without attn_mask", "True with the causal attn_mask, or False", todo)
 
 
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
@@ -417,12 +394,17 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
-    for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if size < 1:
-            raise input_error(name, size, "a positive int", "Check the model's configuration.")
+    check_heads({"embed_dim": embed_dim}, num_heads, num_kv_heads, dropout)
     if embed_dim % num_heads:
         todo = "The heads share embed_dim evenly."
         raise input_error("num_heads", f"{num_heads} for embed_dim {embed_dim}", "a divisor of embed_dim", todo)
+
+
+def check_heads(sizes: dict[str, int], num_heads: int, num_kv_heads: int, dropout: float) -> None:
+    """Raise InputError unless a layer with these ``sizes``, heads and dropout can be built."""
+    for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
+        if size < 1:
+            raise input_error(name, size, "a positive int", "Check the model's configuration.")
     if num_heads % num_kv_heads:
         todo = "Each key/value head serves num_heads // num_kv_heads query heads."
         raise input_error("num_kv_heads", f"{num_kv_heads} for num_heads {num_heads}", "a divisor of num_heads", todo)
@@ -430,7 +412,7 @@ def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: flo
         raise input_error("dropout", dropout, "a probability in [0, 1]", "0 turns dropout off.")
 
 
-def _check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
-    """Let ``fastattn.attention`` judge its own arguments now rather than in the first forward pass."""
+def check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
+    """Have ``fastattn.attention`` check its own arguments now rather than in the first forward pass."""
     x = torch.empty(1, 1, 1, 1, device="meta")
     explain(x, x, x, window=window, softcap=softcap, backend=backend)

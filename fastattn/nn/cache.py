@@ -1,6 +1,6 @@
-"""The key/value cache of one attention layer during generation: room for ``max_length`` tokens a row, set aside once.
+"""The contiguous key/value cache of one attention layer: room for ``max_length`` tokens in each row, allocated once.
 
-For sequences that come and go, share beginnings or differ much in length there is ``PagedKVCache``.
+Use ``PagedKVCache`` for sequences that are added and freed, share prefixes or differ much in length.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.nn.layer_cache import LayerCache
+from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
 
 FP8 = torch.float8_e4m3fn
 
@@ -21,11 +21,11 @@ class KVCache(LayerCache):
     """Keys and values of the tokens so far. ``append`` or ``attend`` write new ones in place.
 
     ``keys`` ``(B, S_max, H_kv, D_qk)`` and ``values`` ``(B, S_max, H_kv, D_v)`` are allocated at once and never move.
-    How many tokens each row holds is kept twice: on the host, so that errors cost nothing, and on the device in
+    The number of tokens in each row is stored twice: on the host, so that checks need no device, and on the device in
     ``lengths`` ``(B,)`` int32, which kernels read. Nothing waits for the device.
 
-    Inside ``torch.compile`` and in a replayed CUDA graph no host code runs: such a step counts on the device alone.
-    Tell the host with ``advance`` before it.
+    Inside ``torch.compile`` and in a replayed CUDA graph no host code runs, so such a step updates the device alone.
+    Call ``advance`` before it to update the host.
 
     Args:
         batch: B.
@@ -33,13 +33,15 @@ class KVCache(LayerCache):
         num_kv_heads: H_kv.
         head_dim: D_qk.
         head_dim_v: D_v; None is ``head_dim``.
+        values_in_keys: the value of a token is the first D_v numbers of its key, as in multi-head latent attention,
+            and is not stored again. What is appended must be so, and ``v_scale`` is None. Not for torch.compile.
         device: where the tensors lie; None is torch's default.
         dtype: of the tensors; None is torch's default. ``torch.float8_e4m3fn`` halves the memory, see ``k_scale``.
         k_scale: fp32 ``(H_kv,)`` of an e4m3 cache: keys are stored divided by it. None is 1.
         v_scale: likewise for the values.
 
     Raises:
-        InputError: a size is not positive.
+        InputError: a size is not positive, or ``values_in_keys`` meets wider values or a ``v_scale``.
 
     Example:
         >>> import torch, fastattn
@@ -60,6 +62,7 @@ class KVCache(LayerCache):
         head_dim: int,
         *,
         head_dim_v: int | None = None,
+        values_in_keys: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         k_scale: Tensor | None = None,
@@ -68,10 +71,11 @@ class KVCache(LayerCache):
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         sizes = {"batch": batch, "max_length": max_length, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         check_sizes(sizes | {"head_dim_v": head_dim_v})
-        self.keys = torch.zeros(batch, max_length, num_kv_heads, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(batch, max_length, num_kv_heads, head_dim_v, device=device, dtype=dtype)
+        shape = (batch, max_length, num_kv_heads)
+        self.keys, self.values = make_stores(shape, (head_dim, head_dim_v), values_in_keys, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.k_scale, self.v_scale = k_scale, v_scale
+        self.k_scale, self.v_scale = scales_of_stores(k_scale, v_scale, values_in_keys)
+        self._stores = (self.keys,) if values_in_keys else (self.keys, self.values)
         self._filled = [0] * batch  # the same numbers, on the host
 
     @property
@@ -98,6 +102,9 @@ class KVCache(LayerCache):
         """Tokens in each row, on the host."""
         return list(self._filled)
 
+    def new_positions(self, tokens: int) -> Tensor:
+        return self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of the next ``S`` tokens of every row.
 
@@ -106,14 +113,14 @@ class KVCache(LayerCache):
             v: ``(B, S, H_kv, D_v)``.
 
         Returns:
-            views ``(B, length, H_kv, D)`` of all keys and values so far; they change when a ``reset`` is written over.
+            views ``(B, length, H_kv, D)`` of all keys and values so far; tokens written after a ``reset`` change them.
 
         Raises:
             InputError: a shape, dtype or device does not fit, there is no room left, rows differ in length, the cache
                 is e4m3, or the tensors need gradients. The cache stays as it was.
         """
         if self.keys.dtype == FP8:
-            raise input_error("cache", "e4m3", "a cache in the dtype of k", "Call attend, which knows the scales.")
+            raise input_error("cache", "e4m3", "a cache in the dtype of k", "Call attend, which applies the scales.")
         begin = self.length
         self._check_new(k, v)
         end = begin + k.shape[1]
@@ -129,10 +136,10 @@ class KVCache(LayerCache):
         return out
 
     def select(self, rows: Sequence[int]) -> None:
-        """Make row ``n`` a copy of what row ``rows[n]`` was: how beams that go on take the place of those that do not.
+        """Make row ``n`` a copy of the old row ``rows[n]``: beam search replaces dropped beams by surviving ones so.
 
         Raises:
-            InputError: not one existing row for each row of the cache.
+            InputError: ``rows`` does not name one existing row for each row of the cache.
         """
         if len(rows) != self.batch or not all(0 <= row < self.batch for row in rows):
             raise input_error("rows", list(rows), f"{self.batch} ints in [0, {self.batch})", "One source for each row.")
@@ -140,12 +147,12 @@ class KVCache(LayerCache):
             return
         longest = max(self._filled)
         index = torch.tensor(rows).to(self.keys.device, non_blocking=True)
-        for store in (self.keys, self.values):
+        for store in self._stores:
             store[:, :longest] = store[index, :longest]
         self._set([self._filled[row] for row in rows])
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forget the tokens from ``lengths`` on: how rejected guesses are taken back.
+        """Forget the tokens from ``lengths`` on, such as rejected guesses of speculative decoding.
 
         Raises:
             InputError: a row holds fewer.
@@ -164,7 +171,7 @@ class KVCache(LayerCache):
         self._set([0] * self.batch)
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more in every row on the host alone: before a compiled or captured step that adds them.
+        """Count ``tokens`` more in every row on the host alone, before a compiled or captured step that adds them.
 
         Raises:
             InputError: there is no room for them.
@@ -174,7 +181,7 @@ class KVCache(LayerCache):
 
     def _count(self, tokens: int) -> None:
         self.lengths += tokens
-        if not torch.compiler.is_compiling():  # a graph for each length would be the price
+        if not torch.compiler.is_compiling():  # Dynamo would compile a graph for each length
             self._filled = [filled + tokens for filled in self._filled]
 
     def _set(self, lengths: list[int]) -> None:

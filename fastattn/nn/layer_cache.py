@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastattn.decoding import attention_with_kv_cache
+from fastattn.errors import input_error
 
 Window = tuple[int | None, int | None]
 
 
 class LayerCache(ABC):
-    """Keys and values of one layer; ``KVCache`` and ``PagedLayer`` say where they lie.
+    """Keys and values of one layer; ``KVCache`` and ``PagedLayer`` store them.
 
     Attributes:
         keys: the store of keys.
@@ -45,7 +47,7 @@ class LayerCache(ABC):
         """Append the keys and values of new tokens, and attend from ``q`` to all tokens that the cache then holds.
 
         Args:
-            q: ``(B, S_q, H_q, D_qk)``; the last query of a row stands at its last token. In a packed step of a
+            q: ``(B, S_q, H_q, D_qk)``; the last query of a row is at its last token. In a packed step of a
                 ``PagedKVCache`` q, k and v are ``(1, T, H, D)``.
             k: ``(B, S, H_kv, D_qk)``.
             v: ``(B, S, H_kv, D_v)``.
@@ -73,6 +75,10 @@ class LayerCache(ABC):
         return self._append_and_attend(q, k, v, options)
 
     @abstractmethod
+    def new_positions(self, tokens: int) -> Tensor:
+        """Positions ``(B, tokens)`` of the next tokens of each row, for rotary embedding. Before ``attend``."""
+
+    @abstractmethod
     def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """``attend``, with the keyword arguments of ``attention_with_kv_cache``."""
 
@@ -81,3 +87,34 @@ class LayerCache(ABC):
         out = attention_with_kv_cache(q, self.keys, self.values, lengths, k, v, **options)
         assert isinstance(out, Tensor)  # no lse was asked for
         return out
+
+
+def make_stores(
+    shape: tuple[int, ...], head_dims: tuple[int, int], values_in_keys: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Zeros for keys and values, ``(*shape, D_qk)`` and ``(*shape, D_v)``; with ``values_in_keys`` one view the other.
+
+    Raises:
+        InputError: a value would be wider than the key that it is a part of.
+    """
+    head_dim, head_dim_v = head_dims
+    keys = torch.zeros(*shape, head_dim, **options)
+    if not values_in_keys:
+        return keys, torch.zeros(*shape, head_dim_v, **options)
+    if head_dim_v > head_dim:
+        todo = "A value is the beginning of its key."
+        raise input_error("head_dim_v", f"{head_dim_v} with values_in_keys", f"at most head_dim {head_dim}", todo)
+    return keys, keys[..., :head_dim_v]
+
+
+def scales_of_stores(
+    k_scale: Tensor | None, v_scale: Tensor | None, values_in_keys: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scales of keys and values, which are the same numbers with ``values_in_keys``.
+
+    Raises:
+        InputError: values that are parts of the keys are given a scale.
+    """
+    if values_in_keys and v_scale is not None:
+        raise input_error("v_scale", "a tensor with values_in_keys", "None", "Values are stored with k_scale.")
+    return k_scale, k_scale if values_in_keys else v_scale

@@ -1,8 +1,8 @@
-"""Attention weights that cost nothing until somebody reads them.
+"""Attention weights that are computed when they are first read.
 
-``nn.MultiheadAttention`` returns weights unless it is told not to, and most callers throw them away. ``LazyTensor``
-knows its shape, dtype and device; any operation, ``repr``, ``numpy`` or pickle that touches it gets the real tensor,
-computed then, with the gradients that it would have had.
+``nn.MultiheadAttention`` returns weights by default, and most callers discard them. A ``LazyTensor`` has a shape, dtype
+and device; any operation, ``repr``, ``numpy`` or pickle on it computes the real tensor first, with the gradients that
+it would have had.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastattn.arguments import autocast
+from fastattn.dispatch import requested
 from fastattn.errors import input_error
-from fastattn.inspection import attention_weights, mean_attention_weights
-from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed
+from fastattn.inspection import attention_weights, mean_attention_weights, weights_of_call
+from fastattn.ops import without_autocast
+from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed, is_watched
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_cpu", "is_sparse")
 _METHODS = ("dim", "size", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "ndimension")
@@ -28,8 +30,9 @@ _KNOWN = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {getattr(Tens
 class LazyTensor(Tensor):
     """A tensor that is computed when it is first read; ``lazily`` makes one.
 
-    Python's callers get the real tensor by ``__torch_function__``, which stands above autograd. What bypasses that, a
-    ``torch.autograd.Function`` for one, sends its gradient to this tensor's own history, which computes the same.
+    Callers in Python get the real tensor through ``__torch_function__``, which runs before autograd. Callers that
+    bypass it, such as a ``torch.autograd.Function``, send their gradient to this tensor's own history, which computes
+    the same.
     """
 
     _source: _Source
@@ -46,12 +49,14 @@ class LazyTensor(Tensor):
         if func in _KNOWN and isinstance(args[0], LazyTensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if len(args) == 1 and not kwargs and isinstance(args[0], LazyTensor):
+            return func(args[0].read())  # the commonest look, without the time that a tree takes
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Callers from C++, which no ``__torch_function__`` sees; autograd stands above and has the history."""
+        """Serve callers in C++, which bypass ``__torch_function__``; autograd has recorded the history before this."""
         args, kwargs = tree_map_only(LazyTensor, lambda x: x._source.value().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -86,13 +91,14 @@ class _Source:
 def lazily(
     compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, reads: Sequence[Tensor]
 ) -> LazyTensor:
-    """What ``compute`` returns, computed when it is first read.
+    """A tensor whose value ``compute`` returns when it is first read.
 
     Args:
         compute: called once.
         shape: of its result.
         dtype: of its result.
-        reads: the tensors that it reads, one at least; changing one in place before it is called is an error then.
+        reads: the tensors that ``compute`` reads, at least one; reading the result after one of them was changed in
+            place is an error.
     """
     source = _Source(compute, reads)
     if not source.records or not any(x.requires_grad for x in reads):
@@ -114,7 +120,7 @@ def _lazy(source: _Source, shape: Sequence[int], dtype: torch.dtype, device: tor
 
 
 class _History(torch.autograd.Function):
-    """Where the gradient of a lazy tensor goes that was used without being read."""
+    """The derivative of a lazy tensor that was used without being read."""
 
     @staticmethod
     def forward(ctx: Any, source: _Source, shape: Sequence[int], dtype: torch.dtype, *reads: Tensor) -> LazyTensor:
@@ -129,7 +135,7 @@ class _History(torch.autograd.Function):
 
 
 class _Linked(torch.autograd.Function):
-    """The value of a lazy tensor, with the history that somebody else gave the lazy one, as checkpointing does."""
+    """The value of a lazy tensor whose history was replaced, as checkpointing does; gradients go to the lazy one."""
 
     @staticmethod
     def forward(ctx: Any, lazy: LazyTensor, value: Tensor) -> Tensor:
@@ -152,7 +158,7 @@ def weights_when_read(
 ) -> Tensor:
     """The weights of ``attention(q, k, v, **options)``, computed when they are first read.
 
-    A compiler, a tracer or a transform gets them at once: what nobody uses costs nothing there.
+    Under a compiler, a tracer or a transform they are computed at once; unused results are removed there.
 
     Args:
         q: ``(B, S_q, H_q, D)``.
@@ -160,8 +166,8 @@ def weights_when_read(
         dtype: of the weights.
         mean: average over the heads.
         unbatched: B is 1, and left out of the result.
-        owned: nobody else can change ``q`` and ``k`` in place. Inference tensors have no count of such changes, so
-            the weights of those that are not owned are computed at once.
+        owned: no other code can change ``q`` and ``k`` in place. Changes of inference tensors cannot be detected, so
+            if these are not owned the weights are computed at once.
         options: of ``fastattn.attention``.
 
     Returns:
@@ -177,12 +183,42 @@ def weights_when_read(
     reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
 
     def compute() -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            weights = function(q, k, **options).to(dtype)
+        with without_autocast(q.device.type):
+            weights = weights_of_call(q, k, mean, options)
+        weights = weights if weights.dtype == dtype else weights.to(dtype)
         return weights[0] if unbatched else weights
 
     shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])
     return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, reads)
+
+
+LITTLE = 1 << 15  # scores, below which the formula takes torch less time than a kernel and a look at the weights
+
+
+def attend_with_little_weights(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """``(out, weights)`` by the formula where that is the fastest way to both: on a CPU, few scores, no options given.
+
+    Args:
+        q: ``(B, S_q, H, D)``.
+        k: ``(B, S_kv, H, D)``.
+        v: ``(B, S_kv, H, D)``.
+        options: of ``fastattn.attention``.
+
+    Returns:
+        ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``; None for other calls.
+    """
+    scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+    if not 0 < scores <= LITTLE or q.shape[2] != k.shape[2] or q.device.type != "cpu":
+        return None
+    if any(x is not None and (isinstance(x, Tensor | tuple) or x != 0) for x in options.values()):
+        return None
+    if is_watched() or requested(None) is not None or not _is_plain_eager([q, k, v]):
+        return None
+    q, k, v = q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    weights = torch.softmax(torch.matmul(q, k), -1)
+    return torch.matmul(weights, v).transpose(1, 2), weights
 
 
 def _pair(segment_ids: Any) -> tuple[Tensor, ...]:
@@ -194,7 +230,7 @@ def _has_count(*tensors: Tensor) -> bool:
 
 
 def _counted(option: Any) -> Any:
-    """An option whose changes in place are counted: a copy of an inference tensor, which has no count."""
+    """The option, with inference tensors copied, because changes of them in place cannot be detected."""
     if isinstance(option, tuple):
         return tuple(map(_counted, option))
     return option.clone() if isinstance(option, Tensor) and option.is_inference() else option

@@ -1,7 +1,7 @@
-"""The paged key/value cache: sequences that come, share beginnings, branch and go, in one store of pages.
+"""The paged key/value cache: sequences that are added, share prefixes, fork and are freed, in one store of pages.
 
-``PagedKVCache`` decides on the host which page belongs to whom; ``CacheStep`` carries a decision to the device as the
-few small tensors that kernels read; ``PagedLayer`` is what one layer of a model sees of a step.
+``PagedKVCache`` assigns pages to sequences on the host; ``CacheStep`` holds the assignment as the small tensors that
+kernels read; ``PagedLayer`` is the cache that one layer of a model is given for a step.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastattn.errors import input_error
 from fastattn.nn.cache import check_sizes
-from fastattn.nn.layer_cache import LayerCache
+from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
 
-EVICTED = -1  # in place of a page that a window has left behind
+EVICTED = -1  # in place of a page before the window
 
 
 @dataclass
@@ -36,16 +36,16 @@ class CacheStep:
     """One call of a model for some sequences: where their new tokens go, and what they attend to.
 
     Attributes:
-        layers: what each layer of the model is given as its cache.
-        sequences: whose tokens they are, in order.
-        new_tokens: how many each has.
+        layers: the cache of each layer of the model.
+        sequences: the names of the sequences, in order.
+        new_tokens: the number of new tokens of each.
         positions: ``(n, S)`` of the new tokens if all have ``S``, else packed ``(1, T)``: the shape of the tokens that
             the model is called with.
         lengths: ``(n,)`` int32, positions filled before the step.
         block_table: ``(n, max_pages)`` int32.
         cu_seqlens_q: ``(n + 1,)`` int32 if packed, else None.
         max_seqlen_q: most new tokens of a sequence.
-        max_length: tokens that the longest sequence has with its new ones, when the step was made.
+        max_length: length of the longest sequence after the step, when the step was made.
     """
 
     layers: tuple[PagedLayer, ...]
@@ -75,17 +75,25 @@ class PagedLayer(LayerCache):
 
     @property
     def longest(self) -> int:
-        """Tokens that the longest sequence has with its new ones."""
+        """Length of the longest sequence after the step."""
         return self._step().max_length
 
     @property
     def source(self) -> Any:
-        """Keys and values of cross-attention, kept from one step to the next; see ``PagedKVCache.sources``."""
+        """Keys and values of cross-attention, which later steps use again; see ``PagedKVCache.sources``."""
         return self.cache.sources[self.index]
 
     @source.setter
     def source(self, source: Any) -> None:
         self.cache.sources[self.index] = source
+
+    def new_positions(self, tokens: int) -> Tensor:
+        """``positions``: a step was made for its tokens."""
+        positions = self.positions
+        if positions.shape[1] != tokens:
+            todo = "Call the layer with the tokens that the step was made for."
+            raise input_error("tokens", tokens, f"{positions.shape[1]}, those of the step", todo)
+        return positions
 
     def _append_and_attend(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         step = self._step()
@@ -104,29 +112,31 @@ class PagedLayer(LayerCache):
 class PagedKVCache:
     """Keys and values of many sequences, for all layers of a model, in pages of ``page_size`` tokens.
 
-    A sequence begins with ``add``, grows by ``step`` and ends with ``free``; ``fork`` begins one that shares all pages
-    of another, of which only the page that one of them writes to is ever copied. With a ``window`` pages that no later
-    token can see are given back. All decisions are made on the host, before anything runs: a step that does not fit
-    raises and changes nothing, and nothing waits for the device.
+    A sequence begins with ``add``, grows by ``step`` and ends with ``free``. ``fork`` begins one that shares all pages
+    of another; a shared page is copied when one of them writes to it. With a ``window``, pages that no later token can
+    see are freed. Pages are assigned on the host, before anything runs: a step that does not fit raises and changes
+    nothing, and nothing waits for the device.
 
     ``keys`` ``(layers, num_pages, page_size, H_kv, D_qk)`` and ``values`` are allocated at once and never move.
 
     Args:
         num_pages: pages in the store, for all sequences together.
-        page_size: tokens in a page: 16 wastes little and reads fast.
+        page_size: tokens in a page; 16 wastes little memory.
         num_kv_heads: H_kv.
         head_dim: D_qk.
         layers: of the model.
-        max_length: most tokens of a sequence; None is what all pages hold.
+        max_length: most tokens of a sequence; None is the capacity of all pages.
         head_dim_v: D_v; None is ``head_dim``.
-        window: neighbours before a token that it sees, in every layer; None is all.
+        values_in_keys: the value of a token is the first D_v numbers of its key, as in multi-head latent attention,
+            and is not stored again. What is appended must be so, and ``v_scale`` is None. Not for torch.compile.
+        window: number of keys before a token that it sees, in every layer; None is all.
         device: where the tensors lie; None is torch's default.
         dtype: of keys and values; None is torch's default. ``torch.float8_e4m3fn`` halves the memory.
         k_scale: fp32 ``(H_kv,)`` or ``(layers, H_kv)`` of an e4m3 cache: keys are stored divided by it. None is 1.
         v_scale: likewise for the values.
 
     Raises:
-        InputError: a size is not positive.
+        InputError: a size is not positive, or ``values_in_keys`` meets wider values or a ``v_scale``.
 
     Source:
         Kwon et al., "Efficient memory management for large language model serving with PagedAttention", 2023.
@@ -155,6 +165,7 @@ class PagedKVCache:
         layers: int = 1,
         max_length: int | None = None,
         head_dim_v: int | None = None,
+        values_in_keys: bool = False,
         window: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -168,8 +179,9 @@ class PagedKVCache:
         if window is not None and window < 0:
             raise input_error("window", window, "an int >= 0, or None", "It counts the neighbours before a token.")
         shape = (layers, num_pages, page_size, num_kv_heads)
-        self.keys = torch.zeros(*shape, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*shape, head_dim_v, device=device, dtype=dtype)
+        self.keys, self.values = make_stores(shape, (head_dim, head_dim_v), values_in_keys, device=device, dtype=dtype)
+        self._stores = (self.keys,) if values_in_keys else (self.keys, self.values)
+        k_scale, v_scale = scales_of_stores(k_scale, v_scale, values_in_keys)
         self.k_scale, self.v_scale = (x if x is None else x.expand(layers, -1) for x in (k_scale, v_scale))
         self.max_length, self.window = max_length, window
         self._free = list(range(num_pages))[::-1]
@@ -195,15 +207,15 @@ class PagedKVCache:
 
     @property
     def sequences(self) -> tuple[int, ...]:
-        """Those that have not been freed, oldest first."""
+        """The names of sequences that have not been freed, oldest first."""
         return tuple(self._sequences)
 
     def length(self, sequence: int) -> int:
-        """Tokens that a sequence has."""
+        """The number of tokens of a sequence."""
         return self._get(sequence).length
 
     def pages(self, sequence: int) -> tuple[int | None, ...]:
-        """The pages of a sequence in order; None where the window has left one behind."""
+        """The pages of a sequence in order; None for those before the window."""
         return tuple(None if page == EVICTED else page for page in self._get(sequence).pages)
 
     def add(self) -> int:
@@ -225,10 +237,10 @@ class PagedKVCache:
         del self._sequences[sequence]
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget the tokens of a sequence from ``length`` on: how rejected guesses are taken back.
+        """Forget the tokens of a sequence from ``length`` on, such as rejected guesses of speculative decoding.
 
         Raises:
-            InputError: it has fewer, or the window has left pages behind that would be needed again.
+            InputError: it has fewer, or pages were freed by the window that would be needed again.
         """
         state = self._get(sequence)
         seen = max(0, length - self.window) if self.window is not None else 0
@@ -243,7 +255,7 @@ class PagedKVCache:
         state.length = length
 
     def pages_needed(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> int:
-        """Pages beyond the free ones that a step would take; negative if some would be left."""
+        """The number of pages that a step would need beyond the free ones; negative if some would remain free."""
         return self._plan(sequences, self._new_tokens(sequences, new_tokens)) - self.free_pages
 
     def step(
@@ -254,18 +266,18 @@ class PagedKVCache:
         max_pages: int | None = None,
         reuse: CacheStep | None = None,
     ) -> CacheStep:
-        """Make room for new tokens of some sequences; they count as theirs from now on.
+        """Reserve pages for new tokens of some sequences, and add these tokens to their lengths.
 
         Args:
             sequences: names, each once.
-            new_tokens: how many tokens each gets, or one number for all.
-            max_pages: width of the block table; None is the next power of two, so that shapes seldom change. With the
-                pages of ``max_length`` the step can be reused for as long as the sequences may grow.
-            reuse: an earlier step for as many sequences with the same numbers of tokens: its tensors are written over
+            new_tokens: the number of new tokens of each, or one number for all.
+            max_pages: width of the block table; None is the next power of two, so that shapes seldom change. If it
+                covers ``max_length``, the step can be reused until the sequences reach that length.
+            reuse: an earlier step for as many sequences with the same numbers of tokens. Its tensors are overwritten
                 and it is returned, so that a CUDA graph that has captured it can be replayed.
 
         Returns:
-            what to call the model with.
+            the step: call the model with its ``layers`` and ``positions``.
 
         Raises:
             InputError: there are too few pages, a sequence would become too long, is unknown or named twice, or
@@ -295,7 +307,7 @@ class PagedKVCache:
             source, target = (
                 torch.tensor(pages).to(self.keys.device, non_blocking=True) for pages in zip(*copies, strict=True)
             )
-            for store in (self.keys, self.values):
+            for store in self._stores:
                 store[:, target] = store[:, source]
         return self._as_step((tuple(sequences), tuple(new), before), width, reuse)
 
@@ -337,7 +349,7 @@ class PagedKVCache:
         return 0 if self.window is None else max(0, sequence.length - self.window) // self.page_size
 
     def _plan(self, sequences: Sequence[int], new: Sequence[int]) -> int:
-        """Pages that a step takes, less those that it gives back first."""
+        """The number of pages that a step takes, minus those that it frees first."""
         taken, users, dropped = 0, dict[int, int](), Counter[int]()
         for name, tokens in zip(sequences, new, strict=True):
             state = self._sequences[name]
@@ -351,7 +363,7 @@ class PagedKVCache:
         return taken - sum(count == self._users[page] for page, count in dropped.items())
 
     def _evict(self, state: _Sequence) -> None:
-        """Give back the pages that no token from now on can see."""
+        """Free the pages that no later token can see."""
         for entry in range(self._left_behind(state)):
             self._release(state.pages[entry])
             state.pages[entry] = EVICTED

@@ -15,17 +15,18 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     """Replace every ``torch.nn.MultiheadAttention`` inside ``model``, in place, by ``MultiHeadAttention``.
 
     The new modules take over the old ones' parameters, parametrizations, hooks and mode, the very same objects:
-    optimizers, tied weights and hook handles stay valid, and the model's state_dict does not change. A module that
-    stands in several places is replaced by one that stands in all of them. Subclasses of ``nn.MultiheadAttention``
-    are left alone, as they may compute something else, and named in a warning. ``nn.TransformerEncoderLayer`` is kept
-    from its inference shortcut, which would not call the new modules. Call it before sharding or compiling the model.
+    optimizers, tied weights and hook handles stay valid, and the model's state_dict does not change. A module that is
+    used in several places is replaced by one module in all of them. Subclasses of ``nn.MultiheadAttention`` are left
+    unchanged, as they may compute something else, and named in a warning. ``nn.TransformerEncoderLayer`` no longer
+    takes its inference shortcut, which would not call the new modules. Call this before sharding or compiling the
+    model.
 
     Args:
         model: any module.
         backend: for the new modules; a name from ``fastattn.backends()``, or None to choose for each call.
 
     Returns:
-        the names of what was replaced, as ``model.named_modules()`` gives them.
+        the names of the replaced modules, as in ``model.named_modules()``.
 
     Raises:
         InputError: ``model`` is not a module, is itself the attention module, or there is no such backend.
@@ -53,7 +54,7 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
 
 
 def _is_replaceable(module: nn.Module) -> bool:
-    """Whether a module is torch's own attention; one with parametrizations has a class made for it alone."""
+    """Whether a module is torch's own attention, or has the class that torch makes of it for parametrizations."""
     kind = type(module)
     return kind is nn.MultiheadAttention or (is_parametrized(module) and kind.__bases__ == (nn.MultiheadAttention,))
 
@@ -87,10 +88,10 @@ def _converted(old: nn.Module, backend: str | None) -> MultiHeadAttention:
         device="meta",
         backend=backend,
     )
-    vars(new).update(vars(old))  # with the new options off both kinds hold the same entries
+    vars(new).update(vars(old))  # without the new options both classes have the same attributes
     new._modules = dict(old._modules)
     keep_from_shortcut(new)
-    if is_parametrized(old):  # by properties of a class of its own
+    if is_parametrized(old):  # torch implements parametrizations as properties of a class made for the module
         properties = {name: x for name, x in vars(type(old)).items() if name not in ("__dict__", "__weakref__")}
         new.__class__ = type(type(old).__name__, (MultiHeadAttention,), properties)
     return new

@@ -1,7 +1,8 @@
 """Rotary position embedding: positions enter attention as rotations of the queries and keys.
 
-Pairs are half a head apart, ``(x[i], x[i + D/2])``, the convention of GPT-NeoX and Llama. The tables are computed
-where they are used, in fp32 and without any buffer: nothing to save, to cast to a lower precision or to outgrow.
+Pairs are half a head apart, ``(x[i], x[i + D/2])``, the convention of GPT-NeoX and Llama. Tables are computed when they
+are used, in fp32 at least, and not stored as buffers, which would be saved, cast to lower precision and limited in
+length.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ __all__ = ["Rotary", "apply_rotary", "rotary_tables"]
 
 @dataclass(frozen=True)
 class RotaryScaling:
-    """Slower rotations, for texts longer than a model was first trained on, as Llama 3.1 has them.
+    """Lower rotary frequencies for texts longer than those a model was first trained on, as in Llama 3.1.
 
     A frequency whose wavelength is longer than ``original_length / low_frequency`` is divided by ``factor``, one whose
     wavelength is shorter than ``original_length / high_frequency`` is kept, and those between are blended.
 
     Attributes:
-        factor: how much longer the texts have become.
+        factor: the ratio of the new length to the original one.
         low_frequency: turns within ``original_length`` below which a frequency is divided.
         high_frequency: turns within ``original_length`` above which a frequency is kept.
         original_length: S of the first training.
@@ -73,7 +74,7 @@ def rotary_tables(
     Args:
         positions: ``(S,)`` or ``(B, S)``, any number for each token; packed documents restart at 0.
         head_dim: D, even.
-        base: the longest wavelength is ``2 pi * base``; larger for longer contexts.
+        base: wavelengths lie between 2 pi and ``2 pi * base`` tokens; larger for longer contexts.
         dtype: of the tables; float64 for float64 inputs.
         scaling: of the frequencies; None leaves them.
 
@@ -90,7 +91,7 @@ def rotary_tables(
         >>> cos.shape
         torch.Size([5, 32])
     """
-    _check(head_dim, base)
+    check_rotary(head_dim, base)
     exponents = torch.arange(0, head_dim, 2, device=positions.device).to(dtype) / head_dim
     frequencies = base**-exponents
     if scaling is not None:
@@ -107,7 +108,7 @@ class Rotary(nn.Module):
 
     Args:
         head_dim: D, even.
-        base: the longest wavelength is ``2 pi * base``.
+        base: wavelengths lie between 2 pi and ``2 pi * base`` tokens.
 
     Raises:
         InputError: ``head_dim`` is odd, or ``base`` is not positive.
@@ -128,7 +129,7 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        _check(head_dim, base)
+        check_rotary(head_dim, base)
         self.head_dim = head_dim
         self.base = float(base)
 
@@ -161,7 +162,8 @@ class Rotary(nn.Module):
         return f"head_dim={self.head_dim}, base={self.base:g}"
 
 
-def _check(head_dim: int, base: float) -> None:
+def check_rotary(head_dim: int, base: float) -> None:
+    """Raise InputError unless ``head_dim`` dims can be turned with this base."""
     if head_dim < 2 or head_dim % 2:
         raise input_error("head_dim", head_dim, "an even number", "Rotary embedding turns pairs of head dims.")
     if not 0 < base < float("inf"):

@@ -1,4 +1,4 @@
-"""Judging backends: test cases, their inputs, and the tolerance rule. Part of the package, so that users can run it."""
+"""Test cases, their inputs and the tolerance rule, by which backends are judged; part of the package for its users."""
 
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid

@@ -25,13 +25,13 @@ from fastattn.testing.tolerance import Row, judge_forward, poisoned
 
 PAGE_SIZES = (1, 8, 16, 64, 128, 256)
 JUNK = -7  # in block table entries that must not be looked up
-# What e4m3 makes of a number: half a unit in the last of its 3 bits, or of the smallest it has.
+# Rounding errors of e4m3: half a unit in the last of its 3 bits, or half of its smallest subnormal number.
 FP8_RELATIVE, FP8_ABSOLUTE = 2.0**-4, 2.0**-10
 
 
 @dataclass(frozen=True)
 class CacheCase:
-    """One problem, without its values.
+    """A problem of attention to a cache, without its values.
 
     Attributes:
         id: unique.
@@ -97,7 +97,7 @@ class CacheSample:
 _RAGGED: dict[str, Any] = {"packed": True, "before": (30, 0, 17, 5, 0), "s_q": (1, 21, 1, 4, 0)}
 _ALL: dict[str, Any] = {"softcap": 5.0, "alibi": True, "sinks": True, "per_sequence": True, "left": 11}
 
-# What differs from the defaults. Each row is walked with a contiguous cache and with pages.
+# Name -> what differs from the defaults. Each row runs with a contiguous cache and with pages.
 _TABLE: dict[str, dict[str, Any]] = {
     "one token": {},
     "reads only": {"new": 0, "before": (13, 40, 1)},
@@ -322,7 +322,7 @@ def _by_sequence(inputs: CacheInputs, sample: CacheSample, dtype: torch.dtype) -
     for b, (s_q, s_kv) in enumerate(zip(sample.case.s_q, sample.case.s_kv, strict=True)):
         entry, row = page_and_row(torch.arange(s_kv), inputs.page_size)
         page = torch.full_like(row, b) if inputs.block_table is None else inputs.block_table.cpu()[b, entry].long()
-        page = page.clamp(min=0)  # what a window has left behind is masked, whatever it is
+        page = page.clamp(min=0)  # entries before the window may be anything, and are masked
         k = kv_cache.read(inputs.k_cache, inputs.k_scale, page, row, torch.float64).to(dtype)[None]
         v = kv_cache.read(inputs.v_cache, inputs.v_scale, page, row, torch.float64).to(dtype)[None]
         alibi, sinks = (x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (given.alibi_slopes, given.sinks))

@@ -15,7 +15,8 @@ from fastattn.problem import DIFFERENTIABLE
 from fastattn.spec import Anchor
 
 Mask = Literal["random", "empty rows", "all false", "padding"]
-Memory = Literal["contiguous", "BHSD", "sliced", "strided", "strided head dim"]
+Memory = Literal["contiguous", "BHSD", "sliced", "strided", "strided head dim", "expanded", "shared"]
+Bias = Literal["normal", "padding", "offset", "infinity"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -28,7 +29,7 @@ class Case:
         group: its part of the grid.
         B, S_q, S_kv, H_q, H_kv, D_qk, D_v: sizes; see ``lengths`` for packed ones.
         dtype: of q, k and v.
-        lengths: makes it a packed batch: ``(s_q, s_kv)`` of each sequence. B, S_q and S_kv are then not read.
+        lengths: ``(s_q, s_kv)`` of each sequence of a packed batch; B, S_q and S_kv are then ignored. None: dense.
         scale, softcap, left, right, anchor, dropout_p: as in ``AttentionSpec``; scale None is ``D_qk ** -0.5``.
         bias: shape of the bias, broadcast where 1.
         mask: "random" ``(B, H_q, S_q, S_kv)``; "empty rows" ``(1, 1, S_q, S_kv)``, every third row keeps nothing;
@@ -39,11 +40,14 @@ class Case:
         extras_dtype: dtype of bias and sinks; None is ``dtype``.
         memory: "contiguous"; "BHSD", a transposed view; "sliced", q, k and v cut from one fused buffer (needs equal
             lengths and head dims); "strided", every second row of a buffer whose rows are not aligned;
-            "strided head dim", the last dimension has stride 2.
+            "strided head dim", the last dimension has stride 2; "expanded", all heads are views of the first; "shared",
+            v is k itself (needs equal head dims).
+        bias_values: "normal"; "padding", the most negative number of the dtype at a third of the places; "offset", the
+            same as normal on top of a large number that a row shares; "infinity", -inf at a third of the places.
         magnitude: factor on q and k.
         nan_rows: key and value rows that no query keeps hold NaN.
         dlse: lse has a gradient too.
-        needs: gradients wanted; ``Sample.needs`` leaves out those of tensors that the case lacks.
+        needs: gradients to compute; ``Sample.needs`` leaves out those of tensors that the case lacks.
     """
 
     id: str
@@ -71,6 +75,7 @@ class Case:
     segments: int = 0
     extras_dtype: torch.dtype | None = None
     memory: Memory = "contiguous"
+    bias_values: Bias = "normal"
     magnitude: float = 1.0
     nan_rows: bool = False
     dlse: bool = False
@@ -228,7 +233,7 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 
-# The cases that are worth walking in every dtype, and those that a look of a few seconds takes.
+# The cases that run in every dtype, and those of the quick grid.
 _EVERY_DTYPE = (
     "plain", "one token", "one query", "causal, empty rows", "gqa of three", "D 128", "D 192 and 128", "odd", "window",
     "mask, empty rows", "padding", "bias, shared by the batch", "bias, fp32", "alibi", "sinks", "segments", "softcap",

@@ -1,4 +1,4 @@
-"""The problems of the self-check: head dims and features that most people use, small, and one with everything."""
+"""The problems of the self-check: small ones with the most common head dims and features, and one with everything."""
 
 from __future__ import annotations
 

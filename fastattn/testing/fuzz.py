@@ -14,18 +14,19 @@ from fastattn import dispatch
 from fastattn.errors import UnsupportedError
 from fastattn.testing.cases import Case
 from fastattn.testing.inputs import make
+from fastattn.testing.tolerance import Yardstick
 from fastattn.testing.verify import Result, judge
 from fastattn.testing.ways import measure_way, ways_of
 
 _DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 128)
 _HEAD_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 128)
-_RARELY = 0.01  # how often a problem is one of the large ones below
+_RARELY = 0.01  # the share of problems with lengths or head dims of the next line
 _LONG_LENGTHS, _WIDE_HEAD_DIMS = (257, 700, 1024, 2048), (192, 256, 257, 512)
-# Fields of Case that turn something on, to be turned off one by one; the sizes are brought down after them.
+# Fields of Case that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
     "dtype", "scale", "softcap", "left", "right", "anchor", "dropout_p", "bias", "mask", "alibi", "sinks",
-    "per_sequence", "segments", "memory", "magnitude", "dlse",
+    "per_sequence", "segments", "memory", "bias_values", "magnitude", "nan_rows", "dlse",
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ class Failure:
         result: of the smallest problem that still fails.
         device: of the run.
         seed: of its values.
-        way: how the backend was reached, a name in ``ways.WAYS``; None: by itself.
+        way: how the backend was called, a name in ``ways.WAYS``; None: directly.
     """
 
     result: Result
@@ -66,8 +67,8 @@ class Failure:
 def fuzz(n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[str] | None = None) -> Failure | None:
     """Judge ``n`` random problems on every usable backend, and stop at the first that fails.
 
-    Each is run forward and backward by the backend itself, and once more as a user would reach it, in one of the ways
-    of ``fastattn.testing.ways``: by a plan, from threads, through vmap, from a cache, with tensors in odd memory.
+    Each is run forward and backward by calling the backend directly, and once more through a public function in one of
+    the ways of ``fastattn.testing.ways``: by a plan, from threads, compiled, by the module, from a cache, and so on.
 
     Args:
         n: how many problems.
@@ -87,23 +88,26 @@ def fuzz(n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[st
     draw = random.Random(seed)
     for number in range(n):
         case, values = random_case(draw), seed + number
-        ways = ways_of(make(case, device, values)) if device == "cpu" else []
+        yardstick = Yardstick(make(case, device, values))
+        ways = ways_of(yardstick.sample) if device == "cpu" else []
         for way in (None, *([draw.choice(ways)] if ways else [])):
             for name in names:
-                result = _judged(way, name, case, device, values)
+                result = _judged(way, name, case, device, values, yardstick)
                 if not result.ok:
                     return Failure(_minimised(result, device, values, way), device, values, way)
     return None
 
 
-def _judged(way: str | None, backend: str, case: Case, device: str, seed: int) -> Result:
+def _judged(
+    way: str | None, backend: str, case: Case, device: str, seed: int, yardstick: Yardstick | None = None
+) -> Result:
+    yardstick = yardstick or Yardstick(make(case, device, seed))
     if way is None:
-        return judge(backend, case, device, seed)
-    sample = make(case, device, seed)
-    if way not in ways_of(sample):
+        return judge(backend, case, device, seed, yardstick=yardstick)
+    if way not in ways_of(yardstick.sample):
         return Result(backend, case, skipped=f"cannot be asked for in the way {way!r}")
     try:
-        return Result(backend, case, tuple(measure_way(way, sample, backend)))
+        return Result(backend, case, tuple(measure_way(way, yardstick.sample, backend, yardstick=yardstick)))
     except UnsupportedError as error:
         return Result(backend, case, skipped=str(error))
     except Exception as error:
@@ -111,7 +115,7 @@ def _judged(way: str | None, backend: str, case: Case, device: str, seed: int) -
 
 
 def random_case(draw: random.Random) -> Case:
-    """Any problem that the spec allows, with few of its features at once; now and then a long or a wide one."""
+    """A random problem with few features at once; rarely one with long sequences or large head dims."""
 
     def sometimes(value: Any, otherwise: Any = None, chance: float = 0.25) -> Any:
         return value if draw.random() < chance else otherwise
@@ -141,10 +145,14 @@ def random_case(draw: random.Random) -> Case:
         alibi=draw.random() < 0.15,
         sinks=draw.random() < 0.2,
         per_sequence=draw.random() < 0.5,
-        memory=draw.choice(("contiguous", "contiguous", "BHSD", "strided", "strided head dim")),
-        magnitude=draw.choice((1.0, 1.0, 1.0, 4.0, 1e-3, 0.0)),
+        memory=draw.choice(("contiguous", "contiguous", "BHSD", "strided", "strided head dim", "expanded")),
+        bias_values=sometimes(draw.choice(("padding", "offset", "infinity")), "normal", 0.5),
+        magnitude=draw.choice((1.0, 1.0, 1.0, 4.0, 1e-3, 0.0, 300.0)),
+        nan_rows=draw.random() < 0.2,
         dlse=draw.random() < 0.4,
     )
+    if case.D_qk == case.D_v and draw.random() < 0.1:
+        case = dataclasses.replace(case, memory="shared")
     if draw.random() < 0.3:
         pairs = [(draw.choice(_LENGTHS[:10]), draw.choice(_LENGTHS[:10])) for _ in range(draw.randrange(1, 5))]
         return dataclasses.replace(case, lengths=tuple(pairs))
@@ -158,7 +166,7 @@ def random_case(draw: random.Random) -> Case:
 
 
 def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
-    """Simplify the case step by step, as long as the backend still gets it wrong."""
+    """Simplify the case step by step while the backend still fails on it."""
     assert isinstance(result.case, Case)
     smaller = next(
         (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),
@@ -168,7 +176,7 @@ def _minimised(result: Result, device: str, seed: int, way: str | None = None) -
 
 
 def _simpler(case: Case) -> Iterator[Case]:
-    """Cases one step simpler: a feature turned off, or a size brought down."""
+    """Cases that are one step simpler: a feature turned off, or a size reduced."""
     plain = Case(id="fuzz")
     for name in _FEATURES:
         if getattr(case, name) != getattr(plain, name):

@@ -17,7 +17,7 @@ from fastattn.testing.cases import Case, Memory
 
 @dataclass(frozen=True)
 class Sample:
-    """A problem with its values, and the gradients that flow back into it.
+    """A problem with its values, and the gradients of its results.
 
     Attributes:
         case: the problem.
@@ -58,7 +58,7 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
         q=q,
         k=k,
         v=v,
-        bias=draw.normal(case.bias, extras) if case.bias is not None else None,
+        bias=_bias(case, extras, draw) if case.bias is not None else None,
         mask=_mask(case, draw) if case.mask is not None else None,
         alibi_slopes=draw.normal(per_head, torch.float32).abs() / 4 if case.alibi else None,
         sinks=draw.normal(per_head, extras) if case.sinks else None,
@@ -103,7 +103,7 @@ def _qkv(case: Case, draw: _Draw) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = fused.split([case.H_q, case.H_kv, case.H_kv], dim=-2)
         return q, k, v
     q, k, v = (_in_memory(x, case.memory) for x in tensors)
-    return q, k, v
+    return q, k, (k if case.memory == "shared" else v)
 
 
 def _in_memory(x: Tensor, memory: Memory) -> Tensor:
@@ -117,7 +117,20 @@ def _in_memory(x: Tensor, memory: Memory) -> Tensor:
         return view.copy_(x)
     if memory == "strided head dim":
         return torch.stack([x, torch.full_like(x, float("nan"))], dim=-1)[..., 0]
+    if memory == "expanded":
+        return x[..., :1, :].expand(x.shape)
     return x
+
+
+def _bias(case: Case, dtype: torch.dtype, draw: _Draw) -> Tensor:
+    assert case.bias is not None
+    bias = draw.normal(case.bias, dtype)
+    if case.bias_values == "offset":
+        return bias + draw.normal((*case.bias[:3], 1), dtype) * 2.0 ** (8 if dtype == torch.float16 else 24)
+    if case.bias_values != "normal":
+        lowest = torch.finfo(dtype).min if case.bias_values == "padding" else float("-inf")
+        return bias.where(draw.integers(3, case.bias) > 0, lowest)
+    return bias
 
 
 def _mask(case: Case, draw: _Draw) -> Tensor:
@@ -159,5 +172,4 @@ def _with_nan_rows(inputs: Inputs, spec: AttentionSpec) -> Inputs:
     kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
     used = kept.any(dim=-2).any(dim=1)[..., None, None]  # [B, S_kv, 1, 1], by some head
     used = used[0] if inputs.is_packed else used
-    assert not used.all(), "a case with nan_rows needs a key that no query keeps"
     return inputs.replace(k=inputs.k.where(used, float("nan")), v=inputs.v.where(used, float("nan")))

@@ -1,7 +1,7 @@
-"""Compiles Triton's kernels for known problems into its cache, in several processes, none of which touches the GPU.
+"""Compile Triton kernels for known problems into Triton's cache, in several processes, none of which uses the GPU.
 
 ``python -m fastattn.testing.precompile SET PART PARTS BACKEND ARCH WARP_SIZE`` is one of them; it compiles the kernels
-whose signature falls to its part. What compiles here is what a call with the same dtypes, head dims and features needs.
+whose signature belongs to its part. They serve later calls with the same dtypes, head dims and features.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ COMMAND = (sys.executable, "-m", "fastattn.testing.precompile")
 
 
 def compile_ahead(device: str, what: str) -> None:
-    """Compile a set for the GPU ``device``; what fails to compile fails again, and is told, when it is used."""
+    """Compile a set for the GPU ``device``. Failures are ignored: such a kernel fails again, with an error, in use."""
     for process in [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands(device, what)]:
         process.wait()
 
 
 def commands(device: str, what: str) -> list[list[str]]:
-    """Those of the processes, one for each core."""
+    """The commands of the processes, one for each core."""
     from fastattn.backends.triton.tools.compiler import present_target
 
     target = present_target(torch.device(device))
@@ -45,7 +45,7 @@ def commands(device: str, what: str) -> list[list[str]]:
 
 
 def compile_part(what: str, part: int, parts: int, target: tuple[str, str, str]) -> list[str]:
-    """Compile one part of a set; the names of the kernels, in order."""
+    """Compile one part of a set and return the names of the kernels, in order."""
     from fastattn.backends.triton.tools import compiler
 
     backend, arch, warp_size = target
@@ -59,7 +59,7 @@ def compile_part(what: str, part: int, parts: int, target: tuple[str, str, str])
         seen.add(text)
         if (len(seen) - 1) % parts == part:
             compiled.append(name)
-            with contextlib.suppress(Exception):  # it fails again, and is told, when the kernel is used
+            with contextlib.suppress(Exception):  # it fails again, with an error, when the kernel is used
                 kernel = compile_kernel()
                 _build_launcher(kernel)
 
@@ -73,7 +73,7 @@ def compile_part(what: str, part: int, parts: int, target: tuple[str, str, str])
 
 
 def _build_launcher(kernel: Any) -> None:
-    """Triton up to 3.6 also compiles a launcher in C for each signature, and keeps it beside the kernel."""
+    """Build the launcher in C that Triton up to 3.6 compiles for each signature and caches beside the kernel."""
     from triton.backends.nvidia import driver
 
     if hasattr(driver, "make_launcher"):
@@ -93,7 +93,7 @@ def _cases(what: str) -> Iterator[Case | CacheCase]:
 
 
 def _run_on_meta(case: Case | CacheCase) -> None:
-    """Run the launch code of all passes of a case, on tensors without memory."""
+    """Run the launch code of all passes of a case, on meta tensors."""
     from fastattn.backends.triton.tools.compiler import on_meta
 
     backend = load("triton")
@@ -109,7 +109,7 @@ def _run_on_meta(case: Case | CacheCase) -> None:
 
 
 def nvrtc_commands(parts: int) -> list[list[str]]:
-    """Processes that compile every kernel of CUDA C++ through NVRTC, if it is there."""
+    """The commands of processes that compile every CUDA C++ kernel through NVRTC, if it is installed."""
     return [[*COMMAND, NVRTC, str(part), str(parts)] for part in range(parts)]
 
 

@@ -1,8 +1,8 @@
-"""``python -m fastattn.testing.self_check BACKEND DEVICE``: is the backend right on this GPU? Seconds; see evidence.py.
+"""``python -m fastattn.testing.self_check BACKEND DEVICE``: check a backend on this GPU; ``evidence.py`` runs it.
 
-Its problems have the head dims and features that most people use, so the kernels that it compiles, several at a time,
-are those of their first call. Exit code 0: right. 3: it ran and is wrong. Anything else: it could not run. The last
-line of output says why.
+Its problems have the most common head dims and features, so the kernels that it compiles, in several processes, are
+those that first calls need. Exit code 0: all results are right. 3: the backend ran and a result is wrong. Any other: it
+could not run. The last line of output gives the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def self_check(backend: str, device: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """Run the self-check: a line for each result outside the tolerance; [] if the backend is right.
+    """Run the self-check and return a line for each result outside the tolerance.
 
     Args:
         backend: its name.
@@ -59,13 +59,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-            torch.zeros(1, device=device)  # a context, which may be refused
+            torch.zeros(1, device=device)  # creates a context, which may fail
         print(STARTED, flush=True)
         if backend == "triton" and not TRITON_INTERPRETS:
             compile_ahead(device, CHECK)
         print(COMPILED, flush=True)
         wrong = self_check(backend, device)
-    except Exception as error:  # whatever it is, the process that asked has to say it in a line
+    except Exception as error:  # the process that started this one reports the last line
         print(_sentence(error))
         return 1
     print("\n".join(wrong) if wrong else "passed")

@@ -9,23 +9,24 @@ A result is right if its error against the fp64 reference is at most
 in two norms: the largest error, which detects a single wrong element, and the root mean square, which detects a small
 systematic error. All backends get the same bits as inputs; the exact result is computed from these in fp64.
 
-The first term is the error that a user has without this package. The other two cover results that eager computes
-exactly by luck, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
+The first term is the error that a user has without this package. The other two cover results that eager happens to
+compute exactly, as in small tensors: with one key, eager's weight is exactly 1, while a kernel that recomputes it from
 lse is off by a rounding. The second is the rounding of the stored result. The third is the rounding of the fp32
 arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
 root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
 relative error of its argument by the argument. Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
-of a pairwise sum: backward sums in another order than forward, and with one key eager never sees the difference.
-``delta`` reads an ``out`` that was rounded to its dtype. The condition stays above zero where the exact result cancels
-to zero: ``dp - delta`` with one key.
+of a pairwise sum: backward sums in another order than forward, and with one key eager's error does not include that.
+``delta`` is computed from an ``out`` that was rounded to its dtype. The condition stays above zero even if the exact
+result cancels to zero, as ``dp - delta`` does with one key.
 
-Eager in fp16 may overflow. It then measures nothing, and the condition at eps(dtype) takes the place of its error.
+Eager in fp16 may overflow. Its error is then replaced by the condition times eps(dtype).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -65,55 +66,79 @@ class Row:
     ok: bool
 
 
-def measure(backend: Backend | str, sample: Sample, backward_backend: Backend | str | None = None) -> list[Row]:
+class Yardstick:
+    """What the results of one sample are judged by. The parts are computed when first used, and once.
+
+    Attributes:
+        sample: the problem, as backends get it.
+    """
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+
+    @functools.cached_property
+    def exact(self) -> Results:
+        """The results in fp64."""
+        return _reference(in_float64(self.sample), None)
+
+    @functools.cached_property
+    def eager(self) -> Results:
+        """Those of eager attention whose arithmetic is in the dtype of the inputs."""
+        return _reference(self.sample, self.sample.inputs.q.dtype)
+
+    @functools.cached_property
+    def condition(self) -> Results:
+        """What a relative error of one in each operation could move the results by."""
+        return _condition(in_float64(self.sample), self.exact)
+
+    def judge(self, found: Results, suffix: str = "") -> list[Row]:
+        """Two rows, one for each norm, for each result that was found; ``suffix`` ends their names."""
+        arithmetic = reference.compute_dtype(self.sample.inputs)
+        rows = (
+            _judge(name + suffix, found[name], self.exact[name], self.eager[name], self.condition[name], arithmetic)
+            for name in self.condition
+            if name in found
+        )
+        return [row for both in rows for row in both]
+
+
+def measure(
+    backend: Backend | str,
+    sample: Sample,
+    backward_backend: Backend | str | None = None,
+    *,
+    yardstick: Yardstick | None = None,
+) -> list[Row]:
     """Run a sample forward and backward, and judge out, lse and every gradient that the sample needs.
 
     Args:
         backend: a backend or its name.
         sample: from ``inputs.make``.
         backward_backend: the backend of the backward pass; None means the same.
+        yardstick: of the sample, for several backends to share; None makes one.
 
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     forward = _load(backend)
     backward = forward if backward_backend is None else _load(backward_backend)
-    (rows,) = measure_each([(forward, backward)], sample)
-    return rows
-
-
-def measure_each(pairs: Sequence[tuple[Backend, Backend]], sample: Sample) -> list[list[Row]]:
-    """As ``measure`` for several pairs of a forward and a backward backend, which one reference judges."""
-    exact = _reference(in_float64(sample), None)
-    eager = _reference(sample, sample.inputs.q.dtype)
-    condition = _condition(in_float64(sample), exact)
-    arithmetic = reference.compute_dtype(sample.inputs)
-    judged = []
-    for forward, backward in pairs:
-        found = run(forward, sample, backward)
-        rows = (_judge(n, found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
-        judged.append([row for each in rows for row in each])
-    return judged
+    return (yardstick or Yardstick(sample)).judge(run(forward, sample, backward))
 
 
 def judge_forward(found: Results, exact_sample: Sample, rounded_sample: Sample, suffix: str = "") -> list[Row]:
-    """Judge ``out`` and ``lse`` that were not computed by ``measure``.
+    """Judge ``out`` and ``lse`` that were not computed by ``measure``, where the fp64 problem has values of its own.
 
     Args:
-        found: the two, in the shapes of the samples.
+        found: ``out`` and ``lse``, in the shapes of the samples.
         exact_sample: the problem in fp64.
-        rounded_sample: the same problem in the dtype in which ``found`` was asked for.
-        suffix: to the names of the rows.
+        rounded_sample: the same problem in the dtype of the call.
+        suffix: appended to the names of the rows.
     """
-    exact, eager = _reference(exact_sample, None), _reference(rounded_sample, rounded_sample.inputs.q.dtype)
-    condition = _condition(exact_sample, exact)
-    arithmetic = reference.compute_dtype(rounded_sample.inputs)
-    shaped = {name: x.view(exact[name].shape) for name, x in found.items() if name in condition}
-    return [
-        row
-        for name in condition
-        for row in _judge(f"{name}{suffix}", shaped[name], exact[name], eager[name], condition[name], arithmetic)
-    ]
+    yardstick = Yardstick(rounded_sample)
+    yardstick.exact = _reference(exact_sample, None)
+    yardstick.condition = _condition(exact_sample, yardstick.exact)
+    shaped = {name: x.view(yardstick.exact[name].shape) for name, x in found.items() if name in yardstick.condition}
+    return yardstick.judge(shaped, suffix)
 
 
 def assert_within(rows: Sequence[Row]) -> None:
@@ -232,7 +257,7 @@ def _root_mean_square(x: Tensor) -> float:
 
 
 def _condition(sample: Sample, exact: Results) -> Results:
-    """How far independent relative errors of one could move each result; see the top of this file. Squares inside."""
+    """The condition of each result, defined at the top of this file. Computed with squares, until the last step."""
     inputs, spec = sample.inputs, sample.spec
     group = inputs.heads_q // inputs.heads_kv
     q, k, v, dout = (_heads_first(x, inputs).square() for x in (inputs.q, inputs.k, inputs.v, sample.dout))

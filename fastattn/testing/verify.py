@@ -19,7 +19,7 @@ from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.inputs import make
-from fastattn.testing.tolerance import Row, measure
+from fastattn.testing.tolerance import Row, Yardstick, measure
 from fastattn.version import __version__
 
 T = TypeVar("T")
@@ -126,27 +126,43 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
     """
     unavailable = _unavailable(backends)
     names = [name for name in backends or dispatch.backends() if name not in unavailable]
-    pairs = [(name, case) for name in names for case in cases(quick=quick)]
-    results = tuple(judge(name, case, device) for name, case in _with_progress(pairs))
-    return Report(_in_words(device), unavailable, results)
+    results = [result for case in _with_progress(cases(quick=quick)) for result in _judge_each(names, case, device)]
+    results.sort(key=lambda result: names.index(result.backend))
+    return Report(_in_words(device), unavailable, tuple(results))
 
 
 def cases(quick: bool = False) -> list[Case | CacheCase]:
-    """Those of both grids."""
+    """The cases of both grids."""
     return [*grid(quick=quick), *(quick_cache_grid() if quick else cache_grid())]
 
 
-def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0) -> Result:
-    """Run and judge one backend on one case. An exception is part of the result."""
+def _judge_each(names: Sequence[str], case: Case | CacheCase, device: str) -> list[Result]:
+    yardstick = Yardstick(make(case, device)) if isinstance(case, Case) else None
+    return [judge(name, case, device, yardstick=yardstick) for name in names]
+
+
+def judge(
+    backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0, *, yardstick: Yardstick | None = None
+) -> Result:
+    """Run and judge one backend on one case. An exception is part of the result.
+
+    Args:
+        backend: its name.
+        case: the case.
+        device: a torch device.
+        seed: of its values.
+        yardstick: of the sample that the case, device and seed make, for several backends to share.
+    """
     run: Callable[[], list[Row]]
     if isinstance(case, CacheCase):
         of_cache = make_cache_sample(case, device, seed)
         problem = facts_of(of_cache.inputs, of_cache.spec)
         run = partial(measure_cache, backend, of_cache)
     else:
-        sample = make(case, device, seed)
+        yardstick = yardstick or Yardstick(make(case, device, seed))
+        sample = yardstick.sample
         problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
-        run = partial(measure, backend, sample)
+        run = partial(measure, backend, sample, yardstick=yardstick)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:

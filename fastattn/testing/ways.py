@@ -1,13 +1,12 @@
-"""Ways in which users reach a backend: layouts, plans, threads, transforms, caches, odd memory; one rule judges all.
+"""Ways to call a backend through public functions: layouts, plans, threads, transforms, compilers, caches, modules.
 
-A way takes a sample and a backend's name, and gives ``out`` and ``lse`` in the layout of the sample. What it changes in
-the call must not change the result.
+A way takes a sample and the name of a backend, and returns ``out``, and ``lse`` if it has one, in the layout of the
+sample. All ways must give the same result, up to the tolerance rule.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,25 +15,24 @@ from torch import Tensor
 
 from fastattn.decoding import attention_with_kv_cache
 from fastattn.functional import attention, attention_varlen
+from fastattn.nn import MultiHeadAttention
 from fastattn.testing.inputs import Sample
-from fastattn.testing.tolerance import Results, Row, in_float64, judge_forward
+from fastattn.testing.tolerance import Results, Row, Yardstick
 
 Way = Callable[[Sample, str], Results]
 Pair = tuple[Tensor, Tensor]
 
 
 def serves(sample: Sample) -> bool:
-    """Whether the public functions can be asked for the problem: they have one anchor, and masks without packing."""
+    """Whether ``fastattn.attention`` can express the problem: dense, with the anchor ``lower_right``."""
     inputs, spec = sample.inputs, sample.spec
     has_diagonal = spec.has_band or inputs.alibi_slopes is not None
     return (spec.anchor == "lower_right" or not has_diagonal) and not inputs.is_packed
 
 
-def measure_way(name: str, sample: Sample, backend: str) -> list[Row]:
-    """The judgement of ``out`` and ``lse`` that came about in the way of this name."""
-    found = WAYS[name](sample, backend)
-    rounded = Sample(dataclasses.replace(sample.case, needs=()), sample.inputs, sample.spec, sample.dout, None)
-    return judge_forward(found, in_float64(rounded), rounded, f", {name}")
+def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
+    """Judge ``out`` and ``lse`` computed in the way of this name."""
+    return (yardstick or Yardstick(sample)).judge(WAYS[name](sample, backend), f", {name}")
 
 
 def options_of(sample: Sample) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def _heads_first(sample: Sample, backend: str) -> Results:
 
 
 def _replayed(sample: Sample, backend: str) -> Results:
-    """By a plan, made for tensors of other values."""
+    """By a plan that was made for tensors with other values."""
     others = [torch.randn_like(x) for x in _qkv(sample)]
     for _ in range(2):
         _call(sample, backend, *others)
@@ -102,11 +100,55 @@ def _vmap(sample: Sample, backend: str) -> Results:
 
 
 def _learned(sample: Sample, backend: str) -> Results:
-    """Forward of a call whose gradient is taken, twice, so that plans with gradients serve it."""
+    """The forward pass of calls with gradients, twice, so that the second runs by a plan."""
     for _ in range(2):
         found = _call(sample, backend, *(x.detach().requires_grad_() for x in _qkv(sample)))
         found["out"].backward(sample.dout.to(found["out"].dtype))
     return {name: x.detach() for name, x in found.items()}
+
+
+def _compiled(sample: Sample, backend: str) -> Results:
+    """As a whole graph of torch.compile, which sees shapes and strides through the operator's fake."""
+    torch._dynamo.reset()
+    call = torch.compile(lambda *x: _call(sample, backend, *x), backend="aot_eager", fullgraph=True)
+    return call(*_qkv(sample))
+
+
+def _module(sample: Sample, backend: str) -> Results:
+    """``MultiHeadAttention`` whose projections are identities."""
+    inputs, spec = sample.inputs, sample.spec
+    heads, dim = inputs.heads_q, inputs.q.shape[-1]
+    layer = MultiHeadAttention(
+        heads * dim, heads, bias=False, batch_first=True, dtype=inputs.q.dtype, window=(spec.left, spec.right),
+        softcap=spec.softcap, sinks=inputs.sinks is not None, backend=backend,
+    ).requires_grad_(False)  # fmt: skip
+    identity = torch.eye(heads * dim, dtype=inputs.q.dtype)
+    layer.in_proj_weight.copy_(identity.repeat(3, 1))
+    layer.out_proj.weight.copy_(identity)
+    if layer.sinks is not None and inputs.sinks is not None:
+        layer.sinks.copy_(inputs.sinks.view(-1))
+    q, k, v = (x.flatten(2) for x in _qkv(sample))
+    out, _ = layer(q, k, v, attn_mask=_attn_mask(sample), need_weights=False)
+    return {"out": out.view(inputs.out_shape())}
+
+
+def _attn_mask(sample: Sample) -> Tensor | None:
+    """Bias or mask as torch's module wants it: ``(N * H, L, S)``, True where a mask hides."""
+    inputs = sample.inputs
+    given = inputs.bias if inputs.mask is None else ~inputs.mask
+    full = (inputs.batch, inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1])
+    return None if given is None else given.expand(full).flatten(0, 1)
+
+
+def _fits_module(sample: Sample) -> bool:
+    """Whether ``MultiHeadAttention`` has all options of the problem."""
+    inputs, spec = sample.inputs, sample.spec
+    has_more = inputs.alibi_slopes is not None or inputs.segment_ids_q is not None or spec.dropout_p > 0
+    has_two_masks = inputs.bias is not None and inputs.mask is not None
+    has_odd_sizes = inputs.heads_q != inputs.heads_kv or inputs.q.shape[-1] != inputs.v.shape[-1]
+    has_sinks_per_sequence = inputs.sinks is not None and inputs.sinks.numel() != inputs.heads_q
+    has_own_scale = spec.scale != inputs.q.shape[-1] ** -0.5
+    return not (has_more or has_two_masks or has_odd_sizes or has_sinks_per_sequence or has_own_scale)
 
 
 def _packed(sample: Sample, backend: str) -> Results:
@@ -128,7 +170,7 @@ def _boundaries(batch: int, length: int) -> Tensor:
 
 
 def _cache(sample: Sample, backend: str) -> Results:
-    """Keys and values in a cache of pages of five rows, the last of them appended by the call."""
+    """Keys and values in a cache with pages of five rows; the call appends up to three of them."""
     inputs, options = sample.inputs, options_of(sample)
     for name in ("mask", "segment_ids", "dropout_p", "rng_state"):
         options.pop(name)
@@ -159,13 +201,15 @@ WAYS: dict[str, Way] = {
     "threads": _threads,
     "vmap": _vmap,
     "learned": _learned,
+    "compiled": _compiled,
+    "module": _module,
     "packed": _packed,
     "cache": _cache,
 }
 
 
 def ways_of(sample: Sample) -> list[str]:
-    """Those in which the problem can be asked for."""
+    """The ways that can express the problem."""
     inputs, spec = sample.inputs, sample.spec
     if not serves(sample):
         return []
@@ -175,4 +219,5 @@ def ways_of(sample: Sample) -> list[str]:
     )
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
-    return [name for name in WAYS if name not in left_out | ({"cache"} if has_no_cache else set())]
+    left_out |= ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
+    return [name for name in WAYS if name not in left_out]

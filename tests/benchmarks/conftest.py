@@ -1,4 +1,4 @@
-"""What is measured is what users run, so the interpreter that the other tests use is off here."""
+"""Turns Triton's interpreter off, which other tests use: benchmarks measure what users run."""
 
 import pytest
 

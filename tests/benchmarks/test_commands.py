@@ -1,4 +1,4 @@
-"""Each command in its quick form on a CPU, and what it says to wrong arguments."""
+"""Each command in its quick form on a CPU, and its errors for wrong arguments."""
 
 import dataclasses
 import json
@@ -99,6 +99,18 @@ def test_overhead(tmp_path, capsys):
         "import, above torch's own",
         "size of the package",
     } <= set(rows)
+
+
+@pytest.mark.slow
+def test_swap(tmp_path, capsys):
+    path = tmp_path / "swap.json"
+    for more in ([], ["--compiled", "--append"]):
+        assert main(["swap", *QUICK, "--only", "scaled_dot_product_attention", *more, "--out", str(path)]) == 0
+    results = read(path)["results"]
+    compiled = [row for row in results if row["what"].endswith(", compiled")]
+    assert len(compiled) == 2 * 2 and len(results) - len(compiled) == 3 * 2 * 2 + 2, "passes, dtypes and two means"
+    assert all(float(row["times faster"].split("×")[0]) > 0 for row in results)
+    assert "geometric mean of all compiled lines" in capsys.readouterr().out
 
 
 def test_report_of_a_record(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The commands are run with a smaller "tiny" model: what is tested here is what surrounds it."""
+"""Makes the preset "tiny" smaller: these tests are about the commands, not the model."""
 
 import pytest
 

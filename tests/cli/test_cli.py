@@ -1,6 +1,7 @@
-"""The commands through main([...]): what they print, their exit codes, and each error a user can cause."""
+"""The commands through main([...]): output, exit codes, and each error that a user can cause."""
 
 import builtins
+import io
 import json
 import re
 import resource
@@ -162,12 +163,19 @@ def test_generate_streams(out, capsys, monkeypatch):
     assert main([*command, "--attention", "eager", "--temperature", "0"]) == 0
 
 
-def test_generate_by_beams_and_with_every_rule(out, capsys):
+def test_generate_by_beams_and_with_every_rule(out, capsys, monkeypatch):
     command = ["generate", "--checkpoint", str(out), "--prompt", "def f", "--tokens", "9", "--device", "cpu"]
     assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--page-size", "2"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("def f")
     assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--no-cache"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--stop", first[6]]) == 0
+    assert first[6] not in capsys.readouterr().out[5:-1]
+    assert main([*command, "--beams", "3", "--length-penalty", "0.5", "--repetition-penalty", "50"]) == 0
+    assert capsys.readouterr().out != first
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f"))
+    assert main([*command, "--prompt", "-", "--beams", "3", "--length-penalty", "0.5"]) == 0
     assert capsys.readouterr().out == first
     rules = ["--min-p", "0.01", "--repetition-penalty", "1.2", "--top-k", "50", "--seed", "1", "--page-size", "4"]
     assert main([*command, *rules]) == 0
@@ -177,7 +185,7 @@ def test_generate_by_beams_and_with_every_rule(out, capsys):
     assert capsys.readouterr().out.rstrip("\n") == text[: text.index(stop, len("def f"))].rstrip("\n")
 
 
-def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys):
+def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"def f{n}\n" for n in range(5)))
     command = ["generate", "--checkpoint", str(out), "--prompts", str(prompts), "--tokens", "6", "--seed", "3"]
@@ -195,6 +203,12 @@ def test_generate_for_a_file_of_prompts_is_resumed(out, tmp_path, capsys):
     assert {row["id"]: row for row in again[1:]} == rows  # the same draws as if nothing had happened
     assert main(command) == 0  # nothing left to do
     fails(capsys, [*command, "--temperature", "0.1"], r"made with other settings \(temperature\)")
+    monkeypatch.setattr("sys.stdin", io.StringIO(prompts.read_text()))
+    others = [*command, "--out", str(tmp_path / "stdin.jsonl")]
+    others[others.index("--prompts") + 1] = "-"
+    assert main(others) == 0
+    again = [json.loads(line) for line in (tmp_path / "stdin.jsonl").read_text().splitlines()]
+    assert {row["id"]: row for row in again[1:]} == rows
     prompts.write_text("x = 1 " * 60)
     fails(capsys, [*command, "--out", tmp_path / "o"], r"the prompt '1' has \d+ tokens, the model's max_length is 16")
 
@@ -241,6 +255,8 @@ def test_an_lr_that_blows_up(texts, tmp_path, capsys):
         (["--page-size", "0"], "--page-size: got 0"),
         (["--out", "x.jsonl"], "--out, --pages: got a value; allowed: none without --prompts"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "-"], "--out: got nothing; allowed: a file for the answers"),
+        (["--beams", "2", "--top-k", "3"], "--top-k: got 3; allowed: nothing with --beams"),
         (["--prompts", "nowhere.txt", "--beams", "3"], "--beams: got 3; allowed: nothing with --prompts"),
         (["--prompt", "x = 1\n" * 60], r"a prompt of \d+ tokens; allowed: at most max_length = 16"),
     ],

@@ -1,4 +1,4 @@
-"""Settings from TOML files: they stand for flags, flags win, and what is wrong with a file is said in a sentence."""
+"""Settings from TOML files: they become flags, flags override them, and errors name the file and the key."""
 
 import argparse
 from pathlib import Path

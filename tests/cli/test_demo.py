@@ -1,7 +1,7 @@
-"""The demo end to end on a small text: the report, its figures and pictures, and that it writes over nobody's folder.
+"""The demo end to end on a small text: its report, figures and plots, and that it overwrites no folder of others.
 
-What its tables say is tested where they are made; here ``verify`` and ``speed_table`` are cut short, and the number of
-steps does not depend on the clock.
+Other tests check the tables; here ``verify`` and ``speed_table`` are shortened, and the number of steps does not depend
+on the clock.
 """
 
 import json

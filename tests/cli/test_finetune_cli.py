@@ -1,11 +1,13 @@
-"""finetune, evaluate, generate and example through main([...]): what they print, write and refuse."""
+"""finetune, evaluate, generate and example through main([...]): output, files and errors."""
 
 import dataclasses
+import io
 import json
 import re
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from fastattn.cli import finetune, main
@@ -15,7 +17,7 @@ from fastattn.lm.finetune.datasets import read_examples
 from fastattn.lm.finetune.examples import FIELDS
 from fastattn.lm.finetune.run import FinetuneConfig
 from fastattn.lm.finetune.tasks import TASKS
-from fastattn.lm.models import PRESETS, make_model, preset, save_pretrained
+from fastattn.lm.models import PRESETS, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.lm.train import find_checkpoint
 from fastattn.lm.train.tokens import train_tokenizer
 
@@ -310,3 +312,93 @@ def test_numbers_with_fractions_are_no_classes(tmp_path, capsys):
     command = ["finetune", "--data", path, "--preset", "tiny", "--out", tmp_path / "run", *QUICK]
     words = "3 numbers with fractions, such as 2.2, which are no classes: predict numbers with --task regression"
     fails(capsys, [*command, "--task", "classify", "--field", "label=score"], words)
+
+
+def typed(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_a_conversation_is_learned_and_held(tmp_path, capsys, monkeypatch):
+    """finetune --task chat, chat, and predict, from conversations in the form that everyone has them."""
+    path, run = tmp_path / "chats.jsonl", str(tmp_path / "run")
+    talks = [
+        [("user", "say up"), ("assistant", "UP"), ("user", "again"), ("assistant", "UP UP"), ("user", "thanks")],
+        [("user", "say down"), ("assistant", "DOWN"), ("user", "again"), ("assistant", "DOWN DOWN")],
+    ]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["finetune", "--task", "chat", "--data", str(path), "--eval", str(path), "--preset", "tiny", "--out", run]
+    flags = ["--steps", "150", "--lr", "1e-2", "--save-every", "1000", "--eval-every", "1000"]
+    assert main([*command, *flags, *QUICK]) == 0
+    assert re.search(r"held-out exact match +1\.0", capsys.readouterr().out)
+    command = ["chat", "--checkpoint", run, "--temperature", "0", "--tokens", "20", "--device", "cpu"]
+    typed(monkeypatch, "say down\nagain\n<|end|>\n/new\n\nsay up\n/exit\nsay down\n")
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert said.out == "DOWN\nDOWN DOWN\nUP\n"
+    assert re.fullmatch(r"fastattn chat: A message contains the special token '<\|end\|>'\. Remove it: .*\n", said.err)
+    typed(monkeypatch, json.dumps(lines[0]) + "\nsay down\n")
+    assert main(["predict", "--checkpoint", run, "--quiet", "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[1]["prediction"] == {"response": "DOWN"} and len(rows[0]["input"]["messages"]) == 5
+    typed(monkeypatch, "say up\n" * 90)
+    assert main([*command, "--system", "be brief"]) == 0  # the oldest turns are forgotten
+    assert "oldest turns are forgotten: the model reads 256 tokens" in capsys.readouterr().err
+    fails(capsys, [*command, "--tokens", "0"], "--tokens: got 0")
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    fails(capsys, [*command, "--chat-template", tmp_path / "bad.jinja"], "The chat template is not valid Jinja")
+    step = find_checkpoint(tmp_path / "run").folder
+    state = json.loads((step / "trainer.json").read_text())
+    state["settings"].pop("chat_template")
+    (step / "trainer.json").write_text(json.dumps(state))
+    (step / "checksums.json").unlink()
+    fails(capsys, command, "has no chat template: fine-tune it with fastattn finetune --task chat")
+
+
+def test_folders_of_hugging_face_are_used_as_they_are(out, data, tmp_path, capsys, monkeypatch):
+    """export a run; chat, generate, evaluate and predict take the folder as they took the run, and so do others."""
+    tokenizer = train_tokenizer(["up and down, left and right"], 280)
+    model = make_model(dataclasses.replace(preset("tiny", 280), width=32, layers=1, heads=2, kv_heads=1))
+    folder = tmp_path / "qwen3"
+    save_pretrained(model, folder, tokenizer=tokenizer, special_tokens={"bos": 0, "eos": 1})
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3"
+    command = ["generate", "--checkpoint", str(folder), "--prompt", "up", "--tokens", "4", "--device", "cpu"]
+    assert main(command) == 0 and capsys.readouterr().out.startswith("up")
+    fails(capsys, ["chat", "--checkpoint", folder], "has no chat template")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    typed(monkeypatch, "up\n")
+    assert main(["chat", "--checkpoint", str(folder), "--tokens", "3", "--device", "cpu"]) == 0
+    assert main(["evaluate", "--checkpoint", str(folder), "--data", str(data), "--device", "cpu", "--quiet"]) == 0
+    assert re.search("bits per byte", capsys.readouterr().out)
+    fails(capsys, ["predict", "--checkpoint", folder, "--data", data], "it has the head of no task")
+    # a classifier
+    bert = dataclasses.replace(preset("bert-tiny", 280), width=32, layers=1, heads=2, max_length=64, pooler=True)
+    torch.manual_seed(0)
+    model = SequenceClassifier(make_model(bert), 3, labels=("up", "down", "left"))
+    save_pretrained(model, tmp_path / "bert", tokenizer=tokenizer)
+    typed(monkeypatch, "up number 3\n")
+    assert main(["predict", "--checkpoint", str(tmp_path / "bert"), "--quiet", "--device", "cpu"]) == 0
+    prediction = json.loads(capsys.readouterr().out)["prediction"]
+    assert set(prediction["probabilities"]) == {"up", "down", "left"}
+    scores = ["evaluate", "--checkpoint", str(tmp_path / "bert"), "--data", str(data), "--device", "cpu", "--quiet"]
+    assert main(scores) == 0 and "F1 (macro)" in capsys.readouterr().out
+
+
+def test_export(tmp_path, capsys):
+    """What was trained here computes the same in transformers."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"one and two and three, number {number}\n" * 5)
+    run, folder = str(tmp_path / "run"), str(tmp_path / "folder")
+    command = ["train", "--data", str(tmp_path / "text"), "--out", run, "--steps", "2", "--length", "32"]
+    assert main([*command, "--eval-rows", "2", *QUICK]) == 0
+    assert main(["export", "--checkpoint", run, "--out", folder]) == 0
+    assert capsys.readouterr().out.endswith("Qwen3ForCausalLM\n")
+    fails(capsys, ["export", "--checkpoint", run, "--out", folder], "exists already")
+    ours, theirs = find_checkpoint(tmp_path / "run").load_pretrained(), transformers.AutoModelForCausalLM
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)("one and two", return_tensors="pt").input_ids
+    assert tokens[0, 0] == 0  # <|start|>, with which it was trained
+    with torch.no_grad():
+        expected = theirs.from_pretrained(folder)(tokens).logits
+        torch.testing.assert_close(ours(tokens), expected, atol=1e-5, rtol=0)

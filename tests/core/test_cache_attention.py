@@ -1,4 +1,4 @@
-"""attention_with_kv_cache: every kind of cache and feature against fp64, and what the public function promises."""
+"""attention_with_kv_cache: every kind of cache and feature against fp64, and the promises of its docstring."""
 
 import dataclasses
 

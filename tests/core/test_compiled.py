@@ -192,8 +192,7 @@ def test_a_truncated_library_of_the_package_kills_no_process(tmp_path):
     found, why = library.delivered()
     if found is None:
         pytest.skip(why)
-    whole = next(folder for folder in compiled.folders()).glob(f"*{build.LIBRARY}")
-    text = next(iter(whole)).read_bytes()
+    text = found.path.read_bytes()
     path = tmp_path / build.LIBRARY
     path.write_bytes(text[: len(text) // 3])
     done = subprocess.run([sys.executable, "-c", TRUNCATED.format(path=str(path))], capture_output=True, text=True)

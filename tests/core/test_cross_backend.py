@@ -1,4 +1,4 @@
-"""Forward on one backend, backward on another: out and lse mean the same everywhere."""
+"""Forward on one backend, backward on another: all define out and lse alike."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The choice of a backend: which one, why not the others, and that it is loud."""
+"""The choice of a backend, the reasons against the others, and the warning for a slow one."""
 
 import asyncio
 import concurrent.futures

@@ -1,4 +1,4 @@
-"""Every error message: which argument, what was given, what is allowed. And that no message goes without a test."""
+"""Every error message states the argument, what was given and what is allowed, and every message has a test."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""When a backend with kernels of its own may be chosen unasked: records, self-checks, and how verdicts are kept."""
+"""Automatic selection of a backend with kernels of its own: records, self-checks, and storage of verdicts."""
 
 from __future__ import annotations
 
@@ -169,10 +169,13 @@ def test_without_any_place_to_write_each_process_checks(machine, monkeypatch, tm
     assert machine.checks == 2 and "FASTATTN_CACHE names one" in caplog.text
 
 
-def test_a_folder_of_another_user_is_not_believed(machine, monkeypatch, tmp_path):
+def test_a_folder_that_others_write_is_not_believed(machine, monkeypatch, tmp_path):
     evidence.reasons_against("triton", PROBLEM)
-    monkeypatch.setattr(evidence.os, "getuid", lambda: 12345)
-    assert evidence._folder() is None
+    tmp_path.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    (tmp_path / "none").write_text("", encoding="utf-8")
+    assert evidence._folder() is None and in_a_new_process(monkeypatch) == []
+    assert machine.checks == 2
 
 
 @pytest.mark.parametrize("change", [{"frozen": True}, {"executable": None}, {"executable": ""}])

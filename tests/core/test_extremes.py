@@ -1,4 +1,4 @@
-"""Numbers at their limits: rows that share an offset of any size, and NaN and infinity, which stay in their rows."""
+"""Extreme values: rows that share an offset of any size, and NaN and infinity, which do not spread to other rows."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import numerics
 
 BACKENDS = ("cpu", "portable", "eager")
 OFFSETS = (torch.finfo(torch.float32).min, -1e30, -1e9, -1e6, 1e6)
@@ -51,6 +52,19 @@ def test_softmax_does_not_see_an_offset(backend, offset):
     plain, _ = fastattn.attention(*again, bias=zero, return_lse=True, backend="eager")
     for a, b in zip(found, torch.autograd.grad(plain, again, dout), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_parts_of_the_keys_are_joined_whatever_their_offset():
+    """Beside 4e9 an fp32 number has steps of 256, so that a low part alone can be beyond what exp can hold."""
+    exact = torch.tensor([[4e9 + 100, 1.5, -torch.inf], [4e9 + 99, -torch.inf, -torch.inf]], dtype=torch.float64)
+    high = exact.float()
+    low = torch.where(high.isinf(), 0, (exact - high.double()).float())
+    lse, lse_low, shares = numerics.merge_lse(high, low)
+    whole = exact.logsumexp(0)
+    assert float(low.max()) > 88 and bool(torch.isneginf(lse[2])) and lse_low[2] == 0
+    torch.testing.assert_close((lse.double() + lse_low)[:2], whole[:2], rtol=0, atol=1e-5)
+    expected = (exact - torch.where(whole.isinf(), 0, whole)).exp()
+    torch.testing.assert_close(shares.double(), expected, rtol=0, atol=1e-6)
 
 
 def tensors_like(*given):

@@ -1,4 +1,4 @@
-"""Files are complete or absent, and all caches lie below one folder."""
+"""Files are complete or absent, and all caches are below one folder."""
 
 import os
 from pathlib import Path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.inspection import attention_entropy, attention_rollout
+from fastattn.inspection import attention_entropy, attention_rollout, mean_attention_weights
 
 S_Q, S_KV, H_Q, H_KV, D = 7, 9, 4, 2, 8
 OPTIONS = {
@@ -81,6 +81,14 @@ def test_layout_dtype_and_gradient(qkv):
 def test_wrong_rows_are_refused(qkv, rows):
     with pytest.raises(fastattn.InputError, match="rows"):
         fastattn.attention_weights(qkv[0], qkv[1], rows=rows)
+
+
+def test_the_mean_over_heads_draws_dropout_like_the_weights(qkv):
+    options = {"dropout_p": 0.5, "causal": True}
+    torch.manual_seed(1)
+    mean = mean_attention_weights(*qkv[:2], **options)
+    torch.manual_seed(1)
+    torch.testing.assert_close(mean, fastattn.attention_weights(*qkv[:2], **options).mean(1))
 
 
 def test_entropy_and_rollout():

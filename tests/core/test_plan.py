@@ -1,4 +1,4 @@
-"""A call like one before goes a shorter way, to the same result; one that is not, or is watched, does not."""
+"""A repeated call runs by a plan, with the same result; a call that differs, or is watched, does not."""
 
 import pytest
 import torch
@@ -59,13 +59,59 @@ def test_attention_in_need_of_more(long_ways):
     for options in calls:
         for _ in range(2):
             fastattn.attention(q, q, q, **options)
-    planned = {"window", "softcap", "scale"}  # of the kernel in C++; the others take tensors, or have no plans
-    assert len(long_ways) == 1 + sum(1 if planned & set(options) else 2 for options in calls)
+    unplanned = {"dropout_p", "backend"}  # a seed for each call; and a backend without plans
+    assert len(long_ways) == 1 + sum(2 if unplanned & set(options) else 1 for options in calls)
     learned = q.clone().requires_grad_()
     fastattn.attention(learned, q, q).sum().backward()
     assert learned.grad is not None
     with torch.no_grad():
         assert torch.equal(fastattn.attention(learned, q, q), out)
+
+
+MORE = {
+    "bias": lambda: {"bias": torch.randn(2, 1, 9, 9)},
+    "bias without a batch": lambda: {"bias": torch.randn(9, 9).requires_grad_()},
+    "padding": lambda: {"segment_ids": (torch.zeros(1, 9).int(), (torch.rand(2, 9) > 0.7).int())},
+    "mask": lambda: {"mask": torch.rand(2, 4, 9, 9) > 0.4},
+    "per head": lambda: {"sinks": torch.randn(4).requires_grad_(), "alibi_slopes": torch.rand(4)},
+}  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.parametrize("make", MORE.values(), ids=MORE)
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD"])
+def test_with_masks_again(long_ways, layout, make):
+    """Other values of the tensors each time: a plan holds none of them."""
+    for _ in range(3):
+        more = make()
+        inputs = leaves((2, 9, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16))
+        wanted = [*inputs, *(x for x in more.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+        given = [x.transpose(1, 2) if layout == "BHSD" else x for x in inputs]
+        out = fastattn.attention(*given, layout=layout, **more)
+        expected = fastattn.attention(*inputs, backend="eager", **more)
+        expected = expected.transpose(1, 2) if layout == "BHSD" else expected
+        torch.testing.assert_close(out, expected)
+        seed = torch.randn_like(out)
+        for x, y in zip(
+            torch.autograd.grad(out, wanted, seed), torch.autograd.grad(expected, wanted, seed), strict=True
+        ):
+            torch.testing.assert_close(x, y)
+        with pytest.raises(fastattn.InputError):
+            fastattn.attention(*given, layout=layout, bias=torch.zeros(2, 3, 9, 9))
+    assert len(long_ways) == 3 + 1, "the reference, and the first call"
+
+
+@needs_kernel
+def test_packed_again_is_checked(long_ways):
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    for last in (7, 7):
+        q = torch.randn(last, 2, 16)
+        out = fastattn.attention_varlen(q, q, q, ends, ends, max_seqlen_q=4, max_seqlen_kv=4)
+        torch.testing.assert_close(out[3:], fastattn.attention(*(q[None, 3:],) * 3, backend="eager")[0])
+    ends[1] = 8
+    with pytest.raises(fastattn.InputError):
+        fastattn.attention_varlen(q, q, q, ends, ends, max_seqlen_q=4, max_seqlen_kv=4)
+    assert len(long_ways) == 1 + 2, "the first call, and the reference"
 
 
 def leaves(*shapes, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""Dropout's randomness: Philox against known answers, and the statistics of the bits."""
+"""Random bits of dropout: Philox against known answers, and the statistics of the bits."""
 
 import itertools
 

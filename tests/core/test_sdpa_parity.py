@@ -1,4 +1,4 @@
-"""``fastattn.scaled_dot_product_attention`` against torch's, in values, gradients, shapes and what it refuses."""
+"""``fastattn.scaled_dot_product_attention`` against torch's, in values, gradients, shapes and errors."""
 
 import pytest
 import torch

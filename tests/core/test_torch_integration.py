@@ -1,6 +1,9 @@
 """The contract with torch: operators, compile, export, transforms, checkpointing, FLOPs, autocast, determinism."""
 
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -280,6 +283,21 @@ def test_flops_of_packed_sequences():
     pairs = 4 * sum(enumerated_pairs(AttentionSpec(1.0, right=0), s, s) for s in (3, 0, 6))
     found = counted_flops(lambda *x: packed(*x)[0], packed_leaves())
     assert found == (2 * (8 + 6) * pairs, 2 * (3 * 8 + 2 * 6) * pairs)
+
+
+def test_formulas_wait_for_the_counter_and_importing_loads_no_other_package():
+    program = """
+        import sys, torch
+        before = set(sys.modules)
+        import fastattn
+        print(sorted({"triton", "matplotlib", "tokenizers", "transformers"} & (set(sys.modules) - before)))
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            fastattn.attention(*torch.randn(3, 1, 16, 2, 8))
+        print(counter.get_total_flops())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", str(2 * (8 + 8) * 2 * 16 * 16)], done.stderr
 
 
 # --- autocast, determinism, modules ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The examples in docstrings run and print what they say, and every public function has one."""
+"""The examples in docstrings run and print the output shown, and every public function has one."""
 
 from __future__ import annotations
 

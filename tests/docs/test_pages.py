@@ -1,7 +1,7 @@
-"""Every code block of the README and of docs/ runs, in the order in which it stands on its page.
+"""Every code block of the README and of docs/ runs, in the order of its page.
 
-Python runs as it is, and prints what its comments promise: ``print(x)  # 3``. Commands run too, each in the way that
-``COMMANDS`` says. A page has one folder and one namespace for all its blocks.
+Python blocks run unchanged and must print what their comments state: ``print(x)  # 3``. Commands run as ``COMMANDS``
+defines. All blocks of a page share a folder and a namespace.
 """
 
 from __future__ import annotations

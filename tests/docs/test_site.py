@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, has every public name, and no link of it leads nowhere or outside."""
+"""The documentation builds without a warning, contains every public name, and has no broken or external link."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""On a GPU: a test that breaks the context takes its process along. Without one: some tests run on the simulated GPU.
+"""On a GPU a test that breaks the context ends its process. Without one, some tests run on the simulated GPU.
 
-After an illegal access every further call of the process fails, so the process ends, pytest-xdist starts another, and
-the tests that follow say something again.
+After an illegal access every further CUDA call of a process fails. So the process ends and pytest-xdist starts another,
+which runs the remaining tests.
 """
 
 from __future__ import annotations

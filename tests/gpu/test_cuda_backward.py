@@ -1,7 +1,7 @@
 """The CUDA backward kernels on a Hopper GPU: every kernel first alone in a process, then over the grid of cases.
 
-Run as a program, ``python tests/gpu/test_cuda_backward.py NAME`` puts one kernel through its cases; a kernel that hangs
-or breaks the context takes only that process with it.
+``python tests/gpu/test_cuda_backward.py NAME`` runs the cases of one kernel; one that hangs or breaks the context ends
+only that process.
 """
 
 from __future__ import annotations

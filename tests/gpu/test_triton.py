@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU, with torch 2.11 and Triton 3.6; nothing to install: PYTHONPATH=. pytest -m gpu."""
+"""The Triton backend on a GPU, with torch 2.11 and Triton 3.6. Without installation: PYTHONPATH=. pytest -m gpu."""
 
 from __future__ import annotations
 

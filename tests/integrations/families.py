@@ -2,10 +2,10 @@
 
     python tests/integrations/families.py [family ...] [--jobs N] [--table FILE]
 
-Sizes of a family's own default configuration are shrunk by their names; what cannot be built so is reported, with the
-error. Each model that can is compared in every way that its inputs allow: outputs without padding and with padding on
-either side, gradients, whether an earlier token notices a later one, packed documents, greedy generation with a dynamic
-and a static cache.
+Sizes of a family's own default configuration are reduced by their names; families that cannot be built so are reported
+with the error. The others are compared in every way that their inputs allow: outputs without padding and with padding
+on either side, gradients, whether an earlier token depends on a later one, packed documents, greedy generation with a
+dynamic and a static cache.
 """
 
 from __future__ import annotations
@@ -304,16 +304,16 @@ def page(verdicts):
         "same": "computes as eager does",
         "differs": "differs from eager",
         "refused": "is refused: the family computes attention itself",
-        "no attention of the interface": "calls no attention of transformers' interface",
-        "not built": "was not built tiny, and so not compared",
+        "no attention of the interface": "does not call the attention interface",
+        "not built": "could not be built small, so was not compared",
     }
     lines = [
         "# Families of transformers",
         "",
         f"Made by `make sweep` with transformers {T.__version__}: a tiny random model of each family, `fastattn`",
-        "beside `eager` in fp32: outputs without padding and with padding on either side, gradients, whether earlier",
-        "tokens notice later ones, and greedy generation with a dynamic and a static cache, as far as the family takes",
-        f"the inputs. {len(verdicts)} model types.",
+        "compared with `eager` in fp32: outputs without padding and with padding on either side, gradients, whether",
+        "earlier tokens depend on later ones, and greedy generation with a dynamic and a static cache, each if the",
+        f"family accepts the inputs. {len(verdicts)} model types.",
         "",
         '| with `attn_implementation="fastattn"` the family | how many |',
         "| --- | --- |",

@@ -1,7 +1,8 @@
-"""Programs that run where fastattn is not installed: torch.jit.trace, torch.export, ONNX; and torch.fx."""
+"""Programs that run without fastattn: torch.jit.trace, torch.export, ONNX; and torch.fx."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ MODELS = {
 
 def elsewhere(code):
     """What a process without fastattn prints."""
-    hide = "import sys; sys.modules['fastattn'] = None; "
+    hide = "import sys; sys.modules['fastattn'] = None\n"
     return subprocess.run(
         [sys.executable, "-c", hide + code], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -94,6 +95,22 @@ def test_exported_in_operators_of_torch(make, how, tmp_path):
     if make is Block:
         code = f"import torch; print(torch.export.load({str(path)!r}).module()(torch.ones(3, 7, 32)).shape)"
         assert elsewhere(code) == "torch.Size([3, 7, 32])"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_package_of_aotinductor_runs_without_fastattn(tmp_path):
+    model, package = Block().eval().requires_grad_(False), tmp_path / "model.pt2"
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=64)},)
+    program = without_fastattn(torch.export.export(model, (X,), dynamic_shapes=shapes))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    code = f"""import torch
+x, expected = torch.load({str(tmp_path / "both.pt")!r})
+found = torch._inductor.aoti_load_package({str(package)!r})(x)
+torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+print(found.shape)"""
+    torch.save((LONGER, model(LONGER)), tmp_path / "both.pt")
+    assert elsewhere(code) == "torch.Size([3, 9, 32])"
 
 
 def test_onnx_agrees(tmp_path):

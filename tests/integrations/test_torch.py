@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -159,6 +161,44 @@ def test_flash_operators_refuse_a_debug_mask(on_cpu):
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(fastattn.UnsupportedError, match="debug"):
         torch.ops.aten._scaled_dot_product_flash_attention(q, q, q, 0.0, False, True)
+
+
+varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (2, 1)], ids=str)
+def test_varlen_attn(window, counted, on_cpu):
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("this torch's varlen_attn has no windows")
+    q, k, v = torch.randn(3, 9, 4, 8)
+    starts = torch.tensor([0, 2, 9], dtype=torch.int32)
+
+    def theirs(q, k, v):
+        return varlen.varlen_attn(q, k, v, starts, starts, 7, 7, window_size=window)
+
+    def alone(*x):
+        parts = ([part[None] for part in y.split([2, 7])] for y in x)
+        return torch.cat([fastattn.attention(*y, window=window, backend="eager")[0] for y in zip(*parts, strict=True)])
+
+    found = grads(theirs, q, k, v)
+    assert counted == ["forward", "backward"]
+    torch.testing.assert_close(found, grads(alone, q, k, v))
+    if hasattr(varlen, "varlen_attn_out"):
+        out = torch.empty_like(q)
+        varlen.varlen_attn_out(out, q, k, v, starts, starts, 7, 7, window_size=window)
+        torch.testing.assert_close(out, found[0])
+
+
+def test_varlen_attn_of_pages(on_cpu):
+    if "block_table" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("this torch's varlen_attn has no pages")
+    q, pages = torch.randn(2, 4, 8), torch.randn(6, 16, 4, 8)
+    starts, used = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([20, 7], dtype=torch.int32)
+    table = torch.tensor([[4, 1], [2, 0]], dtype=torch.int32)
+    found = varlen.varlen_attn(q, pages, pages, starts, None, 1, 32, seqused_k=used, block_table=table)
+    for n, length in enumerate(used.tolist()):
+        k = pages[table[n].long()].flatten(0, 1)[None, :length]
+        torch.testing.assert_close(found[n : n + 1], fastattn.attention(q[None, n : n + 1], k, k, backend="eager")[0])
 
 
 def test_registry(monkeypatch):

@@ -1,4 +1,4 @@
-"""Families of transformers: whose layers say what is causal, which masks they get, which are refused; documents."""
+"""Families of transformers: which layers state is_causal, the masks they get, families that are refused; documents."""
 
 from __future__ import annotations
 

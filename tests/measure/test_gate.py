@@ -1,4 +1,4 @@
-"""The gate: green for what is right, red for each way of being wrong, and then no number."""
+"""The gate passes right results and fails each kind of wrong one, which then gets no number."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Peak memory: what a call allocates is found, what was there before is not."""
+"""Peak memory includes what a call allocates, and excludes what was allocated before."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The timer, on clocks and contenders made up for the purpose."""
+"""The timer, on made-up clocks and contenders."""
 
 import gc
 

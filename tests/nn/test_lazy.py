@@ -1,4 +1,4 @@
-"""Attention weights that are computed when they are first read: what reads them, gradients, changes in place."""
+"""Attention weights that are computed when they are first read: ways to read them, gradients, changes in place."""
 
 import copy
 import io
@@ -10,9 +10,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import InputError, MultiHeadAttention, inspection
+from fastattn.nn import lazy
 from fastattn.nn.lazy import LazyTensor
 
 E, H, N, S = 32, 4, 2, 6
+
+
+@pytest.fixture(autouse=True)
+def always_lazy(monkeypatch):
+    """Few scores, such as those below, are otherwise computed at once."""
+    monkeypatch.setattr(lazy, "LITTLE", 0)
 
 
 def pair():
@@ -168,3 +175,25 @@ def test_averaging_takes_as_many_heads_at_a_time_as_the_budget_allows(budget, mo
     q, k = torch.randn(N, S, H, 8), torch.randn(N, S, 2, 8)
     mean = inspection.mean_attention_weights(q, k, causal=True)
     torch.testing.assert_close(mean, inspection.attention_weights(q, k, causal=True).mean(1))
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("layout", ["batch first", "sequence first", "one sequence"])
+def test_few_scores_are_computed_at_once(monkeypatch, averaged, layout):
+    monkeypatch.setattr(lazy, "LITTLE", N * H * S * S)
+    theirs, ours, x = pair()
+    theirs.batch_first = ours.batch_first = layout != "sequence first"
+    x = (x[0] if layout == "one sequence" else x).requires_grad_()
+
+    def results(module):
+        out, weights = module(x, x, x, average_attn_weights=averaged)
+        assert type(weights) is torch.Tensor
+        wanted = [x, module.in_proj_weight, module.out_proj.weight]
+        return out, weights, *torch.autograd.grad((out * weights.square().sum()).sum(), wanted)
+
+    torch.testing.assert_close(results(ours), results(theirs))
+    more = torch.randn(S + 1, S + 1, E, dtype=torch.float64)
+    assert type(ours(more, more, more)[1]) is LazyTensor, "more scores"
+    length = ours(x, x, x)[1].shape[-1]
+    mask = torch.zeros(length, length, dtype=torch.float64)
+    assert type(ours(x, x, x, attn_mask=mask)[1]) is LazyTensor, "a mask"

@@ -1,4 +1,4 @@
-"""The options torch does not have, against the plain formula written out here."""
+"""The options that torch's module lacks, against plain formulas in this file."""
 
 import itertools
 import math

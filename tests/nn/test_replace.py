@@ -1,4 +1,4 @@
-"""``MultiHeadAttention`` inside torch's transformer layers, and ``replace_attention`` that puts it there."""
+"""``replace_attention``, and ``MultiHeadAttention`` inside torch's transformer layers."""
 
 import copy
 import warnings

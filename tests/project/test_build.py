@@ -1,7 +1,8 @@
-"""How the CUDA kernels reach a machine: the struct, the table of kernels, the build and its refusals, the cache."""
+"""Build and delivery of the CUDA kernels: the structs, the table of kernels, the build and its errors, the cache."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -339,13 +340,15 @@ def test_library_with_one_kernel_loads_and_reports_errors_as_text(tmp_path: Path
     fields = fields_of(inputs_of(q, q), AttentionSpec(0.125))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="was not launched"):
-            loaded.forward(fields)
+            loaded.launch(abi.FORWARD, fields)
         with pytest.raises(RuntimeError, match="was not launched"):
-            gradients_of(q, loaded.backward, "qkv")
+            gradients_of(q, functools.partial(loaded.launch, abi.BACKWARD), "qkv")
         with pytest.raises(RuntimeError, match="was not launched"):
-            decode.attend(loaded.decode, cache_of(q), AttentionSpec(0.125), 132, stream=0)
+            decode.attend(
+                functools.partial(loaded.launch, abi.DECODE), cache_of(q), AttentionSpec(0.125), 132, stream=0
+            )
     with pytest.raises(RuntimeError, match="another version"):
-        loaded.forward({**fields, "version": abi.FORWARD.version + 1})
+        loaded.launch(abi.FORWARD, {**fields, "version": abi.FORWARD.version + 1})
 
 
 # --- NVRTC --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Public names and signatures change on purpose only: what they are stands in public_names.txt, and so in each diff.
+"""Public names and signatures equal those in public_names.txt, so that every change shows in a diff.
 
-``python -m tests.project.test_public_names`` writes the file anew; CHANGELOG.md then says what changed, and
-docs/deprecation.md what a change of this kind needs.
+``python -m tests.project.test_public_names`` rewrites the file. CHANGELOG.md must then say what changed;
+docs/deprecation.md has the rules for changes.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, without a compiler: installed in seconds, and right by its own judgement."""
+"""The wheel in an environment of its own, without a compiler: it installs in seconds, and verify passes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Problems that random search found: each once failed on a backend, and is judged on all of them since."""
+"""Problems that random search found: each once failed on a backend, and runs on all of them since."""
 
 import pytest
 import torch

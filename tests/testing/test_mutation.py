@@ -1,4 +1,4 @@
-"""The tolerance rule must fail what is wrong: each fault is planted in a right backend, in every dtype."""
+"""The tolerance rule must reject wrong results: each fault is planted in a right backend, in every dtype."""
 
 import dataclasses
 

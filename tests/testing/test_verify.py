@@ -1,4 +1,4 @@
-"""The report of ``verify`` and the search of ``fuzz``: on right backends, wrong ones and ones that break."""
+"""The report of ``verify`` and the search of ``fuzz``, on right backends, wrong ones and ones that raise."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""C++ for CPUs: attention forward and backward, and to a cache, as it is stored. Built from ``csrc/cpu/``.
+"""C++ for CPUs: attention, forward and backward, and attention to a cache in its stored format, from ``csrc/cpu/``.
 
 Of calls with a cache it serves the few query rows of a decoding step; prompts are left to ``portable``. It chooses from
 instruction sets at run time (AVX-512 with products of bf16, AVX-512, AVX2, or what every x86-64 has), and works with
@@ -22,7 +22,7 @@ TESTED = ("x86_64",)  # kinds of machines on which it has run
 
 
 def delivery() -> str:
-    """How the kernels come to this machine: built, compiled at first use, or why there are none."""
+    """The origin of the kernels: built, compiled at first use, or the reason why there are none."""
     found, how = library.delivered()
     return how if found is None else f"{how}; {found}"
 
@@ -41,6 +41,7 @@ class CpuBackend(Backend):
         features=frozenset(FEATURES + CACHE_FEATURES),
         max_head_dim=attention.MAX_HEAD_DIM,
     )
+    prepares_more = True
     checks_cache_values = True
 
     def unavailable_reason(self) -> str | None:
@@ -48,7 +49,7 @@ class CpuBackend(Backend):
         return how if found is None else None
 
     def unsupported_reasons(self, problem: Problem) -> list[str]:
-        """As the contract has it; but the library is built only for a call that it could serve."""
+        """The reasons of the contract; the library is built only for a problem that it could serve."""
         reasons = capability_reasons(self.capabilities, problem)
         if "cache" in problem.features:
             reasons += decode.reasons(problem)

@@ -1,10 +1,10 @@
-"""Attention by the C++ kernels: what they are given."""
+"""Attention by the C++ kernels: their structs and tensors."""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -15,7 +15,7 @@ from fastattn.backends.base import Outputs, Run
 from fastattn.backends.cpu import threads
 from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
-from fastattn.problem import Grads, Inputs
+from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 VERSION = 2  # kAttentionVersion of csrc/cpu/params.h
@@ -36,12 +36,14 @@ FIXED = (
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 # The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
 FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
+MORE_PART = struct.Struct(f"<{len(MORE)}q")  # from bias to cu_seqlens_kv
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
 HOST = torch.device("cpu")  # said each time: torch.device as a context changes where new tensors are made
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
 MAX_HEAD_DIM = 512
 
+_NOTHING = (None,) * len(MORE)
 Addresses = dict[str, int]
 
 
@@ -115,15 +117,16 @@ def backward(
 
 
 def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-    """``forward`` for calls on q, k and v alone; lse and lse_low are one tensor, since two take longer to make."""
+    """``forward`` for calls of one kind; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
+    alone = rest()
     out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words.itemsize
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
         # new_empty takes dtype and device from q, in half the time of torch.empty with both
         out, kept, at, at_low = q.new_empty(out_shape), None, 0, 0
         if keep:
@@ -131,7 +134,8 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
-            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low) + rest
+            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
+            + (rest(*more) if more else alone)
         )
         if failed:
             library.explain(failed)
@@ -141,20 +145,23 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
 
 
 def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-    """``backward`` for calls on q, k and v alone, whose ``lse`` has no gradient."""
+    """``backward`` for calls of one kind, whose ``lse`` has no gradient and whose q, k and v alone need one."""
     q_shape, k_shape, v_shape = inputs.q.shape, inputs.k.shape, inputs.v.shape
     rest = _rest(inputs, spec, BACKWARD_PART, dout)
     if rest is None:
         return None
+    alone = rest()
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
-    def run(dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def run(
+        dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
+    ) -> tuple[Tensor, ...]:
         dq, dk, dv = q.new_empty(q_shape), k.new_empty(k_shape), v.new_empty(v_shape)
         at = kept.data_ptr()
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
-                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + rest
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + (rest(*more) if more else alone)
         )  # fmt: skip
         if failed:
             library.explain(failed)
@@ -163,15 +170,24 @@ def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dou
     return run
 
 
-def _rest(inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None) -> bytes | None:
-    """The struct behind its ``first`` part, for calls on q, k and v alone; None if it takes more than addresses."""
-    if inputs.has_more_than_qkv or not all(_has_contiguous_rows(x) for x in (inputs.q, inputs.k, inputs.v)):
+def _rest(
+    inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None
+) -> Callable[..., bytes] | None:
+    """The struct behind its ``first`` part as a function of ``MORE``; None if it takes more than addresses."""
+    read = readable(inputs)
+    if inputs.rng_state is not None or any(getattr(read, name) is not getattr(inputs, name) for name in TENSORS):
         return None
-    return bytes(VARIABLE_PART.size - first.size) + fixed_part(inputs, spec, dout)
+    before = bytes(VARIABLE_PART.size - first.size - MORE_PART.size - 8)  # 8: rng_state
+    after, pack = bytes(8) + fixed_part(inputs, spec, dout), MORE_PART.pack
+
+    def rest(*more: Tensor | None) -> bytes:
+        return before + pack(*(0 if x is None else x.data_ptr() for x in more or _NOTHING)) + after
+
+    return rest
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in, and the dtype of lse."""
+    """The dtype of the arithmetic and of lse."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -68,7 +68,7 @@ def machines() -> tuple[str, ...]:
 
 
 def units(kind: str | None = None) -> tuple[Unit, ...]:
-    """What is compiled on a ``kind`` of machine, by default this one's."""
+    """The units to compile on a ``kind`` of machine, by default this one's."""
     return UNITS.get(kind or machine(), ANYWHERE)
 
 
@@ -86,7 +86,7 @@ def find_compiler() -> str:
 
 
 def fingerprint(csrc: Path) -> str:
-    """What the library is built from, in 24 digits."""
+    """A hash of the sources and options of the library, 24 digits."""
     digest = hashlib.sha256(repr((FLAGS, EXPLICIT, units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())

@@ -1,4 +1,4 @@
-"""Attention to a cache by the C++ kernel: what it is given."""
+"""Attention to a cache by the C++ kernel: its struct and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256
 
 
 def reasons(problem: Problem) -> list[str]:
-    """Why a call with a cache cannot be served, though one without might be."""
+    """The reasons against calls with a cache that do not hold for calls without one."""
     found = [f"no {feature}" for feature in ("prompt", "strided head dim") if feature in problem.features]
     if problem.dtype not in DTYPES:
         found.append(f"dtype {problem.dtype} with a cache (has float32, bfloat16, float16)")

@@ -16,7 +16,7 @@ _is_forked = _has_warned = False
 
 
 def count() -> int:
-    """How many threads a call may take."""
+    """The number of threads that a call may use."""
     return _one() if _is_forked else torch.get_num_threads()
 
 

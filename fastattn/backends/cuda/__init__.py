@@ -1,6 +1,6 @@
 """CUDA C++ for Hopper (sm_90a): the kernels of ``csrc/``, built with the package or compiled at first use.
 
-Not yet run on a GPU, so it serves where it is asked for by name, never by choice.
+Not yet run on a GPU, so it serves only if it is asked for by name.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Outputs
-from fastattn.backends.cuda import abi, backward, decode, library, nvrtc
+from fastattn.backends.base import Backend, Capabilities, Outputs, Run
+from fastattn.backends.cuda import abi, backward, decode, library, nvrtc, plans
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
+from fastattn.torch_internals import current_raw_stream
 
 ARCH = 90  # wgmma and setmaxnreg exist on sm_90a alone
 MAX_HEAD_DIM = 256
@@ -51,12 +52,12 @@ def _sees_gpu() -> bool:
 
 @contextlib.contextmanager
 def _current_stream(device: torch.device) -> Iterator[int]:
-    """The stream to launch on, with its device current. Host memory has none: tests run kernels there, emulated."""
+    """The stream to launch on, with its device current; 0 for host memory, on which tests run emulated kernels."""
     if device.type != "cuda":
         yield 0
         return
     with torch.cuda.device(device):
-        yield torch.cuda.current_stream(device).cuda_stream
+        yield current_raw_stream(device)
 
 
 def delivery() -> str:
@@ -98,12 +99,9 @@ class CudaBackend(Backend):
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
-        q = inputs.q
-        out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
-        lse, lse_low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device) for _ in range(2))
-        results = out, lse, lse_low
-        with _current_stream(q.device) as stream:
-            kernels.forward(abi.forward_fields(inputs, spec, results, stream))
+        results = abi.results(inputs)
+        with _current_stream(inputs.q.device) as stream:
+            kernels.launch(abi.FORWARD, abi.forward_fields(inputs, spec, results, stream))
         return results
 
     def backward(
@@ -117,15 +115,27 @@ class CudaBackend(Backend):
         spec: AttentionSpec,
         needs: Sequence[str],
     ) -> Grads:
-        kernels = _kernels()
+        launch = functools.partial(_kernels().launch, abi.BACKWARD)
         problem = backward.BackwardProblem(dout, dlse, out, lse, lse_low, inputs, spec, tuple(needs))
         with _current_stream(inputs.q.device) as stream:
-            return backward.backward(problem, kernels.backward, stream)
+            return backward.backward(problem, launch, stream)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-        kernels, device = _kernels(), inputs.q.device
+        launch, device = functools.partial(_kernels().launch, abi.DECODE), inputs.q.device
         with _current_stream(device) as stream:
-            return decode.attend(kernels.decode, inputs, spec, _multiprocessors(device), stream)
+            return decode.attend(launch, inputs, spec, _multiprocessors(device), stream)
+
+    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+        with _current_stream(inputs.q.device):
+            return plans.forward(_kernels().prepared, inputs, spec, keep=keep)
+
+    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+        with _current_stream(inputs.q.device):
+            return plans.backward_pass(_kernels().prepared, inputs, spec, dout)
+
+    def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
+        with _current_stream(inputs.q.device):
+            return plans.for_cache(_kernels().prepared, inputs, spec, _multiprocessors(inputs.q.device))
 
 
 @functools.cache

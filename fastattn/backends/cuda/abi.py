@@ -1,14 +1,15 @@
 """The flat structs of ``csrc/common/params.h``, packed from ``Inputs`` and ``AttentionSpec``.
 
 ``FORWARD``, ``BACKWARD`` and ``DECODE`` name their fields in order; tests/project/test_build.py holds them against C++.
-Meaning that the kernels need beyond the spec is added here: the exponent's base, the band without None, the keys that
-some query keeps, the padding of the backward pass's own tensors.
+Values that the kernels need beyond the spec are computed here: scales in base 2, the band without None, the keys that
+some query keeps, the padding of the workspace of the backward pass.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,26 @@ DOUBLES = ("scale", "score_scale", "cap_scale")
 Fields = dict[str, int | float]
 
 
+# Launches the kernels of a pass with other tensors at the addresses of a struct, in their order, on a stream.
+Launch = Callable[[Sequence[int], int], None]
+
+
 @dataclass(frozen=True)
 class Abi:
-    """A struct: the version that it begins with, and the names of its fields."""
+    """The struct of a pass: the version that it begins with, and the names of its fields."""
 
+    name: str
     version: int
     names: tuple[str, ...]
 
     @functools.cached_property
     def _layout(self) -> struct.Struct:
         return struct.Struct("<" + "".join("d" if name in DOUBLES else "q" for name in self.names))
+
+    @functools.cached_property
+    def addresses(self) -> tuple[str, ...]:
+        """The fields that point to tensors, 0 standing for none. They follow the version; the stream comes last."""
+        return self.names[1 : self.names.index("q_batch_stride")]
 
     @property
     def size(self) -> int:
@@ -47,15 +58,24 @@ class Abi:
     def pack(self, fields: Fields) -> bytes:
         return self._layout.pack(*(fields[name] for name in self.names))
 
+    def unpack(self, packed: bytes) -> Fields:
+        return dict(zip(self.names, self._layout.unpack(packed), strict=True))
 
-FORWARD = Abi(2, (
+    def template(self, fields: Fields) -> Callable[[Sequence[int], int], bytes]:
+        """``pack`` as a function of what changes from call to call: the addresses and the stream."""
+        head, stream = struct.Struct(f"<{1 + len(self.addresses)}q"), struct.Struct("<q")
+        between = self.pack(fields)[head.size : -stream.size]
+        return lambda addresses, on: head.pack(self.version, *addresses) + between + stream.pack(on)
+
+
+FORWARD = Abi("forward", 2, (
     "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
     "has_band", "has_softcap", "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
 ))  # fmt: skip
-BACKWARD = Abi(2, (
+BACKWARD = Abi("backward", 2, (
     "version", "q", "k", "v", "out", "dout", "lse", "lse_low", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
     "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
@@ -65,7 +85,7 @@ BACKWARD = Abi(2, (
     "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
-DECODE = Abi(2, (
+DECODE = Abi("decode", 2, (
     "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
     "block_table", "cu_seqlens_q", "q_batch_stride", "q_row_stride", "q_head_stride",
     "k_batch_stride", "k_row_stride", "k_head_stride", "v_batch_stride", "v_row_stride", "v_head_stride",
@@ -73,6 +93,13 @@ DECODE = Abi(2, (
     "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "score_scale",
     "cap_scale", "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
 ))  # fmt: skip
+
+
+def results(inputs: Inputs) -> Outputs:
+    """Memory for what the forward pass computes."""
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse, lse_low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=out.device) for _ in range(2))
+    return out, lse, lse_low
 
 
 def forward_fields(inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int) -> Fields:
@@ -154,7 +181,7 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
 
 
 def spec_fields(spec: AttentionSpec) -> Fields:
-    """Those that every pass has, but for the anchor."""
+    """The fields of the spec that every pass has; the anchor is not among them."""
     if spec.softcap is not None and spec.softcap > MOST_SOFTCAP:
         todo = 'Use backend="triton".'
         raise input_error("softcap", f"{spec.softcap:g}", f"at most {MOST_SOFTCAP} in the CUDA kernels", todo)
@@ -206,7 +233,7 @@ def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec
 
 
 def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:
-    """q and the scale, or what gives the same scores with a scale that is positive in fp32."""
+    """q and the scale, changed if needed to give the same scores with a scale that is positive in fp32."""
     tiny = torch.finfo(torch.float32).tiny
     if spec.softcap is not None or spec.scale >= tiny:
         return q, spec.scale
@@ -215,7 +242,7 @@ def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:
 
 
 def readable(inputs: Inputs) -> Inputs:
-    """The same tensors where TMA can read them, copies where it cannot; fp32 sinks, contiguous boundaries."""
+    """The tensors that TMA can read, and copies of those that it cannot; fp32 sinks, contiguous boundaries."""
     q, k, v = (readable_rows(x) for x in (inputs.q, inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     bounds = (None if x is None else x.contiguous() for x in (inputs.cu_seqlens_q, inputs.cu_seqlens_kv))
@@ -224,7 +251,7 @@ def readable(inputs: Inputs) -> Inputs:
 
 
 def readable_rows(x: Tensor) -> Tensor:
-    """``x`` or a copy: TMA wants addresses and strides that 16 bytes divide, and no stride of 0."""
+    """``x``, or a copy if an address or stride is not a multiple of 16 bytes or a stride is 0, as TMA requires."""
     steps = [stride * x.element_size() for stride, size in zip(x.stride(), x.shape, strict=True)][:-1]
     used = [step for step, size in zip(steps, x.shape, strict=False) if size > 1]
     is_readable = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in used)

@@ -1,9 +1,9 @@
-"""The backward pass: which kernels compute it, the tensors that they need, and their results as gradients.
+"""The backward pass: choice of kernels, their workspace, and their results as gradients.
 
-One fused kernel computes all three of dq, dk and dv, and adds dq up by atomics: the fastest way, and the order of the
-additions is open. Two kernels, one for dk and dv, one for dq, compute the same with no atomics: bit for bit the same
-every time. They serve under ``torch.use_deterministic_algorithms``, where only some gradients are needed, and for head
-dims that no fused kernel holds.
+One fused kernel computes dq, dk and dv, and sums dq by atomic additions, whose order is not fixed. It takes five
+products instead of seven. Two kernels, one for dk and dv, one for dq, compute the same without atomics, with the same
+bits every time. They serve under ``torch.use_deterministic_algorithms``, if only some gradients are needed, and for
+head dims without a fused kernel.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ def backward(problem: BackwardProblem, launch: Callable[[abi.Fields], None], str
         "lse": problem.lse.contiguous(),
         "lse_low": problem.lse_low.contiguous(),
         "dlse": None if problem.dlse is None else problem.dlse.float().contiguous(),
-        **_results(inputs, needs),
-        **_own_tensors(inputs, spec, needs),
+        **own_tensors(inputs, spec, needs),
     }
     if inputs.q.numel():
         launch(abi.backward_fields(inputs, spec, tensors, stream))
@@ -83,15 +82,15 @@ def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
     }
 
 
-def _own_tensors(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> dict[str, Tensor | None]:
-    """Both parts of lse and delta of every padded row, and the sums for dq of a fused kernel."""
+def own_tensors(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> dict[str, Tensor | None]:
+    """All that the kernels write: the gradients; both parts of lse and delta of every padded row; sums for dq."""
     q = inputs.q
     rows = (1 if inputs.is_packed else inputs.batch, inputs.heads_q, abi.padded_rows(inputs, q.shape[-3]))
     lse_parts = torch.empty(*rows, 2, dtype=torch.float32, device=q.device)
     delta = torch.empty(rows, dtype=torch.float32, device=q.device)
     columns = fused_columns(inputs, spec, needs) if q.numel() > 0 and inputs.k.numel() > 0 else None
     sums = None if columns is None else torch.empty(*rows, columns, dtype=torch.float32, device=q.device)
-    return {"lse_parts": lse_parts, "delta": delta, "dq_sums": sums}
+    return {**_results(inputs, needs), "lse_parts": lse_parts, "delta": delta, "dq_sums": sums}
 
 
 def _as_grads(inputs: Inputs, tensors: dict[str, Tensor | None], needs: Sequence[str]) -> Grads:

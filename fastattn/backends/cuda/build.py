@@ -62,7 +62,7 @@ def instance_source(instance: Instance) -> str:
 
 
 def fingerprint(csrc: Path) -> str:
-    """What the library is built from, in 24 digits."""
+    """A hash of the sources and options of the library, 24 digits."""
     digest = hashlib.sha256(repr(FLAGS).encode())
     for path in sorted(path for name in ("common", "sm90") for path in (csrc / name).iterdir()):
         digest.update(path.name.encode() + path.read_bytes())

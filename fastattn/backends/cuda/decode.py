@@ -1,6 +1,6 @@
 """Attention to a cache with the CUDA kernels: how many splits, the struct of params.h, the partial results.
 
-New keys and values are stored, and queries turned to their positions, by the shared steps of ``fastattn.kv_cache``.
+``fastattn.kv_cache`` stores new keys and values and rotates queries by their positions.
 """
 
 from __future__ import annotations
@@ -29,30 +29,52 @@ BLOCK_KEYS, COMBINE_KEYS = 192, 256
 def attend(
     launch: Callable[[abi.Fields], None], inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, the new keys and values being stored."""
+    """Append the new keys and values, and return ``(out, lse)``."""
     q = kv_cache.rotated_queries(inputs, spec)
     kv_cache.append(inputs)
-    q, scale = abi.with_positive_scale(q, spec)
-    spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
-    inputs = readable(inputs.replace(q=q))
-    rows, device = math.prod(q.shape[:-2]), q.device
-    tiling = Tiling.of(inputs)
-    splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
-    tensors: dict[str, Tensor | None] = {
-        "out": torch.empty(inputs.out_shape(), dtype=q.dtype, device=device),
-        "lse": torch.empty(inputs.lse_shape(), dtype=torch.float32, device=device),
-        "partial_out": None,
-        "partial_lse": None,
-    }
-    if splits > 1:
-        outputs, columns = (splits, rows, inputs.heads_q), inputs.v_cache.shape[-1]
-        tensors["partial_out"] = torch.empty(*outputs, columns, dtype=torch.float32, device=device)
-        tensors["partial_lse"] = torch.empty(*outputs, 2, dtype=torch.float32, device=device)
-    if rows:
-        launch(decode_fields(inputs, spec, tensors, tiling, splits, stream))
-    out, lse = tensors["out"], tensors["lse"]
+    step = Step.of(inputs.replace(q=q), spec, multiprocessors)
+    if step.rows:
+        launch(step.fields(stream))
+    out, lse = step.tensors["out"], step.tensors["lse"]
     assert out is not None and lse is not None
     return out, lse
+
+
+@dataclass(frozen=True)
+class Step:
+    """Attention to a cache that holds the new keys: tensors that kernels can read, and ``tensors`` that they write."""
+
+    inputs: CacheInputs
+    spec: AttentionSpec
+    tensors: dict[str, Tensor | None]
+    tiling: Tiling
+    splits: int
+
+    @classmethod
+    def of(cls, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int) -> Step:
+        q, scale = abi.with_positive_scale(inputs.q, spec)
+        spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+        inputs, tiling = readable(inputs.replace(q=q)), Tiling.of(inputs)
+        splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=q.device)
+
+        rows, columns = (splits, math.prod(q.shape[:-2]), inputs.heads_q), inputs.v_cache.shape[-1]
+        tensors: dict[str, Tensor | None] = {
+            "out": new(*inputs.out_shape(), dtype=q.dtype),
+            "lse": new(*inputs.lse_shape()),
+            "partial_out": new(*rows, columns) if splits > 1 else None,
+            "partial_lse": new(*rows, 2) if splits > 1 else None,
+        }
+        return cls(inputs, spec, tensors, tiling, splits)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.inputs.q.shape[:-2])
+
+    def fields(self, stream: int) -> abi.Fields:
+        return decode_fields(self.inputs, self.spec, self.tensors, self.tiling, self.splits, stream)
 
 
 @dataclass(frozen=True)
@@ -97,7 +119,7 @@ def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
 
 
 def readable(inputs: CacheInputs) -> CacheInputs:
-    """The same tensors where kernels can read them (so the usual layouts of caches), copies where they cannot."""
+    """The tensors that kernels can read, which include the usual layouts of caches, and copies of the others."""
     q, k_cache, v_cache = (abi.readable_rows(x) for x in (inputs.q, inputs.k_cache, inputs.v_cache))
     cu_seqlens_q = None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.contiguous()
     return inputs.replace(

@@ -43,7 +43,7 @@ def _call(name: str, *arguments: object) -> None:
 
 
 def aligned_buffer(size: int) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """A buffer that holds ``size`` bytes, and what the alignment rounds them up to, at the returned, aligned address.
+    """A buffer of ``size`` bytes, rounded up to the alignment, and the aligned address of these bytes.
 
     The driver copies whole multiples of the alignment of a kernel's argument.
     """
@@ -77,6 +77,11 @@ def encode_map(to: int, data: int, dtype: int, sizes: tuple[int, ...], strides: 
     )
 
 
+def move_map(at: int, data: int) -> None:
+    """Let the tensor map at address ``at`` show a tensor alike at address ``data``."""
+    _call("cuTensorMapReplaceAddress", ctypes.c_void_p(at), ctypes.c_void_p(data))
+
+
 def use_device(device: int) -> None:
     """Make the context that torch uses on a device current on this thread, which may have none yet.
 
@@ -92,7 +97,7 @@ def use_device(device: int) -> None:
 
 @functools.cache
 def _primary_context(device: int) -> ctypes.c_void_p:
-    """Retained once, and for the life of the process."""
+    """The primary context of a device, retained once and never released."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
     _call("cuDeviceGet", ctypes.byref(handle), device)
     _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)

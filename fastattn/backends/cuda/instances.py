@@ -211,7 +211,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """The kernel that puts splits together."""
+    """The kernel that combines splits."""
 
     header: ClassVar[str] = "sm90/combine.cuh"
     arguments: ClassVar[str] = "DecodeParams"

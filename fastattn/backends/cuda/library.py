@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastattn import compiled
@@ -14,6 +14,7 @@ from fastattn.backends.cuda.instances import library_instances
 
 PATH = Path(__file__).with_name(build.LIBRARY)
 ERROR_BYTES = 512
+Function = Callable[[bytes, ctypes.Array[ctypes.c_char], int], int]
 
 
 def kept_name() -> str:
@@ -58,40 +59,39 @@ class Library:
                 f"{path} was built with CUDA {made_with // 1000}, the driver knows CUDA {driver.supported_major()}; "
                 "update the driver, or build with an older CUDA"
             )
-        self._forward = self._function("forward", abi.FORWARD)
-        self._backward = self._function("backward", abi.BACKWARD)
-        self._decode = self._function("decode", abi.DECODE)
+        self._functions = {struct.name: self._function(struct) for struct in (abi.FORWARD, abi.BACKWARD, abi.DECODE)}
 
-    def _function(self, name: str, struct: abi.Abi) -> Callable[[bytes, ctypes.Array[ctypes.c_char], int], int]:
+    def _function(self, struct: abi.Abi) -> Function:
         try:
             launch, version, size = (
-                getattr(self._library, f"fa_{name}{suffix}") for suffix in ("", "_version", "_bytes")
+                getattr(self._library, f"fa_{struct.name}{suffix}") for suffix in ("", "_version", "_bytes")
             )
         except AttributeError:
-            raise OSError(f"{self._path} has no fa_{name}; build it again") from None
+            raise OSError(f"{self._path} has no fa_{struct.name}; build it again") from None
         launch.argtypes, launch.restype = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_longlong), ctypes.c_int
         version.restype = size.restype = ctypes.c_longlong
         if (version(), size()) != (struct.version, struct.size):
             raise OSError(f"{self._path} is of another version of fastattn; build it again")
         return launch
 
-    def forward(self, fields: abi.Fields) -> None:
-        """Launch the forward pass.
+    def launch(self, struct: abi.Abi, fields: abi.Fields) -> None:
+        """Launch the kernels of a pass, those that its fields ask for.
 
         Raises:
             RuntimeError: CUDA refused; the message says why.
         """
-        self._launch(self._forward, abi.FORWARD.pack(fields))
+        self._launch(struct, struct.pack(fields))
 
-    def backward(self, fields: abi.Fields) -> None:
-        """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
-        self._launch(self._backward, abi.BACKWARD.pack(fields))
+    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> abi.Launch:
+        """``launch`` for other tensors of the same kind, on any stream."""
+        template = struct.template(fields)
 
-    def decode(self, fields: abi.Fields) -> None:
-        """Launch attention to a cache, and the combination of its splits. Raises as ``forward`` does."""
-        self._launch(self._decode, abi.DECODE.pack(fields))
+        def launch(addresses: Sequence[int], stream: int) -> None:
+            self._launch(struct, template(addresses, stream))
 
-    def _launch(self, function: Callable[[bytes, ctypes.Array[ctypes.c_char], int], int], packed: bytes) -> None:
+        return launch
+
+    def _launch(self, struct: abi.Abi, packed: bytes) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if function(packed, error, ERROR_BYTES):
+        if self._functions[struct.name](packed, error, ERROR_BYTES):
             raise RuntimeError(f"fastattn's CUDA kernel was not launched: {error.value.decode()}")

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,64 +164,78 @@ class NvrtcKernels:
         self._decode = decode_configs()
         self._functions: dict[tuple[int, Instance], ctypes.c_void_p] = {}
 
-    def forward(self, fields: abi.Fields) -> None:
-        """Launch the forward pass in the current context.
+    def launch(self, struct: abi.Abi, fields: abi.Fields) -> None:
+        """Launch the kernels of a pass, those that its fields ask for, in the current context.
 
         Raises:
-            NvrtcError: the kernel could not be compiled.
+            NvrtcError: a kernel could not be compiled.
             RuntimeError: CUDA refused; the message says why.
         """
+        self.prepared(struct, fields)([int(fields[name]) for name in struct.addresses], int(fields["stream"]))
+
+    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> abi.Launch:
+        """``launch`` for other tensors of the same kind, on any stream: kernels loaded, tensor maps encoded."""
         given = {name: int(value) for name, value in fields.items()}
-        if not (given["batch"] and given["seqlen_q"]):
-            return
+        device = given["device"]
+        steps = getattr(self, f"_{struct.name}_steps")(given) if given["batch"] and given["seqlen_q"] else []
+        if steps:
+            driver.use_device(device)
+        kernels = [self._kernel(struct, step, given) for step in steps]
+        template = struct.template(fields)
+
+        def launch(addresses: Sequence[int], stream: int) -> None:
+            if kernels:
+                driver.use_device(device)
+            packed = template(addresses, stream)
+            for kernel in kernels:
+                kernel.launch(addresses, packed, stream)
+
+        return launch
+
+    def _forward_steps(self, given: dict[str, int]) -> list[Step]:
         dims = given["head_dim_qk"], given["head_dim_v"]
         config = select(self._forward, *dims, bool(given["has_band"]), bool(given["has_softcap"]))
         blocks = given["blocks"] or driver.multiprocessors(given["device"])
         views = [*input_views(given, config.block_m, config.block_n), result_view(given, "out", "q", "head_dim_v")]
-        self._launch(config, given, views, abi.FORWARD.pack(fields), blocks)
+        return [Step(config, blocks, views)]
 
-    def backward(self, fields: abi.Fields) -> None:
-        """Launch the kernels of the backward pass, those that its fields ask for. Raises as ``forward`` does."""
-        given = {name: int(value) for name, value in fields.items()}
-        if not (given["batch"] and given["seqlen_q"]):
-            return
-        packed = abi.BACKWARD.pack(fields)
+    def _backward_steps(self, given: dict[str, int]) -> list[Step]:
         problem = given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"])
         row_blocks = tiles_of(given, "q", PADDED_ROWS)
-        self._launch(PREPROCESS, given, [], packed, row_blocks)
+        steps = [Step(PREPROCESS, row_blocks)]
         if given["dsinks"]:
-            self._launch(DSINKS, given, [], packed, given["batch"] * given["heads_q"])
+            steps.append(Step(DSINKS, given["batch"] * given["heads_q"]))
         if given["dk"]:
             dkdv = select_dkdv(self._dkdv, *problem, fused=bool(given["dq_sums"]))
             assert dkdv is not None, "sums for dq are given only where a fused kernel holds the problem"
             views = backward_views(given, dkdv.block_m, dkdv.block_n)
-            self._launch(dkdv, given, views, packed, tiles_of(given, "kv", dkdv.block_n))
+            steps.append(Step(dkdv, tiles_of(given, "kv", dkdv.block_n), views))
             if dkdv.fused:
-                self._launch(RowwiseConfig("backward_postprocess", dkdv), given, [], packed, row_blocks)
+                steps.append(Step(RowwiseConfig("backward_postprocess", dkdv), row_blocks))
         if given["dq"] and not given["dq_sums"]:
             dq = select_dq(self._dq, *problem)
-            views = backward_views(given, dq.block_m, dq.block_n)
-            self._launch(dq, given, views, packed, tiles_of(given, "q", dq.block_m))
+            steps.append(Step(dq, tiles_of(given, "q", dq.block_m), backward_views(given, dq.block_m, dq.block_n)))
+        return steps
 
-    def decode(self, fields: abi.Fields) -> None:
-        """Launch attention to a cache, and the combination of its splits. Raises as ``forward`` does."""
-        given = {name: int(value) for name, value in fields.items()}
-        if not (given["batch"] and given["seqlen_q"]):
-            return
-        packed = abi.DECODE.pack(fields)
+    def _decode_steps(self, given: dict[str, int]) -> list[Step]:
         config = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
         views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
-        self._launch(config, given, views, packed, given["tiles"] * given["splits"] * given["heads_kv"])
+        steps = [Step(config, given["tiles"] * given["splits"] * given["heads_kv"], views)]
         if given["splits"] > 1:
             outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
-            self._launch(COMBINE, given, [], packed, -(-outputs // (COMBINE.threads // 32)))
+            steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32))))
+        return steps
 
-    def _launch(self, config: AnyConfig, given: dict[str, int], views: list[View], packed: bytes, blocks: int) -> None:
-        driver.use_device(given["device"])
-        function = self._function(given["device"], Instance(config, DTYPES[given["dtype"]]))
-        buffer, address = aligned_arguments(given["dtype"], views, packed)
-        driver.launch(function, address, blocks, config.threads, shared_bytes(config), given["stream"])
-        del buffer  # held until the launch has copied it
+    def _kernel(self, struct: abi.Abi, step: Step, given: dict[str, int]) -> Kernel:
+        function = self._function(given["device"], Instance(step.config, DTYPES[given["dtype"]]))
+        maps, address = driver.aligned_buffer(len(step.views) * driver.MAP_BYTES)
+        for n, view in enumerate(step.views):
+            to, data = address + n * driver.MAP_BYTES, given[view.name] + view.skipped
+            driver.encode_map(to, data, given["dtype"], view.sizes, view.strides, view.box_rows)
+        encoded = ctypes.string_at(address, len(step.views) * driver.MAP_BYTES)
+        places = tuple((struct.addresses.index(view.name), view.skipped) for view in step.views)
+        del maps
+        return Kernel(function, encoded, places, step.blocks, step.config.threads, shared_bytes(step.config))
 
     def _function(self, device: int, instance: Instance) -> ctypes.c_void_p:
         key = (device, instance)
@@ -231,16 +246,51 @@ class NvrtcKernels:
 
 @dataclass(frozen=True)
 class View:
-    """A (head dim, row, head, batch) tensor for a tensor map; strides, in bytes, are those of rows, heads and batch."""
+    """A (head dim, row, head, batch) tensor for a tensor map.
 
-    address: int
+    It begins ``skipped`` bytes behind the address ``name``; strides, in bytes, are those of rows, heads and batch.
+    """
+
+    name: str
+    skipped: int
     sizes: tuple[int, int, int, int]
     strides: tuple[int, int, int]
     box_rows: int
 
 
+@dataclass(frozen=True)
+class Step:
+    """A kernel of a pass, the number of its blocks, and what its tensor maps show."""
+
+    config: AnyConfig
+    blocks: int
+    views: Sequence[View] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A loaded kernel with its tensor maps. ``places`` says which address each map shows, and how far behind it."""
+
+    function: ctypes.c_void_p
+    maps: bytes
+    places: tuple[tuple[int, int], ...]
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+    def launch(self, addresses: Sequence[int], packed: bytes, stream: int) -> None:
+        """Launch it in the current context. Its argument is the maps, which show ``addresses`` now, then the struct."""
+        argument = self.maps + packed
+        buffer, at = driver.aligned_buffer(len(argument))  # of this call alone: other threads launch, too
+        ctypes.memmove(at, argument, len(argument))
+        for n, (which, skipped) in enumerate(self.places):
+            driver.move_map(at + n * driver.MAP_BYTES, addresses[which] + skipped)
+        driver.launch(self.function, at, self.blocks, self.threads, self.shared_bytes, stream)
+        del buffer  # held until the launch has copied it
+
+
 def shared_bytes(config: AnyConfig) -> int:
-    """Of a block. The large kernels get all that there is: one block runs on each multiprocessor in any case."""
+    """Shared memory of a block. Large kernels get all of it, since one block runs on each multiprocessor anyway."""
     if isinstance(config, CombineConfig):
         return 0
     return ROW_SHARED_BYTES if isinstance(config, RowwiseConfig) else SHARED_BYTES
@@ -252,36 +302,36 @@ def tiles_of(given: dict[str, int], side: str, block: int) -> int:
 
 
 def _batch(given: dict[str, int]) -> int:
-    """Of the tensors: 1 if packed."""
+    """The batch size of the tensors: 1 if packed."""
     return 1 if given["cu_seqlens_q"] else given["batch"]
 
 
 def row_view(given: dict[str, int], name: str, side: str, columns: str, box_rows: int) -> View:
-    """A tensor that kernels read. Keys outside of what some query keeps are not shown."""
+    """The view of a tensor that kernels read, without the keys that no query keeps."""
     row, head, batch = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
     is_of_keys = side == "kv"
     rows = given["key_end"] - given["key_begin"] if is_of_keys else given["seqlen_q"]
     skipped = given["key_begin"] * row if is_of_keys else 0
     sizes = (given[columns], rows, given[f"heads_{side}"], _batch(given))
-    return View(given[name] + skipped, sizes, (row, head, batch), box_rows)
+    return View(name, skipped, sizes, (row, head, batch), box_rows)
 
 
 def result_view(given: dict[str, int], name: str, side: str, columns: str) -> View:
     """A contiguous tensor that kernels write, 64 rows at a time."""
     width, rows, heads = given[columns], given[f"seqlen_{side}"], given[f"heads_{side}"]
     strides = (2 * heads * width, 2 * width, 2 * rows * heads * width)
-    return View(given[name], (width, rows, heads, _batch(given)), strides, 64)
+    return View(name, 0, (width, rows, heads, _batch(given)), strides, 64)
 
 
 def cache_view(given: dict[str, int], name: str, columns: str) -> View:
-    """A cache, with pages in the place of the batch. One box never leaves a page."""
+    """The view of a cache, with pages in place of the batch, so that a box lies in one page."""
     row, head, page = (2 * given[f"{name}_{which}_stride"] for which in ("row", "head", "batch"))
     sizes = (given[columns], given["page_size"], given["heads_kv"], given["pages"])
-    return View(given[f"{name}_cache"], sizes, (row, head, page), given["box_rows"])
+    return View(f"{name}_cache", 0, sizes, (row, head, page), given["box_rows"])
 
 
 def input_views(given: dict[str, int], block_m: int, block_n: int) -> list[View]:
-    """Those of q, k and v. Where no key is kept nothing is loaded, and q stands for all."""
+    """The views of q, k and v. If no key is kept nothing is loaded, and the view of q is repeated."""
     q = row_view(given, "q", "q", "head_dim_qk", block_m)
     if given["key_begin"] == given["key_end"]:
         return [q, q, q]
@@ -298,13 +348,3 @@ def backward_views(given: dict[str, int], block_m: int, block_n: int) -> list[Vi
     results = (("dq", "q", "head_dim_qk"), ("dk", "kv", "head_dim_qk"), ("dv", "kv", "head_dim_v"))
     written = [result_view(given, *result) if given[result[0]] else inputs[0] for result in results]
     return [*inputs, row_view(given, "dout", "q", "head_dim_v", block_m), *written]
-
-
-def aligned_arguments(dtype: int, views: list[View], packed: bytes) -> tuple[ctypes.Array[ctypes.c_char], int]:
-    """The argument of a kernel: the maps of its views, then the struct."""
-    buffer, address = driver.aligned_buffer(len(views) * driver.MAP_BYTES + len(packed))
-    for i, view in enumerate(views):
-        to = address + i * driver.MAP_BYTES
-        driver.encode_map(to, view.address, dtype, view.sizes, view.strides, view.box_rows)
-    ctypes.memmove(address + len(views) * driver.MAP_BYTES, packed, len(packed))
-    return buffer, address

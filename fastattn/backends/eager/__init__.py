@@ -1,4 +1,4 @@
-"""The reference formula as a backend: always right, always available, quadratic in memory. The last resort."""
+"""The reference formula as a backend: available everywhere, quadratic in memory, last in the order of preference."""
 
 from __future__ import annotations
 

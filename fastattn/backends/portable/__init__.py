@@ -3,7 +3,7 @@
 A problem is planned (``plan``) into blocks of the score matrix outside which nothing is computed. Blocks run on
 torch's flash kernel for the CPU (``flash``) where it computes the same thing, else through online softmax over tiles
 (``tiles``). On an accelerator it is always tiles, and nothing there waits for the device (not yet run on a GPU).
-Caches are read in their own way (``decode``).
+``decode`` attends to caches.
 """
 
 from __future__ import annotations

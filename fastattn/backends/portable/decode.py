@@ -8,8 +8,8 @@ so is the sink, a piece without values:
     lse = logsumexp(lse of the pieces)        out = sum(exp(lse of the piece - lse) * out of the piece)
 
 On an accelerator one group holds every sequence and reaches as far as the block table, so that nothing waits for
-lengths (not yet run on a GPU). In host memory a sequence with many query rows is left to ``forward``, which knows
-how to leave out what the band masks.
+lengths (not yet run on a GPU). In host memory a sequence with many query rows is left to ``forward``, which skips
+what the band masks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Dense = Callable[[Inputs, AttentionSpec], Outputs]
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 20  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
-WASTE = 1.25  # or up to this many times what the shortest reads alone
+WASTE = 1.25  # or up to this many times the positions that the shortest reads alone
 LONG = 1 << 21  # elements of a sequence's keys from which on a view is read in the order in which it lies in memory,
 FOLD = 512  # this many keys of all heads at a time: head after head would touch every page of memory once for each
 
@@ -147,7 +147,7 @@ def _prompt(
 
 
 def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list[int]) -> Iterator[Group]:
-    """Sequences with few query rows, the alike ones together."""
+    """Groups of sequences with few query rows."""
     spans = [tile_range(spec, 0, rows, rows, length) for rows, length in zip(s_q, s_kv, strict=True)]
     todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= MANY_ROWS and spans[b][0] < spans[b][1]]
     width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
@@ -164,9 +164,9 @@ def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list
 
 
 def _fit(spans: list[tuple[int, int]], members: int, width: int, is_copied: bool) -> bool:
-    """Whether one more joins: the spans of the first, the last and the new one, in the order of their ends.
+    """Whether one more sequence joins a group: by the spans of the first, the last and the new one, ordered by end.
 
-    Nothing must be wasted, or it must be little, or all of it small.
+    It does if no position is read in vain, or few are, or the group is small.
     """
     first, last, new = spans
     if first == last == new:
@@ -251,7 +251,7 @@ def _pieces(inputs: CacheInputs, group: Group) -> Iterator[tuple[int, int]]:
 
 
 def _is_view(inputs: CacheInputs) -> bool:
-    """Whether a contiguous cache can be computed on as it lies."""
+    """Whether a contiguous cache can be read in place, without a copy."""
     dims_agree = inputs.q.shape[-1] == inputs.v_cache.shape[-1]
     return inputs.block_table is None and inputs.k_cache.dtype == _compute_dtype(inputs) and dims_agree
 
@@ -334,7 +334,7 @@ def _piece(inputs: CacheInputs, sequences: Tensor | slice, span: tuple[int, int]
 
 
 def _read(store: Tensor, scale: Tensor | None, piece: Piece, room: Tensor) -> Tensor:
-    """Its positions ``[n, C, H_kv, D]`` in the dtype of ``room``: a view to be left alone, or there."""
+    """The positions of a piece, ``[n, C, H_kv, D]`` in the dtype of ``room``: a view of the store, or a copy in it."""
     x = store[piece.sequences, piece.rows] if piece.pages is None else _pages(store, piece, room)
     if x.dtype != room.dtype:
         x = room[: x.numel()].view(x.shape).copy_(x)
@@ -469,7 +469,7 @@ def _joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
     return (outs * shares[..., None]).sum(0), lse
 
 
-# --- forms --------------------------------------------------------------------------------------------------------
+# --- dtypes and shapes --------------------------------------------------------------------------------------------
 
 
 def _compute_dtype(inputs: CacheInputs) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The plan on torch's own flash kernel for the CPU: what the kernel does not know becomes an additive mask per block.
+"""A plan run on torch's own flash kernel for the CPU, with an additive mask per block for features that it lacks.
 
 The kernel (``aten::_scaled_dot_product_flash_attention_for_cpu``) has its own triangle, grouped heads, free strides but
 for the last, and gives lse. It has no softcap, dropout, bias gradient or gradient of lse, takes one head dim for q, k
@@ -94,7 +94,7 @@ def backward(
     return _like_inputs((dq, dk, dv), inputs)
 
 
-# --- what is called -----------------------------------------------------------------------------------------------
+# --- calls of the kernel ------------------------------------------------------------------------------------------
 
 
 def _plain_shape(inputs: Inputs, spec: AttentionSpec) -> plan.Shape | None:
@@ -133,7 +133,7 @@ def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
 
 
 def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterator[_Step]:
-    """One after the other, so that one mask is alive at a time; without blocks that masks or segments leave empty."""
+    """Yield the steps, so that one mask exists at a time; blocks emptied by masks or segments are skipped."""
     for call in todo:
         block, shape = call.block, plan.shape(call.block, spec)
         kept = terms.kept(inputs, spec, block, with_band=shape == "band")
@@ -150,7 +150,7 @@ def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterato
 
 
 def _has_data_mask(inputs: Inputs, block: Block) -> bool:
-    """Whether values decide what is kept, so that rows may be empty that the band does not leave empty."""
+    """Whether tensors decide which pairs are kept, so that more rows may be empty than the band empties."""
     return inputs.mask is not None or inputs.bias is not None or not block.is_exact
 
 
@@ -183,7 +183,7 @@ def _additive(kept: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _mark_empty_rows(lse: Tensor, step: _Step, inputs: Inputs, spec: AttentionSpec) -> None:
-    """Turn the kernel's 0 into -inf in rows that keep nothing. It may also be honest, so candidates are looked at."""
+    """Turn the lse of empty rows, for which the kernel returns 0, into -inf. Other rows may have an lse of 0 too."""
     if step.mask is None or not _has_data_mask(inputs, step.call.block) or not bool((lse == 0).any()):
         return
     block = step.call.block

@@ -1,4 +1,4 @@
-"""The plan: which rectangles of the score matrix are computed. Host arithmetic; comparing positions is left to spec.
+"""The plan: which rectangles of the score matrix are computed. Host arithmetic; ``spec`` compares positions.
 
 A problem is a list of *regions* (a dense batch, each packed sequence, each pair of equal segments) that know nothing of
 each other. A region is cut into *blocks*, so that rows which keep different keys fall into different ones, and each

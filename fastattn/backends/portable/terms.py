@@ -90,7 +90,8 @@ def survives(inputs: Inputs, spec: AttentionSpec, block: Block) -> Tensor:
     n = torch.arange(block.sequence, block.sequence + block.size[0], device=device)[:, None, None, None]
     h = torch.arange(inputs.heads_q, device=device)[None, :, None, None]
     i, _ = positions(block, device)
-    return rng.dropout_keep_columns(spec, inputs.rng_state, n * inputs.heads_q + h, i, *block.keys)
+    head = rng.head_number(inputs.rng_state, n, h, inputs.heads_q)
+    return rng.dropout_keep_columns(spec, inputs.rng_state, head, i, *block.keys)
 
 
 def _entries(x: Tensor, block: Block) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan in plain torch ops: online softmax over tiles of keys. Every feature, any device, any tile size.
+"""A plan run in plain torch ops: online softmax over tiles of keys. Every feature, any device, any tile size.
 
 For a block of query rows and each tile of keys, ``m`` being the largest score so far (Milakov & Gimelshein, "Online
 normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022):
@@ -125,7 +125,7 @@ def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: Atte
         k, v = (_computed(terms.keys(x, tile), inputs) for x in (inputs.k, inputs.v))
         p = scores.sub_(rows.lse).sub_(rows.lse_low).exp_()
         if kept is not None:
-            p.masked_fill_(~kept, 0)  # in a row that is NaN they are not 0 by themselves
+            p.masked_fill_(~kept, 0)  # in a row whose lse is NaN, exp(-inf - lse) is NaN too
         dt = _unfolded(dout @ v.transpose(-1, -2), inputs)
         alive = terms.survives(inputs, spec, tile) if spec.dropout_p > 0 else None
         if alive is not None:

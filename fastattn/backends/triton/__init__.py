@@ -1,7 +1,7 @@
-"""The Triton backend: every feature of the spec, on every GPU that Triton reaches.
+"""The Triton backend: every feature of the spec, for every GPU that Triton supports. Not yet run on a GPU.
 
 Importing this package imports neither Triton nor a kernel; the first call does. With ``TRITON_INTERPRET=1`` in the
-environment the kernels run on CPU tensors through Triton's interpreter: slowly, to prove them right.
+environment the kernels run on CPU tensors in Triton's interpreter: slowly, for tests.
 """
 
 from __future__ import annotations

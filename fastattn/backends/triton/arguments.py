@@ -1,10 +1,10 @@
 """Arguments of the kernels: the tensors and numbers of one call as named tuples, and the compile-time ``Flags``.
 
 Triton compiles a kernel anew when an int argument is 1 or a multiple of 16. Lengths and strides must not cause that.
-``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise the ints inside of a
-tuple all the same (``tests/backends/triton/test_gates.py`` holds it, and fails once that changes), and 60 scalars
-would be no signature. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels read
-it with ``tile.number``. A kernel is compiled for its ``Flags`` and dtypes, and for nothing else.
+``triton.jit(do_not_specialize=...)`` covers scalar arguments only: Triton 3.6 and 3.7 specialise ints inside tuples
+even so (``tests/backends/triton/test_gates.py`` asserts it, and fails once that changes), and signatures of 60 scalars
+would be unreadable. So an int in these tuples is passed as ``coded(n)``, which is odd and at least 3; kernels decode it
+with ``tile.number``. Kernels are then compiled for their ``Flags`` and dtypes only.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PerRow(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What the backward kernels know of each query row: three arrays of the shape and strides of one ``PerRow``.
+    """The statistics of each query row for the backward kernels: three arrays with the shape and strides of ``PerRow``.
 
     ``lse`` is natural and ``+inf`` for an empty row; ``low_log2`` is ``lse_low`` in base 2; ``delta`` is
     ``rowsum(dout * out) - dlse``.
@@ -166,8 +166,8 @@ class Cache(NamedTuple):
     """Layout of the keys and values of a cache; all ints are coded.
 
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
-    query rows. Its pages stand in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
-    of e4m3 caches are None where they are 1.
+    query rows. Its pages are in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
+    of e4m3 caches are None if they are 1.
     """
 
     lengths: Any
@@ -243,9 +243,9 @@ class Flags:
 
     @property
     def in_chunks(self) -> bool:
-        """Whether rows are multiplied with rows along a part of the head dim at a time: see ``dot_in_chunks``.
+        """Whether products run over a part of the head dim at a time: see ``dot_in_chunks``.
 
-        Without tensor cores registers ask for it, with them shared memory, where a row has a kilobyte.
+        Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
         return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
 

@@ -1,7 +1,7 @@
-"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``. No atomics: each sum has one owner, one order.
+"""The backward kernels: ``delta``, then ``dk`` with ``dv``, and ``dq``.
 
-Each computes the probabilities anew from both parts of ``lse``. With ``z`` dropout's factors and ``t`` the softcap's
-tanh:
+There are no atomics: one program computes each sum, in one order. Each kernel recomputes the probabilities from both
+parts of ``lse``. With ``z`` the factors of dropout and ``t`` the tanh of softcap:
 
     dv    = (p * z)^T dout
     dp    = z * (dout v^T)
@@ -70,7 +70,7 @@ def backward_preprocess_kernel(
 
 @triton.jit
 def load_lse(stats, at, i, s_q):
-    """``(lse, low_log2)`` of rows ``i``, those of the head being ``at``; past the last one p is 0 too."""
+    """``(lse, low_log2)`` of rows ``i`` of the head whose rows begin at ``at``; such that p is 0 past the last row."""
     lse = tl.load(stats.lse + at + i, mask=i < s_q, other=float("inf"))
     return lse, tl.load(stats.low_log2 + at + i, mask=i < s_q, other=0.0)
 
@@ -86,7 +86,7 @@ def probabilities(
     raw, lse, low_log2, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; ``spared`` is what dropout leaves."""
+    """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; dropout keeps p where ``spared``."""
     scores, t = finish(raw, head, i, j, i0, j0, F)
     scores = masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED, F)
     # The product is not rounded: softmax_end does not round that of the largest score either.
@@ -140,7 +140,7 @@ def backward_dkdv_kernel(
     _low, _high, begin, full_begin, full_end, end = tiles(
         block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
     )  # fmt: skip
-    # Not a loop over heads around one over tiles: what is the same for a head would fill registers of the inner one.
+    # One loop, not one over heads around one over tiles: values of a head would occupy registers of the inner loop.
     count = end - begin
     for n in tl.range(0, count * group):
         head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
@@ -169,11 +169,11 @@ def backward_dkdv_kernel(
             q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
         else:
             dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-        of_delta = load_delta(stats, at, i, band.s_q)  # not before it is needed: a thread holds many columns
+        of_delta = load_delta(stats, at, i, band.s_q)  # as late as possible: a thread holds many columns
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
-    _, begin_kv, _ = open_band(b, terms, sizes, F)  # again, so that the loop need not keep it in a register
+    _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
     dk_acc *= sizes.scale
     if F.dropout:
         dv_acc *= sizes.dropout_scale

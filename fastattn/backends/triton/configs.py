@@ -66,7 +66,7 @@ def row_for(arch: str, kernel: str, bits: int, head_dim: int, features: Iterable
 
 
 def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
-    """The kinds of rows that serve a kernel with these features in use, the one to prefer first."""
+    """The kinds of rows that serve a kernel with these features in use, in order of preference."""
     features = frozenset(features)
     count = len(REGISTER_HEAVY & features)
     if kernel == "decode" and "paged" in features and "e4m3" not in features and not count:

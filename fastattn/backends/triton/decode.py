@@ -96,9 +96,9 @@ def combine_kernel(
     partial_out, partial_lse, partial_low, out, lse, splits, rows, s_q, heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """``out`` and ``lse`` of one row, which are those of its splits weighted by both parts of their ``lse``.
+    """``out`` and ``lse`` of one row, combined from its splits with weights from both parts of their ``lse``.
 
-    Rows are counted over (sequence, query, head), as they lie in ``out``; ``lse`` is ``(B, H_q, s_q)``. Grid: rows.
+    Rows are counted over (sequence, query, head), the order of ``out``; ``lse`` is ``(B, H_q, s_q)``. Grid: rows.
     """
     splits, rows, s_q, heads = number(splits), number(rows), number(s_q), number(heads)
     n, d, first = tl.program_id(0), tl.arange(0, BLOCK_D), tl.arange(0, 1)

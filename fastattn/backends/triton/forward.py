@@ -1,4 +1,4 @@
-"""The forward kernel: online softmax over the tiles that the mask leaves."""
+"""The forward kernel: online softmax over the tiles that the mask leaves active."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -32,7 +32,7 @@ def forward_kernel(
 ):  # fmt: skip
     """``out`` and both parts of ``lse`` of ``BLOCK_M`` query rows of one head.
 
-    Every tile takes the same way but for one branch, which all threads take alike: a full tile skips the mask.
+    All tiles run the same code except for one branch, uniform over the threads: a full tile skips the mask.
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
@@ -74,7 +74,7 @@ def forward_kernel(
         v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
-    head = open_head(head.b, head.h, terms, sizes, F)  # again, so that the loop need not keep all of it in registers
+    head = open_head(head.b, head.h, terms, sizes, F)  # recomputed, so that it occupies no registers in the loop
     sink = load_per_head(terms.sinks, head.b, head.h) if F.sinks else 0.0
     norm, logsumexp, low = softmax_end(m, total, sink, head.scale, F)
     if F.dropout:

@@ -1,4 +1,4 @@
-"""The host side: checks nothing (``problem.py`` did), describes the call to the kernels and launches them.
+"""The host side: describes a call, which ``problem.py`` has checked, to the kernels and launches them.
 
 Nothing here reads a value from the device, so a call can be captured in a CUDA graph.
 """
@@ -74,8 +74,8 @@ class Call:
     def _without_unused_keys(self, spec: AttentionSpec) -> Call:
         """The call with zeros for the keys and values that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
 
-        Where positions alone decide, the kernels do this as they load. Where data decide, looking for unused keys
-        in the kernels' loops would cost more than looking once and copying K and V, which are small.
+        Kernels zero the keys outside the band while loading. For masks and segments, one pass that finds the unused
+        keys and a copy of K and V, which are small, cost less than a search in the loops of the kernels.
         """
         x = self.inputs
         has_heads = x.mask is not None and x.mask.shape[1] > 1
@@ -133,7 +133,7 @@ class Call:
 
 
 def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, lse_low)``. ``config`` overrides the table's."""
+    """``(out, lse, lse_low)``. ``config`` overrides that of the table."""
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
     lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device) for _ in range(2))
     if lse.numel() == 0:
@@ -183,7 +183,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Backward:
-    """One backward pass: the call, the gradients that came in, and the statistics of each row."""
+    """One backward pass: the call, the gradients of its results, and the statistics of each row."""
 
     call: Call
     dout: Bshd
@@ -284,9 +284,9 @@ class Backward:
         return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
 
     def _dbias_in_chunks(self) -> bool:
-        """As ``Flags.in_chunks``. Nothing stays of a product but scores, so long rows need not be in registers.
+        """``Flags.in_chunks`` for dbias, which keeps only scores of its products, so long rows need no registers.
 
-        AMD has registers for them, but too few of those that all lanes share for the loop.
+        AMD GPUs have registers for whole rows, but too few scalar registers for the loop over chunks.
         """
         flags = self.call.flags
         is_long = max(flags.block_qk, flags.block_v) > 64
@@ -309,7 +309,7 @@ class Backward:
 
 
 def _rows(x: Tensor) -> Bshd:
-    """``x`` as ``Bshd``, whose tensor it may have to copy if its rows lie very far apart."""
+    """``x`` as ``Bshd``, copied if its rows are so far apart that offsets would not fit 32 bits."""
     is_far = x.stride(-1) >= MAX_ROW_STRIDE or x.stride(-3) >= MAX_ROW_STRIDE
     return Bshd.of(x.contiguous() if is_far else x)
 
@@ -369,7 +369,7 @@ def sizes_of(spec: AttentionSpec, s_q: int, s_kv: int, heads_q: int, heads_kv: i
 
 
 def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -> Flags:
-    """The flags that attention to given keys and attention to a cache share; ``rows`` are those of q, k, v."""
+    """The flags that calls with and without a cache share; ``rows`` describes q, k and v."""
     d_qk, d_v = rows[0].ptr.shape[-1], rows[2].ptr.shape[-1]
     finished = spec.softcap is not None or inputs.bias is not None or inputs.alibi_slopes is not None
     return Flags(
@@ -404,7 +404,7 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -
 
 
 def config_of(device: torch.device, kernel: str, flags: Flags) -> Config:
-    """The configuration of the table."""
+    """The configuration from the table for a device and flags."""
     bits, head_dim = (32 if flags.precise else 16), max(flags.d_qk, flags.d_v)
     return configs.config_for(target(device)[1], kernel, bits, head_dim, flags.features)
 
@@ -419,7 +419,7 @@ def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, An
         **ALWAYS,
     }
     if target(device)[0] == "cuda":
-        options["maxnreg"] = 255  # else ptxas sometimes aims at more threads, and spills by the kilobyte
+        options["maxnreg"] = 255  # otherwise ptxas may reserve registers for more threads, and spill kilobytes
     return options
 
 
@@ -432,7 +432,7 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _tf32() -> bool:
-    """Whether products of fp32 may be taken in tf32, by torch's own switch."""
+    """Whether torch's own switch allows tf32 for products of fp32."""
     return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

@@ -35,13 +35,13 @@ from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
-BLOCK = 16  # rows that one program puts into their places
-COMBINED_SPLITS = 32  # in one step
-LEAST_TILES = 4  # of keys in a split: fewer, and putting the splits together costs more than they save
+BLOCK = 16  # rows that one program rotates or stores
+COMBINED_SPLITS = 32  # splits that one step of the combination reads
+LEAST_TILES = 4  # tiles of keys in a split; with fewer, combining the splits is estimated to cost more than it saves
 
 
 def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """Store the new keys and values, if any; ``(out, lse)``. ``config`` overrides the table."""
+    """Append the new keys and values, if any, and return ``(out, lse)``. ``config`` overrides that of the table."""
     if inputs.capacity >= arguments.UNBOUNDED:
         todo = "Make the cache shorter."
         raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
@@ -72,7 +72,7 @@ def _turned_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
 
 
 def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
-    """The arguments that the kernels share which put rows into their places."""
+    """The arguments that the kernels share which rotate and store rows."""
     cos, sin = inputs.rotary_cos, inputs.rotary_sin
     d_qk, d_v = inputs.q.shape[-1], inputs.v_cache.shape[-1]
     return {
@@ -98,7 +98,7 @@ def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, config: Config | None) -> None:
-    """Attend, in as many splits as it takes to occupy the device, and put these together if there are several."""
+    """Attend, in as many splits as it takes to occupy the device, and combine them if there are several."""
     q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
     flags = launch.flags_of(inputs, spec, (q, k, v))
     flags = dataclasses.replace(flags, paged=inputs.block_table is not None, fp8=inputs.is_fp8)
@@ -135,10 +135,10 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
 
 
 def splits(programs: int, reach: int, block_n: int, on: int) -> int:
-    """Into how many splits the keys are cut, so that ``on`` processors have two programs each if the keys suffice.
+    """The number of splits of the keys that gives each of ``on`` processors two programs, if there are enough keys.
 
     Args:
-        programs: those that there are without cutting.
+        programs: the number of programs without splits.
         reach: the most keys that one of them may have to visit.
         block_n: keys of a tile.
         on: processors of the device.

@@ -1,4 +1,4 @@
-"""Caches: where their rows lie, how these are read, and how new ones are turned, rounded to e4m3 and stored."""
+"""Kernels and operations on caches: locate and read rows, rotate new ones, round them to e4m3 and store them."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -34,7 +34,7 @@ def row_pointers(x, b, i, h, VECTOR: tl.constexpr):
 
 @triton.jit
 def located(b, j, valid, cache, F: tl.constexpr):
-    """``(page, row)`` of positions ``j`` of sequence ``b``; only where ``valid`` is the table looked at."""
+    """``(page, row)`` of positions ``j`` of sequence ``b``; the table is read only where ``valid``."""
     if F.paged:
         size = number(cache.page_size)
         entries = cache.block_table.ptr + b.to(tl.int64) * number(cache.block_table.stride_b)
@@ -61,16 +61,16 @@ def cached_rows(
 
 @triton.jit
 def load_scales(scale, page, h, valid):
-    """The scale that ``scale``, as ``PerHead``, has for head ``h`` of each page."""
+    """The scale of head ``h`` of each page, from ``scale``, a ``PerHead``."""
     at = scale.ptr + page.to(tl.int64) * number(scale.stride_b) + h * number(scale.stride_h)
     return tl.load(at, mask=valid, other=1.0)
 
 
 @triton.jit
 def from_e4m3(byte):
-    """The fp32 value of an e4m3 byte. Read as bits of fp16, its exponent is too small by 8.
+    """The fp32 value of an e4m3 byte, computed from its bits, since GPUs before sm_89 have no instruction for it.
 
-    By hand, as GPUs before sm_89 have no such conversion.
+    Its bits are read as fp16, which makes the exponent too small by 8.
     """
     magnitude = (byte & 0x7F).to(tl.uint16)
     half = (((byte & 0x80).to(tl.uint16) << 8) | (magnitude << 7)).to(tl.float16, bitcast=True)
@@ -79,7 +79,7 @@ def from_e4m3(byte):
 
 @triton.jit
 def to_e4m3(x):
-    """The byte that means the e4m3 number nearest to fp32 ``x``, at most 448 in size: ties to even."""
+    """The byte of the e4m3 number nearest to fp32 ``x``, clamped to 448 in magnitude; ties to even."""
     size = tl.minimum(tl.abs(x), E4M3_MAX)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)  # exponents begin at 120 and keep 3 bits
@@ -95,9 +95,9 @@ def append_kernel(
     k, v, k_cache, v_cache, cos, sin, cache, terms, sizes, F: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` new keys, turned to their positions, and values go where the cache of their sequence ends.
+    """Append ``BLOCK`` new keys, rotated by their positions, and values to the cache of their sequence.
 
-    Those for which it has no room are dropped. Grid: ``(B * blocks, H_kv)``.
+    Rows beyond its capacity are dropped. Grid: ``(B * blocks, H_kv)``.
     """
     most = number(sizes.s_q) if F.packed else number(cache.new_rows)
     blocks = tl.cdiv(most, BLOCK)
@@ -121,7 +121,7 @@ def turn_kernel(
     q, turned, cos, sin, cache, terms, sizes, F: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` query rows, turned to their positions, go to ``turned``. Grid: ``(B * blocks, H_q)``."""
+    """Write ``BLOCK`` query rows, rotated by their positions, to ``turned``. Grid: ``(B * blocks, H_q)``."""
     blocks = tl.cdiv(number(sizes.s_q), BLOCK)
     b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     begin, band = open_cache(b, cache, terms, sizes, F)
@@ -152,7 +152,7 @@ def turned_rows(
     x, b, i, h, position, valid, cos, sin, D: tl.constexpr, BLOCK_D: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``i`` of head ``h``, their first ``2 * ROTARY`` dims turned to ``position``: ``[BLOCK, BLOCK_D]``."""
+    """Rows ``i`` of head ``h``, their first ``2 * ROTARY`` dims rotated by ``position``: ``[BLOCK, BLOCK_D]``."""
     d = tl.arange(0, BLOCK_D)
     at, mask = row_pointers(x, b, i, h, 1)[:, None], valid[:, None] & (d < D)[None, :]
     tile = tl.load(at + d[None, :].to(tl.int64) * number(x.stride_d), mask=mask, other=0.0)
@@ -169,7 +169,7 @@ def turned_rows(
 
 @triton.jit
 def turned_with(d, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """``(other, angle, sign)`` for dims ``d``: ``x[d] * cos + sign * x[other] * sin`` turns a pair by an angle."""
+    """``(other, angle, sign)`` for dims ``d``: ``x[d] * cos + sign * x[other] * sin`` rotates a pair by an angle."""
     if INTERLEAVED:
         is_first = d % 2 == 0
         other, angle = tl.where(is_first, d + 1, d - 1), d // 2

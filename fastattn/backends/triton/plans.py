@@ -1,9 +1,9 @@
-"""Plans: the launches of a call, recorded once and made again for other addresses, without a look at anything else.
+"""Plans: the launches of a call, recorded once and repeated with the addresses of later calls of the same kind.
 
 Describing a call to a kernel, and Triton's search for the compiled kernel, take far more host time than launching it.
-All of that depends on the kind of the call alone (``fastattn/plan.py``): shapes, strides, dtypes, device, alignment.
-So the launch code runs once under ``recorded``, in which kernels are compiled but not launched. What it allocated and
-which compiled kernel it called with which numbers is kept; each pointer is kept as an allocation or an argument of the
+Both depend on the kind of the call alone (``fastattn/plan.py``): shapes, strides, dtypes, device, alignment. So the
+launch code runs once under ``recorded``, in which kernels are compiled but not launched. The recording holds the
+allocations, the compiled kernels and their arguments; a pointer is recorded as an allocation or an argument of the
 call, and an offset. A later call allocates, fills the addresses in and launches on the current stream.
 """
 
@@ -26,7 +26,7 @@ _recording = threading.local()
 
 @dataclass(frozen=True)
 class Address:
-    """A pointer among the arguments of a kernel: so many bytes behind where a tensor of the call begins."""
+    """A pointer among the arguments of a kernel: a tensor of the call, and an offset in bytes from its beginning."""
 
     tensor: int
     offset: int
@@ -41,7 +41,7 @@ class Allocation:
 
 @dataclass
 class Launches(TorchFunctionMode):
-    """A recording: what was launched, and what was allocated for it, in order."""
+    """A recording of the launches and allocations of a call, in order."""
 
     given: Sequence[Tensor]
     allocated: list[Tensor] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Launches(TorchFunctionMode):
         return result
 
     def launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Compile, and keep the arguments in the order of the kernel's signature."""
+        """Compile the kernel, and record its arguments in the order of its signature."""
         compiled = kernel.run(*args, grid=grid, warmup=True, **options)
         named = (options[name] for name in kernel.arg_names[len(args) :])
         whole = (*grid, 1, 1)[:3]
@@ -102,8 +102,8 @@ def launched(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 def prepare(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None]) -> Run | None:
     """``function(*given)`` for calls of the same kind: a run that reads the addresses of its arguments alone.
 
-    None where the launch code does more than allocate and launch, or two arguments share an address, since then they
-    cannot be told apart.
+    None if the launch code does more than allocate and launch, or if two arguments share an address and so cannot be
+    distinguished.
     """
     tensors = [x for x in given if x is not None]
     if len({x.data_ptr() for x in tensors}) < len(tensors):

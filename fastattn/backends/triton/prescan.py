@@ -48,8 +48,8 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(B * blocks, 1|H_kv)``.
 
-    ``heads`` is how many query heads each program looks at: those of the group, or one if all share the mask. It
-    looks no further once all keys of its block are used, which is after the first tiles of almost any mask.
+    Each program reads ``heads`` query heads: those of the group, or one if all share the mask. It stops once all keys
+    of its block are used, which for almost any mask is after the first tiles.
     """
     blocks = tl.cdiv(number(sizes.s_kv), BLOCK_N)
     b, block, h_kv = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)

@@ -1,4 +1,4 @@
-"""The gradients that sum over heads and sequences: ``dbias`` and ``dsinks``. Each sum has one owner, one order."""
+"""The gradients that sum over heads and sequences, ``dbias`` and ``dsinks``, each sum by one program in one order."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -27,9 +27,9 @@ def backward_dbias_kernel(
 ):  # fmt: skip
     """One tile of ``dbias``, summed over the sequences and heads that share it.
 
-    ``dbias``, as ``Scores``, has no rows or columns that broadcast: where ``bias`` has, it holds the sums over the
-    rows (or columns) of each tile, which are added up afterwards. A program looks at ``sequences`` and ``heads``, one
-    or all of them. Grid: ``(1|B times tiles, 1|H_q)``, tiles by columns.
+    ``dbias``, a ``Scores``, has no rows or columns that broadcast: if those of ``bias`` do, it holds the sums over the
+    rows (or columns) of each tile, which are added afterwards. A program sums over ``sequences`` and ``heads``, one or
+    all of them. Grid: ``(1|B times tiles, 1|H_q)``, tiles by columns.
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v

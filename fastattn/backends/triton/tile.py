@@ -2,8 +2,8 @@
 
 ``keep``, ``tile_range`` and ``full_range`` are the transcription of the functions of those names in ``spec.py``, and
 hold the only comparisons of positions; ``tests/backends/triton/test_mask_transcriptions.py`` enumerates them. Scores
-are natural, as the spec has them, and the maximum of a row is subtracted before they are scaled to base 2, the base
-of the hardware's exponential: the difference of two scores is exact however far both are from zero. Row indices ``i``
+are in base e as in the spec. The maximum of a row is subtracted before they are scaled to base 2, the base of the
+hardware's exponential, so that no offset shared by a row is rounded into the difference. Row indices ``i``
 and columns ``j`` are broadcastable tiles, ``[BLOCK_M, 1]`` and ``[1, BLOCK_N]``, or the other way round in kernels
 whose tiles are transposed.
 """
@@ -47,7 +47,7 @@ class ScoreMatrix(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One query head of one sequence, and what the options say about it; 0 for those not in use.
+    """One query head of one sequence with its part of each optional term; 0 for terms not in use.
 
     In a packed batch ``b`` is the sequence. ``dropout_head`` is the head's number in ``rng.py``.
     """
@@ -73,13 +73,13 @@ class Head(NamedTuple):
 
 @triton.jit
 def number(coded):
-    """The int that ``arguments.coded`` hid from specialisation."""
+    """The inverse of ``arguments.coded``."""
     return (coded - 3) >> 1
 
 
 @triton.jit
 def stride(coded, VECTOR: tl.constexpr):
-    """``number(coded)``, which is known to be a multiple of VECTOR: written so that the compiler knows it too."""
+    """``number(coded)`` of a multiple of VECTOR, written so that the compiler can use that."""
     if VECTOR > 1:
         return (coded - 3) // (2 * VECTOR) * VECTOR
     return number(coded)
@@ -89,8 +89,8 @@ def stride(coded, VECTOR: tl.constexpr):
 def scheduled(schedule, LAST_FIRST: tl.constexpr):
     """``(block, head)`` of this program, ``head`` counting over batch and heads.
 
-    Heads are taken ``heads_together`` at a time, as many as share the L2 cache. Among these the blocks with most
-    work come first: of a causal mask, the last rows or the first columns.
+    Heads are taken ``heads_together`` at a time, as many as fit into the L2 cache. Among these the blocks with most
+    work come first: under a causal mask, the last rows or the first columns.
     """
     blocks, heads = number(schedule.blocks), number(schedule.heads)
     together = number(schedule.heads_together)
@@ -276,12 +276,12 @@ def dot_in_chunks(
 ):  # fmt: skip
     """``a @ b^T`` of the rows from ``i0`` of ``a``, zero outside ``low .. high``, and from ``j0`` of ``b``, likewise.
 
-    It goes along the head dim in steps. Without tensor cores a thread multiplies from its registers alone, and they
+    The product runs over the head dim in steps: without tensor cores a thread multiplies from its registers, and these
     do not hold whole rows.
     """
     CHUNK: tl.constexpr = min(BLOCK_D, 16 if F.precision == "tf32" else 32)
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for d in tl.range(0, BLOCK_D, CHUNK):  # at run time: once unrolled, all steps would be loaded at once
+    for d in tl.range(0, BLOCK_D, CHUNK):  # a run-time loop: unrolled, all steps would be loaded at once
         a = load_chunk(a_rows, i0, low, high, d, D, BLOCK_M, CHUNK)
         b = load_chunk(b_rows, j0, b_low, b_high, d, D, BLOCK_N, CHUNK)
         product = tl.dot(a, tl.trans(b), product, input_precision=F.precision)
@@ -387,7 +387,7 @@ def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
     if not TRANSPOSED:
         kept = keep(i, j, head.band, F.left, F.right)
-    else:  # seen from the keys, so that what keep does once for each row it does once for each row of the tile
+    else:  # transposed, so that the work of keep once for each row is done once for each row of the tile
         kept = keep(j, i, transposed(head.band), F.right, F.left)
     if F.mask:
         kept = kept & (load_scores(head.mask, head.band, i, j, i0, j0, F.mask) != 0)
@@ -402,9 +402,9 @@ def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
 def masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr):
     """``scores``, but ``-inf`` where ``keep`` is false; ``is_full`` says that it is true in the whole tile.
 
-    With a mask no tile is full. A branch all the same would keep loads of the mask out of the pipeline, and move
-    dropout, which follows it, into the layout of an operand of a product without tensor cores, where each thread draws
-    whole rows.
+    With a mask no tile is full, so there is no branch. A branch would keep loads of the mask out of the pipeline, and
+    make the compiler draw dropout, which follows it, in the operand layout of a product without tensor cores, where
+    each thread holds whole rows.
     """
     if F.mask:  # noqa: SIM114 - the other condition is one of run time
         scores = tl.where(kept_tile(head, i, j, i0, j0, TRANSPOSED, F), scores, float("-inf"))
@@ -415,7 +415,7 @@ def masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.
 
 @triton.jit
 def softmax_step(scores, factor, m, total):
-    """One step of online softmax: ``(p, m, total, alpha)``, ``alpha`` what to multiply earlier sums with.
+    """One step of online softmax: ``(p, m, total, alpha)``, where ``alpha`` is the factor on earlier sums.
 
     ``m`` is the running maximum of each row and ``total`` its running sum. While a row is empty, ``m`` is ``-inf``.
     """
@@ -456,7 +456,7 @@ def softmax_end(m, total, sink, scale, F: tl.constexpr):
 
 @triton.jit
 def logarithm_of(top, rest, total):
-    """``top + rest + log(total)`` as the nearest fp32 number and what rounding took: ``(lse, lse_low)``."""
+    """``(lse, lse_low)``: the fp32 number nearest to ``top + rest + log(total)``, and its rounding error."""
     small = rest + tl.log(total)
     lse = top + small
     return lse, (top - lse) + small
@@ -464,7 +464,7 @@ def logarithm_of(top, rest, total):
 
 @triton.jit
 def survivors(head, i0, j0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """True where dropout spares the element: ``rng.dropout_keep``, one Philox call for eight columns.
+    """True where dropout keeps the element: ``rng.dropout_keep``, with one Philox call for eight columns.
 
     Calls are numbered ``(j // 32) * 4 + (j % 8) // 2``; word ``(j % 32) // 8`` and its half ``j % 2`` belong to
     column ``j``. So the words come as ``[32s of columns, call, word, half]`` and only the middle two change places.

@@ -1,9 +1,9 @@
 """The functions of the flash-attn package (2.8) under their names: import them from here instead, or ``install()``.
 
-Signatures are theirs, positions and defaults included, and so are the meanings: ``(B, S, H, D)`` or packed
-``(T, H, D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes
-without a sign, ``softcap=0.0`` for none. What differs: any float dtype, head dim and device, and an empty row has lse
-``-inf`` (``+inf`` in flash-attn 2).
+Signatures and meanings are those of flash-attn, positions and defaults included: ``(B, S, H, D)`` or packed ``(T, H,
+D)`` tensors, ``window_size`` in neighbours with -1 for unbounded, causal aligned lower right, ALiBi slopes without a
+sign, ``softcap=0.0`` for none. Differences: any float dtype, head dim and device, and an empty row has lse ``-inf``
+(``+inf`` in flash-attn 2).
 
 ``python -m fastattn.integrations.flash_attn script.py ...`` runs a script that imports ``flash_attn``.
 """
@@ -46,8 +46,8 @@ VERSION = "2.8.3"  # of flash-attn, whose signatures these are
 def install() -> None:
     """Make ``import flash_attn`` find these functions, for the rest of the process; may be called again.
 
-    ``flash_attn``, ``flash_attn.flash_attn_interface`` and ``flash_attn.bert_padding`` are there then. Call it before
-    whatever imports them.
+    It adds ``flash_attn``, ``flash_attn.flash_attn_interface`` and ``flash_attn.bert_padding``. Call it before any code
+    imports them.
 
     Raises:
         UnsupportedError: flash-attn itself is installed.

@@ -36,7 +36,7 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """Rows put to their places among rows of zeros, the inverse of ``index_first_axis``.
+    """Rows at ``indices`` among rows of zeros, the inverse of ``index_first_axis``.
 
     Args:
         values: ``(n, ...)``.
@@ -52,16 +52,16 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 def unpad_input(
     hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """The rows of a padded batch that count, end to end.
+    """The rows of a padded batch that are not padding, end to end.
 
     Args:
         hidden_states: ``(B, S, ...)``.
         attention_mask: ``(B, S)``, 1 for tokens and 0 for padding.
-        unused_mask: ``(B, S)``, 1 for rows that are allocated but hold no token; they are kept, and not counted.
+        unused_mask: ``(B, S)``, 1 for rows that are allocated but hold no token; they are returned, but not counted.
 
     Returns:
-        the rows ``(T, ...)``; ``indices``, where each came from in ``(B * S)``; ``cu_seqlens`` int32 ``(B + 1,)``; the
-        longest length; and how many tokens each sequence holds, int32 ``(B,)``.
+        the rows ``(T, ...)``; ``indices``, their places in ``(B * S)``; ``cu_seqlens`` int32 ``(B + 1,)``; the longest
+        length; and the number of tokens in each sequence, int32 ``(B,)``.
 
     Example:
         >>> import torch

@@ -54,11 +54,12 @@ def flash_attn_func(
     Returns:
         ``out`` ``(B, S_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(B, H_q, S_q)``, and
         ``S_dmask`` ``(B, H_q, S_q, S_kv)``, the probabilities before dropout, negative where dropped: meant for tests,
-        and empty unless ``dropout_p > 0``. flash-attn scales each row in a way of its own and rounds the sizes up.
+        and empty unless ``dropout_p > 0``. flash-attn's is scaled differently in each row, with sizes rounded up.
 
     Raises:
         InputError: an argument is wrong.
-        UnsupportedError: ``deterministic``, and ``fastattn.use_backend`` names a backend that is not.
+        UnsupportedError: ``deterministic=True``, and ``fastattn.use_backend`` names a backend that is not
+        deterministic.
 
     Source:
         https://github.com/Dao-AILab/flash-attention
@@ -117,9 +118,8 @@ def flash_attn_varlen_func(
         alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
         deterministic: as there.
         return_attn_probs: as there.
-        block_table: int32 ``(N, max_pages)``: k and v are a cache ``(num_pages, page_size, H_kv, D)``, these are each
-            sequence's pages, and ``cu_seqlens_k`` says how many tokens it has there. As in flash-attn there is no
-            gradient then.
+        block_table: int32 ``(N, max_pages)``, the pages of each sequence in a cache ``(num_pages, page_size, H_kv, D)``
+            that k and v are then; ``cu_seqlens_k`` gives the lengths. As in flash-attn there is no gradient then.
 
     Returns:
         ``out`` ``(T_q, H_q, D_v)``. With ``return_attn_probs`` also ``softmax_lse``, fp32 ``(H_q, T_q)``, and
@@ -194,21 +194,21 @@ def flash_attn_with_kvcache(
         v_cache: ``(B_cache, S_cache, H_kv, D_v)``.
         k: ``(B, S_new, H_kv, D)``, written to the cache from position ``cache_seqlens`` on; None appends nothing.
         v: ``(B, S_new, H_kv, D_v)``.
-        rotary_cos: ``(S_rotary, D_rotary / 2)``; rotates ``k``, and ``q``, before use. q's rows stand at
-            ``cache_seqlens + i`` with a causal or windowed mask, else all at ``cache_seqlens``.
+        rotary_cos: ``(S_rotary, D_rotary / 2)``; rotates ``k`` and ``q`` before use. Rows of q have the positions
+            ``cache_seqlens + i`` with a causal or windowed mask, else all the position ``cache_seqlens``.
         rotary_sin: likewise.
-        cache_seqlens: how many tokens each cache row holds before the call: an int or int32 ``(B,)``. None: all.
+        cache_seqlens: the number of tokens in each cache row before the call: an int or int32 ``(B,)``. None: all.
         cache_batch_idx: int32 ``(B,)``, the cache row of each batch entry; None is ``0 .. B - 1``.
         cache_leftpad: int32 ``(B,)``, the first token of each cache row that counts.
-        block_table: int32 ``(B, max_pages)``: the caches are ``(num_pages, page_size, H_kv, D)``, with pages of any
-            size, and these are each sequence's.
+        block_table: int32 ``(B, max_pages)``, the pages of each sequence; the caches are then ``(num_pages, page_size,
+            H_kv, D)``, with pages of any size.
         softmax_scale: as in ``flash_attn_func``.
         causal: query row ``i`` sees keys up to ``length - S_q + i``, ``length`` including the appended tokens.
         window_size: as in ``flash_attn_func``.
         softcap: as there.
         rotary_interleaved: rotate the pairs (0, 1), (2, 3), ...; False: pairs half of ``D_rotary`` apart.
         alibi_slopes: as there.
-        num_splits: a scheduling hint of flash-attn; makes no difference.
+        num_splits: a scheduling hint of flash-attn; ignored.
         return_softmax_lse: also return lse.
 
     Returns:
@@ -294,7 +294,7 @@ def _refuse_dropout(dropout_p: float) -> None:
 
 
 def _backend(explanation: Explanation) -> str:
-    """The backend of a call that is to be deterministic, backward too."""
+    """The backend for a call whose forward and backward passes must be deterministic."""
     problem = dataclasses.replace(explanation.problem, deterministic=True, needs_grad=True)
     chosen = dispatch.select(problem, dispatch.requested(None))
     if chosen.capabilities.deterministic_by_flag and not torch.are_deterministic_algorithms_enabled():
@@ -308,7 +308,7 @@ def _backend(explanation: Explanation) -> str:
 def _cache_lengths(
     q: Tensor, capacity: int, k: Tensor | None, v: Tensor | None, cache_seqlens: int | Tensor | None
 ) -> Tensor:
-    """``(B,)`` int64: how many tokens each row of the cache holds, checked where that costs nothing."""
+    """``(B,)`` int64: the number of tokens in each row of the cache, checked if it is in host memory."""
     if (k is None) != (v is None):
         raise input_error("k, v", "one of the two", "both or neither", "They are appended together.")
     if cache_seqlens is None:
@@ -337,7 +337,7 @@ def _rotated(
     advances: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned to their positions; q's rows share one position unless it ``advances``."""
+    """q and k rotated by their positions; the rows of q share one position unless it ``advances``."""
     if cos is None or sin is None or k is None:
         given = ", ".join(n for n, x in (("rotary_cos", cos), ("rotary_sin", sin), ("k", k)) if x is not None)
         raise input_error("rotary_cos, rotary_sin", f"only {given}", "both, together with k and v", "As in flash-attn.")

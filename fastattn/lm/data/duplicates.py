@@ -36,16 +36,19 @@ def exact_key(text: str) -> Keys:
 def near_keys(text: str) -> Keys:
     """A hash for each band: documents that share one are near duplicates. Case and punctuation do not count."""
     found = units(text.lower()) or [text]
-    words = np.array([zlib.crc32(word.encode()) for word in found], np.uint64)
+    numbers = {word: zlib.crc32(word.encode()) for word in set(found)}
+    words = np.array([numbers[word] for word in found], np.uint64)
     count = max(len(words) - RUN + 1, 1)
     runs = np.zeros(count, np.uint64)
     for i in range(min(RUN, len(words))):
         runs = (runs ^ words[i : i + count]) * _MIX[ROWS + i]
         runs ^= runs >> np.uint64(29)
-    smallest = np.full(BANDS * ROWS, 2**32, np.uint64)
+    smallest = np.full(BANDS * ROWS, 2**64 - 1, np.uint64)
     for start in range(0, count, _CHUNK):
-        part = (_FACTORS * runs[start : start + _CHUNK] + _TERMS) >> np.uint64(32)  # multiply-shift: universal
+        part = _FACTORS * runs[start : start + _CHUNK]
+        part += _TERMS
         smallest = np.minimum(smallest, part.min(axis=1))
+    smallest >>= np.uint64(32)  # multiply-shift: universal; it keeps the order, so the minimum may come first
     bands = (smallest.reshape(BANDS, ROWS) * _MIX[:ROWS]).sum(axis=1, dtype=np.uint64)
     return bands * _MIX[0] + np.arange(1, BANDS + 1, dtype=np.uint64)  # the same minima in two bands are no match
 

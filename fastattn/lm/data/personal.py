@@ -52,11 +52,14 @@ class Kind(NamedTuple):
     check: Callable[[re.Match[str]], bool] = lambda match: True
 
 
-def _has_digit(text: str) -> bool:
-    return _DIGITS.search(text) is not None
+def _has(pattern: str) -> Callable[[str], bool]:
+    """Whether a text has what every match of a kind has. It is a cheap search, and most texts have none."""
+    search = re.compile(pattern).search
+    return lambda text: search(text) is not None
 
 
-_DIGITS = re.compile(r"\d{2}")
+_CODES = _has(r"\d(?:[A-Z .-]{0,2}\d){5}")  # six digits, with letters or separators between them
+_NUMBERS = _has(r"\d(?:[ ()./-]{0,3}\d){7}")  # eight digits
 # What must not stand beside a number; characters of scripts without spaces may.
 _NOT_IN_NUMBER = rf"(?:(?<![\w.+-])|(?<=[{UNSPACED}]))"
 _END = rf"(?:(?![\w-]|\.\d)|(?=[{UNSPACED}]))"
@@ -73,16 +76,18 @@ KINDS = {
     ),
     "iban": Kind(
         "<IBAN>",
-        _has_digit,
+        _has(r"[A-Z]{2}\d{2}"),
         re.compile(rf"{_NOT_IN_NUMBER}[A-Z]{{2}}\d{{2}}(?: ?[A-Z0-9]{{4}}){{2,7}}(?: ?[A-Z0-9]{{1,3}})?{_END}"),
         _is_iban,
     ),
-    "id": Kind("<ID>", _has_digit, re.compile(rf"{_NOT_IN_NUMBER}(?:{PATTERN}){_END}"), is_issued),
-    "card": Kind("<CARD>", _has_digit, re.compile(rf"{_NOT_IN_NUMBER}[2-6]\d{{3}}(?:[ -]?\d){{9,15}}{_END}"), _is_card),
-    "ipv4": Kind("<IP>", _has_digit, re.compile(rf"{_NOT_IN_NUMBER}(?:\d{{1,3}}\.){{3}}\d{{1,3}}{_END}"), _is_ip),
+    "id": Kind("<ID>", _CODES, re.compile(rf"{_NOT_IN_NUMBER}(?:{PATTERN}){_END}"), is_issued),
+    "card": Kind("<CARD>", _NUMBERS, re.compile(rf"{_NOT_IN_NUMBER}[2-6]\d{{3}}(?:[ -]?\d){{9,15}}{_END}"), _is_card),
+    "ipv4": Kind(
+        "<IP>", _has(r"\d\.\d{1,3}\.\d"), re.compile(rf"{_NOT_IN_NUMBER}(?:\d{{1,3}}\.){{3}}\d{{1,3}}{_END}"), _is_ip
+    ),
     "ipv6": Kind(
         "<IP>",
-        lambda text: ":" in text,
+        _has(":[0-9A-Fa-f]{0,4}:"),
         re.compile(
             rf"(?:(?<![\w:.])|(?<=[{UNSPACED}]))[0-9A-Fa-f:]{{4,39}}(?:\.\d{{1,3}}){{0,3}}(?:(?![\w:])|(?=[{UNSPACED}]))"
         ),
@@ -91,7 +96,7 @@ KINDS = {
     # International with +, in the North American form, national with 0 and separators, or mobile of mainland China.
     "phone": Kind(
         "<PHONE>",
-        _has_digit,
+        _NUMBERS,
         re.compile(
             rf"{_NOT_IN_NUMBER}(?<!\d )(?:\+\d{{1,3}}[ .-]?(?:\(\d{{1,4}}\)[ .-]?)?\d{{1,4}}(?:[ .-]?\d{{2,4}}){{1,4}}"
             rf"|(?:\(\d{{3}}\) ?|\d{{3}}[.-])\d{{3}}[.-]\d{{4}}"

@@ -10,11 +10,13 @@ long, and the rule on the length of words does not apply.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fastattn.lm.data.scripts import is_unspaced, lacks_frequent_words, units
 
@@ -30,7 +32,8 @@ CODE = frozenset(
 )
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 _BULLETS = ("•", "‣", "⁃", "◦", "▪", "-", "*", "·")
-_ALPHABETIC = re.compile(r"[^\W\d_]")
+_ALPHABETIC = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its end
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 
 
 @dataclass(frozen=True)
@@ -59,29 +62,55 @@ class Text:
     def word_characters(self) -> int:
         return sum(map(len, self.words))
 
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """Characters of the words up to and including each, from 0 on: ``ends[j] - ends[i]`` are those of a run."""
+        return np.cumsum([0, *map(len, self.words)])
+
+    @cached_property
+    def word_hashes(self) -> NDArray[np.uint64]:
+        """A 64-bit number for each word, equal for equal words."""
+        numbers: dict[str, int] = {}
+        found = np.array([numbers.setdefault(word, len(numbers)) for word in self.words], np.uint64)
+        found = (found + np.uint64(1)) * _FACTOR
+        return found ^ (found >> np.uint64(29))
+
     def repeated_part(self, n: int) -> float:
         """Part of the characters in the most frequent run of ``n`` words, if it occurs more than once."""
-        runs = Counter(self._runs(n))
-        most = max(runs.values(), default=0)
+        runs, size = self._runs(n)
+        if not len(runs):
+            return 0.0
+        _, first, counts = np.unique(runs, return_index=True, return_counts=True)
+        most = int(counts.max())
         if most < 2:
             return 0.0
-        longest = max(sum(map(len, run)) for run, count in runs.items() if count == most)
+        starts = first[counts == most]
+        longest = int((self.ends[starts + size] - self.ends[starts]).max())
         return most * longest / self.word_characters
 
     def covered_by_repeats(self, n: int) -> float:
         """Part of the characters in any run of ``n`` words that occurred before, each character counted once."""
-        words, seen, covered, end = self.words, set(), 0, 0
-        for start, run in enumerate(self._runs(n)):
-            if run in seen:
-                covered += sum(map(len, words[max(start, end) : start + len(run)]))
-                end = start + len(run)
-            seen.add(run)
-        return covered / max(self.word_characters, 1)
+        runs, size = self._runs(n)
+        is_first = np.zeros(len(runs), bool)
+        is_first[np.unique(runs, return_index=True)[1]] = True
+        repeats = np.flatnonzero(~is_first)
+        if not len(repeats):
+            return 0.0
+        begins = np.maximum(repeats, np.concatenate([[0], repeats[:-1] + size]))  # each word once
+        return float((self.ends[repeats + size] - self.ends[begins]).sum()) / max(self.word_characters, 1)
 
-    def _runs(self, n: int) -> Iterator[tuple[str, ...]]:
-        """All runs of ``n`` words; of a script without spaces, of twice as many characters."""
-        size = 2 * n if self.unspaced else n
-        return zip(*(self.words[i:] for i in range(size)), strict=False)
+    @cached_property
+    def _hashed_runs(self) -> list[NDArray[np.uint64]]:
+        """Hashes of all runs of one word, of two, and so on as far as they were asked for."""
+        return [self.word_hashes]
+
+    def _runs(self, n: int) -> tuple[NDArray[np.uint64], int]:
+        """A hash of each run of ``n`` words, and their number; in a script without spaces twice as many characters."""
+        size, known = 2 * n if self.unspaced else n, self._hashed_runs
+        while len(known) < size:
+            longer = known[-1][:-1] * _FACTOR + self.word_hashes[len(known) :]  # the order of the words counts
+            known.append(longer ^ (longer >> np.uint64(29)))
+        return known[size - 1], size
 
 
 def _part_repeated(parts: Sequence[str]) -> float:
@@ -103,9 +132,13 @@ _ALL_RUNS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def _repeats_runs(text: Text) -> bool:
-    if text.covered_by_repeats(5) == 0:
-        return False  # then no longer run repeats either
-    return any(text.covered_by_repeats(n) > most for n, most in _ALL_RUNS.items())
+    for n, most in _ALL_RUNS.items():
+        covered = text.covered_by_repeats(n)
+        if covered > most:
+            return True
+        if covered == 0:
+            return False  # then no longer run repeats either
+    return False
 
 
 Rule = Callable[[Text, "Lengths"], bool]  # whether a document is to be dropped
@@ -128,7 +161,7 @@ PROSE: Mapping[str, Rule] = {
     ),
     "bullets": lambda text, _: _part(text.lines, lambda line: line.startswith(_BULLETS)) > 0.9,
     "ellipses": lambda text, _: _part(text.lines, lambda line: line.endswith(("...", "…"))) > 0.3,
-    "alphabetic-words": lambda text, _: _part(text.words, lambda word: _ALPHABETIC.search(word) is not None) < 0.8,
+    "alphabetic-words": lambda text, _: len(_ALPHABETIC.findall(" ".join(text.words))) < 0.8 * len(text.words),
     "stop-words": lambda text, _: (
         lacks_frequent_words(text.text)
         if text.unspaced

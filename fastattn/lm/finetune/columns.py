@@ -8,6 +8,7 @@ from typing import Any
 from fastattn.errors import DataError, input_error
 from fastattn.lm.finetune.examples import FIELDS, Example
 from fastattn.lm.finetune.records import Record
+from fastattn.lm.generate.chat import checked_messages
 
 Columns = dict[str, str]  # by field; "a.b" is column b of the object in column a
 _PAIRS = (
@@ -64,6 +65,8 @@ def _inputs(record: Record, task: str, labelled: bool) -> Columns:
         if isinstance(pair := record.get("translation"), Mapping) and len(pair) >= 2:
             return {"source": f"translation.{next(iter(pair))}"}
         return _first("source", record, ("source", *(first for first, second in _SUMMARIES if second in record)))
+    if task == "chat":
+        return _first("messages", record, ("messages", "conversations", "instruction", "prompt", "question"))
     if "instruction" in record:
         return {"prompt": "instruction"}
     return _first("prompt", record, ("prompt", "question"))
@@ -85,6 +88,8 @@ def _targets(record: Record, task: str) -> Columns:
         if isinstance(pair := record.get("translation"), Mapping) and len(pair) >= 2:
             return {"target": f"translation.{list(pair)[1]}"}
         return _first("target", record, ("target", *(second for first, second in _SUMMARIES if first in record)))
+    if task == "chat" and (column := _first("messages", record, ("messages", "conversations"))["messages"]) in record:
+        return {"response": column}
     return _first("response", record, ("response", "output", "completion", "answer"))
 
 
@@ -107,6 +112,8 @@ def taken(place: str, record: Record, columns: Columns, names: Mapping[str, list
         fields |= _answers(place, fields["answers"])
     if task == "instruct" and columns.get("prompt") == "instruction":
         fields["prompt"] = _alpaca(record)
+    if task == "chat":
+        fields |= _conversation(place, record, columns)
     present = {field: value for field, value in fields.items() if value is not None}
     if len(present) < len(fields):  # the others, for the message about what is missing
         present |= {name: value for name, value in record.items() if name not in fields}
@@ -137,6 +144,29 @@ def _answers(place: str, answers: Mapping[str, Any]) -> Record:
     if not texts:
         return {"answer": "", "answers": [""], "answer_start": None}
     return {"answer": texts[0], "answer_start": starts[0], "answers": texts}
+
+
+def _conversation(place: str, record: Record, columns: Columns) -> Record:
+    """The messages before the assistant's last, which is the response, and after which nothing is learned.
+
+    Without a response to learn, as for prediction, all messages up to the user's last.
+    """
+    column = columns["messages"]
+    if column not in record:
+        return {}
+    given = record[column]
+    if column == "instruction" and record.get("input"):
+        given = f"{given}\n\n{record['input']}"
+    messages = checked_messages(f"{place}, field 'messages'", given)
+    is_of_messages = columns.get("response") == column
+    roles = [message["role"] for message in messages]
+    last = "assistant" if is_of_messages else "user"
+    if last not in roles:
+        return {"messages": messages, "response": None}
+    end = len(roles) - roles[::-1].index(last)
+    if is_of_messages:
+        return {"messages": messages[: end - 1], "response": messages[end - 1]["content"]}
+    return {"messages": messages[:end]}
 
 
 def _alpaca(record: Record) -> str:

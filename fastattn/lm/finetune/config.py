@@ -39,6 +39,7 @@ class FinetuneConfig(RunSettings):
         lora_dropout: see there.
         vocab_size: of the tokenizer that is learned where the model starts from nothing.
         held_out: part of ``data`` that is held out where there is no ``eval``, chosen by the hash of each example.
+        chat_template: file of a Jinja template, of "chat"; None is that of the model to start from, or the default.
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
@@ -60,6 +61,7 @@ class FinetuneConfig(RunSettings):
     lora_dropout: float = 0.0
     vocab_size: int = 4096
     held_out: float = 0.1
+    chat_template: str | None = None
     length: int | None = None
     dropout: float | None = None
     attention: str = "fastattn"
@@ -74,6 +76,8 @@ class FinetuneConfig(RunSettings):
         if len(starts) != 1:
             allowed = "one of --checkpoint, --pretrained and --preset"
             raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
+        if self.chat_template is not None and self.task != "chat":
+            raise input_error("chat_template", self.chat_template, "None", "It belongs to the task chat.")
         if not 0 < self.epochs < math.inf:
             raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
         if self.steps is not None and self.steps < 1:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import Finetuned, is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import score
 from fastattn.lm.finetune.tasks import Prediction
+from fastattn.lm.models import MaskedLM
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
+from fastattn.lm.train.hf_folder import AnySource
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.metrics import bits_per_byte, perplexity
 from fastattn.lm.train.special_tokens import SpecialTokens
@@ -29,6 +32,7 @@ from fastattn.lm.train.tasks import find_objective
 from fastattn.lm.train.tokens import TokenFile
 
 _BATCH = 16
+LONGEST = 4096  # tokens in a row of text, where the model could read more
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoint: AnySource,
     data: Sequence[str],
     *,
     columns: Mapping[str, str] | None = None,
@@ -72,7 +76,7 @@ def evaluate(
     """Score a checkpoint: of fine-tuning on examples of its task, of pre-training on text.
 
     Args:
-        checkpoint: of ``fastattn train`` or ``fastattn finetune``.
+        checkpoint: of ``fastattn train`` or ``fastattn finetune``, or a folder in Hugging Face's format.
         data: a file of examples, see ``fastattn.lm.finetune.datasets``; for a pre-trained model files, folders and
             patterns of text.
         columns: as in ``read_dataset``.
@@ -99,7 +103,7 @@ def evaluate(
 def _of_task(
     found: Finetuned,
     dataset: Dataset,
-    checkpoint: Checkpoint,
+    checkpoint: AnySource,
     limit: int | None,
     predictions: Path | None,
     show_progress: bool,
@@ -116,7 +120,7 @@ def _of_task(
 
 
 def _of_text(
-    checkpoint: Checkpoint,
+    checkpoint: AnySource,
     data: Sequence[str],
     device: torch.device | str,
     attention: str | None,
@@ -124,8 +128,8 @@ def _of_text(
     show_progress: bool,
 ) -> Evaluation:
     model, tokenizer = checkpoint.load_pretrained(device, attention), checkpoint.tokenizer()
-    length = model.config.max_length
-    name = checkpoint.trainer_state()["settings"].get("run", {}).get("objective", "causal")
+    length = min(model.config.max_length, LONGEST)
+    name = _objective(checkpoint, model)
     task = find_objective(name)(tokenizer, length)
     skipped: list[Skipped] = []
     texts = [document.text for document in read_documents(find_sources(data), skipped)]
@@ -148,6 +152,13 @@ def _of_text(
         scores["bits per byte"] = bits_per_byte(loss, labels, sum(len(text.encode()) for text in texts))
     sizes = {"documents": len(texts), "tokens": labels, "files skipped": len(skipped)}
     return Evaluation(task.name, str(checkpoint.folder), ", ".join(data), sizes, scores)
+
+
+def _objective(checkpoint: AnySource, model: Any) -> str:
+    """The objective that a model was pre-trained with."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.trainer_state()["settings"].get("run", {}).get("objective", "causal")
+    return "masked" if isinstance(model, MaskedLM) else "causal"
 
 
 def _as_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> TokenFile:

@@ -7,6 +7,7 @@ tag         words, labels               lists of equal length; in a table separa
 qa          question, context, answer   and answer_start, the character where the answer begins, if it occurs twice
 seq2seq     source, target
 instruct    prompt, response
+chat        messages, response          the messages before the last of the assistant, and its text
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastattn.errors import DataError
+from fastattn.lm.generate.chat import checked_messages
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ FIELDS = {
     "qa": Fields(("question", "context"), ("answer",), ("answer_start", "answers")),
     "seq2seq": Fields(("source",), ("target",)),
     "instruct": Fields(("prompt",), ("response",)),
+    "chat": Fields(("messages",), ("response",)),
 }
 _MAY_BE_EMPTY = {"text_pair", "target", "prompt", "answer"}
 
@@ -102,6 +105,8 @@ def checked(example: Example, task: str, *, labelled: bool = True) -> Example:
 
 
 def _typed(example: Example, task: str, name: str, value: Any) -> Any:
+    if name == "messages":
+        return checked_messages(f"{example.place}, field 'messages'", value)
     if name in ("words", "labels"):
         return _list_of_texts(example, task, name, value)
     if name == "answers":

@@ -18,6 +18,7 @@ from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.finetune.tasks import TASKS, Prediction, Task
 from fastattn.lm.models import TransformerConfig, make_model
 from fastattn.lm.train.checkpoint import Checkpoint
+from fastattn.lm.train.hf_folder import AnySource, HFFolder
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,28 @@ class Finetuned:
         return checked(Example(f"input {number}", fields), name, labelled=False)
 
 
-def is_finetuned(checkpoint: Checkpoint) -> bool:
-    """Whether ``fastattn finetune`` made the checkpoint."""
-    return "finetune" in checkpoint.trainer_state().get("settings", {})
+def is_finetuned(source: AnySource) -> bool:
+    """Whether the model has a task: a checkpoint of ``fastattn finetune``, a folder with a head of Hugging Face's."""
+    if isinstance(source, HFFolder):
+        return source.task is not None
+    return "finetune" in source.trainer_state().get("settings", {})
 
 
 def load_finetuned(
-    checkpoint: Checkpoint, device: torch.device | str = "cpu", attention: str | None = None
+    checkpoint: AnySource, device: torch.device | str = "cpu", attention: str | None = None
 ) -> Finetuned:
-    """The model with its weights, adapters merged into them, and its task; ``attention`` overrides the run's.
+    """The model with its weights, adapters merged into them, and its task.
+
+    Args:
+        checkpoint: of a fine-tuning run; or a folder in Hugging Face's format, whose head names the task.
+        device: where to put the model.
+        attention: "fastattn" or "eager", instead of what the run used.
 
     Raises:
-        DataError: the checkpoint is damaged, or not of a fine-tuning run.
+        DataError: the checkpoint or folder is damaged, or has no task.
     """
+    if isinstance(checkpoint, HFFolder):
+        return _of_folder(checkpoint, device, attention)
     task, model = build_without_weights(checkpoint, attention)
     config = saved_config(checkpoint)
     if config.method == "lora":
@@ -93,8 +103,19 @@ def load_finetuned(
     return Finetuned(model.to(device).eval(), task)
 
 
+def _of_folder(folder: HFFolder, device: torch.device | str, attention: str | None) -> Finetuned:
+    if folder.task is None:
+        todo = "it has the head of no task: fine-tune it with fastattn finetune --pretrained"
+        raise DataError(f"{folder.folder} is a model of text alone; {todo}.")
+    model, tokenizer = folder.load_pretrained(device, attention), folder.tokenizer()
+    labels = ("0.0", "1.0") if folder.task == "regression" else getattr(model, "labels", ())
+    task = TASKS[folder.task](tokenizer, model.config, labels)
+    task.special = folder.special_tokens(tokenizer)
+    return Finetuned(model, task)
+
+
 def load_generative_model(
-    checkpoint: Checkpoint, device: torch.device | str = "cpu", attention: str | None = None
+    checkpoint: AnySource, device: torch.device | str = "cpu", attention: str | None = None
 ) -> nn.Module:
     """The model of a task whose answer is generated text; raises DataError for the other tasks."""
     found = load_finetuned(checkpoint, device, attention)
@@ -110,5 +131,5 @@ def build_without_weights(checkpoint: Checkpoint, attention: str | None = None) 
     if attention is not None:
         config = TransformerConfig.from_dict(config.to_dict() | {"attention": attention})
     settings, labels = saved_config(checkpoint), checkpoint.trainer_state()["settings"]["labels"]
-    task = TASKS[settings.task](checkpoint.tokenizer(), config, labels, settings.length)
+    task = TASKS[settings.task](checkpoint.tokenizer(), config, labels, settings.length, checkpoint.chat_template)
     return task, task.add_head(make_model(config))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fastattn.errors import DataError
-from fastattn.files import write_text
+from fastattn.files import read_limited, write_text
 from fastattn.lm.data import text_rank
 from fastattn.lm.finetune.adapters import choose_trained
 from fastattn.lm.finetune.config import FinetuneConfig
@@ -23,16 +23,18 @@ from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import build_without_weights, is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import predict_all, score
 from fastattn.lm.finetune.tasks import TASKS, Task
-from fastattn.lm.models import TransformerConfig, from_pretrained, make_model, preset
+from fastattn.lm.generate.chat import DEFAULT_TEMPLATE
+from fastattn.lm.models import TransformerConfig, make_model, preset
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.example_rows import ExampleRows, Feature
+from fastattn.lm.train.hf_folder import AnySource, HFFolder
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.parallel import ranks
 from fastattn.lm.train.run import run_folder, start_or_resume
 from fastattn.lm.train.settings import Progress
 from fastattn.lm.train.tasks import preset_for
-from fastattn.lm.train.tokens import load_tokenizer, train_tokenizer
+from fastattn.lm.train.tokens import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def _prepare(
     rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
     fingerprint = _fingerprint([*examples, *held_out])
     settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
+    if task.chat_template is not None:
+        settings["chat_template"] = task.chat_template
     sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
@@ -172,29 +176,33 @@ def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     task = TASKS[config.task]
     torch.manual_seed(config.train.seed)
     labels = task.label_names([*data.train, *data.all_held_out] if data.is_split else data.train)
-    tokenizer, backbone = _start(config, task, data.train)
-    ready = task(tokenizer, backbone.config, labels, config.length)
+    tokenizer, backbone, template = _start(config, task, data.train)
+    if config.chat_template is not None:
+        template = read_limited(Path(config.chat_template))
+    if template is None and config.task == "chat":
+        template = DEFAULT_TEMPLATE
+    ready = task(tokenizer, backbone.config, labels, config.length, template if config.task == "chat" else None)
     return ready, ready.add_head(backbone)
 
 
-def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any]:
-    """Tokenizer and backbone: of a checkpoint, of a folder in Hugging Face's format, or new ones."""
+def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any, str | None]:
+    """Tokenizer, backbone and chat template: of a checkpoint, a folder in Hugging Face's format, or new ones."""
     if config.preset is not None:
         tokenizer = train_tokenizer(_texts(examples), config.vocab_size)
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
-        return tokenizer, make_model(config.adjusted(sizes))
+        return tokenizer, make_model(config.adjusted(sizes)), None
+    source: AnySource
     if config.pretrained is not None:
-        folder = _pretrained_folder(config.pretrained)
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-        found: Any = from_pretrained(folder)
+        source = HFFolder(_pretrained_folder(config.pretrained))
     else:
-        checkpoint = find_checkpoint(Path(str(config.checkpoint)))
-        tokenizer = checkpoint.tokenizer()
-        found = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
+        source = find_checkpoint(Path(str(config.checkpoint)))
+    is_tuned = isinstance(source, Checkpoint) and is_finetuned(source)
+    found: Any = load_finetuned(source).model if is_tuned else source.load_pretrained()
     backbone: Any = getattr(found, "backbone", found)
-    fresh = make_model(config.adjusted(backbone.config))
-    fresh.load_state_dict(backbone.state_dict())
-    return tokenizer, fresh
+    with torch.device("meta"):  # the weights exist once
+        fresh = make_model(config.adjusted(backbone.config))
+    fresh.load_state_dict(backbone.state_dict(), assign=True)
+    return source.tokenizer(), fresh, source.chat_template
 
 
 def _check_start(config: FinetuneConfig) -> None:
@@ -224,9 +232,11 @@ def _config_of(model: Any) -> TransformerConfig:
 def _texts(examples: Sequence[Example]) -> Iterator[str]:
     """All text of the examples, for a tokenizer to learn from."""
     for example in examples:
-        for value in example.fields.values():
+        for name, value in example.fields.items():
             if isinstance(value, str):
                 yield value
+            elif name == "messages":
+                yield from (message["role"] + "\n" + message["content"] for message in value)
             elif isinstance(value, list):
                 yield " " + " ".join(value)
 

@@ -60,7 +60,7 @@ def score(
     loss = nats / max(labels, 1)
     found = {"loss": loss}
     if task.answer_field is not None:
-        size = sum(len(example.fields[task.answer_field].encode()) for example in examples)
+        size = sum(len(task.learned_text(example).encode()) for example in examples)
         found |= {"perplexity": perplexity(loss), "bits per byte": bits_per_byte(loss, labels, max(size, 1))}
     predictions = predict_all(task, model, examples, show_progress)
     if each is not None:

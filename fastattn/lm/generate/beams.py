@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating
+from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating, seen_tokens
 from fastattn.lm.generate.protocols import Model
+from fastattn.lm.generate.sampling import Sampling
 from fastattn.lm.generate.sequences import Cached, Sequences, Tokens, Uncached, checked, encoded
 
 
@@ -33,8 +35,10 @@ def beam_search(
     *,
     beams: int = 4,
     length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
     source: Tokens | None = None,
     stop_token: StopTokens = None,
+    should_stop: Callable[[int, Sequence[int]], bool] | None = None,
     use_cache: bool = True,
     page_size: int | None = None,
 ) -> list[list[Beam]]:
@@ -49,8 +53,11 @@ def beam_search(
         max_new_tokens: as there.
         beams: how many are kept at a time.
         length_penalty: scores are divided by ``length ** length_penalty``: 0 favours short texts, above 1 long ones.
+        repetition_penalty: multiplies the log-probabilities of tokens that stand in the prompt or the text so far; 1
+            is none. Scores are sums of what it leaves.
         source: as there.
         stop_token: as there.
+        should_stop: called with the row of a prompt and a continuation of it; True ends the continuation there.
         use_cache: as there. Continuations share the keys and values of their common beginning.
         page_size: as there.
 
@@ -81,15 +88,18 @@ def beam_search(
         sequences: Sequences = Uncached(model, read)
         if use_cache:  # a beam and the copy that it branches into exist at the same time
             sequences = Cached(model, 2 * beams * len(rows), longest, page_size=page_size, source=read)
+        ends = _Ends(as_set(stop_token), should_stop)
+        penalty = Sampling(temperature=0, repetition_penalty=repetition_penalty)
         searches = [
-            _Search(beams, length_penalty, min(max_new_tokens, model.config.longest - len(row) + 1)) for row in rows
+            _Search(n, row, beams, length_penalty, min(max_new_tokens, model.config.longest - len(row) + 1))
+            for n, row in enumerate(rows)
         ]
         names = [sequences.add(row) for row in range(len(rows))]
         logits = sequences.feed(names, rows)
         for search, name in zip(searches, names, strict=True):
             search.running = [_Running(name, [], 0.0)]
         while any(search.running for search in searches):
-            _extend(searches, logits, sequences, as_set(stop_token))
+            _extend(searches, _log_probabilities(searches, logits, penalty), sequences, ends)
             going = [beam for search in searches for beam in search.running]
             if going:
                 last = torch.tensor([beam.tokens[-1] for beam in going]).to(logits.device, non_blocking=True)
@@ -104,10 +114,28 @@ class _Running:
     total: float  # of log-probabilities
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """Conditions that end a continuation."""
+
+    stops: frozenset[int]
+    should_stop: Callable[[int, Sequence[int]], bool] | None
+
+    def has_ended(self, row: int, tokens: Sequence[int]) -> bool:
+        return tokens[-1] in self.stops or (self.should_stop is not None and self.should_stop(row, tokens))
+
+    @property
+    def candidates(self) -> int:
+        """Candidates to rank for each beam, so that enough go on if the likeliest end."""
+        return 1 + len(self.stops) + (self.should_stop is not None)
+
+
 @dataclass
 class _Search:
     """The search for one prompt."""
 
+    row: int
+    prompt: list[int]
     beams: int
     length_penalty: float
     steps: int  # most new tokens
@@ -130,9 +158,17 @@ class _Search:
         return self.finished[-1].score >= reachable
 
 
-def _extend(searches: list[_Search], logits: Tensor, sequences: Sequences, stops: frozenset[int]) -> None:
-    """One step of all searches. ``logits`` has a row for each of their running beams, in order."""
+def _log_probabilities(searches: list[_Search], logits: Tensor, penalty: Sampling) -> Tensor:
+    """Log-probabilities of the next token, those of earlier tokens multiplied by the penalty, as transformers does."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
+    if penalty.repetition_penalty == 1:
+        return log_p
+    texts = [[*search.prompt, *beam.tokens] for search in searches for beam in search.running]
+    return penalty.penalised(log_p, seen_tokens(texts, log_p.shape[-1], log_p.device))
+
+
+def _extend(searches: list[_Search], log_p: Tensor, sequences: Sequences, ends: _Ends) -> None:
+    """One step of all searches. ``log_p`` has a row for each of their running beams, in order."""
     begin = 0
     for search in searches:
         if not search.running:
@@ -141,23 +177,23 @@ def _extend(searches: list[_Search], logits: Tensor, sequences: Sequences, stops
         begin += len(search.running)
         totals = torch.tensor([beam.total for beam in search.running], dtype=torch.float64).to(log_p.device)
         candidates = (totals[:, None] + of_mine).flatten()
-        count = min(search.beams * (1 + len(stops)), candidates.numel())
+        count = min(search.beams * ends.candidates, candidates.numel())
         best = candidates.topk(count)
         vocabulary = log_p.shape[-1]
         ranked = [
             (total, *divmod(at, vocabulary))
             for total, at in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        _choose(search, ranked, sequences, stops)
+        _choose(search, ranked, sequences, ends)
 
 
-def _choose(search: _Search, ranked: list[tuple[float, int, int]], sequences: Sequences, stops: frozenset[int]) -> None:
+def _choose(search: _Search, ranked: list[tuple[float, int, int]], sequences: Sequences, ends: _Ends) -> None:
     """Continue or finish beams, by the ranked (total, beam, token)."""
     going: list[tuple[_Running, list[int], float]] = []
     for rank, (total, parent, token) in enumerate(ranked):
         beam = search.running[parent]
         tokens = [*beam.tokens, token]
-        if token in stops:
+        if ends.has_ended(search.row, tokens):
             if rank < search.beams:
                 search.finish(tokens, total)
         elif len(going) < search.beams:

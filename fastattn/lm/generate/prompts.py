@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Args:
         path: a ``.jsonl`` file with a ``"prompt"`` (and perhaps an ``"id"``) in each line; any other file, a prompt in
-            each line that is not empty; or a folder, each file below it one prompt.
+            each line that is not empty; a folder, each file below it one prompt; or "-", lines of either kind from
+            standard input.
 
     Raises:
         DataError: there are none, a line is not what it should be, or two have one id.
@@ -35,10 +37,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         prompts = [Prompt(file.relative_to(path).as_posix(), _read(file)) for file in files]
-    elif path.suffix == ".jsonl":
-        prompts = [_parsed(path, number, line) for number, line in _lines(path)]
     else:
-        prompts = [Prompt(str(number), line) for number, line in _lines(path)]
+        is_stdin = str(path) == "-"
+        lines = _lines(sys.stdin.read() if is_stdin else _read(path))
+        if path.suffix == ".jsonl" or (is_stdin and all(line.lstrip().startswith("{") for _, line in lines)):
+            prompts = [_parsed(path, number, line) for number, line in lines]
+        else:
+            prompts = [Prompt(str(number), line) for number, line in lines]
     if not prompts:
         raise DataError(f"{path}: no prompts in it. Put one in each line, or in each file of a folder.")
     seen: set[str] = set()
@@ -58,8 +63,8 @@ def _read(path: Path) -> str:
         raise DataError(f"{path} does not exist. Give a file or a folder of prompts.") from error
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    lines = enumerate(_read(path).split("\n"), start=1)
+def _lines(text: str) -> list[tuple[int, str]]:
+    lines = enumerate(text.split("\n"), start=1)
     return [(number, line.rstrip("\r")) for number, line in lines if line.strip()]
 
 

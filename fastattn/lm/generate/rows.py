@@ -33,10 +33,12 @@ def new_tokens(
         )  # fmt: skip
         rows = torch.stack(list(steps), dim=1).tolist()
         return [[token for token in row if token != ENDED] for row in rows]
-    if sampling is not None:
-        raise input_error("beams", f"{beams} together with sampling", "one of them", "Beams do not draw.")
+    if sampling is not None and sampling.temperature != 0:
+        todo = "Beams do not draw: of the sampling they take the repetition penalty."
+        raise input_error("beams", f"{beams} together with sampling", "one of them, or temperature 0", todo)
     found = beam_search(
         model, tokens, max_new_tokens, beams=beams, length_penalty=length_penalty, source=source,
         stop_token=stop_token, use_cache=use_cache, page_size=page_size,
+        repetition_penalty=1.0 if sampling is None else sampling.repetition_penalty,
     )  # fmt: skip
     return [best[0].tokens for best in found]

@@ -100,7 +100,7 @@ class Cached:
             head_dim,
             layers=model.cached_layers,
             max_length=max_length,
-            window=model.config.window,
+            window=model.config.cache_window,
             device=weight.device,
             dtype=_dtype_of_keys(weight),
         )

@@ -28,6 +28,7 @@ class Texts:
         end: token that ends one, and generation.
         target: token that an encoder-decoder's answers begin with; None is ``start``.
         stop: strings that end a text; they and what follows them are left out.
+        ends: ids of further tokens that end generation.
 
     Raises:
         InputError: a stop string is empty, or the tokenizer lacks the special tokens.
@@ -42,12 +43,14 @@ class Texts:
         end: str = "<|end|>",
         target: str | None = None,
         stop: Sequence[str] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         if not all(stop):
             raise input_error("stop", list(stop), "strings of at least one character", "Leave the empty one out.")
         self.model, self.tokenizer, self.stop = model, tokenizer, tuple(stop)
         self.opening = [] if start is None else [self._mark("start", start)]
         self.last = self._mark("end", end)
+        self.ends = tuple(dict.fromkeys((self.last, *ends)))
         self.target = [self._mark("target", target)] if target is not None else self.opening or [self.last]
 
     def _mark(self, name: str, token: str) -> int:
@@ -64,17 +67,22 @@ class Texts:
         """The text of new tokens that stand ``after`` others, up to a stop string."""
         return "".join(self._pieces(tokens, after))
 
+    @property
+    def _special(self) -> tuple[int, ...]:
+        return (*self.opening, *self.target, *self.ends)
+
     def _pieces(self, tokens: Iterable[int], after: Sequence[int]) -> Iterator[str]:
-        special = (*self.opening, *self.target, self.last)
-        return until(decode_stream(self.tokenizer, tokens, special, after=after), self.stop)
+        return until(decode_stream(self.tokenizer, tokens, self._special, after=after), self.stop)
 
     def length(self, prompt: str) -> int:
         """Tokens that the model reads of a prompt, special tokens included."""
         begin, source = self._inputs(prompt)
         return len(source["source"][0]) if source else len(begin)
 
-    def _inputs(self, prompt: str) -> tuple[list[int], dict[str, Any]]:
+    def _inputs(self, prompt: str | Sequence[int]) -> tuple[list[int], dict[str, Any]]:
         """Tokens that the decoder continues, and the source of an encoder-decoder."""
+        if not isinstance(prompt, str):
+            return list(prompt), {}
         if is_decoder(self.model):
             return self.encode(prompt), {}
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -82,14 +90,14 @@ class Texts:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_new_tokens: int,
         sampling: Sampling | None = None,
         *,
         use_cache: bool = True,
         page_size: int | None = None,
     ) -> Iterator[str]:
-        """Yield the continuation of ``prompt`` piece by piece; the arguments are those of ``stream_text``."""
+        """Yield the continuation of ``prompt``, a text or a decoder's tokens, piece by piece; see ``stream_text``."""
         begin, source = self._inputs(prompt)
         chosen = generate(
             self.model,
@@ -97,7 +105,7 @@ class Texts:
             max_new_tokens,
             sampling,
             **source,
-            stop_token=self.last,
+            stop_token=self.ends,
             use_cache=use_cache,
             page_size=page_size,
         )
@@ -110,19 +118,26 @@ class Texts:
         *,
         beams: int,
         length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
         use_cache: bool = True,
         page_size: int | None = None,
     ) -> str:
-        """The best continuation that ``beam_search`` finds."""
+        """The best continuation that ``beam_search`` finds; a stop string ends a beam."""
         begin, source = self._inputs(prompt)
+
+        def has_stopped(_: int, tokens: Sequence[int]) -> bool:
+            return self._has_stopped(tokens, begin)
+
         found = beam_search(
             self.model,
             [begin],
             max_new_tokens,
             beams=beams,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            should_stop=has_stopped if self.stop else None,
             **source,
-            stop_token=self.last,
+            stop_token=self.ends,
             use_cache=use_cache,
             page_size=page_size,
         )
@@ -157,7 +172,7 @@ class Texts:
             max_new_tokens,
             sampling,
             rows=rows,
-            stop_token=self.last,
+            stop_token=self.ends,
             should_stop=has_stopped if self.stop else None,
             batch=batch,
             page_size=page_size,
@@ -188,19 +203,18 @@ class Texts:
                 max_new_tokens,
                 dataclasses.replace(sampling, seed=seed),
                 source=[row for _, more in inputs for row in more["source"]],
-                stop_token=self.last,
+                stop_token=self.ends,
                 page_size=page_size,
             )
             for n, tokens in enumerate(torch.stack(list(steps), dim=1).tolist()):
                 kept = [token for token in tokens if token != ENDED]
-                has_ended = kept[-1] == self.last or bool(self.stop and self._has_stopped(kept, self.target))
+                has_ended = kept[-1] in self.ends or bool(self.stop and self._has_stopped(kept, self.target))
                 text = self.decode(kept, after=self.target)
                 yield TextCompletion(some.start + n, text, len(kept), "stop" if has_ended else "length")
 
     def _has_stopped(self, tokens: Sequence[int], after: Sequence[int]) -> bool:
         """Whether a stop string stands in the text so far. A character whose bytes are still to come is none yet."""
-        special = (*self.opening, *self.target, self.last)
-        text = "".join(decode_stream(self.tokenizer, tokens, special, after=after, is_whole=False))
+        text = "".join(decode_stream(self.tokenizer, tokens, self._special, after=after, is_whole=False))
         return any(stop in text for stop in self.stop)
 
 

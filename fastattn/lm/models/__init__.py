@@ -8,6 +8,7 @@ from fastattn.lm.models.encoder_decoder import EncoderDecoder
 from fastattn.lm.models.heads import MaskedLM, SequenceClassifier, SpanExtractor, TokenClassifier
 from fastattn.lm.models.make import make_model
 from fastattn.lm.models.presets import PRESETS, preset
+from fastattn.lm.models.recording import recorded_weights
 
 __all__ = [
     "PRESETS",
@@ -24,5 +25,6 @@ __all__ = [
     "from_pretrained",
     "make_model",
     "preset",
+    "recorded_weights",
     "save_pretrained",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastattn
@@ -28,6 +29,7 @@ class Rows(NamedTuple):
 
     segment_ids: Segments
     rotary: tuple[Tensor, Tensor] | None  # cos and sin
+    local_rotary: tuple[Tensor, Tensor] | None  # of the layers with a window
     alibi_slopes: Tensor | None
     bias: Tensor | None
 
@@ -63,16 +65,21 @@ Cache = KVCache | PagedLayer
 class Attention(nn.Module):
     """Self-attention with grouped key/value heads."""
 
-    def __init__(self, config: TransformerConfig, causal: bool) -> None:
+    weights: list[Tensor] | None = None  # receives those of each call while ``recorded_weights`` asks for them
+
+    def __init__(self, config: TransformerConfig, causal: bool, layer: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.head_shape
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias)
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=qkv_bias)
         self.out = nn.Linear(self.heads * self.head_dim, config.width, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.sinks else None
         self.causal = causal
-        self.window = None if config.window is None else (config.window, 0 if causal else config.window)
+        self.window: tuple[int, int] | None = None
+        if config.window is not None and layer not in config.global_layers:
+            self.window = config.window, 0 if causal else config.window
         self.softcap = config.softcap
         self.scale = config.attention_scale
         self.dropout = config.dropout
@@ -82,8 +89,9 @@ class Attention(nn.Module):
         sizes = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.qkv(x).unflatten(-1, (sum(sizes), self.head_dim)).split(sizes, dim=2)  # [B, S, H, D] each
         q, k = self.q_norm(q), self.k_norm(k)
-        if rows.rotary is not None:
-            q, k = apply_rotary(q, *rows.rotary), apply_rotary(k, *rows.rotary)
+        rotary = rows.rotary if self.window is None else rows.local_rotary
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None and rows.segment_ids is None:
             return self.out(self._attend_to_cache(q, k, v, rows, cache).flatten(2))
         if isinstance(cache, KVCache):
@@ -101,10 +109,10 @@ class Attention(nn.Module):
             sinks=self.sinks,
             segment_ids=rows.segment_ids,
             dropout_p=self.dropout if self.training else 0.0,
+            return_weights=self.weights is not None,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)  # no lse was asked for
-        return self.out(out.flatten(2))
+        return self.out(_noted(out, self.weights).flatten(2))
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: Cache) -> Tensor:
         return cache.attend(
@@ -122,8 +130,20 @@ class Attention(nn.Module):
         )
 
 
+def _noted(found: Tensor | tuple[Tensor, ...], weights: list[Tensor] | None) -> Tensor:
+    """The output of attention, whose weights are added to the list if there is one."""
+    if weights is None:
+        assert isinstance(found, Tensor)
+        return found
+    out, of_call = found
+    weights.append(of_call)
+    return out
+
+
 class CrossAttention(nn.Module):
     """Attention from the tokens of a decoder to the states of an encoder."""
+
+    weights: list[Tensor] | None = None  # as of ``Attention``
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -153,10 +173,10 @@ class CrossAttention(nn.Module):
             scale=self.scale,
             segment_ids=segment_ids,
             dropout_p=self.dropout if self.training else 0.0,
+            return_weights=self.weights is not None,
             backend=self.backend,
         )
-        assert isinstance(out, Tensor)
-        return self.out(out.flatten(2))
+        return self.out(_noted(out, self.weights).flatten(2))
 
     def _keys_and_values(self, memory: Memory) -> tuple[Tensor, Tensor, Segments]:
         k, v = self.kv(memory.states).unflatten(-1, (2 * self.kv_heads, self.head_dim)).chunk(2, dim=2)
@@ -187,24 +207,28 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then in a decoder with an encoder attention to its states, then MLP, each added to the stream."""
 
-    def __init__(self, config: TransformerConfig, causal: bool, cross: bool = False) -> None:
+    def __init__(self, config: TransformerConfig, causal: bool, layer: int, cross: bool = False) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config, config.width)
-        self.attention = Attention(config, causal)
+        has_norm = layer > 0 or config.first_norm
+        self.attention_norm = make_norm(config, config.width) if has_norm else nn.Identity()
+        self.attention = Attention(config, causal, layer)
         self.cross_norm = make_norm(config, config.width) if cross else None
         self.cross_attention = CrossAttention(config) if cross else None
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.norm_after = config.norm_place == "after"
+        both = config.norm_place == "both"
+        self.attention_out_norm = make_norm(config, config.width) if both else nn.Identity()
+        self.mlp_out_norm = make_norm(config, config.width) if both else nn.Identity()
 
     def forward(self, x: Tensor, rows: Rows, cache: Cache | None = None, memory: Memory | None = None) -> Tensor:
-        x = self._add(x, self.attention_norm, lambda x: self.attention(x, rows, cache))
+        x = self._add(x, self.attention_norm, lambda x: self.attention_out_norm(self.attention(x, rows, cache)))
         if self.cross_attention is not None and self.cross_norm is not None:
             cross = self.cross_attention
             of_source = cache if isinstance(cache, DecoderCache | PagedLayer) else None
             x = self._add(x, self.cross_norm, lambda x: cross(x, memory, of_source))
-        return self._add(x, self.mlp_norm, self.mlp)
+        return self._add(x, self.mlp_norm, lambda x: self.mlp_out_norm(self.mlp(x)))
 
     def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
         if self.norm_after:
@@ -214,6 +238,8 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """Base class of all models."""
+
+    hf_model_type: str | None = None  # the format that it was read from, if it was
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -245,12 +271,13 @@ class Stack(Model):
         if embedding is not None:
             self.embedding = embedding
         learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.longest, config.width) if learned else None
+        places = config.longest + config.position_offset
+        self.position_embedding = nn.Embedding(places, config.width) if learned else None
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
         self.embedding_norm = make_norm(config, config.width) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, causal, cross) for _ in range(layers))
-        self.norm = make_norm(config, config.width) if config.norm_place == "before" else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, causal, layer, cross) for layer in range(layers))
+        self.norm = nn.Identity() if config.norm_place == "after" else make_norm(config, config.width)
 
     def run(
         self,
@@ -271,7 +298,7 @@ class Stack(Model):
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(positions + self.config.position_offset)
         elif self.config.positions == "sinusoidal":
             x = x + sinusoidal(positions, x.shape[-1]).to(x.dtype)
         x = self.dropout(self.embedding_norm(x))
@@ -289,11 +316,13 @@ class Stack(Model):
     ) -> Rows:
         """Inputs of attention that all layers share."""
         config, (past, length, places) = self.config, extent
-        rotary = None
+        rotary = local_rotary = None
         if config.positions == "rope":
             dtype = torch.promote_types(x.dtype, torch.float32)
             head_dim = config.head_shape.head_dim
-            rotary = rotary_tables(positions, head_dim, config.rope_base, dtype, config.rope_scaling)
+            rotary = local_rotary = rotary_tables(positions, head_dim, config.rope_base, dtype, config.rope_scaling)
+            if config.local_rope_base is not None:
+                local_rotary = rotary_tables(positions, head_dim, config.local_rope_base, dtype)
         segments: Segments = segment_ids
         if mask is not None:
             every = segments_of(mask) if segment_ids is None else segment_ids.masked_fill(~mask, PADDING)
@@ -302,7 +331,7 @@ class Stack(Model):
         bias = None
         if self.relative is not None:
             bias = self.relative(torch.arange(past, length, device=x.device) if places is None else places, length)
-        return Rows(segments, rotary, slopes, bias)
+        return Rows(segments, rotary, local_rotary, slopes, bias)
 
     def _check(
         self,
@@ -341,11 +370,14 @@ class Stack(Model):
         heads, _, head_dim = config.head_shape
         weights = {name: p.numel() for name, p in self.blocks.named_parameters() if p.dim() == 2}
         of_memory = sum(size for name, size in weights.items() if "cross_attention.kv" in name)
-        seen = length if config.window is None else min(length, config.window + 1)
-        pairs = seen * (seen + 1) / 2 + (length - seen) * seen
-        pairs = (pairs if self.causal else 2 * pairs - length) + length * memory_length
+        pairs = 0.0
+        for layer in range(len(self.blocks)):
+            is_local = config.window is not None and layer not in config.global_layers
+            seen = min(length, (config.window or 0) + 1) if is_local else length
+            kept = seen * (seen + 1) / 2 + (length - seen) * seen
+            pairs += (kept if self.causal else 2 * kept - length) + length * memory_length
         products = 6 * (length * (sum(weights.values()) - of_memory) + memory_length * of_memory)
-        return products + 14 * len(self.blocks) * heads * head_dim * pairs
+        return products + 14 * heads * head_dim * pairs
 
 
 @torch.no_grad()
@@ -404,10 +436,21 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+class ZeroRMSNorm(RMSNorm):
+    """RMSNorm times ``1 + weight``, so that a weight of zero is none, as Gemma stores it."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return (normalised * (1 + self.weight.float())).to(x.dtype)
+
+
 def make_norm(config: TransformerConfig, width: int) -> nn.Module:
     """The normalisation that the config names, over the last ``width`` numbers."""
-    if config.norm == "rms":
-        return RMSNorm(width, eps=config.norm_eps or 1e-6)
+    if config.norm != "layer":
+        return (RMSNorm if config.norm == "rms" else ZeroRMSNorm)(width, eps=config.norm_eps or 1e-6)
     return nn.LayerNorm(width, eps=config.norm_eps or 1e-5, bias=config.bias)
 
 
@@ -417,4 +460,9 @@ def make_activation(config: TransformerConfig) -> nn.Module:
         return nn.SiLU()
     if config.activation == "relu":
         return nn.ReLU()
-    return nn.GELU(approximate="none" if config.activation == "gelu-exact" else "tanh")
+    return nn.GELU(approximate="none" if config.activation.endswith("-exact") else "tanh")
+
+
+def soft_capped(logits: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(logits / cap)``; None caps nothing."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -11,13 +11,14 @@ from fastattn.errors import input_error
 from fastattn.nn.rotary import RotaryScaling
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
-Norm = Literal["rms", "layer"]
-NormPlace = Literal["before", "after"]
-Activation = Literal["swiglu", "geglu", "gelu", "gelu-exact", "relu"]
+Norm = Literal["rms", "rms-zero", "layer"]
+NormPlace = Literal["before", "after", "both"]
+Activation = Literal["swiglu", "geglu", "geglu-exact", "gelu", "gelu-exact", "relu"]
 Positions = Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"]
 AttentionKind = Literal["fastattn", "eager"]
+PoolerActivation = Literal["tanh", "relu"]
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu-exact")
 _CHOICES = {
     "kind": Kind,
     "norm": Norm,
@@ -25,6 +26,7 @@ _CHOICES = {
     "activation": Activation,
     "positions": Positions,
     "attention": AttentionKind,
+    "pooler_activation": PoolerActivation,
 }
 
 
@@ -56,22 +58,28 @@ class TransformerConfig:
         mlp_width: hidden size of the MLP; None is ``4 * width``, or two thirds of it for the gated activations, which
             have three matrices, rounded up to a multiple of 32. See ``hidden``.
         max_length: most tokens in a row, in training and in generation. Of images it is ``image_tokens``.
-        norm: "rms" (RMSNorm) or "layer" (LayerNorm).
-        activation: "swiglu" or "geglu" (gated by silu or gelu), "gelu" (its tanh form), "gelu-exact" or "relu".
+        norm: "rms" (RMSNorm), "rms-zero" (RMSNorm times 1 + weight, as Gemma has it) or "layer" (LayerNorm).
+        activation: "swiglu" or "geglu" (gated by silu or gelu), "gelu", both with the tanh form of gelu unless their
+            name ends in "-exact", or "relu".
         positions: "rope" (rotary), "learned" (a table added to the embedding), "sinusoidal" (the original sines, added
             likewise), "alibi" (linear in the distance), "relative" (T5's learned bias for each distance) or "none".
         rope_base: of "rope": the longest wavelength is ``2 pi * rope_base``.
         window: keys that a token sees before itself, and behind itself in an encoder; None is all of them.
+        global_layers: numbers of the layers without the window, from 0.
+        local_rope_base: ``rope_base`` of the layers with the window; None is the same.
         softcap: ``softcap * tanh(scores / softcap)``; None is off.
         sinks: one learned logit per head that takes part in the softmax and has no value.
         qk_norm: normalise queries and keys of each head (with ``norm``) before the rotation.
         bias: biases in the linear layers.
+        qkv_bias: biases of queries, keys and values; None is ``bias``.
         tie_embeddings: use the embedding as the output layer too.
         dropout: probability of dropping attention weights and the outputs of each part of a block, in training.
         attention: "fastattn" lets fastattn choose its backend; "eager" is the plain formula, for comparison.
         kind: "decoder", "encoder", "encoder-decoder" or "vision". See ``make_model``.
         decoder_layers: blocks of the decoder of an encoder-decoder; None is ``layers``.
-        norm_place: "before" each part of a block (and once at the end), or "after" it is added, as in 2017 and BERT.
+        norm_place: "before" each part of a block (and once at the end), "after" it is added, as in 2017 and BERT, or
+            "both" before each part and on its output, as in Gemma 2.
+        first_norm: the first block has a norm before its attention; ModernBERT's has none.
         norm_eps: added to the variance; None is 1e-6 for "rms" and 1e-5 for "layer".
         rope_scaling: of "rope": Llama 3.1's; None leaves the frequencies.
         relative_buckets: of "relative": number of classes of distances.
@@ -80,8 +88,11 @@ class TransformerConfig:
         embedding_scale: factor on the embedding of a token.
         embedding_norm: normalise the sum of the embeddings.
         logit_scale: factor on the final states before the output layer.
+        logit_softcap: ``logit_softcap * tanh(logits / logit_softcap)``; None is off.
+        position_offset: of "learned": the row of the first position in the table; RoBERTa and BART have 2.
         token_types: kinds of tokens with an embedding each (BERT's sentence A and B); 0 is none.
         pooler: a layer on the first token for classification, as BERT has it.
+        pooler_activation: "tanh" or "relu", after that layer.
         image_size: height and width of an image.
         patch_size: height and width of a patch, which becomes a token.
         channels: of an image.
@@ -131,6 +142,13 @@ class TransformerConfig:
     image_size: int = 224
     patch_size: int = 16
     channels: int = 3
+    global_layers: tuple[int, ...] = ()
+    local_rope_base: float | None = None
+    qkv_bias: bool | None = None
+    first_norm: bool = True
+    logit_softcap: float | None = None
+    position_offset: int = 0
+    pooler_activation: PoolerActivation = "tanh"
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -169,7 +187,12 @@ class TransformerConfig:
     def _check_numbers(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
             raise input_error("window", self.window, "an int >= 0, or None", "None lets a token see all before it.")
-        for name in ("softcap", "norm_eps", "attention_scale"):
+        if not all(isinstance(x, int) and 0 <= x < self.layers for x in self.global_layers):
+            allowed = f"numbers of layers, 0 ... {self.layers - 1}"
+            raise input_error("global_layers", self.global_layers, allowed, "The others have the window.")
+        if not 0 <= self.position_offset < 1 << 10:
+            raise input_error("position_offset", self.position_offset, "an int in [0, 1024)", "0 is the usual.")
+        for name in ("softcap", "norm_eps", "attention_scale", "logit_softcap", "local_rope_base"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise input_error(name, value, "a positive number, or None", "None is the default or turns it off.")
@@ -228,6 +251,11 @@ class TransformerConfig:
         return self.image_tokens if self.kind == "vision" else self.max_length
 
     @property
+    def cache_window(self) -> int | None:
+        """The window of the keys that have to be kept: none where a layer sees all of them."""
+        return None if self.global_layers else self.window
+
+    @property
     def exact_distances(self) -> int:
         """Of "relative": distances from 0 on that have a class of their own, in the direction with the most."""
         return self.relative_buckets // (4 if self.kind in ("encoder", "vision") else 2)
@@ -247,7 +275,8 @@ class TransformerConfig:
         if missing:
             raise input_error("config", f"no {sorted(missing)}", "all four sizes of the model", "Add what is missing.")
         scaling = fields.get("rope_scaling")
-        return cls(**(fields | {"rope_scaling": RotaryScaling(**scaling) if isinstance(scaling, dict) else scaling}))
+        typed = {"rope_scaling": RotaryScaling(**scaling) if isinstance(scaling, dict) else scaling}
+        return cls(**(fields | typed | {"global_layers": tuple(fields.get("global_layers", ()))}))
 
 
 def _positive_int(name: str, value: object) -> None:

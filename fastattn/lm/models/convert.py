@@ -35,10 +35,10 @@ _SPECIAL = ("bos", "eos", "pad", "decoder_start")
 def from_pretrained(
     path: str | Path, *, backbone_only: bool = False, attention: AttentionKind = "fastattn"
 ) -> AnyModel | AnyHead:
-    """The model of a folder in Hugging Face's format: GPT-2, BERT, Llama, T5 or ViT.
+    """The model of a folder in Hugging Face's format: any of ``fastattn.lm.models.hf_formats``.
 
-    The weights keep the dtype they are stored in. BERT's heads for masked tokens, classification, token classification
-    and spans come as those of ``fastattn.lm.models``, and ViT's classifier too.
+    The weights keep the dtype they are stored in, and are read one after the other. The heads of encoders for masked
+    tokens, classification, token classification and spans come as those of ``fastattn.lm.models``.
 
     Args:
         path: a folder with ``config.json`` and ``model.safetensors``, or the parts named in
@@ -72,9 +72,9 @@ def from_pretrained(
     with _open(folder, hf_format) as stored:
         config = _config(hf_format, fields, stored, folder)
         config = dataclasses.replace(config, attention=attention)
-        head = None if backbone_only else _head_class(hf_format, fields)
+        head = None if backbone_only else head_class(hf_format, fields)
         with torch.device("meta"):
-            model = _build(config, head, stored, fields)
+            model = _build(hf_format, config, head, stored, fields)
         names = {ours: hf_format.names(ours, config, head) for ours in model.state_dict()}
         _check_names(hf_format, folder, names, stored, backbone_only)
         state = {
@@ -82,6 +82,7 @@ def from_pretrained(
             for ours, like in model.state_dict().items()
         }
     model.load_state_dict(state, assign=True)
+    model.hf_model_type = hf_format.model_type
     return model.eval()
 
 
@@ -91,14 +92,21 @@ def save_pretrained(
     *,
     tokenizer: Tokenizer | None = None,
     special_tokens: Mapping[str, int] | None = None,
+    chat_template: str | None = None,
+    max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a folder that ``transformers`` loads, and ``from_pretrained`` too.
 
+    A model that was read from such a folder is written in the same format, another in the first that describes it.
+
     Args:
-        model: whose config has the format of GPT-2, BERT, Llama, T5 or ViT.
+        model: whose config one of ``fastattn.lm.models.hf_formats`` describes.
         path: of the folder, which must not exist. It appears when it is complete.
         tokenizer: is written too, as ``tokenizer.json``.
         special_tokens: ids of "bos", "eos", "pad" and "decoder_start" where the model has them, for their generation.
+        chat_template: is written too, as ``chat_template.jinja``.
+        max_shard_bytes: of a file of weights; a larger model is written in several, one after the other, so that memory
+            holds the model and one of them.
 
     Raises:
         InputError: the model has no Hugging Face equivalent; the message names the fields that prevent it.
@@ -111,8 +119,6 @@ def save_pretrained(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_pretrained(model, f"{folder}/llama")
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
     if path.exists():
         raise DataError(f"{path} exists already: choose another folder, or remove it.")
@@ -120,16 +126,46 @@ def save_pretrained(
     if odd:
         raise input_error("special_tokens", odd, f"names of {_SPECIAL}", "Give the ids by these names.")
     fields, tensors = _describe(model)
-    fields |= {f"{name}_token_id": (special_tokens or {}).get(name) for name in _SPECIAL[:3]}
-    if special_tokens and "decoder_start" in special_tokens:
-        fields["decoder_start_token_id"] = special_tokens["decoder_start"]
+    ids = special_tokens or {}
+    fields |= {f"{name}_token_id": fields.get(f"{name}_token_id", ids.get(name)) for name in _SPECIAL[:3]}
+    if "decoder_start" in ids:
+        fields["decoder_start_token_id"] = ids["decoder_start"]
     with new_folder(path) as folder:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        _write_tensors(folder, tensors, max_shard_bytes)
+        _write_json(folder / "config.json", fields)
         if tokenizer is not None:
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.longest}
-            (folder / "tokenizer_config.json").write_text(json.dumps(kind, indent=2) + "\n", encoding="utf-8")
+            names = {f"{name}_token": tokenizer.id_to_token(ids[name]) for name in _SPECIAL[:3] if name in ids}
+            _write_json(folder / "tokenizer_config.json", kind | names)
+        if chat_template is not None:
+            (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], most: int) -> None:
+    """Write one file, or shards of at most ``most`` bytes and the index of them."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if shards[-1] and size > most:
+            shards.append([])
+            size = tensor.nbytes
+        shards[-1].append(name)
+    parts = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    parts = parts if len(parts) > 1 else ["model.safetensors"]
+    for part, names in zip(parts, shards, strict=True):
+        save_file({name: tensors[name].contiguous() for name in names}, folder / part, metadata={"format": "pt"})
+    if len(parts) > 1:
+        places = {name: part for part, names in zip(parts, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_json(path: Path, content: Json) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _find(path: str | Path) -> Path:
@@ -218,20 +254,23 @@ def _config(hf_format: HFFormat, fields: Json, stored: Tensors, folder: Path) ->
         raise DataError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _head_class(hf_format: HFFormat, fields: Json) -> str | None:
+def head_class(hf_format: HFFormat, fields: Json) -> str | None:
     """The class of ``heads.py`` for the model that ``config.json`` names."""
     architecture = (fields.get("architectures") or [hf_format.architecture])[0]
     of_theirs = hf_format.also | {theirs: ours for ours, (theirs, _) in hf_format.heads.items()}
     return of_theirs.get(architecture)
 
 
-def _build(config: TransformerConfig, head: str | None, stored: Tensors, fields: Json) -> AnyModel | AnyHead:
+def _build(
+    hf_format: HFFormat, config: TransformerConfig, head: str | None, stored: Tensors, fields: Json
+) -> AnyModel | AnyHead:
     """A model without weights."""
     model: Any = make_model(config)
     if head is None:
         return model
     if head in ("SequenceClassifier", "TokenClassifier"):
-        count = stored["classifier.weight"].shape[0] if "classifier.weight" in stored else 1
+        output = f"{hf_format.heads[head][1]['output']}.weight"
+        count = stored[output].shape[0] if output in stored else 1
         names = [name for _, name in sorted((int(i), name) for i, name in (fields.get("id2label") or {}).items())]
         return getattr(heads, head)(model, count, labels=names if len(set(names)) == count else None)
     return getattr(heads, head)(model)
@@ -243,8 +282,13 @@ def _check_names(
     wanted = {name for theirs in names.values() for name in theirs}
     missing = sorted(wanted - set(stored))
     foreign = {
-        x for x in stored if not re.fullmatch(hf_format.unused, x) and not (backbone_only and _is_of_head(hf_format, x))
+        x
+        for x in set(stored) - set(hf_format.zeros)
+        if not re.fullmatch(hf_format.unused, x) and not (backbone_only and _is_of_head(hf_format, x))
     }
+    for name in hf_format.zeros:
+        if name in stored and bool(stored[name].any()):
+            raise DataError(f"{folder}: {name} is not zero, and fastattn has no such tensor.")
     for what, odd in (("lacks", missing), ("has, beside those of the model,", sorted(foreign - wanted))):
         if odd:
             more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
@@ -277,11 +321,16 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
     config = _explicit(model.config)
     head = type(model).__name__ if isinstance(model, AnyHead) else None
     reasons = []
-    for hf_format in HF_FORMATS.values():
+    read_from = getattr(model, "hf_model_type", None)
+    for hf_format in sorted(HF_FORMATS.values(), key=lambda x: x.model_type != read_from):  # stable: else in order
         if hf_format.kind == config.kind:
             fields = hf_format.write(config)
             tensors, unplaced = _scatter(model, hf_format, config, head)
-            known = _explicit(hf_format.read(fields, tensors))
+            try:
+                known = _explicit(hf_format.read(fields, tensors))
+            except (DataError, InputError, ArithmeticError, TypeError) as error:  # it cannot even say what differs
+                reasons.append(f"for {hf_format.model_type}, {error}")
+                continue
             reason = _differences(config, known) or _head_reason(hf_format, model, head) or unplaced
             if not reason:
                 if head is None and hf_format.heads:  # their class of a backbone alone has no prefix
@@ -289,7 +338,7 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
                 return _with_facts(fields, hf_format, model, head), tensors
             reasons.append(f"for {hf_format.model_type}, {reason}")
     todo = "The checkpoints of fastattn train hold any model."
-    given = "; ".join(reasons) or f"a model of kind {config.kind!r}"
+    given = "; ".join(sorted(reasons, key=len)[:2]) or f"a model of kind {config.kind!r}"  # the nearest
     raise input_error("model", given, "the format of one of " + ", ".join(HF_FORMATS), todo)
 
 
@@ -338,7 +387,8 @@ def _scatter(
         for name, part in zip(names, tensor.detach().split(sizes if len(names) > 1 else len(tensor)), strict=True):
             if name in hf_format.shapes:
                 part = part.reshape(hf_format.shapes[name](config))
-            found[name] = (part.T if _is_transposed(hf_format, ours, part) else part).contiguous()
+            found[name] = part.T if _is_transposed(hf_format, ours, part) else part
+    found |= {name: make(config) for name, make in hf_format.zeros.items()}
     return found, f"there is no place for {', '.join(unplaced[:3])}" if unplaced else ""
 
 
@@ -349,6 +399,10 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
     values |= {"norm_eps": config.norm_eps or (1e-6 if config.norm == "rms" else 1e-5)}
     unused = {
         "rope_base": config.positions != "rope",
+        "local_rope_base": config.positions != "rope" or config.window is None,
+        "global_layers": config.window is None,
+        "position_offset": config.positions != "learned",
+        "pooler_activation": not config.pooler,
         "rope_scaling": config.positions != "rope",
         "relative_buckets": config.positions != "relative",
         "relative_distance": config.positions != "relative",
@@ -361,6 +415,9 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     values |= {name: defaults[name] for name, is_unused in unused.items() if is_unused}
+    values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
+    if config.local_rope_base == config.rope_base:
+        values["local_rope_base"] = None
     if config.kind == "encoder-decoder":
         values["decoder_layers"] = config.decoder_layers or config.layers
     return dataclasses.replace(config, **values)

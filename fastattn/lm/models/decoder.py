@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.lm.models.blocks import Cache, Stack, check_kind, check_tokens, initialise
+from fastattn.lm.models.blocks import Cache, Stack, check_kind, check_tokens, initialise, soft_capped
 from fastattn.lm.models.config import TransformerConfig
 from fastattn.lm.models.generating import Generates
+from fastattn.lm.models.recording import Weights, with_weights
 from fastattn.nn import KVCache
 
 
@@ -49,7 +50,8 @@ class Decoder(Generates, Stack):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         caches: Sequence[Cache] | None = None,
-    ) -> Tensor:
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Weights]:
         """Logits of the token that follows each token.
 
         Args:
@@ -61,13 +63,16 @@ class Decoder(Generates, Stack):
                 tokens in them too. None is no padding.
             caches: one for each layer, from ``make_caches`` or the layers of a ``PagedKVCache``'s step; the tokens are
                 appended to them.
+            return_weights: also return the attention weights, as ``recorded_weights`` gives them; slower.
 
         Returns:
-            ``(B, S, V)``.
+            ``(B, S, V)``; with ``return_weights`` also the weights.
 
         Raises:
             InputError: more tokens than ``max_length``, a mask that does not fit, or segments together with caches.
         """
+        if return_weights:
+            return with_weights(self, tokens, positions=positions, segment_ids=segment_ids, mask=mask, caches=caches)
         x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, mask=mask, caches=caches)
         return self.logits(x)
 
@@ -89,7 +94,8 @@ class Decoder(Generates, Stack):
         """``(..., V)`` of final states ``(..., C)``."""
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return soft_capped(logits, self.config.logit_softcap)
 
     @property
     def cached_layers(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastattn.errors import input_error
 from fastattn.lm.models.blocks import Stack, check_kind, check_tokens, initialise
 from fastattn.lm.models.config import TransformerConfig
+from fastattn.lm.models.recording import Weights, with_weights
 
 
 class Encoder(Stack):
@@ -44,7 +45,8 @@ class Encoder(Stack):
         segment_ids: Tensor | None = None,
         mask: Tensor | None = None,
         token_types: Tensor | None = None,
-    ) -> Tensor:
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Weights]:
         """The final state of each token.
 
         Args:
@@ -53,13 +55,17 @@ class Encoder(Stack):
             segment_ids: ``(B, S)``: tokens attend inside their own document. None is one document to a row.
             mask: ``(B, S)``, True = a token, False = padding. None is no padding.
             token_types: ``(B, S)``, int64, where the config has ``token_types``; None is type 0.
+            return_weights: also return the attention weights, as ``recorded_weights`` gives them; slower.
 
         Returns:
-            ``(B, S, C)``. States of padding mean nothing.
+            ``(B, S, C)``; with ``return_weights`` also the weights. States of padding mean nothing.
 
         Raises:
             InputError: more tokens than ``max_length``, a mask that does not fit, or types that the config lacks.
         """
+        if return_weights:
+            options = {"positions": positions, "segment_ids": segment_ids, "mask": mask, "token_types": token_types}
+            return with_weights(self, tokens, **options)
         check_tokens("tokens", tokens)
         x = self.embedding(tokens)
         if self.type_embedding is not None:
@@ -101,18 +107,21 @@ class VisionEncoder(Stack):
         self.pooler = nn.Linear(config.width, config.width, bias=config.bias) if config.pooler else None
         initialise(self, config)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, return_weights: bool = False) -> Tensor | tuple[Tensor, Weights]:
         """The final states of the whole and of its patches, row by row.
 
         Args:
             images: ``(B, channels, image_size, image_size)``.
+            return_weights: also return the attention weights, as ``recorded_weights`` gives them; slower.
 
         Returns:
-            ``(B, 1 + patches, C)``.
+            ``(B, 1 + patches, C)``; with ``return_weights`` also the weights.
 
         Raises:
             InputError: an image has another size.
         """
+        if return_weights:
+            return with_weights(self, images)
         config = self.config
         expected = (config.channels, config.image_size, config.image_size)
         if images.dim() != 4 or images.shape[1:] != expected:

@@ -6,15 +6,17 @@ Shapes: B batch, S_s tokens of a source, S_t of a target, C width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
-from fastattn.lm.models.blocks import Cache, Memory, Model, Stack, check_kind, check_tokens, initialise
+from fastattn.lm.models.blocks import Cache, Memory, Model, Stack, check_kind, check_tokens, initialise, soft_capped
 from fastattn.lm.models.config import TransformerConfig
 from fastattn.lm.models.generating import Generates
+from fastattn.lm.models.recording import Weights, with_weights
 from fastattn.nn import KVCache
 
 
@@ -56,7 +58,8 @@ class EncoderDecoder(Generates, Model):
         target_mask: Tensor | None = None,
         caches: Sequence[Cache] | None = None,
         memory: Tensor | None = None,
-    ) -> Tensor:
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Weights]:
         """Logits of the token that follows each token of the target.
 
         Args:
@@ -68,14 +71,23 @@ class EncoderDecoder(Generates, Model):
             caches: from ``make_caches``; the tokens are appended to them, and the keys and values of the source are
                 kept in them at the first call.
             memory: from ``encode``, instead of encoding the source again.
+            return_weights: also return the attention weights, as ``recorded_weights`` gives them; slower.
 
         Returns:
-            ``(B, S_t, V)``.
+            ``(B, S_t, V)``; with ``return_weights`` also the weights.
 
         Raises:
             InputError: too many tokens, a mask that does not fit, or no source in any form.
         """
-        x = self.hidden(source, target, source_mask=source_mask, target_mask=target_mask, caches=caches, memory=memory)
+        options: dict[str, Any] = {
+            "source_mask": source_mask,
+            "target_mask": target_mask,
+            "caches": caches,
+            "memory": memory,
+        }
+        if return_weights:
+            return with_weights(self, source, target, **options)
+        x = self.hidden(source, target, **options)
         return self.logits(x)
 
     def hidden(
@@ -111,7 +123,8 @@ class EncoderDecoder(Generates, Model):
         """``(..., V)`` of final states ``(..., C)``."""
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return soft_capped(logits, self.config.logit_softcap)
 
     @property
     def cached_layers(self) -> int:

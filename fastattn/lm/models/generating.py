@@ -33,7 +33,8 @@ class Generates:
             max_new_tokens: most tokens for each.
             sampling: how tokens are chosen; None is ``fastattn.lm.generate.Sampling()``.
             source: what an encoder-decoder reads, a row for each prompt.
-            beams: search for the likeliest text with so many beams instead of sampling; None samples.
+            beams: search for the likeliest text with so many beams instead of sampling; None samples. Of ``sampling``
+                they take the repetition penalty.
             length_penalty: of beams; above 1 favours long texts.
             stop_token: one or several that end a text.
             use_cache: keep keys and values instead of computing them again: the same tokens, faster.
@@ -44,7 +45,7 @@ class Generates:
             many prompts by continuous batching, text.
 
         Raises:
-            InputError: an argument is wrong, or both ``beams`` and ``sampling`` are given.
+            InputError: an argument is wrong, or ``beams`` go with a ``sampling`` that draws.
 
         Example:
             >>> from fastattn.lm.generate import Sampling

@@ -176,7 +176,7 @@ class SequenceClassifier(_Head):
         x = self._pooled(self.hidden(inputs, mask=mask, token_types=token_types), mask)
         pooler = None if isinstance(self.backbone, Decoder) else self.backbone.pooler
         if pooler is not None:
-            x = pooler(x).tanh()
+            x = pooler(x).tanh() if self.config.pooler_activation == "tanh" else pooler(x).relu()
         return self.output(self.dropout(x))
 
     def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Training the bundled models: text to tokens to batches to checkpoints. Needs ``pip install 'fastattn[train]'``."""
 
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
+from fastattn.lm.train.hf_folder import HFFolder, find_model
 from fastattn.lm.train.log import Log
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.optim import OptimConfig
@@ -9,6 +10,7 @@ from fastattn.lm.train.settings import Progress, TrainConfig
 
 __all__ = [
     "Checkpoint",
+    "HFFolder",
     "Log",
     "OptimConfig",
     "Outcome",
@@ -17,6 +19,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "find_checkpoint",
+    "find_model",
     "make_trainer",
     "pretrain",
     "resumed_config",

@@ -26,6 +26,7 @@ from fastattn.errors import DataError, InputError
 from fastattn.files import new_folder, read_limited, remove_folder
 from fastattn.lm.models import Encoder, MaskedLM, TransformerConfig, make_model
 from fastattn.lm.train.parallel import ALONE, Ranks, is_sharded, load_parts, save_parts
+from fastattn.lm.train.special_tokens import SpecialTokens
 from fastattn.lm.train.tokens import load_tokenizer
 
 FORMAT = "fastattn-checkpoint-1"
@@ -71,6 +72,19 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.folder / "tokenizer.json")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of a run of fine-tuning for chat."""
+        return self.trainer_state().get("settings", {}).get("chat_template")
+
+    def special_tokens(self, tokenizer: Tokenizer) -> SpecialTokens:
+        """The marks of its texts."""
+        return SpecialTokens.of(tokenizer)
+
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end generation besides the usual: none."""
+        return ()
 
     def trainer_state(self) -> dict[str, Any]:
         state = _read_json(self.folder / "trainer.json")

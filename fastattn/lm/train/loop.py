@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
 from fastattn.lm.train.checkpoint import Checkpoint, save_checkpoint
+from fastattn.lm.train.context import ContextGroup, check_context_parallel
 from fastattn.lm.train.log import Log, TensorBoard, Window
 from fastattn.lm.train.metrics import peak_flops
 from fastattn.lm.train.optim import make_optimizer, update
@@ -103,7 +104,8 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         self.ranks = ranks()
-        check_sharing(config.batch, config.parallel, self.ranks)
+        check_sharing(config.batch, config.parallel, self.ranks, config.context_parallel)
+        check_context_parallel(config.context_parallel, model, config.compile)
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
         self.rows, self.held_out_rows = data
         self.loss, self.evaluate = loss, evaluate
@@ -112,6 +114,7 @@ class Trainer:
         self.settings = settings or {}
         self.show_progress = show_progress and self.ranks.leads
         self.device = next(model.parameters()).device
+        self._context = ContextGroup.of(self.ranks, config.context_parallel)
         if config.recompute:
             recompute_blocks(model)
         self._runner = wrap_parallel(model, config.parallel, self.ranks)  # what the loss of training calls
@@ -199,15 +202,17 @@ class Trainer:
 
     def held_out_loss(self, rows: int | None = None) -> float:
         """Mean loss in nats per label over ``rows`` held-out rows (None: as configured), without dropout."""
-        rank, size = self.ranks.rank, self.ranks.size
+        number, count = self._context.number, self._context.count
         sums = torch.zeros(2, dtype=torch.float64)
-        batch_rows = self.config.micro_batch or self.config.batch // size
+        batch_rows = self.config.micro_batch or self.config.batch // count
         batches = iter(self.held_out_rows.sample(rows or self.config.eval_rows, batch_rows))
         with self._evaluating():
-            while turn := list(islice(batches, size)):  # a batch for each process; those left over repeat one
-                batch = turn[rank % len(turn)]
-                found = float(self.loss(self.model, batch.to(self.device)))
-                if rank < len(turn):
+            while turn := list(islice(batches, count)):  # a batch for each group; those left over repeat one
+                whole = turn[number % len(turn)]
+                batch = self._context.share(whole)
+                with self._context.attending(whole):
+                    found = float(self.loss(self.model, batch.to(self.device)))
+                if number < len(turn):
                     sums += torch.tensor([found, batch.num_labels()], dtype=torch.float64)
         total, labels = self.ranks.sum(sums).tolist()
         return total / max(labels, 1)
@@ -222,10 +227,11 @@ class Trainer:
 
     def _train_step(self, step: int) -> tuple[Tensor, Tensor, Tensor | int]:
         """Loss per label (this process's part of the sum), norm of the gradient and number of labels of one update."""
-        config, rank, size = self.config, self.ranks.rank, self.ranks.size
+        config, context, rank, size = self.config, self._context, self.ranks.rank, self.ranks.size
         self.model.train()
         torch.manual_seed((config.seed * 1_000_003 + step) * size + rank)  # what dropout draws from
-        batch = self.rows.batch(step * size + rank, config.batch // size)
+        whole = self.rows.batch(step * context.count + context.number, config.batch // context.count)
+        batch = context.share(whole)
         labels: Tensor | int = batch.num_labels()
         if size > 1:
             labels = self.ranks.sum(torch.tensor(labels, device=self.device))
@@ -233,7 +239,7 @@ class Trainer:
         parts = list(batch.split(config.micro_batch or config.batch))
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
-            with gradients_later(self._runner, number < len(parts)):
+            with gradients_later(self._runner, number < len(parts)), context.attending(whole):
                 with self._autocast():
                     loss = self.loss(self._runner, part.to(self.device)) * weight
                 (loss * size).backward()  # the mean over processes is taken of gradients, where we want the sum

@@ -119,10 +119,17 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def check_sharing(batch: int, way: Parallel, processes: Ranks) -> None:
-    """Raise InputError unless ``processes`` can share the rows of a batch and, with "fsdp", the weights."""
-    if batch % processes.size:
-        allowed = f"a multiple of the {processes.size} processes"
+def check_sharing(batch: int, way: Parallel, processes: Ranks, context: int = 1) -> None:
+    """Raise InputError unless ``processes`` can share the rows of a batch and, with "fsdp", the weights.
+
+    With ``context`` above 1 so many of them share each row.
+    """
+    if processes.size % context:
+        todo = "Start a multiple of it with torchrun."
+        raise input_error("context_parallel", context, f"a divisor of the {processes.size} processes", todo)
+    groups = processes.size // context
+    if batch % groups:
+        allowed = f"a multiple of the {groups} {'processes' if context == 1 else f'groups of {context} processes'}"
         raise input_error("batch", batch, allowed, "Each takes as many rows as the others.")
     if processes.size == 1 and way == "fsdp":
         raise input_error("parallel", "'fsdp' with one process", "auto, ddp", "Start several with torchrun.")

@@ -29,7 +29,7 @@ def run_folder(out: Path, config: TrainConfig, resume: Checkpoint | None) -> Ite
         DataError: another process writes to ``out``, it holds a run already, or a newer checkpoint than ``resume``.
     """
     processes, problem = ranks(), None
-    check_sharing(config.batch, config.parallel, processes)
+    check_sharing(config.batch, config.parallel, processes, config.context_parallel)
     if config.tensorboard:
         TensorBoard.load_writer()
     with contextlib.ExitStack() as stack:

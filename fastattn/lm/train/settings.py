@@ -37,6 +37,7 @@ class TrainConfig:
         compile: let ``torch.compile`` make kernels of the model; the first step then takes a minute or so.
         recompute: compute activations again in the backward pass, but for those of attention, to save memory.
         parallel: how several processes share the work: "ddp" or "fsdp"; "auto" is "fsdp" if the model is too large.
+        context_parallel: processes that share each row, of which each holds some tokens; 1 gives each rows of its own.
         tensorboard: also write the log for TensorBoard, into ``tensorboard/``.
         optim: the optimizer.
     """
@@ -59,11 +60,13 @@ class TrainConfig:
     compile: bool = False
     recompute: bool = False
     parallel: Parallel = "auto"
+    context_parallel: int = 1
     tensorboard: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "eval_every", "eval_rows", "save_every", "keep", "log_every"):
+        positive = ("steps", "batch", "eval_every", "eval_rows", "save_every", "keep", "log_every", "context_parallel")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise input_error(name, getattr(self, name), "a positive int", "Give at least 1.")
         if self.max_minutes is not None and not self.max_minutes > 0:

@@ -27,11 +27,13 @@ class SpecialTokens:
         begin: begins a text; None if nothing does, as for T5.
         end: ends a text, and stands between two.
         target: what a decoder with an encoder begins with: ``begin``, or for T5 its padding.
+        separators: how many ``end`` stand between two texts; RoBERTa and BART have two.
     """
 
     begin: int | None
     end: int
     target: int
+    separators: int = 1
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> SpecialTokens:
@@ -40,7 +42,8 @@ class SpecialTokens:
         target = _first(tokenizer, _PADDING) if begin is None else begin
         if end is None:
             raise DataError(f"The tokenizer has no token that ends a text: it should have {' or '.join(_ENDINGS)}.")
-        return cls(begin, end, end if target is None else target)
+        between = tokenizer.num_special_tokens_to_add(True) - tokenizer.num_special_tokens_to_add(False)
+        return cls(begin, end, end if target is None else target, max(between, 1))
 
     def opening(self) -> list[int]:
         return [] if self.begin is None else [self.begin]

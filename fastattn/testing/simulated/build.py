@@ -6,19 +6,15 @@ import ctypes
 import functools
 import hashlib
 import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from fastattn.files import cache_root, replaced_file
+from fastattn import compiled
 
 SOURCE = Path(__file__).with_name("device.cpp")
 TORCH = Path(torch.__file__).parent
 OPTIONS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w")
-TIMEOUT_S = 300
 
 
 def unavailable_reason() -> str | None:
@@ -49,11 +45,12 @@ def load() -> ctypes.CDLL:
     reason = unavailable_reason()
     if reason is not None:
         raise RuntimeError(reason)
-    library = ctypes.CDLL(str(_built()))
+    library = compiled.load(_built())
     library.sim_stream.restype = library.sim_held.restype = library.sim_peak.restype = ctypes.c_longlong
     library.sim_begin_capture.restype = ctypes.c_void_p
     library.sim_set_stream.argtypes = (ctypes.c_int, ctypes.c_longlong)
     library.sim_replay.argtypes = library.sim_free_graph.argtypes = (ctypes.c_void_p,)
+    library.sim_device_of.argtypes = (ctypes.c_ulonglong,)
     library.sim_capture_call.argtypes = (ctypes.c_void_p, ctypes.c_longlong)
     for name in _unchecked_operators():
         library.sim_set_unchecked(name.encode())
@@ -63,25 +60,15 @@ def load() -> ctypes.CDLL:
 def _built() -> Path:
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, SOURCE.with_name("memory.h"))]
     key = hashlib.sha256("\0".join([*sources, torch.__version__, *OPTIONS]).encode())
-    path = cache_root() / f"simulated-{key.hexdigest()[:24]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # test processes start together
-        if not path.exists():
-            _compile(path)
-    return path
+    return compiled.kept(f"simulated-{key.hexdigest()[:24]}.so", _compile)
 
 
 def _compile(path: Path) -> None:
     includes = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / path.name
-        command = ["g++", *OPTIONS, str(SOURCE), *(f"-I{path}" for path in includes), f"-L{TORCH / 'lib'}"]
-        command += [f"-Wl,-rpath,{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-        if done.returncode:
-            raise RuntimeError(f"the simulated GPU does not compile against torch {torch.__version__}:\n{done.stderr}")
-        with replaced_file(path) as temporary:
-            temporary.write_bytes(target.read_bytes())
+    command = ["g++", *OPTIONS, str(SOURCE), *(f"-I{path}" for path in includes), f"-L{TORCH / 'lib'}"]
+    code, said = compiled.run([*command, f"-Wl,-rpath,{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(path)])
+    if code:
+        raise RuntimeError(f"the simulated GPU does not compile against torch {torch.__version__}:\n{said}")
 
 
 def _unchecked_operators() -> list[str]:

@@ -393,6 +393,7 @@ int sim_exchange_device(int index) {
 }
 long long sim_stream(int device) { return simulated::current_streams.at(device); }
 void sim_set_stream(int device, long long id) { simulated::current_streams.at(device) = id; }
+int sim_device_of(unsigned long long address) { return simulated::Places::all().device_of(address); }
 long long sim_held(int device) { return machine().held.at(device); }
 long long sim_peak(int device) { return machine().peak.at(device); }
 void sim_reset_peak(int device) { machine().peak.at(device) = machine().held.at(device).load(); }

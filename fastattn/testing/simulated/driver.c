@@ -5,29 +5,32 @@
 #include <string.h>
 
 enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, CAPTURE_UNSUPPORTED = 900 };
-enum { DEVICES = 2, MOST = 4096, PARAM_BYTES = 4096, SHARED_DEFAULT = 49152, SHARED_LIMIT = 232448 };
+enum { NAME_BYTES = 512, MOST_PARAMS = 256, DEVICES = 2, MOST = 4096, PARAM_BYTES = 4096, SHARED_DEFAULT = 49152, SHARED_LIMIT = 232448 };
 
 typedef struct Context { int device; } Context;
-typedef struct Function { Context* context; char name[128]; unsigned param_bytes, shared; } Function;
+typedef struct Function { Context* context; char name[NAME_BYTES]; unsigned params, sizes[MOST_PARAMS], shared; } Function;
 typedef struct Launch {
-  char kernel[128];
-  unsigned grid[3], block[3], shared, param_bytes;
+  char kernel[NAME_BYTES];
+  unsigned grid[3], block[3], shared, param_bytes, param_count, sizes[MOST_PARAMS];
   uint64_t stream;
   int device;
   unsigned char params[PARAM_BYTES];
 } Launch;
+// A tensor map as it lies in the argument of a kernel; the driver's own form is secret.
 typedef struct Map {
   uint64_t address, sizes[5], strides[4];
-  unsigned rank, type, box[5];
+  unsigned magic, type, box[5];
+  uint8_t rank, steps[5], interleave, swizzle, promotion, fill;
 } Map;
+enum { MAP_MAGIC = 0x4d415021 };
+_Static_assert(sizeof(Map) <= 128, "it has the room of a CUtensorMap");
 
 static Context contexts[DEVICES] = {{0}, {1}};
 static __thread Context* current;
 static __thread int capture_mode;  // 0 global, 1 thread local, 2 relaxed
 static Function functions[MOST];
 static Launch launches[MOST];
-static Map maps[MOST];
-static int function_count, launch_count, map_count, capturing, version = 13000;
+static int function_count, launch_count, capturing, version = 13000;
 static char broken[1024];
 
 static int refuse(int code, char const* rule) {
@@ -36,9 +39,13 @@ static int refuse(int code, char const* rule) {
 }
 
 // ---- for recording.py ----------------------------------------------------------------------------------------------
-void rec_reset(void) {
-  function_count = launch_count = map_count = capturing = 0;
+void rec_clear(void) {
+  launch_count = 0;
   broken[0] = 0;
+}
+void rec_reset(void) {
+  rec_clear();
+  function_count = capturing = 0;
   current = 0;
   version = 13000;
 }
@@ -46,10 +53,8 @@ void rec_set_version(int v) { version = v; }
 void rec_set_capturing(int on) { capturing = on; }
 void rec_bind(int device) { current = device < 0 ? 0 : &contexts[device]; }
 int rec_launches(void) { return launch_count; }
-int rec_maps(void) { return map_count; }
 int rec_modules(void) { return function_count; }
 Launch const* rec_launch(int i) { return &launches[i]; }
-Map const* rec_map(int i) { return &maps[i]; }
 char const* rec_broken(void) { return broken; }
 
 // ---- the driver ----------------------------------------------------------------------------------------------------
@@ -82,14 +87,18 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
   *mode = before;
   return OK;
 }
-// A module is text here: "NAME PARAM_BYTES".
+// A module is text here: the name of its kernel, and the bytes of each parameter.
 int cuModuleLoadData(void** module, void const* image) {
   if (!current) return refuse(INVALID_CONTEXT, "cuModuleLoadData without a context on this thread");
   if (capturing && capture_mode != 2) return refuse(CAPTURE_UNSUPPORTED, "a module was loaded during a capture");
   Function* const f = &functions[function_count++];
   f->context = current;
   f->shared = SHARED_DEFAULT;
-  if (sscanf((char const*)image, "%127s %u", f->name, &f->param_bytes) != 2) f->param_bytes = 0, strcpy(f->name, "cubin");
+  char const* text = image;
+  int read = 0;
+  f->params = 0;
+  if (sscanf(text, "%511s%n", f->name, &read) != 1) return refuse(INVALID_VALUE, "a module without a kernel");
+  while (f->params < MOST_PARAMS && sscanf(text += read, "%u%n", &f->sizes[f->params], &read) == 1) ++f->params;
   *module = f;
   return OK;
 }
@@ -97,10 +106,9 @@ int cuModuleUnload(void* module) { return OK; }
 int cuModuleGetFunction(void** function, void* module, char const* name) {
   if (!module) return refuse(INVALID_HANDLE, "a function of no module");
   *function = module;
-  if (strcmp(((Function*)module)->name, "cubin") == 0) snprintf(((Function*)module)->name, 128, "%s", name);
   return current ? OK : refuse(INVALID_CONTEXT, "cuModuleGetFunction without a context on this thread");
 }
-int cuFuncGetAttribute(int* value, int attribute, Function* f) { *value = 0; return OK; }
+int cuFuncGetAttribute(int* value, int attribute, Function* f) { *value = attribute == 0 ? 1024 : 0; return OK; }
 int cuFuncSetCacheConfig(Function* f, int config) { return OK; }
 int cuFuncSetAttribute(Function* f, int attribute, int value) {
   if (!f || f->context != current) return refuse(INVALID_HANDLE, "a function of another context");
@@ -118,8 +126,11 @@ static int launch(Function* f, unsigned const* grid, unsigned const* block, unsi
   unsigned const threads = block[0] * block[1] * block[2];
   if (!threads || threads > 1024) return refuse(INVALID_VALUE, "a block of no threads, or of more than 1024");
   if (shared > f->shared) return refuse(INVALID_VALUE, "more shared memory than the function was allowed");
-  if (f->param_bytes > PARAM_BYTES) return refuse(INVALID_VALUE, "more than 4 KB of parameters");
-  if (f->param_bytes && (uintptr_t)params[0] % 64) return refuse(INVALID_VALUE, "a tensor map that is not aligned to 64 bytes");
+  unsigned bytes = 0;
+  for (unsigned i = 0; i < f->params; ++i) bytes += f->sizes[i];
+  if (bytes > PARAM_BYTES) return refuse(INVALID_VALUE, "more than 4 KB of parameters");
+  int const has_maps = f->params && f->sizes[0] >= sizeof(Map) && ((Map const*)params[0])->magic == MAP_MAGIC;
+  if (has_maps && (uintptr_t)params[0] % 64) return refuse(INVALID_VALUE, "a tensor map that is not aligned to 64 bytes");
   Launch* const l = &launches[launch_count++ % MOST];
   memset(l, 0, sizeof *l);
   snprintf(l->kernel, sizeof l->kernel, "%s", f->name);
@@ -128,8 +139,12 @@ static int launch(Function* f, unsigned const* grid, unsigned const* block, unsi
   l->shared = shared;
   l->stream = stream;
   l->device = current->device;
-  l->param_bytes = f->param_bytes;
-  if (f->param_bytes) memcpy(l->params, params[0], f->param_bytes);
+  l->param_bytes = bytes;
+  l->param_count = f->params;
+  for (unsigned i = 0, at = 0; i < f->params; at += f->sizes[i++]) {
+    l->sizes[i] = f->sizes[i];
+    memcpy(l->params + at, params[i], f->sizes[i]);
+  }
   return OK;
 }
 int cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
@@ -142,13 +157,19 @@ int cuLaunchKernelEx(Config const* c, Function* f, void** params, void** extra) 
   return launch(f, c->grid, c->block, c->shared, (uint64_t)c->stream, params);
 }
 
-int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, uint64_t const* sizes, uint64_t const* strides,
-                           unsigned const* box, unsigned const* steps, int interleave, int swizzle, int l2, int fill) {
+// CUDA driver API, "Tensor Map Object Management". A rule that it states and no driver enforces is left out: that each
+// stride divides the next, which (row, head) order breaks.
+int cuTensorMapEncodeTiled(Map* map, int type, unsigned rank, void* address, uint64_t const* sizes, uint64_t const* strides,
+                           unsigned const* box, unsigned const* steps, int interleave, int swizzle, int promotion, int fill) {
+  static unsigned const swizzle_bytes[] = {0, 32, 64, 128};
   if ((uintptr_t)map % 64) return refuse(INVALID_VALUE, "tensorMap: not aligned to 64 bytes");
   if (type != 6 && type != 9) return refuse(INVALID_VALUE, "tensorDataType: neither fp16 nor bf16");
   if (rank < 1 || rank > 5) return refuse(INVALID_VALUE, "tensorRank: not from 1 to 5");
-  if (interleave != 0 || l2 < 0 || l2 > 3 || fill != 0) return refuse(INVALID_VALUE, "interleave, promotion or fill");
-  if ((uintptr_t)address % 16) return refuse(INVALID_VALUE, "globalAddress: not a multiple of 16");
+  if (!address || (uintptr_t)address % 16) return refuse(INVALID_VALUE, "globalAddress: null, or not a multiple of 16");
+  if (interleave) return refuse(INVALID_VALUE, "interleave: its rules are not written down here");
+  if (swizzle < 0 || swizzle > 3) return refuse(INVALID_VALUE, "swizzle: not from none to 128 bytes");
+  if (promotion < 0 || promotion > 3) return refuse(INVALID_VALUE, "l2Promotion: not from none to 256 bytes");
+  if (fill < 0 || fill > 1) return refuse(INVALID_VALUE, "oobFill: neither zeros nor NaN");
   for (unsigned i = 0; i < rank; ++i) {
     if (sizes[i] == 0 || sizes[i] > (1ull << 32)) return refuse(INVALID_VALUE, "globalDim: 0, or more than 2^32");
     if (box[i] == 0 || box[i] > 256) return refuse(INVALID_VALUE, "boxDim: 0, or more than 256");
@@ -159,15 +180,26 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, ui
       return refuse(INVALID_VALUE, "globalStrides: not a multiple of 16 below 2^40");
   }
   if (box[0] * 2 % 16) return refuse(INVALID_VALUE, "boxDim[0]: not a multiple of 16 bytes");
-  if (swizzle == 3 && box[0] * 2 > 128) return refuse(INVALID_VALUE, "boxDim[0]: more than the 128 bytes of the swizzle");
-  Map* const m = &maps[map_count++ % MOST];
-  m->address = (uint64_t)address;
-  m->rank = rank;
-  m->type = type;
-  memcpy(m->sizes, sizes, rank * sizeof *sizes);
-  memcpy(m->strides, strides, (rank - 1) * sizeof *strides);
-  memcpy(m->box, box, rank * sizeof *box);
+  if (swizzle && box[0] * 2 > swizzle_bytes[swizzle]) return refuse(INVALID_VALUE, "boxDim[0]: wider than the swizzle");
   memset(map, 0, 128);
-  memcpy(map, m, sizeof *m < 128 ? sizeof *m : 128);
+  map->magic = MAP_MAGIC;
+  map->address = (uint64_t)address;
+  map->type = type;
+  map->rank = rank;
+  memcpy(map->sizes, sizes, rank * sizeof *sizes);
+  memcpy(map->strides, strides, (rank - 1) * sizeof *strides);
+  memcpy(map->box, box, rank * sizeof *box);
+  for (unsigned i = 0; i < rank; ++i) map->steps[i] = steps[i];
+  map->interleave = interleave, map->swizzle = swizzle, map->promotion = promotion, map->fill = fill;
   return OK;
 }
+int cuTensorMapReplaceAddress(Map* map, void* address) {
+  if ((uintptr_t)map % 64) return refuse(INVALID_VALUE, "tensorMap: not aligned to 64 bytes");
+  if (map->magic != MAP_MAGIC) return refuse(INVALID_VALUE, "tensorMap: never encoded");
+  if (!address || (uintptr_t)address % 16) return refuse(INVALID_VALUE, "globalAddress: null, or not a multiple of 16");
+  map->address = (uint64_t)address;
+  return OK;
+}
+// ---- what Triton's launcher is linked with, too -----------------------------------------------------------------------
+int cuCtxSetLimit(int limit, size_t value) { return OK; }
+int cuCtxGetLimit(size_t* value, int limit) { *value = 0; return OK; }

@@ -90,15 +90,30 @@ class Machine:
         if self._note(0, b"synchronize"):
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    def launch(self, kernel: str, grid: tuple[int, ...], run: Callable[[], object]) -> None:
-        """Run a kernel on the current stream, and again at each replay of a graph that is being captured."""
+    def launch(
+        self, kernel: str, grid: tuple[int, ...], run: Callable[[], object], on: tuple[int, int] | None = None
+    ) -> None:
+        """Run a kernel on a (device, stream), and again at each replay of a graph; None: those that are current."""
         device = self.library.sim_device()
-        self.launches.append(Launch(kernel, device, self.library.sim_stream(device), grid))
+        device, stream = on or (device, self.library.sim_stream(device))
+        self.launches.append(Launch(kernel, device, stream, grid))
         if self.library.sim_is_capturing():
             number = len(self._captured)
             self._captured[number] = run
             self.library.sim_capture_call(self._call, number)
         run()
+
+    def check_address(self, kernel: str, name: str, address: int, device: int) -> None:
+        """An address that a kernel is given has to be memory of its device, which is not freed.
+
+        Raises:
+            RuntimeError: it is not.
+        """
+        found = self.library.sim_device_of(address)
+        if address and found != device:
+            where = f"on cuda:{found}" if found >= 0 else "in no memory of a device"
+            what = f"{name} of {kernel} on cuda:{device} lies {where}"
+            raise RuntimeError(f"CUDA error: an illegal memory access was encountered: {what}")
 
 
 def _line() -> str:

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <unordered_set>
 
@@ -56,17 +57,52 @@ void record(std::function<void()> step) {
   if (is_capturing()) machine().graph->push_back(std::move(step));
 }
 
+// Which addresses are memory of a device now.
+struct Places {
+  struct Place {
+    uintptr_t end;
+    DeviceIndex device;
+  };
+  std::mutex lock;
+  std::multimap<uintptr_t, Place> by_begin;  // results of one operator may share their memory
+
+  static Places& all() {
+    static Places* const it = new Places;
+    return *it;
+  }
+  auto add(uintptr_t begin, size_t bytes, DeviceIndex device) {
+    std::lock_guard<std::mutex> guard(lock);
+    return by_begin.insert({begin, {begin + bytes, device}});
+  }
+  void remove(std::multimap<uintptr_t, Place>::iterator place) {
+    std::lock_guard<std::mutex> guard(lock);
+    by_begin.erase(place);
+  }
+  int device_of(uintptr_t address) {  // -1: of none
+    std::lock_guard<std::mutex> guard(lock);
+    auto const next = by_begin.upper_bound(address);
+    if (next == by_begin.begin()) return -1;
+    Place const& place = std::prev(next)->second;
+    return address < place.end ? place.device : -1;
+  }
+};
+
 struct Held {  // what keeps bytes alive, counted as memory of a device
   Storage host;
   DeviceIndex device;
   size_t bytes;
+  std::multimap<uintptr_t, Places::Place>::iterator place;
   Held(Storage s, DeviceIndex d) : host(std::move(s)), device(d), bytes(host.nbytes()) {
+    place = Places::all().add(reinterpret_cast<uintptr_t>(host.data()), bytes, d);
     int64_t const now = machine().held[d] += static_cast<int64_t>(bytes);
     int64_t seen = machine().peak[d];
     while (now > seen && !machine().peak[d].compare_exchange_weak(seen, now)) {
     }
   }
-  ~Held() { machine().held[device] -= static_cast<int64_t>(bytes); }
+  ~Held() {
+    Places::all().remove(place);
+    machine().held[device] -= static_cast<int64_t>(bytes);
+  }
 };
 
 c10::DataPtr on_device(Storage host, Device device) {

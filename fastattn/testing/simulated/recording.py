@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
-import subprocess
+import itertools
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
-from filelock import FileLock
+from fastattn import compiled
+from fastattn.backends import cuda, native
+from fastattn.backends.cuda import abi, build, driver, library, nvrtc
+from fastattn.backends.cuda.instances import Instance, library_instances
 
-from fastattn.files import cache_root, replaced_file
-
-SOURCE = Path(__file__).with_name("driver.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "driver.c"))  # the first includes the others
 DEVICES = 2
-
-
-class RecordedLaunch(ctypes.Structure):
-    """One launch; ``params`` are the bytes of its first argument."""
-
-    _fields_ = (
-        ("kernel", ctypes.c_char * 128), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("stream", ctypes.c_uint64),
-        ("device", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
-    )  # fmt: skip
+NAME_BYTES, MAP_BYTES, MAP_MAGIC = 512, 128, 0x4D415021
 
 
 class RecordedMap(ctypes.Structure):
-    """One tensor map."""
+    """A tensor map: all that its encoding was given, and the address that it shows now."""
 
     _fields_ = (
         ("address", ctypes.c_uint64), ("sizes", ctypes.c_uint64 * 5), ("strides", ctypes.c_uint64 * 4),
-        ("rank", ctypes.c_uint), ("type", ctypes.c_uint), ("box", ctypes.c_uint * 5),
+        ("magic", ctypes.c_uint), ("type", ctypes.c_uint), ("box", ctypes.c_uint * 5),
+        ("rank", ctypes.c_uint8), ("steps", ctypes.c_uint8 * 5), ("interleave", ctypes.c_uint8),
+        ("swizzle", ctypes.c_uint8), ("promotion", ctypes.c_uint8), ("fill", ctypes.c_uint8),
     )  # fmt: skip
+
+
+class RecordedLaunch(ctypes.Structure):
+    """One launch; ``params`` are the bytes of its arguments, one after the other."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char * NAME_BYTES), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("param_count", ctypes.c_uint),
+        ("sizes", ctypes.c_uint * 256), ("stream", ctypes.c_uint64),
+        ("device", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
+    )  # fmt: skip
+
+    @property
+    def arguments(self) -> list[bytes]:
+        ends = list(itertools.accumulate(list(self.sizes)[: self.param_count]))
+        return [bytes(self.params)[end - size : end] for size, end in zip(self.sizes, ends, strict=False)]
+
+    @property
+    def argument(self) -> bytes:
+        """The first."""
+        return self.arguments[0]
+
+    @property
+    def maps(self) -> list[RecordedMap]:
+        """The tensor maps with which the argument begins."""
+        pieces = (self.argument[n : n + MAP_BYTES] for n in range(0, len(self.argument) - MAP_BYTES + 1, MAP_BYTES))
+        maps = (RecordedMap.from_buffer_copy(piece) for piece in pieces)
+        return list(itertools.takewhile(lambda found: found.magic == MAP_MAGIC, maps))
 
 
 class RecordingDriver:
@@ -46,7 +75,6 @@ class RecordingDriver:
         self.path = _built()
         self.library = ctypes.CDLL(str(self.path), mode=ctypes.RTLD_GLOBAL)
         self.library.rec_launch.restype = ctypes.POINTER(RecordedLaunch)
-        self.library.rec_map.restype = ctypes.POINTER(RecordedMap)
         self.library.rec_broken.restype = ctypes.c_char_p
         self.library.rec_reset()
 
@@ -54,9 +82,13 @@ class RecordingDriver:
     def launches(self) -> list[RecordedLaunch]:
         return [self.library.rec_launch(i).contents for i in range(self.library.rec_launches())]
 
-    @property
-    def maps(self) -> list[RecordedMap]:
-        return [self.library.rec_map(i).contents for i in range(self.library.rec_maps())]
+    def clear(self) -> None:
+        """Forget launches and broken rules, not what is loaded."""
+        self.library.rec_clear()
+
+    def copies(self) -> list[RecordedLaunch]:
+        """``launches``, which stay as they are when others are recorded."""
+        return [RecordedLaunch.from_buffer_copy(launch) for launch in self.launches]
 
     @property
     def broken_rule(self) -> str:
@@ -68,14 +100,91 @@ class RecordingDriver:
         self.library.rec_bind(-1 if device is None else device)
 
 
+@contextlib.contextmanager
+def recorded_cuda() -> Iterator[RecordingDriver]:
+    """The CUDA backend, through ctypes, over a recording driver. A cubin is a text: name and size of argument."""
+    recording = RecordingDriver()
+    driver._primary_context.cache_clear()
+
+    def fake_driver() -> ctypes.CDLL:  # no mock, which would take longer than the calls that are timed through it
+        return recording.library
+
+    def text_of(instance: Instance) -> bytes:
+        return f"{instance.name} {argument_bytes(instance)}\0".encode()
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(driver._primary_context.cache_clear)
+        undo.enter_context(mock.patch.object(driver, "_driver", fake_driver))
+        undo.enter_context(mock.patch.object(nvrtc, "cached_kernel", text_of))
+        with mock.patch.object(nvrtc, "load"):
+            kernels = nvrtc.NvrtcKernels()
+        undo.enter_context(mock.patch.object(cuda, "_delivered", return_value=(kernels, "recorded")))
+        yield recording
+
+
+def argument_bytes(instance: Instance) -> int:
+    """The size of a kernel's argument, by what csrc/ declares: tensor maps, then the flat struct."""
+    maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(instance.config.arguments, 0)
+    struct = {"F": abi.FORWARD, "B": abi.BACKWARD, "D": abi.DECODE}[instance.config.arguments[0]]
+    return maps * MAP_BYTES + struct.size
+
+
+def built_host(recording: RecordingDriver) -> library.Library:
+    """The C++ host, ``csrc/sm90/host.cu`` with all launches, compiled by nvcc over the recording driver and runtime.
+
+    Kernels have no bodies there, so that they compile at once.
+
+    Raises:
+        BuildError: there is no nvcc, or the sources do not compile.
+    """
+    csrc = native.source_folder()
+    key = hashlib.sha256((build.fingerprint(csrc) + Path(__file__).read_text(encoding="utf-8")).encode())
+    path = compiled.kept(f"recorded-host-{key.hexdigest()[:24]}.so", functools.partial(_compile_host, csrc))
+    host = library.Library(path)
+    sizes = host._library.recorded_argument_bytes
+    sizes.restype = ctypes.c_uint
+    recording.library.rec_set_argument_bytes(sizes)
+    return host
+
+
+_BODY = re.compile(r"(FA_GLOBAL\([^\n]*\)\n\w+\(FA_KERNEL_ARGUMENT \w+ \w+\)) \{\n[^}]*\}")
+_SIZES = """
+extern "C" __attribute__((visibility("default"))) unsigned recorded_argument_bytes(char const* kernel) {
+  auto const takes = [&](char const* type) { return __builtin_strstr(kernel, type) != nullptr; };
+  if (takes("11ForwardArgs")) return sizeof(fa::sm90::ForwardArgs);
+  if (takes("12BackwardArgs")) return sizeof(fa::sm90::BackwardArgs);
+  if (takes("10DecodeArgs")) return sizeof(fa::sm90::DecodeArgs);
+  return takes("14BackwardParams") ? sizeof(fa::BackwardParams) : sizeof(fa::DecodeParams);
+}
+"""
+
+
+def _compile_host(csrc: Path, path: Path) -> None:
+    instances = library_instances(csrc)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("common", "sm90"):
+            shutil.copytree(csrc / name, folder / name)
+        for source in (folder / "sm90").glob("*.cuh"):
+            source.write_text(_BODY.sub(r"\1 {}", source.read_text()))
+        lines = [line for instance in instances for line in build.instance_source(instance).splitlines()[1:]]
+        whole = folder / "whole.cu"
+        whole.write_text("\n".join(['#include "sm90/host.cu"', '#include "sm90/launch.cuh"', *lines, _SIZES]))
+        command = [build.find_nvcc(), "-std=c++17", "-O0", "-w", *build.ARCHITECTURE]
+        command += ["-Xcompiler=-fPIC", "-cudart", "none", "-shared", f"-I{folder}", str(whole), "-o", str(path)]
+        code, said = compiled.run(command)
+    if code:
+        raise compiled.BuildError(f"the host code does not compile:\n{said}")
+
+
+@functools.cache
 def _built() -> Path:
-    text = SOURCE.read_text(encoding="utf-8")
-    folder = cache_root() / f"recording-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    path = folder / "libcuda.so.1"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not path.exists():
-            with replaced_file(path) as temporary:
-                command = ["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(SOURCE)]
-                subprocess.run([*command, "-o", str(temporary)], check=True, timeout=60)
-    return path
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:24]
+    return compiled.kept(f"recording-{key}-libcuda.so.1", _compile)
+
+
+def _compile(path: Path) -> None:
+    command = ["gcc", "-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(SOURCES[0]), "-o", str(path)]
+    code, said = compiled.run(command)
+    if code:
+        raise RuntimeError(f"the recording driver does not compile:\n{said}")

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs: every instruction set of this machine against fp64, who chooses them, how they come."""
+"""The C++ kernels for CPUs: every instruction set of this machine against fp64, selection, build and delivery."""
 
 import subprocess
 import sys

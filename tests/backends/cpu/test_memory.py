@@ -1,4 +1,4 @@
-"""Lengths, page numbers and memory that are wrong, or change during the call: refused, never followed."""
+"""Wrong lengths, page numbers and memory, also changed during the call, are refused and never followed."""
 
 import subprocess
 import sys

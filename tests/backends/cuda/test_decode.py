@@ -1,4 +1,4 @@
-"""Attention to a cache by the CUDA backend: what the host decides. test_emulated_backend.py runs the kernels."""
+"""Attention to a cache by the CUDA backend: decisions of the host. test_emulated_backend.py runs the kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The whole cuda backend on CPU tensors: its own Python, structs, tensor maps and kernels, on the emulated machine.
 
-Judged by the rule of every backend, alone and with the other pass on another backend.
+Results are judged by the tolerance rule, also with the other pass on another backend.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import emulate
 import pytest
 import torch
 
-from fastattn import compiled
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
-from fastattn.backends.cuda.instances import decode_configs, dkdv_configs, dq_configs, forward_configs
 from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
@@ -50,19 +48,9 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ t
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def emulated() -> Iterator[None]:
     """The backend's kernels come from a library on the emulated machine."""
-    folder = tmp_path_factory.mktemp("emulated")
-    lines = [
-        *(config for config in forward_configs() if config.band),
-        *dkdv_configs(),
-        *dq_configs(),
-        *decode_configs(),
-    ]
-    configs = [config for config in lines if config.d_qk == MAX_HEAD_DIM]
-    path = emulate.Emulator(folder, jobs=1).build_library(configs, folder / "libfastattn.so")
-    compiled.seal(path)
-    kernels = library.Library(path)
+    kernels = library.Library(emulate.kept_library(MAX_HEAD_DIM))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_delivered", lambda: (kernels, "emulated"))
         patch.setattr(cuda, "_sees_gpu", lambda: True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source on the emulated machine: right on random problems, visibly wrong with every fault."""
+"""The CUDA kernels' own source on the emulated machine: right on random problems, and every fault is reported."""
 
 from __future__ import annotations
 
@@ -45,6 +45,14 @@ def test_kernel_is_right_on_random_problems(emulator: emulate.Emulator, config: 
 def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> None:
     is_reported, printed = emulator.check_fault(fault)
     assert is_reported, printed
+
+
+@pytest.mark.parametrize(("line", "options"), emulate.KERNELS, ids=str)
+def test_every_call_that_orders_something_is_missed(
+    emulator: emulate.Emulator, line: tuple[str | int, ...], options: tuple[str, ...]
+) -> None:
+    count, unnoticed = emulator.check_sites(line, options)
+    assert count >= 25 and not unnoticed
 
 
 def test_there_are_enough_faults() -> None:

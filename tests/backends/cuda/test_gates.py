@@ -1,4 +1,4 @@
-"""The compile gates of the CUDA kernels: what they refuse, on made-up and on real machine code."""
+"""The compile gates of the CUDA kernels refuse faults, in made-up and in real machine code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hazards of asynchronous products: each rule on made-up machine code, and faults planted in a real kernel's."""
+"""Hazards of asynchronous products: each rule on made-up machine code, and faults planted in that of a real kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The portable backend: what its plan covers, which executor runs, parts of any size, memory. The grid is elsewhere."""
+"""The portable backend: coverage of its plan, choice of the executor, parts of any size, memory.
+
+core/test_forward_backward.py runs the grid.
+"""
 
 import itertools
 import weakref

@@ -1,7 +1,7 @@
-"""Rows whose scores share a huge offset: softmax does not see it, so neither may a kernel, in either pass.
+"""Rows whose scores share a huge offset: softmax does not depend on it, nor may a kernel, in either pass.
 
-A row of -1e9 or of finfo.min is how half the field pads. Beside an offset of 1e8, ``lse`` in fp32 has no room for the
-logarithm of the sum, and weights computed from it alone are off by the number of keys.
+Much code pads with rows of -1e9 or finfo.min. Beside an offset of 1e8, ``lse`` in fp32 rounds away the logarithm of the
+sum, and weights computed from it alone are wrong by a factor of the number of keys.
 """
 
 from __future__ import annotations

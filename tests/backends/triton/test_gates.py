@@ -1,4 +1,4 @@
-"""The compile gates: the main shapes compile clean for GPUs that are not there, and the gates can fail."""
+"""The compile gates: the main shapes compile without spills for GPUs that are not present, and the gates can fail."""
 
 from __future__ import annotations
 

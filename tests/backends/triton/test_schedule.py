@@ -1,4 +1,4 @@
-"""Which program does what, and in which precision: the order of a grid, and torch's switch for tf32."""
+"""The order in which programs of a grid take blocks and heads, and torch's switch for tf32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tuner, with a timer that is not a clock."""
+"""The tuner, with a timer that returns made-up times."""
 
 from __future__ import annotations
 

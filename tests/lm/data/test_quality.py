@@ -73,6 +73,7 @@ def test_repeated_runs_by_hand():
     assert text.repeated_part(2) == pytest.approx(4 / 8)  # "a b" twice; "b c" ties with it
     assert text.covered_by_repeats(3) == pytest.approx(3 / 8)  # the second "a b c"
     assert text.covered_by_repeats(2) == pytest.approx(3 / 8)  # "a b" and "b c", the b once
+    assert Text("a b x b a").repeated_part(2) == 0.0 and Text("a b x b a").covered_by_repeats(2) == 0.0  # order counts
     assert Text("a b c").repeated_part(2) == 0.0 and Text("").covered_by_repeats(5) == 0.0
 
 

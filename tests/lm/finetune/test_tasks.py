@@ -38,6 +38,15 @@ RECORDS = {
     "instruct": [
         {"prompt": f"Colour of {thing}? ", "response": f"{colour}, I think"} for thing, colour in COLOURS.items()
     ],
+    "chat": [
+        {
+            "messages": [
+                {"role": role, "content": text} for role, text in (("user", "hi"), ("assistant", "?"), ("user", thing))
+            ],
+            "response": colour,
+        }
+        for thing, colour in COLOURS.items()
+    ],
 }
 SIZES = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 48}
 
@@ -62,7 +71,8 @@ def examples_of(task):
 
 
 def make_task(name, tokenizer, preset_name=None, length=None):
-    config = preset(preset_name or {"seq2seq": "seq2seq-tiny", "instruct": "tiny"}.get(name, "encoder-tiny"), 400)
+    usual = {"seq2seq": "seq2seq-tiny", "instruct": "tiny", "chat": "tiny"}.get(name, "encoder-tiny")
+    config = preset(preset_name or usual, 400)
     return TASKS[name](tokenizer, config, TASKS[name].label_names(examples_of(name)), length), config
 
 
@@ -82,7 +92,7 @@ def config_for(task, path, **changes):
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     path = written(tmp_path, name)
-    steps = 240 if name in ("seq2seq", "instruct") else 60
+    steps = 240 if name in ("seq2seq", "instruct", "chat") else 60
     outcome = finetune(tmp_path / "run", config_for(name, path, steps=steps), show_progress=False)
     perfect = {"classify": "accuracy", "tag": "accuracy", "regression": "Pearson"}.get(name, "exact match")
     assert outcome.scores[perfect] == pytest.approx(1.0, abs=0.02 if name == "regression" else 0), outcome.scores
@@ -91,6 +101,19 @@ def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     assert again.scores == outcome.scores == json.loads((tmp_path / "run" / "scores.json").read_text())
     eager = evaluate(outcome.checkpoint, [str(path)], attention="eager", show_progress=False)
     assert eager.scores["loss"] == pytest.approx(again.scores["loss"], abs=1e-4)
+
+
+def test_chat_learns_the_assistants_turns_alone(tokenizer):
+    task, _ = make_task("chat", tokenizer, length=None)
+    example = examples_of("chat")[0]
+    (feature,) = task.features(example)
+    learned = [label for label in feature["labels"] if label != IGNORED]
+    end = task.special.end
+    assert learned == [*task.ids("?"), end, *task.ids("yellow"), end]
+    assert feature["tokens"][: len(task.prompt(example))] == task.prompt(example)
+    assert task.learned_text(example) == "?yellow"
+    with pytest.raises(DataError, match=r"line 1, field 'messages': A message contains the special token '<\|end\|>'"):
+        task.features(Example("line 1", {"messages": [{"role": "user", "content": "<|end|>"}], "response": "x"}))
 
 
 def test_classify_features(tokenizer):

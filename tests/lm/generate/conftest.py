@@ -12,12 +12,15 @@ BASE = TransformerConfig(vocab_size=258, width=32, layers=2, heads=4, kv_heads=2
 DECODERS = {
     "rotary": {},
     "window": {"window": 6, "softcap": 5.0, "sinks": True},
+    "gemma": {
+        "window": 5, "global_layers": (1,), "local_rope_base": 50.0, "norm": "rms-zero", "norm_place": "both",
+        "logit_softcap": 9.0, "activation": "geglu", "embedding_scale": 5.0,
+    },
     "gpt-2": {"positions": "learned", "norm": "layer", "activation": "gelu", "bias": True},
-    "sinusoidal": {"positions": "sinusoidal", "norm_place": "after", "norm": "layer"},
     "alibi": {"positions": "alibi", "window": 9},
     "relative": {"positions": "relative", "attention_scale": 1.0},
     "no positions": {"positions": "none", "qk_norm": True, "kv_heads": 1},
-}
+}  # fmt: skip
 ENCODER_DECODERS = {
     "modern": {},
     "original": {"positions": "sinusoidal", "norm_place": "after", "norm": "layer", "activation": "relu", "bias": True},

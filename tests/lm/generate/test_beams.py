@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastattn.lm.generate import Sampling, beam_search, generate
-from fastattn.lm.models import Decoder, TransformerConfig
+from fastattn.lm.models import Decoder, TransformerConfig, from_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,28 @@ def test_more_beams_find_nothing_worse(model):
 
 def test_texts_end_at_the_context(model):
     assert len(beam_search(model, [[1] * 38], 500, beams=2)[0][0].tokens) == 3
+
+
+def test_the_repetition_penalty_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    theirs.save_pretrained(tmp_path / "gpt2")
+    prompt, found = torch.tensor([[3, 4, 5, 3]]), {}
+    for penalty in (1.0, 1.7):
+        options = {"max_new_tokens": 9, "num_beams": 3, "repetition_penalty": penalty, "do_sample": False}
+        expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **options)
+        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        found[penalty] = from_pretrained(tmp_path / "gpt2").generate(prompt, 9, sampling, beams=3)[0]
+        assert found[penalty] == expected[0, 4:].tolist()
+    assert found[1.0] != found[1.7]
+
+
+def test_a_caller_may_end_beams(small):
+    stops = beam_search(small, [(1, 2)], 6, beams=8, should_stop=lambda row, tokens: row == 0 and tokens[-1] == 3)
+    expected = beam_search(small, [(1, 2)], 6, beams=8, stop_token=3)
+    assert [beam.tokens for beam in stops[0]] == [beam.tokens for beam in expected[0]]

@@ -170,7 +170,7 @@ def test_models_generate(model, encoder_decoder):
     answers = encoder_decoder.generate([[0]] * 3, 5, Sampling(0), source=SOURCES, use_cache=False)
     assert answers == tokens_of(encoder_decoder, Sampling(0), [[0]] * 3, 5, source=SOURCES)
     with pytest.raises(InputError, match="beams: got 3 together with sampling"):
-        model.generate(PROMPTS, 9, Sampling(0), beams=3)
+        model.generate(PROMPTS, 9, Sampling(0.5), beams=3)
 
 
 def test_under_autocast_the_cache_has_its_dtype():

@@ -94,7 +94,10 @@ def test_a_tokenizer_and_special_tokens_go_along(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: change(f, model_type="mamba"), "holds a model of type 'mamba'; fastattn has gpt2, bert, llama, t5"),
+        (
+            lambda f: change(f, model_type="mamba"),
+            "model of type 'mamba'; fastattn has gpt2, bert, llama, qwen2",
+        ),
         (lambda f: change(f, hidden_size=None), "config.json lacks 'hidden_size'"),
         (lambda f: change(f, hidden_act="relu"), "hidden_act is 'relu' in config.json, and fastattn has only 'silu'"),
         (lambda f: change(f, rope_parameters={"rope_type": "yarn"}), "rotary scaling is 'yarn'"),
@@ -170,8 +173,8 @@ def test_a_hub_that_can(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: Decoder(preset("tiny", 50)), "for llama, qk_norm is True and would be False"),
-        (lambda: Decoder(dataclasses.replace(LLAMA, window=4)), "window is 4 and would be None"),
+        (lambda: Decoder(dataclasses.replace(LLAMA, sinks=True)), "for llama, sinks is True and would be False"),
+        (lambda: Decoder(dataclasses.replace(LLAMA, softcap=4.0)), "for llama, softcap is 4.0 and would be None"),
         (lambda: Decoder(dataclasses.replace(GPT2, norm="rms")), "for gpt2, norm is 'rms' and would be 'layer'"),
         (
             lambda: Encoder(dataclasses.replace(BERT, norm_place="before")),

@@ -28,6 +28,17 @@ VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 12,
     "patch_size": 4, "num_labels": 3,
 }  # fmt: skip
+DISTILBERT = {
+    "vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 32,
+}  # fmt: skip
+MODERNBERT = BERT | {
+    "num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+BART = {
+    "vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32,
+}  # fmt: skip
 
 MODELS = {
     "gpt2": lambda t: t.GPT2LMHeadModel(
@@ -55,13 +66,42 @@ MODELS = {
     "t5-1.1": lambda t: t.T5ForConditionalGeneration(
         t.T5Config(**T5, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
     ),
+    "qwen2": lambda t: t.Qwen2ForCausalLM(t.Qwen2Config(**LLAMA)),
+    "qwen2-windows": lambda t: t.Qwen2ForCausalLM(
+        t.Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**LLAMA, head_dim=12, tie_word_embeddings=True)),
+    "mistral": lambda t: t.MistralForCausalLM(t.MistralConfig(**LLAMA, sliding_window=5)),
+    "mistral-without-window": lambda t: t.MistralForCausalLM(t.MistralConfig(**LLAMA, sliding_window=None)),
+    "phi3": lambda t: t.Phi3ForCausalLM(t.Phi3Config(**LLAMA, pad_token_id=0)),
+    "gemma2": lambda t: t.Gemma2ForCausalLM(
+        t.Gemma2Config(**LLAMA, head_dim=12, sliding_window=5, query_pre_attn_scalar=20, attn_logit_softcapping=3.0)
+    ),
+    "gemma3": lambda t: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**LLAMA | {"num_hidden_layers": 7}, head_dim=8, sliding_window=5)
+    ),
+    "roberta": lambda t: t.RobertaForMaskedLM(t.RobertaConfig(**BERT, type_vocab_size=2)),
+    "roberta-backbone": lambda t: t.RobertaModel(t.RobertaConfig(**BERT)),
+    "roberta-classifier": lambda t: t.RobertaForSequenceClassification(t.RobertaConfig(**BERT, num_labels=3)),
+    "distilbert": lambda t: t.DistilBertForMaskedLM(t.DistilBertConfig(**DISTILBERT)),
+    "distilbert-classifier": lambda t: t.DistilBertForSequenceClassification(
+        t.DistilBertConfig(**DISTILBERT, num_labels=3)
+    ),
+    "distilbert-tokens": lambda t: t.DistilBertForTokenClassification(t.DistilBertConfig(**DISTILBERT, num_labels=5)),
+    "modernbert": lambda t: t.ModernBertForMaskedLM(t.ModernBertConfig(**MODERNBERT)),
+    "modernbert-backbone": lambda t: t.ModernBertModel(t.ModernBertConfig(**MODERNBERT)),
+    "bart": lambda t: t.BartForConditionalGeneration(t.BartConfig(**BART, scale_embedding=True)),
     "vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT)),
     "vit-backbone": lambda t: t.ViTModel(t.ViTConfig(**VIT)),
 }  # fmt: skip
-CAUSAL = [name for name in MODELS if name.startswith(("gpt2", "llama"))]
-BERTS = [name for name in MODELS if name.startswith("bert")]
-T5S = [name for name in MODELS if name.startswith("t5")]
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CAUSAL = [name for name in MODELS if name.startswith(("gpt2", "llama", "qwen", "mistral", "phi", "gemma"))]
+BERTS = [name for name in MODELS if "bert" in name]
+SEQ2SEQ = [name for name in MODELS if name.startswith(("t5", "bart"))]
+
+
+def assert_close(mine, other):
+    """Within 1e-5 of the largest number."""
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5 * max(1.0, float(other.abs().max())))
 
 
 def randomise(model):
@@ -83,6 +123,8 @@ def pairs(tmp_path_factory):
             folder = tmp_path_factory.mktemp("theirs") / name
             theirs = randomise(MODELS[name](transformers))
             theirs.save_pretrained(folder)
+            if name == "gemma2":
+                theirs.set_attn_implementation("eager")  # the other leaves out its cap of the scores
             made[name] = theirs, from_pretrained(folder), folder
         return made[name]
 
@@ -91,7 +133,7 @@ def pairs(tmp_path_factory):
 
 def rows(batch=3, length=14, lengths=(14, 9, 4), side="right"):
     torch.manual_seed(1)
-    tokens = torch.randint(VOCABULARY, (batch, length))
+    tokens = torch.randint(2, VOCABULARY, (batch, length))  # RoBERTa takes token 1 for padding without asking the mask
     mask = torch.arange(length) < torch.tensor(lengths)[:, None]
     return tokens, mask if side == "right" else mask.flip(1)
 
@@ -107,7 +149,7 @@ def test_decoders(pairs, name, side):
     theirs, ours, _ = pairs(name)
     tokens, mask = rows(side=side)
     expected = theirs(tokens, attention_mask=mask.long(), position_ids=positions_of(mask)).logits
-    torch.testing.assert_close(ours(tokens, mask=mask)[mask], expected[mask], **CLOSE)
+    assert_close(ours(tokens, mask=mask)[mask], expected[mask])
     assert expected[mask].std() > 0.1  # not a comparison of zeros
 
 
@@ -116,26 +158,28 @@ def test_decoders(pairs, name, side):
 def test_berts(pairs, name):
     theirs, ours, _ = pairs(name)
     tokens, mask = rows()
+    tokens[~mask] = 1
     types = torch.arange(14).expand(3, -1) // 5 % 2
-    found = theirs(tokens, attention_mask=mask.long(), token_type_ids=types)
-    out = ours(tokens, mask=mask, token_types=types)
+    has_types = getattr(theirs.config, "type_vocab_size", 1) > 1
+    found = theirs(tokens, attention_mask=mask.long(), **{"token_type_ids": types} if has_types else {})
+    out = ours(tokens, mask=mask, token_types=types if has_types else None)
     if name == "bert-spans":
         for mine, other in zip(out, (found.start_logits, found.end_logits), strict=True):
-            torch.testing.assert_close(mine[mask], other[mask], **CLOSE)
+            assert_close(mine[mask], other[mask])
             assert (mine[~mask] == -torch.inf).all()
         return
-    expected = found.last_hidden_state if name == "bert-backbone" else found.logits
+    expected = found.last_hidden_state if "backbone" in name else found.logits
     of_tokens = out.dim() == 3
-    torch.testing.assert_close(out[mask] if of_tokens else out, expected[mask] if of_tokens else expected, **CLOSE)
+    assert_close(out[mask] if of_tokens else out, expected[mask] if of_tokens else expected)
     if name == "bert-backbone":
         pooled = SequenceClassifier(ours, 2)
         pooled.output = torch.nn.Identity()
-        torch.testing.assert_close(pooled.eval()(tokens, mask=mask, token_types=types), found.pooler_output, **CLOSE)
+        assert_close(pooled.eval()(tokens, mask=mask, token_types=types), found.pooler_output)
 
 
-@pytest.mark.parametrize("name", T5S)
+@pytest.mark.parametrize("name", SEQ2SEQ)
 @torch.no_grad()
-def test_t5s(pairs, name):
+def test_encoder_decoders(pairs, name):
     theirs, ours, _ = pairs(name)
     source, source_mask = rows()
     target, target_mask = rows(length=11, lengths=(11, 7, 11))
@@ -144,11 +188,11 @@ def test_t5s(pairs, name):
         decoder_attention_mask=target_mask.long(),
     ).logits  # fmt: skip
     out = ours(source, target, source_mask=source_mask, target_mask=target_mask)
-    torch.testing.assert_close(out[target_mask], expected[target_mask], **CLOSE)
+    assert_close(out[target_mask], expected[target_mask])
+    if name == "bart":
+        return
     long = torch.randint(VOCABULARY, (1, 200))  # into the buckets of far distances
-    torch.testing.assert_close(
-        ours(long, target[:1]), theirs(input_ids=long, decoder_input_ids=target[:1]).logits, **CLOSE
-    )
+    assert_close(ours(long, target[:1]), theirs(input_ids=long, decoder_input_ids=target[:1]).logits)
 
 
 @pytest.mark.parametrize("name", ["vit", "vit-backbone"])
@@ -158,7 +202,7 @@ def test_images(pairs, name):
     images = torch.randn(2, 3, 12, 12)
     found = theirs(images)
     expected = found.logits if name == "vit" else found.last_hidden_state
-    torch.testing.assert_close(ours(images), expected, **CLOSE)
+    assert_close(ours(images), expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
@@ -176,10 +220,10 @@ def test_gradients(pairs, name):
     loss.backward()
     expected.backward()
     embedding = {"gpt2": "transformer.wte", "llama": "model.embed_tokens", "t5": "shared"}[name]
-    torch.testing.assert_close(ours.embedding.weight.grad, theirs.get_submodule(embedding).weight.grad, **CLOSE)
+    assert_close(ours.embedding.weight.grad, theirs.get_submodule(embedding).weight.grad)
     if name == "t5":
         bias = theirs.decoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        torch.testing.assert_close(ours.decoder.relative.embedding.weight.grad, bias.weight.grad, **CLOSE)
+        assert_close(ours.decoder.relative.embedding.weight.grad, bias.weight.grad)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,12 +233,17 @@ def test_a_folder_comes_back_as_it_was(pairs, name, tmp_path):
     save_pretrained(ours, tmp_path / "back")
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
+    settings = [json.loads((x / "config.json").read_text()) for x in (folder, tmp_path / "back")]
+    assert settings[0]["architectures"] == settings[1]["architectures"]
     assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
     # and transformers takes it for the same model
-    back, report = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    attention = theirs.config._attn_implementation
+    back, report = type(theirs).from_pretrained(
+        tmp_path / "back", output_loading_info=True, attn_implementation=attention
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     inputs = torch.randn(1, 3, 12, 12) if name.startswith("vit") else rows()[0]
-    more = {"decoder_input_ids": inputs} if name.startswith("t5") else {}
+    more = {"decoder_input_ids": inputs} if name in SEQ2SEQ else {}
     for mine, other in zip(back.eval()(inputs, **more).to_tuple(), theirs(inputs, **more).to_tuple(), strict=True):
         if isinstance(mine, torch.Tensor):
             assert torch.equal(mine, other)
@@ -209,12 +258,17 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_shards_are_read(pairs, tmp_path):
+def test_shards_are_read_and_written(pairs, tmp_path):
     theirs, ours, _ = pairs("llama")
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="10KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
     again = from_pretrained(tmp_path / "parts")
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
+    save_pretrained(again, tmp_path / "back", max_shard_bytes=10_000)
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 1 and all(path.stat().st_size < 13_000 for path in files)
+    back = type(theirs).from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(x, back[name]) for name, x in theirs.state_dict().items())
 
 
 @torch.no_grad()
@@ -234,7 +288,7 @@ def test_t5_1_1_as_it_was_published(pairs, tmp_path):
     assert not ours.config.tie_embeddings and ours.config.logit_scale == 1.0
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(published).eval()
     tokens, _ = rows()
-    torch.testing.assert_close(ours(tokens, tokens), theirs(input_ids=tokens, decoder_input_ids=tokens).logits, **CLOSE)
+    assert_close(ours(tokens, tokens), theirs(input_ids=tokens, decoder_input_ids=tokens).logits)
     save_pretrained(ours, tmp_path / "back")
     back = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
     assert torch.equal(

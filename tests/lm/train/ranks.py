@@ -97,10 +97,12 @@ def run_all(corpus, folder):
     run = ["train", "--corpus", str(corpus), "--out", str(folder / "command"), *flags, "--quiet"]
     with joined(torch.device("cpu")):
         assert ranks().size == 2
-        assert main([*run, "--parallel", "fsdp"]) == 0
+        assert main([*run, "--parallel", "fsdp", "--context-parallel", "2"]) == 0
         finetune(folder / "finetuned")
         train(corpus, folder / "ddp", parallel="auto")
         train(corpus, folder / "ddp parts", micro_batch=1)
+        train(corpus, folder / "context", context_parallel=2)
+        train(corpus, folder / "context parts", context_parallel=2, parallel="fsdp", micro_batch=1, recompute=True)
         train(corpus, folder / "fsdp", parallel="fsdp")
         train(corpus, folder / "fsdp parts", parallel="fsdp", micro_batch=1, recompute=True)
         for way in ("ddp", "fsdp"):

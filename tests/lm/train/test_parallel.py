@@ -42,7 +42,7 @@ def same(ours, theirs):
         assert ours[key] == pytest.approx(value, rel=2e-5), key
 
 
-@pytest.mark.parametrize("run", ["ddp", "ddp parts", "fsdp", "fsdp parts"])
+@pytest.mark.parametrize("run", ["ddp", "ddp parts", "fsdp", "fsdp parts", "context", "context parts"])
 def test_two_processes_learn_what_one_does(folder, run):
     same(program.losses(folder / run), program.losses(folder / "alone"))
 
@@ -93,6 +93,11 @@ def test_processes_that_have_not_joined_are_refused(make_trainer, tmp_path, monk
 def test_refusals(make_trainer, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="parallel: got 'fsdp' with one process"):
         make_trainer(tmp_path, parallel="fsdp")
+    with pytest.raises(InputError, match="context_parallel: got 2; allowed: a divisor of the 1 processes"):
+        make_trainer(tmp_path, context_parallel=2)
+    monkeypatch.setattr("fastattn.lm.train.loop.ranks", lambda: Ranks(0, 2))
+    with pytest.raises(InputError, match="compile: got True with context_parallel=2"):
+        make_trainer(tmp_path, context_parallel=2, compile=True)
     monkeypatch.setattr("fastattn.lm.train.loop.ranks", lambda: Ranks(0, 3))
     with pytest.raises(InputError, match="batch: got 4; allowed: a multiple of the 3 processes"):
         make_trainer(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,19 +10,31 @@ import pytest
 from _pytest.monkeypatch import MonkeyPatch
 
 from fastattn import evidence
+from fastattn.backends import cpu
 from fastattn.testing import simulated
 from fastattn.testing.simulated.kernels import fast_interpreter
+from fastattn.testing.simulated.recording import RecordingDriver, built_host
 
 pytest.importorskip("triton")
 
 
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[simulated.Machine]:
-    """Two GPUs; no verdict of any self-check is known."""
+@pytest.fixture(scope="session")
+def libraries() -> list[Path]:
+    """Those that tests load, compiled where they stay: a test has a cache folder of its own, and so its processes."""
     if reason := simulated.unavailable_reason():
         pytest.skip(reason)
-    library = Path(simulated.load()._name)
-    (tmp_path / library.name).symlink_to(library)  # for other processes, which would compile it again
+    cpu.BACKEND.unavailable_reason()
+    loaded = [Path(simulated.load()._name), RecordingDriver().path]
+    if shutil.which("nvcc"):
+        built_host(RecordingDriver())
+    return [path for folder in {path.parent for path in loaded} for path in folder.glob("*.so*")]
+
+
+@pytest.fixture(autouse=True)
+def machine(libraries: list[Path], tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[simulated.Machine]:
+    """Two GPUs; no verdict of any self-check is known."""
+    for path in libraries:
+        (tmp_path / path.name).symlink_to(path)
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(evidence, "_verdicts", {})
     with simulated.present() as machine, fast_interpreter():

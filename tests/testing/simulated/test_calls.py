@@ -1,4 +1,4 @@
-"""Everything public on the simulated GPU: what is computed, by which kernels, where, and without waits."""
+"""All public functions on the simulated GPU: results, kernels, devices and streams, and no host synchronisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulated GPUs themselves: what they compute, refuse, count, poison, capture."""
+"""The simulated GPUs themselves: results, refusals, counts, poisoned memory, captures."""
 
 from __future__ import annotations
 

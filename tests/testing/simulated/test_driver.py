@@ -1,6 +1,6 @@
-"""The CUDA backend's own host over a recording driver: contexts, captures, tensor maps, launches, sizes of arguments.
+"""The host code of the CUDA backend over a recording driver: contexts, captures, tensor maps, launches, argument sizes.
 
-The tensors lie on the simulated GPUs, so devices and streams are those of torch.
+The tensors are on the simulated GPUs, so devices and streams are those of torch.
 """
 
 from __future__ import annotations
@@ -23,36 +23,18 @@ from fastattn import compiled
 from fastattn.backends import cuda
 from fastattn.backends.cuda import abi, driver, library, nvrtc
 from fastattn.backends.cuda.instances import COMBINE, PADDED_ROWS, PREPROCESS, Instance, forward_configs
-from fastattn.testing.simulated.recording import RecordedLaunch, RecordingDriver
+from fastattn.testing.simulated.recording import RecordedLaunch, RecordingDriver, argument_bytes, recorded_cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to build the recording driver")
 MAPS = {"forward": 4, "dkdv": 7, "decode": 2}
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingDriver]:
-    """The backend through ctypes, with cubins that are texts: their name and the size of their argument."""
-    recording = RecordingDriver()
-    monkeypatch.setattr(driver, "_driver", lambda: recording.library)
-    driver._primary_context.cache_clear()
-    monkeypatch.setattr(nvrtc, "load", lambda: None)
-    monkeypatch.setattr(
-        nvrtc, "cached_kernel", lambda instance: f"{instance.name} {argument_bytes(instance)}".encode() + b"\0"
-    )
-    kernels = nvrtc.NvrtcKernels()
-    monkeypatch.setattr(cuda, "_delivered", lambda: (kernels, "recorded"))
-    yield recording
+def recorded() -> Iterator[RecordingDriver]:
+    """The backend through ctypes; no rule of the driver is broken."""
+    with recorded_cuda() as recording:
+        yield recording
     assert recording.broken_rule == ""
-    driver._primary_context.cache_clear()
-
-
-def argument_bytes(instance: Instance) -> int:
-    """Of the struct that the kernel takes, by what csrc/ declares: maps, then the flat struct."""
-    struct = {"ForwardArgs": abi.FORWARD, "BackwardArgs": abi.BACKWARD, "BackwardParams": abi.BACKWARD}.get(
-        instance.config.arguments, abi.DECODE
-    )
-    maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(instance.config.arguments, 0)
-    return maps * driver.MAP_BYTES + struct.size
 
 
 def normal(*shape: int, device: str = "cuda", grad: bool = False) -> Tensor:
@@ -83,17 +65,17 @@ def kernels(launches: list[RecordedLaunch]) -> list[str]:
 
 def test_forward_and_backward(recorded: RecordingDriver) -> None:
     out, _ = attend(grad=True)
-    assert kernels(recorded.launches) == ["forward"] and len(recorded.maps) == MAPS["forward"]
+    assert kernels(recorded.launches) == ["forward"]
     out.backward(torch.ones_like(out))
     assert kernels(recorded.launches)[1:] == ["rowwise", "backward_dkdv", "rowwise"]
-    assert len(recorded.maps) == MAPS["forward"] + MAPS["dkdv"]
+    assert [len(launch.maps) for launch in recorded.launches] == [MAPS["forward"], 0, MAPS["dkdv"], 0]
     forward = recorded.launches[0]
     assert forward.grid[0] == 132 and forward.shared == nvrtc.SHARED_BYTES and forward.device == 0
 
 
 def test_maps_show_the_tensors(recorded: RecordingDriver) -> None:
     out, (q, k, v) = attend()
-    of_q, of_k, of_v, of_out = recorded.maps
+    of_q, of_k, of_v, of_out = recorded.launches[0].maps
     for found, x in ((of_q, q), (of_k, k), (of_v, v), (of_out, out)):
         batch, rows, heads, columns = x.shape
         assert found.address == x.data_ptr() and found.type == 9
@@ -104,7 +86,8 @@ def test_maps_show_the_tensors(recorded: RecordingDriver) -> None:
 
 def test_decoding_and_its_splits(recorded: RecordingDriver) -> None:
     decode()
-    assert kernels(recorded.launches) == ["decode", "combine"] and len(recorded.maps) == MAPS["decode"]
+    assert kernels(recorded.launches) == ["decode", "combine"]
+    assert [len(launch.maps) for launch in recorded.launches] == [MAPS["decode"], 0]
 
 
 @pytest.mark.parametrize("call", [attend, decode], ids=["dense", "decode"])
@@ -196,7 +179,7 @@ def test_pages_of_any_size(page_size: int, recorded: RecordingDriver) -> None:
     table = torch.arange(8, device="cuda").int().view(2, 4)
     lengths = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
     fastattn.attention_with_kv_cache(normal(2, 1, 8, 64), cache, cache, lengths, block_table=table, backend="cuda")
-    box_rows = recorded.maps[0].box[1]
+    box_rows = recorded.launches[0].maps[0].box[1]
     assert page_size % box_rows == 0 or box_rows >= page_size, "a box must not leave its page"
 
 
@@ -213,9 +196,9 @@ def test_the_bytes_arrive(recorded: RecordingDriver) -> None:
     inputs = fastattn.problem.Inputs(q, q, q, max_seqlen_q=70, max_seqlen_kv=70)
     results = (torch.empty_like(q), *(torch.empty(1, 2, 70, device="cuda") for _ in range(2)))
     fields = abi.forward_fields(inputs, fastattn.spec.AttentionSpec(0.125), results, 7)
-    cuda._kernels().forward(fields)
+    cuda._kernels().launch(abi.FORWARD, fields)
     (launch,) = recorded.launches
-    assert bytes(launch.params)[MAPS["forward"] * driver.MAP_BYTES : launch.param_bytes] == abi.FORWARD.pack(fields)
+    assert launch.argument[MAPS["forward"] * driver.MAP_BYTES :] == abi.FORWARD.pack(fields)
     assert launch.stream == 7
 
 

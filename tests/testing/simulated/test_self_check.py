@@ -1,4 +1,4 @@
-"""The self-check and ``fastattn verify`` on the simulated GPU: as a process, and by a call that chooses."""
+"""The self-check and ``fastattn verify`` on the simulated GPU: as a process, and by a call that selects a backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import fastattn
 from fastattn import dispatch, evidence
 from fastattn.cli import main
+from fastattn.files import cache_root
 from fastattn.testing import simulated
 from fastattn.testing import verify as verification
 
@@ -40,7 +41,7 @@ def test_a_call_checks_once_and_is_served_by_triton(
     assert out.is_cuda and [launch.kernel for launch in machine.launches] == ["forward_kernel"] * 2
     assert sum("checking the triton backend" in record.message for record in caplog.records) == 1
     assert fastattn.explain(*qkv()).chosen == "triton"
-    (kept,) = (evidence.cache_root() / "self-check").glob("*.json")
+    (kept,) = (cache_root() / "self-check").glob("*.json")
     assert '"failure": null' in kept.read_text()
 
 

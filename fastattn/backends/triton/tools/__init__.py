@@ -1,1 +1,1 @@
-"""Tools for whoever changes the Triton kernels: compile gates without a GPU, and tuning on one."""
+"""Tools for developing the Triton kernels: compile gates without a GPU, and tuning on one."""

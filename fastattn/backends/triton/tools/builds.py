@@ -39,7 +39,7 @@ TARGETS = {
 # The rows for GPUs without rows of their own must fit the smallest: consumer chips have 99 KiB, AMD's 64.
 DEFAULT_SHARED_LIMITS = {"cuda": 101376, "hip": 65536}
 KERNELS = ("forward", "backward_dkdv", "backward_dq", "backward_dbias", "decode")
-# What each row of the table is compiled for: features alone and together, the easy ones together at once.
+# The problems for which each row of the table is compiled: features alone and together, the cheap ones only together.
 EVERYTHING = "mask bias softcap alibi sinks segments dropout window causal"
 COMBINATIONS = (
     "causal", "packed window sinks causal", "mask", "bias", "softcap causal", "alibi causal", "segments causal",
@@ -60,7 +60,7 @@ BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel to compile: the row of the table, what for, and for which problem."""
+    """One kernel to compile: the row of the table, the target, and the problem."""
 
     row: str
     target: str
@@ -97,7 +97,7 @@ def combinations_of(kernel: str, bits: int) -> tuple[str, ...]:
 
 
 def served_by(kind: str, bits: int) -> list[str]:
-    """Those of them that take a kind of row, where the table has it."""
+    """The problems that use a kind of row, if the table has it."""
     from fastattn.backends.triton import configs, table
 
     kernel, kinds = kind.partition(" ")[0], {kind for _, kind, _, _ in table.TABLE}
@@ -109,7 +109,7 @@ def all_builds(quick: bool = False) -> list[Build]:
     """Every row of the table, and in bf16 other head dims.
 
     Args:
-        quick: those of ``cuda:90`` and ``hip`` that most people use.
+        quick: the most common builds for ``cuda:90`` and ``hip`` only.
     """
     from fastattn.backends.triton.table import TABLE
 
@@ -135,7 +135,7 @@ def all_builds(quick: bool = False) -> list[Build]:
 
 
 def sampled(count: int, seed: int = 0) -> list[Build]:
-    """Up to as many more in bf16, features drawn at random: what ``all_builds`` may not have thought of."""
+    """Up to ``count`` builds in bf16 with features drawn at random, beyond the combinations of ``all_builds``."""
     from fastattn.backends.triton.table import TABLE
 
     draw = random.Random(seed)
@@ -161,7 +161,7 @@ def _quick() -> set[Build]:
 
 
 def tensor_core_of(build: Build) -> str:
-    """The instructions to look for. HGMMA multiplies 64 rows at a time, which decoding and small tiles do not have."""
+    """A pattern of the tensor-core instructions of a build. HGMMA needs 64 rows, so smaller tiles use HMMA."""
     wanted = TARGETS[build.target].tensor_core
     config = config_of(build)
     rows = config.block_n if build.kernel == "backward_dkdv" else config.block_m
@@ -170,7 +170,7 @@ def tensor_core_of(build: Build) -> str:
 
 
 def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
-    """Grouped heads, 16k tokens, no memory."""
+    """The problem of a build, with grouped heads and 16k tokens, on the meta device."""
     batch, s, heads_q, heads_kv, d, d_v = 2, 16384, 16, 4, build.head_dim, build.head_dim_v or build.head_dim
     features = build.combination.split()
     dtype = torch.bfloat16 if build.bits == 16 else torch.float32
@@ -207,7 +207,7 @@ def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
 
 
 def cache_problem_of(build: Build) -> tuple[CacheInputs, AttentionSpec]:
-    """Grouped heads, caches for 32k tokens each, no memory."""
+    """The problem of a build on caches, with grouped heads and 32k tokens each, on the meta device."""
     batch, s, heads_q, heads_kv, page_size, d = 2, 32768, 32, 4, 16, build.head_dim
     features = build.combination.split()
     dtype = torch.bfloat16 if build.bits == 16 else torch.float32

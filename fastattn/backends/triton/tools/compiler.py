@@ -1,4 +1,4 @@
-"""Makes a process one in which launching a kernel compiles it, for a GPU that need not be there, and does no more."""
+"""Turns launches of kernels in a process into compilations, for a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Compile = Callable[[], Any]  # compiles the kernel that was to be launched, and 
 
 
 class Target(NamedTuple):
-    """What Triton compiles for."""
+    """The architecture that Triton compiles for."""
 
     backend: str
     arch: int | str
@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 
 def present_target(device: torch.device) -> Target:
-    """That of a GPU that is there."""
+    """The target of a present GPU."""
     import triton
 
     with torch.cuda.device(device):
@@ -33,9 +33,9 @@ def compile_only(
     """Replace Triton's driver and its launches in this process, for good.
 
     Args:
-        target: what to compile for now.
-        device: a number for it: Triton keeps what it compiled by device.
-        launched: called instead of a launch, with the kernel's name, all its arguments and what compiles it, or not.
+        target: returns the current target.
+        device: returns a number for the target, by which Triton caches compiled kernels.
+        launched: called instead of a launch, with the kernel's name, its arguments and a function that compiles it.
     """
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -62,7 +62,7 @@ def compile_only(
 
 
 def signature(value: Any) -> str:
-    """What a kernel is compiled for, of the arguments of a launch; numbers count by their kind alone."""
+    """The arguments of a launch as far as a kernel is compiled for them: of a number only its type counts."""
     if isinstance(value, torch.Tensor):
         return str(value.dtype)
     if isinstance(value, dict):

@@ -20,10 +20,10 @@ CUDA_REGISTERS, RESERVED_SHARED = 65536, 1024
 class Figures:
     """Figures from the machine code of a build; ``error`` if it does not compile.
 
-    ``repeats`` is how often tensor cores compute a product, on average: warps for which a tile has no rows or columns
-    left repeat what others do. ``sync_loads`` counts loads in loops that are not pipelined, so that their latency is
-    paid in every step; ``conversions`` counts changes of layout in loops, which go through shared memory;
-    ``programs`` is how many programs a multiprocessor holds at a time, 0 where it is not known (AMD).
+    ``repeats`` is how often tensor cores compute a product, on average: if a tile has too few rows or columns for all
+    warps, some repeat the work of others. ``sync_loads`` counts loads in loops that are not pipelined, whose latency
+    delays every step; ``conversions`` counts changes of layout in loops, which go through shared memory; ``programs``
+    is the number of programs that a multiprocessor holds at a time, 0 if unknown (AMD).
     """
 
     registers: int = 0
@@ -68,7 +68,7 @@ def read(kernel: Any, target: Target, tensor_core: str) -> Figures:
 
 
 def programs_of(registers: int, shared: int, warps: int, target: Target) -> int:
-    """How many programs of a kernel an NVIDIA multiprocessor holds: registers come in units of 256 for each warp."""
+    """The programs of a kernel that an NVIDIA multiprocessor holds; a warp takes registers in units of 256."""
     of_warp = -(-registers * target.warp_size // 256) * 256
     by_registers = CUDA_REGISTERS // (of_warp * warps)
     # each block takes a kilobyte of shared memory for the system
@@ -84,7 +84,7 @@ def loops_in(ttgir: str) -> list[str]:
         if open_loops and indent == open_loops[-1][0] and line.lstrip().startswith("}"):
             innermost += open_loops.pop()[1]
             for _, outer in open_loops:
-                outer.clear()  # it holds a loop: what stands in it runs less often
+                outer.clear()  # it contains a loop, so its own lines run less often
             continue
         if open_loops:
             open_loops[-1][1].append(line)
@@ -94,7 +94,7 @@ def loops_in(ttgir: str) -> list[str]:
 
 
 def repeats_in(ttgir: str) -> float:
-    """See ``Figures``. Products on Blackwell, which no warp owns, are not looked at."""
+    """``Figures.repeats``. Products on Blackwell do not belong to warps and are ignored."""
     covered = {}  # by all warps of a layout together: rows, columns
     for name, *warps, rows, columns in re.findall(_LAYOUT, ttgir):
         covered[name] = int(warps[0]) * int(rows), int(warps[1]) * int(columns)

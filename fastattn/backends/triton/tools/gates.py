@@ -1,9 +1,9 @@
-"""Compile gates of the Triton backend: every configuration of its table compiled for GPUs that need not be there.
+"""Compile gates of the Triton backend: every configuration of its table is compiled, without a GPU, and checked.
 
-The backend's own launch code runs, on tensors without memory and under a driver that only names its target, so what is
-compiled is what a GPU would get. From the machine code come registers, stack (spills), shared memory, and the number
-of tensor-core instructions, from the layouts of tiles how often products are computed. A gate fails on a spill, on too
-much shared memory, where tensor cores are not used, and where a figure has moved away from the expected one.
+The backend's own launch code runs on meta tensors and under a driver that only names a target, so the compiled kernels
+are those that a GPU would run. The machine code shows registers, stack (spills), shared memory, and the number of
+tensor-core instructions; the layouts of tiles show how often products are computed. A gate fails on a spill, on too
+much shared memory, if tensor cores are not used, and if a figure differs from the expected one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fastattn.spec import AttentionSpec
 
 TENSOR_MEMORY = 512  # columns; Blackwell's products are summed there. Triton compiles a stub if they do not suffice
 FIGURES = ("registers", "stack", "shared", "tensor_core", "repeats", "sync_loads", "conversions", "programs")
-# How far a figure may move from the expected one before the gate asks why: compilers differ a little.
+# How far a figure may differ from the expected one, since compilers differ a little.
 TOLERANCE = {
     "registers": 16,
     "stack": 0,
@@ -56,8 +56,8 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
     """Reasons why a build fails its gates; [] if it passes.
 
     Args:
-        build: what was compiled.
-        figures: what came of it.
+        build: the build.
+        figures: the figures of the compiled kernel.
         expected: the figures of an earlier run with the same Triton, or None.
     """
     from fastattn.backends.triton import configs
@@ -86,7 +86,7 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
 
 
 def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
-    """Compile, in processes of their own (Triton must not interpret there), and yield as they finish."""
+    """Compile in separate processes, in which Triton must not interpret, and yield results as they finish."""
     with _compilers(processes) as pool:
         running = {pool.submit(_compile, build): build for build in todo}
         for done in concurrent.futures.as_completed(running):
@@ -127,7 +127,7 @@ def kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> d
 
 @contextlib.contextmanager
 def _compilers(processes: int) -> Iterator[concurrent.futures.Executor]:
-    """Processes that compile. They must be born without TRITON_INTERPRET: Triton reads it when it is imported."""
+    """Processes that compile. They are started without TRITON_INTERPRET, which Triton reads when it is imported."""
     interpreting = os.environ.pop("TRITON_INTERPRET", None)
     context = multiprocessing.get_context("spawn")
     try:
@@ -148,7 +148,7 @@ _target = TARGETS["sm_90"]
 
 
 def _start_compiler(cache: str) -> None:
-    """Make this process one in which launching a kernel compiles it, for ``_target``, and does no more."""
+    """Turn launches in this process into compilations for ``_target``."""
     os.environ["TRITON_CACHE_DIR"] = cache
     torch.set_num_threads(1)
 
@@ -192,7 +192,7 @@ def _compile(build: Build) -> Figures:
             raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
         figures = read(kernel, _target, tensor_core_of(build))
         return dataclasses.replace(figures, config=tuple(config), seconds=round(seconds, 2))
-    except Exception as error:  # whatever the compiler raises is the finding
+    except Exception as error:  # an error of the compiler is the result
         return Figures(
             config=tuple(config), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         )
@@ -216,7 +216,7 @@ def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> 
 
 
 def _one_token(pages: int, head_dim: int) -> CacheInputs:
-    """A token for each of two sequences, whose caches have ``pages`` of 8 rows; it is turned and appended first."""
+    """A token for each of two sequences, whose caches have ``pages`` of 8 rows; it is rotated and appended first."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)

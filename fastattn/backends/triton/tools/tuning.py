@@ -31,8 +31,8 @@ class Measured:
     Attributes:
         key: the row: ``(arch, kernel, bits, head dim)``.
         config: ``(BLOCK_M, BLOCK_N, num_warps, num_stages)``.
-        seconds: its time; infinite where it does not run.
-        failure: why it does not.
+        seconds: its time; infinite if it does not run.
+        failure: the reason why it does not run.
     """
 
     key: Key
@@ -53,7 +53,7 @@ def arch_of(device: torch.device) -> str:
 
 
 def row_of(key: Key) -> Config:
-    """The configuration that the backend now uses for a row, its own or one that stands in for it."""
+    """The configuration that the backend uses now for a row: that of the row, or of the one used in its place."""
     from fastattn.backends.triton import configs
 
     arch, kind, bits, head_dim = key
@@ -74,7 +74,7 @@ def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
     columns: tuple[int, ...]
     rows, columns = ((32, 64, 128), (64, 128)) if kernel.startswith("backward_dkdv") else ((64, 128), (32, 64, 128))
     if kernel.startswith("decode"):
-        rows, columns = now[:1], (32, 64, 128)  # one query row in each sequence is what is measured
+        rows, columns = now[:1], (32, 64, 128)  # decoding is measured with one query row in each sequence
     elif bits == 32:
         rows, columns = (16, 32, 64), (32, 64)
     stages = (1,) if kernel == "backward_dbias" else (1, 2, 3, 4, 5)
@@ -85,7 +85,7 @@ def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
 def measured(key: Key, todo: Iterable[Config], timer: Timer, device: torch.device) -> Iterator[Measured]:
     """Time each of ``todo`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
 
-    Decoding has caches of 16k positions for four sequences, in pages but for the rows "decode".
+    Decoding is timed on caches of 16k positions for four sequences, paged except for the rows "decode".
     """
     from fastattn.backends.triton import configs
 
@@ -93,12 +93,12 @@ def measured(key: Key, todo: Iterable[Config], timer: Timer, device: torch.devic
     for config in todo:
         try:
             yield Measured(key, config, timer(lambda config=config: work(configs.Config(*config))))  # type: ignore[misc]
-        except Exception as error:  # a configuration may ask for more than the GPU has: that is the finding
+        except Exception as error:  # a configuration that needs more than the GPU has is a failed result
             yield Measured(key, config, float("inf"), f"{type(error).__name__}: {error}".splitlines()[0][:120])
 
 
 def fastest(results: Sequence[Measured], now: Config, least_gain: float = 0.02) -> Config:
-    """The fastest configuration; that of the table unless another gains ``least_gain``, more than noise does."""
+    """The fastest configuration, or that of the table if none is faster by ``least_gain``, which exceeds noise."""
     best = min(results, key=lambda result: result.seconds)
     of_table = next((result.seconds for result in results if result.config == now), float("inf"))
     return best.config if best.seconds < of_table * (1 - least_gain) else now

@@ -26,6 +26,7 @@ class Task(ABC):
         config: of the model.
         labels: names of the labels, from ``label_names``.
         length: most tokens in a row; None is the model's.
+        chat_template: of "chat", see ``fastattn.lm.generate.ChatTemplate``; None is the default one.
 
     Raises:
         InputError: the model is of a kind that cannot serve the task, or ``length`` is more than it can read.
@@ -42,6 +43,7 @@ class Task(ABC):
         config: TransformerConfig,
         labels: Sequence[str] = (),
         length: int | None = None,
+        chat_template: str | None = None,
     ) -> None:
         if config.kind not in self.kinds:
             todo = f"Take a checkpoint or a preset of that kind for {self.name}."
@@ -51,7 +53,7 @@ class Task(ABC):
             raise input_error("length", length, allowed, "Leave it out for the longest.")
         self.tokenizer, self.length, self.labels = tokenizer, length or config.max_length, tuple(labels)
         self.has_types = config.token_types > 1
-        self.special = SpecialTokens.of(tokenizer)
+        self.special, self.chat_template = SpecialTokens.of(tokenizer), chat_template
         self.numbers = {label: number for number, label in enumerate(labels)}
 
     @classmethod
@@ -61,6 +63,10 @@ class Task(ABC):
             return ()
         given = (example.fields[cls.label_field] for example in examples)
         return tuple(sorted({name for x in given for name in ([x] if isinstance(x, str) else x)}))
+
+    def learned_text(self, example: Example) -> str:
+        """The text that is learned, of the tasks whose answer is generated text."""
+        return example.fields[str(self.answer_field)]
 
     @abstractmethod
     def add_head(self, backbone: Any) -> nn.Module:
@@ -98,11 +104,13 @@ class Task(ABC):
 
     def pair(self, first: list[int], second: list[int]) -> Feature:
         """``begin first end second end``, ``first`` cut to what fits, and which of the two each token belongs to."""
-        room = self.length - len(second) - bool(second)
+        between = [self.special.end] * (self.special.separators - 1)
+        room = self.length - bool(second) * (len(between) + len(second) + 1)
         tokens = self.special.around(first, room)
         types = [0] * len(tokens)
         if second:
-            tokens, types = [*tokens, *second, self.special.end], types + [1] * (len(second) + 1)
+            second = [*between, *second, self.special.end]
+            tokens, types = tokens + second, types + [1] * len(second)
         return {"tokens": tokens} | ({"token_types": types} if self.has_types else {})
 
     def texts(self, example: Example) -> Feature:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastattn.errors import DataError
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.scores import text_scores
 from fastattn.lm.finetune.tasks.base import Prediction, Task
-from fastattn.lm.generate import Sampling, generate
+from fastattn.lm.generate import ChatTemplate, Sampling, generate
 from fastattn.lm.generate.decode import ENDED
 from fastattn.lm.train.data import IGNORED
 from fastattn.lm.train.example_rows import ExampleBatch, Feature
@@ -23,15 +26,19 @@ class _Generates(Task):
 
     answer_field: ClassVar[str]
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return (self.special.end,)
+
     def add_head(self, backbone: Any) -> nn.Module:
         return backbone
 
     def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[Prediction]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        sampling, end = Sampling(temperature=0), self.special.end
-        steps = generate(model, begin, self.length, sampling, source=source, stop_token=end)
+        steps = generate(model, begin, self.length, Sampling(temperature=0), source=source, stop_token=self.ends)
         rows = torch.stack(list(steps), dim=1).tolist()
-        texts = (self.tokenizer.decode([token for token in row if token not in (end, ENDED)]) for row in rows)
+        texts = (self.tokenizer.decode([x for x in row if x not in (*self.ends, ENDED)]) for row in rows)
         return [{self.answer_field: text} for text in texts]
 
     def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
@@ -63,15 +70,31 @@ class Seq2Seq(_Generates):
         return self.write(model, [[self.special.target] for _ in sources], sources)
 
 
-class Instruct(_Generates):
-    """A response to a prompt, right after it: learned from the tokens of the response alone."""
+class _Responds(_Generates):
+    """A decoder that goes on after a prompt."""
 
-    name = "instruct"
     kinds = ("decoder",)
     answer_field = "response"
 
+    @abstractmethod
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens before the response."""
+
     def inputs(self, example: Example) -> list[Feature]:
         return [{"tokens": self.prompt(example)}]
+
+    def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
+
+    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+        """The "response"."""
+        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])
+
+
+class Instruct(_Responds):
+    """A response to a prompt, right after it: learned from the tokens of the response alone."""
+
+    name = "instruct"
 
     def features(self, example: Example) -> list[Feature]:
         response = self.ids(example.fields["response"])[: self.length - 1]
@@ -82,9 +105,37 @@ class Instruct(_Generates):
     def prompt(self, example: Example) -> list[int]:
         return [*self.special.opening(), *self.ids(example.fields["prompt"])] or [self.special.end]
 
-    def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
-        return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
-    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
-        """The "response"."""
-        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])
+class Chat(_Responds):
+    """The assistant's turns of a conversation, each learned after all that precedes it.
+
+    The template makes the tokens. A conversation that is too long loses its beginning.
+    """
+
+    name = "chat"
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        begin, end, _ = self.special.names(self.tokenizer)
+        return ChatTemplate(self.chat_template, self.tokenizer, begin=begin, end=end)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (*super().ends, *self.template.stops)
+
+    def _messages(self, example: Example) -> list[dict[str, str]]:
+        return [*example.fields["messages"], {"role": "assistant", "content": example.fields["response"]}]
+
+    def learned_text(self, example: Example) -> str:
+        return "".join(x["content"] for x in self._messages(example) if x["role"] == "assistant")
+
+    def features(self, example: Example) -> list[Feature]:
+        try:
+            tokens, learned = self.template.learned(self._messages(example))
+        except DataError as error:
+            raise example.error("messages", str(error)) from error
+        labels = [token if is_learned else IGNORED for token, is_learned in zip(tokens, learned, strict=True)]
+        return [{"tokens": tokens[:-1][-self.length :], "labels": labels[1:][-self.length :]}]
+
+    def prompt(self, example: Example) -> list[int]:
+        return self.template.prompt(example.fields["messages"])

@@ -34,11 +34,13 @@ class HFFormat:
         outside: names outside the blocks.
         blocks: for each stack of blocks of ours, that of theirs and the names in a block; "gated mlp.up" is the name
             of "mlp.up" where the activation is gated.
-        heads: for each class of ``heads.py``, their class and its names.
+        heads: for each class of ``heads.py``, their class and its names; "backbone.pooler" where the pooler is part of
+            the head.
         also: classes of theirs that one of these heads serves too.
         pools: their classifier has a pooler.
         shapes: of the tensors of theirs that we hold in another shape.
         transposed: their matrices in the blocks are transposed.
+        zeros: tensors of theirs that are zero and that we lack; others are refused.
         unused: a pattern of tensors that files may have and nobody needs.
     """
 
@@ -55,15 +57,16 @@ class HFFormat:
     pools: bool = False
     shapes: dict[str, Callable[[TransformerConfig], tuple[int, ...]]] = field(default_factory=dict)
     transposed: bool = False
+    zeros: dict[str, Callable[[TransformerConfig], Tensor]] = field(default_factory=dict)
     unused: str = "$^"
 
     def names(self, ours: str, config: TransformerConfig, head: str | None) -> tuple[str, ...]:
         """The tensors of theirs that make up our tensor ``ours`` of a model with ``head``."""
         if head is not None:
-            own = ours.removeprefix("backbone.")
-            if own == ours:
-                return tuple(_join(self.heads[head][1], ours))
-            ours = own
+            table = self.heads[head][1]
+            if not ours.startswith("backbone.") or ours.rpartition(".")[0] in table:
+                return tuple(_join(table, ours))
+            ours = ours.removeprefix("backbone.")
         for stack, (theirs, table) in self.blocks.items():
             if ours.startswith(stack + "."):
                 number, _, rest = ours.removeprefix(stack + ".").partition(".")

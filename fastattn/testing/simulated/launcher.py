@@ -1,0 +1,82 @@
+"""Triton's own launcher over the recording driver: what its compiled C code makes of our kernels' arguments.
+
+For a process of its own, in which no kernel is interpreted. A kernel is compiled as far as Triton's first form, which
+decides on its parameters; the text that stands for its machine code says how many bytes each of them takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fastattn.backends import load
+from fastattn.testing.simulated.recording import RecordingDriver
+
+CAPABILITY = 90
+STREAM = 7
+_PARAMETER = re.compile(r"%[\w.]+: (!tt\.ptr<[^>]*>|[a-z]+\d+)")
+_BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f32": 4, "f64": 8}
+
+
+def use(recording: RecordingDriver) -> None:
+    """From now on Triton launches on tensors in host memory, as on a GPU whose driver is ``recording``.
+
+    It does so through the environment, too, which has to be set before Triton is imported.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="fastattn-launcher-"))
+    (folder / "libcuda.so.1").symlink_to(recording.path)  # the launcher is linked with it
+    os.environ.update(TRITON_INTERPRET="0", TRITON_LIBCUDA_PATH=str(folder), TRITON_CACHE_DIR=str(folder / "cache"))
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    class HostDriver(nvidia.CudaDriver):
+        """Its own, but for devices and streams, which torch does not have here."""
+
+        def __init__(self) -> None:
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+
+        is_active = staticmethod(lambda: True)
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device=None: STREAM)
+        set_current_device = staticmethod(lambda device: None)
+        get_device_capability = staticmethod(lambda device=0: divmod(CAPABILITY, 10))
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", CAPABILITY, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+
+    CUDABackend.add_stages = _stages
+    recording.bind(0)
+    driver.set_active(HostDriver())
+
+
+@contextlib.contextmanager
+def host_tensors(backend: str) -> Iterator[None]:
+    """``backend`` serves calls on tensors in host memory while inside, as if they lay on a GPU."""
+    with mock.patch.multiple(load(backend), unsupported_reasons=lambda _: [], unavailable_reason=lambda: None):
+        yield
+
+
+def _stages(self: Any, stages: dict[str, Callable[..., Any]], options: Any, *_: Any) -> None:
+    """In the place of ``CUDABackend.add_stages``."""
+    capability = self._parse_arch(options.arch)
+
+    def described(module: Any, metadata: dict[str, Any]) -> bytes:
+        text = next(line for line in str(module).splitlines() if "tt.func public" in line)
+        name = text.partition("@")[2].partition("(")[0]
+        sizes = [_BYTES.get(kind, 8) for kind in _PARAMETER.findall(text)]
+        metadata.update(name=name, shared=0, tmem_size=0)
+        for scratch in ("global", "profile"):
+            metadata.update({f"{scratch}_scratch_size": 0, f"{scratch}_scratch_align": 1})
+        return " ".join(map(str, [name, *sizes])).encode() + b"\0"
+
+    stages["ttir"] = lambda source, metadata: self.make_ttir(source, metadata, options, capability)
+    stages["cubin"] = described
