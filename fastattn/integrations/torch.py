@@ -295,7 +295,10 @@ def _varlen_forward(
     unused, debug_mask = rng_state.new_zeros(()).view(torch.uint64), query.new_empty(0)
     band = _sides(window_size_left, window_size_right, is_causal)
     if block_table is not None:
-        out, lse = _of_pages(query, key, value, cum_seq_q, cum_seq_k, max_q, seqused_k, block_table, band, scale)
+        out, lse = _of_pages(
+            query, key, value, block_table, starts_q=cum_seq_q, starts_k=cum_seq_k, longest_q=max_q, used=seqused_k,
+            band=band, scale=scale,
+        )  # fmt: skip
     elif seqused_k is not None:
         raise UnsupportedError("seqused_k without a block_table: pack the keys that are in use, and pass cu_seq_k.")
     else:
@@ -378,11 +381,12 @@ def _of_pages(
     query: Tensor,
     pages_k: Tensor,
     pages_v: Tensor,
+    block_table: Tensor,
+    *,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
     longest_q: int,
     used: Tensor | None,
-    block_table: Tensor,
     band: Band,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:

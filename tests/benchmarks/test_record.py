@@ -14,6 +14,7 @@ from benchmarks import report, tables
 from benchmarks.record import Record, read
 from fastattn.errors import DataError, InputError
 from fastattn.files import write_text
+from fastattn.measure.workload import Workload
 
 CPU = torch.device("cpu")
 ROOT = report.RESULTS.parent.parent
@@ -87,6 +88,9 @@ def test_what_is_no_record_is_refused(tmp_path, text, message):
 # Reports
 
 
+SHAPE = Workload(s_q=128, s_kv=128, heads_q=2, heads_kv=2, d_qk=64, d_v=64, dtype="fp32", passes=("forward",)).to_dict()
+
+
 def ops_record(device="a CPU", commit="1" * 40, dirty=False, length=128, ours=1.0):
     def a_pass(rounds, **more):
         return {"median_s": rounds[1], "spread": 0.1, "rounds_s": rounds, "tflops": 2.0, "gate": "green", **more}
@@ -95,7 +99,7 @@ def ops_record(device="a CPU", commit="1" * 40, dirty=False, length=128, ours=1.
         {
             "suite": "made up",
             "id": f"fp32 b1 s{s} h2 d64 full",
-            "workload": {"s_q": s, "dtype": "fp32", "passes": ["forward"]},
+            "workload": SHAPE | {"s_q": s, "s_kv": s},
             "peers": {
                 "fastattn": {"why": None, "passes": {"forward": a_pass([ours] * 3, peak_bytes=1_000_000 * s)}},
                 "eager": {"why": None, "passes": {"forward": a_pass([4.0, 5.0, 6.0], peak_bytes=9_000_000 * s)}},
@@ -126,6 +130,16 @@ def test_the_table_says_what_was_measured_and_why_a_number_is_missing():
     assert "1 s ±10%" in row and "128.0 MB" in row and "2.00× sdpa" in row and "50%" in row
     assert "- flex: no sinks (2 cases)" in text
     assert "- wrong: red: out max at 9 of the bound (2 cases)" in text
+
+
+def test_a_feature_is_shown_as_a_share_of_the_dense_case_of_its_shape():
+    record = ops_record()
+    dense = record["results"][0]
+    peers = {"fastattn": {"why": None, "passes": {"forward": {"tflops": 0.5}}}}
+    window = dense["workload"] | {"window": (3, 0)}
+    record["results"].append(dense | {"id": "window", "workload": window, "peers": peers})
+    row = next(line for line in tables.table(record).splitlines() if "window" in line)
+    assert [cell.strip() for cell in row.split("|")][-4:-2] == ["12%", "25%"]
 
 
 def test_the_best_peer_is_the_fastest_and_losses_are_shown():

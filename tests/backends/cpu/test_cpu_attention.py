@@ -234,8 +234,8 @@ def test_prepared_passes_give_the_same_bits(dtype):
     found = (out, alone, *kept, *grads)
     for x, name in zip(found, ("out", "out", "lse", "low", "dq", "dk", "dv"), strict=True):
         assert torch.equal(x, expected[name])
-    more = inputs.replace(mask=torch.ones(1, 1, 1, 40, dtype=torch.bool))
-    assert backend.prepared_forward(more, spec, keep=True) is None
+    drawn = inputs.replace(rng_state=torch.tensor([1, 2]))
+    assert backend.prepared_forward(drawn, spec, keep=True) is None
 
 
 def test_ids_of_64_bits_keep_their_differences():
