@@ -295,7 +295,8 @@ def _varlen_forward(
     unused, debug_mask = rng_state.new_zeros(()).view(torch.uint64), query.new_empty(0)
     band = _sides(window_size_left, window_size_right, is_causal)
     if block_table is not None:
-        out, lse = _of_pages(query, key, value, cum_seq_q, cum_seq_k, max_q, seqused_k, block_table, band, scale)
+        lengths = seqused_k if seqused_k is not None else cum_seq_k if cum_seq_k is None else cum_seq_k.diff()
+        out, lse = _of_pages((query, key, value), (cum_seq_q, max_q), lengths, block_table, band, scale)
     elif seqused_k is not None:
         raise UnsupportedError("seqused_k without a block_table: pack the keys that are in use, and pass cu_seq_k.")
     else:
@@ -375,23 +376,19 @@ def _packed_flat(
 
 
 def _of_pages(
-    query: Tensor,
-    pages_k: Tensor,
-    pages_v: Tensor,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    longest_q: int,
-    used: Tensor | None,
+    query_and_pages: tuple[Tensor, Tensor, Tensor],
+    boundaries_q: tuple[Tensor | None, int],
+    lengths: Tensor | None,
     block_table: Tensor,
     band: Band,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if used is None and starts_k is None:
-        raise UnsupportedError("a block_table with neither seqused_k nor cu_seq_k: how many keys are there?")
-    lengths = used if used is not None else starts_k.diff()  # type: ignore[union-attr]
+    if lengths is None:
+        raise UnsupportedError("a block_table with neither seqused_k nor cu_seq_k: pass one, the lengths of the keys.")
+    starts_q, longest_q = boundaries_q
     packed: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": longest_q} if starts_q is not None else {}
     found = attention_with_kv_cache(
-        query, pages_k, pages_v, lengths.to(torch.int32), block_table=block_table, causal=False, window=band,
+        *query_and_pages, lengths.to(torch.int32), block_table=block_table, causal=False, window=band,
         scale=scale, return_lse=True, **packed,
     )  # fmt: skip
     assert isinstance(found, tuple)

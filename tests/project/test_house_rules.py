@@ -23,6 +23,7 @@ STAND_INS = {
     "MultiHeadAttention.__init__", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func",
     "flash_attn_with_kvcache", "flash_attn_kvpacked_func", "flash_attn_varlen_qkvpacked_func",
     "flash_attn_varlen_kvpacked_func", "_flash_forward", "_flash_backward",
+    "_varlen_forward", "_varlen_backward",
 }  # fmt: skip
 CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
