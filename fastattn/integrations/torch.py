@@ -26,7 +26,7 @@ from fastattn.errors import InputError, UnsupportedError
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
-# A backend of fastattn may call torch's attention, which must not be overridden then.
+# A backend of fastattn may call torch's attention, which must not come back here.
 _serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
 
 
@@ -55,7 +55,7 @@ def override_sdpa(*, quiet: bool = False) -> Iterator[SdpaReport]:
     It reaches all code that looks the function up at each call, ``F.scaled_dot_product_attention(...)``, including
     ``nn.MultiheadAttention``. A module that has executed ``from torch.nn.functional import
     scaled_dot_product_attention`` keeps torch's. A function compiled inside the block keeps fastattn after it. Calls
-    that fastattn does not serve here, nested tensors for example, go to torch; the report counts them by reason and is
+    that fastattn cannot compute, nested tensors for example, go to torch; the report counts them by reason and is
     printed to stderr at the end if there are any.
 
     Args:
@@ -136,10 +136,10 @@ def _now_serving() -> Iterator[None]:
 def register_flash_attention(name: str = "fastattn") -> None:
     """Add fastattn to torch's registry of flash attention. This changes nothing until it is activated there.
 
-    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, fastattn computes the calls that
-    ``scaled_dot_product_attention`` sends to its flash kernel on a CUDA device (fp16 or bf16, no mask), forward and
-    backward, and those of ``torch.nn.attention.varlen.varlen_attn``, with its windows, pages and ``out``.
-    ``restore_flash_attention_impl()`` ends it. Nested tensors keep torch's kernel. Not yet run on a GPU.
+    After ``torch.nn.attention.activate_flash_attention_impl("fastattn")``, what ``scaled_dot_product_attention`` sends
+    to its flash kernel on a CUDA device (fp16 or bf16, no mask) is computed by fastattn, forward and backward, and so
+    is ``torch.nn.attention.varlen.varlen_attn``, with its windows, pages and ``out`` as well.
+    ``restore_flash_attention_impl()`` ends it. Not yet run on a GPU.
 
     Args:
         name: the name to register under.
@@ -243,7 +243,7 @@ def _flash_backward(
     flat = _flat(query, key, value, dropout_p, is_causal, philox_seed.view(torch.int64), scale)
     grad_out, out = (x.transpose(1, 2).contiguous() for x in (grad_out, out))
     needs = [True, True, True, False, False]
-    lse = logsumexp.contiguous()  # torch saves no lse_low
+    lse = logsumexp.contiguous()  # torch keeps no more of it
     grads = torch.ops.fastattn.backward(grad_out, None, out, lse, torch.zeros_like(lse), *flat, needs)
     dq, dk, dv = (x.transpose(1, 2) for x in grads[:3])
     return dq, dk, dv
@@ -295,10 +295,8 @@ def _varlen_forward(
     unused, debug_mask = rng_state.new_zeros(()).view(torch.uint64), query.new_empty(0)
     band = _sides(window_size_left, window_size_right, is_causal)
     if block_table is not None:
-        out, lse = _of_pages(
-            query, key, value, block_table, starts_q=cum_seq_q, starts_k=cum_seq_k, longest_q=max_q, used=seqused_k,
-            band=band, scale=scale,
-        )  # fmt: skip
+        lengths = seqused_k if seqused_k is not None else cum_seq_k if cum_seq_k is None else cum_seq_k.diff()
+        out, lse = _of_pages((query, key, value), (cum_seq_q, max_q), lengths, block_table, band, scale)
     elif seqused_k is not None:
         raise UnsupportedError("seqused_k without a block_table: pack the keys that are in use, and pass cu_seq_k.")
     else:
@@ -378,24 +376,19 @@ def _packed_flat(
 
 
 def _of_pages(
-    query: Tensor,
-    pages_k: Tensor,
-    pages_v: Tensor,
+    query_and_pages: tuple[Tensor, Tensor, Tensor],
+    boundaries_q: tuple[Tensor | None, int],
+    lengths: Tensor | None,
     block_table: Tensor,
-    *,
-    starts_q: Tensor | None,
-    starts_k: Tensor | None,
-    longest_q: int,
-    used: Tensor | None,
     band: Band,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:
-    if used is None and starts_k is None:
-        raise UnsupportedError("a block_table with neither seqused_k nor cu_seq_k: how many keys are there?")
-    lengths = used if used is not None else starts_k.diff()  # type: ignore[union-attr]
+    if lengths is None:
+        raise UnsupportedError("a block_table with neither seqused_k nor cu_seq_k: pass one, the lengths of the keys.")
+    starts_q, longest_q = boundaries_q
     packed: dict[str, Any] = {"cu_seqlens_q": starts_q, "max_seqlen_q": longest_q} if starts_q is not None else {}
     found = attention_with_kv_cache(
-        query, pages_k, pages_v, lengths.to(torch.int32), block_table=block_table, causal=False, window=band,
+        *query_and_pages, lengths.to(torch.int32), block_table=block_table, causal=False, window=band,
         scale=scale, return_lse=True, **packed,
     )  # fmt: skip
     assert isinstance(found, tuple)
