@@ -112,6 +112,34 @@ class Grads:
     dsinks: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Tangents:
+    """Directions in which the differentiable inputs move, shaped like them; None stands still."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of each query row that the backward pass reads, or their tangents, of which None is zero.
+
+    Attributes:
+        dout: gradient of ``out``, shaped like it.
+        dlse: gradient of ``lse``.
+        out, lse, lse_low: results of the forward pass. ``lse_low`` has no tangent: that of ``lse`` is exact enough.
+    """
+
+    dout: Tensor | None = None
+    dlse: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    lse_low: Tensor | None = None
+
+
 def check_rank(
     tensors: Mapping[str, Tensor],
     dims: range,
@@ -292,7 +320,7 @@ class Problem:
         dtype: of q, k and v.
         head_dim_qk, head_dim_v: head dims.
         group: query heads per key/value head.
-        features: what of the spec is used, among FEATURES and CACHE_FEATURES.
+        features: what is asked for, among FEATURES, DERIVATIVE_FEATURES and CACHE_FEATURES.
         needs_grad: whether a backward pass will follow (or is asked for).
         deterministic: torch.use_deterministic_algorithms is on.
         page_size: rows of a page of a paged cache; 0 without one.
@@ -310,7 +338,8 @@ class Problem:
     page_size: int = 0
 
     @classmethod
-    def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False) -> Problem:
+    def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False, also: Sequence[str] = ()) -> Problem:
+        """The facts of a call; ``also`` names what is asked besides the forward and backward pass."""
         q = inputs.q
         return cls(
             device=q.device.type,
@@ -319,7 +348,7 @@ class Problem:
             head_dim_qk=q.shape[-1],
             head_dim_v=inputs.v.shape[-1],
             group=inputs.heads_q // inputs.heads_kv,
-            features=frozenset(used_features(inputs, spec)),
+            features=frozenset((*used_features(inputs, spec), *also)),
             needs_grad=needs_grad,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -329,6 +358,8 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
+# What may be asked for besides the two passes: Jacobian-vector products of both, "jvp" (``Backend.jvp``).
+DERIVATIVE_FEATURES = ("jvp",)
 # What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
 # sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
+from fastattn.problem import (
+    CACHE_FEATURES,
+    DERIVATIVE_FEATURES,
+    FEATURES,
+    FLOATS,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Tangents,
+)
 from fastattn.spec import AttentionSpec
 
 # Serves calls that are alike in the shape, strides, dtype and device of every tensor, and in the spec.
@@ -29,7 +39,8 @@ class Capabilities:
     Attributes:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
-        features: members of ``problem.FEATURES`` and, for a backend with ``attend_to_cache``, ``CACHE_FEATURES``.
+        features: members of ``problem.FEATURES``; ``DERIVATIVE_FEATURES`` for a backend with ``jvp``, and
+        ``CACHE_FEATURES`` for one with ``attend_to_cache``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
         deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``,
@@ -45,7 +56,7 @@ class Capabilities:
     deterministic_by_flag: bool = False
 
     def __post_init__(self) -> None:
-        known = (*FEATURES, *CACHE_FEATURES)
+        known = (*FEATURES, *DERIVATIVE_FEATURES, *CACHE_FEATURES)
         unknown = self.features - set(known)
         if unknown:
             raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
@@ -93,6 +104,29 @@ class Backend:
     ) -> Grads:
         """The gradients of the inputs named in ``needs`` (members of ``problem.DIFFERENTIABLE``)."""
         raise NotImplementedError(f"the {self.name} backend serves caches alone")
+
+    def jvp(self, tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """The tangents of ``out`` and ``lse`` as the inputs move along ``tangents``.
+
+        ``results`` are those of a forward pass, by any backend. Only one that declares "jvp" is asked, here and below.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'jvp'")
+
+    def backward_jvp(
+        self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        """The tangents of the gradients named in ``needs``.
+
+        Args:
+            rows: what the backward pass is given.
+            moved: the tangents of ``dout`` and ``dlse``, None where they stand still, and those of ``out`` and ``lse``,
+                which ``jvp`` computes from ``tangents``.
+            tangents: those of the inputs.
+            inputs: the tensors.
+            spec: the scalars.
+            needs: members of ``problem.DIFFERENTIABLE``.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'jvp'")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, if there are any, in the cache; ``(out, lse)`` of all that it then holds.

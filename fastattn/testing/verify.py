@@ -18,7 +18,8 @@ from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
-from fastattn.testing.inputs import make
+from fastattn.testing.derivatives import measure_derivatives
+from fastattn.testing.inputs import Sample, make
 from fastattn.testing.tolerance import Row, measure
 from fastattn.version import __version__
 
@@ -146,13 +147,19 @@ def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int =
     else:
         sample = make(case, device, seed)
         problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
-        run = partial(measure, backend, sample)
+        run = partial(_measure_passes, backend, sample)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:
         return Result(backend, case, tuple(run()))
     except Exception as error:
         return Result(backend, case, broken=f"{type(error).__name__}: {error}")
+
+
+def _measure_passes(backend: str, sample: Sample) -> list[Row]:
+    """The judgements of both passes, and of their Jacobian-vector products where the backend has them."""
+    rows = measure(backend, sample)
+    return rows + measure_derivatives(backend, sample) if "jvp" in load(backend).capabilities.features else rows
 
 
 def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:

@@ -34,7 +34,7 @@ VOCABULARY = {
 }  # fmt: skip
 CORE = VOCABULARY | {
     "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
-    "serving",
+    "serving", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": VOCABULARY | {"backends", "dispatch", "reference"},
-    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
+    "vmap": {"problem"},
+    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals", "vmap"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
