@@ -1,7 +1,7 @@
 """The formula of ``spec.py`` in eager torch ops: forward, and backward in closed form. Any device, any float dtype.
 
-This is what everything else is measured against, and the path that stays differentiable to any order (its
-operations are ordinary torch ops, so jvp, double backward and vmap work through it). It holds the whole
+This is what everything else is measured against, and the path that stays differentiable to any order: its operations
+are ordinary torch ops. It holds the whole
 ``S_q x S_kv`` score matrix. With ``p`` the probabilities, ``z`` dropout's factors (0 or ``dropout_scale``):
 
     dv    = (p * z)^T dout
@@ -211,7 +211,7 @@ def jvp(
     moving = {name: x for name in DIFFERENTIABLE if (x := getattr(tangents, name)) is not None}
     primals = tuple(getattr(inputs, name) for name in moving)
     out, lse = jacobian_product(moved, primals, tuple(moving.values()))
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 def jacobian_product(

@@ -147,7 +147,7 @@ def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int =
     else:
         sample = make(case, device, seed)
         problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
-        run = partial(_measure_passes, backend, sample)
+        run = partial(measure_all, backend, sample)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:
@@ -156,7 +156,7 @@ def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int =
         return Result(backend, case, broken=f"{type(error).__name__}: {error}")
 
 
-def _measure_passes(backend: str, sample: Sample) -> list[Row]:
+def measure_all(backend: str, sample: Sample) -> list[Row]:
     """The judgements of both passes, and of their Jacobian-vector products where the backend has them."""
     rows = measure(backend, sample)
     return rows + measure_derivatives(backend, sample) if "jvp" in load(backend).capabilities.features else rows
