@@ -23,7 +23,19 @@ from fastattn.backends.base import Backend, Outputs, Run
 from fastattn.dispatch import reasons, requested, select
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
-from fastattn.problem import DERIVATIVE_FEATURES, DIFFERENTIABLE, TENSORS, Grads, Inputs, Problem, Rows, Tangents
+from fastattn.problem import (
+    DERIVATIVE_FEATURES,
+    DIFFERENTIABLE,
+    STATISTICS_FEATURES,
+    TENSORS,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec, kept_pairs
 from fastattn.storage import check_storages
@@ -121,7 +133,7 @@ def _jvp(out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any) -> tuple[Tensor,
     moving, flat = args[: len(DIFFERENTIABLE)], args[len(DIFFERENTIABLE) :]
     inputs, spec, backend = unflatten(flat)
     results = Rows(out=out, lse=lse, lse_low=lse_low)
-    return _derived_by(inputs, spec, backend).jvp(_tangents(moving), results, inputs, spec)
+    return _able(inputs, spec, backend, DERIVATIVE_FEATURES).jvp(_tangents(moving), results, inputs, spec)
 
 
 def _backward_jvp(*args: Any) -> tuple[Tensor, ...]:
@@ -129,7 +141,7 @@ def _backward_jvp(*args: Any) -> tuple[Tensor, ...]:
     *flat, needed = args[9 + len(DIFFERENTIABLE) :]
     inputs, spec, backend = unflatten(tuple(flat))
     known, moved = Rows(*rows), Rows(dout_moved, dlse_moved, out_moved, lse_moved)
-    chosen = _derived_by(inputs, spec, backend)
+    chosen = _able(inputs, spec, backend, DERIVATIVE_FEATURES)
     return in_order(chosen.backward_jvp(known, moved, _tangents(moving), inputs, spec, names_of(needed)), rows[0])
 
 
@@ -137,10 +149,26 @@ def _tangents(moving: Sequence[Tensor | None]) -> Tangents:
     return Tangents(*(None if x is None else _with_contiguous_rows(x) for x in moving))
 
 
-def _derived_by(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Backend:
-    """The backend of a Jacobian-vector product: the one asked for if it has any, else the first that does."""
-    problem, name = Problem.of(inputs, spec, needs_grad=True, also=DERIVATIVE_FEATURES), requested(backend)
+def _able(inputs: Inputs, spec: AttentionSpec, backend: str | None, also: Sequence[str]) -> Backend:
+    """The backend of what not all have: the one asked for if it has it, else the first that does."""
+    problem, name = Problem.of(inputs, spec, needs_grad=True, also=also), requested(backend)
     return select(problem, None if name is not None and reasons(problem)[name] else name)
+
+
+def statistics(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Statistics:
+    """The statistics of the weights. No operator: under compilers and transforms the formula is derived."""
+    refuse_context_parallel()
+    _check_values(inputs)
+    with without_autocast(inputs.q.device.type):
+        return _able(inputs, spec, backend, STATISTICS_FEATURES).statistics(inputs, spec)
+
+
+def statistics_backward(
+    gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, backend: str | None, needs: Sequence[str]
+) -> Grads:
+    """The gradients of the inputs named in ``needs``, among which v is not."""
+    with without_autocast(inputs.q.device.type):
+        return _able(inputs, spec, backend, STATISTICS_FEATURES).statistics_backward(gradient, inputs, spec, needs)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:

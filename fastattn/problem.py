@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,12 @@ class Inputs:
             return (self.q.shape[1], self.q.shape[0])
         return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
 
+    def key_shape(self) -> tuple[int, ...]:
+        """Of a number for each key and query head: ``(B, H_q, S_kv)``, or ``(H_q, T_kv)`` if packed."""
+        if self.is_packed:
+            return (self.q.shape[1], self.k.shape[0])
+        return (self.q.shape[0], self.q.shape[2], self.k.shape[1])
+
     def replace(self, **changes: object) -> Inputs:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
@@ -110,6 +117,36 @@ class Grads:
     dv: Tensor | None = None
     dbias: Tensor | None = None
     dsinks: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """Statistics of the weights before dropout, or gradients of them; ``spec.py`` defines each.
+
+    Of rows they are ``(B, H_q, S_q)``, packed ``(H_q, T_q)``; of keys ``(B, H_q, S_kv)``, packed ``(H_q, T_kv)``. They
+    are fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        entropy: of each row, in nats; differentiable.
+        largest_logit: the largest score of each row; differentiable.
+        largest_key: its position in the sequence, int64; -1 in an empty row.
+        key_sum: the sum of each key's weights; differentiable.
+        key_max: the largest of each key's weights.
+    """
+
+    entropy: Tensor
+    largest_logit: Tensor
+    largest_key: Tensor
+    key_sum: Tensor
+    key_max: Tensor
+
+
+@dataclass(frozen=True)
+class StatisticsGradient:
+    """Gradients of the differentiable statistics; None is zero."""
+
+    entropy: Tensor | None = None
+    largest_logit: Tensor | None = None
+    key_sum: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -320,7 +357,7 @@ class Problem:
         dtype: of q, k and v.
         head_dim_qk, head_dim_v: head dims.
         group: query heads per key/value head.
-        features: what is asked for, among FEATURES, DERIVATIVE_FEATURES and CACHE_FEATURES.
+        features: what is asked for, a member of any of the tuples ``*FEATURES`` below.
         needs_grad: whether a backward pass will follow (or is asked for).
         deterministic: torch.use_deterministic_algorithms is on.
         page_size: rows of a page of a paged cache; 0 without one.
@@ -360,6 +397,8 @@ FEATURES = (
 )  # fmt: skip
 # What may be asked for besides the two passes: Jacobian-vector products of both, "jvp" (``Backend.jvp``).
 DERIVATIVE_FEATURES = ("jvp",)
+# Or statistics of the weights, with their gradients (``Backend.statistics``).
+STATISTICS_FEATURES = ("statistics",)
 # What attention_with_kv_cache may need besides: keys and values in a cache, which new ones may be appended to. A
 # sequence with more than PROMPT_ROWS query rows is a "prompt": no longer reading the cache but computing decides.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")

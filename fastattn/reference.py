@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastattn import kv_cache, numerics, rng
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Tangents
+from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents
 from fastattn.spec import AttentionSpec, distance, keep
 
 
@@ -197,6 +197,45 @@ def backward(
         dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
         dsinks=_sink_gradient(t, (lse, lse_low), shift, inputs) if "sinks" in needs else None,
     )
+
+
+def statistics(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None) -> Statistics:
+    """The statistics that the spec defines; ``dtype`` is that of the computation, as in ``forward``."""
+    t = _terms(inputs, spec, dtype or compute_dtype(inputs))
+    p = _weights(t, *_normaliser(t))
+    entropy = -(p * torch.where(p > 0, p, 1).log()).sum(-1)
+    if t.scores.shape[-1] == 0 or t.scores.shape[-2] == 0:
+        largest, key = torch.full_like(entropy, numerics.NEVER), torch.full_like(entropy, -1, dtype=torch.long)
+        key_max = torch.zeros_like(p.sum(-2))
+    else:
+        largest, key = t.scores.max(-1)
+        positions = t.positions.j.flatten()[key]
+        key = torch.where(largest == numerics.NEVER, -1, positions)
+        key_max = p.detach().amax(-2)
+    found = (entropy, largest, key, p.sum(-2), key_max)
+    results = (x if x.dtype == torch.long else x.to(lse_dtype(inputs.q.dtype)) for x in found)
+    return Statistics(*((x[0] if inputs.is_packed else x).contiguous() for x in results))
+
+
+def statistics_backward(
+    gradient: StatisticsGradient,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Grads:
+    """The gradients named in ``needs`` of the differentiable statistics, as torch derives them."""
+    names = ("entropy", "largest_logit", "key_sum")
+
+    def differentiable(*values: Tensor) -> tuple[Tensor, ...]:
+        found = statistics(inputs.replace(**dict(zip(needs, values, strict=True))), spec, dtype)
+        return tuple(getattr(found, name) for name in names)
+
+    values, pull_back = torch.func.vjp(differentiable, *(getattr(inputs, name) for name in needs))  # type: ignore[misc]
+    given = (getattr(gradient, name) for name in names)
+    found = pull_back(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(values, given, strict=True)))
+    return Grads(**{f"d{name}": x for name, x in zip(needs, found, strict=True)})
 
 
 def jvp(

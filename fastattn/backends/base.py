@@ -18,10 +18,13 @@ from fastattn.problem import (
     DERIVATIVE_FEATURES,
     FEATURES,
     FLOATS,
+    STATISTICS_FEATURES,
     Grads,
     Inputs,
     Problem,
     Rows,
+    Statistics,
+    StatisticsGradient,
     Tangents,
 )
 from fastattn.spec import AttentionSpec
@@ -39,8 +42,8 @@ class Capabilities:
     Attributes:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
-        features: members of ``problem.FEATURES``; ``DERIVATIVE_FEATURES`` for a backend with ``jvp``, and
-        ``CACHE_FEATURES`` for one with ``attend_to_cache``.
+        features: members of ``problem.FEATURES``; ``DERIVATIVE_FEATURES`` for a backend with ``jvp``,
+        ``STATISTICS_FEATURES`` for one with ``statistics``, and ``CACHE_FEATURES`` for one with ``attend_to_cache``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), where the device is CUDA.
         deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``,
@@ -56,7 +59,7 @@ class Capabilities:
     deterministic_by_flag: bool = False
 
     def __post_init__(self) -> None:
-        known = (*FEATURES, *DERIVATIVE_FEATURES, *CACHE_FEATURES)
+        known = (*FEATURES, *DERIVATIVE_FEATURES, *STATISTICS_FEATURES, *CACHE_FEATURES)
         unknown = self.features - set(known)
         if unknown:
             raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
@@ -127,6 +130,16 @@ class Backend:
             needs: members of ``problem.DIFFERENTIABLE``.
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'jvp'")
+
+    def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
+        """The statistics of the weights. Only a backend that declares "statistics" is asked, here and below."""
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
+
+    def statistics_backward(
+        self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        """The gradients of the inputs named in ``needs``, among which v is not."""
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, if there are any, in the cache; ``(out, lse)`` of all that it then holds.

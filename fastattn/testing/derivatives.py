@@ -154,8 +154,7 @@ class _Condition:
         sample = self.sample
         t = self._scores_moved()
         p2 = self.p.square()
-        sinks = self.motion.tangents.sinks
-        of_sink2 = 0.0 if sinks is None else self.sink_weight * float(sinks.square().amax())
+        of_sink2 = self.sink_weight * _largest_square(self.motion.tangents.sinks)
         lse2 = (self.weight * t.square() + p2 * self.moved2).sum(-1) + of_sink2
         out2 = self.dropped * (self.weight @ self.v2) + self.stored * self._of_rows(self.out).square()
         lse_moved = self.exact["lse"].view(self.row_shape)
@@ -211,9 +210,7 @@ class _Condition:
         return {name: make() for name, make in makers.items() if name in exact}
 
     def _sink_apart2(self, lse2: Tensor) -> Tensor:
-        sinks = self.motion.tangents.sinks
-        largest = 0.0 if sinks is None else float(sinks.square().amax())
-        return largest + lse2 + self.exact["lse"].view(self.row_shape).square()
+        return _largest_square(self.motion.tangents.sinks) + lse2 + self.exact["lse"].view(self.row_shape).square()
 
     def _moved_score_gradient(self) -> Tensor:
         """The tangent of the gradient of the finished scores."""
@@ -226,3 +223,7 @@ class _Condition:
         grads = reference.backward_jvp(rows, moved, tangents, inputs, self.sample.spec, ("bias",))
         assert grads.dbias is not None
         return grads.dbias
+
+
+def _largest_square(x: Tensor | None) -> float:
+    return 0.0 if x is None or not x.numel() else float(x.square().amax())

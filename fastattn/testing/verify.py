@@ -20,6 +20,7 @@ from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, me
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.derivatives import measure_derivatives
 from fastattn.testing.inputs import Sample, make
+from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row, measure
 from fastattn.version import __version__
 
@@ -157,9 +158,10 @@ def judge(backend: str, case: Case | CacheCase, device: str = "cpu", seed: int =
 
 
 def measure_all(backend: str, sample: Sample) -> list[Row]:
-    """The judgements of both passes, and of their Jacobian-vector products where the backend has them."""
-    rows = measure(backend, sample)
-    return rows + measure_derivatives(backend, sample) if "jvp" in load(backend).capabilities.features else rows
+    """The judgements of both passes, and of Jacobian-vector products and statistics where the backend has them."""
+    more = {"jvp": measure_derivatives, "statistics": measure_statistics}
+    rows, able = measure(backend, sample), load(backend).capabilities.features
+    return rows + [row for feature, judged in more.items() if feature in able for row in judged(backend, sample)]
 
 
 def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:

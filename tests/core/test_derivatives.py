@@ -13,6 +13,7 @@ from fastattn.backends.base import Capabilities
 from fastattn.inspection import _DEFAULTS
 from fastattn.testing import assert_within, grid, make
 from fastattn.testing.derivatives import measure_derivatives
+from fastattn.testing.statistics import measure_statistics
 
 DERIVING = [name for name in BACKENDS if "jvp" in load(name).capabilities.features]
 STATE = torch.tensor([5, 6])
@@ -23,7 +24,8 @@ STATE = torch.tensor([5, 6])
 def test_within_tolerance(name, case):
     if reason := load(name).unavailable_reason():
         pytest.skip(reason)
-    assert_within(measure_derivatives(name, make(case)))
+    sample = make(case)
+    assert_within(measure_derivatives(name, sample) + measure_statistics(name, sample))
 
 
 # --- torch's transforms, against the same of the formula in torch operators ----------------------------------------

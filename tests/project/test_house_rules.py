@@ -34,7 +34,7 @@ VOCABULARY = {
 }  # fmt: skip
 CORE = VOCABULARY | {
     "arguments", "autograd", "decoding", "dispatch", "functional", "inspection", "ops", "plain", "plan", "reference",
-    "serving", "vmap",
+    "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -61,12 +61,14 @@ MAY_IMPORT = {
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": VOCABULARY | {"backends", "dispatch", "reference"},
     "vmap": {"problem"},
+    "statistics": {"ops", "problem", "reference", "spec", "torch_internals"},
     "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals", "vmap"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
-    "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
+    "functional": VOCABULARY
+    | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
-    "inspection": VOCABULARY | {"arguments", "reference"},
+    "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
     "nn": {"arguments", "decoding", "errors", "functional", "inspection", "nested", "rng", "rotary", "torch_internals"},
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {"decoding", "dispatch", "errors", "functional", "inspection", "nn", "ops", "version"},

@@ -122,7 +122,7 @@ def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: Atte
     q, dout = rows.q, rows.dout
     for tile, kept in walk(inputs, spec, block):
         scores, capped = finished_scores(q, inputs, spec, tile, kept)
-        k, v = (computed(terms.keys(x, tile), inputs) for x in (inputs.k, inputs.v))
+        v = computed(terms.keys(inputs.v, tile), inputs)
         p = scores.sub_(rows.lse).sub_(rows.lse_low).exp_()
         if kept is not None:
             p.masked_fill_(~kept, 0)  # in a row that is NaN they are not 0 by themselves
@@ -137,17 +137,33 @@ def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: Atte
         if "v" in sums:
             dropped = p if alive is None else torch.where(alive, p * spec.dropout_scale, 0)
             terms.keys(sums["v"], tile).add_(product(fold_heads(dropped, inputs).mT, dout, columns))
-        if "bias" in sums:
-            part = terms.window(sums["bias"], tile)
-            part += dt.sum_to_size(part.shape)
-        if capped is not None and spec.softcap is not None:
-            dt = dt * (1 - (capped / spec.softcap) ** 2)
-            dt = dt if kept is None else torch.where(kept, dt, 0)
-        ds = fold_heads(dt, inputs)
-        if "q" in sums:
-            terms.queries(sums["q"], tile).add_(unfolded(product(ds, k, folded), inputs), alpha=spec.scale)
-        if "k" in sums:
-            terms.keys(sums["k"], tile).add_(product(ds.mT, q, columns), alpha=spec.scale)
+        add_score_gradient(sums, dt, (q, capped, kept), inputs, spec, tile)
+
+
+def add_score_gradient(
+    sums: dict[str, Tensor],
+    dt: Tensor,
+    of_tile: tuple[Tensor, Tensor | None, Tensor | None],
+    inputs: Inputs,
+    spec: AttentionSpec,
+    tile: Block,
+) -> None:
+    """Add what the gradient of a tile's finished scores contributes; ``of_tile`` are q, capped scores, what is kept."""
+    q, capped, kept = of_tile
+    folded = fold_kept(kept, inputs)
+    if "bias" in sums:
+        part = terms.window(sums["bias"], tile)
+        part += dt.sum_to_size(part.shape)
+    if capped is not None and spec.softcap is not None:
+        dt = dt * (1 - (capped / spec.softcap) ** 2)
+        dt = dt if kept is None else torch.where(kept, dt, 0)
+    ds = fold_heads(dt, inputs)
+    if "q" in sums:
+        k = computed(terms.keys(inputs.k, tile), inputs)
+        terms.queries(sums["q"], tile).add_(unfolded(product(ds, k, folded), inputs), alpha=spec.scale)
+    if "k" in sums:
+        columns = None if folded is None else folded.mT
+        terms.keys(sums["k"], tile).add_(product(ds.mT, q, columns), alpha=spec.scale)
 
 
 # --- what is computed ---------------------------------------------------------------------------------------------
