@@ -15,6 +15,7 @@ COMMANDS = {
     "ops": "speed and memory of attention itself",
     "model": "training and generation steps of a model",
     "decode": "attention to a key/value cache, generation with and without one",
+    "derivatives": "forward mode, double backward and per-sample gradients, beside torch",
     "swap": "functions and modules that fastattn replaces, each beside its replacement",
     "overhead": "host time for each call, import time, installation time and size",
     "report": "tables and plots from records",

@@ -1,44 +1,57 @@
-"""Derivatives of the operators, as autograd.Functions.
+"""Derivatives of the first and second order: autograd.Functions around the operators, each calling the others.
 
-``Attention`` is the forward operator and ``AttentionBackward`` its gradient, itself differentiable: a second
-derivative goes through the reference formula. Under ``vmap`` the mapped dimension is folded into the batch
-(for packed sequences, into more sequences), so per-sample gradients run on the same kernels.
+    F                        reverse mode: ``backward``       forward mode: ``jvp``
+    Attention (forward)      AttentionBackward                AttentionJvp
+    AttentionBackward        AttentionJvp, BackwardJvp        AttentionJvp, BackwardJvp
+    AttentionJvp             AttentionBackward, BackwardJvp   the reference formula
+    BackwardJvp              the reference formula            the reference formula
+
+For fixed ``dout`` and ``dlse`` the backward pass gives the gradient of the scalar ``<dout, out> + <dlse, lse>``, whose
+Hessian is symmetric. So its vector-Jacobian product along ``u`` is its Jacobian-vector product along ``u``, and the
+gradient for ``dout`` is the tangent of ``out`` along ``u``: BackwardJvp serves double backward, forward over reverse,
+reverse over forward and products with a Hessian alike, in linear memory. Third derivatives hold the score matrix.
+
+``vmap.py`` has the rules by which samples are folded into a batch.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastattn import ops, reference
+from fastattn import ops, reference, vmap
 from fastattn.backends.base import Outputs
 from fastattn.plan import ALIGNMENT, Plan
-from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs
+from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
 from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
 
-Dims = Sequence[int | None]
+T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, differentiable in reverse and forward mode, under vmap, and under these nested in each other."""
     compiling, transformed = torch.compiler.is_compiling(), is_transformed()
-    # Outputs mode has no kernel, and Dynamo drops a Function's derivative inside func.grad: torch derives the formula.
-    if is_in_forward_mode() or (compiling and transformed):
+    # Dynamo refuses a Function with a jvp and drops its derivative inside func.grad: torch derives the formula.
+    if compiling and (transformed or is_in_forward_mode()):
         with ops.without_autocast(inputs.q.device.type):
             out, lse, _ = reference.forward(inputs, spec)
             return out, lse
     needs_grad = needs_gradient(inputs)
     flat = ops.flatten(inputs, spec, backend)
-    if not needs_grad and not transformed:
+    if not (needs_grad or transformed or is_in_forward_mode()):
         out, lse, _ = torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
         return out, lse
-    out, lse, _ = Attention.apply(*(_distinct(flat) if compiling else flat), needs_grad)
+    if compiling:
+        out, lse, _ = CompiledAttention.apply(*_distinct(flat), needs_grad)
+    else:
+        out, lse, _ = Attention.apply(*flat, needs_grad)
     return out, lse
 
 
@@ -89,8 +102,8 @@ def _with_arguments_of(operator: Any) -> Callable[[F], F]:
     return decorate
 
 
-class Attention(torch.autograd.Function):
-    """``fastattn::forward`` with its derivative."""
+class CompiledAttention(torch.autograd.Function):
+    """``fastattn::forward`` with its gradient alone: Dynamo refuses a Function with a jvp."""
 
     @staticmethod
     @_with_arguments_of(torch.ops.fastattn.forward)
@@ -107,28 +120,52 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         out, lse, lse_low, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        flat = (*tensors, *ctx.scalars)
         needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        grads = _backward_operator()(dout, dlse, out, lse, lse_low, *flat, needed)
-        by_name = dict(zip(DIFFERENTIABLE, (g if n else None for g, n in zip(grads, needed, strict=True)), strict=True))
-        return (*(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
+        rows = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, lse_low)
+        grads = _derivative(AttentionBackward)(*rows, *tensors, *ctx.scalars, needed)
+        return (*_among_tensors(grads, needed), *(None for _ in ctx.scalars), None)
+
+
+class Attention(CompiledAttention):
+    """``fastattn::forward`` with all its derivatives."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        if _drops_alike(info, in_dims, args):
-            return _one_by_one(info.batch_size, in_dims, args, Attention.apply)
-        folded = _fold(info.batch_size, in_dims, args[:-1], per_sample=())
-        needs_grad = args[-1]
-        results = Attention.apply(*folded, needs_grad)
-        return _unfold_outputs(info.batch_size, results, is_packed=_is_packed(args))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        CompiledAttention.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*output, *inputs[: len(TENSORS)])
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse, lse_low, *tensors = ctx.saved_tensors
+        tangents = _of_inputs(moved)
+        return (*_derivative(AttentionJvp)(out, lse, lse_low, *tangents, *tensors, *ctx.scalars), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> tuple[Any, Any]:
+        if vmap.drops_alike(info, in_dims, args):
+            return vmap.one_by_one(info.batch_size, in_dims, args, Attention.apply)
+        folded = vmap.fold(info.batch_size, in_dims, args[:-1], per_sample=())
+        results = Attention.apply(*folded, args[-1])
+        return vmap.unfold_outputs(info.batch_size, results, vmap.is_packed(args))
 
 
-def _backward_operator() -> Callable[..., tuple[Tensor, ...]]:
-    """The gradient, itself differentiable only if that may be needed: the Function takes longer than the operator."""
-    is_final = not (torch.is_grad_enabled() or is_transformed())
-    return torch.ops.fastattn.backward if is_final else AttentionBackward.apply
+def _derivative(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
+    """A Function where it may be differentiated again, else its operator, which costs less time."""
+    is_final = torch.compiler.is_compiling() or not (
+        torch.is_grad_enabled() or is_transformed() or is_in_forward_mode()
+    )
+    return function.forward if is_final else function.apply
+
+
+def _of_inputs(flat: Sequence[T]) -> list[T]:
+    """Those that belong to differentiable inputs."""
+    return [flat[TENSORS.index(name)] for name in DIFFERENTIABLE]
+
+
+def _among_tensors(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that were needed, in the order of the operators' tensors."""
+    by_name = {name: x for name, x, is_needed in zip(DIFFERENTIABLE, grads, needed, strict=True) if is_needed}
+    return tuple(by_name.get(name) for name in TENSORS)
 
 
 class PlannedAttention(torch.autograd.Function):
@@ -180,13 +217,13 @@ def _by_operator(
     flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
     needs = dict(zip(MORE, needs_more, strict=False))  # a call without more has none
     needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
-    grads = _backward_operator()(dout, dlse, out, *_lses(kept), *flat, needed)
+    grads = _derivative(AttentionBackward)(dout, dlse, out, *_lses(kept), *flat, needed)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     return [*grads[:3], *(by_name[name] if is_needed else None for name, is_needed in needs.items())]
 
 
 class AttentionBackward(torch.autograd.Function):
-    """``fastattn::backward`` with its derivative, which is that of the reference formula."""
+    """``fastattn::backward`` with its derivatives. ``out`` and ``lse`` count as functions of the inputs."""
 
     @staticmethod
     @_with_arguments_of(torch.ops.fastattn.backward)
@@ -195,133 +232,195 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        dout, dlse, _out, _lse, _lse_low, *flat = inputs[:-1]
-        ctx.save_for_backward(dout, dlse, *flat[: len(TENSORS)])
-        ctx.scalars = flat[len(TENSORS) :]
-        ctx.needs = [name for name, needed in zip(DIFFERENTIABLE, inputs[-1], strict=True) if needed]
+        tensors = inputs[: 5 + len(TENSORS)]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        *ctx.scalars, ctx.needed = inputs[len(tensors) :]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        dout, dlse, *tensors = ctx.saved_tensors
-        inputs, spec, _ = ops.unflatten((*tensors, *ctx.scalars))
-        named = {"dout": dout, "dlse": dlse} | {name: getattr(inputs, name) for name in DIFFERENTIABLE}
-        primals = {name: x for name, x in named.items() if x is not None}
-
-        def gradients(*values: Tensor) -> tuple[Tensor, ...]:
-            at = dict(zip(primals, values, strict=True))
-            moved = inputs.replace(**{name: at[name] for name in DIFFERENTIABLE if name in at})
-            with ops.without_autocast(moved.q.device.type):
-                results = reference.forward(moved, spec)
-                grads = reference.backward(at["dout"], at.get("dlse"), *results, moved, spec, ctx.needs)
-            return tuple(getattr(grads, f"d{name}") for name in ctx.needs)
-
-        values, pull_back = torch.func.vjp(gradients, *primals.values())  # type: ignore[misc]
-        given = dict(zip(DIFFERENTIABLE, cotangents, strict=True))
-        seeds = (given[name] for name in ctx.needs)
-        found = pull_back(tuple(torch.zeros_like(x) if s is None else s for x, s in zip(values, seeds, strict=True)))
-        second = dict(zip(primals, found, strict=True))
-        first = (second["dout"], second.get("dlse"), None, None, None)
-        return (*first, *(second.get(name) for name in TENSORS), *(None for _ in ctx.scalars), None)
+        rows, flat = ctx.saved_tensors[:5], (*ctx.saved_tensors[5:], *ctx.scalars)
+        if all(x is None for x in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        directions = [x if is_needed else None for x, is_needed in zip(cotangents, ctx.needed, strict=True)]
+        out_moved, lse_moved = _derivative(AttentionJvp)(*rows[2:], *directions, *flat)
+        needed = _of_inputs(ctx.needs_input_grad[5:])
+        grads: Sequence[Tensor] = (out_moved,) * len(DIFFERENTIABLE)
+        if any(needed):
+            moved = (None, None, out_moved, lse_moved)
+            grads = _derivative(BackwardJvp)(*rows, *moved, *directions, *flat, needed)
+        first = out_moved, None if rows[1] is None else lse_moved
+        return (*first, None, None, None, *_among_tensors(grads, needed), *(None for _ in ctx.scalars), None)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        if _drops_alike(info, in_dims[5:], args[5:]):
-            return _one_by_one(info.batch_size, in_dims, args, AttentionBackward.apply)
-        size, flat, needed = info.batch_size, args[5:-1], args[-1]
-        needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
-        is_packed = _is_packed(flat)
-        dout, out = (_into_batch(size, d, x) for d, x in ((in_dims[0], args[0]), (in_dims[2], args[2])))
-        dlse, lse, lse_low = (_fold_lse(size, in_dims[n], args[n], is_packed) for n in (1, 3, 4))
-        folded = _fold(size, in_dims[5:], flat, per_sample=needs)
-        grads = AttentionBackward.apply(dout, dlse, out, lse, lse_low, *folded, needed)
-        by_sample = []
-        for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
-            if name not in needs:
-                by_sample.append(grad)
-                continue
-            grad = grad.unflatten(0, (size, -1))
-            was_shared = name in ("bias", "sinks") and _batch_size(flat, in_dims[5:], name) == 1
-            by_sample.append(grad.sum(1, keepdim=True) if was_shared else grad)
-        return tuple(by_sample), tuple(0 if name in needs else None for name in DIFFERENTIABLE)
+    def jvp(ctx: Any, *moved: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, flat = ctx.saved_tensors[:5], (*ctx.saved_tensors[5:], *ctx.scalars)
+        tangents = _of_inputs(moved[5:])
+        results: Sequence[Tensor | None] = moved[2:4]
+        if any(x is not None for x in tangents) and results[0] is None:
+            results = _derivative(AttentionJvp)(*rows[2:], *tangents, *flat)
+        return _derivative(BackwardJvp)(*rows, *moved[:2], *results, *tangents, *flat, ctx.needed)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> tuple[Any, Any]:
+        if vmap.drops_alike(info, in_dims[5:-1], args[5:-1]):
+            return vmap.one_by_one(info.batch_size, in_dims, args, AttentionBackward.apply)
+        flat, dims, needs = args[5:-1], in_dims[5:-1], ops.names_of(args[-1])
+        rows = vmap.fold_rows(info.batch_size, in_dims[:5], args[:5], vmap.is_packed(flat))
+        grads = AttentionBackward.apply(*rows, *vmap.fold(info.batch_size, dims, flat, per_sample=needs), args[-1])
+        return vmap.unfold_gradients(info.batch_size, grads, dims, flat, needs)
 
 
-# --- vmap: fold the mapped dimension of every argument into the batch -------------------------------------------
+class AttentionJvp(torch.autograd.Function):
+    """``fastattn::jvp`` with its derivatives. ``out`` and ``lse`` count as functions of the inputs."""
+
+    @staticmethod
+    @_with_arguments_of(torch.ops.fastattn.jvp)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.jvp(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = inputs[: 8 + len(TENSORS)]
+        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_forward(*output, *tensors)
+        ctx.scalars = inputs[len(tensors) :]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        out_moved, lse_moved, out, lse, lse_low, *others = ctx.saved_tensors
+        tangents, flat = others[:5], (*others[5:], *ctx.scalars)
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        rows = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, lse_low)
+        of_tangents, of_inputs = ctx.needs_input_grad[3:8], _of_inputs(ctx.needs_input_grad[8:])
+        first: Sequence[Tensor] = (out,) * len(DIFFERENTIABLE)
+        second = first
+        if any(of_tangents):
+            first = _derivative(AttentionBackward)(*rows, *flat, of_tangents)
+        if any(of_inputs):
+            moved = (None, None, out_moved, lse_moved)
+            second = _derivative(BackwardJvp)(*rows, *moved, *tangents, *flat, of_inputs)
+        needed = (x if is_needed else None for x, is_needed in zip(first, of_tangents, strict=True))
+        return (None, None, None, *needed, *_among_tensors(second, of_inputs), *(None for _ in ctx.scalars))
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, ...]:
+        """Along tangents alone it is linear; where the inputs move, too, torch derives the formula."""
+        args = (*ctx.saved_tensors[2:], *ctx.scalars)
+        if all(x is None for x in moved[8:]):
+            return _derivative(AttentionJvp)(*args[:3], *moved[3:8], *args[8:])
+        return _Formula.of_jvp(args).jvp(moved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> tuple[Any, Any]:
+        flat, dims, size = args[8:], in_dims[8:], info.batch_size
+        if vmap.drops_alike(info, dims, flat):
+            return vmap.one_by_one(size, in_dims, args, AttentionJvp.apply)
+        packed = vmap.is_packed(flat)
+        _, _, *rows = vmap.fold_rows(size, (None, None, *in_dims[:3]), (None, None, *args[:3]), packed)
+        per_sample = [name for name, dim in zip(DIFFERENTIABLE, in_dims[3:8], strict=True) if dim is not None]
+        folded = vmap.fold(size, dims, flat, per_sample)
+        tangents = vmap.fold_tangents(size, in_dims[3:8], args[3:8], flat, folded)
+        return vmap.unfold_outputs(size, AttentionJvp.apply(*rows, *tangents, *folded), packed)
 
 
-def _fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[str]) -> tuple[Any, ...]:
-    """The operators' common arguments with ``size`` samples in one batch.
+class BackwardJvp(torch.autograd.Function):
+    """``fastattn::backward_jvp``, whose derivatives are those of the reference formula."""
 
-    A tensor shared by all samples stays shared, unless its gradient is needed ``per_sample``.
+    @staticmethod
+    @_with_arguments_of(torch.ops.fastattn.backward_jvp)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.backward_jvp(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors = inputs[: 14 + len(TENSORS)]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.scalars = inputs[len(tensors) :]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _Formula.of_backward_jvp((*ctx.saved_tensors, *ctx.scalars)).vjp(cotangents)
+
+    @staticmethod
+    def jvp(ctx: Any, *moved: Tensor | None) -> tuple[Tensor, ...]:
+        return _Formula.of_backward_jvp((*ctx.saved_tensors, *ctx.scalars)).jvp(moved)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: vmap.Dims, *args: Any) -> tuple[Any, Any]:
+        flat, dims, size, needs = args[14:-1], in_dims[14:-1], info.batch_size, ops.names_of(args[-1])
+        if vmap.drops_alike(info, dims, flat):
+            return vmap.one_by_one(size, in_dims, args, BackwardJvp.apply)
+        rows = vmap.fold_rows(size, in_dims[:5], args[:5], vmap.is_packed(flat))
+        moved = vmap.fold_rows(size, (*in_dims[5:9], None), (*args[5:9], None), vmap.is_packed(flat))[:4]
+        moving = [name for name, dim in zip(DIFFERENTIABLE, in_dims[9:14], strict=True) if dim is not None]
+        folded = vmap.fold(size, dims, flat, per_sample=[*needs, *moving])
+        tangents = vmap.fold_tangents(size, in_dims[9:14], args[9:14], flat, folded)
+        grads = BackwardJvp.apply(*rows, *moved, *tangents, *folded, args[-1])
+        return vmap.unfold_gradients(size, grads, dims, flat, needs)
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """The reference formula as a function of an operator's arguments, to be derived by torch.
+
+    Attributes:
+        args: the arguments.
+        where: which of them move.
+        function: of all arguments, in torch operators.
     """
-    is_packed = _is_packed(flat)
-    batch = _batch_size(flat, in_dims, "cu_seqlens_q") - 1 if is_packed else _batch_size(flat, in_dims, "q")
-    folded: list[Tensor | None] = []
-    for name, x, dim in zip(TENSORS, flat, in_dims, strict=False):
-        if x is None:
-            folded.append(None)
-        elif name in ("q", "k", "v"):
-            folded.append(_into_batch(size, dim, x))
-        elif name == "rng_state":
-            folded.append(x if dim is None else x.select(dim, 0))  # the batch index already tells samples apart
-        elif name.startswith("cu_seqlens"):
-            total = _batch_size(flat, in_dims, "q" if name.endswith("_q") else "k")
-            folded.append(_join_sequences(size, dim, x, total))
-        elif dim is None and x.shape[0] == 1 and name not in per_sample:
-            folded.append(x)
-        else:
-            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            folded.append(x.expand(size, batch, *x.shape[2:]).flatten(0, 1))
-    return (*folded, *flat[len(TENSORS) :])
+
+    args: tuple[Any, ...]
+    where: tuple[int, ...]
+    function: Callable[..., tuple[Tensor, ...]]
+
+    @classmethod
+    def of_jvp(cls, args: tuple[Any, ...]) -> _Formula:
+        def function(*args: Any) -> tuple[Tensor, ...]:
+            inputs, spec, _ = ops.unflatten(args[8:])
+            return reference.jvp(Tangents(*args[3:8]), Rows(), inputs, spec)
+
+        return cls(args, cls._given(args, (*range(3, 8), *_places(8))), function)
+
+    @classmethod
+    def of_backward_jvp(cls, args: tuple[Any, ...]) -> _Formula:
+        def function(*args: Any) -> tuple[Tensor, ...]:
+            inputs, spec, _ = ops.unflatten(args[14:-1])
+            moved, needs = Rows(*args[5:7]), ops.names_of(args[-1])
+            grads = reference.backward_jvp(Rows(*args[:5]), moved, Tangents(*args[9:14]), inputs, spec, needs)
+            return ops.in_order(grads, args[0])
+
+        return cls(args, cls._given(args, (0, 1, 5, 6, *range(9, 14), *_places(14))), function)
+
+    @staticmethod
+    def _given(args: tuple[Any, ...], where: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n for n in where if args[n] is not None)
+
+    def _at(self, *values: Tensor) -> tuple[Tensor, ...]:
+        args = list(self.args)
+        for n, x in zip(self.where, values, strict=True):
+            args[n] = x
+        with ops.without_autocast(args[0].device.type):
+            return self.function(*args)
+
+    def jvp(self, moved: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        primals = tuple(self.args[n] for n in self.where)
+        given = (moved[n] for n in self.where)
+        tangents = (torch.zeros_like(x) if t is None else t for x, t in zip(primals, given, strict=True))
+        return reference.jacobian_product(self._at, primals, tuple(tangents))
+
+    def vjp(self, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        values, pull_back = torch.func.vjp(self._at, *(self.args[n] for n in self.where))  # type: ignore[misc]
+        seeds = (torch.zeros_like(x) if s is None else s for x, s in zip(values, cotangents, strict=True))
+        found = dict(zip(self.where, pull_back(tuple(seeds)), strict=True))
+        return tuple(found.get(n) for n in range(len(self.args)))
 
 
-def _drops_alike(info: Any, in_dims: Dims, flat: Sequence[Any]) -> bool:
-    """Whether samples share dropout's elements, which count from the first batch entry of a call."""
-    at = TENSORS.index("rng_state")
-    return info.randomness == "same" and flat[at] is not None and in_dims[at] is None
-
-
-def _one_by_one(size: int, in_dims: Dims, args: Sequence[Any], function: Callable[..., Any]) -> tuple[Any, Any]:
-    """Each sample by a call of its own."""
-    samples = []
-    for n in range(size):
-        at_n = (x.select(dim, n) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True))
-        samples.append(function(*at_n))
-    return tuple(torch.stack(each) for each in zip(*samples, strict=True)), (0,) * len(samples[0])
-
-
-def _into_batch(size: int, dim: int | None, x: Tensor) -> Tensor:
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
-
-
-def _fold_lse(size: int, dim: int | None, x: Tensor | None, is_packed: bool) -> Tensor | None:
-    if x is None or not is_packed:
-        return None if x is None else _into_batch(size, dim, x)
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.transpose(0, 1).flatten(1, 2)  # (V, H, T) -> (H, V * T)
-
-
-def _join_sequences(size: int, dim: int | None, cu_seqlens: Tensor, total: int) -> Tensor:
-    """Boundaries of ``size`` packed batches of ``total`` tokens, laid end to end."""
-    each = cu_seqlens.expand(size, -1) if dim is None else cu_seqlens.movedim(dim, 0)
-    begins = torch.arange(0, size * total, total, dtype=each.dtype, device=each.device)[:, None]
-    end = each.new_full((1,), size * total)
-    return torch.cat([(each[:, :-1] + begins).flatten(), end])
-
-
-def _unfold_outputs(size: int, results: Outputs, is_packed: bool) -> tuple[Any, Any]:
-    of_lse = 1 if is_packed else 0
-    dims = (0, of_lse, of_lse)
-    return tuple(x.unflatten(dim, (size, -1)) for x, dim in zip(results, dims, strict=True)), dims
-
-
-def _is_packed(flat: Sequence[Any]) -> bool:
-    return flat[TENSORS.index("cu_seqlens_q")] is not None
-
-
-def _batch_size(flat: Sequence[Any], in_dims: Dims, name: str) -> int:
-    """The first dimension of one sample of an argument."""
-    at = TENSORS.index(name)
-    x, dim = flat[at], in_dims[at]
-    return x.shape[1 if dim == 0 else 0]
+def _places(first: int) -> Sequence[int]:
+    """Where the differentiable inputs stand among arguments whose tensors begin at ``first``."""
+    return [first + TENSORS.index(name) for name in DIFFERENTIABLE]

@@ -18,7 +18,7 @@ import torch
 
 from fastattn.kv_cache import CacheInputs
 from fastattn.ops import CACHE_FIELDS, unflatten
-from fastattn.problem import Inputs
+from fastattn.problem import DIFFERENTIABLE, Inputs
 from fastattn.spec import AttentionSpec, kept_pairs
 
 
@@ -52,6 +52,8 @@ def _register() -> None:
     ours = torch.ops.fastattn
     register_flop_formula(ours.forward, get_raw=True)(_count_forward)
     register_flop_formula(ours.backward, get_raw=True)(_count_backward)
+    register_flop_formula(ours.jvp, get_raw=True)(_count_jvp)
+    register_flop_formula(ours.backward_jvp, get_raw=True)(_count_backward_jvp)
     register_flop_formula([ours.attend_to_cache, ours.extend_cache], get_raw=True)(_count_attend_to_cache)
 
 
@@ -63,6 +65,18 @@ def _count_forward(*args: Any, out_val: Any = None, **_: Any) -> int:
 def _count_backward(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec, _backend = unflatten(args[5:-1])
     return backward_flops(inputs, spec)
+
+
+def _count_jvp(*args: Any, out_val: Any = None, **_: Any) -> int:
+    """The scores, two more products for their tangents, and two for the tangent of out."""
+    inputs, spec, _backend = unflatten(args[3 + len(DIFFERENTIABLE) :])
+    return 2 * (3 * inputs.q.shape[-1] + 2 * inputs.v.shape[-1]) * _pairs(inputs, spec)
+
+
+def _count_backward_jvp(*args: Any, out_val: Any = None, **_: Any) -> int:
+    """The scores and dp, and two products for each tangent: of the scores, dp, dq, dk and dv."""
+    inputs, spec, _backend = unflatten(args[9 + len(DIFFERENTIABLE) : -1])
+    return 2 * (7 * inputs.q.shape[-1] + 5 * inputs.v.shape[-1]) * _pairs(inputs, spec)
 
 
 def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:

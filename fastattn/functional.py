@@ -20,6 +20,7 @@ from fastattn.ops import without_autocast
 from fastattn.problem import Inputs, Problem, check_inputs
 from fastattn.serving import by_plan, serve
 from fastattn.spec import AttentionSpec
+from fastattn.statistics import statistics
 
 
 def attention(
@@ -41,8 +42,9 @@ def attention(
     layout: Layout = "BSHD",
     return_lse: bool = False,
     return_weights: bool | Literal["mean"] = False,
+    return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, ...]:
+) -> Tensor | tuple[Any, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
 
     ``out = dropout(softmax(cap(scale * q @ k^T) + bias + alibi, where kept)) @ v``. ``fastattn/spec.py`` has the full
@@ -82,12 +84,15 @@ def attention(
         return_weights: also return the attention weights after dropout, computed by the reference formula for
             inspection: they take the quadratic memory that fused attention avoids. ``"mean"`` averages them over the
             heads, computed one by one. ``out`` still comes from the backend.
+        return_stats: also return ``Statistics`` of the weights before dropout, in linear memory: entropy, largest logit
+            and its key for each row, sum and maximum for each key; ``fastattn/spec.py`` defines them.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
     Returns:
         ``out`` like q but with ``D_v``; with ``return_lse`` also ``lse``, ``(B, H_q, S_q)``, natural log; with
-        ``return_weights`` also the weights ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``. lse and weights
-        are fp32 (fp64 for fp64 inputs). Each result is differentiable. A row that keeps no key gives 0, lse ``-inf``
+        ``return_weights`` also the weights ``(B, H_q, S_q, S_kv)``, or their mean ``(B, S_q, S_kv)``; with
+        ``return_stats`` last the statistics. lse and weights are fp32 (fp64 for fp64 inputs). Each result is
+        differentiable, of the statistics those that have a derivative. A row that keeps no key gives 0, lse ``-inf``
         and zero gradients, never NaN. Results do not depend on the backend beyond rounding; the dropped elements do
         not depend on it at all.
 
@@ -109,7 +114,7 @@ def attention(
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
     kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids)
-    if more is not None and not dropout_p and not return_weights:
+    if more is not None and not (dropout_p or return_weights or return_stats):
         options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
         kind, planned = plan.look_up((q, k, v, *more), options)
         if planned is not None:
@@ -120,21 +125,24 @@ def attention(
         "rng_state": rng_state, "layout": layout,
     }  # fmt: skip
     if has_torch_function_variadic(q, k, v) or state.whole_rows is not None:
-        given |= {"return_lse": return_lse, "return_weights": return_weights, "backend": backend}
+        given |= {"return_lse": return_lse, "return_weights": return_weights, "return_stats": return_stats}
+        given |= {"backend": backend}
         if state.whole_rows is not None:
             return state.whole_rows(q, k, v, **given)
         return handle_torch_function(attention, (q, k, v), q, k, v, **given)
     if isinstance(q, Tensor) and q.is_nested:
-        return _of_nested(q, k, v, given, return_lse or return_weights, backend)
+        return _of_nested(q, k, v, given, return_lse or return_weights or return_stats, backend)
     inputs, spec = dense_problem(q, k, v, **given)
     inputs = with_rng_state(inputs, spec)
     out, lse = serve(inputs, spec, backend, kind=kind, heads_first=layout == "BHSD", with_lse=return_lse)
     out = from_internal(out, layout)
-    extras = [lse] if return_lse else []
+    extras: list[Any] = [lse] if return_lse else []
     if return_weights:
         with without_autocast(q.device.type):
             weights = reference.mean_weights if return_weights == "mean" else reference.weights
             extras.append(weights(inputs, spec))
+    if return_stats:
+        extras.append(statistics(inputs, spec, requested(backend)))
     return (out, *extras) if extras else out
 
 
@@ -171,8 +179,9 @@ def attention_varlen(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Any, ...]:
     """Attention over sequences of different lengths, packed end to end without padding.
 
     Sequence ``n`` has query rows ``cu_seqlens_q[n] : cu_seqlens_q[n + 1]`` and key rows ``cu_seqlens_kv[n] :
@@ -196,10 +205,12 @@ def attention_varlen(
         dropout_p: as in ``attention``.
         rng_state: as in ``attention``; positions count from the start of each sequence.
         return_lse: also return lse.
+        return_stats: as in ``attention``; positions of keys count from the start of each sequence.
         backend: as in ``attention``.
 
     Returns:
-        ``out`` ``(T_q, H_q, D_v)``; with ``return_lse`` also ``lse`` ``(H_q, T_q)``, fp32 (fp64 for fp64 inputs).
+        ``out`` ``(T_q, H_q, D_v)``; with ``return_lse`` also ``lse`` ``(H_q, T_q)``, fp32 (fp64 for fp64 inputs); with
+        ``return_stats`` last ``Statistics``.
 
     Raises:
         InputError: an argument is wrong.
@@ -213,7 +224,8 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     kind = None
-    if alibi_slopes is sinks is None and not dropout_p and max_seqlen_q is not None and max_seqlen_kv is not None:
+    is_plain = alibi_slopes is sinks is None and not (dropout_p or return_stats)
+    if is_plain and max_seqlen_q is not None and max_seqlen_kv is not None:
         options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
         more = (None,) * 6 + (cu_seqlens_q, cu_seqlens_kv)
         kind, planned = plan.look_up((q, k, v, *more), (*options, requested(backend)))
@@ -242,7 +254,10 @@ def attention_varlen(
         rng_state=rng_state,
     )
     out, lse = serve(inputs, spec, backend, kind=kind, with_lse=return_lse)
-    return (out, lse) if return_lse else out
+    extras: list[Any] = [lse] if return_lse else []
+    if return_stats:
+        extras.append(statistics(inputs, spec, requested(backend)))
+    return (out, *extras) if extras else out
 
 
 def scaled_dot_product_attention(
@@ -318,7 +333,7 @@ def _of_nested(
     """``attention`` of nested tensors ``(N, S_n, H, D)``, without padding."""
     dense_only = {name: options.pop(name) for name in ("bias", "mask", "segment_ids", "layout")}
     given = [name for name, x in dense_only.items() if x is not None and x != "BSHD"]
-    given += ["return_lse or return_weights"] if wants_more else []
+    given += ["return_lse, return_weights or return_stats"] if wants_more else []
     if given or not (k.is_nested and v.is_nested):
         given_text = f"a nested tensor with {', '.join(given) or 'dense k or v'}"
         allowed = "three nested tensors (N, S_n, H, D), causal, window, scale, softcap, alibi_slopes, sinks, dropout_p"
@@ -369,6 +384,7 @@ def explain(
     layout: Layout = "BSHD",
     return_lse: bool = False,
     return_weights: bool | Literal["mean"] = False,
+    return_stats: bool = False,
     backend: str | None = None,
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
@@ -430,6 +446,7 @@ def explain_varlen(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_lse: bool = False,
+    return_stats: bool = False,
     backend: str | None = None,
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention_varlen``, with the reasons against the others.

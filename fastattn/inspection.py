@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.arguments import Window, dense_problem, with_rng_state
+from fastattn.dispatch import requested
 from fastattn.errors import input_error
 from fastattn.files import replaced_file
 from fastattn.layout import Layout
-from fastattn.problem import Inputs, check_inputs
+from fastattn.problem import Inputs, Statistics, check_inputs
 from fastattn.spec import AttentionSpec
+from fastattn.statistics import statistics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,6 +155,37 @@ def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -
     """
     inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
     return _mean_weights(inputs, spec) if mean else _all_weights(inputs, spec)
+
+
+def attention_statistics(q: Tensor, k: Tensor, **options: Any) -> Statistics:
+    """Statistics of the weights in memory linear in the sequence length, without ``out``.
+
+    Muon's QK-clip reads the largest logit of each head, H2O evicts the keys with the smallest sums, and regularisers
+    raise the entropy of collapsed heads. ``attention(..., return_stats=True)`` computes ``out``, too.
+
+    Args:
+        q: queries ``(B, S_q, H_q, D_qk)``.
+        k: keys ``(B, S_kv, H_kv, D_qk)``.
+        options: as in ``attention_weights``, but ``rows``, ``heads`` and dropout.
+
+    Returns:
+        ``Statistics``: entropy, largest_logit, largest_key ``(B, H_q, S_q)``; key_sum, key_max ``(B, H_q, S_kv)``.
+
+    Source:
+        Kimi Team, "Kimi K2", 2025 (QK-clip); Zhang et al., "H2O: heavy-hitter oracle", 2023; Zhai et al., "Stabilizing
+        transformer training by preventing attention entropy collapse", 2023.
+
+    Example:
+        >>> import torch
+        >>> from fastattn.inspection import attention_statistics
+        >>> q = torch.randn(1, 1000, 8, 64)
+        >>> found = attention_statistics(q, q, causal=True)
+        >>> found.largest_logit.amax((0, 2)).shape, found.key_sum.shape
+        (torch.Size([8]), torch.Size([1, 8, 1000]))
+    """
+    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    check_inputs(inputs, spec)
+    return statistics(inputs, spec, requested(None))
 
 
 def attention_entropy(weights: Tensor) -> Tensor:

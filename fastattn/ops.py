@@ -2,7 +2,9 @@
 
 Two operators, ``fastattn::forward`` and ``fastattn::backward``, serve every problem: their arguments are the fields of
 ``Inputs`` and ``AttentionSpec`` in order, followed by the name of a backend or None. The backend is chosen inside, so
-a compiled graph holds one opaque node whatever the choice. Two more do the same for ``CacheInputs``:
+a compiled graph holds one opaque node whatever the choice. ``fastattn::jvp`` and ``fastattn::backward_jvp`` are their
+Jacobian-vector products: rows come first, then their tangents and those of the inputs. Two more do the same for
+``CacheInputs``:
 ``fastattn::attend_to_cache`` reads caches, ``fastattn::extend_cache`` also writes new keys and values into them.
 """
 
@@ -17,11 +19,23 @@ import torch
 from torch import Tensor
 
 from fastattn import state
-from fastattn.backends.base import Outputs, Run
-from fastattn.dispatch import requested, select
+from fastattn.backends.base import Backend, Outputs, Run
+from fastattn.dispatch import reasons, requested, select
 from fastattn.errors import UnsupportedError, input_error
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
-from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
+from fastattn.problem import (
+    DERIVATIVE_FEATURES,
+    DIFFERENTIABLE,
+    STATISTICS_FEATURES,
+    TENSORS,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec
 from fastattn.storage import check_storages
@@ -38,6 +52,15 @@ _LIBRARY.define(f"forward({_ARGUMENTS}, bool needs_grad) -> (Tensor out, Tensor 
 _LIBRARY.define(
     f"backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_low, {_ARGUMENTS}, bool[] needs) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+)
+_TANGENTS = "Tensor? q_moved, Tensor? k_moved, Tensor? v_moved, Tensor? bias_moved, Tensor? sinks_moved"
+_LIBRARY.define(
+    f"jvp(Tensor out, Tensor lse, Tensor lse_low, {_TANGENTS}, {_ARGUMENTS}) -> (Tensor out_moved, Tensor lse_moved)"
+)
+_LIBRARY.define(
+    "backward_jvp(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor lse_low, "
+    "Tensor? dout_moved, Tensor? dlse_moved, Tensor? out_moved, Tensor? lse_moved, "
+    f"{_TANGENTS}, {_ARGUMENTS}, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
 
 _CACHE_ARGUMENTS = """
@@ -86,13 +109,66 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *flat, needed = args
     inputs, spec, backend = unflatten(tuple(flat))
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()  # autograd may hand over expanded scalars
-    needs = [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
     chosen = select(Problem.of(inputs, spec, needs_grad=True), requested(backend))
-    grads = chosen.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
+    given = (_with_contiguous_rows(dout), dlse, out, lse, lse_low)
+    return in_order(chosen.backward(*given, inputs, spec, names_of(needed)), dout)
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()  # autograd may hand over expanded scalars
+
+
+def names_of(needed: Sequence[bool]) -> list[str]:
+    """The inputs whose gradients are asked for."""
+    return [name for name, is_needed in zip(DIFFERENTIABLE, needed, strict=True) if is_needed]
+
+
+def in_order(grads: Grads, like: Tensor) -> tuple[Tensor, ...]:
+    """The gradients as operators give them, empty where not asked for."""
     found = (grads.dq, grads.dk, grads.dv, grads.dbias, grads.dsinks)
-    return tuple(dout.new_empty(0) if grad is None else grad for grad in found)
+    return tuple(like.new_empty(0) if grad is None else grad for grad in found)
+
+
+def _jvp(out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    moving, flat = args[: len(DIFFERENTIABLE)], args[len(DIFFERENTIABLE) :]
+    inputs, spec, backend = unflatten(flat)
+    results = Rows(out=out, lse=lse, lse_low=lse_low)
+    return _able(inputs, spec, backend, DERIVATIVE_FEATURES).jvp(_tangents(moving), results, inputs, spec)
+
+
+def _backward_jvp(*args: Any) -> tuple[Tensor, ...]:
+    (*rows, dout_moved, dlse_moved, out_moved, lse_moved), moving = args[:9], args[9 : 9 + len(DIFFERENTIABLE)]
+    *flat, needed = args[9 + len(DIFFERENTIABLE) :]
+    inputs, spec, backend = unflatten(tuple(flat))
+    known, moved = Rows(*rows), Rows(dout_moved, dlse_moved, out_moved, lse_moved)
+    chosen = _able(inputs, spec, backend, DERIVATIVE_FEATURES)
+    return in_order(chosen.backward_jvp(known, moved, _tangents(moving), inputs, spec, names_of(needed)), rows[0])
+
+
+def _tangents(moving: Sequence[Tensor | None]) -> Tangents:
+    return Tangents(*(None if x is None else _with_contiguous_rows(x) for x in moving))
+
+
+def _able(inputs: Inputs, spec: AttentionSpec, backend: str | None, also: Sequence[str]) -> Backend:
+    """The backend of what not all have: the one asked for if it has it, else the first that does."""
+    problem, name = Problem.of(inputs, spec, needs_grad=True, also=also), requested(backend)
+    return select(problem, None if name is not None and reasons(problem)[name] else name)
+
+
+def statistics(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Statistics:
+    """The statistics of the weights. No operator: under compilers and transforms the formula is derived."""
+    refuse_context_parallel()
+    _check_values(inputs)
+    with without_autocast(inputs.q.device.type):
+        return _able(inputs, spec, backend, STATISTICS_FEATURES).statistics(inputs, spec)
+
+
+def statistics_backward(
+    gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, backend: str | None, needs: Sequence[str]
+) -> Grads:
+    """The gradients of the inputs named in ``needs``, among which v is not."""
+    with without_autocast(inputs.q.device.type):
+        return _able(inputs, spec, backend, STATISTICS_FEATURES).statistics_backward(gradient, inputs, spec, needs)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
@@ -157,11 +233,19 @@ def _fake_forward(*args: Any) -> Outputs:
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, lse_low: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
+    return _fake_gradients(dout, *args)
+
+
+def _fake_gradients(like: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, _, _ = unflatten(args[:-1])
-    like = (getattr(inputs, name) for name in DIFFERENTIABLE)
+    given = (getattr(inputs, name) for name in DIFFERENTIABLE)
     return tuple(
-        x.new_empty(x.shape) if needed else dout.new_empty(0) for x, needed in zip(like, args[-1], strict=True)
+        x.new_empty(x.shape) if needed else like.new_empty(0) for x, needed in zip(given, args[-1], strict=True)
     )
+
+
+def _fake_jvp(out: Tensor, lse: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
 def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
@@ -179,8 +263,20 @@ _LIBRARY.impl("forward", _kernel(_forward, TENSORS), "CompositeExplicitAutograd"
 _LIBRARY.impl(
     "backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd"
 )
+_ROWS = ("dout", "dlse", "out", "lse", "lse_low")
+_MOVING = tuple(f"{name}_moved" for name in DIFFERENTIABLE)
+_MOVED = tuple(f"{name}_moved" for name in ("dout", "dlse", "out", "lse"))
+for _name, _pass, _names in (
+    ("jvp", _jvp, (*_ROWS[2:], *_MOVING, *TENSORS)),
+    ("backward_jvp", _backward_jvp, (*_ROWS, *_MOVED, *_MOVING, *TENSORS)),
+):
+    _LIBRARY.impl(_name, _kernel(_pass, _names), "CompositeExplicitAutograd")
 torch.library.register_fake("fastattn::forward", _fake_forward, lib=_LIBRARY)
 torch.library.register_fake("fastattn::backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_fake("fastattn::jvp", _fake_jvp, lib=_LIBRARY)
+torch.library.register_fake(
+    "fastattn::backward_jvp", lambda dout, *args: _fake_gradients(dout, *args[8 + len(DIFFERENTIABLE) :]), lib=_LIBRARY
+)
 
 # The operators whose results selective activation checkpointing should save rather than compute again.
 SAC_SAVE_OPS = (torch.ops.fastattn.forward.default,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,12 @@ class Inputs:
             return (self.q.shape[1], self.q.shape[0])
         return (self.q.shape[0], self.q.shape[2], self.q.shape[1])
 
+    def key_shape(self) -> tuple[int, ...]:
+        """Of a number for each key and query head: ``(B, H_q, S_kv)``, or ``(H_q, T_kv)`` if packed."""
+        if self.is_packed:
+            return (self.q.shape[1], self.k.shape[0])
+        return (self.q.shape[0], self.q.shape[2], self.k.shape[1])
+
     def replace(self, **changes: object) -> Inputs:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
@@ -111,6 +118,64 @@ class Grads:
     dv: Tensor | None = None
     dbias: Tensor | None = None
     dsinks: Tensor | None = None
+
+
+class Statistics(NamedTuple):
+    """Statistics of the weights before dropout, or gradients of them; ``spec.py`` defines each.
+
+    Of rows they are ``(B, H_q, S_q)``, packed ``(H_q, T_q)``; of keys ``(B, H_q, S_kv)``, packed ``(H_q, T_kv)``. They
+    are fp32, or fp64 for fp64 inputs.
+
+    Attributes:
+        entropy: of each row, in nats; differentiable.
+        largest_logit: the largest score of each row; differentiable.
+        largest_key: its position in the sequence, int64; -1 in an empty row.
+        key_sum: the sum of each key's weights; differentiable.
+        key_max: the largest of each key's weights.
+    """
+
+    entropy: Tensor
+    largest_logit: Tensor
+    largest_key: Tensor
+    key_sum: Tensor
+    key_max: Tensor
+
+
+@dataclass(frozen=True)
+class StatisticsGradient:
+    """Gradients of the differentiable statistics; None is zero."""
+
+    entropy: Tensor | None = None
+    largest_logit: Tensor | None = None
+    key_sum: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """Directions in which the differentiable inputs move, shaped like them; None stands still."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Numbers of each query row that the backward pass reads, or their tangents, of which None is zero.
+
+    Attributes:
+        dout: gradient of ``out``, shaped like it.
+        dlse: gradient of ``lse``.
+        out, lse, lse_low: results of the forward pass. ``lse_low`` has no tangent: that of ``lse`` is exact enough.
+    """
+
+    dout: Tensor | None = None
+    dlse: Tensor | None = None
+    out: Tensor | None = None
+    lse: Tensor | None = None
+    lse_low: Tensor | None = None
 
 
 def check_rank(
@@ -296,7 +361,7 @@ class Problem:
         dtype: of q, k and v.
         head_dim_qk, head_dim_v: head dims.
         group: query heads per key/value head.
-        features: what of the spec is used, among FEATURES and CACHE_FEATURES.
+        features: what is asked for, a member of any of the tuples ``*FEATURES`` below.
         needs_grad: whether a backward pass will follow (or is asked for).
         deterministic: torch.use_deterministic_algorithms is on.
         page_size: rows of a page of a paged cache; 0 without one.
@@ -314,7 +379,8 @@ class Problem:
     page_size: int = 0
 
     @classmethod
-    def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False) -> Problem:
+    def of(cls, inputs: Inputs, spec: AttentionSpec, needs_grad: bool = False, also: Sequence[str] = ()) -> Problem:
+        """The facts of a call; ``also`` names what is asked besides the forward and backward pass."""
         q = inputs.q
         return cls(
             device=q.device.type,
@@ -323,7 +389,7 @@ class Problem:
             head_dim_qk=q.shape[-1],
             head_dim_v=inputs.v.shape[-1],
             group=inputs.heads_q // inputs.heads_kv,
-            features=frozenset(used_features(inputs, spec)),
+            features=frozenset((*used_features(inputs, spec), *also)),
             needs_grad=needs_grad,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
@@ -333,6 +399,10 @@ FEATURES = (
     "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
     "strided head dim",
 )  # fmt: skip
+# Further features: Jacobian-vector products of both passes (``Backend.jvp``); statistics of the weights, with their
+# gradients (``Backend.statistics``).
+DERIVATIVE_FEATURES = ("jvp",)
+STATISTICS_FEATURES = ("statistics",)
 # Further features of attention_with_kv_cache. A sequence with more than PROMPT_ROWS query rows is a "prompt": its time
 # goes into computing rather than reading the cache.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")

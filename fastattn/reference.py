@@ -17,7 +17,7 @@ through its ordinary torch ops, and it stores the whole ``S_q x S_kv`` score mat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastattn import kv_cache, numerics, rng
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import DIFFERENTIABLE, Grads, Inputs
+from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents
 from fastattn.spec import AttentionSpec, distance, keep
 
 
@@ -123,6 +123,11 @@ def forward(
     return tuple((x[0] if inputs.is_packed else x).contiguous() for x in results)  # type: ignore[return-value]
 
 
+def scores(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+    """The finished scores ``(B, H_q, S_q, S_kv)``; -inf where a pair is not kept."""
+    return _terms(inputs, spec, compute_dtype(inputs)).scores
+
+
 def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) -> Tensor:
     """The factors of v, dropout included: ``(B, H_q, S_q, S_kv)`` in the dtype of the computation.
 
@@ -192,6 +197,102 @@ def backward(
         dbias=_sum_to(dt, inputs.bias) if inputs.bias is not None and "bias" in needs else None,
         dsinks=_sink_gradient(t, (lse, lse_low), shift, inputs) if "sinks" in needs else None,
     )
+
+
+def statistics(inputs: Inputs, spec: AttentionSpec, dtype: torch.dtype | None = None) -> Statistics:
+    """The statistics that the spec defines; ``dtype`` is that of the computation, as in ``forward``."""
+    t = _terms(inputs, spec, dtype or compute_dtype(inputs))
+    p = _weights(t, *_normaliser(t))
+    entropy = -(p * torch.where(p > 0, p, 1).log()).sum(-1)
+    if t.scores.shape[-1] == 0 or t.scores.shape[-2] == 0:
+        largest, key = torch.full_like(entropy, numerics.NEVER), torch.full_like(entropy, -1, dtype=torch.long)
+        key_max = torch.zeros_like(p.sum(-2))
+    else:
+        largest, key = t.scores.max(-1)
+        positions = t.positions.j.flatten()[key]
+        key = torch.where(largest == numerics.NEVER, -1, positions)
+        key_max = p.detach().amax(-2)
+    found = (entropy, largest, key, p.sum(-2), key_max)
+    results = (x if x.dtype == torch.long else x.to(lse_dtype(inputs.q.dtype)) for x in found)
+    return Statistics(*((x[0] if inputs.is_packed else x).contiguous() for x in results))
+
+
+def statistics_backward(
+    gradient: StatisticsGradient,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Grads:
+    """The gradients named in ``needs`` of the differentiable statistics, as torch derives them."""
+    names = ("entropy", "largest_logit", "key_sum")
+
+    def differentiable(*values: Tensor) -> tuple[Tensor, ...]:
+        found = statistics(inputs.replace(**dict(zip(needs, values, strict=True))), spec, dtype)
+        return tuple(getattr(found, name) for name in names)
+
+    values, pull_back = torch.func.vjp(differentiable, *(getattr(inputs, name) for name in needs))  # type: ignore[misc]
+    given = (getattr(gradient, name) for name in names)
+    found = pull_back(tuple(torch.zeros_like(x) if g is None else g for x, g in zip(values, given, strict=True)))
+    return Grads(**{f"d{name}": x for name, x in zip(needs, found, strict=True)})
+
+
+def jvp(
+    tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The tangents of out and lse as torch derives them from ``forward``, which ``results`` are of and not read."""
+
+    def moved(*values: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, _ = forward(inputs.replace(**dict(zip(moving, values, strict=True))), spec, dtype)
+        return out, lse
+
+    moving = {name: x for name in DIFFERENTIABLE if (x := getattr(tangents, name)) is not None}
+    primals = tuple(getattr(inputs, name) for name in moving)
+    out, lse = jacobian_product(moved, primals, tuple(moving.values()))
+    return out.contiguous(), lse.contiguous()
+
+
+def jacobian_product(
+    function: Callable[..., tuple[Tensor, ...]], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The tangents of ``function(*primals)`` as ``primals`` move along ``tangents``.
+
+    In reverse mode twice, a vector-Jacobian product being linear in its vector: torch has no forward mode in
+    forward mode.
+    """
+    if not primals:
+        return tuple(torch.zeros_like(x) for x in function())
+    values, pull_back = torch.func.vjp(function, *primals)  # type: ignore[misc]
+    _, push = torch.func.vjp(lambda *seeds: pull_back(seeds), *map(torch.zeros_like, values))  # type: ignore[misc]
+    return push(tangents)
+
+
+def backward_jvp(
+    rows: Rows,
+    moved: Rows,
+    tangents: Tangents,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Grads:
+    """The tangents of the gradients named in ``needs``, as torch derives them from both passes."""
+
+    def gradients(*values: Tensor) -> tuple[Tensor, ...]:
+        at = dict(zip(moving, values, strict=True))
+        dout, dlse = (at.pop(name, getattr(rows, name)) for name in ("dout", "dlse"))
+        at_inputs = inputs.replace(**at)
+        grads = backward(dout, dlse, *forward(at_inputs, spec, dtype), at_inputs, spec, needs, dtype=dtype)
+        return tuple(getattr(grads, f"d{name}") for name in needs)
+
+    given = {name: getattr(moved, name) for name in ("dout", "dlse")}
+    given |= {name: getattr(tangents, name) for name in DIFFERENTIABLE}
+    moving = {name: x for name, x in given.items() if x is not None}
+    primals = tuple(getattr(rows if name in ("dout", "dlse") else inputs, name) for name in moving)
+    found = jacobian_product(gradients, primals, tuple(moving.values()))
+    return Grads(**{f"d{name}": x for name, x in zip(needs, found, strict=True)})
 
 
 def attend_to_cache(

@@ -66,6 +66,16 @@ row keeps (docs/decisions/empty_rows.md).
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
 
+Statistics (``return_stats=``) describe the weights ``p`` before dropout, without the matrix, for each query head:
+
+    entropy        of each row, -sum_j p_ij log p_ij over its keys, in nats; the sink is no key
+    largest_logit  of each row, the largest finished score of its keys; -inf where the row keeps none
+    largest_key    its position, the first of equal ones; -1 where the row keeps none
+    key_sum        of each key, sum_i p_ij
+    key_max        of each key, max_i p_ij; 0 where no row keeps it
+
+Entropy, largest logit (by its largest key) and key sums have gradients; the position and the maximum have none.
+
 Caches (``fastattn.attention_with_kv_cache``) hold keys and values in pages, ``(P, page_size, H_kv, D)``: position ``j``
 of sequence ``b`` lies at ``page_and_row(j, page_size)``, the first number of which is looked up in row ``b`` of a block
 table. Without a block table each sequence owns one page: a contiguous cache. Before a call it holds

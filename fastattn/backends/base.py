@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, FLOATS, Grads, Inputs, Problem
+from fastattn.problem import (
+    CACHE_FEATURES,
+    DERIVATIVE_FEATURES,
+    FEATURES,
+    FLOATS,
+    STATISTICS_FEATURES,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.spec import AttentionSpec
 
 # A function for calls with equal specs, whose tensors have equal shapes, strides, dtypes and devices.
@@ -29,7 +42,8 @@ class Capabilities:
     Attributes:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
-        features: members of ``problem.FEATURES`` and, for a backend with ``attend_to_cache``, ``CACHE_FEATURES``.
+        features: members of ``problem.FEATURES``; ``DERIVATIVE_FEATURES`` for a backend with ``jvp``,
+        ``STATISTICS_FEATURES`` for one with ``statistics``, and ``CACHE_FEATURES`` for one with ``attend_to_cache``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), on CUDA devices.
         deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``.
@@ -45,7 +59,7 @@ class Capabilities:
     deterministic_by_flag: bool = False
 
     def __post_init__(self) -> None:
-        known = (*FEATURES, *CACHE_FEATURES)
+        known = (*FEATURES, *DERIVATIVE_FEATURES, *STATISTICS_FEATURES, *CACHE_FEATURES)
         unknown = self.features - set(known)
         if unknown:
             raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
@@ -94,6 +108,39 @@ class Backend:
     ) -> Grads:
         """The gradients of the inputs named in ``needs`` (members of ``problem.DIFFERENTIABLE``)."""
         raise NotImplementedError(f"the {self.name} backend serves caches alone")
+
+    def jvp(self, tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        """The tangents of ``out`` and ``lse`` as the inputs move along ``tangents``.
+
+        ``results`` are those of a forward pass, by any backend. Only one that declares "jvp" is asked, here and below.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'jvp'")
+
+    def backward_jvp(
+        self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        """The tangents of the gradients named in ``needs``.
+
+        Args:
+            rows: what the backward pass is given.
+            moved: the tangents of ``dout`` and ``dlse``, None where they stand still, and those of ``out`` and ``lse``,
+                which ``jvp`` computes from ``tangents``.
+            tangents: those of the inputs.
+            inputs: the tensors.
+            spec: the scalars.
+            needs: members of ``problem.DIFFERENTIABLE``.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'jvp'")
+
+    def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
+        """The statistics of the weights. Only a backend that declares "statistics" is asked, here and below."""
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
+
+    def statistics_backward(
+        self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        """The gradients of the inputs named in ``needs``, among which v is not."""
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Append the new keys and values, if any, to the cache, and return ``(out, lse)`` of attention to all of it.

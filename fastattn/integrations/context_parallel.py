@@ -374,7 +374,7 @@ def sharded(sharding: SequenceSharding, way: Literal["ring", "ulysses"] = "ring"
     ``context_parallel`` it takes the place of torch's ring; torch shards head and tail, as ``SequenceSharding`` does.
 
     What cannot be right is refused: other functions of fastattn, torch's ``scaled_dot_product_attention``,
-    ``return_lse``, ``return_weights``, ``torch.compile``.
+    ``return_lse``, ``return_weights``, ``return_stats``, ``torch.compile``.
 
     Args:
         sharding: which tokens the ranks hold.
@@ -433,7 +433,7 @@ def _for_whole_rows(
     options: dict[str, Any],
 ) -> Tensor:
     """A call of ``fastattn.attention`` by ``function``."""
-    refused = [name for name in ("return_lse", "return_weights") if options.pop(name)]
+    refused = [name for name in ("return_lse", "return_weights", "return_stats") if options.pop(name)]
     segments = options["segment_ids"]
     if isinstance(segments, tuple):
         options["segment_ids"] = segments[0]

@@ -53,10 +53,13 @@ class Failure:
         changed = {name: value for name, value in fields.items() if value != getattr(defaults, name)}
         arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         backend = repr(self.result.backend)
-        call = f"measure({backend}, sample)" if self.way is None else f"measure_way({self.way!r}, sample, {backend})"
+        call = (
+            f"measure_all({backend}, sample)" if self.way is None else f"measure_way({self.way!r}, sample, {backend})"
+        )
         return (
             "import torch\n"
-            "from fastattn.testing import Case, assert_within, make, measure\n"
+            "from fastattn.testing import Case, assert_within, make\n"
+            "from fastattn.testing.verify import measure_all\n"
             "from fastattn.testing.ways import measure_way\n\n"
             f"case = Case({arguments})\n"
             f"sample = make(case, device={self.device!r}, seed={self.seed})\n"

@@ -95,8 +95,8 @@ class Yardstick:
         """Two rows, one for each norm, for each result that was found; ``suffix`` ends their names."""
         arithmetic = reference.compute_dtype(self.sample.inputs)
         rows = (
-            _judge(name + suffix, found[name], self.exact[name], self.eager[name], self.condition[name], arithmetic)
-            for name in self.condition
+            judge_result(name + suffix, found[name], self.exact[name], self.eager[name], condition, arithmetic)
+            for name, condition in self.condition.items()
             if name in found
         )
         return [row for both in rows for row in both]
@@ -161,14 +161,14 @@ def run(forward: Backend, sample: Sample, backward: Backend) -> Results:
     inputs, spec = sample.inputs, sample.spec
     with poisoned():
         out, lse, lse_low = forward.forward(inputs, spec)
-        _check_contract("out", out, inputs.out_shape(), inputs.q.dtype, needs_contiguous=True)
+        check_contract("out", out, inputs.out_shape(), inputs.q.dtype, needs_contiguous=True)
         for name, x in (("lse", lse), ("lse_low", lse_low)):
-            _check_contract(name, x, inputs.lse_shape(), reference.lse_dtype(inputs.q.dtype), needs_contiguous=True)
+            check_contract(name, x, inputs.lse_shape(), reference.lse_dtype(inputs.q.dtype), needs_contiguous=True)
         grads = backward.backward(sample.dout, sample.dlse, out, lse, lse_low, inputs, spec, sample.needs)
     results = {"out": out, "lse": lse} | _named(grads, sample.needs)
     for name in sample.needs:
         like = getattr(inputs, name)
-        _check_contract(f"d{name}", results[f"d{name}"], tuple(like.shape), like.dtype, needs_contiguous=False)
+        check_contract(f"d{name}", results[f"d{name}"], tuple(like.shape), like.dtype, needs_contiguous=False)
     return results
 
 
@@ -204,9 +204,7 @@ def _named(grads: Grads, needs: Sequence[str]) -> Results:
     return {f"d{name}": getattr(grads, f"d{name}") for name in needs}
 
 
-def _check_contract(
-    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, needs_contiguous: bool
-) -> None:
+def check_contract(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, needs_contiguous: bool) -> None:
     assert tuple(x.shape) == shape, f"{name} has shape {tuple(x.shape)}, not {shape}"
     assert x.dtype == dtype, f"{name} is {x.dtype}, not {dtype}"
     assert x.is_contiguous() or not needs_contiguous, f"{name} is not contiguous, its strides are {x.stride()}"
@@ -227,7 +225,7 @@ def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
     return {"out": out, "lse": lse, "lse_low": low} | _named(grads, sample.needs)
 
 
-def _judge(
+def judge_result(
     name: str, found: Tensor, exact: Tensor, eager: Tensor, condition: Tensor, arithmetic: torch.dtype
 ) -> list[Row]:
     """A row for each norm. Where the exact result is -inf (lse of an empty row), ``found`` must be too."""
@@ -260,10 +258,10 @@ def _condition(sample: Sample, exact: Results) -> Results:
     """The condition of each result, defined at the top of this file. Computed with squares, until the last step."""
     inputs, spec = sample.inputs, sample.spec
     group = inputs.heads_q // inputs.heads_kv
-    q, k, v, dout = (_heads_first(x, inputs).square() for x in (inputs.q, inputs.k, inputs.v, sample.dout))
+    q, k, v, dout = (heads_first(x, inputs).square() for x in (inputs.q, inputs.k, inputs.v, sample.dout))
     k, v = (x.nan_to_num(0).repeat_interleave(group, dim=1) for x in (k, v))
     zeros, ones = torch.zeros_like(sample.dout), torch.ones_like(exact["lse"])
-    p = _score_gradient(sample, exact, zeros, ones)  # the derivative of lse with respect to the scores
+    p = score_gradient(sample, exact, zeros, ones)  # the derivative of lse with respect to the scores
     lse = exact["lse"].abs().nan_to_num(posinf=0).view(p.shape[:-1])
     dlse = torch.zeros_like(lse) if sample.dlse is None else sample.dlse.square().view(lse.shape)
     of_scores, of_products = (1 + math.log2(x.shape[-1]) for x in (q, v))  # roundings of each term
@@ -275,24 +273,24 @@ def _condition(sample: Sample, exact: Results) -> Results:
     out = dropped_weight @ v
     # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
     ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
-    stored_out = _heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
+    stored_out = heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
     shift = of_products * (dout * (out + stored_out)).sum(-1) + dlse
-    dt = _score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
+    dt = score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
     dt = dt + dropped_weight * products + p.square() * shift[..., None]
     gradients = {
-        "dq": lambda: spec.scale**2 * _like(dt @ k, exact["dq"]),
-        "dk": lambda: spec.scale**2 * _like(dt.transpose(-1, -2) @ q, exact["dk"]),
-        "dv": lambda: _like(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
+        "dq": lambda: spec.scale**2 * like_input(dt @ k, exact["dq"]),
+        "dk": lambda: spec.scale**2 * like_input(dt.transpose(-1, -2) @ q, exact["dk"]),
+        "dv": lambda: like_input(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
         "dbias": lambda: dt.sum_to_size(exact["dbias"].shape),
         # one bound serves all heads and sequences
         "dsinks": lambda: (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
     }
-    results = {"out": _like(out, exact["out"]), "lse": (lse.square() + weight.sum(-1)).view(exact["lse"].shape)}
+    results = {"out": like_input(out, exact["out"]), "lse": (lse.square() + weight.sum(-1)).view(exact["lse"].shape)}
     results |= {name: gradient() for name, gradient in gradients.items() if name in exact}
     return {name: x.sqrt() for name, x in results.items()}
 
 
-def _score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor | None) -> Tensor:
+def score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor | None) -> Tensor:
     """The gradient of the finished scores, ``[B, H_q, S_q, S_kv]``, which is that of a bias of full shape."""
     inputs = sample.inputs
     batch = 1 if inputs.is_packed else inputs.batch
@@ -304,10 +302,10 @@ def _score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor |
     return grads.dbias
 
 
-def _heads_first(x: Tensor, inputs: Inputs) -> Tensor:
+def heads_first(x: Tensor, inputs: Inputs) -> Tensor:
     return (x[None] if inputs.is_packed else x).transpose(1, 2)
 
 
-def _like(x: Tensor, like: Tensor) -> Tensor:
+def like_input(x: Tensor, like: Tensor) -> Tensor:
     """``(B, H_q, S, D)`` -> the shape of ``like``, summing the query heads that share one of its heads."""
     return x.unflatten(1, (like.shape[-2], -1)).sum(2).transpose(1, 2).reshape(like.shape)

@@ -18,7 +18,9 @@ from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
-from fastattn.testing.inputs import make
+from fastattn.testing.derivatives import measure_derivatives
+from fastattn.testing.inputs import Sample, make
+from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row, Yardstick, measure
 from fastattn.version import __version__
 
@@ -162,13 +164,20 @@ def judge(
         yardstick = yardstick or Yardstick(make(case, device, seed))
         sample = yardstick.sample
         problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
-        run = partial(measure, backend, sample, yardstick=yardstick)
+        run = partial(measure_all, backend, sample, yardstick=yardstick)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:
         return Result(backend, case, tuple(run()))
     except Exception as error:
         return Result(backend, case, broken=f"{type(error).__name__}: {error}")
+
+
+def measure_all(backend: str, sample: Sample, *, yardstick: Yardstick | None = None) -> list[Row]:
+    """Judge both passes, and Jacobian-vector products and statistics if the backend has them."""
+    more = {"jvp": measure_derivatives, "statistics": measure_statistics}
+    rows, able = measure(backend, sample, yardstick=yardstick), load(backend).capabilities.features
+    return rows + [row for feature, judged in more.items() if feature in able for row in judged(backend, sample)]
 
 
 def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:

@@ -89,6 +89,15 @@ def test_decode(tmp_path, capsys):
     assert "sdpa, gathered before" in capsys.readouterr().out
 
 
+def test_derivatives(tmp_path):
+    path = tmp_path / "derivatives.json"
+    assert main(["derivatives", *QUICK, "--out", str(path)]) == 0
+    found = {result["what"]: result for result in read(path)["results"]}
+    assert "128 tokens: double backward, torch math" in found
+    windowed = found["128 tokens, window of 256: gradients of each sample, fastattn"]
+    assert windowed["beside"].endswith("gradients of the batch")
+
+
 def test_overhead(tmp_path, capsys):
     path = tmp_path / "overhead.json"
     assert main(["overhead", *QUICK, "--out", str(path)]) == 0

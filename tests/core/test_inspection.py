@@ -8,7 +8,12 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.inspection import attention_entropy, attention_rollout, mean_attention_weights
+from fastattn.inspection import (
+    attention_entropy,
+    attention_rollout,
+    attention_statistics,
+    mean_attention_weights,
+)
 
 S_Q, S_KV, H_Q, H_KV, D = 7, 9, 4, 2, 8
 OPTIONS = {
@@ -130,3 +135,49 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"fastattn\[bench\]"):
         fastattn.plot_attention(torch.rand(1, 2, 2), tmp_path / "x.png")
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def differentiable(found):
+    return found.entropy, found.largest_logit, found.key_sum
+
+
+def test_statistics_are_those_of_the_weights():
+    options = {"causal": True, "softcap": 3.0, "sinks": torch.randn(4)}
+    q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 12, 2, 8)
+    weights = fastattn.attention_weights(q, k, **options)
+    found = attention_statistics(q, k, **options)
+    torch.testing.assert_close(found.entropy, attention_entropy(weights))
+    torch.testing.assert_close((found.key_sum, found.key_max), (weights.sum(-2), weights.amax(-2)))
+    assert found.largest_key.equal(weights.argmax(-1))
+    _out, lse, beside = fastattn.attention(q, k, k, **options, return_lse=True, return_stats=True)
+    torch.testing.assert_close(tuple(beside), tuple(found))
+    largest = torch.exp(found.largest_logit - lse)
+    torch.testing.assert_close(largest, weights.amax(-1))
+
+
+@pytest.mark.parametrize("backend", ["portable", "eager"])
+def test_gradients_of_statistics(backend):
+    q, k = (torch.randn(1, s, 2, 3, dtype=torch.float64, requires_grad=True) for s in (4, 5))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def statistics(q, k, sinks):
+        with fastattn.use_backend(backend):
+            return differentiable(attention_statistics(q, k, causal=True, softcap=2.0, sinks=sinks))
+
+    assert torch.autograd.gradcheck(statistics, (q, k, sinks))
+    assert torch.autograd.gradgradcheck(statistics, (q, k, sinks), fast_mode=True)
+
+
+def test_statistics_under_transforms_and_packed():
+    q = torch.randn(3, 1, 6, 2, 4)
+    each = [attention_statistics(x, x, causal=True) for x in q]
+    together = torch.vmap(lambda x: tuple(attention_statistics(x, x, causal=True)))(q)
+    ends = torch.tensor([0, 6, 12, 18], dtype=torch.int32)
+    flat = q.reshape(18, 2, 4)
+    _, packed = fastattn.attention_varlen(flat, flat, flat, ends, ends, causal=True, return_stats=True)
+    for n, found in enumerate(each):
+        for name, x, y, z in zip(found._fields, found, together, packed, strict=True):
+            torch.testing.assert_close((y[n], z[:, 6 * n : 6 * n + 6]), (x, x[0]), msg=name)

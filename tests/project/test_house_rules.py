@@ -35,7 +35,7 @@ VOCABULARY = {
 }  # fmt: skip
 CORE = VOCABULARY | {
     "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "ops", "plain",
-    "plan", "reference", "serving",
+    "plan", "reference", "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -62,12 +62,15 @@ MAY_IMPORT = {
     "dispatch": {"backends", "errors", "problem", "state"},
     "ops": VOCABULARY | {"backends", "dispatch", "reference"},
     "flops": {"kv_cache", "ops", "problem", "spec"},
-    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals"},
+    "vmap": {"problem"},
+    "statistics": {"ops", "problem", "reference", "spec", "torch_internals"},
+    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals", "vmap"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
-    "functional": VOCABULARY | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving"},
+    "functional": VOCABULARY
+    | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
-    "inspection": VOCABULARY | {"arguments", "reference"},
+    "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
     "nn": {
         "arguments",
         "decoding",

@@ -3,7 +3,8 @@
 A problem is planned (``plan``) into blocks of the score matrix outside which nothing is computed. Blocks run on
 torch's flash kernel for the CPU (``flash``) where it computes the same thing, else through online softmax over tiles
 (``tiles``). On an accelerator it is always tiles, and nothing there waits for the device (not yet run on a GPU).
-``decode`` attends to caches.
+``decode`` attends to caches. Jacobian-vector products and statistics of the weights are always tiles
+(``derivatives``, ``statistics``).
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Backend, Capabilities, Outputs
-from fastattn.backends.portable import decode, flash, terms, tiles
+from fastattn.backends.portable import decode, derivatives, flash, statistics, terms, tiles
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs
+from fastattn.problem import CACHE_FEATURES, DERIVATIVE_FEATURES, FEATURES, STATISTICS_FEATURES, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
 
 class PortableBackend(Backend):
     name = "portable"
-    capabilities = Capabilities(features=frozenset(FEATURES + CACHE_FEATURES))
+    capabilities = Capabilities(
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES)
+    )
+    jvp = staticmethod(derivatives.jvp)
+    backward_jvp = staticmethod(derivatives.backward_jvp)
+    statistics_backward = staticmethod(statistics.backward)
+    statistics = staticmethod(statistics.forward)
 
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         results = _without_sinks(inputs, spec)

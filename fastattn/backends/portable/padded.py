@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.backends.base import Outputs
 from fastattn.numerics import NEVER
-from fastattn.problem import Inputs
+from fastattn.problem import Grads, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
 
 # Padding of the queries and of the keys: never equal, so never attended.
@@ -62,15 +62,65 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The results of ``dense_backward`` for packed inputs."""
     to_q, to_kv = _places(inputs, spec)
-    n = inputs.batch
-    dout, out = (_pad(x, to_q, n, inputs.max_seqlen_q) for x in (dout, out))
-    lse = _pad(lse.transpose(0, 1), to_q, n, inputs.max_seqlen_q, fill=NEVER).transpose(1, 2)
-    lse_low = _pad(lse_low.transpose(0, 1), to_q, n, inputs.max_seqlen_q).transpose(1, 2)
-    if dlse is not None:
-        dlse = _pad(dlse.transpose(0, 1), to_q, n, inputs.max_seqlen_q).transpose(1, 2)
-    grads = dense_backward(dout, dlse, out, lse, lse_low, _pad_inputs(inputs, to_q, to_kv), spec, needs)
+    rows = _pad_rows(Rows(dout, dlse, out, lse, lse_low), to_q, inputs, of_lse=NEVER)
+    given = (rows.dout, rows.dlse, rows.out, rows.lse, rows.lse_low)
+    grads = dense_backward(*given, _pad_inputs(inputs, to_q, to_kv), spec, needs)
     places = (to_q, to_kv, to_kv)
     return *(x if x is None else x.flatten(0, 1)[to] for x, to in zip(grads, places, strict=False)), None
+
+
+def jvp(
+    dense_jvp: Callable[..., Any], tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """The results of ``dense_jvp`` for packed inputs."""
+    to_q, to_kv = _places(inputs, spec)
+    rows = _pad_rows(results, to_q, inputs, of_lse=NEVER)
+    moving = _pad_tangents(tangents, to_q, to_kv, inputs)
+    out, lse = dense_jvp(moving, rows, _pad_inputs(inputs, to_q, to_kv), spec)
+    return out.flatten(0, 1)[to_q], lse.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous()
+
+
+def backward_jvp(
+    dense_jvp: Callable[..., Any],
+    rows: Rows,
+    moved: Rows,
+    tangents: Tangents,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    *,
+    needs: Sequence[str],
+) -> Grads:
+    """The results of ``dense_jvp`` for packed inputs."""
+    to_q, to_kv = _places(inputs, spec)
+    rows, moved = _pad_rows(rows, to_q, inputs, of_lse=NEVER), _pad_rows(moved, to_q, inputs)
+    moving = _pad_tangents(tangents, to_q, to_kv, inputs)
+    grads = dense_jvp(rows, moved, moving, _pad_inputs(inputs, to_q, to_kv), spec, needs)
+    by_row = {"dq": to_q, "dk": to_kv, "dv": to_kv}
+    found = {name: getattr(grads, name) for name in by_row}
+    found = {name: x if x is None else x.flatten(0, 1)[by_row[name]] for name, x in found.items()}
+    return Grads(**found, dsinks=grads.dsinks)
+
+
+def _pad_rows(rows: Rows, to_q: Tensor, inputs: Inputs, of_lse: float = 0) -> Rows:
+    """Numbers of packed query rows as those of the dense batch; lse is ``of_lse`` where there is no row."""
+
+    def pad(x: Tensor | None, fill: float = 0) -> Tensor | None:
+        return x if x is None else _pad(x, to_q, inputs.batch, inputs.max_seqlen_q, fill)
+
+    def pad_lse(x: Tensor | None, fill: float = 0) -> Tensor | None:
+        padded = pad(x if x is None else x.transpose(0, 1), fill)
+        return padded if padded is None else padded.transpose(1, 2)
+
+    return Rows(pad(rows.dout), pad_lse(rows.dlse), pad(rows.out), pad_lse(rows.lse, of_lse), pad_lse(rows.lse_low))
+
+
+def _pad_tangents(tangents: Tangents, to_q: Tensor, to_kv: Tensor, inputs: Inputs) -> Tangents:
+    sides = (
+        (tangents.q, to_q, inputs.max_seqlen_q),
+        *((x, to_kv, inputs.max_seqlen_kv) for x in (tangents.k, tangents.v)),
+    )
+    q, k, v = (x if x is None else _pad(x, to, inputs.batch, longest) for x, to, longest in sides)
+    return Tangents(q, k, v, sinks=tangents.sinks)
 
 
 def _places(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,8 @@ def is_moderate(lse: Tensor) -> bool:
 
 def add_sinks(out: Tensor, lse: Tensor, lse_low: Tensor, inputs: Inputs) -> Outputs:
     """The results with the sink's column in the denominator."""
-    logits = _sinks_by_row(inputs, lse).expand_as(lse)
+    assert inputs.sinks is not None
+    logits = by_row(inputs.sinks, inputs).expand_as(lse)
     lse, lse_low, shares = numerics.merge_lse(torch.stack([lse, logits]), torch.stack([lse_low, torch.zeros_like(lse)]))
     return (out * shares[0].transpose(-1, -2)[..., None]).to(out.dtype), lse, lse_low
 
@@ -138,8 +139,18 @@ def sink_gradient(
     shift = (dout.to(lse.dtype) * out).sum(-1).transpose(-1, -2)
     if dlse is not None:
         shift = shift - dlse
-    weight = torch.where(lse == NEVER, 0, torch.exp((_sinks_by_row(inputs, lse) - lse) - lse_low))
-    rows = -weight * shift  # [B, H_q, S_q] or [H_q, T_q]
+    return sum_by_sink(-sink_weights(lse, lse_low, inputs) * shift, inputs)
+
+
+def sink_weights(lse: Tensor, lse_low: Tensor, inputs: Inputs) -> Tensor:
+    """The weight of the sink in each row, shaped like ``lse``."""
+    assert inputs.sinks is not None
+    return torch.where(lse == NEVER, 0, torch.exp((by_row(inputs.sinks, inputs) - lse) - lse_low))
+
+
+def sum_by_sink(rows: Tensor, inputs: Inputs) -> Tensor:
+    """The sum over the rows, shaped like lse, that share a sink, shaped like the sinks."""
+    assert inputs.sinks is not None
     if not inputs.is_packed:
         by_sequence = rows.sum(-1)
     elif inputs.sinks.shape[0] > 1:
@@ -154,10 +165,9 @@ def sink_gradient(
     return (by_sequence.sum(0, keepdim=True) if shared else by_sequence).to(inputs.sinks.dtype)
 
 
-def _sinks_by_row(inputs: Inputs, lse: Tensor) -> Tensor:
-    """The sink of each row, broadcasting to the shape of ``lse``."""
-    assert inputs.sinks is not None
-    sinks = inputs.sinks.to(lse.dtype)
+def by_row(sinks: Tensor, inputs: Inputs) -> Tensor:
+    """A number of each head, and perhaps sequence, for each row, broadcasting to the shape of lse."""
+    sinks = sinks.to(compute_dtype(inputs))
     if not inputs.is_packed:
         return sinks[:, :, None]
     if sinks.shape[0] == 1:

@@ -38,7 +38,7 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> Outputs:
     out = inputs.q.new_zeros(inputs.out_shape())
     lse = inputs.q.new_full(inputs.lse_shape(), NEVER, dtype=terms.compute_dtype(inputs))
     low = torch.zeros_like(lse)
-    out_rows, lse_rows, low_rows = terms.dense(out), _by_rows(lse), _by_rows(low)
+    out_rows, lse_rows, low_rows = terms.dense(out), by_rows(lse), by_rows(low)
     for block in blocks(inputs, spec):
         acc, total, largest = _online(inputs, spec, block)
         weight = spec.dropout_scale / torch.where(total == 0, 1, total)
@@ -48,20 +48,20 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> Outputs:
     return out, lse, low
 
 
-def _by_rows(lse: Tensor) -> Tensor:
+def by_rows(lse: Tensor) -> Tensor:
     """``(B, H, S)`` or packed ``(H, T)`` -> ``(B, S, H, 1)``."""
     return terms.dense(lse.transpose(-1, -2)[..., None])
 
 
 def _online(inputs: Inputs, spec: AttentionSpec, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """``acc`` ``[b, H_q, M, D_v]``, ``total`` and ``largest`` ``[b, H_q, M, 1]`` of a block's query rows."""
-    q = _folded(terms.queries(inputs.q, block), inputs)
+    q = folded(terms.queries(inputs.q, block), inputs)
     rows = (block.size[0], inputs.heads_q, block.size[1])
     largest = q.new_full((*rows, 1), NEVER)
     total = q.new_zeros((*rows, 1))
     acc = q.new_zeros((*rows, inputs.v.shape[-1]))
-    for tile, kept in _tiles(inputs, spec, block):
-        scores, _ = _scores(q, inputs, spec, tile, kept)
+    for tile, kept in walk(inputs, spec, block):
+        scores, _ = finished_scores(q, inputs, spec, tile, kept)
         new = torch.maximum(largest, scores.amax(-1, keepdim=True))
         base = torch.where(new == NEVER, 0, new)
         p = scores.sub_(base).exp_()
@@ -69,8 +69,8 @@ def _online(inputs: Inputs, spec: AttentionSpec, block: Block) -> tuple[Tensor, 
         total = total * decay + p.sum(-1, keepdim=True)
         if spec.dropout_p > 0:
             p = torch.where(terms.survives(inputs, spec, tile), p, 0)
-        v = _computed(terms.keys(inputs.v, tile), inputs)
-        acc = acc * decay + _unfolded(_product(_fold_heads(p, inputs), v, _fold_kept(kept, inputs)), inputs)
+        v = computed(terms.keys(inputs.v, tile), inputs)
+        acc = acc * decay + unfolded(product(fold_heads(p, inputs), v, fold_kept(kept, inputs)), inputs)
         largest = new
     return acc, total, torch.where(largest == NEVER, 0, largest)
 
@@ -93,13 +93,13 @@ def backward(
         for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v), ("bias", inputs.bias))
         if name in needs and x is not None
     }
-    lse, low = _by_rows(lse), _by_rows(lse_low)
+    lse, low = by_rows(lse), by_rows(lse_low)
     lse = torch.where(lse == NEVER, 0, lse)  # an empty row: exp(-inf - 0) = 0
     shift = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)  # delta - dlse
     if dlse is not None:
         shift = shift - dlse.transpose(-1, -2)[..., None]
     for block in blocks(inputs, spec):
-        q, dout_rows = (_folded(terms.queries(x, block), inputs) for x in (inputs.q, dout))
+        q, dout_rows = (folded(terms.queries(x, block), inputs) for x in (inputs.q, dout))
         rows = _Rows(q, dout_rows, *(terms.queries(x, block) for x in (lse, low, shift)))
         _accumulate(sums, rows, inputs, spec, block)
     names = ("q", "k", "v", "bias")
@@ -120,34 +120,50 @@ class _Rows:
 def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: AttentionSpec, block: Block) -> None:
     """Add to ``sums`` what a block's query rows contribute to the gradients."""
     q, dout = rows.q, rows.dout
-    for tile, kept in _tiles(inputs, spec, block):
-        scores, capped = _scores(q, inputs, spec, tile, kept)
-        k, v = (_computed(terms.keys(x, tile), inputs) for x in (inputs.k, inputs.v))
+    for tile, kept in walk(inputs, spec, block):
+        scores, capped = finished_scores(q, inputs, spec, tile, kept)
+        v = computed(terms.keys(inputs.v, tile), inputs)
         p = scores.sub_(rows.lse).sub_(rows.lse_low).exp_()
         if kept is not None:
             p.masked_fill_(~kept, 0)  # in a row whose lse is NaN, exp(-inf - lse) is NaN too
-        dt = _unfolded(dout @ v.transpose(-1, -2), inputs)
+        dt = unfolded(dout @ v.transpose(-1, -2), inputs)
         alive = terms.survives(inputs, spec, tile) if spec.dropout_p > 0 else None
         if alive is not None:
             dt = torch.where(alive, dt * spec.dropout_scale, 0)
         dt = dt.sub_(rows.shift).mul_(p)
         dt = dt if kept is None else torch.where(kept, dt, 0)
-        folded = _fold_kept(kept, inputs)
+        folded = fold_kept(kept, inputs)
         columns = None if folded is None else folded.mT
         if "v" in sums:
             dropped = p if alive is None else torch.where(alive, p * spec.dropout_scale, 0)
-            terms.keys(sums["v"], tile).add_(_product(_fold_heads(dropped, inputs).mT, dout, columns))
-        if "bias" in sums:
-            part = terms.window(sums["bias"], tile)
-            part += dt.sum_to_size(part.shape)
-        if capped is not None and spec.softcap is not None:
-            dt = dt * (1 - (capped / spec.softcap) ** 2)
-            dt = dt if kept is None else torch.where(kept, dt, 0)
-        ds = _fold_heads(dt, inputs)
-        if "q" in sums:
-            terms.queries(sums["q"], tile).add_(_unfolded(_product(ds, k, folded), inputs), alpha=spec.scale)
-        if "k" in sums:
-            terms.keys(sums["k"], tile).add_(_product(ds.mT, q, columns), alpha=spec.scale)
+            terms.keys(sums["v"], tile).add_(product(fold_heads(dropped, inputs).mT, dout, columns))
+        add_score_gradient(sums, dt, (q, capped, kept), inputs, spec, tile)
+
+
+def add_score_gradient(
+    sums: dict[str, Tensor],
+    dt: Tensor,
+    of_tile: tuple[Tensor, Tensor | None, Tensor | None],
+    inputs: Inputs,
+    spec: AttentionSpec,
+    tile: Block,
+) -> None:
+    """Add what the gradient of a tile's finished scores contributes; ``of_tile`` are q, capped scores, what is kept."""
+    q, capped, kept = of_tile
+    folded = fold_kept(kept, inputs)
+    if "bias" in sums:
+        part = terms.window(sums["bias"], tile)
+        part += dt.sum_to_size(part.shape)
+    if capped is not None and spec.softcap is not None:
+        dt = dt * (1 - (capped / spec.softcap) ** 2)
+        dt = dt if kept is None else torch.where(kept, dt, 0)
+    ds = fold_heads(dt, inputs)
+    if "q" in sums:
+        k = computed(terms.keys(inputs.k, tile), inputs)
+        terms.queries(sums["q"], tile).add_(unfolded(product(ds, k, folded), inputs), alpha=spec.scale)
+    if "k" in sums:
+        columns = None if folded is None else folded.mT
+        terms.keys(sums["k"], tile).add_(product(ds.mT, q, columns), alpha=spec.scale)
 
 
 # --- what is computed ---------------------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ def _max_scores(inputs: Inputs) -> int:
     return MAX_SCORES["cpu" if inputs.q.device.type == "cpu" else "other"]
 
 
-def _tiles(inputs: Inputs, spec: AttentionSpec, block: Block) -> Iterator[tuple[Block, Tensor | None]]:
+def walk(inputs: Inputs, spec: AttentionSpec, block: Block) -> Iterator[tuple[Block, Tensor | None]]:
     """The tiles of a block with what they keep; in host memory without those that masks or segments leave empty."""
     b, m, _ = block.size
     _, keys = TILE["cpu" if inputs.q.device.type == "cpu" else "other"]
@@ -198,12 +214,12 @@ def _kept(inputs: Inputs, spec: AttentionSpec, tile: Block) -> Tensor | None:
     return finite if kept is None else kept & finite
 
 
-def _scores(
+def finished_scores(
     q: Tensor, inputs: Inputs, spec: AttentionSpec, tile: Block, kept: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The finished scores ``[b, H_q, M, N]``, and the capped ones if there is a softcap."""
-    k = _computed(terms.keys(inputs.k, tile), inputs)
-    scores = _unfolded(q @ k.transpose(-1, -2), inputs).mul_(spec.scale)
+    k = computed(terms.keys(inputs.k, tile), inputs)
+    scores = unfolded(q @ k.transpose(-1, -2), inputs).mul_(spec.scale)
     capped = None
     if spec.softcap is not None:
         capped = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
@@ -217,28 +233,28 @@ def _scores(
 # --- heads: the query heads of a group are folded into the rows, so that K and V need no copies -----------------------
 
 
-def _computed(x: Tensor, inputs: Inputs) -> Tensor:
+def computed(x: Tensor, inputs: Inputs) -> Tensor:
     return x.to(terms.compute_dtype(inputs))
 
 
-def _folded(x: Tensor, inputs: Inputs) -> Tensor:
+def folded(x: Tensor, inputs: Inputs) -> Tensor:
     """``[b, H_q, M, D]`` -> ``[b, H_kv, G * M, D]`` in the dtype of the computation."""
-    return _fold_heads(_computed(x, inputs), inputs)
+    return fold_heads(computed(x, inputs), inputs)
 
 
-def _fold_heads(x: Tensor, inputs: Inputs) -> Tensor:
+def fold_heads(x: Tensor, inputs: Inputs) -> Tensor:
     return x.unflatten(1, (inputs.heads_kv, -1)).flatten(2, 3)
 
 
-def _fold_kept(kept: Tensor | None, inputs: Inputs) -> Tensor | None:
+def fold_kept(kept: Tensor | None, inputs: Inputs) -> Tensor | None:
     """``[b, 1|H_q, M, N]`` -> ``[b, H_kv, G * M, N]``."""
-    return None if kept is None else _fold_heads(kept.expand(-1, inputs.heads_q, -1, -1), inputs)
+    return None if kept is None else fold_heads(kept.expand(-1, inputs.heads_q, -1, -1), inputs)
 
 
-def _product(weights: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
+def product(weights: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:
     return weights @ x if kept is None else numerics.kept_product(weights, x, kept)
 
 
-def _unfolded(x: Tensor, inputs: Inputs) -> Tensor:
+def unfolded(x: Tensor, inputs: Inputs) -> Tensor:
     """``[b, H_kv, G * M, D]`` -> ``[b, H_q, M, D]``."""
     return x.unflatten(2, (inputs.heads_q // inputs.heads_kv, -1)).flatten(1, 2)

@@ -141,7 +141,7 @@ def test_segments_become_regions():
 class Spy:
     def __init__(self, monkeypatch):
         self.kernel, self.tiles, self.pairs = 0, 0, 0
-        kernel, scores = flash._forward, tiles._scores
+        kernel, scores = flash._forward, tiles.finished_scores
 
         def spied_kernel(q, k, *args, **options):
             self.kernel += 1
@@ -154,7 +154,7 @@ class Spy:
             return scores(q, inputs, spec, tile, kept)
 
         monkeypatch.setattr(flash, "_forward", spied_kernel)
-        monkeypatch.setattr(tiles, "_scores", spied_scores)
+        monkeypatch.setattr(tiles, "finished_scores", spied_scores)
 
 
 @pytest.fixture
