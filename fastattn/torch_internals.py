@@ -68,6 +68,22 @@ def current_raw_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if handle is None else handle(device.index)
 
 
+# A context without __torch_function__ of subclasses, and tensors without memory that belong to a subclass: what a lazy
+# tensor is made of. Both are in every supported version; without them importing fastattn.nn fails.
+without_torch_function = torch._C.DisableTorchFunctionSubclass
+make_wrapper: Callable[..., Any] = torch.Tensor._make_wrapper_subclass
+
+# torch's flash kernel for CPUs. The forward is bound in C++, which takes 5 us less than torch.ops. In every supported
+# version; without it importing the portable backend fails.
+flash_on_cpu: Callable[..., Any] = torch._scaled_dot_product_flash_attention_for_cpu
+flash_on_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def dispatch_keys(device: str) -> Any:
+    """The key set with which a kernel of torch's is called as if for ``device``, for example "CUDA"."""
+    return torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+
+
 def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
     """Shortest and longest length of a jagged nested tensor, or None for those that it has not stored."""
     return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)

@@ -25,6 +25,7 @@ from fastattn.dispatch import requested
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
+from fastattn.torch_internals import dispatch_keys
 
 # A backend of fastattn may call torch's attention, which must not come back here.
 _serving: ContextVar[bool] = ContextVar("fastattn_serving_torch", default=False)
@@ -183,7 +184,7 @@ def _original(name: str, device: str) -> Callable[..., Any] | None:
         kernel = torch.library.get_kernel(name, device)
     except RuntimeError:
         return None
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    keys = dispatch_keys(device)
     return lambda *args, **kwargs: kernel.call_boxed(keys, *args, **kwargs)
 
 

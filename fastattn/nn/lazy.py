@@ -20,7 +20,14 @@ from fastattn.dispatch import requested
 from fastattn.errors import input_error
 from fastattn.inspection import attention_weights, mean_attention_weights, weights_of_call
 from fastattn.ops import without_autocast
-from fastattn.torch_internals import is_in_forward_mode, is_traced, is_transformed, is_watched
+from fastattn.torch_internals import (
+    is_in_forward_mode,
+    is_traced,
+    is_transformed,
+    is_watched,
+    make_wrapper,
+    without_torch_function,
+)
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_cuda", "is_cpu", "is_sparse")
 _METHODS = ("dim", "size", "numel", "__len__", "is_floating_point", "is_complex", "element_size", "ndimension")
@@ -47,7 +54,7 @@ class LazyTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _KNOWN and isinstance(args[0], LazyTensor):
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **(kwargs or {}))
         if len(args) == 1 and not kwargs and isinstance(args[0], LazyTensor):
             return func(args[0].read())  # the commonest look, without the time that a tree takes
@@ -109,12 +116,12 @@ def lazily(
 
 
 def _history(lazy: LazyTensor) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_torch_function():
         return lazy.grad_fn
 
 
 def _lazy(source: _Source, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> LazyTensor:
-    made = Tensor._make_wrapper_subclass(LazyTensor, tuple(shape), dtype=dtype, device=device)
+    made = make_wrapper(LazyTensor, tuple(shape), dtype=dtype, device=device)
     made._source, made._node = source, None
     return made
 

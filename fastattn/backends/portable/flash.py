@@ -7,7 +7,7 @@ and v, divides by zero on empty tensors, and its lse of an empty row is 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,11 @@ from fastattn.backends.portable.plan import Block, Call
 from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
+from fastattn.torch_internals import flash_on_cpu, flash_on_cpu_backward
 
 # Elements of the largest temporaries: the mask of a call (32 MB in fp32), and the keys that its gradient is stored for.
 MAX_MASK = 1 << 23
 MAX_KEYS = 1 << 21
-
-# bound in C++, which takes 5 us less than torch.ops; its stub does not know starred arguments
-_forward: Callable[..., tuple[Tensor, Tensor]] = torch._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def serves(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str] = ()) -> bool:
@@ -42,13 +39,13 @@ def forward(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     q, k, v = (_operand(x, width) for x in (inputs.q, inputs.k, inputs.v))
     if (shape := _plain_shape(inputs, spec)) is not None:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = _forward(*heads_first, 0.0, shape == "causal", scale=spec.scale)
+        out, lse = flash_on_cpu(*heads_first, 0.0, shape == "causal", scale=spec.scale)
         return out.transpose(1, 2)[..., : inputs.v.shape[-1]].contiguous(), lse.contiguous()
     out, lse = _no_results(inputs)
     for step in _steps(planned(inputs, spec), inputs, spec):
         call = step.call
         operands = _queries(q, call), _keys(k, call), _keys(v, call)
-        out_part, lse_part = _forward(*operands, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
+        out_part, lse_part = flash_on_cpu(*operands, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
         _mark_empty_rows(lse_part, step, inputs, spec)
         _queries(terms.dense(out), call).copy_(out_part[..., : inputs.v.shape[-1]])
         _queries(_by_rows(lse), call).copy_(lse_part[..., None])
@@ -60,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     width, dim_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
     q, k, v = (x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, lse = _forward(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    out, lse = flash_on_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     if mask is not None:
         lse = lse.masked_fill((mask == NEVER).all(-1), NEVER)
     return out[..., :dim_v], lse
@@ -77,7 +74,9 @@ def backward(
     q, k, v = (_operand(x, dout.shape[-1]) for x in (inputs.q, inputs.k, inputs.v))
     if (shape := _plain_shape(inputs, spec)) is not None:
         heads_first = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        grads = _backward(*heads_first, lse[..., 0].transpose(1, 2), 0.0, shape == "causal", scale=spec.scale)
+        grads = flash_on_cpu_backward(
+            *heads_first, lse[..., 0].transpose(1, 2), 0.0, shape == "causal", scale=spec.scale
+        )
         return _like_inputs([x.transpose(1, 2) for x in grads], inputs)
     todo = planned(inputs, spec)
     if any(_has_data_mask(inputs, call.block) for call in todo):
@@ -87,7 +86,7 @@ def backward(
         call = step.call
         operands = _queries(dout, call), _queries(q, call), _keys(k, call), _keys(v, call), _queries(out, call)
         lse_part = _queries(lse, call)[..., 0]
-        parts = _backward(*operands, lse_part, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
+        parts = flash_on_cpu_backward(*operands, lse_part, 0.0, step.is_causal, attn_mask=step.mask, scale=spec.scale)
         _queries(dq, call).copy_(parts[0][..., : dq.shape[-1]])
         _add_keys(dk, parts[1], call)
         _add_keys(dv, parts[2], call)
