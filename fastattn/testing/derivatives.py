@@ -128,7 +128,7 @@ class _Condition:
         self.moved2 = spec.scale**2 * of_scores * (self.tq2 @ self.k2.mT + self.q2 @ self.tk2.mT)
         lse = self.lse.abs().nan_to_num(posinf=0).view(self.row_shape)
         self.magnified = (1 + raw2.sqrt() + lse[..., None]).square()
-        self.bend2 = torch.zeros(())
+        self.bend2 = self.p.new_zeros(())
         if spec.softcap is not None:
             self.bend2 = (2 / spec.softcap) ** 2 * (raw2 + self.moved2)
             self.moved2 = self.moved2 * (1 + (2 / spec.softcap) ** 2 * raw2)
@@ -182,7 +182,7 @@ class _Condition:
     def _gradients(self, t: Tensor, lse2: Tensor, out2: Tensor, moved_out2: Tensor) -> Results:
         sample, exact, spec = self.sample, self.exact, self.sample.spec
         dlse2, moved_dlse2 = (
-            torch.zeros(self.row_shape, dtype=t.dtype) if x is None else x.square().view(self.row_shape)
+            t.new_zeros(self.row_shape) if x is None else x.square().view(self.row_shape)
             for x in (sample.dlse, self.motion.dlse)
         )
         stored2 = self.stored * self._of_rows(exact["out"]).square()

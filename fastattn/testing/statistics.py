@@ -46,7 +46,7 @@ def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
         statistics = backend.statistics(sample.inputs, sample.spec)
         grads = backend.statistics_backward(gradient, sample.inputs, sample.spec, needs)
     _check(statistics, grads, sample)
-    exactly = StatisticsGradient(*(x.double() for x in dataclasses.astuple(gradient)))
+    exactly = StatisticsGradient(*(getattr(gradient, f.name).double() for f in dataclasses.fields(gradient)))
     exact = _reference(wide, exactly, None)
     eager = _reference(sample, gradient, sample.inputs.q.dtype)
     found = _named(statistics, grads, needs)

@@ -24,7 +24,8 @@ OPEN = (
     "fastattn.inspection", "fastattn.integrations.", "fastattn.lm.load", "fastattn.measure.", "fastattn.spec",
     "fastattn.testing.fuzz", "fastattn.testing.verify",
 )  # fmt: skip
-INNER = ("fastattn.integrations.transformers_",)  # parts of the adapter, which transformers calls
+# parts of a module that has the public names
+INNER = ("fastattn.integrations.transformers_", "fastattn.integrations.context_parallel_")
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def test_segments_become_regions():
 class Spy:
     def __init__(self, monkeypatch):
         self.kernel, self.tiles, self.pairs = 0, 0, 0
-        kernel, scores = flash._forward, tiles.finished_scores
+        kernel, scores = flash.flash_on_cpu, tiles.finished_scores
 
         def spied_kernel(q, k, *args, **options):
             self.kernel += 1
@@ -153,7 +153,7 @@ class Spy:
             self.pairs += tile.size[0] * tile.size[1] * tile.size[2]
             return scores(q, inputs, spec, tile, kept)
 
-        monkeypatch.setattr(flash, "_forward", spied_kernel)
+        monkeypatch.setattr(flash, "flash_on_cpu", spied_kernel)
         monkeypatch.setattr(tiles, "finished_scores", spied_scores)
 
 

@@ -25,7 +25,7 @@ def written(path, *records):
     return path
 
 
-@pytest.mark.parametrize("task", FIELDS)
+@pytest.mark.parametrize("task", sorted(FIELDS.keys() - {"chat"}))  # messages do not fit into a table
 def test_all_formats_give_the_same(tmp_path, task):
     fields = GOOD[task]
     jsonl = read_examples(written(tmp_path / "a.jsonl", fields | {"other": 1}), task)
