@@ -10,7 +10,7 @@ import torch
 import fastattn
 from fastattn import reference
 from fastattn.backends import base, load
-from fastattn.testing import Case, make
+from fastattn.testing import Case, grid, make
 from fastattn.testing import fuzz as fuzz_module
 from fastattn.testing import verify as verify_module
 from fastattn.testing.fuzz import fuzz, random_case
@@ -125,3 +125,9 @@ def test_fuzz_finds_minimises_and_prints_a_program(monkeypatch):
     assert changed - sizes in ({"softcap"}, {"sinks"})
     with pytest.raises((AssertionError, RuntimeError), match=r"outside the tolerance|no sinks today"):
         exec(str(found), {})
+
+
+@pytest.mark.parametrize("case", [case for case in grid() if case.nan_rows], ids=lambda case: case.id)
+def test_cases_with_nan_rows_have_some(case):
+    inputs = make(case).inputs
+    assert inputs.k.isnan().any() and inputs.v.isnan().any()
