@@ -182,15 +182,19 @@ class Backward {
     Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
-      int const at = first - keys.begin;
-      pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, padded, p_.head_dim_v, v);
-      pack_panel(v, count, dim_v_, v_ + at * dim_v_);
-      bool const is_wild =
-          pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, padded, p_.head_dim_qk, k);
-      pack_panel(k, count, dim_qk_, k_ + at * dim_qk_);
-      wild_[at / kPanel<Word>] = is_wild;
+      int const at = first - keys.begin, there = band_.s_kv - first;
+      pack_panel_of<Op>(from_row(tensors_.v(), first), count, there, p_.head_dim_v, v, v_ + at * dim_v_);
+      Source const from = from_row(tensors_.k(), first);
+      pack_panel_of<Op>(from, count, there, p_.head_dim_qk, k, k_ + at * dim_qk_);
+      int64 const all = packed_keys_ / Op::kPerWord, line = at / Op::kPerWord;
+      bool& is_wild = wild_[at / kPanel<Word>];
+      is_wild = true;
+      if (padded == count && are_words<Op>(from, p_.head_dim_qk))
+        is_wild = stack_rows<Op>(from, count, there, panels_, all, line, k_stacked_);
+      if (!is_wild) continue;
+      is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_qk, k);
       if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
-      pack_stacked<Op>(k, padded, panels_, packed_keys_ / Op::kPerWord, at / Op::kPerWord, k_stacked_);
+      pack_stacked<Op>(k, padded, panels_, all, line, k_stacked_);
     }
   }
 

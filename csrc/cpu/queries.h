@@ -108,7 +108,7 @@ class QueryPacker {
     for (int64 i = first; i < first + block_; ++i) {
       bool const is_there = i < rows_;
       for (int64 c = 0; i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
-        __builtin_prefetch(out.at + (i + kRowsAhead) * out.stride + c, 0, 2);
+        prefetch_line(out.at + (i + kRowsAhead) * out.stride + c);
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
       to.delta[i] =
