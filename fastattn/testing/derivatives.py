@@ -7,7 +7,9 @@ rounding of each. The formulas are those at the top of ``backends/portable/deriv
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,10 @@ class Motion:
         tangents = Tangents(**{name: draw(getattr(sample.inputs, name)) for name in sample.needs})
         return cls(tangents, draw(sample.dout), None if sample.dlse is None else draw(sample.dlse))
 
+    def of_inputs_alone(self) -> Motion:
+        """The same, but ``dout`` and ``dlse`` stand still."""
+        return dataclasses.replace(self, dout=torch.zeros_like(self.dout), dlse=None)
+
     def in_float64(self) -> Motion:
         given = {name: getattr(self.tangents, name) for name in DIFFERENTIABLE}
         tangents = Tangents(**{name: x.double() for name, x in given.items() if x is not None})
@@ -68,14 +74,28 @@ def measure_derivatives(backend: Backend | str, sample: Sample) -> list[Row]:
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
-    motion = Motion.of(sample)
-    found = _run(load(backend) if isinstance(backend, str) else backend, sample, motion)
+    able = load(backend) if isinstance(backend, str) else backend
+    return judge_derivatives(sample, Motion.of(sample), lambda sample, motion: _run(able, sample, motion))
+
+
+def judge_derivatives(
+    sample: Sample, motion: Motion, run: Callable[[Sample, Motion], Results], where: str = ""
+) -> list[Row]:
+    """Judge the tangents that ``run`` computes: of "out", "lse" and the gradients "dq", "dk" and so on.
+
+    Args:
+        sample: from ``inputs.make``.
+        motion: tangents of what the sample holds.
+        run: the computation.
+        where: the end of the name of each row.
+    """
+    found = run(sample, motion)
     wide, exactly = in_float64(sample), motion.in_float64()
     exact = _reference(wide, exactly, None)
     eager = _reference(sample, motion, sample.inputs.q.dtype)
     condition = _Condition(wide, exactly, exact).results()
     arithmetic = reference.compute_dtype(sample.inputs)
-    rows = (judge_result(f"{n}'", found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
+    rows = (judge_result(f"{n}'{where}", found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
     return [row for each in rows for row in each]
 
 
