@@ -30,6 +30,7 @@ from fastattn.testing.tolerance import (
     in_float64,
     judge_result,
     like_input,
+    offset_of,
     poisoned,
     score_gradient,
 )
@@ -147,14 +148,15 @@ class _Condition:
         raw2 = spec.scale**2 * of_scores * (self.q2 @ self.k2.mT)
         self.moved2 = spec.scale**2 * of_scores * (self.tq2 @ self.k2.mT + self.q2 @ self.tk2.mT)
         lse = self.lse.abs().nan_to_num(posinf=0).view(self.row_shape)
-        self.magnified = (1 + raw2.sqrt() + lse[..., None]).square()
+        self.magnified = (1 + raw2.sqrt() + offset_of(lse[..., None], raw2.sqrt(), sample.case.dtype)).square()
         self.bend2 = self.p.new_zeros(())
         if spec.softcap is not None:
             self.bend2 = (2 / spec.softcap) ** 2 * (raw2 + self.moved2)
             self.moved2 = self.moved2 * (1 + (2 / spec.softcap) ** 2 * raw2)
         if t.bias is not None:
             self.moved2 = self.moved2 + t.bias.square()
-        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + lse).square()
+        offset = offset_of(lse, torch.zeros_like(lse), sample.case.dtype)
+        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + offset).square()
         self.weight = self.p.square() * self.magnified
         self.dropped = max(1.0, spec.dropout_scale) ** 2
         # what is stored is rounded in its own dtype, here in units of the arithmetic's
