@@ -102,6 +102,7 @@ def prepare(
     folder: Path,
     *,
     vocab_size: int = 4096,
+    tokenizer: Path | None = None,
     held_out: float = 0.05,
     progress: bool = True,
 ) -> Corpus:
@@ -111,6 +112,7 @@ def prepare(
         sources: from ``find_sources`` or ``find_files``.
         folder: where corpora are kept, each under the hash of its files and of the arguments.
         vocab_size: see ``PrepareConfig``.
+        tokenizer: see there.
         held_out: see there.
         progress: show progress bars.
 
@@ -118,7 +120,7 @@ def prepare(
         DataError: no text, only one document, the disk is full, or another process is making this very corpus.
         InputError: ``vocab_size`` or ``held_out`` is out of range.
     """
-    config = PrepareConfig(vocab_size=vocab_size, held_out=held_out)
+    config = PrepareConfig(vocab_size=vocab_size, tokenizer=tokenizer, held_out=held_out)
     stamps = _stamps(sources)
     key = corpus_key(sources, config, progress=progress)
     path = folder / key[:16]
