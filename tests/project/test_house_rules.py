@@ -83,6 +83,7 @@ MAY_IMPORT = {
         "ops",
         "rng",
         "rotary",
+        "state",
         "torch_internals",
     },
     "integrations": CORE | {"", "backends", "nn"},
