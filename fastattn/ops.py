@@ -43,8 +43,8 @@ from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
-    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, Tensor? rng_state,
-    SymInt max_seqlen_q, SymInt max_seqlen_kv,
+    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? intervals, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv,
+    Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_kv,
     float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY = torch.library.Library("fastattn", "DEF")
