@@ -3,6 +3,7 @@
 // Nothing of the standard C++ library, and no function that other files see (decode.h says why).
 #define FA_EVERYWHERE static inline
 #include "decode.h"
+#include "tree.h"
 #include "vector.h"
 
 namespace {
@@ -24,14 +25,14 @@ Block block_at(Params const& p, Sequence const& s, Range span) {
   block.keys = span.end - span.begin;
   int64 const page_size = p.page_size;
   for (int j = 0; j < block.keys; ++j) {
-    int64 const position = span.begin + j;
+    int64 const position = fa::larger(span.begin + j, s.first_key);
     block.page[j] = page_of(s, position, page_size);
     block.row[j] = s.pages ? position % page_size : position;
   }
   return block;
 }
 
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 512;
 alignas(64) constexpr char kZeros[kMaxDim * sizeof(float)] = {};
 
 // Rows of one head of the cache; zeros stand for those beyond the last key, so that always as many can be read.
@@ -130,6 +131,18 @@ void add_block(Params const& p, Sequence const& s, Block const& block, Scratch c
   });
 }
 
+// ALiBi and the mask of a row of a tree, whose bits take the place of the right side of the band.
+void finish_in_tree(Params const& p, Sequence const& s, Block const& block, int head, int i, float* scores) {
+  Tree const tree = tree_of(p, s);
+  float const slope = p.slopes ? p.slopes[s.b * p.slopes_stride + head] : 0;
+  for (int j = 0; j < block.keys; ++j) {
+    int const key = block.begin + j, away = tree.depths ? tree.place(key) - tree.diagonal(i) : 0;
+    if (p.slopes) scores[j] -= slope * __builtin_fabsf(float(away));
+    if (key < s.first_key || away < -s.band.left || !tree.sees(i, key)) scores[j] = kNever;
+  }
+  for (int j = block.keys; j < kKeys; ++j) scores[j] = kNever;
+}
+
 // What the spec does with a score after the product: cap, bias, ALiBi, the band.
 void finish_scores(Params const& p, Sequence const& s, Block const& block, int head, int i, float* scores) {
   if (p.k_scale)
@@ -138,9 +151,11 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
   if (p.softcap > 0)
     for (int j = 0; j < block.keys; ++j) scores[j] = float(p.softcap) * __builtin_tanhf(scores[j] / float(p.softcap));
   if (p.bias) {
-    float const* bias = p.bias + s.b * p.bias_batch + head * p.bias_head + i * p.bias_row + block.begin * p.bias_key;
+    float const* bias =
+        p.bias + s.b * p.bias_batch + head * p.bias_head + (s.first_query + i) * p.bias_row + block.begin * p.bias_key;
     for (int j = 0; j < block.keys; ++j) scores[j] += bias[j * p.bias_key];
   }
+  if (p.tree) return finish_in_tree(p, s, block, head, i, scores);
   if (p.slopes) {
     float const slope = p.slopes[s.b * p.slopes_stride + head];
     int const diagonal = s.band.diagonal + i;
@@ -198,7 +213,9 @@ void weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch
 
 template <class T>
 void read_queries(Params const& p, Sequence const& s, float* queries) {
-  T const* q = static_cast<T const*>(p.q) + (p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch);
+  int64 const first =
+      p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch + s.first_query * p.q_strides.row;
+  T const* const q = static_cast<T const*>(p.q) + first;
   int const dim = int(p.head_dim_qk);
   for (int row = 0; row < s.rows; ++row) {
     T const* from = q + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
@@ -265,7 +282,8 @@ void join_row(Params const& p, Sequence const& s, float* parts, int count, int r
     case kBfloat16: write_row(sums, dim, factor, static_cast<Bfloat16*>(p.out) + at); break;
     default: write_row(sums, dim, factor, static_cast<Float16*>(p.out) + at);
   }
-  int64 const lse_at = p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + i;
+  int64 const lse_at =
+      p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + s.first_query + i;
   p.lse[lse_at] = most == kNever ? kNever : most + __builtin_logf(total);
 }
 
