@@ -83,6 +83,7 @@ MAY_IMPORT = {
         "rng",
         "rotary",
         "spec",
+        "state",
         "torch_internals",
         "trees",
     },
