@@ -13,8 +13,7 @@
 namespace fa::cpu {
 
 constexpr int kKeys = 64;  // keys of a block: their scores are in memory at a time
-constexpr int kAlign = 16;  // rows of floats in scratch memory are multiples of this, the widest vector
-constexpr int kAtOnce = 4;  // keys that one pass over the head dim works on
+constexpr int kAlign = 32;  // rows of floats in scratch memory are multiples of this, two of the widest vectors
 
 static inline int64 padded(int64 n) { return (n + kAlign - 1) / kAlign * kAlign; }
 

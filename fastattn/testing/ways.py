@@ -7,7 +7,9 @@ sample. All ways must give the same result, up to the tolerance rule.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from fastattn.decoding import attention_with_kv_cache
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn import MultiHeadAttention
+from fastattn.reference import lse_dtype
+from fastattn.testing.derivatives import Motion, judge_derivatives
 from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import Results, Row, Yardstick
 
@@ -31,7 +35,11 @@ def serves(sample: Sample) -> bool:
 
 
 def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
-    """Judge ``out`` and ``lse`` computed in the way of this name."""
+    """Judge ``out`` and ``lse`` computed in the way of this name, or their derivatives."""
+    if name in DERIVATIVES:
+        moves, run = DERIVATIVES[name]
+        found = functools.partial(run, backend=backend)
+        return judge_derivatives(sample, moves(Motion.of(sample)), found, f", {name}")
     return (yardstick or Yardstick(sample)).judge(WAYS[name](sample, backend), f", {name}")
 
 
@@ -193,6 +201,61 @@ def _cache(sample: Sample, backend: str) -> Results:
     return {"out": out, "lse": lse}
 
 
+def _of_values(sample: Sample, backend: str) -> Callable[..., Pair]:
+    """``(out, lse)`` as a function of the inputs whose gradients the sample needs."""
+
+    def call(*values: Tensor) -> Pair:
+        given = sample.inputs.replace(**dict(zip(sample.needs, values, strict=True)))
+        found = _call(dataclasses.replace(sample, inputs=given), backend, given.q, given.k, given.v)
+        return found["out"], found["lse"]
+
+    return call
+
+
+def _values(sample: Sample) -> tuple[Tensor, ...]:
+    return tuple(getattr(sample.inputs, name) for name in sample.needs)
+
+
+def _dlse(sample: Sample) -> Tensor:
+    inputs = sample.inputs
+    zeros = inputs.q.new_zeros(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
+    return zeros if sample.dlse is None else sample.dlse
+
+
+def _forward_mode(sample: Sample, motion: Motion, backend: str) -> Results:
+    """``torch.func.jvp`` of a function that computes the results and their gradients."""
+
+    def both(values: tuple[Tensor, ...], dout: Tensor, dlse: Tensor) -> tuple[Pair, tuple[Tensor, ...]]:
+        results, pull, *_ = torch.func.vjp(_of_values(sample, backend), *values)
+        return results, pull((dout, dlse))
+
+    along = tuple(getattr(motion.tangents, name) for name in sample.needs)
+    moved_dlse = torch.zeros_like(_dlse(sample)) if motion.dlse is None else motion.dlse
+    moved = torch.func.jvp(both, (_values(sample), sample.dout, _dlse(sample)), (along, motion.dout, moved_dlse))
+    return _derivatives(sample, *moved[1])
+
+
+def _double_backward(sample: Sample, motion: Motion, backend: str) -> Results:
+    """The gradients of ``<gradients, tangents>``: tangents of the gradients, since a Hessian is symmetric."""
+    values = tuple(x.detach().requires_grad_() for x in _values(sample))
+    dout, dlse = (x.detach().requires_grad_() for x in (sample.dout, _dlse(sample)))
+    results = _of_values(sample, backend)(*values)
+    grads = torch.autograd.grad(results, values, (dout, dlse), create_graph=True)
+    along = tuple(getattr(motion.tangents, name) for name in sample.needs)
+    found = torch.autograd.grad(grads, (dout, dlse, *values), along)
+    return _derivatives(sample, (found[0], found[1]), found[2:])
+
+
+def _derivatives(sample: Sample, results: Pair, grads: Sequence[Tensor]) -> Results:
+    names = ("out", "lse", *(f"d{name}" for name in sample.needs))
+    return dict(zip(names, (*results, *grads), strict=True))
+
+
+DERIVATIVES: dict[str, tuple[Callable[[Motion], Motion], Callable[..., Results]]] = {
+    "forward mode": (lambda motion: motion, _forward_mode),
+    "double backward": (Motion.of_inputs_alone, _double_backward),
+}
+
 WAYS: dict[str, Way] = {
     "heads first": _heads_first,
     "replayed": _replayed,
@@ -220,4 +283,6 @@ def ways_of(sample: Sample) -> list[str]:
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
     left_out |= ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
-    return [name for name in WAYS if name not in left_out]
+    if sample.case.memory == "expanded":  # torch.func.jvp refuses a tensor whose elements share memory
+        left_out |= {"forward mode"}
+    return [name for name in (*WAYS, *DERIVATIVES) if name not in left_out]

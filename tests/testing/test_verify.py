@@ -108,6 +108,10 @@ def test_fuzz_passes_what_is_right():
     assert fuzz(30, seed=11, backends=["eager"]) is None
 
 
+def test_fuzz_in_processes():
+    assert fuzz(30, seed=11, backends=["eager"], jobs=2) is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
 def test_500_random_problems():
