@@ -39,6 +39,7 @@ struct Spread<Bfloat16> {
 
 #if defined(__AVX512BF16__)
 // In pairs of bf16 that are added up in floats: neighbours along the head dim for scores, two keys for sums of values.
+// The processor takes subnormal numbers for 0 here.
 struct Paired {
   using T = Bfloat16;
   static constexpr bool kIsPaired = true;
