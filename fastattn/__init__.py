@@ -1,5 +1,6 @@
 """fastattn: fast attention for PyTorch, by several backends that implement one definition."""
 
+from fastattn import intervals
 from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
 from fastattn.dispatch import Explanation, backends, use_backend, use_batch_invariance
 from fastattn.errors import InputError, UnsupportedError
@@ -25,6 +26,7 @@ __all__ = [
     "explain",
     "explain_varlen",
     "explain_with_kv_cache",
+    "intervals",
     "plot_attention",
     "replace_attention",
     "scaled_dot_product_attention",

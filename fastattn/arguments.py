@@ -44,6 +44,7 @@ def dense_problem(
     dropout_p: float,
     rng_state: Tensor | None,
     layout: Layout,
+    intervals: Tensor | None = None,
 ) -> tuple[Inputs, AttentionSpec]:
     """The problem of ``attention`` from its arguments, not yet checked."""
     check_layout(layout)
@@ -60,6 +61,7 @@ def dense_problem(
         sinks=per_head("sinks", sinks),
         segment_ids_q=segments_q,
         segment_ids_kv=segments_kv,
+        intervals=five_dims(intervals),
         rng_state=rng_state if dropout_p else None,
         max_seqlen_q=q.shape[1],
         max_seqlen_kv=k.shape[1],
@@ -84,6 +86,7 @@ def packed_problem(
     sinks: Tensor | None,
     dropout_p: float,
     rng_state: Tensor | None,
+    intervals: Tensor | None = None,
 ) -> tuple[Inputs, AttentionSpec]:
     """The problem of ``attention_varlen`` from its arguments, not yet checked."""
     todo = "Pack the sequences end to end; padded ones go to fastattn.attention."
@@ -95,6 +98,7 @@ def packed_problem(
         v=v,
         alibi_slopes=per_head("alibi_slopes", alibi_slopes),
         sinks=per_head("sinks", sinks),
+        intervals=five_dims(intervals),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
         rng_state=rng_state if dropout_p else None,
@@ -277,6 +281,19 @@ def four_dims(name: str, x: Tensor | None, q: Tensor | None = None, k: Tensor | 
     if q is not None and k is not None:
         check_scores_shape(name, x, q, k)  # before it changes, so that the message shows what was given
     return x[(None,) * (4 - x.dim())]
+
+
+def five_dims(intervals: Tensor | None) -> Tensor | None:
+    """``intervals`` with leading dimensions of 1: ``(S_q, n, 2)`` and ``(H_q, S_q, n, 2)`` do for the whole batch."""
+    if intervals is None:
+        return None
+    order = "(B, H_q, S_q, n, 2), or without its first one or two dimensions"
+    if not isinstance(intervals, Tensor):
+        raise input_error("intervals", type(intervals).__name__, f"a tensor {order}", "fastattn.intervals builds them.")
+    if not 3 <= intervals.dim() <= 5:
+        todo = "Give each query row n ranges; fastattn.intervals builds them."
+        raise input_error("intervals", f"shape {tuple(intervals.shape)}", order, todo)
+    return intervals[(None,) * (5 - intervals.dim())]
 
 
 def per_head(name: str, x: Tensor | None) -> Tensor | None:

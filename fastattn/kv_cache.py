@@ -242,7 +242,7 @@ def append(inputs: CacheInputs) -> None:
     """Write the new keys, rotated by their positions, and the new values into the caches, in place."""
     if inputs.k is None or inputs.v is None:
         return
-    new_keys, new_values = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
+    new_keys, new_values = apart(inputs.k, inputs), apart(inputs.v, inputs)
     if (begin := _common_length(inputs)) is not None:
         rows = slice(begin, begin + new_keys.shape[1])  # a copy into a slice takes less host time than an index
         inputs.k_cache[:, rows] = new_keys
@@ -261,7 +261,7 @@ def append(inputs: CacheInputs) -> None:
     inputs.v_cache[page, row] = _stored(new_values, inputs.v_cache.dtype, inputs.v_scale, page)
 
 
-def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:
+def apart(x: Tensor, inputs: CacheInputs) -> Tensor:
     """``x``, copied if it is a view of a cache, so that storing other rows first cannot change it."""
     caches = (inputs.k_cache.untyped_storage().data_ptr(), inputs.v_cache.untyped_storage().data_ptr())
     return x.clone() if x.untyped_storage().data_ptr() in caches else x

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from fastattn import kv_cache, numerics, rng
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents
-from fastattn.spec import AttentionSpec, distance, keep
+from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents, pairs_of
+from fastattn.spec import AttentionSpec, distance, in_intervals, keep
 from fastattn.trees import Tree
 
 
@@ -94,10 +94,12 @@ class _Terms:
 
 
 def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """True for each pair that is kept by the band, lengths, sequences, segments, the boolean mask and a finite bias."""
+    """True for each pair that band, lengths, sequences, segments, intervals, boolean mask and a finite bias keep."""
     kept = keep(spec, at.i, at.j, at.s_q, at.s_kv) & (at.sequence_q == at.sequence_kv)
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         kept = kept & (inputs.segment_ids_q[:, None, :, None] == inputs.segment_ids_kv[:, None, None, :])
+    if inputs.intervals is not None:
+        kept = kept & in_intervals(pairs_of(inputs.intervals), at.j)
     if inputs.bias is not None:
         kept = kept & (inputs.bias != float("-inf"))
     return kept if inputs.mask is None else kept & inputs.mask
@@ -160,6 +162,7 @@ def of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
         v=inputs.v[:, :, kv_heads],
         bias=along_1(inputs.bias),
         mask=along_1(inputs.mask),
+        intervals=along_1(inputs.intervals),
         alibi_slopes=along_1(inputs.alibi_slopes),
         sinks=along_1(inputs.sinks),
     )

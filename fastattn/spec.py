@@ -5,7 +5,7 @@ For one query row ``i`` of ``S_q`` and one key row ``j`` of ``S_kv``, with head 
     scores = scale * q @ k^T                              (fp32, or fp64 for fp64 inputs)
     scores = softcap * tanh(scores / softcap)             if softcap
     scores = scores + bias + alibi                        if given; alibi = -slope * distance(i, j)
-    scores = -inf where not keep(i, j)                    band, boolean mask, segments, lengths, bias = -inf
+    scores = -inf where not keep(i, j)                    band, boolean mask, segments, intervals, lengths, bias = -inf
     p      = softmax(scores, plus one sink column per head if sinks are given)
     out    = dropout(p) @ v
     lse    = logsumexp(scores, plus the sink)             (natural log)
@@ -53,6 +53,10 @@ Window ``(1, 0)`` and window ``(1, 1)``, ``S_q = S_kv = 4``:
     0 0 1 1
 
 Segments (packed documents): a pair is kept only where ``segment_ids_q[i] == segment_ids_kv[j]``.
+
+Intervals (masks as data): each query row has ``n`` half-open ranges ``[start, stop)`` of key positions, and a pair is
+kept only where one of them holds ``j``: ``any(start <= j < stop)``. Ranges may overlap and stand in any order; one that
+stops where it starts or before is empty, and what lies outside the keys is ignored.
 
 Empty rows keep no key: ``out`` is 0, every gradient is 0, and ``lse`` is ``-inf`` (the sink's logit if there
 is one).
@@ -182,6 +186,14 @@ def keep(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
     if spec.right is not None:
         kept = kept & (offset <= spec.right)
     return kept
+
+
+def in_intervals(ranges: Any, j: Any) -> Any:
+    """True where one of the ranges, pairs ``(start, stop)``, holds key row ``j``."""
+    held: Any = False
+    for start, stop in ranges:
+        held = held | ((start <= j) & (j < stop))
+    return held
 
 
 def page_and_row(j: Any, page_size: int) -> tuple[Any, Any]:

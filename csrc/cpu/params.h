@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 2, kAttentionVersion = 2;
+constexpr int64 kVersion = 2, kAttentionVersion = 3;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
@@ -89,6 +89,7 @@ struct AttentionParams {
   const void* sinks;  // words, (1|B, H_q)
   const int32* segments_q;  // (1|B, S_q), contiguous rows
   const int32* segments_kv;
+  const int32* intervals;  // (1|B, 1|H_q, S_q, n, 2), packed (1, 1|H_q, T_q, n, 2), contiguous rows
   const int32* cu_seqlens_q;  // (B + 1) where packed
   const int32* cu_seqlens_kv;
   const int64* rng_state;  // seed and offset
@@ -98,6 +99,7 @@ struct AttentionParams {
   int64 dbias_batch, dbias_head, dbias_row, dbias_key;
   int64 mask_batch, mask_head, mask_row, mask_key;
   int64 slopes_stride, sinks_stride, segments_q_stride, segments_kv_stride;  // from sequence to sequence
+  int64 intervals_batch, intervals_head, intervals_row, intervals_count;  // the last one is n
   int64 dtype, bias_dtype, dbias_dtype;
   int64 dbias_adds;  // 0: each number of dbias is of one pair, and zero at first
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
-from fastattn.nn.lazy import are_little_weights, attend_with_little_weights, weights_when_read
+from fastattn.nn.lazy import attend_with_little_weights, have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
 from fastattn.torch_internals import autocast_dtype, calls_only_forward, multi_head_attention
@@ -189,14 +189,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if query.is_nested:
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal or None}
             return self._forward_nested(query, key, value, need_weights, masks)
-        heads = None
-        if query is key is value:
-            if need_weights and key_padding_mask is attn_mask is None and not is_causal:
-                both = self._by_torch(query, average_attn_weights)
-                if both is not None:
-                    return both
-            heads = self._heads_of_one(query)
+        if key_padding_mask is attn_mask is None and not is_causal:
+            both = self._by_torch(query, key, value, need_weights, average_attn_weights)
+            if both is not None:
+                return both
         is_batched = query.dim() == 3
+        heads = self._heads_of_one(query) if query is key is value else None
         if heads is None:
             self._check_inputs(query, key, value)
             heads = self._heads(query, key, value, is_batched)
@@ -241,25 +239,31 @@ class MultiHeadAttention(nn.MultiheadAttention):
         how = {"mean": average, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 
-    def _by_torch(self, x: Tensor, average: bool) -> tuple[Tensor, Tensor] | None:
-        """Self-attention with few weights in inference by torch's function for it, which takes the least time.
+    def _by_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Few scores in inference by torch's function for the whole layer, which takes the least time for them.
 
-        None for many weights, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
+        None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
         """
         is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
         if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
             return None
-        if x.dim() != 3 or not self.batch_first or self.backend is not None or (self.training and self.dropout):
+        if not self.batch_first or self.backend is not None or (self.training and self.dropout):
             return None
-        if not are_little_weights(x, x.shape[0] * self.num_heads * x.shape[1] ** 2):
+        shape = query.shape
+        if len(shape) != 3 or not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
             return None
         out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
-        if weight is None or bias is None or not _fits(x, weight) or not calls_only_forward(out_proj, _OUT_PROJ):
+        if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
             return None
-        tensors = (weight, bias, out_proj.weight, out_proj.bias)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+        if any(x.shape != shape or not _fits(x, weight) for x in (query, key, value)) or shape[2] != self.embed_dim:
             return None
-        return multi_head_attention(x, x, x, self.embed_dim, self.num_heads, *tensors, None, True, average)
+        tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        qkv, parameters = tensors[:3], tensors[3:]
+        return multi_head_attention(*qkv, self.embed_dim, self.num_heads, *parameters, None, need_weights, average)
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
@@ -278,9 +282,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
             raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
         positions = q.positions() if self.rotary is not None else None
         values, boundaries = (q.values, k.values, v.values), (q.offsets, k.offsets, q.longest, k.longest)
-        return q.nested(self.of_packed(*values, boundaries, positions)), None
+        return q.nested(self._of_packed(*values, boundaries, positions)), None
 
-    def of_packed(
+    def _of_packed(
         self,
         query: Tensor,
         key: Tensor,

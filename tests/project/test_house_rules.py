@@ -33,8 +33,8 @@ VOCABULARY = {
     "state", "storage", "torch_internals", "trees", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "ops", "plain",
-    "plan", "reference", "serving", "statistics", "vmap",
+    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "intervals", "ops",
+    "plain", "plan", "reference", "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -71,6 +71,7 @@ MAY_IMPORT = {
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
+    "intervals": {"errors", "problem", "spec"},
     "nn": {
         "arguments",
         "decoding",
@@ -88,7 +89,18 @@ MAY_IMPORT = {
         "trees",
     },
     "integrations": CORE | {"", "backends", "nn"},
-    "__init__": {"decoding", "dispatch", "errors", "flops", "functional", "inspection", "nn", "ops", "version"},
+    "__init__": {
+        "decoding",
+        "dispatch",
+        "errors",
+        "flops",
+        "functional",
+        "inspection",
+        "intervals",
+        "nn",
+        "ops",
+        "version",
+    },
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "nn", "reference"},
     "measure": VOCABULARY | {"", "backends", "flops", "reference", "testing"},
     "lm": PUBLIC | {"integrations", "nn"},

@@ -119,6 +119,31 @@ class PerToken(NamedTuple):
         return cls(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
 
 
+class Ranges(NamedTuple):
+    """Intervals ``(1|B, 1|H_q, S_q, n, 2)``, packed ``(1, 1|H_q, T_q, n, 2)``; the n pairs of a row lie together."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+    count: Any
+
+    @classmethod
+    def of(cls, x: Tensor) -> Ranges:
+        x = x if x.stride()[-2:] == (2, 1) or x.shape[3] == 0 else x.contiguous()
+        strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride(), strict=False))
+        return cls(x, *map(coded, strides), coded(x.stride(2)), coded(x.shape[3]))
+
+
+class Visits(NamedTuple):
+    """A list of tiles for each block of rows of the kernel at hand, ``(1|B, 1|H, blocks, ...)`` int32."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_block: Any
+
+
 class Terms(NamedTuple):
     """The optional tensors; None where not given.
 
@@ -133,6 +158,8 @@ class Terms(NamedTuple):
     segment_ids_q: Any = None
     segment_ids_kv: Any = None
     segment_tiles: Any = None
+    intervals: Any = None
+    visits: Any = None
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
     rng_state: Any = None
@@ -210,6 +237,7 @@ class Flags:
         contiguous: their last stride is 1.
         left, right: the band is bounded on that side.
         packed, softcap, alibi, sinks, segments, dropout: features in use.
+        intervals: 0 if absent; the ranges of a row, rounded up to 1, 2 or 4; 8 for more, in a loop.
         bias, mask: 0 if absent, 8 if their rows are contiguous and begin at multiples of 8, else 1.
         plain: scores are ``scale * q @ k^T`` with a positive scale, so the maximum can be taken before scaling.
         precise: q, k and v are fp32.
@@ -234,6 +262,7 @@ class Flags:
     sinks: bool = False
     segments: bool = False
     dropout: bool = False
+    intervals: int = 0
     bias: int = 0
     mask: int = 0
     plain: bool = True
@@ -247,8 +276,9 @@ class Flags:
     @property
     def features(self) -> frozenset[str]:
         """The features in use on which the choice of a configuration depends."""
-        of_cache = {name for name, is_used in (("paged", self.paged), ("e4m3", self.fp8)) if is_used}
-        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | of_cache
+        others = (("paged", self.paged), ("e4m3", self.fp8), ("segments", self.intervals))  # they need as much
+        others_used = {name for name, is_used in others if is_used}
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | others_used
 
     @property
     def in_chunks(self) -> bool:

@@ -31,7 +31,7 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
-from fastattn.backends.triton.plans import launched
+from fastattn.backends.triton.plans import device_of, launched
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
@@ -49,7 +49,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | N
         raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
-    with launch.device_of(out):
+    with device_of(out):
         if inputs.k is not None and inputs.v is not None and inputs.k.numel():
             _append(inputs, spec, inputs.k, inputs.v)
         if lse.numel():
