@@ -87,6 +87,14 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
             )  # fmt: skip
 
 
+def add_rate_search(parser: argparse.ArgumentParser) -> None:
+    """Add ``--find-lr``, of a command that trains."""
+    parser.add_argument(
+        "--find-lr", action="store_true",
+        help="no run: try 100 learning rates up to 1, suggest one, and write lr.json and lr.png to --out",
+    )  # fmt: skip
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add ``--checkpoint``, of a command that uses a model."""
     text = "--out of a run (its best, if kept, or newest), one checkpoint, or a folder in Hugging Face's format"

@@ -166,7 +166,7 @@ class Trainer:
             self._agree()
             while not self._is_over():
                 began = time.perf_counter()
-                self._window.add(*self._train_step(progress.step))
+                self._window.add(*self.train_step(progress.step))
                 progress.step += 1
                 self._agree(time.perf_counter() - began)
                 if progress.step % config.log_every == 0:
@@ -213,7 +213,7 @@ class Trainer:
         times = []
         for step in range(trials + 1):  # the first one warms up
             began = time.perf_counter()
-            float(self._train_step(step)[0])
+            float(self.train_step(step)[0])
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
@@ -242,8 +242,16 @@ class Trainer:
             yield
         self.model.train(was_training)
 
-    def _train_step(self, step: int) -> tuple[Tensor, Tensor, Tensor | int]:
-        """Loss per label (this process's part of the sum), norm of the gradient and number of labels of one update."""
+    def train_step(self, step: int, rate: float | None = None) -> tuple[Tensor, Tensor, Tensor | int]:
+        """One update of the weights.
+
+        Args:
+            step: its number, which decides the rows and what dropout draws.
+            rate: the learning rate; None is that of the schedule.
+
+        Returns:
+            loss per label (this process's part of the sum), norm of the gradient, number of labels.
+        """
         config, context, rank, size = self.config, self._context, self.ranks.rank, self.ranks.size
         self.model.train()
         torch.manual_seed((config.seed * 1_000_003 + step) * size + rank)  # what dropout draws from
@@ -261,7 +269,7 @@ class Trainer:
                     loss = self.loss(self._runner, part.to(self.device)) * weight
                 (loss * size).backward()  # the mean over processes is taken of gradients, where we want the sum
             total += loss.detach()
-        rate = config.optim.rate(step, config.steps)
+        rate = config.optim.rate(step, config.steps) if rate is None else rate
         return total, update(self.optimizer, self.model, rate, config.optim.clip), labels
 
     def _autocast(self) -> torch.autocast:
