@@ -208,6 +208,10 @@ class Trainer:
             if self._tensorboard is not None:
                 self._tensorboard.close()
 
+    def train_step(self, step: int) -> Tensor:
+        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves."""
+        return self._train_step(step)[0]
+
     def seconds_per_step(self, trials: int = 3) -> float:
         """Median time of an update. It trains the model, so make another trainer for the run."""
         times = []
