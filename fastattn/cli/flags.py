@@ -62,6 +62,7 @@ TRAINING = (
         ("auto", "ddp", "fsdp"),
     ),
     Flag("--tensorboard", "train.tensorboard", bool, False, "also log for TensorBoard, to OUT/tensorboard"),
+    Flag("--wandb", "train.wandb", bool, False, "also log for Weights & Biases; WANDB_MODE=offline: to OUT/wandb"),
     Flag("--log-every", "train.log_every", int, 10, "steps between lines of the log"),
 )  # fmt: skip
 

@@ -327,14 +327,14 @@ def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, caps
 
     from fastattn.lm.train import loop
 
-    real = loop.Trainer.train_step
+    real = loop.Trainer._train_step
 
     def step(self, number, rate=None):
         if number == 2:
             signal.raise_signal(signal.SIGINT)
         return real(self, number)
 
-    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    monkeypatch.setattr(loop.Trainer, "_train_step", step)
     assert main(["train", "--data", str(texts), "--out", str(tmp_path), "--steps", "50", *SMALL]) == 130
     assert "--resume" in capsys.readouterr().err
     assert find_checkpoint(tmp_path).trainer_state()["step"] == 3

@@ -89,13 +89,13 @@ def test_the_steps_fill_the_time(texts, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_the_demo(short, texts, tmp_path, monkeypatch):
-    real = Trainer.train_step
+    real = Trainer._train_step
 
     def step(self, number, rate=None):
         signal.raise_signal(signal.SIGINT)
         return real(self, number)
 
-    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(Trainer, "_train_step", step)
     assert run(texts, tmp_path / "out") == 130
 
 

@@ -71,7 +71,7 @@ def find_rate(
     rates, losses, mean = [], list[float](), 0.0
     bar = tqdm(np.geomspace(lowest, highest, steps).tolist(), desc="rates", unit="step", disable=not show_progress)
     for step, rate in enumerate(bar):
-        loss = float(trainer.ranks.sum(trainer.train_step(step, rate)[0]))
+        loss = float(trainer.ranks.sum(trainer.train_step(step, rate)))
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
         smoothed = mean / (1 - _SMOOTHING ** (step + 1))
         if not math.isfinite(loss) or _has_diverged(losses, smoothed):
