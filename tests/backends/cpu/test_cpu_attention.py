@@ -218,7 +218,7 @@ def test_rows_that_share_a_large_offset(offset):
 
 
 def test_a_long_sequence_takes_little_more_than_its_results():
-    """Scores of 16384 x 16384 would take 1 GiB for each head; each thread has some keys and a block of queries packed."""
+    """Scores of 16384 x 16384 would take 1 GiB for each head; each thread has some keys and a block of queries."""
     script = (
         "import torch; from fastattn.backends import load; from fastattn.problem import Inputs;"
         "from fastattn.spec import AttentionSpec; from fastattn.measure.memory import process_peak\n"
