@@ -79,6 +79,15 @@ def keeps_plans_apart(room: Room) -> None:
     call(normal(20 * 2 * 16 + 4)[4:].view(1, 20, 2, 16))  # 8 bytes off
 
 
+def refuses_freed_memory(room: Room) -> None:
+    q, k, v = (normal(1, 20, 2, 16) for _ in range(3))
+    for _ in range(3):
+        fastattn.attention(q, k, v, backend="triton")
+    k.untyped_storage().resize_(0)
+    with pytest.raises(fastattn.InputError, match="storage"):
+        fastattn.attention(q, k, v, backend="triton")
+
+
 def runs_plans_on_the_stream(room: Room) -> None:
     q, side = normal(1, 20, 2, 16), torch.cuda.Stream()
     for _ in range(2):
@@ -338,6 +347,9 @@ FAULTS = [
     Fault(
         "a plan for another device", KIND, "x.dtype, x.device,", "x.dtype, 0,",
         keeps_plans_apart,
+    ),
+    Fault(
+        "a storage that shrank", "fastattn.plan:look_up", "> x.untyped_storage().nbytes()", "< 0", refuses_freed_memory,
     ),
     Fault(
         "calls that are taken for others", "fastattn.plan:look_up", "not seen.agrees(*given)", "False",
