@@ -267,13 +267,13 @@ def appends(_: object) -> None:
 
 
 def moves_rows(_: object) -> None:
-    """New rows that lie in the cache, each where the one before is to be stored."""
+    """New rows that lie in the cache, each where the one before is to be stored; a call before them makes the plan."""
     lengths = torch.tensor([3], dtype=torch.int32, device="cuda")
-    for _ in range(2):
+    for lies_in_cache in (False, True):
         cache, q = normal(1, 16, 2, 64), normal(1, 8, 4, 64)
-        new = cache[:, 2:10]
+        new = (cache if lies_in_cache else normal(1, 16, 2, 64))[:, 2:10]
         expected = new.clone()
-        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new.clone(), backend="cuda")
+        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, expected, backend="cuda")
         assert torch.equal(cache[:, 3:11], expected)
 
 
