@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastattn import plan, state
 from fastattn.backends.base import QKV, Backend, Outputs, Run
-from fastattn.dispatch import reasons, requested, select
+from fastattn.dispatch import reasons, requested, select, wants_batch_invariance
 from fastattn.errors import UnsupportedError, input_error
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
+from fastattn.kv_cache import CACHE_SCALARS, CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import (
     DERIVATIVE_FEATURES,
     DIFFERENTIABLE,
@@ -43,8 +43,8 @@ from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
-    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, Tensor? rng_state,
-    SymInt max_seqlen_q, SymInt max_seqlen_kv,
+    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? intervals, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv,
+    Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_kv,
     float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -65,9 +65,9 @@ _LIBRARY.define(
 
 _CACHE_ARGUMENTS = """
     Tensor cache_lengths, {new}, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? rotary_cos, Tensor? rotary_sin,
-    Tensor? k_scale, Tensor? v_scale, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q,
-    bool rotary_interleaved, float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p,
-    str? backend
+    Tensor? k_scale, Tensor? v_scale, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask,
+    SymInt max_seqlen_q, bool rotary_interleaved, bool batch_invariant, float scale, float? softcap, SymInt? left,
+    SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY.define(
     "attend_to_cache(Tensor q, Tensor k_cache, Tensor v_cache,"
@@ -384,12 +384,13 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
     flat = tuple(getattr(inputs, name) for name in CACHE_TENSORS)
     scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
     operator = torch.ops.fastattn.attend_to_cache if inputs.k is None else torch.ops.fastattn.extend_cache
-    return operator(*flat, inputs.max_seqlen_q, inputs.rotary_interleaved, *scalars, backend)
+    return operator(*flat, *(getattr(inputs, name) for name in CACHE_SCALARS), *scalars, backend)
 
 
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:CACHE_FIELDS]), AttentionSpec(*args[CACHE_FIELDS:-1])
     refuse_context_parallel()
+    inputs = inputs.replace(batch_invariant=wants_batch_invariance(inputs.batch_invariant))
     backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)

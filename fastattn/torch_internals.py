@@ -105,3 +105,24 @@ def dispatch_keys(device: str) -> Any:
 def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
     """Shortest and longest length of a jagged nested tensor, or None for those that it has not stored."""
     return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)
+
+
+# torch's attention layer as one function, forward only. In every supported version; without it importing fastattn.nn
+# fails.
+multi_head_attention: Callable[..., Any] = torch._native_multi_head_attention
+
+# Whether hooks are registered for all modules. Without it: always.
+_has_global_hooks = _found(torch.nn.modules.module, "_has_any_global_hook")
+
+
+def calls_only_forward(module: torch.nn.Module, kind: type) -> bool:
+    """Whether calling ``module`` calls ``kind.forward`` and nothing else: no hook, no other forward."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_global_hooks()
+    )

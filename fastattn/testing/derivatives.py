@@ -7,7 +7,9 @@ rounding of each. The formulas are those at the top of ``backends/portable/deriv
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from fastattn.testing.tolerance import (
     in_float64,
     judge_result,
     like_input,
+    offset_of,
     poisoned,
     score_gradient,
 )
@@ -52,6 +55,10 @@ class Motion:
         tangents = Tangents(**{name: draw(getattr(sample.inputs, name)) for name in sample.needs})
         return cls(tangents, draw(sample.dout), None if sample.dlse is None else draw(sample.dlse))
 
+    def of_inputs_alone(self) -> Motion:
+        """The same, but ``dout`` and ``dlse`` stand still."""
+        return dataclasses.replace(self, dout=torch.zeros_like(self.dout), dlse=None)
+
     def in_float64(self) -> Motion:
         given = {name: getattr(self.tangents, name) for name in DIFFERENTIABLE}
         tangents = Tangents(**{name: x.double() for name, x in given.items() if x is not None})
@@ -68,14 +75,28 @@ def measure_derivatives(backend: Backend | str, sample: Sample) -> list[Row]:
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
-    motion = Motion.of(sample)
-    found = _run(load(backend) if isinstance(backend, str) else backend, sample, motion)
+    able = load(backend) if isinstance(backend, str) else backend
+    return judge_derivatives(sample, Motion.of(sample), lambda sample, motion: _run(able, sample, motion))
+
+
+def judge_derivatives(
+    sample: Sample, motion: Motion, run: Callable[[Sample, Motion], Results], where: str = ""
+) -> list[Row]:
+    """Judge the tangents that ``run`` computes: of "out", "lse" and the gradients "dq", "dk" and so on.
+
+    Args:
+        sample: from ``inputs.make``.
+        motion: tangents of what the sample holds.
+        run: the computation.
+        where: the end of the name of each row.
+    """
+    found = run(sample, motion)
     wide, exactly = in_float64(sample), motion.in_float64()
     exact = _reference(wide, exactly, None)
     eager = _reference(sample, motion, sample.inputs.q.dtype)
     condition = _Condition(wide, exactly, exact).results()
     arithmetic = reference.compute_dtype(sample.inputs)
-    rows = (judge_result(f"{n}'", found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
+    rows = (judge_result(f"{n}'{where}", found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
     return [row for each in rows for row in each]
 
 
@@ -127,14 +148,15 @@ class _Condition:
         raw2 = spec.scale**2 * of_scores * (self.q2 @ self.k2.mT)
         self.moved2 = spec.scale**2 * of_scores * (self.tq2 @ self.k2.mT + self.q2 @ self.tk2.mT)
         lse = self.lse.abs().nan_to_num(posinf=0).view(self.row_shape)
-        self.magnified = (1 + raw2.sqrt() + lse[..., None]).square()
+        self.magnified = (1 + raw2.sqrt() + offset_of(lse[..., None], raw2.sqrt(), sample.case.dtype)).square()
         self.bend2 = self.p.new_zeros(())
         if spec.softcap is not None:
             self.bend2 = (2 / spec.softcap) ** 2 * (raw2 + self.moved2)
             self.moved2 = self.moved2 * (1 + (2 / spec.softcap) ** 2 * raw2)
         if t.bias is not None:
             self.moved2 = self.moved2 + t.bias.square()
-        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + lse).square()
+        offset = offset_of(lse, torch.zeros_like(lse), sample.case.dtype)
+        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + offset).square()
         self.weight = self.p.square() * self.magnified
         self.dropped = max(1.0, spec.dropout_scale) ** 2
         # what is stored is rounded in its own dtype, here in units of the arithmetic's

@@ -20,18 +20,19 @@ from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import model
 
-VERSION = 2  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 3  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
-    "dsinks", "bias", "mask", "slopes", "sinks", "segments_q", "segments_kv", "cu_seqlens_q", "cu_seqlens_kv",
-    "rng_state",
+    "dsinks", "bias", "mask", "slopes", "sinks", "segments_q", "segments_kv", "intervals", "cu_seqlens_q",
+    "cu_seqlens_kv", "rng_state",
 )  # fmt: skip
 FIXED = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "dout_batch", "dout_row",
     "dout_head", "bias_batch", "bias_head", "bias_row", "bias_key", "dbias_batch", "dbias_head", "dbias_row",
     "dbias_key", "mask_batch", "mask_head", "mask_row", "mask_key", "slopes_stride", "sinks_stride",
-    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
+    "segments_q_stride", "segments_kv_stride", "intervals_batch", "intervals_head", "intervals_row", "intervals_count",
+    "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
     "heads_kv", "head_dim_qk", "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold",
     "scale", "softcap", "dropout_scale",
 )  # fmt: skip
@@ -61,7 +62,7 @@ class Call:
         self.tensors: dict[str, Tensor | None] = {
             "q": given.q, "k": given.k, "v": given.v, "bias": given.bias, "mask": given.mask,
             "slopes": given.alibi_slopes, "sinks": given.sinks, "segments_q": given.segment_ids_q,
-            "segments_kv": given.segment_ids_kv, "cu_seqlens_q": given.cu_seqlens_q,
+            "segments_kv": given.segment_ids_kv, "intervals": given.intervals, "cu_seqlens_q": given.cu_seqlens_q,
             "cu_seqlens_kv": given.cu_seqlens_kv, "rng_state": given.rng_state if spec.dropout_p > 0 else None,
         }  # fmt: skip
 
@@ -275,6 +276,8 @@ def readable(inputs: Inputs) -> Inputs:
         read = read if _has_contiguous_rows(read) else read.contiguous()
         if read is not x:
             changes[name] = read
+    if inputs.intervals is not None and inputs.intervals.stride()[-2:] != (2, 1):
+        changes["intervals"] = inputs.intervals.contiguous()
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         changes["segment_ids_q"], changes["segment_ids_kv"] = _small_ids(inputs.segment_ids_q, inputs.segment_ids_kv)
     return inputs.replace(**changes) if changes else inputs
@@ -290,7 +293,7 @@ def fixed_part(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, 
     return FIXED_PART.pack(
         *_strides(q, is_packed), *_strides(k, is_packed), *_strides(v, is_packed), *_strides(dout, is_packed),
         *_steps(inputs.bias), *_steps(dbias), *_steps(inputs.mask), _step(inputs.alibi_slopes), _step(inputs.sinks),
-        _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv),
+        _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv), *_of_intervals(inputs.intervals),
         DTYPES[q.dtype], *(0 if x is None else DTYPES[x.dtype] for x in (inputs.bias, dbias)),
         dbias is not None and not _is_of_pairs(dbias, inputs), inputs.batch, q.shape[-2],
         k.shape[-2], q.shape[-1], v.shape[-1], q.shape[-3], k.shape[-3], _side(spec.left), _side(spec.right),
@@ -344,6 +347,13 @@ def _steps(x: Tensor | None) -> tuple[Any, ...]:
     if x is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _of_intervals(x: Tensor | None) -> tuple[int, ...]:
+    """Steps from batch entry to batch entry, head to head and row to row, and the ranges of a row."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return (*_steps(x)[:2], x.stride(2), x.shape[3])
 
 
 def _side(limit: int | None) -> int:

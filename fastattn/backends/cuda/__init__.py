@@ -71,7 +71,7 @@ class CudaBackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
         features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
-        | {"cache", "append", "paged cache", "rotary", "prompt"},
+        | {"cache", "append", "paged cache", "rotary", "prompt", "batch invariant"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
         deterministic_by_flag=True,

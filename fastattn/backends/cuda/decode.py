@@ -22,6 +22,7 @@ from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
 MOST_SPLITS = 128  # kMostSplits of csrc/common/params.h
+FIXED_SPLITS = 16  # of batch-invariant calls: a sequence is cut by its own length, into splits of LEAST_KEYS or more
 LEAST_KEYS = 256  # of a split: kLeastKeys of csrc/sm90/decode.h
 # What else a split costs, in the time that a multiprocessor takes for one key: beginning it, and combining it all.
 BLOCK_KEYS, COMBINE_KEYS = 192, 256
@@ -69,7 +70,9 @@ class Step:
         q, scale = abi.with_positive_scale(inputs.q, spec)
         spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
         inputs, tiling = readable(inputs.replace(q=q)), Tiling.of(inputs)
-        splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
+        splits = FIXED_SPLITS
+        if not inputs.batch_invariant:
+            splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=q.device)

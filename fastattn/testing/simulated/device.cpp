@@ -1,7 +1,7 @@
 // Two CUDA devices that are not there, for a CPU build of torch. Their memory is host memory that says "cuda:0"; their
 // operators are torch's own for CPUs, run on aliases of that memory, so results are real. What only a device does is
 // imitated: it refuses operands of other devices, waits are counted, a capture is recorded and replayed, fresh memory is
-// NaN. Loaded by device.py, before torch's first backward pass, which starts a thread for each device there is.
+// NaN. Loaded by build.py, before torch's first backward pass, which starts a thread for each device there is.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -381,7 +381,7 @@ void exchange_hooks(bool on) {
 
 }  // namespace simulated
 
-// --- for device.py ---------------------------------------------------------------------------------------------------
+// --- for build.py and machine.py -------------------------------------------------------------------------------------
 
 using simulated::machine;
 

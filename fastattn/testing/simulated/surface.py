@@ -16,7 +16,7 @@ _CUDA = 1  # c10::DeviceType::CUDA
 
 
 def patches(machine: Machine) -> list[Patch]:
-    """``(owner, name, value)`` of everything that is replaced while the devices are present."""
+    """``(owner, name, value)`` of every attribute that is replaced while the devices are present."""
     functions = {
         **_facts(machine), **_current(machine), **_streams(machine), **_memory(machine), **_waiting(machine),
     }  # fmt: skip
@@ -111,7 +111,7 @@ class Stream(torch.Stream):
 
 
 def Event(enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> torch.Event:
-    """``torch.cuda.Event``; no class of its own, since torch measures time between its own class alone."""
+    """``torch.cuda.Event``; an instance of torch.Event, because torch measures time only between those."""
     return torch.Event(device="cuda", enable_timing=enable_timing)
 
 
@@ -193,5 +193,5 @@ def _waiting(machine: Machine) -> dict[str, object]:
 
 
 def alias_on_host(x: torch.Tensor) -> torch.Tensor:
-    """The same memory as a CPU tensor, for what runs kernels."""
+    """A CPU tensor over the same memory, for the interpreter and the emulator."""
     return torch.ops.fastattn_simulated.alias_on_host(x)
