@@ -97,6 +97,7 @@ class Backward {
     dk_ = arena_.take<Word>(packed_keys_ * columns_qk_);
     dv_ = arena_.take<Word>(packed_keys_ * columns_v_);
     wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
+    ranges_ = arena_.take<Range>(p_.intervals_count * block_rows_);
     runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
@@ -204,7 +205,9 @@ class Backward {
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
   void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
-    Range const seen = common(fa::tile_range(band_, first, end), part);
+    Range seen = common(fa::tile_range(band_, first, end), part);
+    if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
+    if (is_empty(seen)) return;
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
@@ -222,13 +225,18 @@ class Backward {
 
   Seen seen_by_strip(int head, int i, int count, Range keys) const {
     int const end = fa::smaller(i + count, band_.s_q);
-    Range const found = common(fa::tile_range(band_, i, end), keys);
-    return seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
+    Range found = common(fa::tile_range(band_, i, end), keys);
+    bool is_whole = true;
+    if (p_.intervals) found = kept_.hull_of(i, end, keys, is_whole);
+    Seen const seen =
+        seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
+    return {seen.keys, seen.is_whole && is_whole};
   }
 
   // What the band keeps of a row, counted from the first key of the block.
   Range kept(int i, Range keys, Range seen) const {
-    Range const found = i < band_.s_q ? common(scores_.kept(i), seen) : Range{0, 0};
+    Range const whole = i >= band_.s_q ? Range{0, 0} : p_.intervals ? kept_.in(i, keys).hull() : scores_.kept(i);
+    Range const found = common(whole, seen);
     return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
   }
 
@@ -310,6 +318,10 @@ class Backward {
     Range const kept = this->kept(i, keys, seen);
     int const row = i < band_.s_q ? i : 0;
     to.row[n] = scores_.row(head, row, keys.begin, kept, n);
+    if (p_.intervals && !is_empty(kept)) {
+      Ranges const ranges = kept_.in(i, keys);
+      if (ranges.count > 1) scores_.hide_gaps(to.row[n], ranges, keys.begin, n);
+    }
     to.end[n] = {queries.lse[i], queries.low[i], queries.delta[i]};
     to.to_score = scores_.to_score;
     to.survivor = Word(p_.dropout_scale);
@@ -447,6 +459,8 @@ class Backward {
   QueryPacker<Op> packer_;
   Segments segments_;
   Ids* runs_;
+  Range* ranges_;  // of the rows of a block, for each as many as a call has
+  BlockRanges<kMostRows> kept_;
   Queries<Op>* heads_;
   Word *totals_, *share_;  // dq of all heads, and of one head and part, before the factor `scale`
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq

@@ -29,7 +29,7 @@ _LONG_LENGTHS, _WIDE_HEAD_DIMS = (257, 700, 1024, 2048), (192, 256, 257, 512)
 # Fields of Case that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
     "dtype", "scale", "softcap", "left", "right", "anchor", "dropout_p", "bias", "mask", "alibi", "sinks",
-    "per_sequence", "segments", "memory", "bias_values", "magnitude", "nan_rows", "dlse",
+    "per_sequence", "segments", "intervals", "memory", "bias_values", "magnitude", "nan_rows", "dlse",
 )  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def random_case(draw: random.Random) -> Case:
     )
     if case.D_qk == case.D_v and draw.random() < 0.1:
         case = dataclasses.replace(case, memory="shared")
+    case = dataclasses.replace(case, intervals=sometimes(draw.choice(("random", "one", "blocks")), chance=0.15))
     if draw.random() < 0.3:
         pairs = [(draw.choice(_LENGTHS[:10]), draw.choice(_LENGTHS[:10])) for _ in range(draw.randrange(1, 5))]
         return dataclasses.replace(case, lengths=tuple(pairs))

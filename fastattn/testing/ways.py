@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattn.decoding import attention_with_kv_cache
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn import MultiHeadAttention
+from fastattn.problem import Inputs
 from fastattn.reference import lse_dtype
 from fastattn.testing.derivatives import Motion, judge_derivatives
 from fastattn.testing.inputs import Sample
@@ -50,7 +51,7 @@ def options_of(sample: Sample) -> dict[str, Any]:
     return {
         "window": (spec.left, spec.right), "scale": spec.scale, "softcap": spec.softcap, "bias": inputs.bias,
         "mask": inputs.mask, "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks, "segment_ids": segments,
-        "dropout_p": spec.dropout_p, "rng_state": inputs.rng_state, "return_lse": True,
+        "intervals": inputs.intervals, "dropout_p": spec.dropout_p, "rng_state": inputs.rng_state, "return_lse": True,
     }  # fmt: skip
 
 
@@ -151,7 +152,8 @@ def _attn_mask(sample: Sample) -> Tensor | None:
 def _fits_module(sample: Sample) -> bool:
     """Whether ``MultiHeadAttention`` has all options of the problem."""
     inputs, spec = sample.inputs, sample.spec
-    has_more = inputs.alibi_slopes is not None or inputs.segment_ids_q is not None or spec.dropout_p > 0
+    terms = (inputs.alibi_slopes, inputs.segment_ids_q, inputs.intervals)
+    has_more = any(x is not None for x in terms) or spec.dropout_p > 0
     has_two_masks = inputs.bias is not None and inputs.mask is not None
     has_odd_sizes = inputs.heads_q != inputs.heads_kv or inputs.q.shape[-1] != inputs.v.shape[-1]
     has_sinks_per_sequence = inputs.sinks is not None and inputs.sinks.numel() != inputs.heads_q
@@ -164,6 +166,8 @@ def _packed(sample: Sample, backend: str) -> Results:
     inputs, options = sample.inputs, options_of(sample)
     for name in ("bias", "mask", "segment_ids", "layout"):
         options.pop(name, None)
+    if inputs.intervals is not None:
+        options["intervals"] = _of_all_entries(inputs)
     q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
     cu_q, cu_k = (_boundaries(inputs.batch, x.shape[1]) for x in (inputs.q, inputs.k))
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options, backend=backend)
@@ -173,6 +177,13 @@ def _packed(sample: Sample, backend: str) -> Results:
     }
 
 
+def _of_all_entries(inputs: Inputs) -> Tensor:
+    """The intervals of the entries' rows one after the other, ``(1, 1|H_q, B * S_q, n, 2)``."""
+    assert inputs.intervals is not None
+    each = inputs.intervals.expand(inputs.batch, *inputs.intervals.shape[1:])
+    return each.transpose(0, 1).flatten(1, 2)[None]
+
+
 def _boundaries(batch: int, length: int) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32) * length
 
@@ -180,7 +191,7 @@ def _boundaries(batch: int, length: int) -> Tensor:
 def _cache(sample: Sample, backend: str) -> Results:
     """Keys and values in a cache with pages of five rows; the call appends up to three of them."""
     inputs, options = sample.inputs, options_of(sample)
-    for name in ("mask", "segment_ids", "dropout_p", "rng_state"):
+    for name in ("mask", "segment_ids", "intervals", "dropout_p", "rng_state"):
         options.pop(name)
     batch, s_kv, page = inputs.batch, inputs.k.shape[1], 5
     pages = -(-s_kv // page)
@@ -277,9 +288,8 @@ def ways_of(sample: Sample) -> list[str]:
     if not serves(sample):
         return []
     has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
-    has_no_cache = (
-        inputs.mask is not None or inputs.segment_ids_q is not None or spec.dropout_p or not inputs.k.shape[1]
-    )
+    hidden = (inputs.mask, inputs.segment_ids_q, inputs.intervals)
+    has_no_cache = any(x is not None for x in hidden) or spec.dropout_p or not inputs.k.shape[1]
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
     left_out |= ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})

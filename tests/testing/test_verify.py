@@ -99,7 +99,8 @@ def test_random_cases_are_valid_and_cover_the_spec():
     cases = [random_case(draw) for _ in range(300)]
     for case in cases:
         make(case)
-    for name in ("softcap", "left", "right", "dropout_p", "bias", "mask", "alibi", "sinks", "segments", "lengths"):
+    of_scores = ("softcap", "dropout_p", "bias", "mask", "alibi", "sinks", "segments", "intervals")
+    for name in (*of_scores, "left", "right", "lengths"):
         assert any(getattr(case, name) for case in cases), name
     assert {case.dtype for case in cases} == set(fuzz_module._DTYPES)
 

@@ -36,7 +36,7 @@ struct Problem {
   AttentionParams p{};
   Tensor q, k, v, dout, dlse, bias, slopes, sinks, out, lse, low, dq, dk, dv, dbias, dsinks;
   std::unique_ptr<unsigned char[]> mask;
-  std::vector<int32> segments_q, segments_kv, cu_q, cu_kv;
+  std::vector<int32> segments_q, segments_kv, intervals, cu_q, cu_kv;
   std::vector<int64> rng_state;
 
   Problem(std::uint64_t seed, int64 machine, int64 threads);
@@ -58,6 +58,7 @@ struct Problem {
   Tensor normal(int64 dtype, int64 count);
   void draw_sizes();
   void draw_terms();
+  void draw_intervals();
   void make_results();
   bool survives(int64 head, int64 i, int64 j) const;
   double score(int64 b, int64 h, int64 i, int64 j, double& slope) const;
