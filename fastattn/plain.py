@@ -51,9 +51,8 @@ def is_wanted() -> bool:
 
 def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of the spec, by torch's attention if it has all the terms, else by the reference formula."""
-    if not inputs.is_packed and bool(
-        inputs.heads_q != inputs.heads_kv
-    ):  # sizes are tensors while torch.jit.trace records
+    is_grouped = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
+    if is_grouped and not inputs.is_packed:
         inputs = inputs.replace(k=_for_each_head(inputs.k, inputs), v=_for_each_head(inputs.v, inputs))
     has_more = spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None
     out, lse, _ = reference.forward(inputs, spec)
