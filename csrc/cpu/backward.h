@@ -136,11 +136,11 @@ class Backward {
       Range const rows = rows_of(part);
       for (int first = rows.begin; first < rows.end; first += block_rows_) {
         wait();
-        run_rows(scores_.first_head() + g, queries_of(g), first, keys);
+        bool const is_used = run_rows(scores_.first_head() + g, queries_of(g), first, keys);
+        if (is_used && adds_share(part))
+          add_rows(totals_ + g * padded_rows_ * columns_qk_, share_, {first, first + block_rows_});
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
-      if (p_.dq && !item_.dq_shares && part > 0)
-        add_rows(totals_ + g * padded_rows_ * columns_qk_, share_, rows_of(part));
     }
     write_keys(keys);
   }
@@ -159,13 +159,17 @@ class Backward {
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
   }
 
-  // Where this part's share of a head's dq is added up, zero at first.
+  // Whether a part's share of dq is added to the totals, block by block.
+  bool adds_share(int part) const { return p_.dq && !item_.dq_shares && part > 0; }
+
+  // Where this part's share of a head's dq is added up, zero at first; blocks of one that is added are cleared in turn.
   Word* begin_dq(int part, int g) {
     if (!p_.dq) return nullptr;
     int64 const all = padded_rows_ * columns_qk_;
     Word* const to = item_.dq_shares ? reinterpret_cast<Word*>(item_.dq_shares) + part * share_words() + g * all
                      : part          ? share_
                                      : totals_ + g * all;
+    if (adds_share(part)) return to;
     Range const rows = part ? rows_of(part) : Range{0, int(padded_rows_)};
     clear(to + rows.begin * columns_qk_, (rows.end - rows.begin) * columns_qk_);
     return to;
@@ -203,14 +207,17 @@ class Backward {
   };
 
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
-  void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+  // Whether they keep any pair.
+  bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
     Range seen = common(fa::tile_range(band_, first, end), part);
     if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
-    if (is_empty(seen)) return;
+    if (is_empty(seen)) return false;
+    if (dq_ && dq_ == share_) clear(dq_ + first * columns_qk_, block_rows_ * columns_qk_);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+    return true;
   }
 
   void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
