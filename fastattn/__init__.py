@@ -2,7 +2,7 @@
 
 from fastattn import intervals
 from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
-from fastattn.dispatch import Explanation, backends, use_backend
+from fastattn.dispatch import Explanation, backends, use_backend, use_batch_invariance
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.flops import register_with_torch as _register_flops
 from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
@@ -31,6 +31,7 @@ __all__ = [
     "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",
+    "use_batch_invariance",
 ]
 
 _register_flops()

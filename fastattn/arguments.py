@@ -19,6 +19,7 @@ from fastattn.layout import Layout, check_cu_seqlens, check_layout, to_internal
 from fastattn.problem import Inputs, broadcasts, check_rank, check_scores_shape
 from fastattn.spec import Anchor, AttentionSpec
 from fastattn.torch_internals import autocast_dtype
+from fastattn.trees import words_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias  # it imports Dynamo and Triton, which takes longer than fastattn
@@ -174,6 +175,8 @@ def cache_problem(
     rotary_interleaved: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[CacheInputs, AttentionSpec]:
     """The problem of ``attention_with_kv_cache`` from its arguments, not yet checked."""
     is_packed = cu_seqlens_q is not None
@@ -181,7 +184,8 @@ def cache_problem(
     check_rank({"q": q}, range(3, 4) if is_packed else range(4, 5), order)
     check_rank({"k_cache": k_cache, "v_cache": v_cache}, range(4, 5), "(B, S_max, H, D) or (P, page_size, H, D)")
     _check_tensors(cache_lengths=cache_lengths)
-    optional = {"k": k, "v": v, "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    optional = {"k": k, "v": v, "block_table": block_table, "rotary_cos": rotary_cos,
+                "rotary_sin": rotary_sin, "tree_mask": tree_mask}  # fmt: skip
     _check_tensors(**{name: x for name, x in optional.items() if x is not None})
     (q,) = autocast(q)
     k, v = (None if x is None else autocast(x)[0] for x in (k, v))
@@ -201,8 +205,10 @@ def cache_problem(
         bias=four_dims("bias", bias),
         alibi_slopes=per_head("alibi_slopes", alibi_slopes),
         sinks=per_head("sinks", sinks),
+        tree_mask=words_of(tree_mask) if tree_mask is not None and tree_mask.dtype == torch.bool else tree_mask,
         max_seqlen_q=q.shape[1] if cu_seqlens_q is None else longest("q", cu_seqlens_q, max_seqlen_q, q.device),
         rotary_interleaved=rotary_interleaved,
+        batch_invariant=batch_invariant,
     )
     return inputs, make_spec(q, scale, softcap, band(causal, window), 0.0)
 

@@ -430,7 +430,7 @@ DERIVATIVE_FEATURES = ("jvp",)
 STATISTICS_FEATURES = ("statistics",)
 # Further features of attention_with_kv_cache. A sequence with more than PROMPT_ROWS query rows is a "prompt": its time
 # goes into computing rather than reading the cache.
-CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
+CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt", "tree", "batch invariant")
 PROMPT_ROWS = 32
 
 

@@ -89,6 +89,23 @@ table. Without a block table each sequence owns one page: a contiguous cache. Be
 
     page 7:  0 1 2 3        page 2:  4 [5] . .        S_kv = 6
 
+Trees (``tree_mask=``): the new tokens of a call may be the nodes of a tree, the guesses of speculative decoding. Each
+then sees all positions that the cache held before, and of the new tokens those whose bit is set in its row of int32
+words: token ``n`` is bit ``n % 32`` of word ``n // 32`` (``tree_bit``). The bits take the place of the right side of
+the band. A row has the bits of the token itself and of its ancestors; their number less 1 is its depth
+(``tree_depth``). The position of a new token is ``cache_lengths[b]`` plus its depth, in its rotary embedding, its
+window and its ALiBi distances, so that each path of the tree is computed as if it were alone; it is stored in the row
+of its index:
+
+    token     0  1  2  3  4        bits    1 0 0 0 0        words    1
+    parent   -1  0  1  0  3                1 1 0 0 0                 3
+    depth     0  1  2  1  2                1 1 1 0 0                 7
+                                           1 0 0 1 0                 9
+                                           1 0 0 1 1                25
+
+Batch-invariant calls (``batch_invariant=``) cut the keys of each sequence at fixed positions. So the bits of its
+results depend on its own queries, keys and values, not on the sequences beside it, their order, or pages.
+
 Rotary embedding rotates query row ``i`` by the position of its diagonal, and new keys by their own positions before
 they are stored. A page with scales holds ``stored = round(x / scale)``, clamped to the range of its dtype, and is read
 as ``stored * scale``. Pages of which no query keeps a row are neither read nor looked up in the block table.
@@ -182,6 +199,16 @@ def in_intervals(ranges: Any, j: Any) -> Any:
 def page_and_row(j: Any, page_size: int) -> tuple[Any, Any]:
     """Place of position ``j`` of a sequence in a cache: the entry of its block table, and the row of that page."""
     return j // page_size, j % page_size
+
+
+def tree_bit(n: Any) -> tuple[Any, Any]:
+    """Place of new token ``n`` in a row of a tree mask: the word, and the bit of it."""
+    return n // 32, n % 32
+
+
+def tree_depth(count: Any) -> Any:
+    """Depth in its tree of a new token whose row has ``count`` bits: 0 for a root, and for a token that sees none."""
+    return count - 1 * (count > 0)
 
 
 def tile_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tuple[int, int]:

@@ -22,16 +22,15 @@ SETS = {
     "2.13.0": ("torch==2.13.0", "triton==3.7.1", "numpy==2.4.6", "transformers==5.23.0"),
     "2.14.1": ("torch==2.14.1", "numpy==2.4.6", "transformers==5.23.0"),
 }
-CORE, INTEGRATIONS = "tests/core/test_{}.py", "tests/integrations/test_{}.py"
+CORE, LAYERS, INTEGRATIONS = "tests/core/test_{}.py", "tests/nn/test_{}.py", "tests/integrations/test_{}.py"
 PARTS = {
-    "torch's contracts": tuple(map(CORE.format, ("torch_integration", "compile_corners", "plan", "sdpa_parity"))),
-    "derivatives": (CORE.format("derivatives"), CORE.format("gradcheck")),
-    "layers": ("tests/nn",),
+    "torch's contracts": tuple(map(CORE.format, ("torch_integration", "compile_corners", "plan"))),
+    "derivatives": (CORE.format("derivatives"),),
+    "layers": tuple(map(LAYERS.format, ("module", "layers", "transformer", "replace", "lazy", "nested"))),
     "context parallel": (INTEGRATIONS.format("parallel"),),
-    "integrations": tuple(
-        map(INTEGRATIONS.format, ("torch", "flash_attn", "export", "transformers", "transformers_families"))
-    ),
-    "Triton's interpreter": ("tests/backends/triton/test_interpreter.py",),
+    "integrations": tuple(map(INTEGRATIONS.format, ("torch", "flash_attn", "export", "transformers"))),
+    "families of transformers": (INTEGRATIONS.format("transformers_families"),),
+    "Triton's interpreter": ("tests/backends/triton/test_exact_normaliser.py", "tests/backends/triton/test_plans.py"),
 }
 
 

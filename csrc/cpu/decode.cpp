@@ -4,6 +4,7 @@
 #define FA_EVERYWHERE static inline
 #include "decode.h"
 #include "functions.h"
+#include "tree.h"
 
 namespace {
 
@@ -11,7 +12,7 @@ using namespace fa::cpu;
 using fa::Range;
 
 constexpr float kNever = -__builtin_inff(), kHidden = -0.0f;  // scores and weights of keys that a row does not keep
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 512;
 alignas(64) constexpr char kZeros[kMaxDim * sizeof(float)] = {};
 
 // --- a step along the head dim
@@ -75,7 +76,7 @@ void look_up(Params const& p, Sequence const& s, Range span, Block& block) {
   block.begin = span.begin;
   block.keys = fa::larger(0, span.end - span.begin);
   for (int j = 0; j < block.keys; ++j) {
-    int64 const position = span.begin + j, page = page_of(s, position, p.page_size);
+    int64 const position = fa::larger(span.begin + j, s.first_key), page = page_of(s, position, p.page_size);
     int64 const row = s.pages ? position % p.page_size : position;
     block.page[j] = page;
     block.k[j] = static_cast<char const*>(p.k_cache) + (page * p.k_strides.batch + row * p.k_strides.row) * bytes;
@@ -245,6 +246,18 @@ void add_block(Params const& p, Sequence const& s, Block const& block, Block con
 
 // --- from scores to weights
 
+// ALiBi and the mask of a row of a tree, whose bits take the place of the right side of the band.
+void finish_in_tree(Params const& p, Sequence const& s, Block const& block, int head, int i, float* scores) {
+  Tree const tree = tree_of(p, s);
+  float const slope = p.slopes ? p.slopes[s.b * p.slopes_stride + head] : 0;
+  for (int j = 0; j < block.keys; ++j) {
+    int const key = block.begin + j, away = tree.depths ? tree.place(key) - tree.diagonal(i) : 0;
+    if (p.slopes) scores[j] -= slope * __builtin_fabsf(float(away));
+    if (key < s.first_key || away < -s.band.left || !tree.sees(i, key)) scores[j] = kNever;
+  }
+  for (int j = block.keys; j < kKeys; ++j) scores[j] = kNever;
+}
+
 // What the spec does with a score after the product: cap, bias, ALiBi, the band.
 void finish_scores(Params const& p, Sequence const& s, Block const& block, int head, int i, float* scores) {
   if (p.k_scale)
@@ -254,12 +267,14 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
     for (int j = 0; j < kKeys; j += kLanes)
       store(scores + j, float(p.softcap) * hyperbolic_tangent(load(scores + j) / float(p.softcap)));
   if (p.bias) {
-    float const* bias = p.bias + s.b * p.bias_batch + head * p.bias_head + i * p.bias_row + block.begin * p.bias_key;
+    float const* bias =
+        p.bias + s.b * p.bias_batch + head * p.bias_head + (s.first_query + i) * p.bias_row + block.begin * p.bias_key;
     for (int j = 0; j < block.keys; ++j) {
       float const x = bias[j * p.bias_key];
       scores[j] = x == kNever ? kNever : scores[j] + x;
     }
   }
+  if (p.tree) return finish_in_tree(p, s, block, head, i, scores);
   if (p.slopes) {
     float const slope = p.slopes[s.b * p.slopes_stride + head];
     int const diagonal = s.band.diagonal + i;
@@ -332,7 +347,9 @@ bool weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch
 // Rows of queries times `scale`, in the order in which keys of type T are read.
 template <class T, class Q>
 void read_queries(Params const& p, Sequence const& s, float* queries) {
-  Q const* q = static_cast<Q const*>(p.q) + (p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch);
+  int64 const first =
+      p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch + s.first_query * p.q_strides.row;
+  Q const* const q = static_cast<Q const*>(p.q) + first;
   int const dim = int(p.head_dim_qk);
   int64 const width = padded(dim);
   for (int row = 0; row < s.rows; ++row) {
@@ -411,7 +428,8 @@ void join_row(Params const& p, Sequence const& s, float* parts, int count, int r
     case kBfloat16: write_row(sums, dim, factor, static_cast<Bfloat16*>(p.out) + at); break;
     default: write_row(sums, dim, factor, static_cast<Float16*>(p.out) + at);
   }
-  int64 const lse_at = p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + i;
+  int64 const lse_at =
+      p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + s.first_query + i;
   p.lse[lse_at] = most == kNever ? kNever : most + __builtin_logf(total);
 }
 

@@ -215,9 +215,7 @@ def attend_with_little_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``, fp32 or fp64; None for other calls.
     """
     (batch, s_q, heads, width), s_kv = q.shape, k.shape[1]
-    if heads != k.shape[2] or not are_little_weights(q, batch * heads * s_q * s_kv):
-        return None
-    if type(k) is not Tensor or type(v) is not Tensor:
+    if heads != k.shape[2] or not have_little_weights((q, k, v), batch * heads * s_q * s_kv):
         return None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows_q, rows_k, rows_v = (x.transpose(1, 2).to(dtype).reshape(batch * heads, -1, width) for x in (q, k, v))
@@ -227,14 +225,14 @@ def attend_with_little_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     return out.to(q.dtype), weights.view(batch, heads, s_q, s_kv)
 
 
-def are_little_weights(x: Tensor, count: int) -> bool:
-    """Whether an eager call on a CPU has so few weights that they are best computed at once.
+def have_little_weights(tensors: Sequence[Tensor], count: int) -> bool:
+    """Whether an eager call on a CPU has so few scores that its weights are best computed at once.
 
     Args:
-        x: the queries, or what they are projected from.
+        tensors: the queries, keys and values, or what they are projected from.
         count: of scores.
     """
-    if not 0 < count <= LITTLE or not x.is_cpu or type(x) is not Tensor or is_watched():
+    if not 0 < count <= LITTLE or is_watched() or any(type(x) is not Tensor or not x.is_cpu for x in tensors):
         return False
     return requested(None) is None and state.whole_rows is None
 

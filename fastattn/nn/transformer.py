@@ -158,7 +158,7 @@ def _self_attention(layer: Any, padding: Tensor | None, mask: Tensor | None = No
 def _packed_attention(layer: Any, tokens: Unpadded) -> Attend:
     module, boundaries = layer.self_attn, (tokens.offsets, tokens.offsets, tokens.longest, tokens.longest)
     positions = None if module.rotary is None else tokens.positions()
-    return lambda x: module.of_packed(x, x, x, boundaries, positions)
+    return lambda x: module._of_packed(x, x, x, boundaries, positions)
 
 
 def _encode(layer: Any, x: Tensor, attend: Attend) -> Tensor:

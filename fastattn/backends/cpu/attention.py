@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -17,6 +18,7 @@ from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
 from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
+from fastattn.storage import model
 
 VERSION = 3  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
@@ -35,8 +37,8 @@ FIXED = (
     "scale", "softcap", "dropout_scale",
 )  # fmt: skip
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
-# The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
-FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
+# The fields up to lse_low and up to dsinks: all that changes for calls on q, k and v alone.
+FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dsinks"))
 MORE_PART = struct.Struct(f"<{len(MORE)}q")  # from bias to cu_seqlens_kv
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
@@ -103,35 +105,74 @@ def backward(
         for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
         if name in needs
     }
-    if inputs.bias is not None and "bias" in needs:
-        grads["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else call.words)
-    if inputs.sinks is not None and "sinks" in needs:
-        grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
-    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
-    if "dbias" in grads and inputs.bias is not None:
-        grads["dbias"] = grads["dbias"].to(inputs.bias.dtype)
-    if "dsinks" in grads and inputs.sinks is not None:
-        shared = inputs.sinks.shape[0] == 1
-        found = grads["dsinks"].sum(0, keepdim=True) if shared else grads["dsinks"]
-        grads["dsinks"] = found.to(inputs.sinks.dtype)
-    return Grads(**grads)
+    sums = SumsOfMore.of(inputs, needs)
+    dbias, dsinks = sums.make()
+    written = grads | {name: x for name, x in (("dbias", dbias), ("dsinks", dsinks)) if x is not None}
+    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **written))
+    return Grads(**grads, **sums.as_gradients(dbias, dsinks))
 
 
-def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+@dataclass(frozen=True)
+class SumsOfMore:
+    """What kernels add up for the gradients of bias and sinks: shape and dtype of each, and its form as a gradient.
+
+    Attributes:
+        of_bias: None if the bias needs no gradient, likewise ``of_sinks``.
+        of_sinks: of each sequence and head.
+        dtypes: those of the gradients.
+        shares_sinks: all sequences have the same sinks.
+    """
+
+    of_bias: tuple[tuple[int, ...], torch.dtype] | None
+    of_sinks: tuple[tuple[int, ...], torch.dtype] | None
+    dtypes: dict[str, torch.dtype]
+    shares_sinks: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs, needs: Sequence[str]) -> SumsOfMore:
+        words, bias, sinks = words_of(inputs.q.dtype), inputs.bias, inputs.sinks
+        of_bias = of_sinks = None
+        if bias is not None and "bias" in needs:
+            of_bias = (tuple(bias.shape), bias.dtype if _is_of_pairs(bias, inputs) else words)
+        if sinks is not None and "sinks" in needs:
+            of_sinks = ((inputs.batch, inputs.heads_q), words)
+        dtypes = {name: x.dtype for name, x in (("dbias", bias), ("dsinks", sinks)) if x is not None}
+        return cls(of_bias, of_sinks, dtypes, sinks is not None and sinks.shape[0] == 1)
+
+    def make(self) -> tuple[Tensor | None, Tensor | None]:
+        """Memory for both; of the bias it holds zeros."""
+        dbias = None if self.of_bias is None else _zeros(*self.of_bias)
+        return dbias, None if self.of_sinks is None else torch.empty(
+            self.of_sinks[0], dtype=self.of_sinks[1], device=HOST
+        )
+
+    def as_gradients(self, dbias: Tensor | None, dsinks: Tensor | None) -> dict[str, Tensor]:
+        found = {}
+        if dbias is not None:
+            found["dbias"] = dbias.to(self.dtypes["dbias"])
+        if dsinks is not None:
+            summed = dsinks.sum(0, keepdim=True) if self.shares_sinks else dsinks
+            found["dsinks"] = summed.to(self.dtypes["dsinks"])
+        return found
+
+
+def prepared_forward(
+    library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool
+) -> Run | None:
     """``forward`` for calls of one kind; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
-    alone = rest()
-    out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
+    alone, dtype = rest(), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    count, low = threads.count, math.prod(inputs.lse_shape()) * words.itemsize
+    count, low, new = threads.count, math.prod(inputs.lse_shape()) * words.itemsize, torch.empty_like
+    out_model = model(inputs.out_shape(), dtype, HOST, heads_first)
+    kept_model = model((2, *inputs.lse_shape()), words, HOST)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
-        # new_empty takes dtype and device from q, in half the time of torch.empty with both
-        out, kept, at, at_low = q.new_empty(out_shape), None, 0, 0
+        out, kept, at, at_low = new(out_model), None, 0, 0
         if keep:
-            kept = q.new_empty(kept_shape, dtype=words) if words is not dtype else q.new_empty(kept_shape)
+            kept = new(kept_model)
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
@@ -145,44 +186,65 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
     return run
 
 
-def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-    """``backward`` for calls of one kind, whose ``lse`` has no gradient and whose q, k and v alone need one."""
-    q_shape, k_shape, v_shape = inputs.q.shape, inputs.k.shape, inputs.v.shape
-    rest = _rest(inputs, spec, BACKWARD_PART, dout)
+def prepared_backward(
+    library: Library,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    dout: Tensor,
+    needs: Sequence[str],
+    *,
+    heads_first: bool,
+) -> Run | None:
+    """``backward`` for calls of one kind, whose ``lse`` has no gradient."""
+    sums = SumsOfMore.of(inputs, needs)
+    rest = _rest(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
     if rest is None:
         return None
-    alone = rest()
+    alone, new, has_sums = rest(), torch.empty_like, sums.of_bias is not None or sums.of_sinks is not None
+    dq_model, dk_model, dv_model = (
+        model(tuple(x.shape), x.dtype, HOST, heads_first) for x in (inputs.q, inputs.k, inputs.v)
+    )
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
     def run(
         dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
     ) -> tuple[Tensor, ...]:
-        dq, dk, dv = q.new_empty(q_shape), k.new_empty(k_shape), v.new_empty(v_shape)
+        dq, dk, dv = new(dq_model), new(dk_model), new(dv_model)
+        dbias, dsinks = sums.make() if has_sums else (None, None)
         at = kept.data_ptr()
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
-                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + (rest(*more) if more else alone)
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(dbias), _address(dsinks))
+            + (rest(*more) if more else alone)
         )  # fmt: skip
         if failed:
             library.explain(failed)
-        return dq, dk, dv
+        return (dq, dk, dv, *sums.as_gradients(dbias, dsinks).values()) if has_sums else (dq, dk, dv)
 
     return run
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _rest(
-    inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None
+    inputs: Inputs,
+    spec: AttentionSpec,
+    first: struct.Struct,
+    dout: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> Callable[..., bytes] | None:
     """The struct behind its ``first`` part as a function of ``MORE``; None if it takes more than addresses."""
     read = readable(inputs)
     if inputs.rng_state is not None or any(getattr(read, name) is not getattr(inputs, name) for name in TENSORS):
         return None
     before = bytes(VARIABLE_PART.size - first.size - MORE_PART.size - 8)  # 8: rng_state
-    after, pack = bytes(8) + fixed_part(inputs, spec, dout), MORE_PART.pack
+    after, pack = bytes(8) + fixed_part(inputs, spec, dout, dbias), MORE_PART.pack
 
     def rest(*more: Tensor | None) -> bytes:
-        return before + pack(*(0 if x is None else x.data_ptr() for x in more or _NOTHING)) + after
+        return before + pack(*map(_address, more or _NOTHING)) + after
 
     return rest
 
@@ -238,9 +300,9 @@ def _is_of_pairs(bias: Tensor, inputs: Inputs) -> bool:
     return bias.shape == shape and bias.shape[-1] > 1 and is_double == (bias.dtype == torch.float64)
 
 
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros from fresh pages, which no one has to write; torch.zeros writes them."""
-    found = numpy.zeros(like.shape, f"i{dtype.itemsize}")
+    found = numpy.zeros(shape, f"i{dtype.itemsize}")
     return torch.from_numpy(found).view(dtype)
 
 

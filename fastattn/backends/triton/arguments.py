@@ -195,6 +195,9 @@ class Cache(NamedTuple):
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
     query rows. Its pages are in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
     of e4m3 caches are None if they are 1.
+
+    ``tree`` are the words of a tree mask, of which a row has ``stride_s``; ``depths`` those of its tokens, None where
+    no term counts positions. Both count packed rows over all sequences.
     """
 
     lengths: Any
@@ -205,17 +208,21 @@ class Cache(NamedTuple):
     block_table: Any = None
     k_scale: Any = None
     v_scale: Any = None
+    tree: Any = None
+    depths: Any = None
 
 
 class Splits(NamedTuple):
     """The work of the decoding kernel, divided among its programs. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results. They have ``tiles`` of keys, counted
+    from position 0; 0 makes them equally long.
     """
 
     blocks: Any
     splits: Any
+    tiles: Any
     stride_out: Any
     stride_lse: Any
 
@@ -238,6 +245,7 @@ class Flags:
         upcast: compute with fp32 operands: the interpreter has no bf16 arithmetic.
         paged: keys and values lie in pages of a block table.
         fp8: they are e4m3.
+        tree: new tokens see each other by a tree mask.
     """
 
     d_qk: int
@@ -263,6 +271,7 @@ class Flags:
     upcast: bool = False
     paged: bool = False
     fp8: bool = False
+    tree: bool = False
 
     @property
     def features(self) -> frozenset[str]:
@@ -277,7 +286,8 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
+        longest = max(self.block_qk, self.block_v)
+        return longest > 256 or (self.precise and (self.precision == "ieee" or longest > 128))
 
     @property
     def vector_out(self) -> int:

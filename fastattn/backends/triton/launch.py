@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn.backends.base import Outputs
 from fastattn.backends.triton import arguments, configs
 from fastattn.backends.triton.arguments import (
     Bshd,
@@ -35,7 +36,7 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.forward import forward_kernel
-from fastattn.backends.triton.plans import launched
+from fastattn.backends.triton.plans import device_of, launched
 from fastattn.backends.triton.prescan import interval_tiles_kernel, segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel
 from fastattn.errors import input_error
@@ -156,10 +157,11 @@ class Call:
         return self.terms._replace(segment_tiles=found_at)
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, lse_low)``. ``config`` overrides that of the table."""
-    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
-    lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device) for _ in range(2))
+def forward(
+    inputs: Inputs, spec: AttentionSpec, config: Config | None = None, results: Outputs | None = None
+) -> Outputs:
+    """``(out, lse, lse_low)``. ``config`` overrides that of the table, ``results`` is memory for what is returned."""
+    out, lse, low = results or _results(inputs)
     if lse.numel() == 0:
         return out, lse, low
     with device_of(out):
@@ -179,6 +181,12 @@ def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -
             schedule,
             **compiled(call.inputs.q.device, call.flags, config),
         )
+    return out, lse, low
+
+
+def _results(inputs: Inputs) -> Outputs:
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=out.device) for _ in range(2))
     return out, lse, low
 
 
@@ -455,11 +463,6 @@ def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, An
 
 
 # --- machine ------------------------------------------------------------------------------------------------------
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _tf32() -> bool:

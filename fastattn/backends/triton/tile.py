@@ -362,10 +362,11 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
+def finish(raw, head, i, j, i0, j0, F: tl.constexpr, away=None):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
-    If ``F.plain``, the scores still lack the factor ``scale``: see ``factor_of``.
+    If ``F.plain``, the scores still lack the factor ``scale``: see ``factor_of``. ``away`` are the distances from the
+    diagonal where they do not follow from ``i`` and ``j``.
     """
     if F.plain:
         return raw, raw
@@ -378,7 +379,9 @@ def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
     if F.bias:
         scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32)
     if F.alibi:
-        scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
+        if away is None:
+            away = j - i - head.band.diagonal
+        scores -= head.slope * tl.abs(away).to(tl.float32)
     return scores, t
 
 

@@ -20,12 +20,13 @@ from typing import Any, Protocol, Self
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
 from fastattn.lm.train.checkpoint import Checkpoint, save_checkpoint
 from fastattn.lm.train.context import ContextGroup, check_context_parallel
-from fastattn.lm.train.log import Log, TensorBoard, Window
+from fastattn.lm.train.log import Log, TensorBoard, WeightsAndBiases, Window
 from fastattn.lm.train.metrics import peak_flops
 from fastattn.lm.train.optim import make_optimizer, update
 from fastattn.lm.train.parallel import check_sharing, gradients_later, ranks, wrap_parallel
@@ -33,6 +34,7 @@ from fastattn.lm.train.plots import plot_losses
 from fastattn.lm.train.recompute import recompute_blocks
 from fastattn.lm.train.settings import Progress, TrainConfig
 from fastattn.lm.train.signals import stop_signals
+from fastattn.lm.train.user_data import UserBatch, as_rows, is_of_torch
 
 
 class Batch(Protocol):
@@ -63,7 +65,18 @@ class HeldOutRows(Protocol):
 
 
 Loss = Callable[[nn.Module, Any], Tensor]
+TorchData = Dataset[Any] | DataLoader[Any]
 Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def _of_values(loss: Loss) -> Loss:
+    """The loss, given the value of a batch of the user's own."""
+    return lambda model, batch: loss(model, batch.value if isinstance(batch, UserBatch) else batch)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return {} if to_dict is None else to_dict()
 
 
 class Trainer:
@@ -72,14 +85,17 @@ class Trainer:
     Args:
         model: on its device, in every process the same. Parameters that do not require gradients are left as they are.
         tokenizer: stored in each checkpoint; None stores none.
-        data: training rows and held-out rows.
+        data: training rows and held-out rows; or for each a ``Dataset``, ``IterableDataset`` or ``DataLoader`` of
+            torch, see ``fastattn.lm.train.user_data``.
         config: how long and how often.
         folder: of the run; receives ``log.jsonl``, ``loss.png`` and ``checkpoints/``.
-        loss: what to minimise: the sum over the labels of a batch, of the model that it is given and calls.
+        loss: what to minimise: the sum over the labels of a batch, of the model that it is given and calls. Of data of
+            torch it is given the batches as they are.
         evaluate: further metrics at each evaluation, of the model in evaluation mode; they go into the log.
         flops_per_label: of training, for the log; None leaves it out.
         levels: losses to compare with, drawn into ``loss.png``.
-        model_config: stored in each checkpoint, for whoever rebuilds the model; None is ``model.config.to_dict()``.
+        model_config: stored in each checkpoint, for whoever rebuilds the model; None is ``model.config.to_dict()``, or
+            nothing if the model has no such config.
         settings: stored in each checkpoint, for whoever resumes it.
         show_progress: show a progress bar.
 
@@ -91,7 +107,7 @@ class Trainer:
         self,
         model: nn.Module,
         tokenizer: Tokenizer | None,
-        data: tuple[Rows, HeldOutRows],
+        data: tuple[Rows | TorchData, HeldOutRows | TorchData],
         config: TrainConfig,
         folder: Path,
         *,
@@ -107,10 +123,11 @@ class Trainer:
         check_sharing(config.batch, config.parallel, self.ranks, config.context_parallel)
         check_context_parallel(config.context_parallel, model, config.compile)
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
-        self.rows, self.held_out_rows = data
-        self.loss, self.evaluate = loss, evaluate
+        rows: Any = [as_rows(given, config.seed) if is_of_torch(given) else given for given in data]
+        self.rows, self.held_out_rows = rows
+        self.loss, self.evaluate = _of_values(loss), evaluate
         self.flops_per_label, self.levels = flops_per_label, levels or {}
-        self.model_config = model.config.to_dict() if model_config is None else model_config  # type: ignore[operator, union-attr]
+        self.model_config = _config_of(model) if model_config is None else model_config
         self.settings = settings or {}
         self.show_progress = show_progress and self.ranks.leads
         self.device = next(model.parameters()).device
@@ -123,7 +140,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.optim)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl", self.ranks.leads)
-        self._tensorboard: TensorBoard | None = None
+        self._curves: list[TensorBoard | WeightsAndBiases] = []
         self._window = Window()
         self._shown: dict[str, str] = {}
         self._must_stop = self._interrupted = False
@@ -183,17 +200,24 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        if self.config.tensorboard and self.ranks.leads:
-            self._tensorboard = TensorBoard(self.folder / "tensorboard", self.progress.step)
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.config.tensorboard and self.ranks.leads:
+                self._curves.append(TensorBoard(self.folder / "tensorboard", self.progress.step))
+            if self.config.wandb and self.ranks.leads:
+                self._curves.append(WeightsAndBiases(self.folder, self.settings))
+            for curves in self._curves:
+                stack.callback(curves.close)
+            stack.callback(self._curves.clear)
             yield
-        finally:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
 
-    def train_step(self, step: int) -> Tensor:
-        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves."""
-        return self._train_step(step)[0]
+    def train_step(self, step: int, rate: float | None = None) -> Tensor:
+        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves.
+
+        Args:
+            step: decides the rows and what dropout draws.
+            rate: the learning rate; None is that of the schedule.
+        """
+        return self._train_step(step, rate)[0]
 
     def seconds_per_step(self, trials: int = 3) -> float:
         """Median time of an update. It trains the model, so make another trainer for the run."""
@@ -229,7 +253,7 @@ class Trainer:
             yield
         self.model.train(was_training)
 
-    def _train_step(self, step: int) -> tuple[Tensor, Tensor, Tensor | int]:
+    def _train_step(self, step: int, rate: float | None = None) -> tuple[Tensor, Tensor, Tensor | int]:
         """Loss per label (this process's part of the sum), norm of the gradient and number of labels of one update."""
         config, context, rank, size = self.config, self._context, self.ranks.rank, self.ranks.size
         self.model.train()
@@ -248,7 +272,7 @@ class Trainer:
                     loss = self.loss(self._runner, part.to(self.device)) * weight
                 (loss * size).backward()  # the mean over processes is taken of gradients, where we want the sum
             total += loss.detach()
-        rate = config.optim.rate(step, config.steps)
+        rate = config.optim.rate(step, config.steps) if rate is None else rate
         return total, update(self.optimizer, self.model, rate, config.optim.clip), labels
 
     def _autocast(self) -> torch.autocast:
@@ -282,10 +306,10 @@ class Trainer:
         return {"tflops": flops / 1e12} | ({"mfu": flops / peak / self.ranks.size} if peak else {})
 
     def _record(self, record: dict[str, float]) -> None:
-        """Write to the log, to TensorBoard and beside the progress bar."""
+        """Write to the log, to what draws its curves, and beside the progress bar."""
         self.log.write(record)
-        if self._tensorboard is not None:
-            self._tensorboard.write(record)
+        for curves in self._curves:
+            curves.write(record)
         formats = {"loss": ".3f", "held_out_loss": ".3f", "tokens_per_second": ",.0f", "mfu": ".1%"}
         names = {"held_out_loss": "held-out", "tokens_per_second": "tok/s"}
         self._shown |= {names.get(n, n): format(record[n], how) for n, how in formats.items() if n in record}

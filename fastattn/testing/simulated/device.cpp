@@ -254,11 +254,19 @@ at::Generator& default_generator(DeviceIndex index) {
   return all->at(index < 0 ? current_device : index);
 }
 
+// What UntypedStorage.resize_(0) does on a GPU; torch refuses it in a build without CUDA.
+void release(int64_t storage) {
+  auto* const found = reinterpret_cast<c10::StorageImpl*>(storage);
+  found->set_data_ptr_noswap(c10::DataPtr(nullptr, found->device()));
+  found->set_nbytes(0);
+}
+
 void use_generator(std::optional<at::Generator> given) { default_generator(given->device().index()) = *given; }
 
 TORCH_LIBRARY(fastattn_simulated, m) {
   m.def("alias_on_host(Tensor(a) x) -> Tensor(a)");
   m.def("use_generator(Generator? given) -> ()", TORCH_FN(use_generator));
+  m.def("release(int storage) -> ()", TORCH_FN(release));
 }
 TORCH_LIBRARY_IMPL(fastattn_simulated, CompositeExplicitAutograd, m) { m.impl("alias_on_host", TORCH_FN(alias)); }
 

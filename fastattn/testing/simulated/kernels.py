@@ -59,6 +59,7 @@ class _Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         from triton.runtime.interpreter import GridExecutor
 
+        _check_devices(self.compiled_for, self.machine.library.sim_device())  # on which Triton loads it now
         executor = GridExecutor(self.kernel.rewrite(), self.kernel.arg_names, grid, [])
         executor._init_args_hst = lambda args, kwargs: (args, kwargs)  # addresses are those of this memory already
         executor._restore_args_dev = lambda *_: None

@@ -55,6 +55,7 @@ class Machine:
         refuses_waits: whether a wait raises, as after ``torch.cuda.set_sync_debug_mode("error")``.
         waits: the waits of the host so far.
         launches: the launches of kernels so far.
+        turned: the functions that are told each device that becomes current.
     """
 
     library: ctypes.CDLL
@@ -66,6 +67,7 @@ class Machine:
     refuses_waits: bool = False
     waits: list[Wait] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
+    turned: list[Callable[[int], object]] = field(default_factory=list)
     _captured: dict[int, Callable[[], object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

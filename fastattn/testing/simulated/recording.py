@@ -15,8 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 from fastattn import compiled
-from fastattn.backends import cuda, native
-from fastattn.backends.cuda import abi, build, driver, library, nvrtc
+from fastattn.backends import cuda, driver, native
+from fastattn.backends.cuda import abi, build, library, nvrtc
 from fastattn.backends.cuda.instances import Instance, library_instances
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "driver.c"))  # the first includes the others
@@ -98,6 +98,16 @@ class RecordingDriver:
     def bind(self, device: int | None) -> None:
         """Make a context current on this thread, or none."""
         self.library.rec_bind(-1 if device is None else device)
+
+    @property
+    def bound(self) -> int | None:
+        """The device whose context is current on this thread."""
+        context, found = ctypes.c_void_p(), ctypes.c_int()
+        self.library.cuCtxGetCurrent(ctypes.byref(context))
+        if context.value is None:
+            return None
+        self.library.cuCtxGetDevice(ctypes.byref(found))
+        return found.value
 
 
 @contextlib.contextmanager

@@ -27,7 +27,21 @@ def patches(machine: Machine) -> list[Patch]:
     found += [(torch.cuda.streams, name, functions[name]) for name in ("Stream", "Event")]
     found += [(torch._C, "_host_emptyCache", lambda: None)]
     found += [(torch._C, "_cuda_getCurrentRawStream", lambda device: machine.library.sim_stream(device))]
+    found += [(torch.UntypedStorage, "resize_", _resize)]
+    found += [(torch._C, "_cuda_getDevice", lambda: machine.library.sim_device())]
     return [*found, (torch.version, "cuda", CUDA_VERSION), (torch.backends.cuda, "is_built", lambda: True)]
+
+
+_resize_on_host = torch.UntypedStorage.resize_
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    if storage.device.type != "cuda":
+        return _resize_on_host(storage, size)
+    if size:
+        raise NotImplementedError("the simulated device makes no storage larger")
+    torch.ops.fastattn_simulated.release(storage._cdata)
+    return storage
 
 
 def _facts(machine: Machine) -> dict[str, object]:
@@ -61,7 +75,11 @@ def _current(machine: Machine) -> dict[str, object]:
     def exchange(device: int) -> int:
         if device >= DEVICES:
             raise RuntimeError("CUDA error: invalid device ordinal")
-        return library.sim_exchange_device(device)
+        before: int = library.sim_exchange_device(device)
+        if 0 <= device != before:
+            for tell in machine.turned:
+                tell(device)
+        return before
 
     return {
         "current_device": lambda: library.sim_device(),  # torch hashes it, which a function of ctypes refuses

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,6 +98,17 @@ def test_a_corpus_of_one_document(tmp_path):
     with pytest.raises(DataError, match=r"too small: 1 document\(s\), 5 characters"):
         prepare([tmp_path / "a"], tmp_path / "c", vocab_size=300, progress=False)
     assert not list((tmp_path / "c").glob("*/*"))
+
+
+def test_unigram_decodes_to_the_text_too():
+    code = Path(json.__file__).read_text()
+    tokenizer = train_tokenizer([code], 400, "unigram")
+    assert tokenizer.get_vocab_size() == 400 and tokenizer.token_to_id(START) == 0
+    text = code + " 日本 never seen \x00"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode(code).ids) < 0.6 * len(code)
+    with pytest.raises(InputError, match="algorithm: got 'wordpiece'; allowed: bpe, unigram"):
+        train_tokenizer([code], 400, "wordpiece")
 
 
 def test_files_that_change_while_they_are_read(texts, tmp_path, monkeypatch):
