@@ -103,7 +103,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     cases = [
         case
         for case in cache_grid((torch.float32,))
-        if not (case.fp8 or case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8)
+        if not (case.fp8 or case.alibi or case.bias or case.tree or case.D_qk % 8 or case.D_v % 8)
     ]
     long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
