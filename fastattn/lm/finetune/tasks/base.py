@@ -87,8 +87,8 @@ class Task(ABC):
         """Nats, summed over the labels of the batch."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
-        """The model's predictions for a few examples, which need no targets."""
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
+        """The model's predictions for a few examples, which need no targets; ``most`` limits generated tokens."""
 
     @abstractmethod
     def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
