@@ -1,4 +1,4 @@
-"""Data sets for fine-tuning: files and folders as they are, to checked examples and a report of what was read."""
+"""Data sets for fine-tuning: from files and folders to checked examples and a report of their content."""
 
 from __future__ import annotations
 

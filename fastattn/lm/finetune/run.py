@@ -1,4 +1,4 @@
-"""The whole of a fine-tuning run, from files of examples to a scored model: what ``fastattn finetune`` calls."""
+"""A fine-tuning run, from files of examples to a scored model; ``fastattn finetune`` calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of the tasks of fine-tuning: the model's head, examples to rows, the loss, predictions and scores."""
+"""The base class of fine-tuning tasks: the model's head, rows of examples, the loss, predictions and scores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Task(ABC):
 
     @classmethod
     def label_names(cls, examples: Sequence[Example]) -> tuple[str, ...]:
-        """What a model must remember of the labels of its training examples: their names, sorted."""
+        """The sorted names of the labels in the training examples, which a checkpoint stores."""
         if cls.label_field is None:
             return ()
         given = (example.fields[cls.label_field] for example in examples)
