@@ -182,10 +182,8 @@ inline void add_values(float const* weights, T const* const* v, T const* const* 
 template <class Product>
 inline void pack_weights(float* weights) {
   if constexpr (Product::kIsPaired)
-    for (int j = 0; j < kKeys; j += 2 * kLanes) {
-      __m512bh const pairs = _mm512_cvtne2ps_pbh((__m512)load(weights + j + kLanes), (__m512)load(weights + j));
-      __builtin_memcpy(weights + j / 2, &pairs, sizeof pairs);
-    }
+    for (int j = 0; j < kKeys; j += 2 * kLanes)
+      store(weights + j / 2, Product::joined(load(weights + j), load(weights + j + kLanes)));
 }
 
 // The values that a row keeps, alone: what the others hold must not reach it.

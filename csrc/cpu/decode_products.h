@@ -46,6 +46,8 @@ struct Paired {
   static constexpr int kVectors = 2, kStep = 2 * kLanes;
 
   static int column(int x, int lane) { return lane / 4 * 8 + x * 4 + lane % 4; }
+  // Rounded numbers of x, then of y.
+  static Floats joined(Floats x, Floats y) { return (Floats)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x); }
   static void read_values(T const* const* v, int c, Floats (&to)[2]) {
     __m512i const a = loaded<__m512i>(v[0] + c), b = loaded<__m512i>(v[1] + c);
     to[0] = (Floats)_mm512_unpacklo_epi16(a, b);
