@@ -88,7 +88,7 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
         return None, None
     given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
-        shared = (options, torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
+        shared = (options, len(given), torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
         for seen in _recent.get((shared, torch.is_grad_enabled()), ()):
             if not seen.agrees(*given):
                 continue

@@ -378,3 +378,13 @@ def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
         )
         fastattn.attention_with_kv_cache(**tensors | {"cache_lengths": torch.ones(batch, dtype=torch.int32)})
     assert len(plan._known) <= 3
+
+
+@needs_kernel
+def test_calls_with_and_without_a_mask_have_plans_of_their_own(long_ways):
+    """Equal options, but another number of tensors: recognising one of them at once must not keep out the other."""
+    q, mask = torch.randn(1, 5, 2, 8), torch.rand(1, 1, 5, 5) > 0.5
+    for _ in range(4):
+        for given in ({}, {"mask": mask}):
+            fastattn.attention(q, q, q, **given)
+    assert len(long_ways) == 2
