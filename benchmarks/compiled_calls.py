@@ -55,9 +55,9 @@ def compiled_calls() -> dict[str, Callable[[], object]]:
     for name, function in compiled.items():
         found[name] = _without_gradients(function, q, k, v)
         found[name]()
-    # the arguments of fastattn::forward behind its tensors
-    arguments = (q, k, v, *[None] * 9, ROWS, ROWS, HEAD_DIM**-0.5, None, None, None, "lower_right", 0.0, None, False)
-    found["an empty operator with our schema, not compiled"] = lambda: operator(*arguments)
+    scalars = (ROWS, ROWS, HEAD_DIM**-0.5, None, None, None, "lower_right", 0.0, None, False)
+    others = len(torch.ops.fastattn.forward.default._schema.arguments) - 3 - len(scalars)
+    found["an empty operator with our schema, not compiled"] = lambda: operator(q, k, v, *[None] * others, *scalars)
     return found
 
 

@@ -81,6 +81,7 @@ _LIBRARY.define(
 )
 
 Flat = tuple[Any, ...]
+_ENDS_Q = TENSORS.index("cu_seqlens_q")
 _INPUT_FIELDS = len(dataclasses.fields(Inputs))
 
 
@@ -303,11 +304,13 @@ def _prepared_gradients(dout: Tensor, results: Sequence[Tensor], flat: Flat, nee
 
 def _plannable(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
     """The tensors that a prepared run takes; None where the seed or the boundaries of a call are among them."""
-    q, k, v, bias, mask, slopes, sinks, segments_q, segments_kv, ends_q, _, seed = tensors
-    if seed is not None or ends_q is not None:
+    *given, seed = tensors
+    if seed is not None or given[_ENDS_Q] is not None:
         return None
-    is_plain = bias is mask is slopes is sinks is segments_q is segments_kv is None
-    return (q, k, v) if is_plain else tuple(tensors[:-1])
+    for x in given[len(QKV) :]:
+        if x is not None:
+            return tuple(given)
+    return tuple(given[: len(QKV)])
 
 
 def _able_to_prepare(inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool) -> Backend | None:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastattn
 from fastattn import InputError, autograd, ops, plan, serving, state
 from fastattn.backends import load
+from fastattn.problem import TENSORS
 
 needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
 
@@ -177,7 +178,22 @@ def test_operators_of_compiled_graphs_take_plans(monkeypatch):
     for _ in range(3):
         shapes = (2, 9, 4, 16), (2, 9, 4, 16), (1, 4, 9, 9)
         q, dout, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-        flat = (q, q * 2, q * 3, bias, *(None,) * 8, 9, 9, 0.3, None, None, 0, "lower_right", 0.0, None)
+        flat = (
+            q,
+            q * 2,
+            q * 3,
+            bias,
+            *(None,) * (len(TENSORS) - 4),
+            9,
+            9,
+            0.3,
+            None,
+            None,
+            0,
+            "lower_right",
+            0.0,
+            None,
+        )
         eager = (*flat[:-1], "eager")
         results = torch.ops.fastattn.forward(*flat, True)
         expected = torch.ops.fastattn.forward(*eager, True)
