@@ -1,7 +1,8 @@
 // The mask: the transcription of keep, tile_range and full_range of fastattn/spec.py.
 //
-// Nothing else in csrc/ compares positions; tests/backends/cuda/test_mask.py enumerates these functions against the
-// spec. Plain C++: it compiles for the device, for the emulator and as a host library.
+// Nothing else in csrc/ compares positions, but for ranges that are data (cpu/intervals.h); tests/backends/cuda/test_mask.py
+// enumerates these functions against the spec. Plain C++: it compiles for the device, for the emulator and as a host
+// library.
 #pragma once
 
 #ifdef __CUDACC__

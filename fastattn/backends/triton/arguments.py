@@ -278,7 +278,8 @@ class Flags:
     @property
     def features(self) -> frozenset[str]:
         """The features in use on which the choice of a configuration depends."""
-        others = (("paged", self.paged), ("e4m3", self.fp8), ("segments", self.intervals))  # they need as much
+        several = self.intervals > 0  # they need the registers of both
+        others = (("paged", self.paged), ("e4m3", self.fp8), ("segments", several), ("mask", several))
         others_used = {name for name, is_used in others if is_used}
         return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | others_used
 

@@ -30,8 +30,9 @@ def range_of(ranges, i, s_q, n):
 def in_intervals(ranges, i, j, s_q, F: tl.constexpr):
     """True where a range of row ``i`` holds key ``j``; unrolled, since a loop inside another stops its pipeline."""
     held = (i + j) < 0
-    if F.intervals < IN_A_LOOP:
-        for n in tl.static_range(F.intervals):
+    COUNT: tl.constexpr = F.intervals
+    if COUNT < IN_A_LOOP:
+        for n in tl.static_range(COUNT):
             start, stop = range_of(ranges, i, s_q, n)
             held = held | ((start <= j) & (j < stop))
     else:

@@ -81,7 +81,7 @@ def config_of(build: Build) -> Config:
     """The configuration that a build is compiled with."""
     from fastattn.backends.triton import configs
 
-    features = frozenset(build.combination.split())
+    features = frozenset(build.combination.replace("intervals", "segments mask").split())  # as Flags.features says
     return configs.Config(
         *build.config or configs.config_for(build.row, build.kernel, build.bits, build.head_dim, features)
     )
@@ -143,7 +143,11 @@ def sampled(count: int, seed: int = 0) -> list[Build]:
     found: dict[Build, None] = {}
     for _ in range(100 * count):  # draws may repeat
         row, kernel, head_dim = draw.choice(rows)
-        words = "paged packed e4m3 bias softcap alibi sinks window" if kernel == "decode" else f"packed {EVERYTHING}"
+        words = (
+            "paged packed e4m3 bias softcap alibi sinks window"
+            if kernel == "decode"
+            else f"packed intervals {EVERYTHING}"
+        )
         features = [word for word in words.split() if draw.random() < 0.5]
         if kernel == "decode":
             features += ["causal", *draw.choice(([], ["tokens"]))]
@@ -193,6 +197,9 @@ def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
         terms["sinks"] = empty(1, heads_q)
     if "segments" in features:
         terms["segment_ids_q"] = terms["segment_ids_kv"] = empty(batch, s, dtype=torch.int32)
+    if "intervals" in features:
+        lengths = (1, heads_q, batch * s) if "packed" in features else (batch, 1, s)
+        terms["intervals"] = empty(*lengths, 3, 2, dtype=torch.int32)
     if "dropout" in features:
         terms["rng_state"] = empty(2, dtype=torch.int64)
     inputs = Inputs(rows(heads_q, d), rows(heads_kv, d), rows(heads_kv, d_v), **terms, max_seqlen_q=s, max_seqlen_kv=s)
