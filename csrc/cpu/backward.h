@@ -147,9 +147,8 @@ class Backward {
       for (first_ = rows.begin; first_ < rows.end; first_ += block_rows_) {
         if (!kept_heads_) packer_.pack_block(head, first_, heads_[0]);
         wait();
-        clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
-        run_rows(head, queries_of(g), first_, keys);
-        if (p_.dq) add_rows(dq, dq_, {first_, first_ + block_rows_});
+        bool const is_used = run_rows(head, queries_of(g), first_, keys);
+        if (p_.dq && is_used) add_rows(dq, dq_, {first_, first_ + block_rows_});
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
     }
@@ -222,14 +221,17 @@ class Backward {
   };
 
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
-  void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+  // Whether they keep any pair.
+  bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
     Range seen = common(fa::tile_range(band_, first, end), part);
     if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
-    if (is_empty(seen)) return;
+    if (is_empty(seen)) return false;
+    clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+    return true;
   }
 
   void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {

@@ -72,6 +72,11 @@ class Forward {
     int first() const { return keys.begin / kCount<Word> * kCount<Word>; }
     int columns() const { return int(rounded_up(keys.end, kCount<Word>)) - first(); }
     int origin() const { return first() - column; }  // the key of column 0
+    Range all() const { return {column, column + columns()}; }
+    Range columns_of(Ranges ranges) const {
+      Range const kept = common(ranges.hull(), keys);
+      return is_empty(kept) ? kept : Range{kept.begin - origin(), kept.end - origin()};
+    }
   };
 
   // Leaves out the keys at both ends that intervals hide from all rows.
@@ -195,8 +200,11 @@ class Forward {
 
   // The pieces that follow those which were taken; how many columns they have.
   int take_pieces(int r, int count) {
-    Ranges left[kTileRows];
-    for (int n = 0; n < count; ++n) left[n] = row_[r + n].ranges;
+    Ranges left[kTileRows] = {row_[r].ranges};
+    int different = 1;
+    for (int n = r + 1; n < r + count; ++n)
+      if (!are_equal(row_[n].ranges, row_[n - 1].ranges)) left[different++] = row_[n].ranges;
+    count = different;
     int columns = 0;
     int& done = next_[r / kTileRows];
     for (pieces_ = 0; columns < kMostKeys; ++pieces_) {
@@ -235,31 +243,29 @@ class Forward {
   // Products of row n with all pieces become weights; its ranges before the end of the last one are done.
   void weigh_pieces(int n, Word* scores, int line, int columns, bool is_first) {
     Row& row = row_[n];
-    Word most = kNever<Word>;
+    Vector<Word> most = broadcast(kNever<Word>);
     for (int m = 0; m < pieces_; ++m) {
       Piece const& piece = piece_[m];
       drop_before(piece.keys.begin, row.ranges);
       Ranges const ranges = those_in(row.ranges, piece.keys);
-      bool const is_whole = scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1;
-      with_terms(is_whole ? kBand : scores_.terms, [&](auto terms) {
-        Word const found = finish_piece<terms>(row, piece, ranges, scores);
-        most = found > most ? found : most;
-      });
+      if (scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1)
+        most = larger(lanes_in_range(piece.all(), piece.columns_of(ranges), scores), most);
+      else
+        with_terms(scores_.terms, [&](auto terms) {
+          most = larger(broadcast(finish_piece<terms>(row, piece, ranges, scores)), most);
+        });
     }
     drop_before(piece_[pieces_ - 1].keys.end, row.ranges);
-    Word const shrink = soften<Op>(scores, columns, most, scores_.to_exponent, dropped_in_pieces(row), state_, n,
-                                   weights_ + line * kStrip);
+    Word const shrink = soften<Op>(scores, columns, largest(most), scores_.to_exponent, dropped_in_pieces(row), state_,
+                                   n, weights_ + line * kStrip);
     if (!is_first) shrink_sums(n, shrink);
   }
 
   template <Terms TERMS>
   Word finish_piece(Row const& row, Piece const& piece, Ranges ranges, Word* scores) {
-    int const origin = piece.origin();
-    Range const kept = common(ranges.hull(), piece.keys);
-    Range const columns = is_empty(kept) ? kept : Range{kept.begin - origin, kept.end - origin};
-    auto described = scores_.row(row.head, row.i, origin, columns);
-    if (ranges.count > 1) scores_.hide_gaps(described, ranges, origin);
-    return Scores<Word>::template finish<TERMS>(described, {piece.column, piece.column + piece.columns()}, scores);
+    auto described = scores_.row(row.head, row.i, piece.origin(), piece.columns_of(ranges));
+    if (ranges.count > 1) scores_.hide_gaps(described, ranges, piece.origin());
+    return Scores<Word>::template finish<TERMS>(described, piece.all(), scores);
   }
 
   // Where results of these rows go, and the queries that follow.
