@@ -46,10 +46,12 @@ def located(b, j, valid, cache, F: tl.constexpr):
 @triton.jit
 def place_of(b, begin_q, i, valid, before, cache):
     """The position of query row (or new token) ``i`` of a sequence: in a tree ``before`` and its depth."""
-    if cache.depths is None:
-        return before + i
-    at = cache.depths.ptr + b.to(tl.int64) * number(cache.depths.stride_b) + begin_q + i
-    return before + tl.load(at, mask=valid, other=0)
+    if cache.depths is not None:  # Triton compiles what follows a return, so there is no early one
+        at = cache.depths.ptr + b.to(tl.int64) * number(cache.depths.stride_b) + begin_q + i
+        place = before + tl.load(at, mask=valid, other=0)
+    else:
+        place = before + i
+    return place
 
 
 @triton.jit
