@@ -108,21 +108,23 @@ class Forward {
   }
 
   void pack_keys(int begin) {
-    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
-    Matrix<Word> const rows{rows_, row_words_};
-    pack_rows<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, padded, p_.head_dim_qk, rows);
-    pack_panel(rows, count, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
+    pack_panel_of<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, p_.head_dim_qk, {rows_, row_words_},
+                      k_ + (begin - keys_.begin) * dim_qk_);
   }
 
   bool pack_values(int begin) {
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
-    int const at = begin - keys_.begin;
+    int const at = begin - keys_.begin, there = keys_.end - begin;
+    int64 const all = packed_ / Op::kPerWord, first = at / Op::kPerWord;
+    Source const from = from_row(tensors_.v(), begin);
+    bool& is_wild = wild_[at / kPanel<Word>];
+    if (v_factor_ == 1 && padded == count && are_words<Op>(from, p_.head_dim_v))
+      return is_wild = stack_rows<Op>(from, count, there, panels_, all, first, v_);
     Matrix<Word> const rows{rows_, value_row_words_};
-    bool const is_wild =
-        pack_rows<Op>(from_row(tensors_.v(), begin), count, keys_.end - begin, padded, p_.head_dim_v, rows);
+    is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_v, rows);
     if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
-    wild_[at / kPanel<Word>] = is_wild;
-    pack_stacked<Op>(rows, padded, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
+    pack_stacked<Op>(rows, padded, panels_, all, first, v_);
     return is_wild;
   }
 
@@ -323,16 +325,19 @@ class Forward {
   // Products become weights, which begin at the first of `columns`; what was summed before shrinks.
   template <Terms TERMS>
   void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
-    for (int n = 0; n < count; ++n) {
+    Word most[kTileRows];
+    for (int n = 0; n < count; ++n) {  // apart from the weights, which have to wait for it
       Row const& row = row_[r + n];
       Word* const scores = strip_ + n * kStrip;
       Range const both = common(row.kept, keys);
       Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
-      Word most;
-      if constexpr (TERMS == kBand) most = largest_in_band(columns, kept, scores);
-      else most = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+      if constexpr (TERMS == kBand) most[n] = largest_in_band(columns, kept, scores);
+      else most[n] = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+    }
+    for (int n = 0; n < count; ++n) {
+      Row const& row = row_[r + n];
       Word const shrink =
-          soften<Op>(scores + columns.begin, columns.end - columns.begin, most, scores_.to_exponent,
+          soften<Op>(strip_ + n * kStrip + columns.begin, columns.end - columns.begin, most[n], scores_.to_exponent,
                      dropped(row, begin + columns.begin, begin + columns.end), state_, r + n, weights_ + n * kStrip);
       if (!is_first) shrink_sums(r + n, shrink);
     }

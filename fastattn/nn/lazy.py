@@ -190,7 +190,12 @@ def weights_when_read(
     options = {name: _counted(x) for name, x in options.items()}
     reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
 
+    is_sharded = state.whole_rows is not None
+
     def compute() -> Tensor:
+        if is_sharded:
+            todo = "Pass need_weights=False, or leave the context-parallel block for the calls whose weights you read."
+            raise input_error("attention weights", "tokens of one rank, of a call on those of all ranks", "none", todo)
         with without_autocast(q.device.type):
             weights = weights_of_call(q, k, mean, options)
         weights = weights if weights.dtype == dtype else weights.to(dtype)

@@ -18,9 +18,9 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     The new modules take over the old ones' parameters, parametrizations, hooks and mode, the very same objects:
     optimizers, tied weights and hook handles stay valid, and the model's state_dict does not change. A module that is
     used in several places is replaced by one module in all of them. Subclasses of ``nn.MultiheadAttention`` are left
-    unchanged, as they may compute something else, and named in a warning. ``nn.TransformerEncoderLayer`` no longer
-    takes its inference shortcut, which would not call the new modules. Call this before sharding or compiling the
-    model.
+    unchanged, as they may compute something else, and named in a warning. torch's encoder, encoder layers and decoder
+    layers get classes of fastattn's that derive from theirs (``fastattn/nn/transformer.py``): equal results, and in
+    inference no work for padding. Call this before sharding or compiling the model.
 
     Args:
         model: any module.

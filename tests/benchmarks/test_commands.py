@@ -248,7 +248,7 @@ def test_suites_are_sound():
             assert len(set(ids)) == len(ids), suite.name
             for case in cases:
                 assert Workload.from_dict(json.loads(json.dumps(case.to_dict()))) == case
-                assert case.s_q % case.documents == 0 and case.heads_q % case.heads_kv == 0
+                assert sum(case.lengths) == case.s_q and case.heads_q % case.heads_kv == 0
 
 
 def test_the_cpu_suite_holds_what_the_targets_ask_for():
@@ -262,6 +262,8 @@ def test_the_cpu_suite_holds_what_the_targets_ask_for():
     assert any(c.bias for c in cases) and any(c.softcap for c in cases) and any(c.dropout_p for c in cases)
     assert any(c.window == (255, 0) and c.s_q == 4096 for c in cases)
     assert any(c.documents == 8 and c.s_q == 8 * 512 for c in cases)
+    assert any(c.documents == 64 and {*c.lengths} == {*range(5, 20)} for c in cases)
+    assert {c.scattered for c in cases if c.mask} == {False, True}
     assert any(c.memory and (c.s_q, c.heads_q, c.d_qk, c.dtype) == (16384, 8, 64, "fp32") for c in cases)
 
 

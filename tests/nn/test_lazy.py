@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastattn import InputError, MultiHeadAttention, inspection
+from fastattn import InputError, MultiHeadAttention, inspection, state
 from fastattn.nn import lazy
 from fastattn.nn.lazy import LazyTensor
 
@@ -175,6 +175,20 @@ def test_averaging_takes_as_many_heads_at_a_time_as_the_budget_allows(budget, mo
     q, k = torch.randn(N, S, H, 8), torch.randn(N, S, 2, 8)
     mean = inspection.mean_attention_weights(q, k, causal=True)
     torch.testing.assert_close(mean, inspection.attention_weights(q, k, causal=True).mean(1))
+
+
+@pytest.mark.parametrize("little", [0, 1 << 15])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layer_whose_tokens_are_sharded_leaves_no_rank_to_itself(monkeypatch, little, grad):
+    """The attention of all ranks serves the call, however few its scores; weights of one rank would be wrong."""
+    _, ours, x = pair()
+    monkeypatch.setattr(lazy, "LITTLE", little)
+    monkeypatch.setattr(state, "whole_rows", lambda q, k, v, **options: torch.zeros_like(q))
+    with torch.set_grad_enabled(grad):
+        out, weights = ours(x, x, x)
+    torch.testing.assert_close(out, ours.out_proj.bias.expand_as(out))
+    with pytest.raises(InputError, match=r"attention weights: got tokens of one rank.*need_weights=False"):
+        weights.sum()
 
 
 @pytest.mark.parametrize("averaged", [True, False])

@@ -216,8 +216,8 @@ class Splits(NamedTuple):
     """The work of the decoding kernel, divided among its programs. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results. They have ``tiles`` of keys, counted
-    from position 0; 0 makes them equally long.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results. They have
+    ``tiles`` of keys if ``Flags.fixed``, else they are equally long.
     """
 
     blocks: Any
@@ -246,6 +246,7 @@ class Flags:
         paged: keys and values lie in pages of a block table.
         fp8: they are e4m3.
         tree: new tokens see each other by a tree mask.
+        fixed: splits have so many tiles as ``Splits`` says, counted from position 0.
     """
 
     d_qk: int
@@ -272,6 +273,7 @@ class Flags:
     paged: bool = False
     fp8: bool = False
     tree: bool = False
+    fixed: bool = False
 
     @property
     def features(self) -> frozenset[str]:
@@ -287,8 +289,7 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        longest = max(self.block_qk, self.block_v)
-        return longest > 256 or (self.precise and (self.precision == "ieee" or longest > 128))
+        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
 
     @property
     def vector_out(self) -> int:

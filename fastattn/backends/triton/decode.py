@@ -72,10 +72,14 @@ def decode_kernel(
     if F.tree:
         full_high = tl.minimum(full_high, band.diagonal)
     begin, end = low // BLOCK_N, tl.cdiv(high, BLOCK_N)
-    tiles_of_split, fixed = tl.cdiv(end - begin, split_count), number(splits.tiles)
-    first = tl.where(fixed > 0, split * fixed, begin + split * tiles_of_split)
-    tiles_of_split = tl.where(fixed > 0, fixed, tiles_of_split)
-    for tile in tl.range(tl.maximum(first, begin), tl.minimum(first + tiles_of_split, end)):
+    if F.fixed:
+        first = split * number(splits.tiles)
+        begin, end = tl.maximum(begin, first), tl.minimum(end, first + number(splits.tiles))
+    else:
+        tiles_of_split = tl.cdiv(end - begin, split_count)
+        begin += split * tiles_of_split
+        end = tl.minimum(begin + tiles_of_split, end)
+    for tile in tl.range(begin, end):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         valid = (j >= low) & (j < high)

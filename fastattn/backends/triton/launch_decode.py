@@ -103,7 +103,8 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     """Attend, in as many splits as it takes to occupy the device, and combine them if there are several."""
     q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
     flags = launch.flags_of(inputs, spec, (q, k, v))
-    flags = dataclasses.replace(flags, fp8=inputs.is_fp8, tree=inputs.tree_mask is not None)
+    is_tree, fixed = inputs.tree_mask is not None, inputs.batch_invariant
+    flags = dataclasses.replace(flags, fp8=inputs.is_fp8, tree=is_tree, fixed=fixed)
     paged = dataclasses.replace(flags, paged=inputs.block_table is not None)
     rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
     # a batch-invariant call has the same tiles whatever its rows and pages are

@@ -1,9 +1,10 @@
-"""The whole of a fine-tuning run, from files of examples to a scored model: what ``fastattn finetune`` calls."""
+"""A fine-tuning run, from files of examples to a scored model; ``fastattn finetune`` calls it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastattn.lm.finetune.tasks import Task
 from fastattn.lm.generate.chat import DEFAULT_TEMPLATE
 from fastattn.lm.models import TransformerConfig, make_model, preset
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
+from fastattn.lm.train.data import IGNORED
 from fastattn.lm.train.example_rows import ExampleRows, Feature
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
@@ -157,8 +159,22 @@ def _prepare(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
         evaluate=None if task.answer_field else lambda model: task.scores(predict_all(task, model, sample), sample),
         model_config=_config_of(model).to_dict(), show_progress=show_progress,
+        flops_per_label=_flops_per_label(model, features) if config.method == "full" else None,
     )  # fmt: skip
     return _Prepared(config, task, trainer, features, data, fingerprint)
+
+
+def _flops_per_label(model: Any, features: Sequence[Feature]) -> float:
+    """FLOPs of training for each label, on average over the rows."""
+    lengths = Counter[tuple[int, ...]]()  # of rows: few are different, and a count of FLOPs takes its time
+    for feature in features:
+        if "source" in feature:
+            lengths[len(feature["target"]), len(feature["source"])] += 1
+        else:
+            lengths.update((len(feature[name]),) for name in ("tokens", "chosen", "rejected") if name in feature)
+    labels = sum(label != IGNORED for feature in features for label in feature["labels"])
+    flops = sum(count * size[0] * model.flops_per_token(*size) for size, count in lengths.items())
+    return flops / max(labels, 1)
 
 
 def _outcome(
@@ -244,18 +260,18 @@ class _Data:
 
 def _read_data(config: FinetuneConfig) -> _Data:
     paths = [Path(path) for path in _as_tuple(config.data)]
-    evals = [Path(path) for path in _as_tuple(config.eval)]
+    evals = [[Path(path)] for path in _as_tuple(config.eval)]
     if len(paths) == 1:
-        paths[0], splits = find_splits(paths[0])
+        paths, splits = find_splits(paths[0])
         evals = evals or splits
     columns = dict(config.columns)
     train = read_dataset(paths, config.task, columns)
-    if len(paths) == 2 and evals:
-        held_out = [read_dataset(evals, config.task, columns)]
+    if len(evals) == 2 and len(_as_tuple(config.data)) == 2:  # two files of lines, like the data
+        held_out = [read_dataset([path for files in evals for path in files], config.task, columns)]
     else:
-        held_out = [read_dataset(path, config.task, columns) for path in evals]
+        held_out = [read_dataset(files, config.task, columns) for files in evals]
     if held_out:
-        names = [Path(found.name).stem if len(held_out) > 1 else "" for found in held_out]
+        names = [files[0].stem if len(held_out) > 1 else "" for files in evals]
         return _Data(train.examples, dict(zip(names, (x.examples for x in held_out), strict=True)), [train, *held_out])
     rest, kept = _split(config, train.examples)
     return _Data(rest, {"": kept}, [train], is_split=True)

@@ -16,6 +16,7 @@ from fastattn.lm.train.data import IGNORED
 
 Feature = dict[str, list[Any]]  # one row: what the model reads, and "labels", which may be floats
 _MASKS = {"tokens": "mask", "source": "source_mask"}
+_READ = (*_MASKS, "target", "chosen", "rejected")  # what the model reads; padding of the last three counts
 _POOL = 32  # batches in which rows are sorted by length
 
 
@@ -48,6 +49,12 @@ class ExampleBatch:
     def num_labels(self) -> int:
         labels = self.tensors["labels"]
         return labels.numel() if labels.is_floating_point() else int((labels != IGNORED).sum())
+
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, without padding."""
+        read = ((name, self.tensors[name]) for name in _READ if name in self.tensors)
+        masks = {name: self.tensors.get(mask) for name, mask in _MASKS.items()}
+        return sum(x.numel() if (mask := masks.get(name)) is None else int(mask.sum()) for name, x in read)
 
 
 def padded(features: Sequence[Feature]) -> ExampleBatch:

@@ -140,12 +140,21 @@ class Window:
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     labels: list[Tensor | int] = field(default_factory=list)
+    tokens: int = 0
     began: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Tensor, norm: Tensor, labels: Tensor | int) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
         self.labels.append(labels)
+
+    def read(self, batch: Any) -> None:
+        """Count the tokens of a batch of this process, which for packed documents are its labels."""
+        self.tokens += batch.num_tokens() if hasattr(batch, "num_tokens") else batch.num_labels()
+
+    def num_tokens(self, ranks: Ranks) -> int:
+        """Tokens that all processes read."""
+        return int(ranks.sum(torch.tensor(self.tokens)))
 
     def means(self, ranks: Ranks) -> tuple[float, float, int, float]:
         """Loss and norm of the gradient; labels, and labels per second."""

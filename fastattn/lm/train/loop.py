@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, log, checkpoints, progress bar. It knows neither attention, text nor task.
+"""The training loop: steps, evaluation, log, checkpoints, progress bar. It is independent of attention, text and task.
 
 Step ``n`` depends on the weights, the optimizer's state and ``(seed, n)`` alone, dropout included, so a run that was
 stopped or killed goes on as if it had not been: on a CPU bit for bit. Several processes share the rows of each step
@@ -260,6 +260,7 @@ class Trainer:
         torch.manual_seed((config.seed * 1_000_003 + step) * size + rank)  # what dropout draws from
         whole = self.rows.batch(step * context.count + context.number, config.batch // context.count)
         batch = context.share(whole)
+        self._window.read(batch)
         labels: Tensor | int = batch.num_labels()
         if size > 1:
             labels = self.ranks.sum(torch.tensor(labels, device=self.device))
@@ -295,7 +296,8 @@ class Trainer:
         self.progress.loss = loss
         self.progress.tokens += labels
         rate = self.config.optim.rate(step - 1, self.config.steps)
-        record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+        record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}
+        record["tokens_per_second"] = speed * window.num_tokens(self.ranks) / max(labels, 1)
         self._record(record | self._hardware_use(speed))
 
     def _hardware_use(self, speed: float) -> dict[str, float]:

@@ -89,7 +89,7 @@ def config_for(task, path, **changes):
     return FinetuneConfig(task=task, data=str(path), **(options | starts | changes))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"dpo"}))  # which starts from a trained model
 def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     path = written(tmp_path, name)
     steps = 240 if name in ("seq2seq", "instruct", "chat") else 60
@@ -97,6 +97,8 @@ def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     perfect = {"classify": "accuracy", "tag": "accuracy", "regression": "Pearson"}.get(name, "exact match")
     assert outcome.scores[perfect] == pytest.approx(1.0, abs=0.02 if name == "regression" else 0), outcome.scores
     assert outcome.scores["loss"] < 0.1
+    speeds = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_second"] > line["tflops"] > 0 for line in speeds if "loss" in line)
     again = evaluate(outcome.checkpoint, [str(path)], show_progress=False)
     assert again.scores == outcome.scores == json.loads((tmp_path / "run" / "scores.json").read_text())
     eager = evaluate(outcome.checkpoint, [str(path)], attention="eager", show_progress=False)
@@ -204,7 +206,7 @@ def test_seq2seq_features(tokenizer):
     ]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"dpo"}))
 def test_padding_does_not_change_the_loss(name, tokenizer):
     task, config = make_task(name, tokenizer)
     model = task.add_head(make_model(config)).eval()
@@ -213,6 +215,12 @@ def test_padding_does_not_change_the_loss(name, tokenizer):
         together = float(task.loss(model, padded(features)))
         apart = sum(float(task.loss(model, padded([feature]))) for feature in features)
     assert together == pytest.approx(apart, rel=1e-4)
+
+
+def test_tokens_are_counted_without_padding():
+    batch = padded([{"tokens": [5, 6, 7], "labels": [1]}, {"tokens": [5], "labels": [0]}])
+    assert (batch.num_tokens(), batch.num_labels()) == (4, 2)
+    assert padded([{"tokens": [5, 6], "labels": [1]}]).num_tokens() == 2
 
 
 def test_rows_are_a_function_of_seed_and_step(tokenizer):
