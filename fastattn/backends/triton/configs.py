@@ -2,11 +2,12 @@
 
 Triton compiles one kernel for each dtype, pair of head dims and set of features in use (``arguments.Flags``). A
 program that trains one causal model compiles four (forward, backward_preprocess, backward_dkdv, backward_dq), one
-that only runs it compiles one. dbias and dsinks add one each, masks, segments and intervals the one to three small kernels
-of ``prescan.py``, and the number of ranges, 1, 2, 4 or more, one set each. Decoding compiles one kernel for each height of its tile (16, 32 or 64 packed query rows), another one
-for several splits with the one that combines them, and one that stores new rows. Each takes 1 to 5 seconds, once per
-machine (Triton caches them on disk). Lengths, strides, batch and head counts, page sizes and the number of splits are
-run-time arguments and recompile nothing, as ``tests/backends/triton/test_gates.py`` asserts. Two properties of memory
+that only runs it compiles one. dbias and dsinks add one each, masks, segments and intervals the one to three small
+kernels of ``prescan.py``; rows with 1, 2, up to 4 and more intervals are compiled apart. Decoding compiles one kernel
+for each height of its tile (16, 32 or 64 packed query rows), another one for several splits with the one that combines
+them, and one that stores new rows. Each takes 1 to 5 seconds, once per machine (Triton caches them on disk). Lengths,
+strides, batch and head counts, page sizes and the number of splits are run-time arguments and recompile nothing, as
+``tests/backends/triton/test_gates.py`` asserts. Two properties of memory
 double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether those of
 bias or mask do.
 """
