@@ -84,7 +84,7 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
     plain dense ones, or they hold the tokens of one rank. It is None, too, beside a plan that was found without it.
     Every call passes here, so it is written for speed.
     """
-    if is_watched() or state.whole_rows is not None:
+    if is_watched() or state.whole_rows is not None or type(tensors[0]) is not Tensor:  # torch.fx passes proxies
         return None, None
     given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
