@@ -13,8 +13,11 @@ namespace {
 
 constexpr int64 kMostPacked = 16 << 20;  // bytes of packed heads up to which they are kept from part to part
 
+// A tensor that is null is left out, which those of tangents may be (backward_jvp.h).
 template <class Op>
 class Backward {
+  template <class>
+  friend class BackwardJvp;
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
@@ -94,8 +97,8 @@ class Backward {
     k_ = arena_.take<Word>(packed_keys_ * dim_qk_);
     v_ = arena_.take<Word>(packed_keys_ * dim_v_);
     k_stacked_ = arena_.take<Word>(packed_keys_ / Op::kPerWord * columns_qk_);
-    dk_ = arena_.take<Word>(packed_keys_ * columns_qk_);
-    dv_ = arena_.take<Word>(packed_keys_ * columns_v_);
+    dk_ = arena_.take<Word>(p_.dk ? packed_keys_ * columns_qk_ : 0);
+    dv_ = arena_.take<Word>(p_.dv ? packed_keys_ * columns_v_ : 0);
     wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
     runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
@@ -183,8 +186,11 @@ class Backward {
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
       int const at = first - keys.begin;
-      pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, padded, p_.head_dim_v, v);
-      pack_panel(v, count, dim_v_, v_ + at * dim_v_);
+      if (p_.v) {
+        pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, padded, p_.head_dim_v, v);
+        pack_panel(v, count, dim_v_, v_ + at * dim_v_);
+      }
+      if (!p_.k) continue;
       bool const is_wild =
           pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, padded, p_.head_dim_qk, k);
       pack_panel(k, count, dim_qk_, k_ + at * dim_qk_);
@@ -203,17 +209,28 @@ class Backward {
 
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
   void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+    for_each_block(first, part, [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
+  }
+
+  // Calls step with the number of query rows, and with each block of keys that they look at.
+  template <class Step>
+  void for_each_block(int first, Range part, Step const& step) const {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
     Range const seen = common(fa::tile_range(band_, first, end), part);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
-      run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+      step(int(rounded_up(end - first, 2)), Range{key, fa::smaller(key + kKeys, part.end)});
   }
 
   void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
     for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
     for (int r = 0; r < count; r += kTileRows)
       run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
+    add_to_keys(head, queries, first, keys);
+  }
+
+  // What a block of queries adds to the gradients of a block of keys.
+  void add_to_keys(int head, Queries<Op> const& queries, int first, Range keys) const {
     int64 const at = keys.begin - begin_;
     if (p_.dv) multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + at * columns_v_);
     if (p_.dk) multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + at * columns_qk_);
@@ -236,13 +253,9 @@ class Backward {
     Seen const seen_keys = seen_by_strip(head, first + r, count, keys);
     Range const seen = seen_keys.keys;
     if (is_empty(seen)) return;
-    int const end = seen.end - keys.begin;
-    Range const columns = {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
+    Range const columns = columns_of(seen, keys);
     int64 const row = first + r;
-    for (int n = first + r; n < fa::smaller(first + r + count, band_.s_q); ++n) {
-      scores_.prefetch_bias(head, n, seen);
-      if (n + count < band_.s_q) scores_.prefetch_mask(head, n + count, seen);
-    }
+    prefetch_terms(head, first + r, count, seen);
     fill(columns, r, count);
     multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns,
                   strip_.scores);
@@ -258,7 +271,26 @@ class Backward {
       }
     });
     prefetch_->step(rows_at_once_);
+    add_to_queries(head, row, count, keys, columns, seen);
+  }
+
+  void prefetch_terms(int head, int first, int count, Range seen) const {
+    for (int n = first; n < fa::smaller(first + count, band_.s_q); ++n) {
+      scores_.prefetch_bias(head, n, seen);
+      if (n + count < band_.s_q) scores_.prefetch_mask(head, n + count, seen);
+    }
+  }
+
+  // Whole vectors that hold the keys seen, counted from the first key of a block.
+  static Range columns_of(Range seen, Range keys) {
+    return {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>,
+            int(rounded_up(seen.end - keys.begin, kCount<Word>))};
+  }
+
+  // What a strip adds to the gradients of its queries.
+  void add_to_queries(int head, int64 row, int count, Range keys, Range columns, Range seen) const {
     if (!p_.dq) return;
+    int const end = seen.end - keys.begin;
     int64 const skipped = (seen.begin - keys.begin - columns.begin) / Op::kPerWord;  // words of zeros
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     add_dq(row, count, skipped, depth, keys.begin + columns.begin + int(skipped) * Op::kPerWord);
@@ -293,14 +325,15 @@ class Backward {
     return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, words_ * kPanel<Word>};
   }
 
+  template <bool ADD = false>
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
                      Matrix<Word> to) const {
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const right = packed + (keys.begin - begin_ + panel) * depth + (c - panel);
-      multiply_in_chains<Op>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
-                             {to.at + c, to.stride});
+      multiply_in_chains<Op, ADD>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
+                                  {to.at + c, to.stride});
     }
   }
 
@@ -326,7 +359,7 @@ class Backward {
                                                    i * p_.dbias_row + keys.begin * p_.dbias_key);
   }
 
-  void add_dq(int64 row, int count, int64 word, int64 depth, int key) {
+  void add_dq(int64 row, int count, int64 word, int64 depth, int key) const {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const right =

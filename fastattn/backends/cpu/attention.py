@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -18,7 +19,7 @@ from fastattn.errors import input_error
 from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 
-VERSION = 2  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 3  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -97,23 +98,41 @@ def backward(
     out, lse, low = (x.contiguous() for x in results)
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()
-    grads: dict[str, Tensor] = {
-        f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
-        for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
-        if name in needs
-    }
-    if inputs.bias is not None and "bias" in needs:
-        grads["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else call.words)
-    if inputs.sinks is not None and "sinks" in needs:
-        grads["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=call.words, device=HOST)
-    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads))
-    if "dbias" in grads and inputs.bias is not None:
-        grads["dbias"] = grads["dbias"].to(inputs.bias.dtype)
-    if "dsinks" in grads and inputs.sinks is not None:
-        shared = inputs.sinks.shape[0] == 1
-        found = grads["dsinks"].sum(0, keepdim=True) if shared else grads["dsinks"]
-        grads["dsinks"] = found.to(inputs.sinks.dtype)
-    return Grads(**grads)
+    grads = Gradients.of(inputs, needs)
+    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads.tensors))
+    return grads.finished()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Memory for gradients as the kernels write them, or for their tangents."""
+
+    tensors: dict[str, Tensor]
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, inputs: Inputs, needs: Sequence[str]) -> Gradients:
+        words = words_of(inputs.q.dtype)
+        tensors: dict[str, Tensor] = {
+            f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
+            for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
+            if name in needs
+        }
+        if inputs.bias is not None and "bias" in needs:
+            tensors["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else words)
+        if inputs.sinks is not None and "sinks" in needs:
+            tensors["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=words, device=HOST)
+        return cls(tensors, inputs)
+
+    def finished(self) -> Grads:
+        """In the shapes and dtypes of the inputs."""
+        found, bias, sinks = dict(self.tensors), self.inputs.bias, self.inputs.sinks
+        if bias is not None and "dbias" in found:
+            found["dbias"] = found["dbias"].to(bias.dtype)
+        if sinks is not None and "dsinks" in found:
+            of_all = found["dsinks"].sum(0, keepdim=True) if sinks.shape[0] == 1 else found["dsinks"]
+            found["dsinks"] = of_all.to(sinks.dtype)
+        return Grads(**found)
 
 
 def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
