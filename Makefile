@@ -85,7 +85,7 @@ GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker
   $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
 
 fuzz: install    ## check 100,000 random problems on every backend that runs here; takes hours
-	$(BIN)/fastattn verify --quick --fuzz 100000
+	$(BIN)/fastattn verify --quick --fuzz 100000 --jobs $(JOBS)
 
 wheel: install   ## build sdist and manylinux wheels for x86_64 and aarch64; needs nvcc and g++-aarch64-linux-gnu
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[release]'

@@ -79,19 +79,21 @@ class Setting:
 
     def batches(self) -> list[Tensor]:
         """``(batch, length + 1)`` bytes of the standard library's source, one for each step."""
-        folder = Path(sysconfig.get_path("stdlib"))
-        needed = (self.steps + 1) * self.batch * (self.length + 1)
-        text = bytearray()
-        for path in sorted(folder.glob("*.py")):
-            text += path.read_bytes()
-            if len(text) >= needed:
-                break
-        text = text * (needed // len(text) + 1)
-        tokens = torch.frombuffer(text, dtype=torch.uint8)[:needed].long().to(self.device)
+        tokens = source_bytes((self.steps + 1) * self.batch * (self.length + 1)).to(self.device)
         return list(tokens.view(self.steps + 1, self.batch, self.length + 1))
 
     def autocast(self) -> Any:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+def source_bytes(count: int) -> Tensor:
+    """The first bytes of the standard library's source, repeated if there are too few."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= count:
+            break
+    return torch.frombuffer(text * (count // len(text) + 1), dtype=torch.uint8)[:count].long()
 
 
 class Variant:

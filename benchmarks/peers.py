@@ -142,7 +142,7 @@ def _prepare_torch_varlen(operands: Operands) -> Forward:
     from torch.nn.attention.varlen import varlen_attn
 
     w = operands.workload
-    lengths: Any = (operands.cu_seqlens, operands.cu_seqlens, w.s_q // w.documents, w.s_kv // w.documents)
+    lengths: Any = (operands.cu_seqlens, operands.cu_seqlens, w.longest, w.longest)
     options: dict[str, Any] = {"scale": w.spec.scale, "window_size": _window(w), "enable_gqa": w.heads_q != w.heads_kv}
     call: Callable[..., Any] = varlen_attn
     return lambda: call(operands.q, operands.k, operands.v, *lengths, **options)
@@ -181,7 +181,7 @@ def _prepare_flash_attn(operands: Operands) -> Forward:
     }
     if cu_seqlens is None:
         return lambda: flash_attn.flash_attn_func(q, k, v, **options)
-    longest = w.s_q // w.documents
+    longest = w.longest
     return lambda: flash_attn.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
@@ -218,7 +218,7 @@ def _prepare_xformers(operands: Operands) -> Forward:
         k, v = (x[:, :, :, None].expand(-1, -1, -1, group, -1) for x in (k, v))
     bias = None
     if w.packed:
-        bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens([w.s_q // w.documents] * w.documents)
+        bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(list(w.lengths))
         bias = bias.make_causal() if w.causal else bias
     elif w.causal:
         bias = fmha.attn_bias.LowerTriangularFromBottomRightMask()
@@ -245,9 +245,11 @@ def _prepare_flashinfer(operands: Operands) -> Forward:
 
     w, device = operands.workload, operands.q.device
     q, k, v = (x if w.packed else x.flatten(0, 1) for x in (operands.q, operands.k, operands.v))
-    sequences = w.documents if w.packed else w.batch
     starts_q, starts_kv = (
-        torch.arange(sequences + 1, dtype=torch.int32, device=device) * (x.shape[0] // sequences) for x in (q, k)
+        torch.arange(w.batch + 1, dtype=torch.int32, device=device) * (x.shape[0] // w.batch)
+        if operands.cu_seqlens is None
+        else operands.cu_seqlens
+        for x in (q, k)
     )
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(1 << 28, dtype=torch.uint8, device=device))
     wrapper.plan(

@@ -1,7 +1,8 @@
 """fastattn: fast attention for PyTorch, by several backends that implement one definition."""
 
+from fastattn import intervals
 from fastattn.decoding import attention_with_kv_cache, explain_with_kv_cache
-from fastattn.dispatch import Explanation, backends, use_backend
+from fastattn.dispatch import Explanation, backends, use_backend, use_batch_invariance
 from fastattn.errors import InputError, UnsupportedError
 from fastattn.flops import register_with_torch as _register_flops
 from fastattn.functional import attention, attention_varlen, explain, explain_varlen, scaled_dot_product_attention
@@ -25,10 +26,12 @@ __all__ = [
     "explain",
     "explain_varlen",
     "explain_with_kv_cache",
+    "intervals",
     "plot_attention",
     "replace_attention",
     "scaled_dot_product_attention",
     "use_backend",
+    "use_batch_invariance",
 ]
 
 _register_flops()

@@ -19,6 +19,7 @@ from fastattn.layout import Layout, check_cu_seqlens, check_layout, to_internal
 from fastattn.problem import Inputs, broadcasts, check_rank, check_scores_shape
 from fastattn.spec import Anchor, AttentionSpec
 from fastattn.torch_internals import autocast_dtype
+from fastattn.trees import words_of
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias  # it imports Dynamo and Triton, which takes longer than fastattn
@@ -43,6 +44,7 @@ def dense_problem(
     dropout_p: float,
     rng_state: Tensor | None,
     layout: Layout,
+    intervals: Tensor | None = None,
 ) -> tuple[Inputs, AttentionSpec]:
     """The problem of ``attention`` from its arguments, not yet checked."""
     check_layout(layout)
@@ -59,6 +61,7 @@ def dense_problem(
         sinks=per_head("sinks", sinks),
         segment_ids_q=segments_q,
         segment_ids_kv=segments_kv,
+        intervals=five_dims(intervals),
         rng_state=rng_state if dropout_p else None,
         max_seqlen_q=q.shape[1],
         max_seqlen_kv=k.shape[1],
@@ -83,6 +86,7 @@ def packed_problem(
     sinks: Tensor | None,
     dropout_p: float,
     rng_state: Tensor | None,
+    intervals: Tensor | None = None,
 ) -> tuple[Inputs, AttentionSpec]:
     """The problem of ``attention_varlen`` from its arguments, not yet checked."""
     todo = "Pack the sequences end to end; padded ones go to fastattn.attention."
@@ -94,6 +98,7 @@ def packed_problem(
         v=v,
         alibi_slopes=per_head("alibi_slopes", alibi_slopes),
         sinks=per_head("sinks", sinks),
+        intervals=five_dims(intervals),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_kv=cu_seqlens_kv,
         rng_state=rng_state if dropout_p else None,
@@ -170,6 +175,8 @@ def cache_problem(
     rotary_interleaved: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[CacheInputs, AttentionSpec]:
     """The problem of ``attention_with_kv_cache`` from its arguments, not yet checked."""
     is_packed = cu_seqlens_q is not None
@@ -177,7 +184,8 @@ def cache_problem(
     check_rank({"q": q}, range(3, 4) if is_packed else range(4, 5), order)
     check_rank({"k_cache": k_cache, "v_cache": v_cache}, range(4, 5), "(B, S_max, H, D) or (P, page_size, H, D)")
     _check_tensors(cache_lengths=cache_lengths)
-    optional = {"k": k, "v": v, "block_table": block_table, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    optional = {"k": k, "v": v, "block_table": block_table, "rotary_cos": rotary_cos,
+                "rotary_sin": rotary_sin, "tree_mask": tree_mask}  # fmt: skip
     _check_tensors(**{name: x for name, x in optional.items() if x is not None})
     (q,) = autocast(q)
     k, v = (None if x is None else autocast(x)[0] for x in (k, v))
@@ -197,8 +205,10 @@ def cache_problem(
         bias=four_dims("bias", bias),
         alibi_slopes=per_head("alibi_slopes", alibi_slopes),
         sinks=per_head("sinks", sinks),
+        tree_mask=words_of(tree_mask) if tree_mask is not None and tree_mask.dtype == torch.bool else tree_mask,
         max_seqlen_q=q.shape[1] if cu_seqlens_q is None else longest("q", cu_seqlens_q, max_seqlen_q, q.device),
         rotary_interleaved=rotary_interleaved,
+        batch_invariant=batch_invariant,
     )
     return inputs, make_spec(q, scale, softcap, band(causal, window), 0.0)
 
@@ -271,6 +281,19 @@ def four_dims(name: str, x: Tensor | None, q: Tensor | None = None, k: Tensor | 
     if q is not None and k is not None:
         check_scores_shape(name, x, q, k)  # before it changes, so that the message shows what was given
     return x[(None,) * (4 - x.dim())]
+
+
+def five_dims(intervals: Tensor | None) -> Tensor | None:
+    """``intervals`` with leading dimensions of 1: ``(S_q, n, 2)`` and ``(H_q, S_q, n, 2)`` do for the whole batch."""
+    if intervals is None:
+        return None
+    order = "(B, H_q, S_q, n, 2), or without its first one or two dimensions"
+    if not isinstance(intervals, Tensor):
+        raise input_error("intervals", type(intervals).__name__, f"a tensor {order}", "fastattn.intervals builds them.")
+    if not 3 <= intervals.dim() <= 5:
+        todo = "Give each query row n ranges; fastattn.intervals builds them."
+        raise input_error("intervals", f"shape {tuple(intervals.shape)}", order, todo)
+    return intervals[(None,) * (5 - intervals.dim())]
 
 
 def per_head(name: str, x: Tensor | None) -> Tensor | None:

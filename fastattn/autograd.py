@@ -71,10 +71,9 @@ def attend_as_planned(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
     if plan.backward is not None:
-        return PlannedAttention.apply(q, k, v, plan, with_lse, *more)
-    out, *kept = plan.forward(q, k, v, *more)
-    out = out.transpose(1, 2) if plan.heads_first else out
-    return (out, _lses(kept)[0]) if with_lse else out
+        return _apply_planned(q, k, v, plan, with_lse, *more)
+    results = plan.forward(q, k, v, *more)
+    return (results[0], _lses(results[1:])[0]) if with_lse else results[0]
 
 
 def _lses(kept: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -175,25 +174,34 @@ class PlannedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, with_lse: bool, *more: Tensor | None) -> Any:
         results = plan.forward(q, k, v, *more)
         ctx.save_for_backward(*results, q, k, v, *more)
-        ctx.plan, ctx.count = plan, len(results)
+        ctx.plan = plan
+        if not with_lse:
+            return results[0]
         ctx.set_materialize_grads(False)
-        out = results[0].transpose(1, 2) if plan.heads_first else results[0]
-        return (out, _lses(results[1:])[0]) if with_lse else out
+        return results[0], _lses(results[1:])[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         plan, saved = ctx.plan, ctx.saved_tensors
         needs_more = ctx.needs_input_grad[5:]
-        is_final = dlse is None and not torch.is_grad_enabled() and not is_watched() and not any(needs_more)
+        is_final = dlse is None and not (torch.is_grad_enabled() or is_watched())
         is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()
-        of_more: Sequence[Tensor | None]
         if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
-            (dq, dk, dv), of_more = plan.backward(_aligned(dout.contiguous()), *saved), (None,) * len(needs_more)
+            grads = plan.backward(_aligned(dout.contiguous()), *saved)
+            if not needs_more:
+                return (*grads, None, None)
+            of_more: Sequence[Tensor | None] = [None if n is None else grads[n] for n in plan.places]
         else:
-            dq, dk, dv, *of_more = _by_operator(plan, dout, dlse, saved[: ctx.count], saved[ctx.count :], needs_more)
-        if plan.heads_first:
-            dq, dk, dv = dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-        return dq, dk, dv, None, None, *of_more
+            count = len(saved) - 3 - len(needs_more)
+            grads = _by_operator(plan, dout, dlse, saved[:count], saved[count:], needs_more)
+            of_more = grads[3:]
+            if plan.heads_first:
+                grads = [x.transpose(1, 2) for x in grads[:3]]
+        return *grads[:3], None, None, *of_more
+
+
+# Function.apply without what it does first for torch.func, which plans do not serve.
+_apply_planned = super(torch.autograd.Function, PlannedAttention).apply
 
 
 def _is_plain(dout: Tensor, dtype: torch.dtype) -> bool:
@@ -212,7 +220,8 @@ def _by_operator(
     (out, *kept), (q, k, v, *more) = results, tensors
     if dout is None:
         dout = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    dout = dout.transpose(1, 2) if plan.heads_first else dout
+    if plan.heads_first:
+        dout, out = dout.transpose(1, 2), out.transpose(1, 2)
     operands = (x.transpose(1, 2) if plan.heads_first else x for x in (q, k, v))
     flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
     needs = dict(zip(MORE, needs_more, strict=False))  # a call without more has none

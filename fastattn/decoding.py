@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastattn import plan
 from fastattn.arguments import Window, cache_problem
-from fastattn.dispatch import Explanation, check_name, requested
+from fastattn.dispatch import Explanation, check_name, requested, wants_batch_invariance
 from fastattn.kv_cache import check_cache_inputs, facts_of
 from fastattn.serving import cache_by_plan, serve_cache
 
@@ -34,6 +34,8 @@ def attention_with_kv_cache(
     rotary_interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,6 +82,17 @@ def attention_with_kv_cache(
         k_scale: fp32 ``(H_kv,)``, or ``(P, H_kv)`` for each page, of an e4m3 cache: ``key = stored * k_scale``. New
             keys are divided by it and rounded, with a relative error of at most ``2^-4``; None is 1.
         v_scale: likewise.
+        tree_mask: the new tokens are the nodes of trees, one for each sequence, as in speculative decoding: int32 words
+            ``(B|1, S_new, ceil(S_new / 32))``, packed ``(T_q, ceil(max_seqlen_q / 32))``, or boolean ``(B|1, S_new,
+            S_new)``, packed ``(T_q, max_seqlen_q)``, True = attend. A new token sees all positions before the call, and
+            of the new ones those whose bit is set in its row: its ancestors and itself. Its depth, the number of its
+            bits less 1, counts for its position in rotary embedding, window and ALiBi, so that its ``out`` is that of
+            decoding its path alone. Each query needs a new token, and ``causal`` must be True.
+            ``fastattn.nn.tree_mask`` makes the words of parents; ``KVCache.keep`` and ``PagedKVCache.keep`` keep the
+            accepted path.
+        batch_invariant: True gives each sequence the same bits whatever other sequences are in the call, in which
+            order, and with whatever page size; slower. ``fastattn.use_batch_invariance`` asks for it in a block. Only
+            ``cpu``, ``triton`` and ``cuda`` can.
         return_lse: also return the log-sum-exp of each row.
         backend: a name from ``fastattn.backends()``, which runs or raises; None chooses.
 
@@ -105,8 +118,20 @@ def attention_with_kv_cache(
         (torch.Size([2, 1, 8, 64]), True)
     """
     tensors, kind = (q, k_cache, v_cache, cache_lengths, k, v, block_table), None
-    if cu_seqlens_q is rotary_cos is rotary_sin is k_scale is v_scale is bias is alibi_slopes is sinks is None:
-        options = ("cache", causal, type(causal), window, scale, softcap, max_seqlen_q, requested(backend))
+    if (
+        cu_seqlens_q
+        is rotary_cos
+        is rotary_sin
+        is k_scale
+        is v_scale
+        is bias
+        is alibi_slopes
+        is sinks
+        is tree_mask
+        is None
+    ):
+        invariant = wants_batch_invariance(batch_invariant)
+        options = ("cache", causal, type(causal), window, scale, softcap, max_seqlen_q, requested(backend), invariant)
         kind, planned = plan.look_up(tensors, options)
         if planned is not None:
             out, lse = cache_by_plan(planned, tensors)
@@ -128,6 +153,8 @@ def attention_with_kv_cache(
         rotary_interleaved=rotary_interleaved,
         k_scale=k_scale,
         v_scale=v_scale,
+        tree_mask=tree_mask,
+        batch_invariant=wants_batch_invariance(batch_invariant),
     )
     out, lse = serve_cache(inputs, spec, backend, kind)
     return (out, lse) if return_lse else out
@@ -156,6 +183,8 @@ def explain_with_kv_cache(
     rotary_interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Explanation:
@@ -192,6 +221,8 @@ def explain_with_kv_cache(
         rotary_interleaved=rotary_interleaved,
         k_scale=k_scale,
         v_scale=v_scale,
+        tree_mask=tree_mask,
+        batch_invariant=wants_batch_invariance(batch_invariant),
     )
     check_name(backend)
     check_cache_inputs(inputs, spec)

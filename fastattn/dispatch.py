@@ -23,6 +23,7 @@ _DELEGATED = {
     **dict.fromkeys(STATISTICS_FEATURES, "statistics of the weights"),
 }
 _forced: ContextVar[str | None] = ContextVar("fastattn_backend", default=None)
+_invariant: ContextVar[bool] = ContextVar("fastattn_batch_invariance", default=False)
 
 
 def check_name(backend: str | None) -> None:
@@ -65,6 +66,39 @@ def requested(backend: str | None) -> str | None:
     While compiling it is the argument alone; the operators of a compiled graph ask for the context when they run.
     """
     return backend if backend is not None or torch.compiler.is_compiling() else _forced.get()
+
+
+@contextlib.contextmanager
+def use_batch_invariance(wanted: bool = True) -> Iterator[None]:
+    """Give every call of ``attention_with_kv_cache`` inside the block ``batch_invariant=True``, those of caches too.
+
+    It applies like ``use_backend``, to the current thread or asyncio task. Prefill and decoding then give a sequence
+    the same bits whatever is served beside it; the other layers of a model have to as well.
+
+    Args:
+        wanted: False leaves it to the calls again.
+
+    Source:
+        He et al., "Defeating nondeterminism in LLM inference", Thinking Machines Lab, 2025.
+
+    Example:
+        >>> import torch, fastattn
+        >>> from fastattn.nn import KVCache
+        >>> cache, x = KVCache(1, 8, 2, 16), torch.randn(1, 1, 2, 16)
+        >>> with fastattn.use_batch_invariance():
+        ...     out = cache.attend(x, x, x)
+    """
+    token = _invariant.set(wanted)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)
+
+
+def wants_batch_invariance(asked: bool) -> bool:
+    """Whether a call that asks for it or not is batch-invariant. While compiling its argument alone decides, as in
+    ``requested``."""
+    return asked or (not torch.compiler.is_compiling() and _invariant.get())
 
 
 def backends() -> dict[str, str | None]:

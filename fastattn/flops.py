@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastattn.kv_cache import CacheInputs
+from fastattn.kv_cache import CacheInputs, tree_of
 from fastattn.ops import CACHE_FIELDS, unflatten
 from fastattn.problem import DIFFERENTIABLE, Inputs
 from fastattn.spec import AttentionSpec, kept_pairs
@@ -81,7 +81,11 @@ def _count_backward_jvp(*args: Any, out_val: Any = None, **_: Any) -> int:
 
 def _count_attend_to_cache(*args: Any, out_val: Any = None, **_: Any) -> int:
     inputs, spec = CacheInputs(*args[:CACHE_FIELDS]), AttentionSpec(*args[CACHE_FIELDS:-1])
-    pairs = sum(kept_pairs(spec, s_q, s_kv) for s_q, s_kv in zip(*inputs.host_lengths(), strict=True))
+    s_q, s_kv = inputs.host_lengths()
+    if inputs.tree_mask is None:
+        pairs = sum(kept_pairs(spec, *lengths) for lengths in zip(s_q, s_kv, strict=True))
+    else:
+        pairs = tree_of(inputs).kept_pairs(torch.tensor(s_q), spec.left)
     return 2 * (inputs.q.shape[-1] + inputs.v_cache.shape[-1]) * inputs.heads_q * pairs
 
 

@@ -17,7 +17,7 @@ from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens_values, from_internal
 from fastattn.nested import Packed
 from fastattn.ops import without_autocast
-from fastattn.problem import Inputs, Problem, check_inputs
+from fastattn.problem import MORE, Inputs, Problem, check_inputs
 from fastattn.serving import by_plan, serve
 from fastattn.spec import AttentionSpec
 from fastattn.statistics import statistics
@@ -37,6 +37,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    intervals: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
@@ -52,7 +53,7 @@ def attention(
 
     Args:
         q: queries ``(B, S_q, H_q, D_qk)``; float16, bfloat16, float32 or float64. q, k and v may be nested tensors
-            ``(N, S_n, H, D)``, without bias, mask, segment_ids and further results.
+            ``(N, S_n, H, D)``, without bias, mask, segment_ids, intervals and further results.
         k: keys ``(B, S_kv, H_kv, D_qk)``; ``H_kv`` divides ``H_q`` (grouped and multi-query attention).
         v: values ``(B, S_kv, H_kv, D_v)``.
         causal: attend to no later key. The last query sees the last key (lower right), as decoding needs:
@@ -77,6 +78,8 @@ def attention(
         sinks: ``(H_q,)``, a logit for each head that takes part in the softmax but has no value; has a gradient.
         segment_ids: ``(B, S)`` integers; tokens attend inside their own segment. Pass a pair ``(for q, for kv)`` if
             queries and keys have different ids.
+        intervals: int32 ``(1|B, 1|H_q, S_q, n, 2)``: each query row keeps the union of n ranges ``[start, stop)`` of
+            keys, of what all else keeps. Leading dimensions of 1 may be left out. ``fastattn.intervals`` builds them.
         dropout_p: probability of dropping an attention weight; pass 0 during evaluation.
         rng_state: int64 ``(2,)``, seed and offset of dropout; None draws from torch's generator.
         layout: ``"BSHD"`` or ``"BHSD"``: order of the dimensions of q, k, v and out.
@@ -113,7 +116,7 @@ def attention(
     if return_weights not in (False, True, "mean"):
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
-    kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids)
+    kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids, intervals)
     if more is not None and not (dropout_p or return_weights or return_stats):
         options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
         kind, planned = plan.look_up((q, k, v, *more), options)
@@ -121,8 +124,8 @@ def attention(
             return by_plan(planned, q, k, v, return_lse, more)
     given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
-        "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "dropout_p": dropout_p,
-        "rng_state": rng_state, "layout": layout,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "intervals": intervals,
+        "dropout_p": dropout_p, "rng_state": rng_state, "layout": layout,
     }  # fmt: skip
     if has_torch_function_variadic(q, k, v) or state.whole_rows is not None:
         given |= {"return_lse": return_lse, "return_weights": return_weights, "return_stats": return_stats}
@@ -147,18 +150,23 @@ def attention(
 
 
 def _more(
-    bias: Tensor | None, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, segment_ids: Any
+    bias: Tensor | None,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    segment_ids: Any = None,
+    intervals: Tensor | None = None,
 ) -> tuple[Tensor | None, ...] | None:
     """What follows q, k and v in a planned call, in the shapes of ``Inputs``; None for what the long way refuses."""
-    if bias is mask is alibi_slopes is sinks is segment_ids is None:
+    if bias is mask is alibi_slopes is sinks is segment_ids is intervals is None:
         return ()
     segments = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     found: list[Any] = []
-    for x, dims in ((bias, 4), (mask, 4), (alibi_slopes, 2), (sinks, 2)):
+    for x, dims in ((bias, 4), (mask, 4), (alibi_slopes, 2), (sinks, 2), (intervals, 5)):
         if x is not None and (type(x) not in (Tensor, Parameter) or x.dim() > dims):
             return None
         found.append(x if x is None or x.dim() == dims else x[(None,) * (dims - x.dim())])
-    return (*found, *segments, None, None) if len(segments) == 2 else None
+    return (*found[:4], *segments, found[4], None, None) if len(segments) == 2 else None
 
 
 def attention_varlen(
@@ -176,6 +184,7 @@ def attention_varlen(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    intervals: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_lse: bool = False,
@@ -202,6 +211,7 @@ def attention_varlen(
         softcap: as in ``attention``.
         alibi_slopes: ``(H_q,)`` or ``(N, H_q)``.
         sinks: ``(H_q,)``, as in ``attention``.
+        intervals: int32 ``(1, 1|H_q, T_q, n, 2)``, as in ``attention``; ranges count from the start of each sequence.
         dropout_p: as in ``attention``.
         rng_state: as in ``attention``; positions count from the start of each sequence.
         return_lse: also return lse.
@@ -224,10 +234,11 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     kind = None
-    is_plain = alibi_slopes is sinks is None and not (dropout_p or return_stats)
+    given = _more(None, None, intervals=intervals)
+    is_plain = alibi_slopes is sinks is None and given is not None and not (dropout_p or return_stats)
     if is_plain and max_seqlen_q is not None and max_seqlen_kv is not None:
         options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
-        more = (None,) * 6 + (cu_seqlens_q, cu_seqlens_kv)
+        more = (*(given or (None,) * len(MORE))[:-2], cu_seqlens_q, cu_seqlens_kv)
         kind, planned = plan.look_up((q, k, v, *more), (*options, requested(backend)))
         if planned is not None:
             for name, ends, x, most in (
@@ -250,6 +261,7 @@ def attention_varlen(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        intervals=intervals,
         dropout_p=dropout_p,
         rng_state=rng_state,
     )
@@ -302,7 +314,7 @@ def scaled_dot_product_attention(
     """
     kind = None
     is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-    more = _more(*(None, attn_mask) if is_boolean else (attn_mask, None), None, None, None)  # type: ignore[call-arg]
+    more = _more(*(None, attn_mask) if is_boolean else (attn_mask, None))
     if more is not None and not dropout_p:
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
         kind, planned = plan.look_up((query, key, value, *more), options)
@@ -331,7 +343,7 @@ def _of_nested(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], wants_more: Any, backend: str | None
 ) -> Tensor:
     """``attention`` of nested tensors ``(N, S_n, H, D)``, without padding."""
-    dense_only = {name: options.pop(name) for name in ("bias", "mask", "segment_ids", "layout")}
+    dense_only = {name: options.pop(name) for name in ("bias", "mask", "segment_ids", "intervals", "layout")}
     given = [name for name, x in dense_only.items() if x is not None and x != "BSHD"]
     given += ["return_lse, return_weights or return_stats"] if wants_more else []
     if given or not (k.is_nested and v.is_nested):
@@ -379,6 +391,7 @@ def explain(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    intervals: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
@@ -410,22 +423,10 @@ def explain(
         []
     """
     inputs, spec = dense_problem(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        segment_ids=segment_ids,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
-        layout=layout,
-    )
+        q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
+        alibi_slopes=alibi_slopes, sinks=sinks, segment_ids=segment_ids, intervals=intervals, dropout_p=dropout_p,
+        rng_state=rng_state, layout=layout,
+    )  # fmt: skip
     return _explanation(inputs, spec, backend)
 
 
@@ -444,6 +445,7 @@ def explain_varlen(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    intervals: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     return_lse: bool = False,
@@ -461,22 +463,10 @@ def explain_varlen(
         True
     """
     inputs, spec = packed_problem(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_kv,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_kv=max_seqlen_kv,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q=max_seqlen_q, max_seqlen_kv=max_seqlen_kv, causal=causal,
+        window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, intervals=intervals,
+        dropout_p=dropout_p, rng_state=rng_state,
+    )  # fmt: skip
     return _explanation(inputs, spec, backend)
 
 

@@ -26,7 +26,7 @@ Chosen = Sequence[int] | Tensor | None
 
 _DEFAULTS: dict[str, Any] = {
     "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
-    "sinks": None, "segment_ids": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
+    "sinks": None, "segment_ids": None, "intervals": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def attention_weights(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    intervals: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     layout: Layout = "BSHD",
@@ -68,6 +69,7 @@ def attention_weights(
         alibi_slopes: as in ``attention``.
         sinks: as in ``attention``; the weights of a row then add up to less than 1.
         segment_ids: as in ``attention``.
+        intervals: as in ``attention``.
         dropout_p: as in ``attention``; with the ``rng_state`` of a call, the weights that it used.
         rng_state: as in ``attention``.
         layout: as in ``attention``, of q and k.
@@ -97,6 +99,7 @@ def attention_weights(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         segment_ids=segment_ids,
+        intervals=intervals,
         dropout_p=dropout_p,
         rng_state=rng_state,
         layout=layout,
@@ -311,7 +314,8 @@ def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     scores = scores if heads == inputs.heads_kv else scores.view(batch, heads, s_q, -1)
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(dtype)
-    if inputs.mask is not None or inputs.segment_ids_q is not None or spec.left is not None or spec.right is not None:
+    terms = (inputs.mask, inputs.segment_ids_q, inputs.intervals, spec.left, spec.right)
+    if any(x is not None for x in terms):
         kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
         scores = scores.masked_fill(~kept, float("-inf"))
     elif inputs.bias is None:
@@ -356,8 +360,9 @@ def _of_rows(inputs: Inputs, rows: Tensor) -> Inputs:
 
     segments = None if inputs.segment_ids_q is None else inputs.segment_ids_q[:, rows]
     return inputs.replace(
-        q=inputs.q[:, rows], bias=along_2(inputs.bias), mask=along_2(inputs.mask), segment_ids_q=segments
-    )
+        q=inputs.q[:, rows], bias=along_2(inputs.bias), mask=along_2(inputs.mask), segment_ids_q=segments,
+        intervals=None if inputs.intervals is None else inputs.intervals[:, :, rows],
+    )  # fmt: skip
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------

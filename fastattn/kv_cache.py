@@ -26,6 +26,7 @@ from fastattn.problem import (
 )
 from fastattn.rotary import apply_rotary
 from fastattn.spec import AttentionSpec, diagonal, page_and_row, tile_range
+from fastattn.trees import WORD, Tree, bits_of, check_words
 
 FP8 = torch.float8_e4m3fn
 
@@ -50,8 +51,10 @@ class CacheInputs:
         bias: ``(1|B, 1|H_q, 1|S_q, 1|S_bias)``, floating, by absolute position of the key; dense q only.
         alibi_slopes: ``(1|B, H_q)`` floating.
         sinks: ``(1|B, H_q)`` floating.
+        tree_mask: ``(1|B, S_q, W)`` int32, packed ``(T_q, W)``: the new tokens that each new token sees.
         max_seqlen_q: longest query sequence (dense: ``S_q``).
         rotary_interleaved: rotary pairs are neighbours, not half of ``D_rotary`` apart.
+        batch_invariant: the bits of a sequence's results depend on its own tensors alone.
     """
 
     q: Tensor
@@ -69,8 +72,10 @@ class CacheInputs:
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    tree_mask: Tensor | None = None
     max_seqlen_q: int = 0
     rotary_interleaved: bool = False
+    batch_invariant: bool = False
 
     @property
     def is_packed(self) -> bool:
@@ -133,8 +138,9 @@ class CacheInputs:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-# The tensor fields of CacheInputs in order.
-CACHE_TENSORS = tuple(f.name for f in dataclasses.fields(CacheInputs))[:-2]
+# The fields of CacheInputs in order: tensors, then host values.
+_FIELDS = tuple(f.name for f in dataclasses.fields(CacheInputs))
+CACHE_TENSORS, CACHE_SCALARS = _FIELDS[:-3], _FIELDS[-3:]
 
 
 def facts_of(inputs: CacheInputs, spec: AttentionSpec) -> Problem:
@@ -173,6 +179,8 @@ def _used(inputs: CacheInputs, spec: AttentionSpec) -> list[str]:
         ("rotary", inputs.rotary_cos is not None),
         ("fp8 cache", k_cache.dtype == FP8),
         ("prompt", inputs.max_seqlen_q > PROMPT_ROWS),
+        ("tree", inputs.tree_mask is not None),
+        ("batch invariant", inputs.batch_invariant),
     )
     return [name for name, is_used in used if is_used]
 
@@ -197,6 +205,24 @@ def packed_positions(inputs: CacheInputs) -> tuple[Tensor, Tensor]:
     return sequence, t - inputs.cu_seqlens_q[sequence]
 
 
+def tree_of(inputs: CacheInputs) -> Tree:
+    """The trees of a call with a ``tree_mask``. Bits of tokens that a sequence does not have are ignored."""
+    assert inputs.tree_mask is not None
+    longest, device = inputs.max_seqlen_q, inputs.q.device
+    bits = bits_of(inputs.tree_mask, longest)
+    if inputs.cu_seqlens_q is not None:
+        i, lengths = torch.arange(longest, device=device), inputs.cu_seqlens_q.diff()[:, None]
+        rows = (inputs.cu_seqlens_q[:-1, None] + i).clamp(max=max(0, bits.shape[0] - 1))
+        bits = bits[rows.long()] & (i < lengths)[:, None] & (i < lengths)[..., None]
+    return Tree.of(bits, inputs.cache_lengths)
+
+
+def tree_depths(inputs: CacheInputs) -> Tensor:
+    """The depth of each new token in its tree, ``(B, S_q)``, packed ``(T_q,)``."""
+    depths = tree_of(inputs).depths
+    return depths[packed_positions(inputs)] if inputs.is_packed else depths
+
+
 def rotated_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
     """q, each row rotated by the position of its diagonal, or by 0 if that is negative."""
     if inputs.rotary_cos is None:
@@ -205,9 +231,10 @@ def rotated_queries(inputs: CacheInputs, spec: AttentionSpec) -> Tensor:
     first = diagonal(spec, s_q, inputs.cache_lengths + s_new)
     if inputs.is_packed:
         sequence, i = packed_positions(inputs)
-        at = first[sequence] + i
+        first = first[sequence]
     else:
-        at = first[:, None] + torch.arange(inputs.q.shape[1], device=inputs.q.device)
+        first, i = first[:, None], torch.arange(inputs.q.shape[1], device=inputs.q.device)
+    at = first + (i if inputs.tree_mask is None else tree_depths(inputs))
     return _rotated(inputs.q, at.clamp(min=0), inputs)
 
 
@@ -215,7 +242,7 @@ def append(inputs: CacheInputs) -> None:
     """Write the new keys, rotated by their positions, and the new values into the caches, in place."""
     if inputs.k is None or inputs.v is None:
         return
-    new_keys, new_values = _apart(inputs.k, inputs), _apart(inputs.v, inputs)
+    new_keys, new_values = apart(inputs.k, inputs), apart(inputs.v, inputs)
     if (begin := _common_length(inputs)) is not None:
         rows = slice(begin, begin + new_keys.shape[1])  # a copy into a slice takes less host time than an index
         inputs.k_cache[:, rows] = new_keys
@@ -223,17 +250,18 @@ def append(inputs: CacheInputs) -> None:
         return
     if inputs.is_packed:
         sequence, i = packed_positions(inputs)
-        at = inputs.cache_lengths[sequence] + i
     else:
         sequence = torch.arange(inputs.batch, device=inputs.q.device)[:, None]
-        at = inputs.cache_lengths[:, None] + torch.arange(new_keys.shape[1], device=inputs.q.device)
-    k = new_keys if inputs.rotary_cos is None else _rotated(new_keys, at, inputs)
+        i = torch.arange(new_keys.shape[1], device=inputs.q.device)
+    at = inputs.cache_lengths[sequence] + i
+    places = at if inputs.tree_mask is None else at - i + tree_depths(inputs)
+    k = new_keys if inputs.rotary_cos is None else _rotated(new_keys, places, inputs)
     page, row = rows_of(inputs, sequence, at.long())
     inputs.k_cache[page, row] = _stored(k, inputs.k_cache.dtype, inputs.k_scale, page)
     inputs.v_cache[page, row] = _stored(new_values, inputs.v_cache.dtype, inputs.v_scale, page)
 
 
-def _apart(x: Tensor, inputs: CacheInputs) -> Tensor:
+def apart(x: Tensor, inputs: CacheInputs) -> Tensor:
     """``x``, copied if it is a view of a cache, so that storing other rows first cannot change it."""
     caches = (inputs.k_cache.untyped_storage().data_ptr(), inputs.v_cache.untyped_storage().data_ptr())
     return x.clone() if x.untyped_storage().data_ptr() in caches else x
@@ -291,6 +319,8 @@ def check_cache_inputs(inputs: CacheInputs, spec: AttentionSpec) -> None:
     if inputs.bias is not None:
         _check_bias(inputs)
     check_per_head(inputs.alibi_slopes, inputs.sinks, inputs.batch, inputs.heads_q)
+    if inputs.tree_mask is not None:
+        _check_tree(inputs, inputs.tree_mask, spec)
     check_devices({name: getattr(inputs, name) for name in CACHE_TENSORS}, inputs.q.device)
     _check_no_gradient(inputs)
 
@@ -396,6 +426,17 @@ def _check_bias(inputs: CacheInputs) -> None:
     if not fits or bias.shape[3] < 1:
         allowed = f"a shape that broadcasts to (B, H_q, S_q, S_bias) = {(*shared, 'S_bias')}"
         raise input_error("bias", f"shape {tuple(bias.shape)}", allowed, "S_bias counts the cache's positions from 0.")
+
+
+def _check_tree(inputs: CacheInputs, tree: Tensor, spec: AttentionSpec) -> None:
+    if inputs.k is None or (not inputs.is_packed and inputs.k.shape[1] != inputs.q.shape[1]):
+        given = "nothing" if inputs.k is None else f"{inputs.k.shape[1]} new tokens for {inputs.q.shape[1]} queries"
+        raise input_error("k", f"{given} with a tree_mask", "a new token for each query", "The tree is made of them.")
+    if spec.right != 0:
+        todo = "Its bits say which later tokens are seen."
+        raise input_error("tree_mask", "a tensor with causal=False", "None, or causal=True", todo)
+    rows = (inputs.q.shape[0],) if inputs.is_packed else inputs.q.shape[:2]
+    check_words(tree, (*rows, -(-inputs.max_seqlen_q // WORD)))
 
 
 def _check_no_gradient(inputs: CacheInputs) -> None:

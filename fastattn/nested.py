@@ -1,4 +1,4 @@
-"""Conversion of nested tensors to packed ones and back: the rows of all sequences end to end, with boundaries."""
+"""Conversion of nested and padded tensors to packed ones and back: the rows of all sequences end to end."""
 
 from __future__ import annotations
 
@@ -61,3 +61,44 @@ class Packed:
         """``(T,)``, the position of each row in its sequence."""
         at = torch.arange(self.values.shape[0], device=self.offsets.device)
         return at - self.offsets[torch.searchsorted(self.offsets[1:].contiguous(), at.int(), right=True)]
+
+
+@dataclass(frozen=True)
+class Unpadded:
+    """The tokens of a padded batch ``(B, S, E)`` whose padding follows the last token of each sequence.
+
+    Attributes:
+        values: ``(T, E)``, the sequences end to end.
+        rows: ``(T,)``, the row of each token in ``(B * S, E)``.
+        offsets: int32 ``(B + 1,)``, as ``cu_seqlens``.
+        longest: the longest length.
+        shape: B and S.
+    """
+
+    values: Tensor
+    rows: Tensor
+    offsets: Tensor
+    longest: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, x: Tensor, padding: Tensor) -> Unpadded | None:
+        """``padding`` is boolean ``(B, S)``, True = padding; None if tokens follow it. Waits for the device."""
+        keep = ~padding
+        counts = keep.sum(1)
+        if not torch.equal(keep, torch.arange(x.shape[1], device=x.device) < counts[:, None]):
+            return None
+        lengths = counts.tolist()
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=x.device)
+        rows = keep.flatten().nonzero().squeeze(1)
+        return cls(x.flatten(0, 1).index_select(0, rows), rows, ends, max(lengths), (x.shape[0], x.shape[1]))
+
+    def padded(self, values: Tensor) -> Tensor:
+        """``(T, E)`` as ``(B, S, E)``, 0 in the padding."""
+        batch, length = self.shape
+        zeros = values.new_zeros(batch * length, values.shape[1])
+        return zeros.index_copy_(0, self.rows, values).unflatten(0, self.shape)
+
+    def positions(self) -> Tensor:
+        """``(T,)``, the position of each row in its sequence."""
+        return self.rows % self.shape[1]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fastattn import state
-from fastattn.backends.base import Backend, Outputs, Run
-from fastattn.dispatch import reasons, requested, select
+from fastattn.backends.base import QKV, Backend, Outputs, Run
+from fastattn.dispatch import reasons, requested, select, wants_batch_invariance
 from fastattn.errors import UnsupportedError, input_error
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
+from fastattn.kv_cache import CACHE_SCALARS, CACHE_TENSORS, CacheInputs, check_cache_values, facts_of
 from fastattn.problem import (
     DERIVATIVE_FEATURES,
     DIFFERENTIABLE,
@@ -43,8 +43,8 @@ from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks,
-    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv, Tensor? rng_state,
-    SymInt max_seqlen_q, SymInt max_seqlen_kv,
+    Tensor? segment_ids_q, Tensor? segment_ids_kv, Tensor? intervals, Tensor? cu_seqlens_q, Tensor? cu_seqlens_kv,
+    Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_kv,
     float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY = torch.library.Library("fastattn", "DEF")
@@ -65,9 +65,9 @@ _LIBRARY.define(
 
 _CACHE_ARGUMENTS = """
     Tensor cache_lengths, {new}, Tensor? block_table, Tensor? cu_seqlens_q, Tensor? rotary_cos, Tensor? rotary_sin,
-    Tensor? k_scale, Tensor? v_scale, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, SymInt max_seqlen_q,
-    bool rotary_interleaved, float scale, float? softcap, SymInt? left, SymInt? right, str anchor, float dropout_p,
-    str? backend
+    Tensor? k_scale, Tensor? v_scale, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? tree_mask,
+    SymInt max_seqlen_q, bool rotary_interleaved, bool batch_invariant, float scale, float? softcap, SymInt? left,
+    SymInt? right, str anchor, float dropout_p, str? backend
 """
 _LIBRARY.define(
     "attend_to_cache(Tensor q, Tensor k_cache, Tensor v_cache,"
@@ -190,12 +190,19 @@ def refuse_context_parallel() -> None:
         )
     if torch.compiler.is_compiling():
         return  # the operator asks again when it runs
-    module = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None) or ""
-    if module.startswith("torch.distributed."):
+    global _plain_function
+    function = torch.nn.functional.scaled_dot_product_attention
+    if function is _plain_function:
+        return
+    if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
         raise UnsupportedError(
             "fastattn inside torch's context_parallel() would attend to this rank's tokens alone. Leave that context "
             "and use fastattn.integrations.context_parallel: ring_attention, ulysses_attention, or sharded()."
         )
+    _plain_function = function
+
+
+_plain_function: object = None  # that torch.nn.functional held last, outside of context_parallel
 
 
 def _check_values(inputs: Inputs) -> None:
@@ -211,9 +218,21 @@ def prepared(
     chosen = select(Problem.of(inputs, spec, needs_grad), backend)
     if inputs.has_more_than_qkv and not chosen.prepares_more:
         return None
-    forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse)
-    backward = chosen.prepared_backward(inputs, spec, _gradient_of_out(inputs, heads_first)) if needs_grad else None
-    return None if forward is None or (needs_grad and backward is None) else (forward, backward)
+    forward = chosen.prepared_forward(inputs, spec, keep=needs_grad or with_lse, heads_first=heads_first)
+    if forward is None or not needs_grad:
+        return None if forward is None else (forward, None)
+    dout, needs = _gradient_of_out(inputs, heads_first), (*QKV, *gradients_of_more(inputs))
+    backward = chosen.prepared_backward(inputs, spec, dout, needs, heads_first=heads_first)
+    return None if backward is None else (forward, backward)
+
+
+def gradients_of_more(inputs: Inputs) -> Sequence[str]:
+    """Those among the tensors besides q, k and v that need a gradient."""
+    return [name for name in DIFFERENTIABLE if name not in QKV and _needs_gradient(getattr(inputs, name))]
+
+
+def _needs_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
 def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
@@ -292,12 +311,13 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, backend: str | Non
     flat = tuple(getattr(inputs, name) for name in CACHE_TENSORS)
     scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
     operator = torch.ops.fastattn.attend_to_cache if inputs.k is None else torch.ops.fastattn.extend_cache
-    return operator(*flat, inputs.max_seqlen_q, inputs.rotary_interleaved, *scalars, backend)
+    return operator(*flat, *(getattr(inputs, name) for name in CACHE_SCALARS), *scalars, backend)
 
 
 def _attend_to_cache(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec = CacheInputs(*args[:CACHE_FIELDS]), AttentionSpec(*args[CACHE_FIELDS:-1])
     refuse_context_parallel()
+    inputs = inputs.replace(batch_invariant=wants_batch_invariance(inputs.batch_invariant))
     backend = select(facts_of(inputs, spec), requested(args[-1]))
     if inputs.q.device.type == "cpu" and not backend.checks_cache_values:
         check_cache_values(inputs, spec)

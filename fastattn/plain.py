@@ -56,7 +56,8 @@ def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     if has_more or inputs.is_packed or spec.dropout_p:
         return out, lse
     q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
-    has_mask = inputs.mask is not None or inputs.segment_ids_q is not None or inputs.bias is not None
+    terms = (inputs.mask, inputs.segment_ids_q, inputs.intervals, inputs.bias)
+    has_mask = any(x is not None for x in terms)
     is_causal = not has_mask and spec.left is None and spec.right == 0 and spec.anchor == "upper_left"
     mask = None if is_causal else _mask(inputs, spec)
     enable_gqa = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
@@ -65,9 +66,9 @@ def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 
 def _mask(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:
-    """Band, segments, mask and bias, as torch's ``attn_mask``; None if there are none."""
+    """Band, segments, intervals, mask and bias, as torch's ``attn_mask``; None if there are none."""
     bounded = spec.left is not None or spec.right is not None
-    if inputs.mask is None and inputs.segment_ids_q is None and not bounded:
+    if inputs.mask is inputs.segment_ids_q is inputs.intervals is None and not bounded:
         return None if inputs.bias is None else inputs.bias.to(inputs.q.dtype)
     kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
     return kept if inputs.bias is None else inputs.bias.to(inputs.q.dtype).masked_fill(~kept, float("-inf"))

@@ -12,9 +12,9 @@ A kind contains everything that the kernel was prepared for, so one plan serves 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,37 @@ from torch import Tensor
 from fastattn import state
 from fastattn.backends.base import Run
 from fastattn.storage import extent, holds
-from fastattn.torch_internals import is_watched
+from fastattn.torch_internals import is_watched, tensor_check
 
 LIMIT = 1024  # plans that are kept
+MOST_CHECKS = 8  # of the kinds with equal options that are recognised at once; others are looked up by their kind
 ALIGNMENT = 16  # bytes that kernels on an accelerator are compiled for
 _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
+_recent: dict[Hashable, list[_Recognised]] = {}
+
+
+class _Nothing(Tensor):
+    """The class of what stands for None where torch compares tensors: no other tensor has it."""
+
+
+_NOTHING = _Nothing()
+
+
+class _Recognised(NamedTuple):
+    """A kind with a plan, for which torch has a check of all tensors at once.
+
+    Attributes:
+        agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and need
+            gradients alike.
+        plan: the plan.
+        held: of each tensor, the bytes from its first element to the end of its last, and those of an element.
+        offsets: of each address from a multiple of ``ALIGNMENT``; None in host memory, where it makes no difference.
+    """
+
+    agrees: Callable[..., bool]
+    plan: Any
+    held: tuple[tuple[int, int], ...]
+    offsets: list[int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +61,11 @@ class Plan:
 
     Attributes:
         forward: ``(q, k, v, *more) -> (out, *kept)``, as ``Backend.prepared_forward`` says.
-        backward: ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``; None where nothing needs a gradient.
+        backward: ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv, ...)``; None where nothing needs a gradient.
         scalars: the arguments of the operators that follow the tensors.
         deterministic: ``torch.are_deterministic_algorithms_enabled()`` of the calls; backward kernels depend on it.
-        heads_first: q, k, v and out are ``(B, H, S, D)``. The runs are given them so, and return ``(B, S, H, D)``.
+        heads_first: q, k, v, out and their gradients are ``(B, H, S, D)``.
+        places: of the gradient of each of ``MORE`` among the results of ``backward``; None where there is none.
     """
 
     forward: Run
@@ -46,37 +73,71 @@ class Plan:
     scalars: tuple[Any, ...]
     deterministic: bool
     heads_first: bool = False
+    places: tuple[int | None, ...] = ()
 
 
 def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Hashable | None, Any]:
     """The kind of a call, and its ``Plan`` (for a cache the run itself), or None if there is none.
 
     The kind is None for a call that must not take a plan: a tool of torch watches or transforms it, its tensors are not
-    plain dense ones, or they hold the tokens of one rank. Every call passes here, so it is written for speed.
+    plain dense ones, or they hold the tokens of one rank. It is None, too, beside a plan that was found without it.
+    Every call passes here, so it is written for speed.
     """
     if is_watched() or state.whole_rows is not None:
         return None, None
-    grad = torch.is_grad_enabled()
-    kind: list[Any] = [options, torch.are_deterministic_algorithms_enabled()]
+    given = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
-        for x in tensors:
-            if x is None:
-                kind.append(None)
+        shared = (options, torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
+        for seen in _recent.get((shared, torch.is_grad_enabled()), ()):
+            if not seen.agrees(*given):
                 continue
-            if type(x) is not Tensor:
-                return None, None
-            kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
-            if not x.is_cpu:
-                kind.append((x.data_ptr() % ALIGNMENT, torch.backends.cuda.matmul.fp32_precision))
-        found = tuple(kind)
-        known, extents = _known.get(found, (None, ()))
-        if known is not None:
-            for x, size in zip(tensors, extents):  # noqa: B905  equally many, and strict costs time
-                if x is not None and not holds(x, size):
+            if seen.offsets is not None and seen.offsets != _offsets(given):
+                continue
+            for x, (size, item) in zip(given, seen.held):  # noqa: B905  equally many, and strict costs time
+                if x.storage_offset() * item + size > x.untyped_storage().nbytes():
                     return None, None  # a storage was shrunk since; the general path raises
-        return found, known
-    except (RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
+            return None, seen.plan
+        return _look_up_kind(tensors, shared, given)
+    except (AttributeError, RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
+
+
+def _look_up_kind(
+    tensors: Sequence[Tensor | None], shared: tuple[Any, ...], given: Sequence[Tensor]
+) -> tuple[Hashable | None, Any]:
+    """``look_up`` by the kind itself, which takes longer; a kind with a plan is recognised at once from then on."""
+    grad = torch.is_grad_enabled()
+    kind: list[Any] = [shared]
+    for x in tensors:
+        if x is None:
+            kind.append(None)
+            continue
+        if type(x) is not Tensor:
+            return None, None
+        kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
+        if not x.is_cpu:
+            kind.append(x.data_ptr() % ALIGNMENT)
+    found = tuple(kind)
+    known, extents = _known.get(found, (None, ()))
+    if known is None:
+        return found, None
+    if not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=False)):
+        return None, None
+    recent = _recent.setdefault((shared, grad), [])
+    if tensor_check is not None and len(recent) < MOST_CHECKS:
+        held = tuple((size, x.element_size()) for x, size in zip(given, extents, strict=False))
+        offsets = None if given[0].is_cpu else _offsets(given)
+        recent.append(_Recognised(tensor_check(given), known, held, offsets))
+    return found, known
+
+
+def _precision(q: Tensor) -> str | None:
+    """torch's switch for products of fp32 on an accelerator, on which kernels depend."""
+    return None if q.is_cpu or q.dtype is not torch.float32 else torch.backends.cuda.matmul.fp32_precision
+
+
+def _offsets(given: Sequence[Tensor]) -> list[int]:
+    return [x.data_ptr() % ALIGNMENT for x in given]
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -91,8 +152,13 @@ def is_known(kind: Hashable) -> bool:
 def remember(kind: Hashable, plan: Plan | Run | None, tensors: Sequence[Tensor | None]) -> None:
     """Store the plan of ``kind``, the kind of a call with ``tensors``; None records that it has no plan."""
     if len(_known) >= LIMIT:
-        _known.clear()
+        _forget()
     _known[kind] = plan, tuple(0 if x is None else extent(x) for x in tensors)
 
 
-state.on_forget(_known.clear)
+def _forget() -> None:
+    _known.clear()
+    _recent.clear()
+
+
+state.on_forget(_forget)

@@ -31,6 +31,8 @@ class Inputs:
         alibi_slopes: ``(1|B, H_q)`` fp32; packed: ``(1|N, H_q)``.
         sinks: ``(1|B, H_q)`` floating, a logit per head; packed: ``(1|N, H_q)``.
         segment_ids_q: ``(1|B, S_q)`` integers; dense only, with ``segment_ids_kv`` ``(1|B, S_kv)``.
+        intervals: ``(1|B, 1|H_q, S_q, n, 2)`` int32, ranges ``[start, stop)`` of keys for each query row; packed
+            ``(1, 1|H_q, T_q, n, 2)``, counted from the beginning of the sequence.
         cu_seqlens_q: ``(N + 1,)`` int32 boundaries of N packed sequences, with ``cu_seqlens_kv``.
         rng_state: ``(2,)`` int64, the seed and the offset of dropout.
         max_seqlen_q: longest query sequence (``S_q`` if dense), with ``max_seqlen_kv``.
@@ -45,6 +47,7 @@ class Inputs:
     sinks: Tensor | None = None
     segment_ids_q: Tensor | None = None
     segment_ids_kv: Tensor | None = None
+    intervals: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_kv: Tensor | None = None
     rng_state: Tensor | None = None
@@ -60,7 +63,8 @@ class Inputs:
         """Whether any other tensor takes part."""
         return not (
             self.bias is self.mask is self.alibi_slopes is self.sinks is None
-            and self.segment_ids_q is self.segment_ids_kv is self.cu_seqlens_q is self.rng_state is None
+            and self.segment_ids_q is self.segment_ids_kv is self.intervals is None
+            and self.cu_seqlens_q is self.rng_state is None
         )
 
     @property
@@ -210,6 +214,7 @@ def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     _check_scores_terms(inputs)
     check_per_head(inputs.alibi_slopes, inputs.sinks, inputs.batch, inputs.heads_q)
     _check_segments(inputs)
+    _check_intervals(inputs)
     _check_rng_state(inputs.rng_state)
     check_devices({name: getattr(inputs, name) for name in TENSORS}, inputs.q.device)
 
@@ -333,6 +338,26 @@ def _check_segments(inputs: Inputs) -> None:
             raise input_error("segment_ids", f"shape {tuple(x.shape)} for {side}", allowed, "One id for each token.")
 
 
+def _check_intervals(inputs: Inputs) -> None:
+    x = inputs.intervals
+    if x is None:
+        return
+    if x.dtype != torch.int32:
+        raise input_error("intervals", x.dtype, "torch.int32, pairs [start, stop) of key positions", "Use .int().")
+    rows, batch = inputs.q.shape[-3], 1 if inputs.is_packed else inputs.batch
+    fits = x.dim() == 5 and broadcasts(x.shape[:2], (batch, inputs.heads_q))
+    if not fits or x.shape[2] != rows or x.shape[4] != 2:
+        sizes = f"(1, 1 or {inputs.heads_q}" if batch == 1 else f"(1 or {batch}, 1 or {inputs.heads_q}"
+        order = "(1, 1|H_q, T_q, n, 2)" if inputs.is_packed else "(1|B, 1|H_q, S_q, n, 2)"
+        todo = "Give each query row n ranges; fastattn.intervals builds them."
+        raise input_error("intervals", f"shape {tuple(x.shape)}", f"{order} = {sizes}, {rows}, n, 2)", todo)
+
+
+def pairs_of(intervals: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """``(start, stop)`` of each of the n ranges, ``(1|B, 1|H_q, S_q, 1)``, for ``spec.in_intervals``."""
+    return [(x[..., 0, None], x[..., 1, None]) for x in intervals.unbind(-2)]
+
+
 def _check_rng_state(rng_state: Tensor | None) -> None:
     if rng_state is None:
         return
@@ -396,8 +421,8 @@ class Problem:
 
 
 FEATURES = (
-    "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "packed", "dropout", "gqa", "mixed head dims",
-    "strided head dim",
+    "band", "softcap", "bias", "mask", "alibi", "sinks", "segments", "intervals", "packed", "dropout", "gqa",
+    "mixed head dims", "strided head dim",
 )  # fmt: skip
 # Further features: Jacobian-vector products of both passes (``Backend.jvp``); statistics of the weights, with their
 # gradients (``Backend.statistics``).
@@ -405,7 +430,7 @@ DERIVATIVE_FEATURES = ("jvp",)
 STATISTICS_FEATURES = ("statistics",)
 # Further features of attention_with_kv_cache. A sequence with more than PROMPT_ROWS query rows is a "prompt": its time
 # goes into computing rather than reading the cache.
-CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt")
+CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt", "tree", "batch invariant")
 PROMPT_ROWS = 32
 
 
@@ -419,6 +444,7 @@ def used_features(inputs: Inputs, spec: AttentionSpec) -> Sequence[str]:
         "alibi": inputs.alibi_slopes is not None,
         "sinks": inputs.sinks is not None,
         "segments": inputs.segment_ids_q is not None,
+        "intervals": inputs.intervals is not None,
         "packed": inputs.is_packed,
         "dropout": spec.dropout_p > 0,
         "gqa": inputs.heads_q != inputs.heads_kv,

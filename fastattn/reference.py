@@ -25,8 +25,9 @@ from torch import Tensor
 
 from fastattn import kv_cache, numerics, rng
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents
-from fastattn.spec import AttentionSpec, distance, keep
+from fastattn.problem import DIFFERENTIABLE, Grads, Inputs, Rows, Statistics, StatisticsGradient, Tangents, pairs_of
+from fastattn.spec import AttentionSpec, distance, in_intervals, keep
+from fastattn.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,12 @@ class _Terms:
 
 
 def keep_matrix(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """True for each pair that is kept by the band, lengths, sequences, segments, the boolean mask and a finite bias."""
+    """True for each pair that band, lengths, sequences, segments, intervals, boolean mask and a finite bias keep."""
     kept = keep(spec, at.i, at.j, at.s_q, at.s_kv) & (at.sequence_q == at.sequence_kv)
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         kept = kept & (inputs.segment_ids_q[:, None, :, None] == inputs.segment_ids_kv[:, None, None, :])
+    if inputs.intervals is not None:
+        kept = kept & in_intervals(pairs_of(inputs.intervals), at.j)
     if inputs.bias is not None:
         kept = kept & (inputs.bias != float("-inf"))
     return kept if inputs.mask is None else kept & inputs.mask
@@ -159,6 +162,7 @@ def of_heads(inputs: Inputs, heads: Tensor) -> Inputs:
         v=inputs.v[:, :, kv_heads],
         bias=along_1(inputs.bias),
         mask=along_1(inputs.mask),
+        intervals=along_1(inputs.intervals),
         alibi_slopes=along_1(inputs.alibi_slopes),
         sinks=along_1(inputs.sinks),
     )
@@ -302,6 +306,9 @@ def attend_to_cache(
     kv_cache.append(inputs)
     dtype = dtype or lse_dtype(inputs.q.dtype)
     dense, at = gathered(inputs, spec, dtype)
+    if inputs.tree_mask is not None:
+        dense, at = _in_trees(dense, at, kv_cache.tree_of(inputs))
+        spec = dataclasses.replace(spec, right=None)
     out, lse, _ = forward(dense, spec, dtype, at)
     return out.to(inputs.q.dtype), lse
 
@@ -331,6 +338,14 @@ def gathered(inputs: CacheInputs, spec: AttentionSpec, dtype: torch.dtype) -> tu
     at_i, of_q, s_q, s_kv = of_rows
     at_j, of_kv = (x.expand(inputs.batch, reach).reshape(1, 1, 1, -1) for x in (j, b))
     return dense, Positions(h, inputs.heads_q, at_i, at_j, of_q, of_kv, s_q, s_kv)
+
+
+def _in_trees(dense: Inputs, at: Positions, tree: Tree) -> tuple[Inputs, Positions]:
+    """The gathered tensors with a mask of what each row sees, and the positions in the paths of the trees."""
+    of_q, of_kv = at.sequence_q, at.sequence_kv
+    depths = tree.depths[of_q, at.i]
+    mask = tree.sees(of_q, at.i, of_kv, at.j)
+    return dense.replace(mask=mask), dataclasses.replace(at, i=depths, j=tree.position(of_kv, at.j))
 
 
 def _reach(inputs: CacheInputs) -> int:

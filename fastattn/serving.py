@@ -87,7 +87,9 @@ def _planned(
     if found is None:
         return None
     scalars = ops.flatten(inputs, spec, backend)[len(TENSORS) :]
-    return Plan(*found, scalars, torch.are_deterministic_algorithms_enabled(), heads_first)
+    wanted = ops.gradients_of_more(inputs)
+    places = tuple(3 + wanted.index(name) if name in wanted else None for name in MORE)
+    return Plan(*found, scalars, torch.are_deterministic_algorithms_enabled(), heads_first, places)
 
 
 def cache_by_plan(run: Run, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ For one query row ``i`` of ``S_q`` and one key row ``j`` of ``S_kv``, with head 
     scores = scale * q @ k^T                              (fp32, or fp64 for fp64 inputs)
     scores = softcap * tanh(scores / softcap)             if softcap
     scores = scores + bias + alibi                        if given; alibi = -slope * distance(i, j)
-    scores = -inf where not keep(i, j)                    band, boolean mask, segments, lengths, bias = -inf
+    scores = -inf where not keep(i, j)                    band, boolean mask, segments, intervals, lengths, bias = -inf
     p      = softmax(scores, plus one sink column per head if sinks are given)
     out    = dropout(p) @ v
     lse    = logsumexp(scores, plus the sink)             (natural log)
@@ -54,6 +54,10 @@ Window ``(1, 0)`` and window ``(1, 1)``, ``S_q = S_kv = 4``:
 
 Segments (packed documents): a pair is kept only where ``segment_ids_q[i] == segment_ids_kv[j]``.
 
+Intervals (masks as data): each query row has ``n`` half-open ranges ``[start, stop)`` of key positions, and a pair is
+kept only where one of them holds ``j``: ``any(start <= j < stop)``. Ranges may overlap and stand in any order; one that
+stops where it starts or before is empty, and what lies outside the keys is ignored.
+
 Empty rows keep no key: ``out`` is 0, every gradient is 0, and ``lse`` is ``-inf`` (the sink's logit if there
 is one).
 
@@ -84,6 +88,23 @@ table. Without a block table each sequence owns one page: a contiguous cache. Be
     page_size = 4, block_table[b] = [7, 2, ...], cache_lengths[b] = 5, one new token:
 
     page 7:  0 1 2 3        page 2:  4 [5] . .        S_kv = 6
+
+Trees (``tree_mask=``): the new tokens of a call may be the nodes of a tree, the guesses of speculative decoding. Each
+then sees all positions that the cache held before, and of the new tokens those whose bit is set in its row of int32
+words: token ``n`` is bit ``n % 32`` of word ``n // 32`` (``tree_bit``). The bits take the place of the right side of
+the band. A row has the bits of the token itself and of its ancestors; their number less 1 is its depth
+(``tree_depth``). The position of a new token is ``cache_lengths[b]`` plus its depth, in its rotary embedding, its
+window and its ALiBi distances, so that each path of the tree is computed as if it were alone; it is stored in the row
+of its index:
+
+    token     0  1  2  3  4        bits    1 0 0 0 0        words    1
+    parent   -1  0  1  0  3                1 1 0 0 0                 3
+    depth     0  1  2  1  2                1 1 1 0 0                 7
+                                           1 0 0 1 0                 9
+                                           1 0 0 1 1                25
+
+Batch-invariant calls (``batch_invariant=``) cut the keys of each sequence at fixed positions. So the bits of its
+results depend on its own queries, keys and values, not on the sequences beside it, their order, or pages.
 
 Rotary embedding rotates query row ``i`` by the position of its diagonal, and new keys by their own positions before
 they are stored. A page with scales holds ``stored = round(x / scale)``, clamped to the range of its dtype, and is read
@@ -167,9 +188,27 @@ def keep(spec: AttentionSpec, i: Any, j: Any, s_q: Any, s_kv: Any) -> Any:
     return kept
 
 
+def in_intervals(ranges: Any, j: Any) -> Any:
+    """True where one of the ranges, pairs ``(start, stop)``, holds key row ``j``."""
+    held: Any = False
+    for start, stop in ranges:
+        held = held | ((start <= j) & (j < stop))
+    return held
+
+
 def page_and_row(j: Any, page_size: int) -> tuple[Any, Any]:
     """Place of position ``j`` of a sequence in a cache: the entry of its block table, and the row of that page."""
     return j // page_size, j % page_size
+
+
+def tree_bit(n: Any) -> tuple[Any, Any]:
+    """Place of new token ``n`` in a row of a tree mask: the word, and the bit of it."""
+    return n // 32, n % 32
+
+
+def tree_depth(count: Any) -> Any:
+    """Depth in its tree of a new token whose row has ``count`` bits: 0 for a root, and for a token that sees none."""
+    return count - 1 * (count > 0)
 
 
 def tile_range(spec: AttentionSpec, i0: int, i1: int, s_q: int, s_kv: int) -> tuple[int, int]:

@@ -33,3 +33,14 @@ def check_storages(names: Iterable[str], tensors: Iterable[Tensor | None]) -> No
         given = f"a tensor of shape {tuple(x.shape)} in a storage of {x.untyped_storage().nbytes()} bytes"
         allowed = f"a storage of at least {x.storage_offset() * x.element_size() + size}"
         raise input_error(name, given, allowed, "It was freed or resized: gather a sharded parameter before the call.")
+
+
+def model(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, heads_first: bool = False) -> Tensor:
+    """A tensor without memory: ``torch.empty_like`` makes tensors alike of it in half the time of ``torch.empty``.
+
+    ``heads_first`` exchanges the dimensions 1 and 2 of ``(B, S, H, D)``, whose order in memory stays.
+    """
+    made = torch.empty(shape, dtype=dtype, device=device)
+    made = made.transpose(1, 2) if heads_first else made
+    made.untyped_storage().resize_(0)
+    return made

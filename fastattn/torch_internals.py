@@ -6,7 +6,7 @@ general path of ``autograd.py``, which takes longer and changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,30 @@ def is_watched() -> bool:
     )
 
 
+def _found_tensor_check() -> Callable[[Sequence[torch.Tensor]], Callable[..., bool]] | None:
+    guards = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+    if guards is None:
+        return None
+    return lambda tensors: guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
+# From tensors, a function that says in C++ whether others agree with them in type, shape, strides, dtype, device, need
+# of a gradient and dispatch keys (of the thread's state, too: autocast, modes, transforms). Without it: None.
+tensor_check = _found_tensor_check()
+
+
 def current_raw_stream(device: torch.device) -> int:
     """The handle of the current stream of a CUDA device, without an object around it; 0 for host memory."""
     if device.type != "cuda":
         return 0
     handle = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return torch.cuda.current_stream(device).cuda_stream if handle is None else handle(device.index)
+
+
+def current_device() -> int:
+    """The index of the current CUDA device of this thread, without asking whether CUDA is initialised."""
+    index = getattr(torch._C, "_cuda_getDevice", None)
+    return torch.cuda.current_device() if index is None else index()
 
 
 # A context without __torch_function__ of subclasses, and tensors without memory that belong to a subclass: what a lazy
@@ -87,3 +105,24 @@ def dispatch_keys(device: str) -> Any:
 def jagged_lengths(x: Any) -> tuple[int | None, int | None]:
     """Shortest and longest length of a jagged nested tensor, or None for those that it has not stored."""
     return getattr(x, "_maybe_min_seqlen", None), getattr(x, "_maybe_max_seqlen", None)
+
+
+# torch's attention layer as one function, forward only. In every supported version; without it importing fastattn.nn
+# fails.
+multi_head_attention: Callable[..., Any] = torch._native_multi_head_attention
+
+# Whether hooks are registered for all modules. Without it: always.
+_has_global_hooks = _found(torch.nn.modules.module, "_has_any_global_hook")
+
+
+def calls_only_forward(module: torch.nn.Module, kind: type) -> bool:
+    """Whether calling ``module`` calls ``kind.forward`` and nothing else: no hook, no other forward."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+        or _has_global_hooks()
+    )

@@ -34,6 +34,9 @@ def fold(size: int, in_dims: Dims, flat: Sequence[Any], per_sample: Sequence[str
         elif name.startswith("cu_seqlens"):
             total = batch_size(flat, in_dims, "q" if name.endswith("_q") else "k")
             folded.append(_join_sequences(size, dim, x, total))
+        elif name == "intervals" and packed:
+            each = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            folded.append(each.movedim(0, 2).flatten(2, 3))  # (V, 1, H, T, n, 2) -> (1, H, V * T, n, 2)
         elif dim is None and x.shape[0] == 1 and name not in per_sample:
             folded.append(x)
         else:

@@ -22,11 +22,15 @@ SETS = {
     "2.13.0": ("torch==2.13.0", "triton==3.7.1", "numpy==2.4.6", "transformers==5.23.0"),
     "2.14.1": ("torch==2.14.1", "numpy==2.4.6", "transformers==5.23.0"),
 }
+CORE, LAYERS, INTEGRATIONS = "tests/core/test_{}.py", "tests/nn/test_{}.py", "tests/integrations/test_{}.py"
 PARTS = {
-    "torch's contracts": ("tests/core/test_torch_integration.py", "tests/core/test_compile_corners.py"),
-    "modules": ("tests/nn",),
-    "integrations": ("tests/integrations",),
-    "Triton's interpreter": ("tests/backends/triton",),
+    "torch's contracts": tuple(map(CORE.format, ("torch_integration", "compile_corners", "plan"))),
+    "derivatives": (CORE.format("derivatives"),),
+    "layers": tuple(map(LAYERS.format, ("module", "layers", "transformer", "replace", "lazy", "nested"))),
+    "context parallel": (INTEGRATIONS.format("parallel"),),
+    "integrations": tuple(map(INTEGRATIONS.format, ("torch", "flash_attn", "export", "transformers"))),
+    "families of transformers": (INTEGRATIONS.format("transformers_families"),),
+    "Triton's interpreter": ("tests/backends/triton/test_exact_normaliser.py", "tests/backends/triton/test_plans.py"),
 }
 
 
@@ -67,6 +71,7 @@ def outcome(python: Path, paths: tuple[str, ...], jobs: str) -> str:
     present = [path for path in paths if (ROOT / path).exists()]
     command = [python, "-m", "pytest", "-q", "-n", jobs, "-p", "no:cacheprovider", *present]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean())
+    print(*re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE), sep="\n", file=sys.stderr, flush=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()[-200:]
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", last)
     return ", ".join(counts) or f"error: {last[-100:]}"

@@ -112,14 +112,14 @@ struct BackwardParams {
   void* stream;
 };
 
-constexpr int64 kDecodeVersion = 2;
+constexpr int64 kDecodeVersion = 3;
 
 // Attention to a cache. Position j of a sequence lies in row j % page_size of page block_table[j / page_size].
 struct DecodeParams {
   int64 version;  // kDecodeVersion
   const void* q;
-  const void* k_cache;  // (pages, page_size, H_kv, D)
-  const void* v_cache;
+  void* k_cache;  // (pages, page_size, H_kv, D); new rows are stored in it
+  void* v_cache;
   void* out;  // out and lse as in ForwardParams
   float* lse;
   float* partial_out;  // (splits, rows of q, H_q, D_v): out of each split; null with one split, which writes out itself
@@ -128,8 +128,11 @@ struct DecodeParams {
   const int32* cache_lengths;  // (B): positions of each sequence without the new ones
   const int32* block_table;  // null: sequence b owns page b only
   const int32* cu_seqlens_q;  // if q is packed, else null
+  const void* new_k;  // (B, new_keys, H_kv, D) or packed like q: to be stored first; null if they are there already
+  const void* new_v;
   Strides q_strides;
   Strides k_strides, v_strides;  // with the stride of a page in place of the batch stride
+  Strides new_k_strides, new_v_strides;
   int64 sinks_batch_stride, table_stride;
   int64 dtype;
   int64 batch;
@@ -138,6 +141,7 @@ struct DecodeParams {
   int64 seqlen_q;  // rows of each sequence; packed: of all of them
   int64 new_keys;  // positions of each sequence past cache_lengths; negative: as many as it has queries
   int64 pages, page_size;
+  int64 capacity;  // positions that a sequence may have
   int64 box_rows;  // rows of a box: box_rows rows from any multiple of it lie in one page; at most 64
   int64 left, right;  // the anchor is the lower right
   int64 has_softcap;

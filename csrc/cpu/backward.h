@@ -100,6 +100,7 @@ class Backward {
     dk_ = arena_.take<Word>(p_.dk ? packed_keys_ * columns_qk_ : 0);
     dv_ = arena_.take<Word>(p_.dv ? packed_keys_ * columns_v_ : 0);
     wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
+    ranges_ = arena_.take<Range>(p_.intervals_count * block_rows_);
     runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
@@ -209,14 +210,16 @@ class Backward {
 
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
   void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
-    for_each_block(first, part, [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
+    for_each_block(head, first, part, [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
   }
 
   // Calls step with the number of query rows, and with each block of keys that they look at.
   template <class Step>
-  void for_each_block(int first, Range part, Step const& step) const {
+  void for_each_block(int head, int first, Range part, Step const& step) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
-    Range const seen = common(fa::tile_range(band_, first, end), part);
+    Range seen = common(fa::tile_range(band_, first, end), part);
+    if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
+    if (is_empty(seen)) return;
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       step(int(rounded_up(end - first, 2)), Range{key, fa::smaller(key + kKeys, part.end)});
@@ -239,13 +242,18 @@ class Backward {
 
   Seen seen_by_strip(int head, int i, int count, Range keys) const {
     int const end = fa::smaller(i + count, band_.s_q);
-    Range const found = common(fa::tile_range(band_, i, end), keys);
-    return seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
+    Range found = common(fa::tile_range(band_, i, end), keys);
+    bool is_whole = true;
+    if (p_.intervals) found = kept_.hull_of(i, end, keys, is_whole);
+    Seen const seen =
+        seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
+    return {seen.keys, seen.is_whole && is_whole};
   }
 
   // What the band keeps of a row, counted from the first key of the block.
   Range kept(int i, Range keys, Range seen) const {
-    Range const found = i < band_.s_q ? common(scores_.kept(i), seen) : Range{0, 0};
+    Range const whole = i >= band_.s_q ? Range{0, 0} : p_.intervals ? kept_.in(i, keys).hull() : scores_.kept(i);
+    Range const found = common(whole, seen);
     return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
   }
 
@@ -253,7 +261,7 @@ class Backward {
     Seen const seen_keys = seen_by_strip(head, first + r, count, keys);
     Range const seen = seen_keys.keys;
     if (is_empty(seen)) return;
-    Range const columns = columns_of(seen, keys);
+    Range const columns = columns_of<Word>(seen, keys.begin);
     int64 const row = first + r;
     prefetch_terms(head, first + r, count, seen);
     fill(columns, r, count);
@@ -275,16 +283,7 @@ class Backward {
   }
 
   void prefetch_terms(int head, int first, int count, Range seen) const {
-    for (int n = first; n < fa::smaller(first + count, band_.s_q); ++n) {
-      scores_.prefetch_bias(head, n, seen);
-      if (n + count < band_.s_q) scores_.prefetch_mask(head, n + count, seen);
-    }
-  }
-
-  // Whole vectors that hold the keys seen, counted from the first key of a block.
-  static Range columns_of(Range seen, Range keys) {
-    return {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>,
-            int(rounded_up(seen.end - keys.begin, kCount<Word>))};
+    for (int n = first; n < fa::smaller(first + count, band_.s_q); ++n) scores_.prefetch_terms(head, n, count, seen);
   }
 
   // What a strip adds to the gradients of its queries.
@@ -343,6 +342,10 @@ class Backward {
     Range const kept = this->kept(i, keys, seen);
     int const row = i < band_.s_q ? i : 0;
     to.row[n] = scores_.row(head, row, keys.begin, kept, n);
+    if (p_.intervals && !is_empty(kept)) {
+      Ranges const ranges = kept_.in(i, keys);
+      if (ranges.count > 1) scores_.hide_gaps(to.row[n], ranges, keys.begin, n);
+    }
     to.end[n] = {queries.lse[i], queries.low[i], queries.delta[i]};
     to.to_score = scores_.to_score;
     to.survivor = Word(p_.dropout_scale);
@@ -449,20 +452,12 @@ class Backward {
     for (int first = keys.begin; first < keys.end; first += kKeys) {
       int const count = fa::smaller(kKeys, keys.end - first);
       int64 const at = first - begin_;
+      Word const scale = Word(p_.scale);
       if (p_.dk)
-        write_block(dk_ + at * columns_qk_, columns_qk_, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), first, count);
-      if (p_.dv) write_block(dv_ + at * columns_v_, columns_v_, p_.head_dim_v, 1, tensors_.dv(), first, count);
-    }
-  }
-
-  void write_block(Word const* sums, int64 columns, int64 dim, Word factor, Source const& to, int first,
-                   int count) const {
-    for (int j = 0; j < count; j += kCount<Word>) {
-      prefetch_results(from_row(to, first + j), fa::smaller(kCount<Word>, count - j), dim);
-      for (int64 e = 0; e < columns; e += kCount<Word>)
-        transpose<Word>({sums + e * kKeys + j, kKeys}, kCount<Word>, {turned_ + e, columns});
-      for (int i = 0; i < kCount<Word> && j + i < count; ++i)
-        write_row(turned_ + i * columns, dim, factor, p_.dtype, written(to, first + j + i));
+        write_turned<Word>({dk_ + at * columns_qk_, kKeys}, p_.head_dim_qk, scale, tensors_.dk(), first, count,
+                           turned_);
+      if (p_.dv)
+        write_turned<Word>({dv_ + at * columns_v_, kKeys}, p_.head_dim_v, 1, tensors_.dv(), first, count, turned_);
     }
   }
 
@@ -480,6 +475,8 @@ class Backward {
   QueryPacker<Op> packer_;
   Segments segments_;
   Ids* runs_;
+  Range* ranges_;  // of the rows of a block, for each as many as a call has
+  BlockRanges<kMostRows> kept_;
   Queries<Op>* heads_;
   Word *totals_, *share_;  // dq of all heads, and of one head and part, before the factor `scale`
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq

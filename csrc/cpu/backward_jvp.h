@@ -161,7 +161,7 @@ class BackwardJvp {
       given_.dq_ = along_.dq_ = given_.begin_dq(part, g);
       for (int first = rows.begin; first < rows.end; first += given_.block_rows_) {
         given_.wait();
-        given_.for_each_block(first, keys, [&](int count, Range block) { run_keys(g, first, count, block); });
+        given_.for_each_block(head(g), first, keys, [&](int count, Range block) { run_keys(g, first, count, block); });
         if (item.progress) __atomic_store_n(item.progress, ++given_.step_, __ATOMIC_RELEASE);
       }
       if (p_.dq && !item.dq_shares && part > 0)
@@ -181,7 +181,7 @@ class BackwardJvp {
   void run_strip(int g, int first, int r, int count, Range keys) {
     Seen const seen = given_.seen_by_strip(head(g), first + r, count, keys);
     if (is_empty(seen.keys)) return;
-    Range const columns = given_.columns_of(seen.keys, keys);
+    Range const columns = columns_of<Word>(seen.keys, keys.begin);
     given_.prefetch_terms(head(g), first + r, count, seen.keys);
     given_.fill(columns, r, count);
     along_.fill(columns, r, count);

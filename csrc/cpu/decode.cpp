@@ -3,131 +3,259 @@
 // Nothing of the standard C++ library, and no function that other files see (decode.h says why).
 #define FA_EVERYWHERE static inline
 #include "decode.h"
-#include "vector.h"
+#include "functions.h"
+#include "tree.h"
 
 namespace {
 
 using namespace fa::cpu;
 using fa::Range;
 
-constexpr float kNever = -__builtin_inff();
-
-// Where the keys and values of a block lie.
-struct Block {
-  int begin, keys;
-  int64 page[kKeys], row[kKeys];
-};
-
-Block block_at(Params const& p, Sequence const& s, Range span) {
-  Block block;
-  block.begin = span.begin;
-  block.keys = span.end - span.begin;
-  int64 const page_size = p.page_size;
-  for (int j = 0; j < block.keys; ++j) {
-    int64 const position = span.begin + j;
-    block.page[j] = page_of(s, position, page_size);
-    block.row[j] = s.pages ? position % page_size : position;
-  }
-  return block;
-}
-
-constexpr int kMaxDim = 256;
+constexpr float kNever = -__builtin_inff(), kHidden = -0.0f;  // scores and weights of keys that a row does not keep
+constexpr int kMaxDim = 512;
 alignas(64) constexpr char kZeros[kMaxDim * sizeof(float)] = {};
 
-// Rows of one head of the cache; zeros stand for those beyond the last key, so that always as many can be read.
+// --- a step along the head dim
+
+// Vectors that one read gives. Those of bf16 are the lower and the upper halves of words of 32 bits, which takes one
+// instruction each; queries and sums lie in the same order.
 template <class T>
-struct Rows {
-  T const* at[kAtOnce];
+constexpr int kRead = 1;
+template <>
+constexpr int kRead<Bfloat16> = 2;
+template <class T>
+constexpr int kStep = kRead<T> * kLanes;
 
-  Rows(void const* cache, Strides const& strides, Block const& block, int j, int head) {
-    for (int x = 0; x < kAtOnce; ++x)
-      at[x] = j + x < block.keys ? static_cast<T const*>(cache) + block.page[j + x] * strides.batch +
-                                       block.row[j + x] * strides.row + head * strides.head
-                                 : reinterpret_cast<T const*>(kZeros);
+template <class T>
+inline void read(T const* p, Floats (&to)[1]) {
+  to[0] = load(p);
+}
+
+inline void read(Bfloat16 const* p, Floats (&to)[2]) {
+  Words const pairs = loaded<Words>(p);
+  to[0] = as_floats(pairs << 16);
+  to[1] = as_floats(pairs & 0xffff0000u);
+}
+
+// The first `count` numbers, and zeros.
+template <class T>
+inline void read_some(T const* p, int count, Floats (&to)[kRead<T>]) {
+  if (count == kStep<T>) return read(p, to);
+  T some[kStep<T>] = {};
+  __builtin_memcpy(some, p, count * sizeof(T));
+  read(some, to);
+}
+
+// A row of floats of padded(dim) numbers from the order of reads to that of the head dim, and back.
+template <class T>
+inline void put_in_order(float const* from, int64 width, float* to) {
+  for (int64 c = 0; c < width; c += kStep<T>)
+    for (int n = 0; n < kLanes; ++n)
+      for (int x = 0; x < kRead<T>; ++x) to[c + n * kRead<T> + x] = from[c + x * kLanes + n];
+}
+
+template <class T>
+inline void put_as_read(float const* from, int64 width, float* to) {
+  for (int64 c = 0; c < width; c += kStep<T>)
+    for (int n = 0; n < kLanes; ++n)
+      for (int x = 0; x < kRead<T>; ++x) to[c + x * kLanes + n] = from[c + n * kRead<T> + x];
+}
+
+// --- where the keys and values of a block lie
+
+// Rows of head 0. What follows the last key are zeros, so that whole groups can be read.
+struct Block {
+  int begin, keys;
+  int64 page[kKeys];
+  char const *k[kKeys], *v[kKeys];
+};
+
+void look_up(Params const& p, Sequence const& s, Range span, Block& block) {
+  constexpr int64 kBytes[] = {4, 2, 2, 1};  // by Dtype
+  int64 const bytes = kBytes[p.cache_dtype];
+  block.begin = span.begin;
+  block.keys = fa::larger(0, span.end - span.begin);
+  for (int j = 0; j < block.keys; ++j) {
+    int64 const position = fa::larger(span.begin + j, s.first_key), page = page_of(s, position, p.page_size);
+    int64 const row = s.pages ? position % p.page_size : position;
+    block.page[j] = page;
+    block.k[j] = static_cast<char const*>(p.k_cache) + (page * p.k_strides.batch + row * p.k_strides.row) * bytes;
+    block.v[j] = static_cast<char const*>(p.v_cache) + (page * p.v_strides.batch + row * p.v_strides.row) * bytes;
   }
+}
 
-  void prefetch(int dim) const {
-    for (T const* row : at)
-      for (int c = 0; c < dim; c += 64 / sizeof(T)) __builtin_prefetch(row + c);
+// Rows of one head, from key j on.
+template <class T, int COUNT>
+struct Rows {
+  T const* at[COUNT];
+
+  Rows(Block const& block, char const* const (&rows)[kKeys], int j, int64 offset) {
+    for (int n = 0; n < COUNT; ++n)
+      at[n] = reinterpret_cast<T const*>(j + n < block.keys ? rows[j + n] + offset * int64(sizeof(T)) : kZeros);
   }
 };
 
-// Calls step(c, read) for each vector of columns from c on; read(row) is that of a row, zeros beyond the head dim.
-template <class Step>
-inline void for_columns(int dim, Step const& step) {
-  int c = 0;
-  for (; c + kLanes <= dim; c += kLanes) step(c, [=](auto const* row) { return load(row + c); });
-  if (c < dim) step(c, [=](auto const* row) { return load_some(row + c, dim - c); });
-}
-
-// Scores of ROWS query rows and kAtOnce keys.
-template <int ROWS, class T>
-inline void multiply_queries(float const* q, Rows<T> const& k, int dim, float* scores) {
-  Floats sums[ROWS][kAtOnce] = {};
-  for_columns(dim, [&](int c, auto const& read) {
-    Floats keys[kAtOnce];
-    for (int n = 0; n < kAtOnce; ++n) keys[n] = read(k.at[n]);
-    for (int r = 0; r < ROWS; ++r) {
-      Floats const query = load(q + r * padded(dim) + c);
-      for (int n = 0; n < kAtOnce; ++n) sums[r][n] += query * keys[n];
-    }
-  });
-  for (int r = 0; r < ROWS; ++r) store_sums(sums[r], scores + r * kKeys);
-}
-
-// Adds the values of kAtOnce keys to the sums of ROWS query rows, by their weights.
-template <int ROWS, class T>
-inline void add_values(float const* weights, Rows<T> const& v, int dim, float* sums) {
-  for_columns(dim, [&](int c, auto const& read) {
-    Floats values[kAtOnce];
-    for (int n = 0; n < kAtOnce; ++n) values[n] = read(v.at[n]);
-    for (int r = 0; r < ROWS; ++r) {
-      float* const at = sums + r * padded(dim) + c;
-      Floats total = load(at);
-      for (int n = 0; n < kAtOnce; ++n) total += weights[r * kKeys + n] * values[n];
-      store(at, total);
-    }
-  });
-}
-
-constexpr int kRowsAtOnce = kLanes == 16 ? 4 : 2;  // of queries: their sums have to fit into registers
-
+// Calls step(how many, row) for rows row .. end - 1, as many together as there are. A constant has no address.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
-// Calls step(how many, row, j, rows of the cache) for every group of query rows and of keys, in the order in which the
-// keys lie in memory.
-template <class T, class Step>
-inline void for_groups(Params const& p, Sequence const& s, Block const& block, void const* cache,
-                       Strides const& strides, int dim, Step const& step) {
-  int const per_head = s.rows / int(p.heads_kv);
-  for (int j = 0; j < block.keys; j += kAtOnce)
-    for (int head = 0; head < p.heads_kv; ++head) {
-      Rows<T> const rows(cache, strides, block, j, head);
-      // Numbers of half the width come from memory more slowly than they are worked on; those of 4 bytes do not.
-      if (sizeof(T) < 4 && j + kAtOnce < block.keys) Rows<T>(cache, strides, block, j + kAtOnce, head).prefetch(dim);
-      int row = head * per_head, end = row + per_head;
-      for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) step(Count<kRowsAtOnce>{}, row, j, rows);
-      for (; row < end; ++row) step(Count<1>{}, row, j, rows);
+template <class Step>
+inline void for_rows(int row, int end, Step const& step) {
+  for (; row + 4 <= end; row += 4) step(Count<4>{}, row);
+  for (; row + 2 <= end; row += 2) step(Count<2>{}, row);
+  for (; row < end; ++row) step(Count<1>{}, row);
+}
+
+// --- scores
+
+// Scores of ROWS query rows and as many keys as make one vector of sums. While keys are read, what the other product
+// reads next is brought from memory: neither waits for it, and memory never rests.
+template <int ROWS, class T>
+__attribute__((noinline)) void multiply_queries(float const* q, T const* const* k, T const* const* ahead, int dim,
+                                                float* scores) {
+  constexpr int kCount = kLanes / ROWS;
+  int64 const width = padded(dim);
+  Floats sums[kLanes] = {};
+  auto const add = [&](int c, int n, Floats const(&key)[kRead<T>]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+      for (int x = 0; x < kRead<T>; ++x) sums[r * kCount + n] += load(q + r * width + c + x * kLanes) * key[x];
+  };
+  int c = 0;
+  for (; c + kStep<T> <= dim; c += kStep<T>) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kCount; ++n) {
+      Floats key[kRead<T>];
+      read(k[n] + c, key);
+      __builtin_prefetch(ahead[n] + c, 0, 2);
+      add(c, n, key);
     }
+  }
+  if (c < dim) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kCount; ++n) {
+      Floats key[kRead<T>];
+      read_some(k[n] + c, dim - c, key);
+      add(c, n, key);
+    }
+  }
+  Floats const found = sums_of(sums);
+  for (int r = 0; r < ROWS; ++r)
+    __builtin_memcpy(scores + r * kKeys, reinterpret_cast<float const*>(&found) + r * kCount, kCount * sizeof(float));
 }
 
 template <class T>
 void score_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch) {
-  int const dim = int(p.head_dim_qk);
-  for_groups<T>(p, s, block, p.k_cache, p.k_strides, dim, [&](auto count, int row, int j, Rows<T> const& keys) {
-    multiply_queries<count.value>(scratch.queries + row * padded(dim), keys, dim, scratch.scores + row * kKeys + j);
-  });
+  int const per_head = s.rows / int(p.heads_kv), dim = int(p.head_dim_qk);
+  for (int j = 0; j < block.keys; j += kLanes)
+    for (int head = 0; head < p.heads_kv; ++head) {
+      Rows<T, kLanes> const keys(block, block.k, j, head * p.k_strides.head);
+      Rows<T, kLanes> const values(block, block.v, j, head * p.v_strides.head);
+      int const first = head * per_head;
+      for_rows(first, first + per_head, [&](auto rows, int row) {
+        T const* const* const ahead = row == first ? values.at : keys.at;
+        for (int n = 0; n < kLanes; n += kLanes / rows.value)
+          multiply_queries<rows.value>(scratch.queries + row * padded(dim), keys.at + n, ahead + n, dim,
+                                       scratch.scores + row * kKeys + j + n);
+      });
+    }
 }
 
+// --- sums of values
+
+// Adds the values of `keys` keys, columns from c on, to the sums of ROWS query rows, by their weights.
+template <int ROWS, int VECTORS, class T, class Read>
+__attribute__((noinline)) void add_columns(float const* weights, T const* const* v, T const* const* ahead, int keys,
+                                           int c, float* sums, int64 width, Read const& read_at) {
+  Floats totals[ROWS][VECTORS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int x = 0; x < VECTORS; ++x) totals[r][x] = load(sums + r * width + c + x * kLanes);
+  for (int j = 0; j < keys; ++j) {
+    Floats values[VECTORS];
+#pragma GCC unroll 4
+    for (int x = 0; x < VECTORS; x += kRead<T>) {
+      read_at(v[j] + c + x * kLanes, reinterpret_cast<Floats(&)[kRead<T>]>(values[x]));
+      __builtin_prefetch(ahead[j] + c + x * kLanes, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      Floats const weight = broadcast(weights[r * kKeys + j]);
+#pragma GCC unroll 4
+      for (int x = 0; x < VECTORS; ++x) totals[r][x] += weight * values[x];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int x = 0; x < VECTORS; ++x) store(sums + r * width + c + x * kLanes, totals[r][x]);
+}
+
+template <int ROWS, class T>
+inline void add_values(float const* weights, T const* const* v, T const* const* ahead, int keys, int dim, float* sums) {
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // sums have to fit into registers
+  int64 const width = padded(dim);
+  auto const whole = [](T const* from, Floats(&to)[kRead<T>]) { read(from, to); };
+  int c = 0;
+  for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes)
+    add_columns<ROWS, kVectors>(weights, v, ahead, keys, c, sums, width, whole);
+  for (; c < dim; c += kStep<T>) {
+    int const count = fa::smaller(kStep<T>, dim - c);
+    add_columns<ROWS, kRead<T>>(weights, v, ahead, keys, c, sums, width,
+                                [=](T const* from, Floats(&to)[kRead<T>]) { read_some(from, count, to); });
+  }
+}
+
+// The values that a row keeps, alone: what the others hold must not reach it.
 template <class T>
-void add_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch, Part const& part) {
-  int const dim = int(p.head_dim_v);
-  for_groups<T>(p, s, block, p.v_cache, p.v_strides, dim, [&](auto count, int row, int j, Rows<T> const& values) {
-    add_values<count.value>(scratch.scores + row * kKeys + j, values, dim, part.sums + row * padded(dim));
-  });
+void add_kept_values(float const* weights, T const* const* v, int keys, int dim, float* sums) {
+  T const* kept[kKeys];
+  float of_kept[kKeys];
+  int count = 0;
+  for (int j = 0; j < keys; ++j) {
+    if (weights[j] == 0 && __builtin_signbit(weights[j])) continue;
+    kept[count] = v[j];
+    of_kept[count++] = weights[j];
+  }
+  add_values<1>(of_kept, kept, kept, count, dim, sums);
+}
+
+// `next` is the block whose keys are read after these values.
+template <class T>
+void add_block(Params const& p, Sequence const& s, Block const& block, Block const& next, Scratch const& scratch,
+               Part const& part, bool hides) {
+  int const per_head = s.rows / int(p.heads_kv), dim = int(p.head_dim_v);
+  for (int head = 0; head < p.heads_kv; ++head) {
+    Rows<T, kKeys> const values(block, block.v, 0, head * p.v_strides.head);
+    Rows<T, kKeys> const keys(next, next.k, 0, head * p.k_strides.head);
+    int const first = head * per_head;
+    for_rows(first, first + per_head, [&](auto rows, int row) {
+      float const* const weights = scratch.scores + row * kKeys;
+      float* const sums = part.sums + row * padded(dim);
+      if (hides)
+        for (int r = 0; r < rows.value; ++r)
+          add_kept_values<T>(weights + r * kKeys, values.at, block.keys, dim, sums + r * padded(dim));
+      else add_values<rows.value>(weights, values.at, row == first ? keys.at : values.at, block.keys, dim, sums);
+    });
+  }
+}
+
+// --- from scores to weights
+
+// ALiBi and the mask of a row of a tree, whose bits take the place of the right side of the band.
+void finish_in_tree(Params const& p, Sequence const& s, Block const& block, int head, int i, float* scores) {
+  Tree const tree = tree_of(p, s);
+  float const slope = p.slopes ? p.slopes[s.b * p.slopes_stride + head] : 0;
+  for (int j = 0; j < block.keys; ++j) {
+    int const key = block.begin + j, away = tree.depths ? tree.place(key) - tree.diagonal(i) : 0;
+    if (p.slopes) scores[j] -= slope * __builtin_fabsf(float(away));
+    if (key < s.first_key || away < -s.band.left || !tree.sees(i, key)) scores[j] = kNever;
+  }
+  for (int j = block.keys; j < kKeys; ++j) scores[j] = kNever;
 }
 
 // What the spec does with a score after the product: cap, bias, ALiBi, the band.
@@ -136,19 +264,25 @@ void finish_scores(Params const& p, Sequence const& s, Block const& block, int h
     for (int j = 0; j < block.keys; ++j)
       scores[j] *= p.k_scale[block.page[j] * p.k_scale_stride + head / (p.heads_q / p.heads_kv)];
   if (p.softcap > 0)
-    for (int j = 0; j < block.keys; ++j) scores[j] = float(p.softcap) * __builtin_tanhf(scores[j] / float(p.softcap));
+    for (int j = 0; j < kKeys; j += kLanes)
+      store(scores + j, float(p.softcap) * hyperbolic_tangent(load(scores + j) / float(p.softcap)));
   if (p.bias) {
-    float const* bias = p.bias + s.b * p.bias_batch + head * p.bias_head + i * p.bias_row + block.begin * p.bias_key;
-    for (int j = 0; j < block.keys; ++j) scores[j] += bias[j * p.bias_key];
+    float const* bias =
+        p.bias + s.b * p.bias_batch + head * p.bias_head + (s.first_query + i) * p.bias_row + block.begin * p.bias_key;
+    for (int j = 0; j < block.keys; ++j) {
+      float const x = bias[j * p.bias_key];
+      scores[j] = x == kNever ? kNever : scores[j] + x;
+    }
   }
+  if (p.tree) return finish_in_tree(p, s, block, head, i, scores);
   if (p.slopes) {
     float const slope = p.slopes[s.b * p.slopes_stride + head];
     int const diagonal = s.band.diagonal + i;
     for (int j = 0; j < block.keys; ++j) scores[j] -= slope * __builtin_fabsf(float(block.begin + j - diagonal));
   }
   Range const kept = fa::tile_range(s.band, i, i + 1);
-  for (int j = 0; j < block.keys; ++j)
-    if (!fa::contains(kept, block.begin + j)) scores[j] = kNever;
+  if (!fa::contains(kept, {block.begin, block.begin + block.keys}))
+    for (int j = 0; j < block.keys; ++j) scores[j] = fa::contains(kept, block.begin + j) ? scores[j] : kNever;
   for (int j = block.keys; j < kKeys; ++j) scores[j] = kNever;
 }
 
@@ -158,63 +292,90 @@ bool has_nan(float const* scores) {
   return found;
 }
 
-// Scores become weights; the sums of the row so far are brought to its new largest score. NaN is passed on.
-void soften(float* scores, int row, int64 width, Part const& part) {
-  Floats most = load(scores);
-  for (int j = kLanes; j < kKeys; j += kLanes) most = larger(most, load(scores + j));
+constexpr float kToPower = float(kLog2E);
+
+// Scores become weights; the sums of the row so far are brought to its new largest score. NaN is passed on. `hidden`
+// counts the keys, lane by lane, that the row does not keep.
+void soften(float* scores, int row, int64 width, Part const& part, Ints& hidden) {
+  Floats const never = broadcast(kNever);
+  Floats most = never;
+  for (int j = 0; j < kKeys; j += kLanes) {
+    Floats const score = load(scores + j);
+    most = larger(score, most);
+    hidden -= score == never;
+  }
   float const before = part.most[row];
   float after = __builtin_fmaxf(before, largest(most));
   if (after == kNever) {  // nothing kept so far, or nothing that has an order
     if (!has_nan(scores)) {
-      for (int j = 0; j < kKeys; ++j) scores[j] = 0;
+      for (int j = 0; j < kKeys; ++j) scores[j] = kHidden;
       return;
     }
     after = 0;
   }
   Floats total{};
   for (int j = 0; j < kKeys; j += kLanes) {
-    Floats const weight = exponential(load(scores + j) - after);
+    Floats const score = load(scores + j), weight = power_of_2<6>((score - after) * kToPower);
     total += weight;
-    store(scores + j, weight);
+    store(scores + j, score == never ? broadcast(kHidden) : weight);
   }
-  float const kept = __builtin_expf(before - after);
+  float const kept = before == after ? 1 : power_of_2<6>(broadcast((before - after) * kToPower))[0];
   part.total[row] = part.total[row] * kept + sum(total);
   part.most[row] = after;
   if (kept == 1) return;
   for (int64 c = row * width; c < (row + 1) * width; c += kLanes) store(part.sums + c, load(part.sums + c) * kept);
 }
 
-void weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch, Part const& part) {
+// Whether a row does not keep a key of the block.
+bool weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch, Part const& part) {
+  Ints hidden{};
   for (int row = 0; row < s.rows; ++row) {
     int const head = row / s.band.s_q, i = row % s.band.s_q;
     float* scores = scratch.scores + row * kKeys;
     finish_scores(p, s, block, head, i, scores);
-    soften(scores, row, padded(p.head_dim_v), part);
-    if (p.v_scale)
-      for (int j = 0; j < block.keys; ++j)
-        scores[j] *= p.v_scale[block.page[j] * p.v_scale_stride + head / (p.heads_q / p.heads_kv)];
+    soften(scores, row, padded(p.head_dim_v), part, hidden);
+    if (!p.v_scale) continue;
+    float const* const scale = p.v_scale + head / (p.heads_q / p.heads_kv);
+    for (int j = 0; j < block.keys; ++j)
+      if (scores[j] != 0) scores[j] *= scale[block.page[j] * p.v_scale_stride];
   }
+  int64 found = 0;
+  for (int n = 0; n < kLanes; ++n) found += hidden[n];
+  return found != int64(s.rows) * (kKeys - block.keys);
 }
 
-template <class T>
+// Rows of queries times `scale`, in the order in which keys of type T are read.
+template <class T, class Q>
 void read_queries(Params const& p, Sequence const& s, float* queries) {
-  T const* q = static_cast<T const*>(p.q) + (p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch);
+  int64 const first =
+      p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch + s.first_query * p.q_strides.row;
+  Q const* const q = static_cast<Q const*>(p.q) + first;
   int const dim = int(p.head_dim_qk);
+  int64 const width = padded(dim);
   for (int row = 0; row < s.rows; ++row) {
-    T const* from = q + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
+    Q const* from = q + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
+    float in_order[kMaxDim] = {};
     for (int c = 0; c < dim; c += kLanes)
-      store(queries + row * padded(dim) + c,
-            (c + kLanes <= dim ? load(from + c) : load_some(from + c, dim - c)) * float(p.scale));
+      store(in_order + c, (c + kLanes <= dim ? load(from + c) : load_some(from + c, dim - c)) * float(p.scale));
+    put_as_read<T>(in_order, width, queries + row * width);
   }
 }
 
 template <class T>
 void attend_to(Params const& p, Sequence const& s, Range keys, Scratch const& scratch, Part const& part) {
-  for (int begin = keys.begin; begin < keys.end; begin += kKeys) {
-    Block const block = block_at(p, s, {begin, fa::smaller(begin + kKeys, keys.end)});
+  switch (p.dtype) {
+    case kFloat32: read_queries<T, float>(p, s, scratch.queries); break;
+    case kBfloat16: read_queries<T, Bfloat16>(p, s, scratch.queries); break;
+    default: read_queries<T, Float16>(p, s, scratch.queries);
+  }
+  Block blocks[2];
+  look_up(p, s, {keys.begin, fa::smaller(keys.begin + kKeys, keys.end)}, blocks[0]);
+  for (int begin = keys.begin, n = 0; begin < keys.end; begin += kKeys, n ^= 1) {
+    Block const &block = blocks[n], &next = blocks[n ^ 1];
+    look_up(p, s, {begin + kKeys, fa::smaller(begin + 2 * kKeys, keys.end)}, blocks[n ^ 1]);
     score_block<T>(p, s, block, scratch);
-    weigh_block(p, s, block, scratch, part);
-    add_block<T>(p, s, block, scratch, part);
+    bool const hides = weigh_block(p, s, block, scratch, part);
+    add_block<T>(p, s, block, next, scratch, part, hides);
   }
 }
 
@@ -223,11 +384,6 @@ void attend(Params const& p, Sequence const& s, Range keys, Scratch scratch, Par
   for (int row = 0; row < s.rows; ++row) {
     part.most[row] = kNever;
     part.total[row] = 0;
-  }
-  switch (p.dtype) {
-    case kFloat32: read_queries<float>(p, s, scratch.queries); break;
-    case kBfloat16: read_queries<Bfloat16>(p, s, scratch.queries); break;
-    default: read_queries<Float16>(p, s, scratch.queries);
   }
   switch (p.cache_dtype) {
     case kFloat32: return attend_to<float>(p, s, keys, scratch, part);
@@ -238,8 +394,10 @@ void attend(Params const& p, Sequence const& s, Range keys, Scratch scratch, Par
 }
 
 template <class T>
-void write_row(float* sums, int dim, float factor, T* out) {
-  for (int c = 0; c < dim; ++c) round_to(sums[c] * factor, out + c);
+void write_row(float const* sums, int dim, float factor, T* out) {
+  int c = 0;
+  for (; c + kLanes <= dim; c += kLanes) store(out + c, load(sums + c) * factor);
+  for (; c < dim; ++c) round_to(sums[c] * factor, out + c);
 }
 
 // One query row: its parts added up, brought to one largest score. The sink is a weight without a value.
@@ -258,6 +416,11 @@ void join_row(Params const& p, Sequence const& s, float* parts, int count, int r
     float const* const from = part(n).sums + row * width;
     for (int c = 0; c < width; c += kLanes) store(sums + c, load(sums + c) + kept * load(from + c));
   }
+  if (p.cache_dtype == kBfloat16) {
+    float as_read[kMaxDim];
+    __builtin_memcpy(as_read, sums, sizeof sums);
+    put_in_order<Bfloat16>(as_read, width, sums);
+  }
   int64 const at = ((s.first_row + i) * p.heads_q + head) * dim;
   float const factor = most == kNever ? 0 : 1 / total;
   switch (p.dtype) {
@@ -265,7 +428,8 @@ void join_row(Params const& p, Sequence const& s, float* parts, int count, int r
     case kBfloat16: write_row(sums, dim, factor, static_cast<Bfloat16*>(p.out) + at); break;
     default: write_row(sums, dim, factor, static_cast<Float16*>(p.out) + at);
   }
-  int64 const lse_at = p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + i;
+  int64 const lse_at =
+      p.cu_seqlens_q ? head * p.rows_q + s.first_row + i : (s.b * p.heads_q + head) * p.rows_q + s.first_query + i;
   p.lse[lse_at] = most == kNever ? kNever : most + __builtin_logf(total);
 }
 

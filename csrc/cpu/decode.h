@@ -13,8 +13,7 @@
 namespace fa::cpu {
 
 constexpr int kKeys = 64;  // keys of a block: their scores are in memory at a time
-constexpr int kAlign = 16;  // rows of floats in scratch memory are multiples of this, the widest vector
-constexpr int kAtOnce = 4;  // keys that one pass over the head dim works on
+constexpr int kAlign = 32;  // rows of floats in scratch memory are multiples of this, two of the widest vectors
 
 static inline int64 padded(int64 n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
@@ -25,6 +24,8 @@ struct Sequence {
   int32 const* pages;  // of its positions from first_page * page_size on; null: it owns page b
   int64 first_page;
   int64 first_row;  // of its queries, in a tensor (B * S_q | T_q, H_q, D)
+  int first_query;  // where it stands for some rows of a longer sequence: the first of them
+  int first_key;  // keys before it are not read; a block that begins earlier has this one in their place
   Band band;  // with s_q and s_kv
   int rows;  // H_q * s_q query rows, those of a key/value head following each other: h * s_q + i
 };

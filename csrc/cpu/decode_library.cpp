@@ -12,9 +12,13 @@ namespace fa::cpu {
 constexpr int64 kParts = 64;          // about so many parts are enough for the threads of any machine
 constexpr int64 kLeastKeys = 128;     // of a part: fewer are not worth the joining
 constexpr int64 kSmall = 1 << 17;     // numbers of keys and values that one thread reads before others have woken up
+// Of batch-invariant calls: parts begin at multiples of so many keys, and so many query rows of each sequence are
+// computed at a time, so that memory does not grow with a prompt.
+constexpr int kFixedKeys = 512, kFixedRows = 32;
+static_assert(kFixedKeys % kKeys == 0, "blocks lie at fixed positions, too");
 
 struct Task {
-  Sequence sequence;
+  Sequence whole, sequence;  // and the rows of it that are being computed
   Range keys;        // that some row keeps
   int first_part, parts;
   int64 memory;      // where its parts begin, in floats
@@ -42,6 +46,11 @@ static Task& task_of(Call const& call, int part) {
   return call.tasks[begin];
 }
 
+// The first key of a task's parts.
+static int64 origin_of(Call const& call, Task const& task) {
+  return call.params.invariant ? task.keys.begin / kFixedKeys * kFixedKeys : task.keys.begin;
+}
+
 static void work(void* data) {
   Call& call = *static_cast<Call*>(data);
   Params const& p = call.params;
@@ -57,7 +66,7 @@ static void work(void* data) {
     int const index = n - task.first_part;
     int64 const step = part_floats(s.rows, p.head_dim_v);
     float* const parts = call.parts + task.memory;
-    int64 const begin = task.keys.begin + index * call.keys_per_part, end = begin + call.keys_per_part;
+    int64 const begin = origin_of(call, task) + index * call.keys_per_part, end = begin + call.keys_per_part;
     Range const keys = {int(begin), int(end < task.keys.end ? end : task.keys.end)};
     call.kernels.attend(p, s, keys, scratch_at(scratch, s.rows, p.head_dim_qk),
                         part_at(parts + index * step, s.rows, p.head_dim_v));
@@ -76,7 +85,7 @@ static bool read_sequence(Params const& p, int b, int64 first, Sequence& s) {
   int64 const have = once(p.cache_lengths + b), s_kv = have + (p.rows_new < 0 ? s_q : p.rows_new);
   if (have < 0 || s_q < 0 || s_q > p.longest_q || first + s_q > rows_in_all(p) || s_kv > p.capacity) return false;
   Band const band = make_band(int(p.left), int(p.right), true, int(s_q), int(s_kv));
-  s = {b, int(have), nullptr, 0, first, band, int(p.heads_q * s_q)};
+  s = {b, int(have), nullptr, 0, first, 0, 0, band, int(p.heads_q * s_q)};
   return true;
 }
 
@@ -214,11 +223,12 @@ static bool plan(Call& call, int64 keys) {
   Params const& p = call.params;
   int64 floats = 0;
   int64 const even = (keys / kParts + kKeys - 1) / kKeys * kKeys;
-  call.keys_per_part = even > kLeastKeys ? even : kLeastKeys;
+  call.keys_per_part = p.invariant ? kFixedKeys : even > kLeastKeys ? even : kLeastKeys;
+  call.part_count = 0;
   for (int b = 0; b < call.task_count; ++b) {
     Task& task = call.tasks[b];
-    int64 const length = task.keys.end - task.keys.begin;
-    task.parts = int(length ? (length + call.keys_per_part - 1) / call.keys_per_part : 1);
+    int64 const length = task.keys.end - origin_of(call, task);
+    task.parts = int(length > 0 ? (length + call.keys_per_part - 1) / call.keys_per_part : task.sequence.rows > 0);
     task.left = task.parts;
     task.first_part = call.part_count;
     task.memory = floats;
@@ -230,17 +240,47 @@ static bool plan(Call& call, int64 keys) {
   return call.parts != nullptr;
 }
 
+// Takes from each sequence the rows from `first` on.
+static void take_rows(Call& call, int first) {
+  for (int b = 0; b < call.task_count; ++b) {
+    Task& task = call.tasks[b];
+    Sequence const& whole = task.whole;
+    Sequence& s = task.sequence = whole;
+    int const count = larger(0, smaller(kFixedRows, whole.band.s_q - first));
+    s.first_query = first;
+    s.first_row += first;
+    s.rows = int(call.params.heads_q) * count;
+    s.band.diagonal += first;
+    s.band.s_q = count;
+    // a tree counts depths, which may be anywhere in it
+    task.keys = call.params.tree ? tile_range(whole.band, 0, count ? whole.band.s_q : 0) : tile_range(s.band, 0, count);
+    s.first_key = task.keys.begin;
+  }
+}
+
+static bool attend(Call& call, int64 keys) {
+  Params const& p = call.params;
+  bool const is_small = keys * p.heads_kv * (p.head_dim_qk + p.head_dim_v) < kSmall;
+  int64 const threads = p.threads < call.part_count ? p.threads : call.part_count;
+  call.next = 0;
+  on_threads(is_small ? 1 : threads, work, &call);
+  return !call.has_failed;
+}
+
 static Outcome run(Call& call) {
   Params const& p = call.params;
   int64 const keys = look_up(call);
   if (keys < 0) return kWrongValues;
   if (Outcome const outcome = look_up_pages(call)) return outcome;
-  if (!plan(call, keys)) return kNoMemory;
-  if (!append(call)) return kNoMemory;
-  bool const is_small = keys * p.heads_kv * (p.head_dim_qk + p.head_dim_v) < kSmall;
-  int64 const threads = p.threads < call.part_count ? p.threads : call.part_count;
-  on_threads(is_small ? 1 : threads, work, &call);
-  return call.has_failed ? kNoMemory : kDone;
+  if (!p.invariant) return plan(call, keys) && append(call) && attend(call, keys) ? kDone : kNoMemory;
+  for (int b = 0; b < call.task_count; ++b) call.tasks[b].whole = call.tasks[b].sequence;
+  take_rows(call, 0);
+  if (!plan(call, keys) || !append(call)) return kNoMemory;
+  for (int first = 0; first < p.longest_q; first += kFixedRows) {
+    take_rows(call, first);
+    if (!plan(call, keys) || !attend(call, keys)) return kNoMemory;
+  }
+  return kDone;
 }
 
 static Outcome decode(Params const& params) {

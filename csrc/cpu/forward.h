@@ -34,6 +34,7 @@ class Forward {
     k_ = arena.take<Word>(packed_ * dim_qk_);
     v_ = arena.take<Word>(packed_ / Op::kPerWord * columns_);
     wild_ = arena.take<bool>(packed_ / kPanel<Word>);
+    ranges_ = arena.take<Range>(p.intervals_count * kForwardRows);
     runs_ = arena.take<Ids>(p.segments_q ? Segments::runs(item.unit.band.s_kv) : 0);
     rows_ = arena.take<Word>(kPanel<Word> * (row_words_ > value_row_words_ ? row_words_ : value_row_words_));
     queries_ = arena.take<Word>(kForwardRows * row_words_);
@@ -55,6 +56,7 @@ class Forward {
 
  private:
   void begin() {
+    if (p_.intervals) narrow();
     if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
     packed_to_ = keys_.begin;
   }
@@ -72,7 +74,28 @@ class Forward {
   struct Row {
     int head, i;
     Range kept;
+    Ranges ranges;  // where a call has intervals: within the band
   };
+
+  // Vectors of keys of which a strip keeps some, and where their columns lie in it, one piece after the other.
+  struct Piece {
+    Range keys;
+    int column;
+
+    int first() const { return keys.begin / kCount<Word> * kCount<Word>; }
+    int columns() const { return int(rounded_up(keys.end, kCount<Word>)) - first(); }
+    int origin() const { return first() - column; }  // the key of column 0
+  };
+
+  // Leaves out the keys at both ends that intervals hide from all rows.
+  void narrow() {
+    Range all{0, 0};
+    int const heads = scores_.intervals.differ_by_head() ? scores_.group() : 1;
+    for (int head = scores_.first_head(); head < scores_.first_head() + heads; ++head)
+      for (int i = item_.rows.begin; i < item_.rows.end; ++i)
+        all = hull(all, scores_.intervals.hull(head, i, scores_.kept(i)));
+    keys_ = {all.begin / kPanel<Word> * kPanel<Word>, all.end};
+  }
 
   // Packs the keys and values before `end` that are not yet, and sees to it that those which follow are at hand.
   void pack_to(int end) {
@@ -116,6 +139,7 @@ class Forward {
   // Rows first .. of the heads from `head` on, one head after the other.
   void run_tile(int head, int first, int count) {
     Range const keys = begin_tile(head, first, count);
+    if (has_gaps_) return run_pieces(count);
     for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
       for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
     write(count);
@@ -125,9 +149,16 @@ class Forward {
   Range begin_tile(int head, int first, int count) {
     int const rows = item_.rows.end - item_.rows.begin;
     Range keys{0, 0};
+    has_gaps_ = false;
     for (int r = 0; r < count; ++r) {
       int const i = item_.rows.begin + (first + r) % rows;
-      row_[r] = {head + (first + r) / rows, i, scores_.kept(i)};
+      row_[r] = {head + (first + r) / rows, i, scores_.kept(i), {}};
+      if (p_.intervals) {
+        Row& row = row_[r];
+        row.ranges = scores_.intervals.read(row.head, i, row.kept, ranges_ + r * p_.intervals_count);
+        row.kept = row.ranges.hull();
+        has_gaps_ |= row.ranges.count > 1;
+      }
       state_.most[r] = kNever<Word>;
       state_.total[r] = 0;
       sinks_[r] = scores_.sink(row_[r].head);
@@ -146,6 +177,112 @@ class Forward {
     return keys;
   }
 
+  // Rows with gaps: each strip takes the vectors of keys that it keeps, as many as it holds at a time.
+  void run_pieces(int count) {
+    for (int& next : next_) next = 0;
+    for (bool is_left = true; is_left;) {
+      is_left = false;
+      for (int r = 0; r < count; r += kTileRows) is_left |= run_pieces_of(r, fa::smaller(kTileRows, count - r));
+    }
+    write(count);
+  }
+
+  // Of rows r .., from where they have not been yet; whether something was left.
+  bool run_pieces_of(int r, int count) {
+    int const columns = take_pieces(r, count);
+    if (!columns) return false;
+    bool const is_first = !started_[r / kTileRows];
+    started_[r / kTileRows] = true;
+    for (int m = 0; m < pieces_; ++m) {
+      int const first = piece_[m].first(), begin = first / kPanel<Word> * kPanel<Word>;
+      multiply_keys(count, queries_ + r * row_words_, k_, begin, {first - begin, first - begin + piece_[m].columns()},
+                    strip_ + (begin - piece_[m].origin()));
+    }
+    for (int n = r; n < r + count; ++n) weigh_pieces(n, strip_ + (n - r) * kStrip, n - r, columns, is_first);
+    upcoming_.step(3 * kTileRows);
+    prefetch_->step(rows_at_once_);
+    for (int m = 0; m < pieces_; ++m) {
+      Piece const& piece = piece_[m];
+      int64 const skipped = (piece.keys.begin - piece.first()) / Op::kPerWord;  // words whose weights are zero
+      int64 const depth = (piece.keys.end - piece.first() + Op::kPerWord - 1) / Op::kPerWord - skipped;
+      int const key = piece.first() + int(skipped) * Op::kPerWord;
+      int64 const word = piece.column / Op::kPerWord + skipped;
+      if (is_first && m == 0) multiply_values<false>(r, count, key, word, depth);
+      else multiply_values<true>(r, count, key, word, depth);
+      if (has_wild_) add_wild_values(r, count, piece.origin(), piece.keys);
+    }
+    return true;
+  }
+
+  // The pieces that follow those which were taken; how many columns they have.
+  int take_pieces(int r, int count) {
+    Ranges left[kTileRows];
+    for (int n = 0; n < count; ++n) left[n] = row_[r + n].ranges;
+    int columns = 0;
+    int& done = next_[r / kTileRows];
+    for (pieces_ = 0; columns < kMostKeys; ++pieces_) {
+      int begin = item_.unit.band.s_kv;
+      for (int n = 0; n < count; ++n) {
+        drop_before(done, left[n]);
+        if (left[n].count) begin = fa::smaller(begin, fa::larger(done, left[n].at[0].begin));
+      }
+      if (begin == item_.unit.band.s_kv) break;
+      Piece& piece = piece_[pieces_] = {{begin, begin}, columns};
+      piece.keys.end = grown(begin, left, count, piece.first() + kMostKeys - columns);
+      columns += piece.columns();
+      done = piece.keys.end;
+    }
+    return columns;
+  }
+
+  static void drop_before(int key, Ranges& ranges) {
+    for (; ranges.count && ranges.at[0].end <= key; --ranges.count) ++ranges.at;
+  }
+
+  // Where a piece ends that takes in what rows keep, at most up to `limit`, and skips no whole vector.
+  static int grown(int end, Ranges const* rows, int count, int limit) {
+    for (int before = -1; before != end;) {
+      before = end;
+      for (int n = 0; n < count; ++n)
+        for (int m = 0; m < rows[n].count; ++m) {
+          Range const range = rows[n].at[m];
+          if (range.begin >= fa::smaller(limit, int(rounded_up(end, kCount<Word>)) + kCount<Word>)) break;
+          end = fa::smaller(limit, fa::larger(end, range.end));
+        }
+    }
+    return end;
+  }
+
+  // Products of row n with all pieces become weights; its ranges before the end of the last one are done.
+  void weigh_pieces(int n, Word* scores, int line, int columns, bool is_first) {
+    Row& row = row_[n];
+    Word most = kNever<Word>;
+    for (int m = 0; m < pieces_; ++m) {
+      Piece const& piece = piece_[m];
+      drop_before(piece.keys.begin, row.ranges);
+      Ranges const ranges = those_in(row.ranges, piece.keys);
+      bool const is_whole = scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1;
+      with_terms(is_whole ? kBand : scores_.terms, [&](auto terms) {
+        Word const found = finish_piece<terms>(row, piece, ranges, scores);
+        most = found > most ? found : most;
+      });
+    }
+    drop_before(piece_[pieces_ - 1].keys.end, row.ranges);
+    Word const shrink = soften<Op>(scores, columns, most, scores_.to_exponent, dropped_in_pieces(row), state_, n,
+                                   weights_ + line * kStrip);
+    if (!is_first) shrink_sums(n, shrink);
+  }
+
+  template <Terms TERMS>
+  Word finish_piece(Row const& row, Piece const& piece, Ranges ranges, Word* scores) {
+    int const origin = piece.origin();
+    Range const kept = common(ranges.hull(), piece.keys);
+    Range const columns = is_empty(kept) ? kept : Range{kept.begin - origin, kept.end - origin};
+    auto described = scores_.row(row.head, row.i, origin, columns);
+    if (ranges.count > 1) scores_.hide_gaps(described, ranges, origin);
+    return Scores<Word>::template finish<TERMS>(described, {piece.column, piece.column + piece.columns()}, scores);
+  }
+
   // Where results of these rows go, and the queries that follow.
   void prefetch_rows(int head, int i, int count) {
     int64 const bytes = bytes_of(p_.dtype);
@@ -153,11 +290,6 @@ class Forward {
     int const left = item_.rows.end - i - count;
     if (left > 0 && upcoming_.streams() < 3)
       upcoming_.add(from_row(tensors_.q(head), i + count), fa::smaller(left, kForwardRows), p_.head_dim_qk * bytes);
-  }
-
-  static Range hull(Range a, Range b) {
-    if (is_empty(a) || is_empty(b)) return is_empty(a) ? b : a;
-    return {fa::smaller(a.begin, b.begin), fa::larger(a.end, b.end)};
   }
 
   Seen seen_by_strip(int r, int count, int begin) const {
@@ -173,7 +305,7 @@ class Forward {
     Range const keys = seen.keys;
     if (is_empty(keys)) return;
     prefetch_terms(r, count, keys);
-    Range const columns = columns_of(keys, begin);
+    Range const columns = columns_of<Word>(keys, begin);
     multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, strip_);
     bool const is_first = !started_[r / kTileRows];
     started_[r / kTileRows] = true;
@@ -185,15 +317,7 @@ class Forward {
   }
 
   void prefetch_terms(int r, int count, Range keys) const {
-    for (int n = r; n < r + count; ++n) {
-      scores_.prefetch_bias(row_[n].head, row_[n].i, keys);
-      if (row_[n].i + count < item_.unit.band.s_q) scores_.prefetch_mask(row_[n].head, row_[n].i + count, keys);
-    }
-  }
-
-  // Whole vectors that hold `keys`, counted from the first key of a block.
-  static Range columns_of(Range keys, int begin) {
-    return {(keys.begin - begin) / kCount<Word> * kCount<Word>, int(rounded_up(keys.end - begin, kCount<Word>))};
+    for (int n = r; n < r + count; ++n) scores_.prefetch_terms(row_[n].head, row_[n].i, count, keys);
   }
 
   // A strip's weights times values, added to its sums.
@@ -233,10 +357,14 @@ class Forward {
       Word const shrink =
           soften<Op>(scores + columns.begin, columns.end - columns.begin, most, scores_.to_exponent,
                      dropped(row, begin + columns.begin, begin + columns.end), state_, r + n, weights_ + n * kStrip);
-      if (is_first || shrink == 1) continue;
-      Word* const sums = sums_ + (r + n) * columns_;
-      for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, load(sums + c) * shrink);
+      if (!is_first) shrink_sums(r + n, shrink);
     }
+  }
+
+  void shrink_sums(int r, Word shrink) {
+    if (shrink == 1) return;
+    Word* const sums = sums_ + r * columns_;
+    for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, load(sums + c) * shrink);
   }
 
   // Dropout's bits of the keys first .. end - 1.
@@ -245,6 +373,18 @@ class Forward {
     int const begin = first / 32 * 32;
     random_bits(p_.rng_state, item_.unit.b * p_.heads_q + row.head, row.i, begin, end, bits_);
     return {bits_ + (first - begin), int(p_.dropout_threshold)};
+  }
+
+  // Those of the columns of all pieces.
+  Dropped dropped_in_pieces(Row const& row) {
+    if (!p_.dropout_threshold) return {nullptr, 0};
+    uint16 bits[kMostKeys + 2 * kBitsAtOnce];
+    for (int m = 0; m < pieces_; ++m) {
+      int const first = piece_[m].first(), begin = first / 32 * 32, columns = piece_[m].columns();
+      random_bits(p_.rng_state, item_.unit.b * p_.heads_q + row.head, row.i, begin, first + columns, bits);
+      __builtin_memcpy(bits_ + piece_[m].column, bits + (first - begin), columns * sizeof(uint16));
+    }
+    return {bits_, int(p_.dropout_threshold)};
   }
 
   template <bool ADD>
@@ -295,7 +435,7 @@ class Forward {
   int64 packed_;     // how many, in whole panels
   Word *k_, *v_;     // panels of keys [words of a row][kPanel]; panels of columns of values
   bool* wild_;       // of each panel of keys: whether a value is
-  bool has_wild_ = false;
+  bool has_wild_ = false, has_gaps_ = false;  // has_gaps_: a row of the tile keeps several ranges
   double v_factor_ = 1;
   Ids* runs_;
   Word *rows_, *queries_, *sums_, *strip_, *weights_;
@@ -305,7 +445,11 @@ class Forward {
   int packed_to_ = 0;  // keys before this one are packed
   int64 rows_at_once_ = 0;
   Row row_[kForwardRows];
+  Range* ranges_;
+  Piece piece_[kMostKeys / kCount<Word>];
+  int pieces_ = 0;
   bool started_[kForwardRows / kTileRows];
+  int next_[kForwardRows / kTileRows];  // the key that a strip's pieces go on with
   RowState<Word, kForwardRows> state_;
   FinishedRows<Word, kForwardRows> finished_;
   alignas(64) Word sinks_[kForwardRows];

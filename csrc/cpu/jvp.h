@@ -39,10 +39,18 @@ class ForwardJvp {
     Range const keys = given_.begin_tile(head, first, count);
     along_.begin_tile(head, first, count);
     for (int r = 0; r < count; ++r) read_terms(r);
-    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
+    int const step = given_.has_gaps_ ? kPanel<Word> : kMostKeys;
+    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += step) {
+      Range const keys_of_step{begin, begin + step};
+      for (int r = 0; r < count && given_.has_gaps_; ++r)
+        given_.row_[r].kept = common(ranges_in(r, keys_of_step).hull(), keys_of_step);
       for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
+    }
     for (int r = 0; r < count; ++r) write(r);
   }
+
+  // What a row keeps of some keys where a call has intervals.
+  Ranges ranges_in(int r, Range keys) const { return those_in(given_.row_[r].ranges, keys); }
 
   void read_terms(int r) {
     int64 const at = lse_at(r);
@@ -59,9 +67,9 @@ class ForwardJvp {
     Range const keys = seen.keys;
     if (is_empty(keys)) return;
     given_.prefetch_terms(r, count, keys);
-    Range const columns = given_.columns_of(keys, begin);
+    Range const columns = columns_of<Word>(keys, begin);
     multiply_keys(r, count, begin, columns);
-    if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias)
+    if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias && !given_.has_gaps_)
       weigh_rows<kBand>(r, count, begin, columns, keys);
     else weigh_rows<kAll>(r, count, begin, columns, keys);
     given_.upcoming_.step(3 * kTileRows);
@@ -91,7 +99,12 @@ class ForwardJvp {
       auto const& row = given_.row_[r + n];
       Range const both = common(row.kept, keys);
       Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
-      weigh_row<TERMS>(r + n, n * given_.kStrip, columns, given_.scores_.row(row.head, row.i, begin, kept),
+      auto described = given_.scores_.row(row.head, row.i, begin, kept);
+      if (TERMS != kBand && given_.has_gaps_ && !is_empty(both)) {
+        Ranges const ranges = ranges_in(r + n, row.kept);
+        if (ranges.count > 1) given_.scores_.hide_gaps(described, ranges, begin);
+      }
+      weigh_row<TERMS>(r + n, n * given_.kStrip, columns, described,
                        moving_row(tangents_, row.head, row.i, begin, kept),
                        given_.dropped(row, begin + columns.begin, begin + columns.end));
     }

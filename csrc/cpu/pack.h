@@ -180,22 +180,11 @@ void tame_rows(Matrix<typename Op::Word> rows, int64 count, int64 dim, double fa
   }
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define FA_SHUFFLE_WORDS(Word, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define FA_SHUFFLE_WORDS(Word, a, b, ...) __builtin_shuffle(a, b, Integers<Word>{__VA_ARGS__})
-#endif
-
-template <class Word, int STEP, int... LANE>
-inline void exchange(Vector<Word>* rows, std::integer_sequence<int, LANE...>) {
-  constexpr int kLast = kCount<Word>;
+template <class Word, int STEP>
+inline void exchange_rows(Vector<Word>* rows) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLast; ++i) {
-    if (i & STEP) continue;
-    Vector<Word> const a = rows[i], b = rows[i + STEP];
-    rows[i] = FA_SHUFFLE_WORDS(Word, a, b, ((LANE & STEP) ? kLast + LANE - STEP : LANE)...);
-    rows[i + STEP] = FA_SHUFFLE_WORDS(Word, a, b, ((LANE & STEP) ? kLast + LANE : LANE + STEP)...);
-  }
+  for (int i = 0; i < kCount<Word>; ++i)
+    if (!(i & STEP)) exchange<Word, STEP>(rows[i], rows[i + STEP], LaneSequence<Word>{});
 }
 
 // to[c][r] = from[r][c] for as many rows as a vector has lanes; `from` can be read up to a whole vector of columns.
@@ -206,10 +195,10 @@ __attribute__((noinline)) void transpose(Matrix<Word const> from, int64 columns,
     Vector<Word> rows[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) rows[i] = load(from.at + i * from.stride + c);
-    exchange<Word, 1>(rows, LaneSequence<Word>{});
-    if constexpr (kRows > 2) exchange<Word, 2>(rows, LaneSequence<Word>{});
-    if constexpr (kRows > 4) exchange<Word, 4>(rows, LaneSequence<Word>{});
-    if constexpr (kRows > 8) exchange<Word, 8>(rows, LaneSequence<Word>{});
+    exchange_rows<Word, 1>(rows);
+    if constexpr (kRows > 2) exchange_rows<Word, 2>(rows);
+    if constexpr (kRows > 4) exchange_rows<Word, 4>(rows);
+    if constexpr (kRows > 8) exchange_rows<Word, 8>(rows);
     int64 const some = columns - c < kRows ? columns - c : kRows;
     if (some == kRows) {
 #pragma GCC unroll 16

@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 1, kAttentionVersion = 3;
+constexpr int64 kVersion = 2, kAttentionVersion = 4;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
@@ -42,12 +42,16 @@ struct Params {
   const float* sinks;  // (1|B, H_q), null without
   const void* new_keys;  // (B, S_new, H_kv, D_qk), packed (T_q, H_kv, D_qk), in the dtype of the caches, to be
   const void* new_values;  // stored first; null if there are none, or if they are stored already
+  const int32* tree;  // words of the tree mask, (1|B, S_q, W), packed (T_q, W); null if new tokens follow each other
+  const int32* depths;  // of the tokens in their tree, (B, S_q), packed (T_q); null where no term counts positions
   // What calls with the same kind of tensors share.
   Strides q_strides, k_strides, v_strides, new_keys_strides, new_values_strides;
   int64 table_stride;
   int64 k_scale_stride, v_scale_stride;  // from page to page, 0 if all share them
   int64 bias_batch, bias_head, bias_row, bias_key;
   int64 slopes_stride, sinks_stride;  // from sequence to sequence
+  int64 tree_batch, tree_row, depths_batch;
+  int64 invariant;  // 1: keys are cut at fixed positions, so that the bits of a sequence do not depend on the others
   int64 dtype, cache_dtype;  // of q and out; of the caches
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;
   int64 rows_q;  // S_q, or T_q
@@ -85,6 +89,7 @@ struct AttentionParams {
   const void* sinks;  // words, (1|B, H_q)
   const int32* segments_q;  // (1|B, S_q), contiguous rows
   const int32* segments_kv;
+  const int32* intervals;  // (1|B, 1|H_q, S_q, n, 2), packed (1, 1|H_q, T_q, n, 2), contiguous rows
   const int32* cu_seqlens_q;  // (B + 1) where packed
   const int32* cu_seqlens_kv;
   const int64* rng_state;  // seed and offset
@@ -94,6 +99,7 @@ struct AttentionParams {
   int64 dbias_batch, dbias_head, dbias_row, dbias_key;
   int64 mask_batch, mask_head, mask_row, mask_key;
   int64 slopes_stride, sinks_stride, segments_q_stride, segments_kv_stride;  // from sequence to sequence
+  int64 intervals_batch, intervals_head, intervals_row, intervals_count;  // the last one is n
   int64 dtype, bias_dtype, dbias_dtype;
   int64 dbias_adds;  // 0: each number of dbias is of one pair, and zero at first
   int64 batch, heads_q, heads_kv, head_dim_qk, head_dim_v;

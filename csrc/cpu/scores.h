@@ -3,26 +3,19 @@
 #pragma once
 
 #include "attention.h"
+#include "intervals.h"
 #include "pack.h"
 #include "random.h"
 
 namespace {
 
 using namespace fa::cpu;
-using fa::Range;
 
 constexpr int kMostKeys = 512;  // of a block
 constexpr int kAlignWords = 16;
 
 template <class Word>
 constexpr Word kNever = -__builtin_inf();
-
-inline Range common(Range a, Range b) {
-  Range const both = {fa::larger(a.begin, b.begin), fa::smaller(a.end, b.end)};
-  return both.begin < both.end ? both : Range{0, 0};
-}
-
-inline bool is_empty(Range range) { return range.begin >= range.end; }
 
 // Bytes and ids as integers of the width of a word.
 template <class Word>
@@ -39,6 +32,12 @@ inline Integers<Word> ids_at(int32 const* p) {
 template <class Word>
 inline Integers<Word> bits_at(uint16 const* p) {
   return __builtin_convertvector(loaded<typename Lanes<Word>::Narrow16>(p), Integers<Word>);
+}
+
+// Whole vectors that hold `keys`, counted in columns from the key `first` on.
+template <class Word>
+inline Range columns_of(Range keys, int first) {
+  return {(keys.begin - first) / kCount<Word> * kCount<Word>, int(rounded_up(keys.end - first, kCount<Word>))};
 }
 
 // Lanes of a vector whose column is in the range.
@@ -69,8 +68,10 @@ class Scores {
     Word scale, cap, inverse_cap, slope, diagonal;
   };
 
-  Scores(AttentionParams const& p, Unit const& unit) : p(p), unit(unit), group_(int(p.heads_q / p.heads_kv)) {
-    terms = p.scale <= 0 || p.softcap || p.slopes ? kAll : p.bias ? kBiased : p.mask || p.segments_q ? kHidden : kBand;
+  Scores(AttentionParams const& p, Unit const& unit)
+      : p(p), unit(unit), intervals(p, unit), group_(int(p.heads_q / p.heads_kv)) {
+    bool const hides = p.mask || p.segments_q || p.intervals;
+    terms = p.scale <= 0 || p.softcap || p.slopes ? kAll : p.bias ? kBiased : hides ? kHidden : kBand;
     bool const is_raw = terms <= kHidden;
     scale_ = is_raw ? 1 : Word(p.scale);
     to_score = is_raw ? Word(p.scale) : 1;
@@ -79,6 +80,7 @@ class Scores {
 
   AttentionParams const& p;
   Unit const& unit;
+  Intervals intervals;
   Terms terms;
   Word to_score;  // a finished number times this is a score: without bias and the like, products are finished
   Word to_exponent;  // and times this one an exponent of 2
@@ -120,6 +122,19 @@ class Scores {
     return row;
   }
 
+  // Hides what lies between the ranges of a row that row() has described, in place of what it read of a mask.
+  void hide_gaps(Row& row, Ranges ranges, int first, int n = 0) {
+    uint8* const to = mask_[n];
+    Range const kept = row.kept;
+    if (!row.mask) __builtin_memset(to + kept.begin, 1, kept.end - kept.begin);
+    else if (row.mask != to) __builtin_memcpy(to + kept.begin, row.mask + kept.begin, kept.end - kept.begin);
+    for (int m = 1; m < ranges.count; ++m) {
+      Range const gap = common({ranges.at[m - 1].end - first, ranges.at[m].begin - first}, kept);
+      if (!is_empty(gap)) __builtin_memset(to + gap.begin, 0, gap.end - gap.begin);
+    }
+    row.mask = to;
+  }
+
   // Brings what a mask and a bias have for row i and `keys`: their rows lie far apart.
   void prefetch_mask(int head, int i, Range keys) const {
     if (p.mask && p.mask_row && p.mask_key == 1) prefetch(mask(head, i) + keys.begin, keys.end - keys.begin);
@@ -128,6 +143,12 @@ class Scores {
     int64 const bytes = bytes_of(p.bias_dtype);
     if (p.bias && p.bias_row && p.bias_key == 1)
       prefetch(bias_row(head, i) + keys.begin * bytes, (keys.end - keys.begin) * bytes);
+  }
+
+  // Those of row i, but the mask of the row `ahead` of it.
+  void prefetch_terms(int head, int i, int ahead, Range keys) const {
+    prefetch_bias(head, i, keys);
+    if (i + ahead < unit.band.s_q) prefetch_mask(head, i + ahead, keys);
   }
 
   // Products of the columns from c on become scores. `slope` takes the derivative of softcap.
@@ -165,6 +186,7 @@ class Scores {
     if (!fa::keep(unit.band, i, j)) return false;
     if (p.mask && !mask(head, i)[j * p.mask_key]) return false;
     if (p.segments_q && segments_q()[i] != segments_kv()[j]) return false;
+    if (p.intervals && !intervals.hold(head, i, j)) return false;
     return !p.bias || number_at(bias_row(head, i), p.bias_dtype, j * p.bias_key) != -__builtin_inf();
   }
 

@@ -37,7 +37,6 @@ typedef int32 Ints __attribute__((vector_size(4 * kLanes)));
 typedef int64 Longs __attribute__((vector_size(4 * kLanes)));
 typedef uint32 Words __attribute__((vector_size(4 * kLanes)));
 typedef float Four __attribute__((vector_size(16)));
-typedef int32 FourInts __attribute__((vector_size(16)));
 typedef uint16 Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8 Bytes __attribute__((vector_size(kLanes)));
 typedef int32 FewInts __attribute__((vector_size(2 * kLanes)));  // beside Doubles
@@ -96,7 +95,6 @@ inline V loaded(void const* p) {
 inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 inline void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
 inline Floats as_floats(Words w) { return (Floats)w; }
-inline Floats all(float x) { return x - Floats{}; }
 
 template <class Word, int... LANE>
 inline Vector<Word> filled(Word x, std::integer_sequence<int, LANE...>) {
@@ -111,7 +109,7 @@ inline Integers<Word> numbered(std::integer_sequence<int, LANE...>) {
 template <class Word>
 using LaneSequence = std::make_integer_sequence<int, kCount<Word>>;
 
-// The bits of a word in every lane, whatever they mean; `all` computes, so it may change those of a NaN.
+// The bits of a word in every lane, whatever they mean.
 template <class Word>
 inline Vector<Word> broadcast(Word x) {
   return filled<Word>(x, LaneSequence<Word>{});
@@ -247,32 +245,44 @@ inline void store(Float16* p, Floats v) {
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
-#define FA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define FA_SHUFFLE(Word, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define FA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, FourInts{__VA_ARGS__})
+#define FA_SHUFFLE(Word, a, b, ...) __builtin_shuffle(a, b, Integers<Word>{__VA_ARGS__})
 #endif
 
-// The sums of neighbours a quarter of the lanes wide: four lanes, whose sum is that of all.
-inline Four folded(Floats v) {
+// Lanes whose number has the bit STEP change places with those of the other vector that do not.
+template <class Word, int STEP, int... LANE>
+inline void exchange(Vector<Word>& a, Vector<Word>& b, std::integer_sequence<int, LANE...>) {
+  constexpr int kLast = kCount<Word>;
+  Vector<Word> const upper = FA_SHUFFLE(Word, a, b, ((LANE & STEP) ? kLast + LANE - STEP : LANE)...);
+  b = FA_SHUFFLE(Word, a, b, ((LANE & STEP) ? kLast + LANE : LANE + STEP)...);
+  a = upper;
+}
+
+template <int STEP>
+inline void fold(Floats* v) {
+#pragma GCC unroll 16
+  for (int n = 0; n < STEP; ++n) {
+    exchange<float, STEP>(v[n], v[n + STEP], LaneSequence<float>{});
+    v[n] += v[n + STEP];
+  }
+}
+
+// The sums of as many vectors as there are lanes, side by side.
+inline Floats sums_of(Floats (&v)[kLanes]) {
+  if constexpr (kLanes > 8) fold<8>(v);
+  if constexpr (kLanes > 4) fold<4>(v);
+  fold<2>(v);
+  fold<1>(v);
+  return v[0];
+}
+
+inline float sum(Floats v) {
   Four quarters[kLanes / 4];
   __builtin_memcpy(quarters, &v, sizeof v);
   Four total = quarters[0];
   for (int n = 1; n < kLanes / 4; ++n) total += quarters[n];
-  return total;
-}
-
-inline float sum(Floats v) {
-  Four const four = folded(v);
-  return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// The sums of four vectors, side by side.
-inline void store_sums(Floats const (&v)[4], float* p) {
-  Four const a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
-  Four const ab = FA_SHUFFLE(a, b, 0, 4, 1, 5) + FA_SHUFFLE(a, b, 2, 6, 3, 7);
-  Four const cd = FA_SHUFFLE(c, d, 0, 4, 1, 5) + FA_SHUFFLE(c, d, 2, 6, 3, 7);
-  Four const sums = FA_SHUFFLE(ab, cd, 0, 1, 4, 5) + FA_SHUFFLE(ab, cd, 2, 3, 6, 7);
-  __builtin_memcpy(p, &sums, sizeof sums);
+  return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
 inline float largest(Floats v) {
@@ -300,25 +310,6 @@ inline double largest(Doubles v) {
 template <class V>
 inline V larger(V a, V b) {
   return a > b ? a : b;
-}
-
-// e^x for x <= 0, within 2 units in the last place; 0 below -87, where floats end.
-// x = n ln 2 + r with |r| <= ln(2) / 2, e^r by the polynomial of Cephes' expf (Moshier, netlib.org/cephes).
-inline Floats exponential(Floats x) {
-  Ints const vanishes = x < -87.0f;
-  x = vanishes ? Floats{} : x;
-  Floats const magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  Floats const shifted = x * 1.44269504088896341f + magic;
-  Floats const n = shifted - magic;
-  Floats const r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few bits
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  Words const power = (Words)(((Ints)shifted - (Ints)magic + 127) << 23);
-  return vanishes ? Floats{} : p * as_floats(power);
 }
 
 }  // namespace

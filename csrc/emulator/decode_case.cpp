@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <tuple>
+#include <utility>
 
 namespace fa::emu {
 
@@ -51,6 +53,7 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   if (random.one_in(2)) {  // appended in the same call
     c.new_keys = c.is_packed ? -1 : random.one_in(2) ? s_q : random.between(1, s_q);
     for (int n = 0; n < c.batch; ++n) c.s_kv[n] = std::max(c.s_kv[n], c.is_packed ? c.s_q[n] : c.new_keys);
+    c.stores = random.one_in(2);
   }
   bool const has_many_splits = random.one_in(15);  // more than a warp has lanes, and keys for them
   if (has_many_splits) c.s_kv[0] = 64 * random.between(33, 45);
@@ -74,12 +77,12 @@ std::string describe(DecodeCase const& c) {
   std::string lengths;
   for (int n = 0; n < c.batch; ++n) lengths += " " + std::to_string(c.s_q[n]) + "x" + std::to_string(c.s_kv[n]);
   return "seed " + std::to_string(c.seed) + (c.is_packed ? " packed" : " dense") + ", S_q x S_kv" + lengths + ", new " +
-         std::to_string(c.new_keys) + ", H_kv " + std::to_string(c.heads_kv) + " G " + std::to_string(c.group) +
-         ", D " + std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " + std::to_string(c.max_pages) +
-         " pages of " + std::to_string(c.page_size) + (c.has_table ? "" : " without table") + ", band (" +
-         std::to_string(c.left) + ", " + std::to_string(c.right) + "), softcap " +
-         std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) + ", splits " +
-         std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
+         std::to_string(c.new_keys) + (c.stores ? " to store" : "") + ", H_kv " + std::to_string(c.heads_kv) + " G " +
+         std::to_string(c.group) + ", D " + std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " +
+         std::to_string(c.max_pages) + " pages of " + std::to_string(c.page_size) +
+         (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) + ", " + std::to_string(c.right) +
+         "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) +
+         ", splits " + std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
 }
 
 // ---- the problem -----------------------------------------------------------------------------------------------------
@@ -87,12 +90,15 @@ struct DecodeProblem {
   Shape shape;
   DecodeCase const& c;
   Tensor q, k, v, out;  // q and out: all sequences one after the other, dense ones too
+  Tensor new_k, new_v;  // likewise
   std::vector<float> lse, partial_out, partial_lse, sinks;
   std::vector<int> first_q, lengths, table;
   std::vector<bool> is_kept;  // entries of the table
 
   float const* value;  // of a 16-bit number
   uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
+  bool is_new(int n, int j) const { return c.stores && j >= lengths[n] && j < c.s_kv[n]; }
+  int first_new(int n) const { return c.is_packed ? first_q[n] : n * c.new_keys; }  // among all new rows
   int page_of(int n, int j) const { return table[n * c.max_pages + j / c.page_size]; }
 };
 
@@ -118,7 +124,7 @@ static void fill_table(DecodeProblem& p, std::mt19937& engine) {
   p.is_kept.assign(p.table.size(), false);
   for (int n = 0; n < c.batch; ++n) {
     for (int j = 0; j < c.s_kv[n]; ++j) {
-      if (is_seen(c, n, j)) p.is_kept[static_cast<size_t>(n * c.max_pages + j / c.page_size)] = true;
+      if (is_seen(c, n, j) || p.is_new(n, j)) p.is_kept[static_cast<size_t>(n * c.max_pages + j / c.page_size)] = true;
     }
   }
   for (size_t i = 0; c.has_table && i < p.table.size(); ++i) {
@@ -127,8 +133,25 @@ static void fill_table(DecodeProblem& p, std::mt19937& engine) {
   }
 }
 
+// What is to be stored, out of the caches: NaN takes its place there.
+static void move_new_rows(DecodeProblem& p, uint16_t nan) {
+  for (int n = 0; n < p.c.batch; ++n) {
+    for (int j = p.lengths[n]; j < p.c.s_kv[n]; ++j) {
+      if (!p.is_new(n, j)) continue;
+      int const page = p.page_of(n, j), row = j % p.c.page_size, at = p.first_new(n) + j - p.lengths[n];
+      for (auto [cache, fresh] : {std::pair{&p.k, &p.new_k}, std::pair{&p.v, &p.new_v}}) {
+        for (int h = 0; h < cache->heads; ++h) {
+          for (int d = 0; d < cache->columns; ++d) {
+            fresh->at(0, at, h, d) = std::exchange(cache->at(page, row, h, d), nan);
+          }
+        }
+      }
+    }
+  }
+}
+
 static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
-  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(shape.is_half)};
+  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(shape.is_half)};
   for (int n = 0; n < c.batch; ++n) {
     p.first_q.push_back(p.first_q[n] + c.s_q[n]);
     p.lengths.push_back(c.s_kv[n] - (c.new_keys < 0 ? c.s_q[n] : c.new_keys));
@@ -141,6 +164,9 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
   p.k = make_tensor(pages, c.page_size, c.heads_kv, c.d_qk, c.heads_first, c.padding, nan);
   p.v = make_tensor(pages, c.page_size, c.heads_kv, c.d_v, c.heads_first, c.padding, nan);
   p.out = make_tensor(1, rows, heads_q, c.d_v, false, 0, nan);
+  int const new_rows = !c.stores ? 0 : c.is_packed ? rows : c.batch * c.new_keys;
+  p.new_k = make_tensor(1, new_rows, c.heads_kv, c.d_qk, c.is_packed && c.heads_first, c.padding, nan);
+  p.new_v = make_tensor(1, new_rows, c.heads_kv, c.d_v, c.is_packed && c.heads_first, c.padding, nan);
   size_t const outputs = static_cast<size_t>(rows) * static_cast<size_t>(heads_q);
   p.lse.assign(outputs, NAN);
   p.partial_lse.assign(2 * outputs * static_cast<size_t>(c.splits), NAN);
@@ -168,6 +194,7 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
       }
     }
   }
+  move_new_rows(p, nan);
   for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i)
     p.sinks.push_back(float(2 * normal(engine)));
   return p;
@@ -228,6 +255,10 @@ static DecodeParams params_of(DecodeProblem& p) {
   f.cache_lengths = p.lengths.data();
   f.block_table = c.has_table ? p.table.data() : nullptr;
   f.cu_seqlens_q = c.is_packed ? p.first_q.data() : nullptr;
+  f.new_k = c.stores ? p.new_k.data : nullptr, f.new_v = c.stores ? p.new_v.data : nullptr;
+  f.new_k_strides = p.new_k.strides, f.new_v_strides = p.new_v.strides;
+  f.new_k_strides.batch = c.is_packed ? 0 : c.new_keys * p.new_k.strides.row;
+  f.new_v_strides.batch = c.is_packed ? 0 : c.new_keys * p.new_v.strides.row;
   f.q_strides = p.q.strides, f.k_strides = p.k.strides, f.v_strides = p.v.strides;
   f.q_strides.batch = c.is_packed ? 0 : c.s_q[0] * p.q.strides.row;
   f.sinks_batch_stride = c.sinks == 2 ? p.q.heads : 0;
@@ -237,7 +268,7 @@ static DecodeParams params_of(DecodeProblem& p) {
   f.head_dim_qk = c.d_qk, f.head_dim_v = c.d_v;
   f.seqlen_q = c.is_packed ? p.q.rows : c.s_q[0];
   f.new_keys = c.new_keys;
-  f.pages = p.k.batch, f.page_size = c.page_size;
+  f.pages = p.k.batch, f.page_size = c.page_size, f.capacity = c.page_size * c.max_pages;
   f.box_rows = c.max_pages == 1 ? 64 : std::gcd(c.page_size, 64);
   f.left = c.left < 0 ? kUnbounded : c.left, f.right = c.right < 0 ? kUnbounded : c.right;
   f.has_softcap = c.softcap > 0;
@@ -278,12 +309,39 @@ static std::string compare(DecodeProblem& p) {
   return "";
 }
 
+// The caches have to hold the new rows, and otherwise what they held before.
+static std::string compare_stored(DecodeProblem& p, std::vector<uint16_t> const& k, std::vector<uint16_t> const& v) {
+  for (auto [cache, fresh, before] : {std::tuple{&p.k, &p.new_k, &k}, std::tuple{&p.v, &p.new_v, &v}}) {
+    std::vector<uint16_t> expected = *before;
+    for (int n = 0; n < p.c.batch; ++n) {
+      for (int j = p.lengths[n]; j < p.c.s_kv[n]; ++j) {
+        for (int h = 0; p.is_new(n, j) && h < cache->heads; ++h) {
+          uint16_t const* const from = &fresh->at(0, p.first_new(n) + j - p.lengths[n], h, 0);
+          uint16_t* const place = &cache->at(p.page_of(n, j), j % p.c.page_size, h, 0);
+          std::copy(from, from + cache->columns, expected.data() + (place - cache->storage.data()));
+        }
+      }
+    }
+    if (expected != cache->storage) return "a cache does not hold the new rows, or holds them elsewhere";
+  }
+  return "";
+}
+
 // Allows the accesses that kernels may make besides TMA; of the block table only the entries that they have to read.
 static void allow_tensors(DecodeProblem& p) {
   auto const allow = [](auto const& x) { allow_global(x.data(), x.size() * sizeof(x[0])); };
   forget_global();
   allow(p.q.storage), allow(p.out.storage), allow(p.lse), allow(p.partial_out), allow(p.partial_lse), allow(p.sinks);
-  allow(p.lengths), allow(p.first_q);
+  allow(p.lengths), allow(p.first_q), allow(p.new_k.storage), allow(p.new_v.storage);
+  for (int n = 0; n < p.c.batch; ++n) {
+    for (int j = p.lengths[n]; j < p.c.s_kv[n]; ++j) {
+      for (int h = 0; p.is_new(n, j) && h < p.k.heads; ++h) {
+        int const page = p.page_of(n, j), row = j % p.c.page_size;
+        allow_global(&p.k.at(page, row, h, 0), p.c.d_qk * sizeof(uint16_t));
+        allow_global(&p.v.at(page, row, h, 0), p.c.d_v * sizeof(uint16_t));
+      }
+    }
+  }
   for (size_t i = 0, end; i < p.table.size(); i = end + 1) {
     for (end = i; end < p.table.size() && p.is_kept[end];) ++end;
     if (end > i) allow_global(p.table.data() + i, (end - i) * sizeof(int));
@@ -294,6 +352,13 @@ std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, ui
   sm90::DecodeArgs args;
   args.p = p;
   if (char const* wrong = make_decode_maps(p, args)) return wrong;
+  if (p.new_k) {
+    int const rows = instance.append_threads / 32;  // of a block
+    int64 const new_rows = p.new_keys < 0 ? p.seqlen_q : p.batch * p.new_keys;
+    run_grid(
+        instance.append_threads, (new_rows * p.heads_kv + rows - 1) / rows, seed, [&] { instance.append(p); }, report);
+    if (!report.error.empty()) return report.error;
+  }
   run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, [&] { instance.kernel(args); }, report);
   if (p.splits > 1 && report.error.empty()) {
     int const outputs = instance.combine_threads / 32;  // of a block
@@ -307,7 +372,9 @@ std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Re
   DecodeProblem p = make_problem(instance.shape, c);
   if (p.q.rows == 0) return "";  // the host code launches nothing
   allow_tensors(p);
-  std::string const wrong = run_decode(instance, params_of(p), c.seed, report);
+  auto const before = std::pair{p.k.storage, p.v.storage};
+  std::string wrong = run_decode(instance, params_of(p), c.seed, report);
+  if (wrong.empty()) wrong = compare_stored(p, before.first, before.second);
   return wrong.empty() ? compare(p) : wrong;
 }
 

@@ -12,7 +12,8 @@ namespace fa::emu {
 struct DecodeInstance {
   std::string name;
   Shape shape;
-  int threads, combine_threads;
+  int threads, append_threads, combine_threads;
+  void (*append)(DecodeParams);
   void (*kernel)(sm90::DecodeArgs);
   void (*combine)(DecodeParams);
 };
@@ -23,6 +24,7 @@ struct DecodeCase {
   bool is_packed;
   std::vector<int> s_q, s_kv;       // of each sequence, with new keys; s_q all the same if dense
   int new_keys;                     // as in DecodeParams
+  bool stores;                      // the new keys and values are not in the caches yet
   bool has_table;                   // else contiguous
   int page_size, max_pages, spare;  // spare pages belong to nobody
   bool heads_first;  // order of the caches in memory: (P, H, page_size, D) instead of (P, page_size, H, D)
@@ -41,7 +43,7 @@ std::string describe(DecodeCase const& c);
 // Empty if the results are right and the machine reports nothing; else the error.
 std::string check_decode(DecodeInstance const& instance, DecodeCase const& c, Report& report);
 
-// Both kernels, as the host code launches them. What they may touch besides the caches has been allowed before. Empty,
+// All kernels, as the host code launches them. What they may touch besides the caches has been allowed before. Empty,
 // or what the machine reports.
 std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report);
 

@@ -1,5 +1,6 @@
 // One line of instances.inc for the emulator: compiled with -DFA_DECODE=D_QK,D_V,... Both types, or bfloat16
 // alone with -DFA_BFLOAT16_ONLY.
+#include "../sm90/append.cuh"
 #include "../sm90/combine.cuh"
 #include "../sm90/decode.cuh"
 #include "decode_case.h"
@@ -14,7 +15,8 @@ struct Register {
     using Traits = sm90::DecodeTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_N, STAGES>;
     emu::Shape const shape = {D_QK, D_V, Traits::BLOCK_M, BLOCK_N, is_half, true, Traits::SOFTCAP};
     emu::decode_instances().push_back({std::string("decode<") + type + "," + line + ">", shape, Traits::THREADS,
-                                       sm90::kCombineThreads, sm90::decode_kernel<Traits>, sm90::combine_kernel<T>});
+                                       sm90::kAppendThreads, sm90::kCombineThreads, sm90::append_kernel<T>,
+                                       sm90::decode_kernel<Traits>, sm90::combine_kernel<T>});
   }
 };
 

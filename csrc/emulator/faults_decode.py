@@ -6,6 +6,7 @@ from fault import Fault
 
 DECODE_128 = ("DECODE", 128, 128, 0)
 KERNEL, WORK, COMBINE = "sm90/decode.cuh", "sm90/decode.h", "sm90/combine.cuh"
+APPEND = "sm90/append.cuh"
 
 OWN_BARRIER = "named_sync(kOwnBarrier, kWarpgroup);"
 QUERIES_STORED = "row % 8 * 16), x);\n  }\n  "
@@ -44,6 +45,18 @@ DECODE_FAULTS = [
     fault("K and V of the first head", KERNEL, "row, work.head_kv,", "row, 0,"),
     fault("the second chunk brings the first columns", KERNEL, "chunk * kChunkColumns, row", "0, row"),
     fault("chunks lie as close as boxes", KERNEL, "(chunk * C::BLOCK_N + at)", "(chunk * rows + at)"),
+    # New keys and values
+    fault("new rows are not stored", APPEND, "store_global(stored + piece, load_global(pieces + piece));", ""),
+    fault("new rows are stored over the first", APPEND, " + row - first;", ";"),
+    fault("new rows go to the pages of the first sequence", APPEND, "sequence * p.table_stride + entry", "entry"),
+    fault(
+        "new rows of all heads are stored in one",
+        APPEND,
+        "in_page * cache.row + head * cache.head",
+        "in_page * cache.row",
+    ),
+    fault("new keys are stored as values", APPEND, "copy(p.new_v, ", "copy(p.new_k, "),
+    fault("packed new rows go to the sequence before", APPEND, "+ middle) <= row", "+ middle) < row"),
     # Queries
     fault("q is not swizzled", KERNEL, "(piece % 8 * 16 ^ row % 8 * 16)", "piece % 8 * 16"),
     fault("q is not fenced", KERNEL, f"{QUERIES_STORED}fence_proxy_async();", QUERIES_STORED),

@@ -126,6 +126,8 @@ static char const* launch(BackwardParams const& p) {
 #define FA_EXTERN_DECODE(TRAITS) \
   extern template char const* launch_decode<TRAITS>(DecodeParams const&, MakeDecodeMaps, cudaStream_t);
 
+extern template char const* launch_append<sm90::Bf16>(DecodeParams const&, cudaStream_t);
+extern template char const* launch_append<sm90::F16>(DecodeParams const&, cudaStream_t);
 extern template char const* launch_combine<sm90::Bf16>(DecodeParams const&, cudaStream_t);
 extern template char const* launch_combine<sm90::F16>(DecodeParams const&, cudaStream_t);
 #define DECODE(...) \
@@ -146,7 +148,11 @@ static char const* launch_splits(DecodeParams const& p, cudaStream_t stream) {
 
 static char const* launch(DecodeParams const& p) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
-  char const* const wrong = launch_splits(p, stream);
+  char const* wrong = nullptr;
+  if (p.new_k) {
+    wrong = p.dtype == kFloat16 ? launch_append<sm90::F16>(p, stream) : launch_append<sm90::Bf16>(p, stream);
+  }
+  if (!wrong) wrong = launch_splits(p, stream);
   if (wrong || p.splits == 1) return wrong;
   return p.dtype == kFloat16 ? launch_combine<sm90::F16>(p, stream) : launch_combine<sm90::Bf16>(p, stream);
 }

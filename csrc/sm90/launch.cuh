@@ -1,6 +1,7 @@
 // The definitions of launch.h, for the files that hold one kernel each.
 #pragma once
 #include "launch.h"
+#include "append.cuh"
 #include "combine.cuh"
 #include "decode.cuh"
 #include "forward.cuh"
@@ -71,6 +72,13 @@ char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaS
   args.p = p;
   if (char const* wrong = make_maps(p, args)) return wrong;
   return launch(sm90::decode_kernel<C>, args, p.tiles * p.splits * p.heads_kv, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class T>
+char const* launch_append(DecodeParams const& p, cudaStream_t stream) {
+  constexpr int kRows = sm90::kAppendThreads / 32;  // of a block
+  int64 const blocks = (sm90::new_rows_of(p) * p.heads_kv + kRows - 1) / kRows;
+  return launch(sm90::append_kernel<T>, p, blocks, sm90::kAppendThreads, 0, stream);
 }
 
 template <class T>

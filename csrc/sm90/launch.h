@@ -37,6 +37,10 @@ char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t str
 template <class C>
 char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream);
 
+// Launches append: new keys and values into the caches.
+template <class T>
+char const* launch_append(DecodeParams const& p, cudaStream_t stream);
+
 // Launches combine: out and lse from those of several splits.
 template <class T>
 char const* launch_combine(DecodeParams const& p, cudaStream_t stream);

@@ -29,6 +29,7 @@ from fastattn.problem import (
 )
 from fastattn.spec import AttentionSpec
 
+QKV = ("q", "k", "v")
 # A function for calls with equal specs, whose tensors have equal shapes, strides, dtypes and devices.
 Run = Callable[..., tuple[Tensor, ...]]
 # The results of a forward pass: out, lse, and lse_low, the rounding error of lse.
@@ -150,20 +151,32 @@ class Backend:
         """
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+    def prepared_forward(
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+    ) -> Run | None:
         """``forward`` for calls like this one, as a function of q, k, v and, if ``prepares_more``, of ``problem.MORE``.
 
         The function reads only the addresses of the tensors: it takes their shapes and strides from ``inputs``, and may
         be given any view that begins at the same element. Of ``MORE`` it is given all or, if all are None, none. It
         returns ``(out, *kept)``, where ``kept`` is lse and lse_low, or one tensor ``(2, ...)`` of both; without
-        ``keep`` it returns ``(out,)``. None means that calls like this one have to use ``forward``.
+        ``keep`` it returns ``(out,)``. With ``heads_first`` the dimensions 1 and 2 of out are exchanged, whose memory
+        stays as it is. None means that calls like this one have to use ``forward``.
         """
         return None
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv)``, on the terms of ``prepared_forward``.
+    def prepared_backward(
+        self,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        dout: Tensor,
+        needs: Sequence[str] = QKV,
+        *,
+        heads_first: bool = False,
+    ) -> Run | None:
+        """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv, ...)``, on the terms of ``prepared_forward``.
 
-        ``dout`` is on the meta device and has the strides that gradients of out will have.
+        ``dout`` is on the meta device and has the strides that gradients of out will have. ``needs`` names q, k, v, and
+        those of bias and sinks whose gradients follow.
         """
         return None
 

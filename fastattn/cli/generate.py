@@ -26,6 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default 200)")
     _add_beams(add_sampling(parser))
+    _add_guesses(parser)
     many = parser.add_argument_group("many prompts")
     many.add_argument(
         "--prompts",
@@ -57,7 +58,18 @@ def _add_beams(group: Any) -> None:
     )
 
 
+def _add_guesses(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("guesses, which the model checks several at a time: the same text, faster")
+    group.add_argument(
+        "--assistant", type=Path, metavar="DIR", help="a smaller model with the same tokenizer, which guesses ahead"
+    )
+    group.add_argument(
+        "--prompt-lookup", type=int, metavar="N", help="guess up to N tokens that followed earlier in the text"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
+    from fastattn.lm.generate import Acceptance
     from fastattn.lm.load import load_texts
     from fastattn.lm.train import find_model
 
@@ -70,21 +82,49 @@ def run(args: argparse.Namespace) -> int:
         return _continue_all(args, texts, sampling)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}
+    counts: Acceptance | None = None
     if args.beams is not None:
         penalties = {"length_penalty": args.length_penalty, "repetition_penalty": args.repetition_penalty}
         pieces = iter([texts.best(prompt, args.tokens, beams=args.beams, **penalties, **cache)])
     else:
-        pieces = texts.stream(prompt, args.tokens, sampling, **cache)
+        counts = Acceptance()
+        guesses = {"assistant": _assistant(args, texts), "prompt_lookup": args.prompt_lookup, "acceptance": counts}
+        pieces = texts.stream(prompt, args.tokens, sampling, **cache, **guesses)
     if texts.model.config.kind == "decoder":  # continues the prompt, where an encoder-decoder answers it
         print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    if counts is not None and counts.calls:
+        print(counts, file=sys.stderr)
     return 0
 
 
+def _assistant(args: argparse.Namespace, texts: Any) -> Any:
+    """The model that guesses ahead, or None.
+
+    Raises:
+        InputError: its tokenizer is another.
+    """
+    from fastattn.lm.load import load_texts
+    from fastattn.lm.train import find_model
+
+    if args.assistant is None:
+        return None
+    found, _ = load_texts(find_model(args.assistant, best=True), device.choose(args.device), args.attention)
+    if found.tokenizer.get_vocab() != texts.tokenizer.get_vocab():
+        todo = "Train it with the tokenizer of the model."
+        raise input_error("--assistant", args.assistant, "a model with the same tokenizer", todo)
+    return found.model
+
+
 def _check(args: argparse.Namespace) -> None:
-    check_positive(args, "tokens", "beams", "batch", "pages", "page_size")
+    check_positive(args, "tokens", "beams", "batch", "pages", "page_size", "prompt_lookup")
+    others = (("--beams", args.beams), ("--no-cache", args.no_cache), ("--prompts", args.prompts))
+    if args.assistant is not None or args.prompt_lookup is not None:
+        for name, value in others:
+            if value:
+                raise input_error(name, value, "nothing with --assistant or --prompt-lookup", "Pass one of the two.")
     if args.prompts is None:
         if args.out is not None or args.pages is not None:
             raise input_error("--out, --pages", "a value", "none without --prompts", "One text is printed.")

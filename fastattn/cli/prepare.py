@@ -21,7 +21,8 @@ FLAGS = (
         ("auto", "all", "none"),
     ),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the text"),
-    Flag("--tokenizer", "tokenizer", Path, None, "use this tokenizer.json, of any origin, or that of a folder"),
+    Flag("--algorithm", "algorithm", str, "bpe", "how it is learned; unigram is SentencePiece's", ("bpe", "unigram")),
+    Flag("--tokenizer", "tokenizer", Path, None, "use this tokenizer.json, that of a folder, or a tiktoken file"),
     Flag("--held-out", "held_out", float, 0.05, "part of the documents kept for the held-out loss"),
     Flag("--max-documents", "max_documents", int, None, "stop reading after this many"),
 )  # fmt: skip
@@ -32,8 +33,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     from fastattn.lm.data.quality import RULES
 
     text = (
-        "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, folders, patterns and hf:NAME[:CONFIG][:SPLIT]; "
-        "repair encodings, drop bad and duplicate documents, mask personal data, train a byte-level BPE and write "
+        "Read text, JSON lines, CSV, TSV, each also as .gz or .zst, Parquet, folders, patterns and "
+        "hf:NAME[:CONFIG][:SPLIT]; "
+        "repair encodings, drop bad and duplicate documents, mask personal data, train a tokenizer and write "
         "token files. The documents dropped and the reasons are printed and written to report.json."
     )
     parser = commands.add_parser("prepare", help="make a corpus from raw text", description=text)
@@ -50,7 +52,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--without", nargs="+", default=[], metavar="RULE", help=f"quality rules to turn off: {', '.join(RULES)}"
     )
     parser.add_argument("--raw", action="store_true", help="no cleaning at all: documents as they are")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that clean (default 1)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that clean (default: all cores)")
+    parser.add_argument(
+        "--engine", default="processes", choices=("processes", "dask"), help="what cleans (default processes)"
+    )
+    parser.add_argument(
+        "--cluster", metavar="ADDRESS", help="scheduler of a running Dask cluster, tcp://HOST:8786, with shared files"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_flags(parser, FLAGS)
     parser.set_defaults(run=run)
@@ -59,6 +67,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.lm.data import Cleaning, find_sources
+    from fastattn.lm.data.engines import check_engine, started
     from fastattn.lm.data.formats import ReadOptions
     from fastattn.lm.train.prepare import PrepareConfig, prepare_at
 
@@ -67,15 +76,15 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and (cleaning or args.without):
         name = next(iter(cleaning), "without")
         raise input_error("--raw", f"together with --{name.replace('_', '-')}", "one of them", "--raw cleans nothing.")
-    if args.workers < 1:
-        raise input_error("--workers", args.workers, "at least 1", "Give the number of cores to use.")
+    check_engine(args.engine, args.workers, args.cluster)
     config = PrepareConfig(
         read=ReadOptions(tuple(args.field), flags.pop("encoding", None)),
         cleaning=Cleaning.none() if args.raw else Cleaning(without=tuple(args.without), **cleaning),
         **flags,
     )
     sources = find_sources(args.data)
-    corpus = prepare_at(sources, args.out, config, workers=args.workers, progress=not args.quiet)
+    with started(args.engine, args.workers, args.cluster) as pool:
+        corpus = prepare_at(sources, args.out, config, pool=pool, progress=not args.quiet)
     print(_told(args.out, corpus.facts.documents, corpus.facts.tokens, corpus.facts.vocab_size))
     return 0
 

@@ -47,13 +47,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the run")
     parser.add_argument(
         "--data", nargs="+", default=argparse.SUPPRESS, metavar="PATH",
-        help="files, folders, patterns, hf:NAME; not cleaned (default: the source of Python's standard library)",
+        help="files, folders, patterns, hf:NAME; not cleaned; PATH:WEIGHT mixes them "
+        "(default: the source of Python's standard library)",
     )  # fmt: skip
     parser.add_argument(
         "--corpus",
+        nargs="+",
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="a corpus that fastattn prepare made, instead of --data",
+        help="a corpus that fastattn prepare made, instead of --data; several are mixed, by weight with DIR:WEIGHT",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -68,7 +70,8 @@ def given_flags(args: argparse.Namespace) -> dict[str, object]:
     if "data" in args:  # so that --resume finds it from any folder
         flags["data"] = tuple(_findable(path) for path in args.data)
     if "corpus" in args:
-        flags["corpus"] = _findable(args.corpus)
+        found = tuple(map(_findable, args.corpus))
+        flags["corpus"] = found[0] if len(found) == 1 else found
         given_too = [name for name in ("data", "vocab_size", "held_out") if name in flags]
         if given_too:
             flag = "--" + given_too[0].replace("_", "-")
@@ -76,8 +79,14 @@ def given_flags(args: argparse.Namespace) -> dict[str, object]:
     return flags
 
 
-def _findable(path: str) -> str:
-    return path if path.startswith("hf:") else str(Path(path).expanduser().absolute())
+def _findable(given: str) -> str:
+    """The absolute path, with its weight if it has one."""
+    from fastattn.lm.train.mixture import split_weight
+
+    path, weight = split_weight(given)
+    if path.startswith("hf:"):
+        return given
+    return str(Path(path).expanduser().absolute()) + ("" if weight is None else f":{weight:g}")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--backend", action="append", metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the report there")
     parser.add_argument("--fuzz", type=int, default=0, metavar="N", help="also judge N random problems")
+    jobs = "processes for the random problems (default 1)"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random problems (default 0)")
     record = "only run the self-check that automatic selection of a GPU backend requires, and store its verdict"
     parser.add_argument("--record", action="store_true", help=record)
@@ -33,12 +35,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.fuzz < 0:
         raise input_error("--fuzz", args.fuzz, "a number >= 0", "0 judges the grid of cases alone.")
+    if args.jobs < 1:
+        raise input_error("--jobs", args.jobs, "a number >= 1", "The number of cores is the most that helps.")
     target = str(device.choose(args.device))
     if args.record:
         return _record(target, args.backend)
     report = verify(device=target, quick=args.quick, backends=args.backend)
     print(report.table(), flush=True)
-    failure = fuzz(args.fuzz, args.seed, target, args.backend) if args.fuzz else None
+    failure = fuzz(args.fuzz, args.seed, target, args.backend, jobs=args.jobs) if args.fuzz else None
     if args.fuzz:
         print(f"\n{failure}" if failure else f"\n{args.fuzz} random problems: all within the tolerance rule")
     if args.json:

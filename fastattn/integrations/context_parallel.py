@@ -434,6 +434,7 @@ def _for_whole_rows(
 ) -> Tensor:
     """A call of ``fastattn.attention`` by ``function``."""
     refused = [name for name in ("return_lse", "return_weights", "return_stats") if options.pop(name)]
+    refused += ["intervals"] if options.pop("intervals") is not None else []
     segments = options["segment_ids"]
     if isinstance(segments, tuple):
         options["segment_ids"] = segments[0]

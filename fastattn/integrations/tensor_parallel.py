@@ -21,10 +21,12 @@ Placements = list[Placement | None]
 # For each way to split, the dimension of each tensor that is split. A tensor of size 1 in it is replicated.
 _BATCH = {
     "q": 0, "k": 0, "v": 0, "bias": 0, "mask": 0, "alibi_slopes": 0, "sinks": 0, "segment_ids_q": 0,
-    "segment_ids_kv": 0, "out": 0, "lse": 0,
+    "segment_ids_kv": 0, "intervals": 0, "out": 0, "lse": 0,
 }  # fmt: skip
-_HEADS = {"q": 2, "k": 2, "v": 2, "bias": 1, "mask": 1, "alibi_slopes": 1, "sinks": 1, "out": 2, "lse": 1}
-_HEADS_PACKED = {"q": 1, "k": 1, "v": 1, "alibi_slopes": 1, "sinks": 1, "out": 1, "lse": 0}
+_HEADS = {
+    "q": 2, "k": 2, "v": 2, "bias": 1, "mask": 1, "alibi_slopes": 1, "sinks": 1, "intervals": 1, "out": 2, "lse": 1
+}  # fmt: skip
+_HEADS_PACKED = {"q": 1, "k": 1, "v": 1, "alibi_slopes": 1, "sinks": 1, "intervals": 1, "out": 1, "lse": 0}
 
 
 @functools.cache

@@ -72,18 +72,18 @@ class Part:
         pairs: (batch entry, key/value head); no two share a head, so that gradients shared by the batch do not mix.
         rows: query rows.
         group: query heads per key/value head.
-        sequences: packed tensors are viewed as this many batch entries of one length; 0 if not packed.
+        packed: the tensors have no batch; they are viewed as one batch entry.
     """
 
     pairs: tuple[tuple[int, int], ...]
     rows: Tensor
     group: int
-    sequences: int
+    packed: bool
 
     @classmethod
     def of(cls, operands: Operands) -> Part:
         w, generator = operands.workload, torch.Generator().manual_seed(0)
-        batch, length = (w.documents, w.s_q // w.documents) if w.packed else (w.batch, w.s_q)
+        batch, length = w.batch, w.s_q
         slices = 1 if w.dropout_p else min(SLICES, w.heads_kv)
         group = w.heads_q // w.heads_kv
         count = min(length, ROWS, max(16, MOST_SCORES // (slices * group * w.s_kv)))
@@ -94,7 +94,7 @@ class Part:
         if w.dropout_p:  # which elements are dropped depends on their place, so the part must lie at the origin
             heads, entries, rows = [0], [0], torch.arange(count)
         pairs = tuple(zip(entries, heads, strict=True))
-        return cls(pairs, rows.to(operands.q.device), group, w.documents if w.packed else 0)
+        return cls(pairs, rows.to(operands.q.device), group, w.packed)
 
     def queries(self, x: Tensor) -> Tensor:
         """``[pairs, rows, G, D]`` of q, dq, out or dout."""
@@ -131,16 +131,18 @@ class Part:
         return slice(h_kv * self.group, (h_kv + 1) * self.group)
 
     def _dense(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (self.sequences, -1)) if self.sequences else x
+        return x[None] if self.packed else x
 
 
 def smaller(operands: Operands, part: Part, needs: Sequence[str]) -> Sample:
     """The part as a problem of its own, whose band, documents and ALiBi are written out as mask and bias."""
     w, spec = operands.workload, operands.workload.spec
     q, k, v = (cut(x.detach()) for cut, x in zip((part.queries, part.keys, part.keys), _qkv(operands), strict=True))
-    s_q, s_kv = w.s_q // max(1, part.sequences), k.shape[1]
+    s_q, s_kv = w.s_q, w.s_kv
     i, j = part.rows[:, None], torch.arange(s_kv, device=q.device)[None, :]
     kept = keep(spec, i, j, s_q, s_kv).expand(len(part.pairs), 1, -1, -1)
+    if part.packed:  # documents are as long in queries as in keys: the band is the same inside each
+        kept = kept & (w.document(i) == w.document(j))
     if operands.segment_ids is not None:
         ids = torch.stack([operands.segment_ids[b] for b, _ in part.pairs])
         kept = kept & (ids[:, None, part.rows, None] == ids[:, None, None, :])

@@ -121,7 +121,7 @@ def fastattn_peer(backend: str | None) -> Peer:
         if operands.cu_seqlens is None:
             options |= {"bias": operands.bias, "mask": operands.mask, "segment_ids": operands.segment_ids}
             return lambda: call(q, k, v, **options)
-        cu_seqlens, longest = operands.cu_seqlens, w.s_q // w.documents
+        cu_seqlens, longest = operands.cu_seqlens, w.longest
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}
         call_packed: Callable[..., Any] = fastattn.attention_varlen
         return lambda: call_packed(q, k, v, cu_seqlens, cu_seqlens, **options)
@@ -176,10 +176,12 @@ def sdpa_reasons(workload: Workload, device_type: str) -> list[str]:
 def prepare_sdpa(operands: Operands) -> Forward:
     """``scaled_dot_product_attention``: with its causal flag if that suffices, else with a mask built beforehand.
 
-    Packed documents are of one length, so padding to the longest makes a batch of them without one token to spare.
+    Packed documents of one length are a batch of them without one token to spare; others are padded to the longest.
     """
     w = operands.workload
     q, k, v = operands.q, operands.k, operands.v
+    if w.spread is not None:
+        return _prepare_padded_sdpa(operands)
     if w.packed:
         q, k, v = (x.unflatten(0, (w.documents, -1)) for x in (q, k, v))
         w = dataclasses.replace(
@@ -200,6 +202,30 @@ def prepare_sdpa(operands: Operands) -> Forward:
             mask = kept
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options).transpose(-3, -2)
         return out.flatten(0, 1) if is_packed else out
+
+    return forward
+
+
+def _prepare_padded_sdpa(operands: Operands) -> Forward:
+    """Padding to the longest document, attention with a mask, and the tokens without the padding."""
+    w = operands.workload
+    count, longest, device = w.documents, w.longest, operands.q.device
+    places = torch.cat([torch.arange(length) + n * longest for n, length in enumerate(w.lengths)]).to(device)
+    is_there = torch.zeros(count * longest, dtype=torch.bool, device=device).index_fill(0, places, True)
+    one = torch.arange(longest, device=device)
+    band = dataclasses.replace(w, s_q=longest, s_kv=longest, documents=1, packed=False, spread=None)
+    kept = is_there.view(count, 1, 1, longest) & band.keeps(one[:, None], one)
+    kept = kept | (one[:, None] == one)  # rows of padding keep themselves: one without keys would be NaN
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros(count * longest, *x.shape[1:]).index_copy(0, places, x)
+        return rows.unflatten(0, (count, longest)).transpose(1, 2)
+
+    def forward() -> Tensor:
+        q, k, v = (padded(x) for x in (operands.q, operands.k, operands.v))
+        options: dict[str, Any] = {"scale": w.spec.scale, "enable_gqa": w.heads_q != w.heads_kv}
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=kept, **options)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
     return forward
 

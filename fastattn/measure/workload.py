@@ -6,12 +6,15 @@ irregular shapes.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn.flops import backward_flops, forward_flops
@@ -29,8 +32,11 @@ class Workload:
     Attributes:
         bias_grad: the bias has a gradient.
         mask: a boolean mask as a tensor: every row keeps the first quarter of the keys, and those up to its own.
-        documents: number of equally long documents in each sequence; 1 is an ordinary batch.
+        scattered: the mask hides every tenth pair instead, as if drawn at random: no block of it is of one kind.
+        documents: number of documents in each sequence; 1 is an ordinary batch.
         packed: the documents come as ``cu_seqlens`` (batch must be 1) instead of segment ids.
+        spread: the least and the greatest length of packed documents, which take all lengths between in turn; None is
+            one length for all. ``s_q`` is their sum.
         passes: of PASSES, to be timed.
         memory: measure peak memory too (on a GPU it always is; on a CPU it costs a process for each workload).
         label: a model's name or the like, shown in tables.
@@ -52,8 +58,10 @@ class Workload:
     bias: bool = False
     bias_grad: bool = True
     mask: bool = False
+    scattered: bool = False
     documents: int = 1
     packed: bool = False
+    spread: tuple[int, int] | None = None
     dropout_p: float = 0.0
     passes: tuple[str, ...] = PASSES
     memory: bool = False
@@ -64,9 +72,10 @@ class Workload:
         """The features beyond dense attention, in words."""
         window = self.window and f"window {self.window[0]}"
         softcap = self.softcap and f"softcap {self.softcap:g}"
-        documents = self.documents > 1 and f"{self.documents} documents{' packed' if self.packed else ''}"
+        of_length = self.spread and f" of {self.spread[0]} to {self.spread[1]}"
+        documents = self.documents > 1 and f"{self.documents} documents{of_length or ''}{' packed' * self.packed}"
         words = ("causal" if self.causal else "", window, softcap, documents)
-        flags = [name for name in ("alibi", "sinks", "bias", "mask") if getattr(self, name)]
+        flags = [name for name in ("alibi", "sinks", "bias", "scattered", "mask") if getattr(self, name)]
         flags += ["without gradient"] if self.bias and not self.bias_grad else []
         return [word for word in words if word] + flags + (["dropout"] if self.dropout_p else [])
 
@@ -85,6 +94,19 @@ class Workload:
         return AttentionSpec(self.d_qk**-0.5, self.softcap, left, 0 if self.causal else right, dropout_p=self.dropout_p)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The tokens of each document."""
+        if self.spread is None:
+            return (self.s_q // self.documents,) * self.documents
+        least, most = self.spread
+        return tuple(least + n % (most + 1 - least) for n in range(self.documents))
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a document."""
+        return max(self.lengths)
+
+    @property
     def has_mask(self) -> bool:
         """Whether torch's own attention needs a mask tensor for this."""
         square = self.s_q == self.s_kv
@@ -92,12 +114,16 @@ class Workload:
 
     def keeps(self, i: Any, j: Any) -> Any:
         """Whether query row ``i`` attends to key ``j``: the band, inside its own document, where the mask is True."""
+        kept = keep(self.spec, i, j, self.s_q, self.s_kv)
         if self.mask:
-            return keep(self.spec, i, j, self.s_q, self.s_kv) & ((j < self.s_kv // 4) | (j <= i))
-        if self.documents == 1:
-            return keep(self.spec, i, j, self.s_q, self.s_kv)
-        length = self.s_q // self.documents
-        return keep(self.spec, i, j, self.s_q, self.s_kv) & (i // length == j // length)
+            return kept & (_is_drawn(i, j) if self.scattered else (j < self.s_kv // 4) | (j <= i))
+        return kept if self.documents == 1 else kept & (self.document(i) == self.document(j))
+
+    def document(self, i: Any) -> Any:
+        """The number of the document that holds token ``i``."""
+        if self.spread is None:
+            return i // (self.s_q // self.documents)
+        return sum((i >= start) * 1 for start in itertools.accumulate(self.lengths[:-1]))
 
     def distance(self, i: Any, j: Any) -> Any:
         """The distances that ALiBi's slopes are multiplied with."""
@@ -109,11 +135,13 @@ class Workload:
 
     def flops(self) -> dict[str, int]:
         """FLOPs of each pass, of kept pairs only: masked pairs do not count."""
-        lengths = (self.s_q // self.documents, self.s_kv // self.documents)
-        batch, heads, dims = self.batch * self.documents, (self.heads_q, self.heads_kv), (self.d_qk, self.d_v)
-        q = torch.empty(batch, lengths[0], heads[0], dims[0], device="meta")
-        k, v = (torch.empty(batch, lengths[1], heads[1], d, device="meta") for d in dims)
-        forward, backward = (count(Inputs(q, k, v), self.spec) for count in (forward_flops, backward_flops))
+        forward = backward = 0
+        for length, count in collections.Counter(self.lengths).items():
+            batch, s_kv = self.batch * count, self.s_kv // self.documents if self.spread is None else length
+            q = torch.empty(batch, length, self.heads_q, self.d_qk, device="meta")
+            k, v = (torch.empty(batch, s_kv, self.heads_kv, d, device="meta") for d in (self.d_qk, self.d_v))
+            forward += forward_flops(Inputs(q, k, v), self.spec)
+            backward += backward_flops(Inputs(q, k, v), self.spec)
         if self.mask:
             kept = self.keeps(torch.arange(self.s_q)[:, None], torch.arange(self.s_kv)[None]).sum().item()
             forward, backward = (flops * kept // (self.s_q * self.s_kv) for flops in (forward, backward))
@@ -124,7 +152,7 @@ class Workload:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Workload:
-        tuples = {name: tuple(data[name]) for name in ("window", "passes") if data.get(name) is not None}
+        tuples = {name: tuple(data[name]) for name in ("window", "spread", "passes") if data.get(name) is not None}
         return cls(**{**data, **tuples})
 
 
@@ -164,13 +192,11 @@ class Operands:
 
         batch = () if workload.packed else (workload.batch,)
         rows_q, rows_kv = (*batch, workload.s_q), (*batch, workload.s_kv)
-        length, extra = divmod(workload.s_q, workload.documents)
-        if extra:
-            raise ValueError(
-                f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} equal documents"
-            )
+        if sum(workload.lengths) != workload.s_q:
+            raise ValueError(f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} documents")
+        lengths = torch.tensor(workload.lengths, device=device)
         has_segments = workload.documents > 1 and not workload.packed
-        ids = torch.arange(workload.documents, dtype=torch.int32, device=device).repeat_interleave(length)
+        ids = torch.arange(workload.documents, dtype=torch.int32, device=device).repeat_interleave(lengths)
         heads = torch.arange(1, workload.heads_q + 1, device=device)
         return cls(
             workload=workload,
@@ -185,9 +211,7 @@ class Operands:
             sinks=normal(workload.heads_q) if workload.sinks else None,
             alibi_slopes=torch.exp2(-8.0 * heads / workload.heads_q) if workload.alibi else None,
             segment_ids=ids.expand(workload.batch, -1) if has_segments else None,
-            cu_seqlens=torch.arange(0, workload.s_q + 1, length, dtype=torch.int32, device=device)
-            if workload.packed
-            else None,
+            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int() if workload.packed else None,
             rng_state=torch.tensor([seed, 0], device=device) if workload.dropout_p else None,
         )
 
@@ -214,8 +238,8 @@ class Operands:
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
             rng_state=self.rng_state,
-            max_seqlen_q=workload.s_q // workload.documents if workload.packed else workload.s_q,
-            max_seqlen_kv=workload.s_kv // workload.documents if workload.packed else workload.s_kv,
+            max_seqlen_q=workload.longest if workload.packed else workload.s_q,
+            max_seqlen_kv=workload.longest if workload.packed else workload.s_kv,
         )
 
     def keep_matrix(self) -> Tensor:
@@ -232,3 +256,9 @@ class Operands:
 def _of_positions(w: Workload, function: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor:
     """``(S_q, S_kv)``: a function of query row and key."""
     return function(torch.arange(w.s_q, device=device)[:, None], torch.arange(w.s_kv, device=device)[None, :])
+
+
+def _is_drawn(i: Any, j: Any) -> Any:
+    """Nine pairs of ten, by a hash of their positions."""
+    mixed = (i * 73856093) ^ (j * 19349663)
+    return ((mixed >> 7) ^ mixed) % 10 > 0

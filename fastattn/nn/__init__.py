@@ -8,8 +8,9 @@ from fastattn.nn.paged import CacheStep, PagedKVCache, PagedLayer
 from fastattn.nn.replace import replace_attention
 from fastattn.nn.rotary import Rotary
 from fastattn.nn.self_attention import GatedAttention, SelfAttention
+from fastattn.trees import tree_mask
 
 __all__ = [
     "CacheStep", "DifferentialAttention", "GatedAttention", "KVCache", "LatentAttention", "MultiHeadAttention",
-    "PagedKVCache", "PagedLayer", "Rotary", "SelfAttention", "replace_attention",
+    "PagedKVCache", "PagedLayer", "Rotary", "SelfAttention", "replace_attention", "tree_mask",
 ]  # fmt: skip

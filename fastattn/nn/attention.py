@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen, explain
-from fastattn.nn.lazy import attend_with_little_weights, weights_when_read
+from fastattn.nn.lazy import attend_with_little_weights, have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
-from fastattn.torch_internals import autocast_dtype
+from fastattn.torch_internals import autocast_dtype, calls_only_forward, multi_head_attention
 
 Window = tuple[int | None, int | None]
+_OUT_PROJ = type(nn.MultiheadAttention(1, 1).out_proj)
 
 
 class MultiHeadAttention(nn.MultiheadAttention):
@@ -182,46 +183,87 @@ class MultiHeadAttention(nn.MultiheadAttention):
             InputError: a tensor's shape or dtype does not fit, ``is_causal`` is given without a mask, or ``rope`` with
                 cross-attention.
         """
-        if isinstance(query, Proxy):  # torch.fx also records torch's own modules as one node
+        if isinstance(query, Proxy):
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            path = query.tracer.path_of_module(self)
-            return query.tracer.create_proxy("call_module", path, (query, key, value, *masks), {})
+            return recorded_by_fx(self, query, key, value, *masks)
         if query.is_nested:
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask, "is_causal": is_causal or None}
             return self._forward_nested(query, key, value, need_weights, masks)
-        self._check_inputs(query, key, value)
+        if key_padding_mask is attn_mask is None and not is_causal:
+            both = self._by_torch(query, key, value, need_weights, average_attn_weights)
+            if both is not None:
+                return both
         is_batched = query.dim() == 3
-        q, k, v = self._heads(query, key, value, is_batched)
-        batch, s_q, s_kv = q.shape[0], q.shape[1], k.shape[1]
+        heads = self._heads_of_one(query) if query is key is value else None
+        if heads is None:
+            self._check_inputs(query, key, value)
+            heads = self._heads(query, key, value, is_batched)
+        q, k, v = self._rotated(*heads, 0)
         if key_padding_mask is not None or attn_mask is not None or is_causal:
-            check_masks(key_padding_mask, attn_mask, is_batched, (batch, self.num_heads, s_q, s_kv))
+            check_masks(key_padding_mask, attn_mask, is_batched, (q.shape[0], self.num_heads, q.shape[1], k.shape[1]))
             _check_hint(is_causal, attn_mask)
         k, v, appended = self._append_keys(k, v)
 
         window = self.window
-        if is_causal and not need_weights and key_padding_mask is None and (window is None or s_q == s_kv):
+        if is_causal and not need_weights and key_padding_mask is None and (window is None or q.shape[1] == k.shape[1]):
             attn_mask = None
-            k, v = k[:, :s_q], v[:, :s_q]  # torch counts from the upper left: no query sees the keys beyond these
-            window = (window[0] if window else None, s_q - k.shape[1])
+            k, v = k[:, : q.shape[1]], v[:, : q.shape[1]]  # torch counts from the upper left: no query sees the others
+            window = (window[0] if window else None, q.shape[1] - k.shape[1])
 
         terms = mask_terms(_padded(key_padding_mask, appended), _padded(attn_mask, appended), q)
         options: dict[str, Any] = {
             "window": window, "softcap": self.softcap, "sinks": self.sinks,
             "dropout_p": self.dropout if self.training else 0.0, **terms,
         }  # fmt: skip
-        if need_weights and options["dropout_p"]:
+        if need_weights:
+            return self._with_weights(q, k, v, options, average_attn_weights, is_batched)
+        out = attention(q, k, v, backend=self.backend, **options)
+        assert isinstance(out, Tensor)
+        return self.out_proj(self._as_query(out.flatten(2), is_batched)), None
+
+    def _with_weights(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], average: bool, is_batched: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` from the heads on, with weights: few are computed now, others when they are read."""
+        if options["dropout_p"]:
             options["rng_state"] = rng.new_rng_state(q.device)
-        both = attend_with_little_weights(q, k, v, options | {"backend": self.backend}) if need_weights else None
+        given = (options[name] for name in ("window", "softcap", "sinks", "bias", "mask", "segment_ids"))
+        is_plain = self.backend is None and not options["dropout_p"] and all(x is None for x in given)
+        both = attend_with_little_weights(q, k, v) if is_plain else None
         out = attention(q, k, v, backend=self.backend, **options) if both is None else both[0]
         assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
-        if not need_weights:
-            return out, None
         if both is not None:
-            weights = both[1].mean(1) if average_attn_weights else both[1]
+            weights = (both[1].mean(1) if average else both[1]).to(out.dtype)
             return out, weights if is_batched else weights[0]
-        how = {"mean": average_attn_weights, "unbatched": not is_batched, "owned": True}
+        how = {"mean": average, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
+
+    def _by_torch(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Few scores in inference by torch's function for the whole layer, which takes the least time for them.
+
+        None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
+        """
+        is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
+        if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
+            return None
+        if not self.batch_first or self.backend is not None or (self.training and self.dropout):
+            return None
+        shape = query.shape
+        if len(shape) != 3 or not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
+            return None
+        out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
+        if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
+            return None
+        if any(x.shape != shape or not _fits(x, weight) for x in (query, key, value)) or shape[2] != self.embed_dim:
+            return None
+        tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        qkv, parameters = tensors[:3], tensors[3:]
+        return multi_head_attention(*qkv, self.embed_dim, self.num_heads, *parameters, None, need_weights, average)
 
     def _forward_nested(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, masks: dict[str, Any]
@@ -238,39 +280,73 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = (packed[id(x)] for x in (query, key, value))
         if v.offsets is not k.offsets and not torch.equal(v.offsets, k.offsets):
             raise input_error("value", "other lengths than key", "the same", "Each key has one value.")
-        projected = self._project(q.values, k.values, v.values)
-        heads_q, heads_k, heads_v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         positions = q.positions() if self.rotary is not None else None
+        values, boundaries = (q.values, k.values, v.values), (q.offsets, k.offsets, q.longest, k.longest)
+        return q.nested(self._of_packed(*values, boundaries, positions)), None
+
+    def _of_packed(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        boundaries: tuple[Tensor, Tensor, int, int],
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` of packed tokens ``(T, E)``, without weights.
+
+        Args:
+            query: ``(T_q, E)``.
+            key: ``(T_kv, E)``.
+            value: ``(T_kv, E)``.
+            boundaries: cu_seqlens_q, cu_seqlens_kv, max_seqlen_q and max_seqlen_kv of ``attention_varlen``.
+            positions: ``(T_q,)`` of the tokens in their sequences, for ``rope``.
+        """
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self._project(query, key, value))
+        cu_seqlens_q, cu_seqlens_kv, longest_q, longest_kv = boundaries
         out = attention_varlen(
-            *self._rotated(heads_q, heads_k, heads_v, positions), q.offsets, k.offsets,
-            max_seqlen_q=q.longest, max_seqlen_kv=k.longest, window=self.window, softcap=self.softcap,
+            *self._rotated(q, k, v, positions), cu_seqlens_q, cu_seqlens_kv,
+            max_seqlen_q=longest_q, max_seqlen_kv=longest_kv, window=self.window, softcap=self.softcap,
             sinks=self.sinks, dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
         )  # fmt: skip
         assert isinstance(out, Tensor)
-        return q.nested(self.out_proj(out.flatten(1))), None
+        return self.out_proj(out.flatten(1))
 
     def _widths(self) -> tuple[int, int, int]:
         """The widths of q, k and v over all heads: the rows of their projections."""
         e_kv = self.head_dim * self.num_kv_heads
         return self.embed_dim, e_kv, e_kv
 
-    def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as ``(B, S, H, D)``, normalised and rotated."""
+    def _heads_of_one(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """q, k and v as ``(B, S, H, D)`` of self-attention in its commonest form; None leaves it to ``_heads``."""
         weight = self.in_proj_weight
-        if (
-            weight is not None
-            and query is key
-            and key is value
-            and is_batched
-            and weight.shape[0] == 3 * self.embed_dim
-        ):
-            x = F.linear(query, weight, self.in_proj_bias)  # heads of one size: fewer views than below
-            x = x.view(*x.shape[:2], 3, self.num_heads, self.head_dim)
-            q, k, v = (x if self.batch_first else x.transpose(0, 1)).unbind(2)
-        else:
-            projected = self._project(query, key, value)
-            q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
-        return self._rotated(q, k, v, 0)
+        if weight is None or x.dim() != 3 or x.shape[-1] != self.embed_dim or not _fits(x, weight):
+            return None
+        if self.num_kv_heads != self.num_heads:
+            return None
+        q, k, v = self._of_product(x, weight, self.in_proj_bias, 3)
+        return q, k, v
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as ``(B, S, H, D)``."""
+        weight, bias, e_q = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        _, e_kv, _ = self._widths()
+        if weight is not None and is_batched and key is value:
+            (w_q, w_kv), (b_q, b_kv) = _split(weight, bias, (e_q, 2 * e_kv))
+            (q,), (k, v) = self._of_product(query, w_q, b_q, 1), self._of_product(key, w_kv, b_kv, 2)
+            return q, k, v
+        if weight is not None and is_batched and query is key and e_q == e_kv:  # positions in queries and keys alone
+            (w_qk, w_v), (b_qk, b_v) = _split(weight, bias, (2 * e_q, e_kv))
+            q, k = self._of_product(query, w_qk, b_qk, 2)
+            return q, k, self._of_product(value, w_v, b_v, 1)[0]
+        projected = self._project(query, key, value)
+        q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
+        return q, k, v
+
+    def _of_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
+        """``count`` of q, k and v as ``(B, S, H, D)`` by one product of a batch ``x``."""
+        x = F.linear(x, weight, bias)
+        x = x.view(*x.shape[:2], count, -1, self.head_dim)
+        return (x if self.batch_first else x.transpose(0, 1)).unbind(2)
 
     def _rotated(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None
@@ -284,16 +360,11 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None and query is key and key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._widths(), dim=-1)
-        if self.in_proj_weight is not None and key is value:
-            e, e_kv, _ = self._widths()
-            weight_q, weight_kv = self.in_proj_weight.split((e, 2 * e_kv))
-            bias_q, bias_kv = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split((e, 2 * e_kv))
-            return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).split(e_kv, dim=-1)
         if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.split(self._widths())
+            weights, biases = _split(self.in_proj_weight, self.in_proj_bias, self._widths())
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self._widths())
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self._widths())
         return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _as_batch(self, x: Tensor, is_batched: bool) -> Tensor:
@@ -322,9 +393,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
     def _check_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        is_self = query is key is value and self.in_proj_weight is not None
-        if is_self and query.dim() == 3 and query.shape[-1] == self.embed_dim and _fits(query, weight):
-            return  # the commonest call
         named = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
         order = "(N, S, {0})" if self.batch_first else "(S, N, {0})"
         for name, x, width in named:
@@ -357,6 +425,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return sizes + options
 
 
+def recorded_by_fx(module: nn.Module, proxy: Proxy, *others: Any) -> Any:
+    """``module(proxy, *others)`` as one node of a ``torch.fx`` graph, as torch records its own modules."""
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *others), {})
+
+
 class _ShortcutGuard(nn.Module):
     """A child that is never called and has a hook, because of which torch's encoder layers call their submodules."""
 
@@ -384,6 +458,11 @@ def _check_hint(is_causal: bool, attn_mask: Tensor | None) -> None:
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
     """``mask`` with unmasked columns for the appended keys."""
     return mask if mask is None or columns == 0 else F.pad(mask, (0, columns))
+
+
+def _split(weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The parts of a projection by their numbers of rows."""
+    return weight.split(rows), (None,) * len(rows) if bias is None else bias.split(rows)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
+from fastattn.nn.layer_cache import LayerCache, kept_moves, make_stores, scales_of_stores
 
 FP8 = torch.float8_e4m3fn
 
@@ -165,6 +165,37 @@ class KVCache(LayerCache):
                 "lengths", lengths, f"at most what the rows hold: {self._filled}", "Nothing can be added."
             )
         self._set(wanted)
+
+    def keep(self, tokens: int, kept: Sequence[Sequence[int]]) -> None:
+        """Of the last ``tokens`` of each row keep some, which move together, and forget the others.
+
+        After a call with a ``tree_mask`` this leaves the accepted path.
+
+        Args:
+            tokens: how many the choice is from: those of the last call.
+            kept: for each row indices among them, ascending.
+
+        Raises:
+            InputError: a row holds fewer tokens, or its indices are not among them in ascending order.
+
+        Example:
+            >>> import torch
+            >>> from fastattn.nn import KVCache, tree_mask
+            >>> cache, x = KVCache(1, 8, 2, 16), torch.randn(1, 3, 2, 16)
+            >>> out = cache.attend(x, x, x, tree_mask=tree_mask([-1, 0, 0]))     # one guess, then two for the next
+            >>> cache.keep(3, [[0, 2]])
+            >>> cache.length, bool((cache.keys[0, 1] == x[0, 2]).all())
+            (2, True)
+        """
+        if len(kept) != self.batch:
+            raise input_error("kept", f"{len(kept)} rows", f"{self.batch}, one for each of the cache", "[] keeps none.")
+        rows = zip(kept, self._filled, strict=True)
+        moves = [(n, *move) for n, (row, filled) in enumerate(rows) for move in kept_moves(tokens, row, filled)]
+        if moves:
+            row, source, target = torch.tensor(moves).T.to(self.keys.device, non_blocking=True)
+            for store in self._stores:
+                store[row, target] = store[row, source]
+        self._set([filled - tokens + len(row) for row, filled in zip(kept, self._filled, strict=True)])
 
     def reset(self) -> None:
         """Forget every token; the memory is kept for the next sequence."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ class LayerCache(ABC):
         bias: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
+        tree_mask: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
         """Append the keys and values of new tokens, and attend from ``q`` to all tokens that the cache then holds.
@@ -58,6 +61,8 @@ class LayerCache(ABC):
             bias: as there, ``(B, H_q, S_q, S)`` by position of the key.
             alibi_slopes: as there.
             sinks: as there.
+            tree_mask: as there; ``keep`` of the cache then keeps the accepted path. Keys that are rotated before they
+                come here take the position of their depth.
             backend: as there.
 
         Returns:
@@ -69,7 +74,7 @@ class LayerCache(ABC):
         """
         options: dict[str, Any] = {
             "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias,
-            "alibi_slopes": alibi_slopes, "sinks": sinks, "backend": backend,
+            "alibi_slopes": alibi_slopes, "sinks": sinks, "tree_mask": tree_mask, "backend": backend,
             "k_scale": self.k_scale, "v_scale": self.v_scale,
         }  # fmt: skip
         return self._append_and_attend(q, k, v, options)
@@ -87,6 +92,20 @@ class LayerCache(ABC):
         out = attention_with_kv_cache(q, self.keys, self.values, lengths, k, v, **options)
         assert isinstance(out, Tensor)  # no lse was asked for
         return out
+
+
+def kept_moves(tokens: int, kept: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """From where to where the kept ones of the last ``tokens`` of a row of ``length`` move, but for those that stay.
+
+    Raises:
+        InputError: there are fewer tokens, or ``kept`` are not indices among them in ascending order.
+    """
+    in_order = all(a < b for a, b in itertools.pairwise((-1, *kept, tokens)))
+    if not 0 <= tokens <= length or not in_order:
+        allowed = f"at most the {length} of the row, and indices below their number in ascending order"
+        raise input_error("kept", f"{list(kept)} of {tokens} tokens", allowed, "A path of a tree, its root first.")
+    begin = length - tokens
+    return [(begin + token, begin + n) for n, token in enumerate(kept) if token != n]
 
 
 def make_stores(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastattn import state
 from fastattn.arguments import autocast
 from fastattn.dispatch import requested
 from fastattn.errors import input_error
@@ -202,30 +203,38 @@ def weights_when_read(
 LITTLE = 1 << 15  # scores, below which the formula takes torch less time than a kernel and a look at the weights
 
 
-def attend_with_little_weights(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """``(out, weights)`` by the formula where that is the fastest way to both: on a CPU, few scores, no options given.
+def attend_with_little_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``(out, weights)`` by the formula where that is the fastest way to both: on a CPU, few scores, no options.
 
     Args:
         q: ``(B, S_q, H, D)``.
         k: ``(B, S_kv, H, D)``.
         v: ``(B, S_kv, H, D)``.
-        options: of ``fastattn.attention``.
 
     Returns:
-        ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``; None for other calls.
+        ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``, fp32 or fp64; None for other calls.
     """
-    scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-    if not 0 < scores <= LITTLE or q.shape[2] != k.shape[2] or q.device.type != "cpu":
+    (batch, s_q, heads, width), s_kv = q.shape, k.shape[1]
+    if heads != k.shape[2] or not have_little_weights((q, k, v), batch * heads * s_q * s_kv):
         return None
-    if any(x is not None and (isinstance(x, Tensor | tuple) or x != 0) for x in options.values()):
-        return None
-    if is_watched() or requested(None) is not None or not _is_plain_eager([q, k, v]):
-        return None
-    q, k, v = q.transpose(1, 2) * q.shape[-1] ** -0.5, k.permute(0, 2, 3, 1), v.transpose(1, 2)
-    weights = torch.softmax(torch.matmul(q, k), -1)
-    return torch.matmul(weights, v).transpose(1, 2), weights
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows_q, rows_k, rows_v = (x.transpose(1, 2).to(dtype).reshape(batch * heads, -1, width) for x in (q, k, v))
+    scores = torch.baddbmm(rows_q.new_empty(1), rows_q, rows_k.mT, beta=0, alpha=width**-0.5)
+    weights = torch.softmax(scores, -1)
+    out = torch.bmm(weights, rows_v).view(batch, heads, s_q, width).transpose(1, 2)
+    return out.to(q.dtype), weights.view(batch, heads, s_q, s_kv)
+
+
+def have_little_weights(tensors: Sequence[Tensor], count: int) -> bool:
+    """Whether an eager call on a CPU has so few scores that its weights are best computed at once.
+
+    Args:
+        tensors: the queries, keys and values, or what they are projected from.
+        count: of scores.
+    """
+    if not 0 < count <= LITTLE or is_watched() or any(type(x) is not Tensor or not x.is_cpu for x in tensors):
+        return False
+    return requested(None) is None and state.whole_rows is None
 
 
 def _pair(segment_ids: Any) -> tuple[Tensor, ...]:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from fastattn.errors import input_error
 from fastattn.nn.cache import check_sizes
-from fastattn.nn.layer_cache import LayerCache, make_stores, scales_of_stores
+from fastattn.nn.layer_cache import LayerCache, kept_moves, make_stores, scales_of_stores
+from fastattn.spec import page_and_row
+from fastattn.trees import ancestors, words_of_trees
 
 EVICTED = -1  # in place of a page before the window
 
@@ -29,6 +31,11 @@ class _Sequence:
 
     def copy(self) -> _Sequence:
         return _Sequence(list(self.pages), self.length)
+
+    def place(self, position: int, page_size: int) -> tuple[int, int]:
+        """The page of a position, and its row there."""
+        entry, row = page_and_row(position, page_size)
+        return self.pages[entry], row
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class CacheStep:
         cu_seqlens_q: ``(n + 1,)`` int32 if packed, else None.
         max_seqlen_q: most new tokens of a sequence.
         max_length: length of the longest sequence after the step, when the step was made.
+        tree_mask: of the new tokens, if they were given parents; else None.
     """
 
     layers: tuple[PagedLayer, ...]
@@ -57,6 +65,7 @@ class CacheStep:
     cu_seqlens_q: Tensor | None
     max_seqlen_q: int
     max_length: int
+    tree_mask: Tensor | None = None
 
 
 class PagedLayer(LayerCache):
@@ -100,6 +109,8 @@ class PagedLayer(LayerCache):
         options |= {
             "block_table": step.block_table, "cu_seqlens_q": step.cu_seqlens_q, "max_seqlen_q": step.max_seqlen_q
         }  # fmt: skip
+        if step.tree_mask is not None:
+            options["tree_mask"] = step.tree_mask
         if step.cu_seqlens_q is None:
             return self._attend(q, step.lengths, k, v, options)
         return self._attend(q[0], step.lengths, k[0], v[0], options)[None]
@@ -254,6 +265,35 @@ class PagedKVCache:
         del state.pages[kept:]
         state.length = length
 
+    def keep(self, sequences: Sequence[int], tokens: int | Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+        """Of the last tokens of some sequences keep some, which move together, and forget the others.
+
+        After a step with ``parents`` this leaves the accepted path of each tree, in every layer.
+
+        Args:
+            sequences: names, each once.
+            tokens: how many last tokens the choice is from, for each, or one number for all.
+            kept: for each sequence indices among them, ascending.
+
+        Raises:
+            InputError: a sequence has fewer tokens, its indices are not among them in ascending order, or it shares
+                pages that would have to be copied where no page is free. The cache stays as it was.
+        """
+        last = self._numbers(sequences, tokens)
+        if len(kept) != len(last):
+            raise input_error("kept", f"{len(kept)} rows", f"{len(last)}, one for each sequence", "[] keeps none.")
+        states = [self._get(name) for name in sequences]
+        moves = [kept_moves(n, row, state.length) for n, row, state in zip(last, kept, states, strict=True)]
+        self._own([(state, to // self.page_size) for state, row in zip(states, moves, strict=True) for _, to in row])
+        places = [(*state.place(source, self.page_size), *state.place(to, self.page_size))
+                  for state, row in zip(states, moves, strict=True) for source, to in row]  # fmt: skip
+        if places:
+            from_page, from_row, page, row = torch.tensor(places).T.to(self.keys.device, non_blocking=True)
+            for store in self._stores:
+                store[:, page, row] = store[:, from_page, from_row]
+        for name, state, n, of_path in zip(sequences, states, last, kept, strict=True):
+            self.truncate(name, state.length - n + len(of_path))
+
     def pages_needed(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> int:
         """The number of pages that a step would need beyond the free ones; negative if some would remain free."""
         return self._plan(sequences, self._new_tokens(sequences, new_tokens)) - self.free_pages
@@ -265,6 +305,7 @@ class PagedKVCache:
         *,
         max_pages: int | None = None,
         reuse: CacheStep | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> CacheStep:
         """Reserve pages for new tokens of some sequences, and add these tokens to their lengths.
 
@@ -275,14 +316,18 @@ class PagedKVCache:
                 covers ``max_length``, the step can be reused until the sequences reach that length.
             reuse: an earlier step for as many sequences with the same numbers of tokens. Its tensors are overwritten
                 and it is returned, so that a CUDA graph that has captured it can be replayed.
+            parents: the new tokens of each sequence are a tree, as in ``fastattn.nn.tree_mask``: for each the index of
+                the one that it follows, -1 for the tokens before the step. Their ``positions`` count depths. ``keep``
+                then keeps the accepted path.
 
         Returns:
             the step: call the model with its ``layers`` and ``positions``.
 
         Raises:
             InputError: there are too few pages, a sequence would become too long, is unknown or named twice, or
-                ``max_pages`` or ``reuse`` does not fit. The cache stays as it was.
+                ``max_pages``, ``reuse`` or ``parents`` does not fit. The cache stays as it was.
         """
+        trees = None if parents is None else [ancestors(row) for row in parents]
         new = self._new_tokens(sequences, new_tokens)
         needed = self._plan(sequences, new)
         if needed > self.free_pages:
@@ -294,6 +339,12 @@ class PagedKVCache:
         width = max_pages or 1 << (longest - 1).bit_length()
         if reuse is not None:
             width = reuse.block_table.shape[1]
+        if trees is not None and [len(tree) for tree in trees] != new:
+            given = f"for {[len(tree) for tree in trees]} tokens"
+            raise input_error("parents", given, f"one for each of {new} new tokens", "-1 follows the cache.")
+        if reuse is not None and (reuse.tree_mask is None) != (trees is None):
+            todo = "A step of trees is reused for trees."
+            raise input_error("reuse", "a step with, or without, parents", "one like this step", todo)
         if longest > width or (reuse is not None and reuse.new_tokens != tuple(new)):
             given = f"{width} pages" + (f", for {reuse.new_tokens} tokens" if reuse else "")
             allowed = f"at least {longest} pages" + (f", for {tuple(new)} tokens" if reuse else "")
@@ -303,13 +354,8 @@ class PagedKVCache:
         copies: list[tuple[int, int]] = []
         for name, tokens in zip(sequences, new, strict=True):
             self._grow(self._sequences[name], tokens, copies)
-        if copies:
-            source, target = (
-                torch.tensor(pages).to(self.keys.device, non_blocking=True) for pages in zip(*copies, strict=True)
-            )
-            for store in self._stores:
-                store[:, target] = store[:, source]
-        return self._as_step((tuple(sequences), tuple(new), before), width, reuse)
+        self._copy(copies)
+        return self._as_step((tuple(sequences), tuple(new), before), width, reuse, trees)
 
     # --- on the host --------------------------------------------------------------------------------------------------
 
@@ -330,12 +376,17 @@ class PagedKVCache:
         if self._users[page] == 0:
             self._free.append(page)
 
-    def _new_tokens(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> list[int]:
-        """A checked number of tokens for each sequence."""
-        new = [new_tokens] * len(sequences) if isinstance(new_tokens, int) else list(new_tokens)
-        if not sequences or len(new) != len(sequences) or len(set(sequences)) != len(sequences):
-            given = f"{list(sequences)} with {new}"
+    def _numbers(self, sequences: Sequence[int], tokens: int | Sequence[int]) -> list[int]:
+        """A number of tokens for each sequence."""
+        numbers = [tokens] * len(sequences) if isinstance(tokens, int) else list(tokens)
+        if not sequences or len(numbers) != len(sequences) or len(set(sequences)) != len(sequences):
+            given = f"{list(sequences)} with {numbers}"
             raise input_error("sequences", given, "names, each once, and a number for each", "See the docstring.")
+        return numbers
+
+    def _new_tokens(self, sequences: Sequence[int], new_tokens: int | Sequence[int]) -> list[int]:
+        """A number of new tokens for each sequence that leaves it below ``max_length``."""
+        new = self._numbers(sequences, new_tokens)
         for name, tokens in zip(sequences, new, strict=True):
             length = self._get(name).length
             if tokens < 1 or length + tokens > self.max_length:
@@ -378,13 +429,38 @@ class PagedKVCache:
         while len(state.pages) * self.page_size < state.length:
             state.pages.append(self._take())
 
+    def _own(self, entries: Sequence[tuple[_Sequence, int]]) -> None:
+        """Copy the pages of these entries that other sequences use too, before they are written to."""
+        shared = {(id(state), entry): (state, entry) for state, entry in entries if self._users[state.pages[entry]] > 1}
+        if len(shared) > self.free_pages:
+            todo = "Free sequences, or keep the paths before forking."
+            raise input_error("kept", f"{len(shared)} shared pages to copy", f"{self.free_pages}, the free ones", todo)
+        copies = []
+        for state, entry in shared.values():
+            copies.append((state.pages[entry], self._take()))
+            self._release(state.pages[entry])
+            state.pages[entry] = copies[-1][1]
+        self._copy(copies)
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, (from, to)."""
+        if not copies:
+            return
+        source, target = torch.tensor(copies).T.to(self.keys.device, non_blocking=True)
+        for store in self._stores:
+            store[:, target] = store[:, source]
+
     def _take(self) -> int:
         page = self._free.pop()
         self._users[page] = 1
         return page
 
     def _as_step(
-        self, what: tuple[tuple[int, ...], tuple[int, ...], list[int]], width: int, reuse: CacheStep | None
+        self,
+        what: tuple[tuple[int, ...], tuple[int, ...], list[int]],
+        width: int,
+        reuse: CacheStep | None,
+        trees: Sequence[np.ndarray] | None,
     ) -> CacheStep:
         """The tensors of a step: sequences, their new tokens, and their lengths before."""
         sequences, new, before = what
@@ -392,7 +468,8 @@ class PagedKVCache:
         table = np.full((len(rows), width), EVICTED, dtype=np.int32)
         for row, pages in zip(table, rows, strict=True):
             row[: len(pages)] = pages
-        positions = [np.arange(have, have + tokens) for have, tokens in zip(before, new, strict=True)]
+        places = [np.arange(tokens) for tokens in new] if trees is None else [tree.sum(1) - 1 for tree in trees]
+        positions = [have + of_tokens for have, of_tokens in zip(before, places, strict=True)]
         is_packed = len(set(new)) > 1
         ends = np.cumsum([0, *new], dtype=np.int32) if is_packed else None
         on_host = (
@@ -400,19 +477,22 @@ class PagedKVCache:
             np.asarray(before, dtype=np.int32),
             table,
             ends,
+            None if trees is None else words_of_trees(trees, is_packed),
         )
         tensors = [x if x is None else torch.from_numpy(x) for x in on_host]
         if reuse is not None:
-            held = (reuse.positions, reuse.lengths, reuse.block_table, reuse.cu_seqlens_q)
+            held = (reuse.positions, reuse.lengths, reuse.block_table, reuse.cu_seqlens_q, reuse.tree_mask)
             for old, x in zip(held, tensors, strict=True):
                 if old is not None and x is not None:
                     old.copy_(x, non_blocking=True)
             return reuse
-        at, lengths, block_table, cu = (x if x is None else x.to(self.keys.device, non_blocking=True) for x in tensors)
+        at, lengths, block_table, cu, words = (
+            x if x is None else x.to(self.keys.device, non_blocking=True) for x in tensors
+        )
         assert at is not None and lengths is not None and block_table is not None
         layers = tuple(PagedLayer(self, index) for index in range(self.keys.shape[0]))
         longest = max(have + tokens for have, tokens in zip(before, new, strict=True))
-        step = CacheStep(layers, sequences, new, at, lengths, block_table, cu, max(new), longest)
+        step = CacheStep(layers, sequences, new, at, lengths, block_table, cu, max(new), longest, words)
         for layer in layers:
             layer.step = step
         return step

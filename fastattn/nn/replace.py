@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn.errors import input_error
 from fastattn.nn.attention import MultiHeadAttention, keep_from_shortcut
+from fastattn.nn.transformer import upgrade_layers
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[str]:
@@ -50,6 +51,7 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> list[s
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in new:
             model.set_submodule(name, new[module])
+    upgrade_layers(model)
     return names
 
 

@@ -22,6 +22,7 @@ from fastattn.spec import AttentionSpec, keep, page_and_row
 from fastattn.testing.cases import Case
 from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import Row, judge_forward, poisoned
+from fastattn.trees import ancestors, words_of
 
 PAGE_SIZES = (1, 8, 16, 64, 128, 256)
 JUNK = -7  # in block table entries that must not be looked up
@@ -47,6 +48,7 @@ class CacheCase:
         per_sequence: slopes and sinks have a row for each sequence.
         rotary: pairs, or None; ``D_rotary`` is the even part of ``D_qk / 2``.
         strided: caches are every second head of a wider buffer, q is a slice of one.
+        tree: the new tokens form a tree, the same for all sequences, or one for each; None: they follow each other.
     """
 
     id: str
@@ -71,6 +73,12 @@ class CacheCase:
     per_sequence: bool = False
     rotary: Literal["halves", "interleaved"] | None = None
     strided: bool = False
+    tree: Literal["shared", "each"] | None = None
+
+    def parents(self, b: int) -> list[int]:
+        """The parents of the new tokens of sequence ``b``, three to a level, so that there are several roots."""
+        shift = b if self.tree == "each" else 0
+        return [max(-1, token - 1 - (token + shift) % 3) for token in range(self.s_q[b])]
 
     @property
     def group(self) -> str:
@@ -134,10 +142,16 @@ _TABLE: dict[str, dict[str, Any]] = {
     "e4m3, reads only": {"fp8": "head", "new": 0, "before": (13, 40, 2)},
     "e4m3, scales of pages": {"fp8": "page", "rotary": "halves", "s_q": (4, 4, 4)},
     "e4m3, ragged": {**_RAGGED, **_ALL, "fp8": "page"},
+    "tree": {"tree": "shared", "s_q": (9, 9, 9)},
+    "tree, window, rotary": {"tree": "each", "s_q": (7, 7, 7), "left": 6, "rotary": "halves"},
+    "tree of many": {"tree": "each", "s_q": (40, 40), "before": (3, 0), "alibi": True},
+    "tree, everything": {**_ALL, "tree": "each", "bias": True, "rotary": "halves", "s_q": (8, 8, 8), "left": 4},
+    "tree, ragged": {**_RAGGED, **_ALL, "tree": "each", "rotary": "interleaved", "left": 5},
+    "tree, e4m3": {"tree": "each", "s_q": (6, 6, 6), "fp8": "page"},
 }
 _EVERY_DTYPE = (
     "one token", "some tokens", "window of tokens", "odd head dims", "rotary of neighbours", "ragged, everything",
-    "everything", "e4m3", "e4m3, ragged",
+    "everything", "e4m3", "e4m3, ragged", "tree, ragged",
 )  # fmt: skip
 
 
@@ -190,6 +204,7 @@ def make_cache_sample(case: CacheCase, device: torch.device | str = "cpu", seed:
         bias=_normal((batch, case.H_q, rows[-1], reach), draw, case.dtype) if case.bias else None,
         alibi_slopes=_normal(per_head, draw, torch.float32).abs() / 4 if case.alibi else None,
         sinks=_normal(per_head, draw, case.dtype) if case.sinks else None,
+        tree_mask=_trees(case) if case.tree else None,
         max_seqlen_q=longest_q,
         rotary_interleaved=case.rotary == "interleaved",
     )  # fmt: skip
@@ -209,6 +224,33 @@ def _tables(case: CacheCase) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
+def _trees(case: CacheCase) -> Tensor:
+    """The words, with bits of tokens that there are not, which must be ignored."""
+    longest, sequences = max(case.s_q), range(1 if case.tree == "shared" else len(case.s_q))
+    bits = torch.ones(len(sequences), longest, longest, dtype=torch.bool)
+    for b in sequences:
+        rows = case.s_q[b]
+        bits[b, :rows, :rows] = torch.from_numpy(ancestors(case.parents(b)))
+    return words_of(torch.cat([bits[b, :rows] for b, rows in enumerate(case.s_q)]) if case.packed else bits)
+
+
+def _positions(case: CacheCase, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the query rows ``[S_q, 1]`` and keys ``[S_kv]`` of a sequence, and the pairs that its tree keeps."""
+    have, rows = case.before[b], torch.from_numpy(ancestors(case.parents(b)))
+    of_new = have + rows.sum(1) - 1
+    seen = torch.cat([torch.ones(len(rows), have, dtype=torch.bool), rows], 1)
+    return of_new[:, None], torch.cat([torch.arange(have), of_new]), seen
+
+
+def _kept(case: CacheCase, spec: AttentionSpec, b: int) -> Tensor:
+    """``[S_q, S_kv]``: the pairs of a sequence that are kept."""
+    s_q, s_kv = case.s_q[b], case.s_kv[b]
+    if case.tree:
+        i, j, seen = _positions(case, b)
+        return seen if spec.left is None else seen & (j >= i - spec.left)
+    return torch.as_tensor(keep(spec, torch.arange(s_q)[:, None], torch.arange(s_kv)[None], s_q, s_kv))
+
+
 def _room(case: CacheCase) -> int:
     """The capacity of the cache in positions: more than are used."""
     longest = max(case.s_kv, default=0) + 3
@@ -225,9 +267,8 @@ def _caches(case: CacheCase, spec: AttentionSpec, draw: torch.Generator) -> tupl
     pages = batch if case.page_size is None else batch * per_sequence + 3
     kept = torch.zeros(pages, page_size, dtype=torch.bool)
     in_use = torch.zeros(batch, per_sequence, dtype=torch.bool)
-    for b, (have, s_q, s_kv) in enumerate(zip(case.before, case.s_q, case.s_kv, strict=True)):
-        i, j = torch.arange(s_q)[:, None], torch.arange(s_kv)[None]
-        is_read = torch.as_tensor(keep(spec, i, j, s_q, s_kv)).any(0)
+    for b, (have, s_kv) in enumerate(zip(case.before, case.s_kv, strict=True)):
+        is_read = _kept(case, spec, b).any(0)
         entry, row = page_and_row(torch.arange(s_kv), page_size)
         kept[owned[b, entry], row] = is_read & (torch.arange(s_kv) < have)
         in_use[b, entry[is_read | (torch.arange(s_kv) >= have)]] = True
@@ -329,9 +370,23 @@ def _by_sequence(inputs: CacheInputs, sample: CacheSample, dtype: torch.dtype) -
         bias = None if given.bias is None else given.bias[b : b + 1, ..., :s_kv]
         one = Inputs(_rows(q, b, sample.case)[None], k, v, bias, alibi_slopes=alibi, sinks=sinks,
                      max_seqlen_q=s_q, max_seqlen_kv=s_kv)  # fmt: skip
+        spec = sample.spec
+        if sample.case.tree:
+            one, spec = _as_mask(one, b, sample), AttentionSpec(spec.scale, spec.softcap)
         case = Case(sample.case.id, dtype=sample.case.dtype, needs=())
-        samples.append(Sample(case, one, sample.spec, torch.zeros(one.out_shape(), dtype=dtype, device=k.device), None))
+        samples.append(Sample(case, one, spec, torch.zeros(one.out_shape(), dtype=dtype, device=k.device), None))
     return samples
+
+
+def _as_mask(inputs: Inputs, b: int, sample: CacheSample) -> Inputs:
+    """The dense problem of a sequence, its tree and window as a mask and its ALiBi as a bias."""
+    i, j, _ = _positions(sample.case, b)
+    bias = inputs.bias
+    if inputs.alibi_slopes is not None:
+        alibi = -inputs.alibi_slopes.double()[..., None, None] * (j - i).abs().to(inputs.q.device)
+        bias = alibi if bias is None else bias.double() + alibi
+    kept = _kept(sample.case, sample.spec, b).to(inputs.q.device)
+    return inputs.replace(mask=kept[None, None], bias=bias, alibi_slopes=None)
 
 
 def _rows(x: Tensor, b: int, case: CacheCase) -> Tensor:

@@ -15,6 +15,7 @@ from fastattn.problem import DIFFERENTIABLE
 from fastattn.spec import Anchor
 
 Mask = Literal["random", "empty rows", "all false", "padding"]
+Intervals = Literal["random", "one", "blocks"]
 Memory = Literal["contiguous", "BHSD", "sliced", "strided", "strided head dim", "expanded", "shared"]
 Bias = Literal["normal", "padding", "offset", "infinity"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,6 +38,9 @@ class Case:
         alibi, sinks: whether there are slopes, sinks.
         per_sequence: slopes and sinks have a row for each batch entry (packed: each sequence).
         segments: number of documents in each row of the batch; 0 is no segments.
+        intervals: ranges of each query row: "random" ``(B, H_q, S_q, 3, 2)``, which overlap, reach outside the keys, or
+            are empty; "one" ``(1, 1, S_q, 1, 2)``; "blocks" ``(B, 1, S_q, 4, 2)``, blocks of 16 keys that 16 rows
+            share, out of order. None: none.
         extras_dtype: dtype of bias and sinks; None is ``dtype``.
         memory: "contiguous"; "BHSD", a transposed view; "sliced", q, k and v cut from one fused buffer (needs equal
             lengths and head dims); "strided", every second row of a buffer whose rows are not aligned;
@@ -73,6 +77,7 @@ class Case:
     sinks: bool = False
     per_sequence: bool = False
     segments: int = 0
+    intervals: Intervals | None = None
     extras_dtype: torch.dtype | None = None
     memory: Memory = "contiguous"
     bias_values: Bias = "normal"
@@ -182,6 +187,12 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "segments, causal": {"segments": 4, **_CAUSAL, **_GQA},
         "segments, ragged": _sizes(50, 23, segments=3, dlse=True),
     },
+    "intervals": {
+        "intervals": {"intervals": "random", "nan_rows": True, "dlse": True},
+        "one interval, causal": {"intervals": "one", **_GQA, **_CAUSAL},
+        "intervals of blocks": _sizes(70, 128, intervals="blocks", B=1),
+        "intervals, packed": {**_RAGGED, "intervals": "random", "left": 9, "dropout_p": 0.2},
+    },
     "softcap": {
         "softcap": {"softcap": 2.0, "magnitude": 2.0},
         "softcap, causal": {"softcap": 30.0, **_CAUSAL, "dlse": True},
@@ -226,6 +237,10 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
             29, 45, H_q=4, H_kv=2, D_qk=24, D_v=40, softcap=6.0, left=20, right=8, dropout_p=0.15, bias=(2, 4, 29, 45),
             mask="random", alibi=True, sinks=True, segments=2, memory="strided", dlse=True,
         ),
+        "intervals and the rest": _sizes(
+            41, 67, **_GQA, intervals="random", softcap=6.0, left=40, bias=(1, 4, 41, 67), mask="random", alibi=True,
+            sinks=True, dropout_p=0.15, dlse=True,
+        ),
         "everything, packed": dict(
             **_RAGGED, H_q=4, H_kv=1, D_qk=40, D_v=24, softcap=6.0, left=9, right=4, dropout_p=0.15, alibi=True,
             sinks=True, per_sequence=True, memory="strided", dlse=True,
@@ -236,8 +251,9 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
 # The cases that run in every dtype, and those of the quick grid.
 _EVERY_DTYPE = (
     "plain", "one token", "one query", "causal, empty rows", "gqa of three", "D 128", "D 192 and 128", "odd", "window",
-    "mask, empty rows", "padding", "bias, shared by the batch", "bias, fp32", "alibi", "sinks", "segments", "softcap",
-    "dropout", "sliced", "packed, zero lengths", "large logits", "everything", "everything, packed",
+    "mask, empty rows", "padding", "bias, shared by the batch", "bias, fp32", "alibi", "sinks", "segments",
+    "intervals", "intervals of blocks", "softcap", "dropout", "sliced", "packed, zero lengths", "large logits",
+    "everything", "everything, packed",
 )  # fmt: skip
 _QUICK = (
     "plain", "causal, empty rows", "gqa of three", "D 192 and 128", "window", "padding", "dropout", "sliced",

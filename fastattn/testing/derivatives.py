@@ -10,8 +10,10 @@ counted twice in the condition; and eager, whose tangents torch derives, rounds 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ from fastattn.testing.tolerance import (
     heads_first,
     in_float64,
     like_input,
+    offset_of,
     poisoned,
     score_gradient,
 )
@@ -59,6 +62,10 @@ class Motion:
         tangents = Tangents(**{name: draw(getattr(sample.inputs, name)) for name in sample.needs})
         return cls(tangents, draw(sample.dout), None if sample.dlse is None else draw(sample.dlse))
 
+    def of_inputs_alone(self) -> Motion:
+        """The same, but ``dout`` and ``dlse`` stand still."""
+        return dataclasses.replace(self, dout=torch.zeros_like(self.dout), dlse=None)
+
     def in_float64(self) -> Motion:
         given = {name: getattr(self.tangents, name) for name in DIFFERENTIABLE}
         tangents = Tangents(**{name: x.double() for name, x in given.items() if x is not None})
@@ -66,13 +73,13 @@ class Motion:
 
 
 class DerivativeYardstick(Yardstick):
-    """What the derivatives of one sample are judged by, along seeded tangents."""
+    """What the derivatives of one sample along some tangents are judged by."""
 
     factors = FACTORS
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, motion: Motion) -> None:
         super().__init__(sample)
-        self.motion = Motion.of(sample)
+        self.motion = motion
 
     @functools.cached_property
     def exact(self) -> Results:
@@ -103,9 +110,23 @@ def measure_derivatives(
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
-    yardstick = yardstick or DerivativeYardstick(sample)
-    found = _run(load(backend) if isinstance(backend, str) else backend, sample, yardstick.motion)
-    return yardstick.judge(found, suffix="'")
+    able = load(backend) if isinstance(backend, str) else backend
+    yardstick = yardstick or DerivativeYardstick(sample, Motion.of(sample))
+    return yardstick.judge(_run(able, sample, yardstick.motion), suffix="'")
+
+
+def judge_derivatives(
+    sample: Sample, motion: Motion, run: Callable[[Sample, Motion], Results], where: str = ""
+) -> list[Row]:
+    """Judge the tangents that ``run`` computes: of "out", "lse" and the gradients "dq", "dk" and so on.
+
+    Args:
+        sample: from ``inputs.make``.
+        motion: tangents of what the sample holds.
+        run: the computation.
+        where: the end of the name of each row.
+    """
+    return DerivativeYardstick(sample, motion).judge(run(sample, motion), suffix=f"'{where}")
 
 
 def _run(backend: Backend, sample: Sample, motion: Motion) -> Results:
@@ -156,14 +177,15 @@ class _Condition:
         raw2 = spec.scale**2 * of_scores * (self.q2 @ self.k2.mT)
         self.moved2 = spec.scale**2 * of_scores * (self.tq2 @ self.k2.mT + self.q2 @ self.tk2.mT)
         lse = self.lse.abs().nan_to_num(posinf=0).view(self.row_shape)
-        self.magnified = (1 + raw2.sqrt() + lse[..., None]).square()
+        self.magnified = (1 + raw2.sqrt() + offset_of(lse[..., None], raw2.sqrt(), sample.case.dtype)).square()
         self.bend2 = self.p.new_zeros(())
         if spec.softcap is not None:
             self.bend2 = (2 / spec.softcap) ** 2 * (raw2 + self.moved2)
             self.moved2 = self.moved2 * (1 + (2 / spec.softcap) ** 2 * raw2)
         if t.bias is not None:
             self.moved2 = self.moved2 + t.bias.square()
-        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + lse).square()
+        offset = offset_of(lse, torch.zeros_like(lse), sample.case.dtype)
+        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + offset).square()
         self.weight = self.p.square() * self.magnified
         self.dropped = max(1.0, spec.dropout_scale) ** 2
         # what is stored is rounded in its own dtype, here in units of the arithmetic's

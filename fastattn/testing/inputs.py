@@ -64,7 +64,7 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Sampl
         sinks=draw.normal(per_head, extras) if case.sinks else None,
         rng_state=torch.tensor([0x1234_5678_9ABC + seed, 7], device=device) if case.dropout_p > 0 else None,
     )
-    inputs = inputs.replace(**_segments(case, draw), **_lengths(case, device))
+    inputs = inputs.replace(**_segments(case, draw), intervals=_intervals(case, draw), **_lengths(case, device))
     check_inputs(inputs, spec)
     if case.nan_rows:
         inputs = _with_nan_rows(inputs, spec)
@@ -152,6 +152,20 @@ def _segments(case: Case, draw: _Draw) -> dict[str, Tensor]:
         return {}
     ids = [draw.integers(case.segments, (case.B, s)).sort(dim=-1).values for s in (case.S_q, case.S_kv)]
     return {"segment_ids_q": ids[0], "segment_ids_kv": ids[0] if case.S_q == case.S_kv else ids[1]}
+
+
+def _intervals(case: Case, draw: _Draw) -> Tensor | None:
+    if case.intervals is None:
+        return None
+    pairs = case.lengths or ((case.S_q, case.S_kv),)
+    rows, keys = sum(s_q for s_q, _ in pairs), max(1, *(s_kv for _, s_kv in pairs))
+    batch = 1 if case.lengths is not None else case.B
+    if case.intervals == "blocks":
+        starts = draw.integers(-(-keys // 16), (batch, 1, -(-rows // 16), 4)).repeat_interleave(16, 2)[:, :, :rows] * 16
+        return torch.stack([starts, starts + 16], dim=-1).int()
+    shape = (1, 1, rows, 1) if case.intervals == "one" else (batch, case.H_q, rows, 3)
+    starts = draw.integers(keys + 8, shape) - 4
+    return torch.stack([starts, starts + draw.integers(keys, shape) - 2], dim=-1).int()
 
 
 def _lengths(case: Case, device: torch.device | str) -> dict[str, Any]:

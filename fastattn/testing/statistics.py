@@ -32,6 +32,7 @@ from fastattn.testing.tolerance import (
     in_float64,
     judge_result,
     like_input,
+    offset_of,
     poisoned,
 )
 
@@ -126,7 +127,8 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     finite = torch.where(scores == float("-inf"), 0, scores)
     p = reference.weights(inputs.replace(rng_state=None), dataclasses.replace(spec, dropout_p=0.0))
     log_p = torch.where(p > 0, p, 1).log()
-    magnified = (1 + raw2.sqrt() + finite.abs() + log_p.abs()).square()
+    offset = offset_of(finite.abs(), raw2.sqrt(), sample.case.dtype)
+    magnified = (1 + raw2.sqrt() + offset + log_p.abs()).square()
     weight, rows, columns = p.square() * magnified, scores.shape[:-1], (*scores.shape[:2], scores.shape[-1])
     of_entropy, of_largest = (x.view(rows)[..., None] for x in (gradient.entropy, gradient.largest_logit))  # type: ignore[union-attr]
     assert gradient.key_sum is not None

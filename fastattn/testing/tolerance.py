@@ -15,7 +15,8 @@ lse is off by a rounding. The second is the rounding of the stored result. The t
 arithmetic that the spec asks for, to first order: ``condition`` is the result's formula with every sum replaced by the
 root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
-relative error of its argument by the argument. Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
+relative error of its argument by the argument; ``|lse|`` counts for no more than what a large bias may absorb of the
+products (``offset_of``). Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
 of a pairwise sum: backward sums in another order than forward, and with one key eager's error does not include that.
 ``delta`` is computed from an ``out`` that was rounded to its dtype. The condition stays above zero even if the exact
 result cancels to zero, as ``dp - delta`` does with one key.
@@ -262,7 +263,9 @@ def _largest(x: Tensor) -> float:
 
 
 def _root_mean_square(x: Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+    largest = _largest(x)
+    scale = largest if largest > 1e100 else 1.0  # squares would overflow
+    return scale * float((x / scale).square().mean().sqrt()) if x.numel() else 0.0
 
 
 def _condition(sample: Sample, exact: Results) -> Results:
@@ -277,9 +280,10 @@ def _condition(sample: Sample, exact: Results) -> Results:
     dlse = torch.zeros_like(lse) if sample.dlse is None else sample.dlse.square().view(lse.shape)
     of_scores, of_products = (1 + math.log2(x.shape[-1]) for x in (q, v))  # roundings of each term
     products = of_products * dout @ v.transpose(-1, -2)
-    magnified = (1 + abs(spec.scale) * (of_scores * q @ k.transpose(-1, -2)).sqrt() + lse[..., None]).square()
+    raw = abs(spec.scale) * (of_scores * q @ k.transpose(-1, -2)).sqrt()
+    magnified = (1 + raw + offset_of(lse[..., None], raw, sample.case.dtype)).square()
     weight = p.square() * magnified
-    sink_weight = (1 - p.sum(-1)).square() * (1 + lse).square()
+    sink_weight = (1 - p.sum(-1)).square() * (1 + offset_of(lse, torch.zeros_like(lse), sample.case.dtype)).square()
     dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
     out = dropped_weight @ v
     # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
@@ -296,9 +300,26 @@ def _condition(sample: Sample, exact: Results) -> Results:
         # one bound serves all heads and sequences
         "dsinks": lambda: (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
     }
-    results = {"out": like_input(out, exact["out"]), "lse": (lse.square() + weight.sum(-1)).view(exact["lse"].shape)}
+    results = {
+        "out": like_input(out, exact["out"]),
+        "lse": (lse.clamp(max=1e150).square() + weight.sum(-1)).view(exact["lse"].shape),
+    }
     results |= {name: gradient() for name, gradient in gradients.items() if name in exact}
     return {name: x.sqrt() for name, x in results.items()}
+
+
+def offset_of(lse: Tensor, raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far the offset that the scores of a row share magnifies the errors of their exponentials.
+
+    The rounded sum of a product and a bias is off by at most the product, however large the bias, because the bias
+    itself is a number of the arithmetic.
+
+    Args:
+        lse: the offset, at least 0.
+        raw: the condition of the products.
+        dtype: of the inputs; it decides on the arithmetic.
+    """
+    return torch.minimum(lse, (1 + raw) / torch.finfo(reference.lse_dtype(dtype)).eps)
 
 
 def score_gradient(sample: Sample, exact: Results, dout: Tensor, dlse: Tensor | None) -> Tensor:

@@ -128,7 +128,8 @@ def verify(device: str = "cpu", quick: bool = False, backends: Sequence[str] | N
     """
     unavailable = _unavailable(backends)
     names = [name for name in backends or dispatch.backends() if name not in unavailable]
-    results = [result for case in _with_progress(cases(quick=quick)) for result in _judge_each(names, case, device)]
+    progress = with_progress(cases(quick=quick), "verify", "case")
+    results = [result for case in progress for result in _judge_each(names, case, device)]
     results.sort(key=lambda result: names.index(result.backend))
     return Report(_in_words(device), unavailable, tuple(results))
 
@@ -189,12 +190,13 @@ def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:
     return reasons if asked is None else {}
 
 
-def _with_progress(items: Sequence[T]) -> Iterable[T]:
+def with_progress(items: Iterable[T], name: str, unit: str, total: int | None = None) -> Iterable[T]:
+    """The items, with a progress bar if tqdm is installed and stderr is a terminal."""
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc="verify", unit="case", leave=False, disable=None)
+    return tqdm(items, desc=name, unit=unit, total=total, leave=False, disable=None)
 
 
 def _in_words(device: str) -> str:

@@ -7,7 +7,9 @@ sample. All ways must give the same result, up to the tolerance rule.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 from fastattn.decoding import attention_with_kv_cache
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn import MultiHeadAttention
+from fastattn.problem import Inputs
+from fastattn.reference import lse_dtype
+from fastattn.testing.derivatives import Motion, judge_derivatives
 from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import Results, Row, Yardstick
 
@@ -31,7 +36,11 @@ def serves(sample: Sample) -> bool:
 
 
 def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
-    """Judge ``out`` and ``lse`` computed in the way of this name."""
+    """Judge ``out`` and ``lse`` computed in the way of this name, or their derivatives."""
+    if name in DERIVATIVES:
+        moves, run = DERIVATIVES[name]
+        found = functools.partial(run, backend=backend)
+        return judge_derivatives(sample, moves(Motion.of(sample)), found, f", {name}")
     return (yardstick or Yardstick(sample)).judge(WAYS[name](sample, backend), f", {name}")
 
 
@@ -42,7 +51,7 @@ def options_of(sample: Sample) -> dict[str, Any]:
     return {
         "window": (spec.left, spec.right), "scale": spec.scale, "softcap": spec.softcap, "bias": inputs.bias,
         "mask": inputs.mask, "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks, "segment_ids": segments,
-        "dropout_p": spec.dropout_p, "rng_state": inputs.rng_state, "return_lse": True,
+        "intervals": inputs.intervals, "dropout_p": spec.dropout_p, "rng_state": inputs.rng_state, "return_lse": True,
     }  # fmt: skip
 
 
@@ -143,7 +152,8 @@ def _attn_mask(sample: Sample) -> Tensor | None:
 def _fits_module(sample: Sample) -> bool:
     """Whether ``MultiHeadAttention`` has all options of the problem."""
     inputs, spec = sample.inputs, sample.spec
-    has_more = inputs.alibi_slopes is not None or inputs.segment_ids_q is not None or spec.dropout_p > 0
+    terms = (inputs.alibi_slopes, inputs.segment_ids_q, inputs.intervals)
+    has_more = any(x is not None for x in terms) or spec.dropout_p > 0
     has_two_masks = inputs.bias is not None and inputs.mask is not None
     has_odd_sizes = inputs.heads_q != inputs.heads_kv or inputs.q.shape[-1] != inputs.v.shape[-1]
     has_sinks_per_sequence = inputs.sinks is not None and inputs.sinks.numel() != inputs.heads_q
@@ -156,6 +166,8 @@ def _packed(sample: Sample, backend: str) -> Results:
     inputs, options = sample.inputs, options_of(sample)
     for name in ("bias", "mask", "segment_ids", "layout"):
         options.pop(name, None)
+    if inputs.intervals is not None:
+        options["intervals"] = _of_all_entries(inputs)
     q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
     cu_q, cu_k = (_boundaries(inputs.batch, x.shape[1]) for x in (inputs.q, inputs.k))
     out, lse = attention_varlen(q, k, v, cu_q, cu_k, **options, backend=backend)
@@ -165,6 +177,13 @@ def _packed(sample: Sample, backend: str) -> Results:
     }
 
 
+def _of_all_entries(inputs: Inputs) -> Tensor:
+    """The intervals of the entries' rows one after the other, ``(1, 1|H_q, B * S_q, n, 2)``."""
+    assert inputs.intervals is not None
+    each = inputs.intervals.expand(inputs.batch, *inputs.intervals.shape[1:])
+    return each.transpose(0, 1).flatten(1, 2)[None]
+
+
 def _boundaries(batch: int, length: int) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32) * length
 
@@ -172,7 +191,7 @@ def _boundaries(batch: int, length: int) -> Tensor:
 def _cache(sample: Sample, backend: str) -> Results:
     """Keys and values in a cache with pages of five rows; the call appends up to three of them."""
     inputs, options = sample.inputs, options_of(sample)
-    for name in ("mask", "segment_ids", "dropout_p", "rng_state"):
+    for name in ("mask", "segment_ids", "intervals", "dropout_p", "rng_state"):
         options.pop(name)
     batch, s_kv, page = inputs.batch, inputs.k.shape[1], 5
     pages = -(-s_kv // page)
@@ -192,6 +211,61 @@ def _cache(sample: Sample, backend: str) -> Results:
     )
     return {"out": out, "lse": lse}
 
+
+def _of_values(sample: Sample, backend: str) -> Callable[..., Pair]:
+    """``(out, lse)`` as a function of the inputs whose gradients the sample needs."""
+
+    def call(*values: Tensor) -> Pair:
+        given = sample.inputs.replace(**dict(zip(sample.needs, values, strict=True)))
+        found = _call(dataclasses.replace(sample, inputs=given), backend, given.q, given.k, given.v)
+        return found["out"], found["lse"]
+
+    return call
+
+
+def _values(sample: Sample) -> tuple[Tensor, ...]:
+    return tuple(getattr(sample.inputs, name) for name in sample.needs)
+
+
+def _dlse(sample: Sample) -> Tensor:
+    inputs = sample.inputs
+    zeros = inputs.q.new_zeros(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
+    return zeros if sample.dlse is None else sample.dlse
+
+
+def _forward_mode(sample: Sample, motion: Motion, backend: str) -> Results:
+    """``torch.func.jvp`` of a function that computes the results and their gradients."""
+
+    def both(values: tuple[Tensor, ...], dout: Tensor, dlse: Tensor) -> tuple[Pair, tuple[Tensor, ...]]:
+        results, pull, *_ = torch.func.vjp(_of_values(sample, backend), *values)
+        return results, pull((dout, dlse))
+
+    along = tuple(getattr(motion.tangents, name) for name in sample.needs)
+    moved_dlse = torch.zeros_like(_dlse(sample)) if motion.dlse is None else motion.dlse
+    moved = torch.func.jvp(both, (_values(sample), sample.dout, _dlse(sample)), (along, motion.dout, moved_dlse))
+    return _derivatives(sample, *moved[1])
+
+
+def _double_backward(sample: Sample, motion: Motion, backend: str) -> Results:
+    """The gradients of ``<gradients, tangents>``: tangents of the gradients, since a Hessian is symmetric."""
+    values = tuple(x.detach().requires_grad_() for x in _values(sample))
+    dout, dlse = (x.detach().requires_grad_() for x in (sample.dout, _dlse(sample)))
+    results = _of_values(sample, backend)(*values)
+    grads = torch.autograd.grad(results, values, (dout, dlse), create_graph=True)
+    along = tuple(getattr(motion.tangents, name) for name in sample.needs)
+    found = torch.autograd.grad(grads, (dout, dlse, *values), along)
+    return _derivatives(sample, (found[0], found[1]), found[2:])
+
+
+def _derivatives(sample: Sample, results: Pair, grads: Sequence[Tensor]) -> Results:
+    names = ("out", "lse", *(f"d{name}" for name in sample.needs))
+    return dict(zip(names, (*results, *grads), strict=True))
+
+
+DERIVATIVES: dict[str, tuple[Callable[[Motion], Motion], Callable[..., Results]]] = {
+    "forward mode": (lambda motion: motion, _forward_mode),
+    "double backward": (Motion.of_inputs_alone, _double_backward),
+}
 
 WAYS: dict[str, Way] = {
     "heads first": _heads_first,
@@ -214,10 +288,11 @@ def ways_of(sample: Sample) -> list[str]:
     if not serves(sample):
         return []
     has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
-    has_no_cache = (
-        inputs.mask is not None or inputs.segment_ids_q is not None or spec.dropout_p or not inputs.k.shape[1]
-    )
+    hidden = (inputs.mask, inputs.segment_ids_q, inputs.intervals)
+    has_no_cache = any(x is not None for x in hidden) or spec.dropout_p or not inputs.k.shape[1]
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
     left_out |= ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
-    return [name for name in WAYS if name not in left_out]
+    if sample.case.memory == "expanded":  # torch.func.jvp refuses a tensor whose elements share memory
+        left_out |= {"forward mode"}
+    return [name for name in (*WAYS, *DERIVATIVES) if name not in left_out]

@@ -89,6 +89,17 @@ def test_decode(tmp_path, capsys):
     assert "sdpa, gathered before" in capsys.readouterr().out
 
 
+def test_train(tmp_path):
+    pytest.importorskip("accelerate", reason="Hugging Face's Trainer needs it")
+    path = tmp_path / "train.json"
+    assert main(["train", *QUICK, "--out", str(path)]) == 0
+    rows = {(row["trainer"].split(",")[0], row["precision"]): row for row in read(path)["results"]}
+    assert len(rows) == 4 * 2
+    for precision in ("fp32", "bf16"):
+        losses = [rows[name, precision]["loss"].split(" to ") for name in ("fastattn", "nanoGPT's recipe")]
+        assert all(abs(float(a) - float(b)) < 0.02 for a, b in zip(*losses, strict=True)), losses
+
+
 def test_derivatives(tmp_path):
     path = tmp_path / "derivatives.json"
     assert main(["derivatives", *QUICK, "--out", str(path)]) == 0

@@ -11,7 +11,7 @@ from fastattn import InputError, UnsupportedError, kv_cache, reference
 from fastattn.backends import load
 from fastattn.backends.portable import decode
 from fastattn.decoding import explain_with_kv_cache
-from fastattn.kv_cache import CACHE_TENSORS, CacheInputs
+from fastattn.kv_cache import CACHE_SCALARS, CACHE_TENSORS, CacheInputs
 from fastattn.nn.rotary import rotary_tables
 from fastattn.testing import assert_within, cache_grid, make_cache_sample, measure_cache
 
@@ -185,7 +185,7 @@ def test_operators_pass_opcheck(case):
         (torch.ops.fastattn.attend_to_cache, inputs.replace(k=None, v=None)),
     ):
         tensors = (getattr(given, name) for name in CACHE_TENSORS)
-        opcheck(operator, (*tensors, inputs.max_seqlen_q, inputs.rotary_interleaved, *scalars, None))
+        opcheck(operator, (*tensors, *(getattr(given, name) for name in CACHE_SCALARS), *scalars, None))
 
 
 def test_compiled_steps_write_the_same_cache():
@@ -310,9 +310,9 @@ def test_pages_behind_the_window_are_not_looked_up():
 
 
 def test_inputs_name_every_tensor():
-    """The operators take the fields in order: a new field must stand among the tensors or the two scalars."""
+    """The operators take the fields in order: a new field must stand among the tensors or the scalars."""
     names = [field.name for field in dataclasses.fields(CacheInputs)]
-    assert names[-2:] == ["max_seqlen_q", "rotary_interleaved"] and tuple(names[:-2]) == CACHE_TENSORS
+    assert tuple(names) == CACHE_TENSORS + CACHE_SCALARS and CACHE_SCALARS[0] == "max_seqlen_q"
 
 
 @pytest.mark.parametrize("magnitude", [0.01, 1.0, 30.0])

@@ -130,6 +130,14 @@ WRONG = [
     (dense(segment_ids=(ints(0), None)), "segment_ids", "one of two", "a pair"),
     (dense(segment_ids=(x(2, 5), x(2, 7))), "segment_ids", "torch.float32 for q", "int32 or int64"),
     (dense(segment_ids=x(2, 5).int()), "segment_ids", "shape (2, 5) for kv", "(B, S) = (2, 7)"),
+    # intervals
+    (dense(intervals=[0, 5]), "intervals", "list", "(B, H_q, S_q, n, 2), or without its first"),
+    (dense(intervals=x(5, 2)), "intervals", "shape (5, 2)", "(B, H_q, S_q, n, 2), or without its first"),
+    (dense(intervals=x(5, 1, 2).long()), "intervals", "torch.int64", "torch.int32, pairs [start, stop)"),
+    (dense(intervals=x(7, 1, 2).int()), "intervals", "shape (1, 1, 7, 1, 2)", "(1|B, 1|H_q, S_q, n, 2) = "),
+    (dense(intervals=x(2, 3, 5, 1, 2).int()), "intervals", "shape (2, 3, 5, 1, 2)", "(1 or 2, 1 or 4, 5, n, 2)"),
+    (dense(intervals=x(5, 1, 2, device="meta").int()), "intervals", "device meta", "device cpu, that of q"),
+    (packed(intervals=x(2, 1, 5, 1, 2).int()), "intervals", "shape (2, 1, 5, 1, 2)", "(1, 1|H_q, T_q, n, 2)"),
     # dropout's state
     (dense(dropout_p=0.1, rng_state=5), "rng_state", "int", "an int64 tensor of 2"),
     (dense(dropout_p=0.1, rng_state=ints(1, 2)), "rng_state", "shape (2,), torch.int32", "an int64 tensor of 2"),

@@ -30,11 +30,15 @@ def every_term(q, k, v, bias, sinks):
         q, k, v, causal=True, window=(2, 0), scale=0.7, softcap=2.0, bias=bias, sinks=sinks,
         mask=torch.tensor([True, False, True, True]), alibi_slopes=torch.tensor([0.3, 0.6]),
         segment_ids=(torch.tensor([[0, 0, 1]] * 2), torch.tensor([[0, 0, 1, 1]] * 2)),
+        intervals=torch.tensor([[[0, 2], [3, 9]], [[0, 4], [2, 2]], [[2, 3], [-5, 1]]], dtype=torch.int32),
         dropout_p=0.25, rng_state=STATE, return_lse=True,
     )  # fmt: skip
 
 
 CU_Q, CU_KV = (torch.tensor(values, dtype=torch.int32) for values in ([0, 2, 2, 5], [0, 3, 4, 6]))
+
+
+PACKED_INTERVALS = torch.tensor([[[0, 2]], [[1, 3]], [[0, 1]], [[0, 2]], [[1, 2]]], dtype=torch.int32)
 
 
 def packed_tensors():
@@ -44,7 +48,7 @@ def packed_tensors():
 def every_term_packed(q, k, v, sinks):
     return fastattn.attention_varlen(
         q, k, v, CU_Q, CU_KV, causal=True, window=(1, 0), softcap=3.0, sinks=sinks,
-        alibi_slopes=torch.tensor([[0.1, 0.5], [0.2, 0.6], [0.4, 0.0]]),
+        alibi_slopes=torch.tensor([[0.1, 0.5], [0.2, 0.6], [0.4, 0.0]]), intervals=PACKED_INTERVALS,
         dropout_p=0.25, rng_state=STATE, return_lse=True,
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ OPTIONS = {
     "mask with an empty row": {"mask": torch.arange(S_Q)[:, None] * torch.arange(S_KV)[None, :] % 3 == 1},
     "alibi and sinks": {"alibi_slopes": torch.linspace(0.1, 1, H_Q), "sinks": torch.linspace(-1, 1, H_Q)},
     "segments": {"segment_ids": (torch.arange(S_Q)[None] // 3, torch.arange(S_KV)[None] // 4)},
+    "intervals": {"intervals": torch.arange(H_Q * S_Q * 4).view(H_Q, S_Q, 2, 2).int() * 7 % (S_KV + 2)},
     "dropout": {"dropout_p": 0.4, "rng_state": torch.tensor([11, 3])},
 }
 

@@ -73,6 +73,8 @@ MORE = {
     "bias without a batch": lambda: {"bias": torch.randn(9, 9).requires_grad_()},
     "padding": lambda: {"segment_ids": (torch.zeros(1, 9).int(), (torch.rand(2, 9) > 0.7).int())},
     "mask": lambda: {"mask": torch.rand(2, 4, 9, 9) > 0.4},
+    "intervals": lambda: {"intervals": torch.randint(-1, 11, (1, 4, 9, 3, 2), dtype=torch.int32)},
+    "intervals of all heads": lambda: {"intervals": torch.randint(-1, 11, (9, 1, 2), dtype=torch.int32)},
     "per head": lambda: {"sinks": torch.randn(4).requires_grad_(), "alibi_slopes": torch.rand(4)},
 }  # fmt: skip
 
@@ -99,6 +101,18 @@ def test_with_masks_again(long_ways, layout, make):
         with pytest.raises(fastattn.InputError):
             fastattn.attention(*given, layout=layout, bias=torch.zeros(2, 3, 9, 9))
     assert len(long_ways) == 3 + 1, "the reference, and the first call"
+
+
+@needs_kernel
+def test_packed_with_intervals_again():
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    for _ in range(3):
+        q, intervals = torch.randn(7, 2, 16), torch.randint(-1, 5, (7, 2, 2), dtype=torch.int32)
+        bounds = {"max_seqlen_q": 4, "max_seqlen_kv": 4, "causal": True, "intervals": intervals}
+        out = fastattn.attention_varlen(q, q, q, ends, ends, **bounds)
+        torch.testing.assert_close(out, fastattn.attention_varlen(q, q, q, ends, ends, **bounds, backend="eager"))
+        with pytest.raises(fastattn.InputError, match="intervals"):
+            fastattn.attention_varlen(q, q, q, ends, ends, **bounds | {"intervals": intervals[:3]})
 
 
 @needs_kernel

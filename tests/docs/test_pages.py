@@ -40,15 +40,25 @@ def commands_of(block: str) -> list[str]:
     return [line for line in lines if line]
 
 
+# Packages that the pages with a word in their name need, and how to install them.
+NEEDED = {
+    "transformers": ("transformers", "pip install 'fastattn[hf]'"),
+    "lightning": ("lightning", "pip install lightning"),
+    "flower": ("flwr", "pip install 'flwr[simulation]'"),
+}
+
+
 def parameters() -> list[object]:
-    """Pages with something to run; those about transformers need it."""
-    has_transformers = importlib.util.find_spec("transformers") is not None
+    """Pages with something to run; those about a package need it."""
     found = []
     for page in PAGES:
         if any(kind in ("python", "bash") for kind, _ in blocks_of(page)):
-            skipped = not has_transformers and "transformers" in page.name
-            why = "transformers is not installed: pip install 'fastattn[hf]'"
-            marks = [pytest.mark.skip(reason=why)] if skipped else []
+            missing = [
+                f"{module} is not installed: {command}"
+                for word, (module, command) in NEEDED.items()
+                if word in page.name and importlib.util.find_spec(module) is None
+            ]
+            marks = [pytest.mark.skip(reason=why) for why in missing]
             found.append(pytest.param(page, id=name_of(page), marks=[*marks, pytest.mark.slow]))
     return found
 
@@ -96,7 +106,7 @@ def run_fastattn(words: list[str]) -> None:
 def run_benchmarks(words: list[str]) -> None:
     """In its quick form, apart from what needs a GPU or minutes, whose tests are elsewhere."""
     name, *arguments = words[3:]
-    if name in ("gpu", "gates", "swap", "derivatives"):
+    if name in ("gpu", "gates", "swap", "derivatives", "train"):
         return
     if name == "report":
         assert all(Path(ROOT, word).exists() for word in arguments if word.endswith(".json"))

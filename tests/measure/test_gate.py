@@ -24,8 +24,13 @@ WORKLOADS = {
     "bias": dataclasses.replace(BASE, bias=True, batch=2),
     "constant bias": dataclasses.replace(BASE, bias=True, bias_grad=False),
     "mask": dataclasses.replace(BASE, mask=True, causal=False),
+    "scattered mask": dataclasses.replace(BASE, mask=True, scattered=True, causal=False),
     "documents": dataclasses.replace(BASE, documents=4, batch=2),
     "packed": dataclasses.replace(BASE, documents=4, packed=True),
+    "many lengths": dataclasses.replace(BASE, documents=12, packed=True, spread=(5, 19), s_q=126, s_kv=126),
+    "a window in many lengths": dataclasses.replace(
+        BASE, documents=3, packed=True, spread=(5, 19), s_q=18, s_kv=18, window=(2, 0)
+    ),
     "two head dims": dataclasses.replace(BASE, d_v=16),
     "dropout": dataclasses.replace(BASE, dropout_p=0.2),
     "one query": dataclasses.replace(BASE, s_q=1),

@@ -30,18 +30,18 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
     "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec",
-    "state", "storage",
-    "torch_internals", "version",
+    "state", "storage", "torch_internals", "trees", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "ops", "plain",
-    "plan", "reference", "serving", "statistics", "vmap",
+    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "intervals", "ops",
+    "plain", "plan", "reference", "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
     "errors": set(),
     "version": set(),
     "spec": set(),
+    "trees": {"errors", "spec"},
     "rotary": set(),
     "nested": {"torch_internals"},
     "state": set(),
@@ -53,8 +53,8 @@ MAY_IMPORT = {
     "layout": {"errors"},
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
-    "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec"},
-    "reference": {"kv_cache", "numerics", "problem", "rng", "spec"},
+    "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec", "trees"},
+    "reference": {"kv_cache", "numerics", "problem", "rng", "spec", "trees"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"compiled", "files", "problem", "state", "version"},
     "plan": {"backends", "state", "storage", "torch_internals"},
@@ -71,6 +71,7 @@ MAY_IMPORT = {
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
+    "intervals": {"errors", "problem", "spec"},
     "nn": {
         "arguments",
         "decoding",
@@ -82,10 +83,24 @@ MAY_IMPORT = {
         "ops",
         "rng",
         "rotary",
+        "spec",
+        "state",
         "torch_internals",
+        "trees",
     },
     "integrations": CORE | {"", "backends", "nn"},
-    "__init__": {"decoding", "dispatch", "errors", "flops", "functional", "inspection", "nn", "ops", "version"},
+    "__init__": {
+        "decoding",
+        "dispatch",
+        "errors",
+        "flops",
+        "functional",
+        "inspection",
+        "intervals",
+        "nn",
+        "ops",
+        "version",
+    },
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "nn", "reference"},
     "measure": VOCABULARY | {"", "backends", "flops", "reference", "testing"},
     "lm": PUBLIC | {"integrations", "nn"},

@@ -10,8 +10,9 @@ from pathlib import Path
 
 SNAPSHOT = Path(__file__).with_name("public_names.txt")
 MODULES = (
-    "fastattn", "fastattn.nn", "fastattn.testing", "fastattn.lm.models", "fastattn.integrations.context_parallel",
-    "fastattn.integrations.flash_attn", "fastattn.integrations.torch", "fastattn.integrations.transformers",
+    "fastattn", "fastattn.intervals", "fastattn.nn", "fastattn.testing", "fastattn.lm.models",
+    "fastattn.integrations.context_parallel", "fastattn.integrations.flash_attn",
+    "fastattn.integrations.torch", "fastattn.integrations.transformers",
 )  # fmt: skip
 
 

@@ -85,6 +85,9 @@ MUTANTS = {
         Mutant(with_inputs(lambda i: {"segment_ids_q": i.segment_ids_q * 0, "segment_ids_kv": i.segment_ids_kv * 0})),
         {"segments": 3},
     ),
+    "intervals one to the right": (
+        Mutant(with_inputs(lambda i: {"intervals": i.intervals + 1})), {"intervals": "random"}
+    ),
     "heads swapped": (Mutant(with_inputs(lambda i: {"k": i.k.flip(2), "v": i.v.flip(2)})), {"H_q": 4}),
     "out row dropped": (Mutant(after=lambda out, *lse: (zero_row(out), *lse)), {}),
     "out unwritten": (Mutant(after=lambda out, *lse: (unwritten_row(out), *lse)), {}),

@@ -99,13 +99,18 @@ def test_random_cases_are_valid_and_cover_the_spec():
     cases = [random_case(draw) for _ in range(300)]
     for case in cases:
         make(case)
-    for name in ("softcap", "left", "right", "dropout_p", "bias", "mask", "alibi", "sinks", "segments", "lengths"):
+    of_scores = ("softcap", "dropout_p", "bias", "mask", "alibi", "sinks", "segments", "intervals")
+    for name in (*of_scores, "left", "right", "lengths"):
         assert any(getattr(case, name) for case in cases), name
     assert {case.dtype for case in cases} == set(fuzz_module._DTYPES)
 
 
 def test_fuzz_passes_what_is_right():
     assert fuzz(30, seed=11, backends=["eager"]) is None
+
+
+def test_fuzz_in_processes():
+    assert fuzz(30, seed=11, backends=["eager"], jobs=2) is None
 
 
 @pytest.mark.slow

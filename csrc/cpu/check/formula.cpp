@@ -39,8 +39,15 @@ Dual Problem::number(Tensor Tensors::* x, int64 n) const {
 // The finished score, -inf if the pair is not kept; `slope` is its derivative with respect to scale * q k^T.
 Dual Problem::score(int64 b, int64 h, int64 i, int64 j, Dual& slope) const {
   Band const band = make_band(int(p.left), int(p.right), p.lower_right, int(s_q(b)), int(s_kv(b)));
+  auto const is_held = [&] {
+    int64 const first = p.cu_seqlens_q ? first_q(b) : 0;
+    int32 const* const at = p.intervals + b * p.intervals_batch + h * p.intervals_head + (first + i) * p.intervals_row;
+    for (int64 n = 0; n < p.intervals_count; ++n)
+      if (at[2 * n] <= j && j < at[2 * n + 1]) return true;
+    return false;
+  };
   bool const is_kept = keep(band, int(i), int(j)) && (!p.mask || mask[i * p.mask_row + j]) &&
-                       (!p.segments_q || segments_q[i] == segments_kv[j]);
+                       (!p.segments_q || segments_q[i] == segments_kv[j]) && (!p.intervals || is_held());
   slope = {1, 0};
   if (!is_kept) return {-INFINITY, 0};
   int64 const row = ((first_q(b) + i) * p.heads_q + h) * p.head_dim_qk;

@@ -143,6 +143,7 @@ void Problem::draw_terms() {
     p.segments_q = segments_q.data();
     p.segments_kv = segments_kv.data();
   }
+  if (chance(25)) draw_intervals();
   if (chance(20)) p.slopes = (slopes = normal(words, p.heads_q)).data();
   if (chance(30)) p.sinks = (at.sinks = normal(words, p.batch * p.heads_q)).data(), p.sinks_stride = p.heads_q;
   if (chance(20)) {
@@ -151,6 +152,19 @@ void Problem::draw_terms() {
     p.dropout_threshold = 1 << 14;
     p.dropout_scale = 65536.0 / (65536 - p.dropout_threshold);
   }
+}
+
+void Problem::draw_intervals() {
+  int64 const batch = !p.cu_seqlens_q && chance(50) ? p.batch : 1, heads = chance(50) ? p.heads_q : 1;
+  p.intervals_count = 1 + below(4);
+  p.intervals_row = 2 * p.intervals_count;
+  p.intervals_head = heads > 1 ? p.rows_q * p.intervals_row : 0;
+  p.intervals_batch = batch > 1 ? heads * p.rows_q * p.intervals_row : 0;
+  for (int64 n = 0; n < batch * heads * p.rows_q * p.intervals_count; ++n) {
+    int64 const start = below(p.rows_kv + 8) - 4;
+    intervals.insert(intervals.end(), {int32(start), int32(start + below(1 + p.rows_kv / 2) - 2)});
+  }
+  p.intervals = intervals.data();
 }
 
 static int64 words_of(int64 dtype) { return dtype == cpu::kFloat64 ? cpu::kFloat64 : cpu::kFloat32; }
@@ -208,6 +222,7 @@ std::string Problem::describe() const {
                                       {p.bias != nullptr, " bias"},
                                       {p.mask != nullptr, " mask"},
                                       {p.segments_q != nullptr, " segments"},
+                                      {p.intervals != nullptr, " intervals"},
                                       {p.slopes != nullptr, " alibi"},
                                       {p.sinks != nullptr, " sinks"},
                                       {p.softcap != 0, " softcap"},

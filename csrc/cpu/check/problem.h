@@ -47,7 +47,7 @@ struct Problem {
   Tensors at, tangent;
   Tensor slopes, low;
   std::unique_ptr<unsigned char[]> mask;
-  std::vector<int32> segments_q, segments_kv, cu_q, cu_kv;
+  std::vector<int32> segments_q, segments_kv, intervals, cu_q, cu_kv;
   std::vector<int64> rng_state;
 
   Problem(std::uint64_t seed, int64 machine, int64 threads);
@@ -69,6 +69,7 @@ struct Problem {
   Tensor normal(int64 dtype, int64 count);
   void draw_sizes();
   void draw_terms();
+  void draw_intervals();
   void draw_tangents();
   void make_results();
   Dual number(Tensor Tensors::* x, int64 n) const;

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Outputs, Run, capability_reasons
+from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.backends.cpu import attention, decode, derivatives, library
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, DERIVATIVE_FEATURES, FEATURES, Grads, Inputs, Problem, Rows, Tangents
@@ -89,11 +89,21 @@ class CpuBackend(Backend):
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-        return attention.prepared_forward(_library(), inputs, spec, keep=keep)
+    def prepared_forward(
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+    ) -> Run | None:
+        return attention.prepared_forward(_library(), inputs, spec, keep=keep, heads_first=heads_first)
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        return attention.prepared_backward(_library(), inputs, spec, dout)
+    def prepared_backward(
+        self,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        dout: Tensor,
+        needs: Sequence[str] = QKV,
+        *,
+        heads_first: bool = False,
+    ) -> Run | None:
+        return attention.prepared_backward(_library(), inputs, spec, dout, needs, heads_first=heads_first)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

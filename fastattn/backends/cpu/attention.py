@@ -18,25 +18,27 @@ from fastattn.backends.cpu.library import Library
 from fastattn.errors import input_error
 from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
+from fastattn.storage import model
 
-VERSION = 3  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 4  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
-    "dsinks", "bias", "mask", "slopes", "sinks", "segments_q", "segments_kv", "cu_seqlens_q", "cu_seqlens_kv",
-    "rng_state",
+    "dsinks", "bias", "mask", "slopes", "sinks", "segments_q", "segments_kv", "intervals", "cu_seqlens_q",
+    "cu_seqlens_kv", "rng_state",
 )  # fmt: skip
 FIXED = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "dout_batch", "dout_row",
     "dout_head", "bias_batch", "bias_head", "bias_row", "bias_key", "dbias_batch", "dbias_head", "dbias_row",
     "dbias_key", "mask_batch", "mask_head", "mask_row", "mask_key", "slopes_stride", "sinks_stride",
-    "segments_q_stride", "segments_kv_stride", "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
+    "segments_q_stride", "segments_kv_stride", "intervals_batch", "intervals_head", "intervals_row", "intervals_count",
+    "dtype", "bias_dtype", "dbias_dtype", "dbias_adds", "batch", "heads_q",
     "heads_kv", "head_dim_qk", "head_dim_v", "rows_q", "rows_kv", "left", "right", "lower_right", "dropout_threshold",
     "scale", "softcap", "dropout_scale",
 )  # fmt: skip
 VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
-# The fields up to lse_low and up to dv: all that changes for calls on q, k and v alone.
-FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dv"))
+# The fields up to lse_low and up to dsinks: all that changes for calls on q, k and v alone.
+FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dsinks"))
 MORE_PART = struct.Struct(f"<{len(MORE)}q")  # from bias to cu_seqlens_kv
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
@@ -60,7 +62,7 @@ class Call:
         self.tensors: dict[str, Tensor | None] = {
             "q": given.q, "k": given.k, "v": given.v, "bias": given.bias, "mask": given.mask,
             "slopes": given.alibi_slopes, "sinks": given.sinks, "segments_q": given.segment_ids_q,
-            "segments_kv": given.segment_ids_kv, "cu_seqlens_q": given.cu_seqlens_q,
+            "segments_kv": given.segment_ids_kv, "intervals": given.intervals, "cu_seqlens_q": given.cu_seqlens_q,
             "cu_seqlens_kv": given.cu_seqlens_kv, "rng_state": given.rng_state if spec.dropout_p > 0 else None,
         }  # fmt: skip
 
@@ -99,7 +101,7 @@ def backward(
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()
     grads = Gradients.of(inputs, needs)
-    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads.tensors))
+    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads.tensors()))
     return grads.finished()
 
 
@@ -107,49 +109,91 @@ def backward(
 class Gradients:
     """Memory for gradients as the kernels write them, or for their tangents."""
 
-    tensors: dict[str, Tensor]
-    inputs: Inputs
+    of_qkv: dict[str, Tensor]
+    dbias: Tensor | None
+    dsinks: Tensor | None
+    sums: SumsOfMore
 
     @classmethod
     def of(cls, inputs: Inputs, needs: Sequence[str]) -> Gradients:
-        words = words_of(inputs.q.dtype)
-        tensors: dict[str, Tensor] = {
+        of_qkv = {
             f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
             for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
             if name in needs
         }
-        if inputs.bias is not None and "bias" in needs:
-            tensors["dbias"] = _zeros(inputs.bias, inputs.bias.dtype if _is_of_pairs(inputs.bias, inputs) else words)
-        if inputs.sinks is not None and "sinks" in needs:
-            tensors["dsinks"] = torch.empty((inputs.batch, inputs.heads_q), dtype=words, device=HOST)
-        return cls(tensors, inputs)
+        sums = SumsOfMore.of(inputs, needs)
+        return cls(of_qkv, *sums.make(), sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        more = (("dbias", self.dbias), ("dsinks", self.dsinks))
+        return self.of_qkv | {name: x for name, x in more if x is not None}
 
     def finished(self) -> Grads:
         """In the shapes and dtypes of the inputs."""
-        found, bias, sinks = dict(self.tensors), self.inputs.bias, self.inputs.sinks
-        if bias is not None and "dbias" in found:
-            found["dbias"] = found["dbias"].to(bias.dtype)
-        if sinks is not None and "dsinks" in found:
-            of_all = found["dsinks"].sum(0, keepdim=True) if sinks.shape[0] == 1 else found["dsinks"]
-            found["dsinks"] = of_all.to(sinks.dtype)
-        return Grads(**found)
+        return Grads(**self.of_qkv, **self.sums.as_gradients(self.dbias, self.dsinks))
 
 
-def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+@dataclass(frozen=True)
+class SumsOfMore:
+    """What kernels add up for the gradients of bias and sinks: shape and dtype of each, and its form as a gradient.
+
+    Attributes:
+        of_bias: None if the bias needs no gradient, likewise ``of_sinks``.
+        of_sinks: of each sequence and head.
+        dtypes: those of the gradients.
+        shares_sinks: all sequences have the same sinks.
+    """
+
+    of_bias: tuple[tuple[int, ...], torch.dtype] | None
+    of_sinks: tuple[tuple[int, ...], torch.dtype] | None
+    dtypes: dict[str, torch.dtype]
+    shares_sinks: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs, needs: Sequence[str]) -> SumsOfMore:
+        words, bias, sinks = words_of(inputs.q.dtype), inputs.bias, inputs.sinks
+        of_bias = of_sinks = None
+        if bias is not None and "bias" in needs:
+            of_bias = (tuple(bias.shape), bias.dtype if _is_of_pairs(bias, inputs) else words)
+        if sinks is not None and "sinks" in needs:
+            of_sinks = ((inputs.batch, inputs.heads_q), words)
+        dtypes = {name: x.dtype for name, x in (("dbias", bias), ("dsinks", sinks)) if x is not None}
+        return cls(of_bias, of_sinks, dtypes, sinks is not None and sinks.shape[0] == 1)
+
+    def make(self) -> tuple[Tensor | None, Tensor | None]:
+        """Memory for both; of the bias it holds zeros."""
+        dbias = None if self.of_bias is None else _zeros(*self.of_bias)
+        return dbias, None if self.of_sinks is None else torch.empty(
+            self.of_sinks[0], dtype=self.of_sinks[1], device=HOST
+        )
+
+    def as_gradients(self, dbias: Tensor | None, dsinks: Tensor | None) -> dict[str, Tensor]:
+        found = {}
+        if dbias is not None:
+            found["dbias"] = dbias.to(self.dtypes["dbias"])
+        if dsinks is not None:
+            summed = dsinks.sum(0, keepdim=True) if self.shares_sinks else dsinks
+            found["dsinks"] = summed.to(self.dtypes["dsinks"])
+        return found
+
+
+def prepared_forward(
+    library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool
+) -> Run | None:
     """``forward`` for calls of one kind; lse and lse_low are one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
-    alone = rest()
-    out_shape, kept_shape, dtype = inputs.out_shape(), (2, *inputs.lse_shape()), inputs.q.dtype
+    alone, dtype = rest(), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    count, low = threads.count, math.prod(inputs.lse_shape()) * words.itemsize
+    count, low, new = threads.count, math.prod(inputs.lse_shape()) * words.itemsize, torch.empty_like
+    out_model = model(inputs.out_shape(), dtype, HOST, heads_first)
+    kept_model = model((2, *inputs.lse_shape()), words, HOST)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
-        # new_empty takes dtype and device from q, in half the time of torch.empty with both
-        out, kept, at, at_low = q.new_empty(out_shape), None, 0, 0
+        out, kept, at, at_low = new(out_model), None, 0, 0
         if keep:
-            kept = q.new_empty(kept_shape, dtype=words) if words is not dtype else q.new_empty(kept_shape)
+            kept = new(kept_model)
             at = kept.data_ptr()
             at_low = at + low
         failed = run_pass(
@@ -163,44 +207,65 @@ def prepared_forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, k
     return run
 
 
-def prepared_backward(library: Library, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-    """``backward`` for calls of one kind, whose ``lse`` has no gradient and whose q, k and v alone need one."""
-    q_shape, k_shape, v_shape = inputs.q.shape, inputs.k.shape, inputs.v.shape
-    rest = _rest(inputs, spec, BACKWARD_PART, dout)
+def prepared_backward(
+    library: Library,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    dout: Tensor,
+    needs: Sequence[str],
+    *,
+    heads_first: bool,
+) -> Run | None:
+    """``backward`` for calls of one kind, whose ``lse`` has no gradient."""
+    sums = SumsOfMore.of(inputs, needs)
+    rest = _rest(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
     if rest is None:
         return None
-    alone = rest()
+    alone, new, has_sums = rest(), torch.empty_like, sums.of_bias is not None or sums.of_sinks is not None
+    dq_model, dk_model, dv_model = (
+        model(tuple(x.shape), x.dtype, HOST, heads_first) for x in (inputs.q, inputs.k, inputs.v)
+    )
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
     def run(
         dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
     ) -> tuple[Tensor, ...]:
-        dq, dk, dv = q.new_empty(q_shape), k.new_empty(k_shape), v.new_empty(v_shape)
+        dq, dk, dv = new(dq_model), new(dk_model), new(dv_model)
+        dbias, dsinks = sums.make() if has_sums else (None, None)
         at = kept.data_ptr()
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
-                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr()) + (rest(*more) if more else alone)
+                 dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(dbias), _address(dsinks))
+            + (rest(*more) if more else alone)
         )  # fmt: skip
         if failed:
             library.explain(failed)
-        return dq, dk, dv
+        return (dq, dk, dv, *sums.as_gradients(dbias, dsinks).values()) if has_sums else (dq, dk, dv)
 
     return run
 
 
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _rest(
-    inputs: Inputs, spec: AttentionSpec, first: struct.Struct, dout: Tensor | None = None
+    inputs: Inputs,
+    spec: AttentionSpec,
+    first: struct.Struct,
+    dout: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> Callable[..., bytes] | None:
     """The struct behind its ``first`` part as a function of ``MORE``; None if it takes more than addresses."""
     read = readable(inputs)
     if inputs.rng_state is not None or any(getattr(read, name) is not getattr(inputs, name) for name in TENSORS):
         return None
     before = bytes(VARIABLE_PART.size - first.size - MORE_PART.size - 8)  # 8: rng_state
-    after, pack = bytes(8) + fixed_part(inputs, spec, dout), MORE_PART.pack
+    after, pack = bytes(8) + fixed_part(inputs, spec, dout, dbias), MORE_PART.pack
 
     def rest(*more: Tensor | None) -> bytes:
-        return before + pack(*(0 if x is None else x.data_ptr() for x in more or _NOTHING)) + after
+        return before + pack(*map(_address, more or _NOTHING)) + after
 
     return rest
 
@@ -224,6 +289,8 @@ def readable(inputs: Inputs) -> Inputs:
         read = read if _has_contiguous_rows(read) else read.contiguous()
         if read is not x:
             changes[name] = read
+    if inputs.intervals is not None and inputs.intervals.stride()[-2:] != (2, 1):
+        changes["intervals"] = inputs.intervals.contiguous()
     if inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         changes["segment_ids_q"], changes["segment_ids_kv"] = _small_ids(inputs.segment_ids_q, inputs.segment_ids_kv)
     return inputs.replace(**changes) if changes else inputs
@@ -239,7 +306,7 @@ def fixed_part(inputs: Inputs, spec: AttentionSpec, dout: Tensor | None = None, 
     return FIXED_PART.pack(
         *_strides(q, is_packed), *_strides(k, is_packed), *_strides(v, is_packed), *_strides(dout, is_packed),
         *_steps(inputs.bias), *_steps(dbias), *_steps(inputs.mask), _step(inputs.alibi_slopes), _step(inputs.sinks),
-        _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv),
+        _step(inputs.segment_ids_q), _step(inputs.segment_ids_kv), *_of_intervals(inputs.intervals),
         DTYPES[q.dtype], *(0 if x is None else DTYPES[x.dtype] for x in (inputs.bias, dbias)),
         dbias is not None and not _is_of_pairs(dbias, inputs), inputs.batch, q.shape[-2],
         k.shape[-2], q.shape[-1], v.shape[-1], q.shape[-3], k.shape[-3], _side(spec.left), _side(spec.right),
@@ -254,9 +321,9 @@ def _is_of_pairs(bias: Tensor, inputs: Inputs) -> bool:
     return bias.shape == shape and bias.shape[-1] > 1 and is_double == (bias.dtype == torch.float64)
 
 
-def _zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros from fresh pages, which no one has to write; torch.zeros writes them."""
-    found = numpy.zeros(like.shape, f"i{dtype.itemsize}")
+    found = numpy.zeros(shape, f"i{dtype.itemsize}")
     return torch.from_numpy(found).view(dtype)
 
 
@@ -293,6 +360,13 @@ def _steps(x: Tensor | None) -> tuple[Any, ...]:
     if x is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+
+
+def _of_intervals(x: Tensor | None) -> tuple[int, ...]:
+    """Steps from batch entry to batch entry, head to head and row to row, and the ranges of a row."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return (*_steps(x)[:2], x.stride(2), x.shape[3])
 
 
 def _side(limit: int | None) -> int:

@@ -17,12 +17,13 @@ from fastattn.spec import AttentionSpec
 UNBOUNDED = 1 << 29  # for a side of the band that has no limit, or a wider one: more than any length
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, kv_cache.FP8: 3}  # Dtype of csrc/cpu/params.h
 NO_STRIDES = (0, 0, 0)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 
 
 def reasons(problem: Problem) -> list[str]:
     """The reasons against calls with a cache that do not hold for calls without one."""
-    found = [f"no {feature}" for feature in ("prompt", "strided head dim") if feature in problem.features]
+    missing = {"strided head dim"} if "batch invariant" in problem.features else {"prompt", "strided head dim"}
+    found = [f"no {feature}" for feature in sorted(missing & problem.features)]
     if problem.dtype not in DTYPES:
         found.append(f"dtype {problem.dtype} with a cache (has float32, bfloat16, float16)")
     if max(problem.head_dim_qk, problem.head_dim_v) > MAX_HEAD_DIM:
@@ -41,7 +42,7 @@ def attend(
         kv_cache.append(inputs)
         inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec))
     is_stored = inputs is not given
-    inputs = _readable(inputs)
+    inputs, depths = _readable(inputs), _depths(inputs, spec)
     q = inputs.q
     out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=q.device)
@@ -51,6 +52,7 @@ def attend(
         inputs.cache_lengths.data_ptr(), _address(inputs.block_table), _address(inputs.cu_seqlens_q),
         _address(inputs.k_scale), _address(inputs.v_scale), _address(inputs.bias), _address(inputs.alibi_slopes),
         _address(inputs.sinks), _address(None if is_stored else inputs.k), _address(None if is_stored else inputs.v),
+        _address(inputs.tree_mask), _address(depths),
     )  # fmt: skip
     if not library.decode(variable + _fixed(inputs, spec)):
         _raise_wrong_values(given, spec)
@@ -78,7 +80,7 @@ def prepared(library: Library, inputs: CacheInputs, spec: AttentionSpec) -> Run 
         variable = VARIABLE_PART.pack(
             VERSION, threads.count(), library.machine, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             out.data_ptr(), lse.data_ptr(), lengths.data_ptr(), 0 if table is None else table.data_ptr(),
-            0, 0, 0, 0, 0, 0, 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(),
+            0, 0, 0, 0, 0, 0, 0 if k is None else k.data_ptr(), 0 if v is None else v.data_ptr(), 0, 0,
         )  # fmt: skip
         if not library.decode(variable + fixed):
             again = CacheInputs(q, k_cache, v_cache, lengths, k, v, table, max_seqlen_q=max_seqlen_q)
@@ -93,18 +95,26 @@ def _raise_wrong_values(inputs: CacheInputs, spec: AttentionSpec) -> None:
     raise RuntimeError("the lengths or the block table of this call changed while it ran")
 
 
+def _depths(inputs: CacheInputs, spec: AttentionSpec) -> Tensor | None:
+    """The depths of new tokens in their trees, where a term counts positions."""
+    if inputs.tree_mask is None or (spec.left is None and inputs.alibi_slopes is None):
+        return None
+    return kv_cache.tree_depths(inputs).int().contiguous()
+
+
 def _readable(inputs: CacheInputs) -> CacheInputs:
     """With tensors as the kernel reads them: rows contiguous, numbers beside the caches in fp32. They live in it."""
     changes = {}
     for name, dtype in (
         ("cache_lengths", None), ("block_table", None), ("cu_seqlens_q", None), ("k_scale", None), ("v_scale", None),
-        ("alibi_slopes", torch.float32), ("sinks", torch.float32), ("bias", torch.float32),
+        ("alibi_slopes", torch.float32), ("sinks", torch.float32), ("bias", torch.float32), ("tree_mask", None),
     ):  # fmt: skip
         x: Tensor | None = getattr(inputs, name)
         if x is None:
             continue
         read = x if dtype is None or x.dtype == dtype else x.to(dtype)
-        if name != "bias" and read.stride(-1) != 1 and read.shape[-1] > 1:  # a bias broadcasts by its strides
+        is_apart = read.stride(-1) != 1 and read.shape[-1] > 1
+        if name != "bias" and (is_apart or name == "tree_mask"):  # a bias broadcasts by its strides
             read = read.contiguous()
         if read is not x:
             changes[name] = read
@@ -126,7 +136,7 @@ def _fixed(inputs: CacheInputs, spec: AttentionSpec) -> bytes:
         *_strides(q, is_packed), *_strides(k), *_strides(v), *_strides(inputs.k, is_packed),
         *_strides(inputs.v, is_packed),
         _step(inputs.block_table), _step(inputs.k_scale), _step(inputs.v_scale), *_steps(inputs.bias),
-        _step(inputs.alibi_slopes), _step(inputs.sinks),
+        _step(inputs.alibi_slopes), _step(inputs.sinks), *_tree_steps(inputs.tree_mask, q), inputs.batch_invariant,
         DTYPES[q.dtype], DTYPES[k.dtype], inputs.batch, q.shape[-2], k.shape[2], q.shape[-1], v.shape[3],
         q.shape[-3], rows_new, inputs.max_seqlen_q, k.shape[0], k.shape[1], positions,
         _side(spec.left), _side(spec.right), spec.scale, spec.softcap or 0.0,
@@ -153,6 +163,13 @@ def _steps(bias: Tensor | None) -> tuple[int, ...]:
     if bias is None:
         return (0, 0, 0, 0)
     return tuple(0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True))
+
+
+def _tree_steps(tree: Tensor | None, q: Tensor) -> tuple[int, int, int]:
+    """Of the words from batch to batch and from row to row, and of the depths from batch to batch."""
+    if tree is None:
+        return NO_STRIDES
+    return 0 if tree.shape[0] == 1 else tree.stride(0), tree.stride(-2), q.shape[-3]
 
 
 def _side(limit: int | None) -> int:

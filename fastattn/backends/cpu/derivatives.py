@@ -49,7 +49,7 @@ def backward_jvp(
     call, rows, moved = Call(inputs, spec, machine), _readable(rows, inputs), _readable(moved, inputs)
     grads = Gradients.of(inputs, needs)
     given = call.packed(
-        out=rows.out, lse=rows.lse, lse_low=rows.lse_low, dout=rows.dout, dlse=rows.dlse, **grads.tensors
+        out=rows.out, lse=rows.lse, lse_low=rows.lse_low, dout=rows.dout, dlse=rows.dlse, **grads.tensors()
     )
     moving = _Moving(tangents, inputs, spec, machine)
     library.differentiate("backward_jvp", given, moving.packed(moved))

@@ -16,17 +16,18 @@ from fastattn.compiled import BuildError
 from fastattn.errors import input_error
 
 PATH = Path(__file__).with_name(build.LIBRARY)
-VERSION = 1  # kVersion of csrc/cpu/params.h
+VERSION = 2  # kVersion of csrc/cpu/params.h
 # fa::cpu::Params: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k_cache", "v_cache", "out", "lse", "cache_lengths", "block_table",
-    "cu_seqlens_q", "k_scale", "v_scale", "bias", "slopes", "sinks", "new_keys", "new_values",
+    "cu_seqlens_q", "k_scale", "v_scale", "bias", "slopes", "sinks", "new_keys", "new_values", "tree", "depths",
 )  # fmt: skip
 FIXED = (
     "q_batch", "q_row", "q_head", "k_batch", "k_row", "k_head", "v_batch", "v_row", "v_head", "new_keys_batch",
     "new_keys_row", "new_keys_head", "new_values_batch", "new_values_row", "new_values_head", "table_stride",
     "k_scale_stride", "v_scale_stride", "bias_batch", "bias_head", "bias_row", "bias_key", "slopes_stride",
-    "sinks_stride", "dtype", "cache_dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "rows_q",
+    "sinks_stride", "tree_batch", "tree_row", "depths_batch", "invariant",
+    "dtype", "cache_dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "rows_q",
     "rows_new", "longest_q", "pages", "page_size", "capacity", "left", "right", "scale", "softcap",
 )  # fmt: skip
 DOUBLES = ("scale", "softcap")

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastattn.backends.base import Backend, Capabilities, Outputs, Run
+from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run
 from fastattn.backends.cuda import abi, backward, decode, library, nvrtc, plans
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
@@ -71,7 +71,7 @@ class CudaBackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
         features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
-        | {"cache", "append", "paged cache", "rotary", "prompt"},
+        | {"cache", "append", "paged cache", "rotary", "prompt", "batch invariant"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
         deterministic_by_flag=True,
@@ -125,17 +125,28 @@ class CudaBackend(Backend):
         with _current_stream(device) as stream:
             return decode.attend(launch, inputs, spec, _multiprocessors(device), stream)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+    def prepared_forward(
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+    ) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.forward(_kernels().prepared, inputs, spec, keep=keep)
+            return plans.forward(_kernels().prepared, inputs, spec, keep=keep, heads_first=heads_first)
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+    def prepared_backward(
+        self,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        dout: Tensor,
+        needs: Sequence[str] = QKV,
+        *,
+        heads_first: bool = False,
+    ) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.backward_pass(_kernels().prepared, inputs, spec, dout)
+            return plans.backward_pass(_kernels().prepared, inputs, spec, dout, heads_first=heads_first)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.for_cache(_kernels().prepared, inputs, spec, _multiprocessors(inputs.q.device))
+            multiprocessors = _multiprocessors(inputs.q.device)
+            return plans.for_cache(_kernels().prepared, inputs, spec, multiprocessors, self.attend_to_cache)
 
 
 @functools.cache

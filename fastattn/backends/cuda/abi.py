@@ -30,10 +30,6 @@ DOUBLES = ("scale", "score_scale", "cap_scale")
 Fields = dict[str, int | float]
 
 
-# Launches the kernels of a pass with other tensors at the addresses of a struct, in their order, on a stream.
-Launch = Callable[[Sequence[int], int], None]
-
-
 @dataclass(frozen=True)
 class Abi:
     """The struct of a pass: the version that it begins with, and the names of its fields."""
@@ -50,6 +46,11 @@ class Abi:
     def addresses(self) -> tuple[str, ...]:
         """The fields that point to tensors, 0 standing for none. They follow the version; the stream comes last."""
         return self.names[1 : self.names.index("q_batch_stride")]
+
+    @functools.cached_property
+    def address_part(self) -> struct.Struct:
+        """The layout of ``addresses``."""
+        return struct.Struct(f"<{len(self.addresses)}q")
 
     @property
     def size(self) -> int:
@@ -85,13 +86,14 @@ BACKWARD = Abi("backward", 2, (
     "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
-DECODE = Abi("decode", 2, (
+DECODE = Abi("decode", 3, (
     "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
-    "block_table", "cu_seqlens_q", "q_batch_stride", "q_row_stride", "q_head_stride",
+    "block_table", "cu_seqlens_q", "new_k", "new_v", "q_batch_stride", "q_row_stride", "q_head_stride",
     "k_batch_stride", "k_row_stride", "k_head_stride", "v_batch_stride", "v_row_stride", "v_head_stride",
-    "sinks_batch_stride", "table_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v",
-    "seqlen_q", "new_keys", "pages", "page_size", "box_rows", "left", "right", "has_softcap", "score_scale",
-    "cap_scale", "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
+    "new_k_batch_stride", "new_k_row_stride", "new_k_head_stride", "new_v_batch_stride", "new_v_row_stride",
+    "new_v_head_stride", "sinks_batch_stride", "table_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk",
+    "head_dim_v", "seqlen_q", "new_keys", "pages", "page_size", "capacity", "box_rows", "left", "right", "has_softcap",
+    "score_scale", "cap_scale", "heads_per_tile", "positions_per_tile", "tiles", "splits", "device", "stream",
 ))  # fmt: skip
 
 

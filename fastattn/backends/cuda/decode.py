@@ -1,6 +1,7 @@
 """Attention to a cache with the CUDA kernels: how many splits, the struct of params.h, the partial results.
 
-``fastattn.kv_cache`` stores new keys and values and rotates queries by their positions.
+``fastattn.kv_cache`` rotates queries by their positions, and stores new keys that are to be rotated, too; a kernel
+stores the others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
 MOST_SPLITS = 128  # kMostSplits of csrc/common/params.h
+FIXED_SPLITS = 16  # of batch-invariant calls: a sequence is cut by its own length, into splits of LEAST_KEYS or more
 LEAST_KEYS = 256  # of a split: kLeastKeys of csrc/sm90/decode.h
 # What else a split costs, in the time that a multiprocessor takes for one key: beginning it, and combining it all.
 BLOCK_KEYS, COMBINE_KEYS = 192, 256
@@ -31,8 +33,10 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Append the new keys and values, and return ``(out, lse)``."""
     q = kv_cache.rotated_queries(inputs, spec)
-    kv_cache.append(inputs)
-    step = Step.of(inputs.replace(q=q), spec, multiprocessors)
+    stores = is_stored_by_kernel(inputs)
+    if not stores:
+        kv_cache.append(inputs)
+    step = Step.of(inputs.replace(q=q), spec, multiprocessors, stores)
     if step.rows:
         launch(step.fields(stream))
     out, lse = step.tensors["out"], step.tensors["lse"]
@@ -40,22 +44,35 @@ def attend(
     return out, lse
 
 
+def is_stored_by_kernel(inputs: CacheInputs) -> bool:
+    """Whether there are new rows that a kernel can store: unchanged, and in the caches themselves."""
+    caches = inputs.k_cache, inputs.v_cache
+    is_plain = inputs.k is not None and inputs.k.numel() > 0 and inputs.q.numel() > 0 and inputs.rotary_cos is None
+    return is_plain and all(abi.readable_rows(x) is x for x in caches)
+
+
 @dataclass(frozen=True)
 class Step:
-    """Attention to a cache that holds the new keys: tensors that kernels can read, and ``tensors`` that they write."""
+    """Attention to a cache: tensors that kernels can read, and ``tensors`` that they write.
+
+    ``stores`` says that a kernel stores the new keys and values first; else they are there already.
+    """
 
     inputs: CacheInputs
     spec: AttentionSpec
     tensors: dict[str, Tensor | None]
     tiling: Tiling
     splits: int
+    stores: bool
 
     @classmethod
-    def of(cls, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int) -> Step:
+    def of(cls, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, stores: bool) -> Step:
         q, scale = abi.with_positive_scale(inputs.q, spec)
         spec = AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
         inputs, tiling = readable(inputs.replace(q=q)), Tiling.of(inputs)
-        splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
+        splits = FIXED_SPLITS
+        if not inputs.batch_invariant:
+            splits = split_count(tiling.tiles * inputs.heads_kv, most_keys(inputs, spec, tiling), multiprocessors)
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=q.device)
@@ -67,14 +84,15 @@ class Step:
             "partial_out": new(*rows, columns) if splits > 1 else None,
             "partial_lse": new(*rows, 2) if splits > 1 else None,
         }
-        return cls(inputs, spec, tensors, tiling, splits)
+        return cls(inputs, spec, tensors, tiling, splits, stores)
 
     @property
     def rows(self) -> int:
         return math.prod(self.inputs.q.shape[:-2])
 
     def fields(self, stream: int) -> abi.Fields:
-        return decode_fields(self.inputs, self.spec, self.tensors, self.tiling, self.splits, stream)
+        fields = decode_fields(self.inputs, self.spec, self.tensors, self.tiling, self.splits, stream)
+        return fields | _new_rows(self.inputs, self.stores)
 
 
 @dataclass(frozen=True)
@@ -119,13 +137,19 @@ def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
 
 
 def readable(inputs: CacheInputs) -> CacheInputs:
-    """The tensors that kernels can read, which include the usual layouts of caches, and copies of the others."""
+    """The tensors that kernels can read, which include the usual layouts of caches, and copies of the others.
+
+    New rows that lie in a cache are copied, too: others may be stored in their place first.
+    """
+    k, v = (None if x is None else kv_cache.apart(abi.readable_rows(x), inputs) for x in (inputs.k, inputs.v))
     q, k_cache, v_cache = (abi.readable_rows(x) for x in (inputs.q, inputs.k_cache, inputs.v_cache))
     cu_seqlens_q = None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.contiguous()
     return inputs.replace(
         q=q,
         k_cache=k_cache,
         v_cache=v_cache,
+        k=k,
+        v=v,
         cache_lengths=inputs.cache_lengths.contiguous(),
         block_table=None if inputs.block_table is None else inputs.block_table.contiguous(),
         cu_seqlens_q=cu_seqlens_q,
@@ -168,6 +192,7 @@ def decode_fields(
         "new_keys": 0 if inputs.k is None else -1 if inputs.is_packed else inputs.k.shape[1],
         "pages": inputs.k_cache.shape[0],
         "page_size": inputs.page_size,
+        "capacity": inputs.capacity,
         "box_rows": TILE_ROWS if has_one_page else math.gcd(inputs.page_size, TILE_ROWS),
         "heads_per_tile": tiling.heads,
         "positions_per_tile": tiling.positions,
@@ -176,6 +201,16 @@ def decode_fields(
         "device": q.device.index or 0,
         "stream": stream,
     }
+
+
+def _new_rows(inputs: CacheInputs, stores: bool) -> abi.Fields:
+    """The fields of new keys and values: addresses of those that a kernel stores."""
+    found: abi.Fields = {}
+    for name, x in (("new_k", inputs.k), ("new_v", inputs.v)):
+        found[name] = abi.address(x if stores else None)
+        strides = dict.fromkeys((f"{name}_{which}_stride" for which in ("batch", "row", "head")), 0)
+        found |= strides if x is None else _strides(name, x, is_packed=inputs.is_packed)
+    return found
 
 
 _READ = ("q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q")

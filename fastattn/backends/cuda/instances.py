@@ -226,10 +226,21 @@ class CombineConfig:
         return f"fa::sm90::{tag}"
 
 
+@dataclass(frozen=True)
+class AppendConfig(CombineConfig):
+    """The kernel that stores new keys and values."""
+
+    header: ClassVar[str] = "sm90/append.cuh"
+    macro: ClassVar[str] = "APPEND"
+    function: ClassVar[str] = "append"
+    label: ClassVar[str] = "rows"
+    launcher: ClassVar[str] = "launch_append"
+
+
 AnyConfig = ForwardConfig | DkdvConfig | DqConfig | RowwiseConfig | DecodeConfig | CombineConfig
 TABLED = TypeVar("TABLED", ForwardConfig, DkdvConfig, DqConfig, DecodeConfig)
 PREPROCESS, DSINKS = RowwiseConfig("backward_preprocess"), RowwiseConfig("backward_dsinks")
-COMBINE = CombineConfig()
+COMBINE, APPEND = CombineConfig(), AppendConfig()
 
 
 @dataclass(frozen=True)
@@ -295,7 +306,7 @@ def decode_instances(folder: Path | None = None) -> list[Instance]:
 
 def library_instances(folder: Path | None = None) -> list[Instance]:
     """One for each file of the library: what ``launcher`` is instantiated for."""
-    small = [Instance(config, dtype) for config in (PREPROCESS, COMBINE) for dtype in DTYPES]
+    small = [Instance(config, dtype) for config in (PREPROCESS, APPEND, COMBINE) for dtype in DTYPES]
     return [*forward_instances(folder), *backward_instances(folder), *decode_instances(folder), *small]
 
 

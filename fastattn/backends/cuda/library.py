@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastattn import compiled
-from fastattn.backends import native
-from fastattn.backends.cuda import abi, build, driver
+from fastattn.backends import driver, native
+from fastattn.backends.cuda import abi, build
 from fastattn.backends.cuda.instances import library_instances
 
 PATH = Path(__file__).with_name(build.LIBRARY)
@@ -82,7 +82,7 @@ class Library:
         """
         self._launch(struct, struct.pack(fields))
 
-    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> abi.Launch:
+    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> driver.Launch:
         """``launch`` for other tensors of the same kind, on any stream."""
         template = struct.template(fields)
 

@@ -17,9 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastattn import compiled
-from fastattn.backends import native
-from fastattn.backends.cuda import abi, driver
+from fastattn.backends import driver, native
+from fastattn.backends.cuda import abi
 from fastattn.backends.cuda.instances import (
+    APPEND,
     COMBINE,
     DSINKS,
     DTYPES,
@@ -162,7 +163,7 @@ class NvrtcKernels:
         load()
         self._forward, self._dkdv, self._dq = forward_configs(), dkdv_configs(), dq_configs()
         self._decode = decode_configs()
-        self._functions: dict[tuple[int, Instance], ctypes.c_void_p] = {}
+        self._functions: dict[tuple[int, Instance], int] = {}
 
     def launch(self, struct: abi.Abi, fields: abi.Fields) -> None:
         """Launch the kernels of a pass, those that its fields ask for, in the current context.
@@ -171,26 +172,16 @@ class NvrtcKernels:
             NvrtcError: a kernel could not be compiled.
             RuntimeError: CUDA refused; the message says why.
         """
-        self.prepared(struct, fields)([int(fields[name]) for name in struct.addresses], int(fields["stream"]))
+        self.prepared(struct, fields)(tuple(int(fields[name]) for name in struct.addresses), int(fields["stream"]))
 
-    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> abi.Launch:
+    def prepared(self, struct: abi.Abi, fields: abi.Fields) -> driver.Launch:
         """``launch`` for other tensors of the same kind, on any stream: kernels loaded, tensor maps encoded."""
         given = {name: int(value) for name, value in fields.items()}
         device = given["device"]
         steps = getattr(self, f"_{struct.name}_steps")(given) if given["batch"] and given["seqlen_q"] else []
         if steps:
             driver.use_device(device)
-        kernels = [self._kernel(struct, step, given) for step in steps]
-        template = struct.template(fields)
-
-        def launch(addresses: Sequence[int], stream: int) -> None:
-            if kernels:
-                driver.use_device(device)
-            packed = template(addresses, stream)
-            for kernel in kernels:
-                kernel.launch(addresses, packed, stream)
-
-        return launch
+        return _launcher(struct, struct.pack(fields), device, [self._kernel(struct, step, given) for step in steps])
 
     def _forward_steps(self, given: dict[str, int]) -> list[Step]:
         dims = given["head_dim_qk"], given["head_dim_v"]
@@ -221,6 +212,9 @@ class NvrtcKernels:
         config = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
         views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
         steps = [Step(config, given["tiles"] * given["splits"] * given["heads_kv"], views)]
+        if given["new_k"]:
+            rows = given["seqlen_q"] if given["new_keys"] < 0 else given["batch"] * given["new_keys"]
+            steps.insert(0, Step(APPEND, -(-rows * given["heads_kv"] // (APPEND.threads // 32))))
         if given["splits"] > 1:
             outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
             steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32))))
@@ -237,7 +231,7 @@ class NvrtcKernels:
         del maps
         return Kernel(function, encoded, places, step.blocks, step.config.threads, shared_bytes(step.config))
 
-    def _function(self, device: int, instance: Instance) -> ctypes.c_void_p:
+    def _function(self, device: int, instance: Instance) -> int:
         key = (device, instance)
         if key not in self._functions:
             self._functions[key] = driver.load_function(cached_kernel(instance), KERNEL, shared_bytes(instance.config))
@@ -271,22 +265,39 @@ class Step:
 class Kernel:
     """A loaded kernel with its tensor maps. ``places`` says which address each map shows, and how far behind it."""
 
-    function: ctypes.c_void_p
+    function: int
     maps: bytes
     places: tuple[tuple[int, int], ...]
     blocks: int
     threads: int
     shared_bytes: int
 
-    def launch(self, addresses: Sequence[int], packed: bytes, stream: int) -> None:
-        """Launch it in the current context. Its argument is the maps, which show ``addresses`` now, then the struct."""
-        argument = self.maps + packed
-        buffer, at = driver.aligned_buffer(len(argument))  # of this call alone: other threads launch, too
-        ctypes.memmove(at, argument, len(argument))
-        if self.places:
-            driver.move_maps(at, [addresses[which] + skipped for which, skipped in self.places])
-        driver.launch(self.function, at, self.blocks, self.threads, self.shared_bytes, stream)
-        del buffer  # held until the launch has copied it
+
+def _launcher(struct: abi.Abi, packed: bytes, device: int, kernels: Sequence[Kernel]) -> driver.Launch:
+    """Launches of kernels whose parameter is their maps and the struct; those with equal maps share one."""
+    image, begins, places, structs = b"", {}, [], []
+    for kernel in kernels:
+        if (key := (kernel.maps, kernel.places)) in begins:
+            continue
+        begins[key] = begin = len(image)
+        places += [(begin + n * driver.MAP_BYTES, *place) for n, place in enumerate(kernel.places)]
+        structs.append(begin + len(kernel.maps) + 8)  # the version comes first
+        image += kernel.maps + packed
+        image += bytes(-len(image) % driver.MAP_ALIGNMENT)
+    pack_into = struct.address_part.pack_into
+
+    def write(block: driver.Block, addresses: tuple[int, ...], held: Sequence[int] | None) -> None:
+        for at in structs:
+            pack_into(block.buffer, block.begin + at, *addresses)
+        for at, which, skipped in places:
+            if held is None or held[which] != addresses[which]:
+                driver.move_map(block.at + at, addresses[which] + skipped)
+
+    placed = [
+        driver.Placed(x.function, (x.blocks, 1, 1), x.threads, x.shared_bytes, (begins[x.maps, x.places],))
+        for x in kernels
+    ]
+    return driver.launcher(device, image, placed, write, [at - 16 + len(packed) for at in structs])
 
 
 def shared_bytes(config: AnyConfig) -> int:

@@ -7,24 +7,27 @@ shapes, strides, dtypes, device, alignment, flags. So do the kernels that serve 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import kv_cache
-from fastattn.backends.base import Run
+from fastattn.backends import driver
+from fastattn.backends.base import QKV, Run
 from fastattn.backends.cuda import abi, backward, decode
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import current_raw_stream
+from fastattn.storage import extent, model
+from fastattn.torch_internals import current_device, current_raw_stream
 
-Prepare = Callable[[abi.Abi, abi.Fields], abi.Launch]
-QKV = ("q", "k", "v")
+Prepare = Callable[[abi.Abi, abi.Fields], driver.Launch]
+General = Callable[[CacheInputs, AttentionSpec], tuple[Tensor, Tensor]]
+IN_LAYOUT = ("out", "dq", "dk", "dv")
 
 
-def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
+def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool) -> Run | None:
     """The run of a forward pass; None if a tensor has to be copied or scaled first."""
     ready, positive = abi.prepared(inputs, spec)
     if any(getattr(ready, name) is not getattr(inputs, name) for name in QKV):
@@ -32,10 +35,12 @@ def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool
     results = abi.results(inputs)
     launch = prepare(abi.FORWARD, abi.forward_fields(ready, positive, results, stream=0))
     made: dict[str, Tensor | None] = dict(zip(("out", "lse", "lse_low"), results, strict=True))
-    return _run(abi.FORWARD, launch, QKV, made, tuple(made) if keep else ("out",))
+    return _run(abi.FORWARD, launch, QKV, made, tuple(made) if keep else ("out",), heads_first)
 
 
-def backward_pass(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
+def backward_pass(
+    prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: Tensor, *, heads_first: bool
+) -> Run | None:
     """The run of a backward pass; None if a tensor has to be copied first, or there is no pair of a query and a key."""
     ready, (out, lse, lse_low) = abi.readable(inputs), abi.results(inputs)
     dout = torch.empty_strided(dout.shape, dout.stride(), dtype=dout.dtype, device=out.device)
@@ -45,50 +50,74 @@ def backward_pass(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: T
     given: dict[str, Tensor | None] = {"dout": dout, "out": out, "lse": lse, "lse_low": lse_low}
     made = backward.own_tensors(inputs, spec, QKV)
     launch = prepare(abi.BACKWARD, abi.backward_fields(inputs, spec, {**given, **made, "dlse": None}, stream=0))
-    return _run(abi.BACKWARD, launch, (*given, *QKV), made, ("dq", "dk", "dv"))
+    return _run(abi.BACKWARD, launch, (*given, *QKV), made, ("dq", "dk", "dv"), heads_first)
 
 
-def for_cache(prepare: Prepare, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int) -> Run | None:
-    """The run of attention to a cache; None if a tensor has to be copied or scaled first, or there is no query."""
-    step = decode.Step.of(inputs, spec, multiprocessors)
-    names = ("q", "k_cache", "v_cache", "cache_lengths", "block_table")
-    if any(getattr(step.inputs, name) is not getattr(inputs, name) for name in names) or not step.rows:
+def for_cache(
+    prepare: Prepare, inputs: CacheInputs, spec: AttentionSpec, multiprocessors: int, general: General
+) -> Run | None:
+    """The run of attention to a cache; None if a tensor has to be copied or scaled first, or there is no query.
+
+    ``general`` serves calls whose new rows lie in a cache.
+    """
+    step = decode.Step.of(inputs, spec, multiprocessors, decode.is_stored_by_kernel(inputs))
+    names = ("q", "k_cache", "v_cache", "cache_lengths", "k", "v", "block_table")
+    is_ready = all(getattr(step.inputs, name) is getattr(inputs, name) for name in names)
+    if not is_ready or not step.rows or (inputs.k is not None and not step.stores):
         return None
     launch, longest = prepare(abi.DECODE, step.fields(stream=0)), inputs.max_seqlen_q
-    run = _run(abi.DECODE, launch, names, step.tensors, ("out", "lse"))
+    fields = [{"k": "new_k", "v": "new_v"}.get(name, name) for name in names]
+    run = _run(abi.DECODE, launch, fields, step.tensors, ("out", "lse"))
+    if inputs.k is None or inputs.v is None:
+        return run
+    bytes_of_caches, bytes_of_new = (
+        [extent(x) for x in pair] for pair in ((inputs.k_cache, inputs.v_cache), (inputs.k, inputs.v))
+    )
 
     def attend(*tensors: Any) -> tuple[Tensor, ...]:
-        q, k_cache, v_cache, cache_lengths, k, v, block_table = tensors
-        if k is not None:
-            kv_cache.append(CacheInputs(q, k_cache, v_cache, cache_lengths, k, v, block_table, max_seqlen_q=longest))
-        return run(q, k_cache, v_cache, cache_lengths, block_table)
+        caches, new = tensors[1:3], tensors[4:6]
+        for cache, cache_bytes in zip(caches, bytes_of_caches):  # noqa: B905  two each, and strict costs time
+            begin = cache.data_ptr()
+            for x, size in zip(new, bytes_of_new):  # noqa: B905
+                if begin - size < x.data_ptr() < begin + cache_bytes:
+                    return general(CacheInputs(*tensors, max_seqlen_q=longest), spec)
+        return run(*tensors)
 
     return attend
 
 
 def _run(
     struct: abi.Abi,
-    launch: abi.Launch,
+    launch: driver.Launch,
     given: Sequence[str],
     made: Mapping[str, Tensor | None],
     results: Sequence[str],
+    heads_first: bool = False,
 ) -> Run:
-    """A run of tensors named ``given`` that allocates tensors like ``made`` and returns those named ``results``."""
-    models = {name: x for name, x in made.items() if x is not None}
-    device = models[results[0]].device
-    makers = [(x.shape, x.dtype) for x in models.values()]
+    """A run of tensors named ``given`` that allocates tensors like ``made`` and returns those named ``results``.
+
+    With ``heads_first`` the dimensions 1 and 2 of results in the layout of q are exchanged.
+    """
+    models = {
+        name: model(tuple(x.shape), x.dtype, x.device, heads_first and name in IN_LAYOUT)
+        for name, x in made.items()
+        if x is not None
+    }
+    device, new, make = models[results[0]].device, torch.empty_like, tuple(models.values())
     names = [*given, *models]
-    order = [names.index(name) if name in names else len(names) for name in struct.addresses]
-    returned = [names.index(name) for name in results]
+    ordered = itemgetter(*(names.index(name) if name in names else len(names) for name in struct.addresses))
+    returned = itemgetter(*map(names.index, results)) if len(results) > 1 else lambda every: (every[len(given)],)
+
+    is_cuda, index = device.type == "cuda", device.index
 
     def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        if is_cuda and current_device() != index:
             with torch.cuda.device(device):
                 return run(*tensors)
-        every = [*tensors, *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in makers)]
+        every = (*tensors, *[new(x) for x in make])
         addresses = [0 if x is None else x.data_ptr() for x in every]
         addresses.append(0)  # of what there is not
-        launch([addresses[n] for n in order], current_raw_stream(device))
-        return tuple(every[n] for n in returned)  # type: ignore[misc]
+        launch(ordered(addresses), current_raw_stream(device))
+        return returned(every)
 
     return run

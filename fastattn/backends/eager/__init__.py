@@ -10,7 +10,7 @@ from fastattn.problem import CACHE_FEATURES, DERIVATIVE_FEATURES, FEATURES, STAT
 class EagerBackend(Backend):
     name = "eager"
     capabilities = Capabilities(
-        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES)
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES) - {"batch invariant"}
     )
     forward = staticmethod(reference.forward)
     backward = staticmethod(reference.backward)

@@ -24,7 +24,7 @@ from fastattn.spec import AttentionSpec
 class PortableBackend(Backend):
     name = "portable"
     capabilities = Capabilities(
-        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES)
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES) - {"batch invariant"}
     )
     jvp = staticmethod(derivatives.jvp)
     backward_jvp = staticmethod(derivatives.backward_jvp)

@@ -27,10 +27,11 @@ from torch.nn.functional import pad
 from fastattn import kv_cache, numerics
 from fastattn.backends.base import Outputs
 from fastattn.backends.portable import flash
+from fastattn.backends.portable.groups import Group
 from fastattn.kv_cache import CacheInputs
 from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
-from fastattn.spec import AttentionSpec, distance, full_range, keep, page_and_row, tile_range
+from fastattn.spec import AttentionSpec, distance, full_range, page_and_row, tile_range
 
 Part = tuple[Tensor, Tensor, Tensor]  # out [p, n, H_kv, R, D], lse and lse_low [p, n, H_kv, R] of p parts of the keys
 Dense = Callable[[Inputs, AttentionSpec], Outputs]
@@ -43,31 +44,11 @@ LONG = 1 << 21  # elements of a sequence's keys from which on a view is read in 
 FOLD = 512  # this many keys of all heads at a time: head after head would touch every page of memory once for each
 
 
-@dataclass(frozen=True)
-class Group:
-    """Sequences that are read together.
-
-    Attributes:
-        index: their indices, ascending; a slice where they follow each other, so that it makes views.
-        count: how many they are.
-        rows: query rows of each, or the most that one has.
-        s_q, s_kv: their lengths, ints that all share or ``[n, 1, 1, 1]``.
-        span: positions that some query row keeps.
-        full: positions that every query row keeps.
-    """
-
-    index: Tensor | slice
-    count: int
-    rows: int
-    s_q: Tensor | int
-    s_kv: Tensor | int
-    span: tuple[int, int]
-    full: tuple[int, int]
-
-
 def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[Tensor, Tensor]:
     """Append, then ``(out, lse)``; ``forward`` is the backend's for dense problems."""
     kv_cache.append(inputs)
+    if inputs.tree_mask is not None:
+        spec = dataclasses.replace(spec, right=None)  # the bits take its place
     if inputs.rotary_cos is not None:
         inputs = inputs.replace(q=kv_cache.rotated_queries(inputs, spec), rotary_cos=None, rotary_sin=None)
     if inputs.q.numel() == 0:
@@ -79,6 +60,8 @@ def attend(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[Te
 def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[Tensor, Tensor]:
     s_q, s_kv = inputs.host_lengths()
     groups = list(_groups(inputs, spec, s_q, s_kv))
+    if inputs.tree_mask is not None:
+        groups = [group.in_trees(kv_cache.tree_of(inputs)) for group in groups]
     if not inputs.is_packed and len(groups) == 1 and groups[0].count == inputs.batch:
         out, lse = _attend_group(inputs, spec, groups[0], inputs.q)
         return out.to(inputs.q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
@@ -92,7 +75,7 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[
         of_rows = torch.repeat_interleave(torch.tensor(s_q)) if inputs.sinks.shape[0] > 1 else 0
         lse.copy_(inputs.sinks[of_rows])
     for b in range(inputs.batch):
-        if s_q[b] > MANY_ROWS and s_kv[b]:
+        if s_q[b] > _most_rows(inputs) and s_kv[b]:
             rows = slice(first[b], first[b] + s_q[b])
             out_part, lse_part = _prompt(inputs, spec, forward, (b, s_kv[b]), q[rows])
             out[rows], lse[rows] = out_part[0], lse_part[0].transpose(0, 1)
@@ -104,12 +87,18 @@ def _on_host(inputs: CacheInputs, spec: AttentionSpec, forward: Dense) -> tuple[
     return out.view(inputs.out_shape()), _as_lse(lse, inputs)
 
 
+def _most_rows(inputs: CacheInputs) -> int:
+    """Query rows up to which a sequence is computed in a group; all of a tree, which ``forward`` does not know."""
+    return MANY_ROWS if inputs.tree_mask is None else inputs.max_seqlen_q
+
+
 def _on_device(inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Everything as one group: query rows padded to the longest sequence, and no length looked at."""
     b = torch.arange(inputs.batch, device=inputs.q.device)
     s_kv = (inputs.cache_lengths + inputs.new_lengths()).long()[:, None, None, None]
     rows_q = inputs.max_seqlen_q
-    group = Group(b, inputs.batch, rows_q, rows_q, s_kv, (0, inputs.capacity), (0, 0))
+    tree = None if inputs.tree_mask is None else kv_cache.tree_of(inputs)
+    group = Group(b, inputs.batch, rows_q, rows_q, s_kv, (0, inputs.capacity), (0, 0), tree)
     if inputs.cu_seqlens_q is None:
         out, lse = _attend_group(inputs, spec, group, inputs.q)
         return out.to(inputs.q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
@@ -149,7 +138,7 @@ def _prompt(
 def _groups(inputs: CacheInputs, spec: AttentionSpec, s_q: list[int], s_kv: list[int]) -> Iterator[Group]:
     """Groups of sequences with few query rows."""
     spans = [tile_range(spec, 0, rows, rows, length) for rows, length in zip(s_q, s_kv, strict=True)]
-    todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= MANY_ROWS and spans[b][0] < spans[b][1]]
+    todo = [b for b in range(inputs.batch) if 0 < s_q[b] <= _most_rows(inputs) and spans[b][0] < spans[b][1]]
     width = inputs.heads_kv * max(inputs.k_cache.shape[-1], inputs.v_cache.shape[-1])
     is_copied = not _is_view(inputs)
     members: list[int] = []
@@ -206,7 +195,7 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
         v = _read(inputs.v_cache, inputs.v_scale, piece, v_room)
         kept = None
         if not (group.full[0] <= span[0] and span[1] <= group.full[1]):
-            kept = _kept(group, spec, span, q.device)
+            kept = group.kept(spec, span, q.device)
             unused = ~kept.any(2)[:, 0, :, None, None]  # may hold NaN, and 0 * NaN is NaN
             k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
         mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, (n, rows, span[1] - span[0]))
@@ -369,13 +358,6 @@ def _scales(scale: Tensor, piece: Piece, page_size: int) -> Tensor:
     return of_row[..., None]
 
 
-def _kept(group: Group, spec: AttentionSpec, span: tuple[int, int], device: torch.device) -> Tensor:
-    """``[n, 1, rows, C]``."""
-    i = torch.arange(group.rows, device=device)[None, None, :, None]
-    kept = keep(spec, i, torch.arange(*span, device=device), group.s_q, group.s_kv)
-    return kept.expand(group.count, -1, -1, -1)
-
-
 def _mask(
     inputs: CacheInputs,
     spec: AttentionSpec,
@@ -394,8 +376,7 @@ def _mask(
             result = pad(result, (0, span[1] - span[0] - result.shape[3]))
     if inputs.alibi_slopes is not None:
         slopes = inputs.alibi_slopes if inputs.alibi_slopes.shape[0] == 1 else inputs.alibi_slopes[group.index]
-        i = torch.arange(group.rows, device=slopes.device)[None, None, :, None]
-        away = distance(spec, i, torch.arange(*span, device=slopes.device), group.s_q, group.s_kv)
+        away = distance(spec, *group.positions(span, slopes.device), group.s_q, group.s_kv)
         alibi = -slopes.to(dtype)[:, :, None, None] * away.to(dtype)
         result = alibi if result is None else result + alibi
     if kept is not None:

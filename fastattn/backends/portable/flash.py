@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastattn.backends.portable import plan, terms
+from fastattn.backends.portable import intervals, plan, terms
 from fastattn.backends.portable.plan import Block, Call
 from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
@@ -98,8 +98,8 @@ def backward(
 
 def _plain_shape(inputs: Inputs, spec: AttentionSpec) -> plan.Shape | None:
     """The shape of a problem that is one call without a mask; None if there is more to plan."""
-    is_plain = not inputs.is_packed and inputs.segment_ids_q is None and inputs.alibi_slopes is None
-    if not is_plain or inputs.mask is not None or inputs.bias is not None or inputs.batch == 0:
+    terms_of_scores = (inputs.segment_ids_q, inputs.intervals, inputs.alibi_slopes, inputs.mask, inputs.bias)
+    if inputs.is_packed or inputs.batch == 0 or any(x is not None for x in terms_of_scores):
         return None
     return plan.shape_of_all(spec, inputs.q.shape[1], inputs.k.shape[1])
 
@@ -123,6 +123,9 @@ def planned(inputs: Inputs, spec: AttentionSpec) -> list[Call]:
     if has_data_mask and max_rows is not None:
         max_rows = min(max_rows, plan.BAND_ROWS)  # so that what the mask leaves out can be skipped
     blocks = [block for region in regions for block in plan.cut(region, spec, max_rows)]
+    if inputs.intervals is not None:
+        narrowed = (intervals.narrow(block, inputs.intervals) for block in blocks)
+        blocks = [block for block in narrowed if block is not None]
     if blocks and are_alike and 1 < blocks[0].size[0] < len(blocks):
         # fewer calls if the blocks of an entry make one than if the entries of a block do
         entries = range(*blocks[0].batch)
@@ -150,12 +153,12 @@ def _steps(todo: Sequence[Call], inputs: Inputs, spec: AttentionSpec) -> Iterato
 
 def _has_data_mask(inputs: Inputs, block: Block) -> bool:
     """Whether tensors decide which pairs are kept, so that more rows may be empty than the band empties."""
-    return inputs.mask is not None or inputs.bias is not None or not block.is_exact
+    return any(x is not None for x in (inputs.mask, inputs.bias, inputs.intervals)) or not block.is_exact
 
 
 def _mask_elements_per_row(inputs: Inputs, has_segments: bool) -> int:
     """Elements of the additive mask for one query row; 0 if the rows share one."""
-    sizes = [x.shape for x in (inputs.mask, inputs.bias) if x is not None and x.shape[2] > 1]
+    sizes = [x.shape for x in (inputs.mask, inputs.bias, inputs.intervals) if x is not None and x.shape[2] > 1]
     batch, heads = max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
     if has_segments and inputs.segment_ids_q is not None and inputs.segment_ids_kv is not None:
         batch, heads = max(batch, inputs.segment_ids_q.shape[0], inputs.segment_ids_kv.shape[0]), max(heads, 1)

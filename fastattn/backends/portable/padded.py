@@ -43,7 +43,7 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 def forward(dense_forward: Callable[..., Any], inputs: Inputs, spec: AttentionSpec) -> Outputs:
     """The results of ``dense_forward(inputs, spec)`` for packed inputs."""
     to_q, to_kv = _places(inputs, spec)
-    out, *lses = dense_forward(_pad_inputs(inputs, to_q, to_kv), spec)
+    out, *lses = dense_forward(_pad_inputs(inputs, spec, to_q, to_kv), spec)
     lse, low = (x.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous() for x in lses)
     return out.flatten(0, 1)[to_q], lse, low
 
@@ -64,7 +64,7 @@ def backward(
     to_q, to_kv = _places(inputs, spec)
     rows = _pad_rows(Rows(dout, dlse, out, lse, lse_low), to_q, inputs, of_lse=NEVER)
     given = (rows.dout, rows.dlse, rows.out, rows.lse, rows.lse_low)
-    grads = dense_backward(*given, _pad_inputs(inputs, to_q, to_kv), spec, needs)
+    grads = dense_backward(*given, _pad_inputs(inputs, spec, to_q, to_kv), spec, needs)
     places = (to_q, to_kv, to_kv)
     return *(x if x is None else x.flatten(0, 1)[to] for x, to in zip(grads, places, strict=False)), None
 
@@ -76,7 +76,7 @@ def jvp(
     to_q, to_kv = _places(inputs, spec)
     rows = _pad_rows(results, to_q, inputs, of_lse=NEVER)
     moving = _pad_tangents(tangents, to_q, to_kv, inputs)
-    out, lse = dense_jvp(moving, rows, _pad_inputs(inputs, to_q, to_kv), spec)
+    out, lse = dense_jvp(moving, rows, _pad_inputs(inputs, spec, to_q, to_kv), spec)
     return out.flatten(0, 1)[to_q], lse.transpose(1, 2).flatten(0, 1)[to_q].transpose(0, 1).contiguous()
 
 
@@ -94,7 +94,7 @@ def backward_jvp(
     to_q, to_kv = _places(inputs, spec)
     rows, moved = _pad_rows(rows, to_q, inputs, of_lse=NEVER), _pad_rows(moved, to_q, inputs)
     moving = _pad_tangents(tangents, to_q, to_kv, inputs)
-    grads = dense_jvp(rows, moved, moving, _pad_inputs(inputs, to_q, to_kv), spec, needs)
+    grads = dense_jvp(rows, moved, moving, _pad_inputs(inputs, spec, to_q, to_kv), spec, needs)
     by_row = {"dq": to_q, "dk": to_kv, "dv": to_kv}
     found = {name: getattr(grads, name) for name in by_row}
     found = {name: x if x is None else x.flatten(0, 1)[by_row[name]] for name, x in found.items()}
@@ -148,7 +148,20 @@ def _pad(x: Tensor, places: Tensor, n: int, longest: int, fill: float = 0) -> Te
     return x.new_full((n * longest, *x.shape[1:]), fill).index_copy(0, places, x).unflatten(0, (n, longest))
 
 
-def _pad_inputs(inputs: Inputs, to_q: Tensor, to_kv: Tensor) -> Inputs:
+def _pad_intervals(inputs: Inputs, spec: AttentionSpec, to_q: Tensor) -> Tensor | None:
+    """``(1, 1|H_q, T_q, n, 2)`` -> ``(N, 1|H_q, max_seqlen, n, 2)``, counted from where the keys of an entry begin."""
+    if inputs.intervals is None:
+        return None
+    assert inputs.cu_seqlens_kv is not None
+    by_row = inputs.intervals[0].transpose(0, 1)
+    ranges = _pad(by_row, to_q, inputs.batch, inputs.max_seqlen_q).transpose(1, 2)
+    if not _stands_at_end(inputs, spec):
+        return ranges
+    skipped = (inputs.max_seqlen_kv - inputs.cu_seqlens_kv.diff())[:, None, None, None, None]
+    return ranges.clamp(0, inputs.max_seqlen_kv) + skipped
+
+
+def _pad_inputs(inputs: Inputs, spec: AttentionSpec, to_q: Tensor, to_kv: Tensor) -> Inputs:
     """The dense batch in place of the packed one."""
     n = inputs.batch
     sides = ((to_q, inputs.max_seqlen_q, _NO_QUERY), (to_kv, inputs.max_seqlen_kv, _NO_KEY))
@@ -163,4 +176,5 @@ def _pad_inputs(inputs: Inputs, to_q: Tensor, to_kv: Tensor) -> Inputs:
         cu_seqlens_kv=None,
         segment_ids_q=of_q,
         segment_ids_kv=of_kv,
+        intervals=_pad_intervals(inputs, spec, to_q),
     )

@@ -146,11 +146,11 @@ class _Gradient:
     inputs: Inputs
     spec: AttentionSpec
 
-    def of_weights(self, log_p: Tensor, tile: Block) -> Tensor:
+    def of_weights(self, p: Tensor, log_p: Tensor, tile: Block) -> Tensor:
         """The gradient of the weights themselves, as if they did not add up to 1."""
         found = torch.zeros_like(log_p)
         if self.of_entropy is not None:
-            found -= self.of_entropy * (torch.where(log_p == NEVER, 0, log_p) + 1)
+            found -= self.of_entropy * (torch.where(p == 0, 0, log_p) + 1)  # log_p may be as large as finfo.max
         if self.of_keys is not None:
             found += terms.keys(self.of_keys, tile).transpose(-1, -2)
         return found
@@ -162,13 +162,13 @@ class _Gradient:
             return shift
         for tile, kept in tiles.walk(self.inputs, self.spec, block):
             p, log_p, _ = self.rows.weights(self.inputs, self.spec, tile, kept)
-            shift += (p * self.of_weights(log_p, tile)).sum(-1, keepdim=True)
+            shift += (p * self.of_weights(p, log_p, tile)).sum(-1, keepdim=True)
         return shift
 
     def of_scores(self, shift: Tensor, tile: Block, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradient of the finished scores of a tile, and its capped scores."""
         p, log_p, capped = self.rows.weights(self.inputs, self.spec, tile, kept)
-        dt = p * (self.of_weights(log_p, tile) - shift)
+        dt = p * (self.of_weights(p, log_p, tile) - shift)
         if self.of_largest is not None:
             _, j = terms.positions(tile, p.device)
             dt = dt + torch.where(j == self.rows.key, self.of_largest, 0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastattn import numerics, rng
 from fastattn.backends.base import Outputs
-from fastattn.backends.portable import plan
+from fastattn.backends.portable import intervals, plan
 from fastattn.backends.portable.plan import Block
 from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
@@ -66,6 +66,9 @@ def kept(inputs: Inputs, spec: AttentionSpec, block: Block, with_band: bool = Tr
         of_q, of_kv = _entries(inputs.segment_ids_q, block), _entries(inputs.segment_ids_kv, block)
         same = of_q[:, None, slice(*block.rows), None] == of_kv[:, None, None, slice(*block.keys)]
         result = same if result is None else result & same
+    if inputs.intervals is not None:
+        held = intervals.kept(inputs.intervals, block)
+        result = held if result is None else result if held is None else result & held
     if inputs.mask is not None:
         mask = window(inputs.mask, block)
         result = mask if result is None else result & mask

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastattn import numerics
 from fastattn.backends.base import Outputs
-from fastattn.backends.portable import padded, plan, terms
+from fastattn.backends.portable import intervals, padded, plan, terms
 from fastattn.backends.portable.plan import Block
 from fastattn.numerics import NEVER
 from fastattn.problem import Inputs
@@ -192,15 +192,18 @@ def _max_scores(inputs: Inputs) -> int:
 
 
 def walk(inputs: Inputs, spec: AttentionSpec, block: Block) -> Iterator[tuple[Block, Tensor | None]]:
-    """The tiles of a block with what they keep; in host memory without those that masks or segments leave empty."""
+    """The tiles of a block with what they keep; in host memory without those that masks and the like leave empty."""
     b, m, _ = block.size
     _, keys = TILE["cpu" if inputs.q.device.type == "cpu" else "other"]
     step = min(keys, max(64, _max_scores(inputs) // (b * inputs.heads_q * m)))
     for j in range(*block.keys, step):
         tile = block.replace(keys=(j, min(j + step, block.keys[1])))
+        is_readable = inputs.q.device.type == "cpu"
+        if is_readable and inputs.intervals is not None and not intervals.meets(inputs.intervals, tile):
+            continue
         kept = _kept(inputs, spec, tile)
-        is_data = inputs.mask is not None or not block.is_exact
-        if kept is not None and is_data and inputs.q.device.type == "cpu" and not bool(kept.any()):
+        is_data = inputs.mask is not None or inputs.intervals is not None or not block.is_exact
+        if kept is not None and is_data and is_readable and not bool(kept.any()):
             continue
         yield tile, kept
 

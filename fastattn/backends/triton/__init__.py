@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from fastattn import evidence
-from fastattn.backends.base import Backend, Capabilities, Outputs, Run, capability_reasons
+from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
+
+ALIGNMENT = 16  # bytes: kernels are compiled for multiples of it
 
 
 class TritonBackend(Backend):
@@ -77,23 +80,38 @@ class TritonBackend(Backend):
 
         return launch_decode.attend_to_cache(inputs, spec)
 
-    def prepared_forward(self, inputs: Inputs, spec: AttentionSpec, *, keep: bool) -> Run | None:
-        def forward(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
-            return self.forward(inputs.replace(q=q, k=k, v=v), spec)
+    def prepared_forward(
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+    ) -> Run | None:
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+            from fastattn.backends.triton import launch
 
-        return self._prepared(forward, (inputs.q, inputs.k, inputs.v))
+            out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
+            kept = _rows_to_keep(inputs)
+            launch.forward(inputs.replace(q=q, k=k, v=v), spec, results=(out, *_apart(kept)))
+            return (out, *kept) if keep else (out,)
 
-    def prepared_backward(self, inputs: Inputs, spec: AttentionSpec, dout: Tensor) -> Run | None:
-        def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            dout, out, lse, lse_low, q, k, v = tensors
+        return self._prepared(forward, (inputs.q, inputs.k, inputs.v), int(heads_first))
+
+    def prepared_backward(
+        self,
+        inputs: Inputs,
+        spec: AttentionSpec,
+        dout: Tensor,
+        needs: Sequence[str] = QKV,
+        *,
+        heads_first: bool = False,
+    ) -> Run | None:
+        def backward(dout: Tensor, out: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+            *kept, q, k, v = others
             again = inputs.replace(q=q, k=k, v=v)
-            grads = self.backward(dout, None, out, lse, lse_low, again, spec, ("q", "k", "v"))
+            grads = self.backward(dout, None, out, *_apart(kept), again, spec, QKV)
             return grads.dq, grads.dk, grads.dv
 
         q = inputs.q
         out, dout = q.new_empty(inputs.out_shape()), torch.empty_like(dout, device=q.device)
-        lse, lse_low = (q.new_empty(inputs.lse_shape(), dtype=torch.float32) for _ in range(2))
-        return self._prepared(backward, (dout, out, lse, lse_low, q, inputs.k, inputs.v))
+        given = (dout, out, *_rows_to_keep(inputs), q, inputs.k, inputs.v)
+        return self._prepared(backward, given, 3 * int(heads_first))
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         def attend(*tensors: Any) -> tuple[Tensor, Tensor]:
@@ -102,12 +120,24 @@ class TritonBackend(Backend):
         names = ("q", "k_cache", "v_cache", "cache_lengths", "k", "v", "block_table")
         return self._prepared(attend, tuple(getattr(inputs, name) for name in names))
 
-    def _prepared(self, function: Callable[..., Any], given: Sequence[Tensor | None]) -> Run | None:
+    def _prepared(self, function: Callable[..., Any], given: Sequence[Tensor | None], turned: int = 0) -> Run | None:
         if is_interpreting():
             return None
         from fastattn.backends.triton import plans
 
-        return plans.prepare(function, given)
+        return plans.prepare(function, given, turned)
+
+
+def _rows_to_keep(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Memory for lse and lse_low: one tensor ``(2, ...)``, where the second begins aligned, since two take longer."""
+    shape, device = inputs.lse_shape(), inputs.q.device
+    if 4 * math.prod(shape) % ALIGNMENT == 0:
+        return (torch.empty((2, *shape), dtype=torch.float32, device=device),)
+    return tuple(torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
+
+
+def _apart(kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    return kept if len(kept) == 2 else kept[0].unbind()
 
 
 @functools.cache

@@ -119,6 +119,31 @@ class PerToken(NamedTuple):
         return cls(x, coded(0 if x.shape[0] == 1 else x.stride(0)), coded(x.stride(1)))
 
 
+class Ranges(NamedTuple):
+    """Intervals ``(1|B, 1|H_q, S_q, n, 2)``, packed ``(1, 1|H_q, T_q, n, 2)``; the n pairs of a row lie together."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_s: Any
+    count: Any
+
+    @classmethod
+    def of(cls, x: Tensor) -> Ranges:
+        x = x if x.stride()[-2:] == (2, 1) or x.shape[3] == 0 else x.contiguous()
+        strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride(), strict=False))
+        return cls(x, *map(coded, strides), coded(x.stride(2)), coded(x.shape[3]))
+
+
+class Visits(NamedTuple):
+    """A list of tiles for each block of rows of the kernel at hand, ``(1|B, 1|H, blocks, ...)`` int32."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_block: Any
+
+
 class Terms(NamedTuple):
     """The optional tensors; None where not given.
 
@@ -133,6 +158,8 @@ class Terms(NamedTuple):
     segment_ids_q: Any = None
     segment_ids_kv: Any = None
     segment_tiles: Any = None
+    intervals: Any = None
+    visits: Any = None
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
     rng_state: Any = None
@@ -168,6 +195,9 @@ class Cache(NamedTuple):
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
     query rows. Its pages are in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
     of e4m3 caches are None if they are 1.
+
+    ``tree`` are the words of a tree mask, of which a row has ``stride_s``; ``depths`` those of its tokens, None where
+    no term counts positions. Both count packed rows over all sequences.
     """
 
     lengths: Any
@@ -178,17 +208,21 @@ class Cache(NamedTuple):
     block_table: Any = None
     k_scale: Any = None
     v_scale: Any = None
+    tree: Any = None
+    depths: Any = None
 
 
 class Splits(NamedTuple):
     """The work of the decoding kernel, divided among its programs. Ints are coded.
 
     For each key/value head there are ``blocks`` of packed query rows, and for each of these the keys are cut into
-    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results.
+    ``splits``, which lie ``stride_out`` and ``stride_lse`` apart in the results. They have ``tiles`` of keys, counted
+    from position 0; 0 makes them equally long.
     """
 
     blocks: Any
     splits: Any
+    tiles: Any
     stride_out: Any
     stride_lse: Any
 
@@ -203,6 +237,7 @@ class Flags:
         contiguous: their last stride is 1.
         left, right: the band is bounded on that side.
         packed, softcap, alibi, sinks, segments, dropout: features in use.
+        intervals: 0 if absent; the ranges of a row, rounded up to 1, 2 or 4; 8 for more, in a loop.
         bias, mask: 0 if absent, 8 if their rows are contiguous and begin at multiples of 8, else 1.
         plain: scores are ``scale * q @ k^T`` with a positive scale, so the maximum can be taken before scaling.
         precise: q, k and v are fp32.
@@ -210,6 +245,7 @@ class Flags:
         upcast: compute with fp32 operands: the interpreter has no bf16 arithmetic.
         paged: keys and values lie in pages of a block table.
         fp8: they are e4m3.
+        tree: new tokens see each other by a tree mask.
     """
 
     d_qk: int
@@ -226,6 +262,7 @@ class Flags:
     sinks: bool = False
     segments: bool = False
     dropout: bool = False
+    intervals: int = 0
     bias: int = 0
     mask: int = 0
     plain: bool = True
@@ -234,12 +271,14 @@ class Flags:
     upcast: bool = False
     paged: bool = False
     fp8: bool = False
+    tree: bool = False
 
     @property
     def features(self) -> frozenset[str]:
         """The features in use on which the choice of a configuration depends."""
-        of_cache = {name for name, is_used in (("paged", self.paged), ("e4m3", self.fp8)) if is_used}
-        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | of_cache
+        others = (("paged", self.paged), ("e4m3", self.fp8), ("segments", self.intervals))  # they need as much
+        others_used = {name for name, is_used in others if is_used}
+        return frozenset(name for name in REGISTER_HEAVY if getattr(self, name)) | others_used
 
     @property
     def in_chunks(self) -> bool:

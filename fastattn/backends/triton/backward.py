@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     LOG2E,
     dot_in_chunks,
@@ -141,13 +142,14 @@ def backward_dkdv_kernel(
         block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
     )  # fmt: skip
     # One loop, not one over heads around one over tiles: values of a head would occupy registers of the inner loop.
+    visits, begin, end = visits_of(block, b, h_kv, begin, end, terms, F)
     count = end - begin
     for n in tl.range(0, count * group):
         head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
         q_rows = head_matrix(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = head_matrix(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
         at = row_offset(stats, head)
-        tile = begin + n % count
+        tile, is_full = visited(begin + n % count, visits, full_begin, full_end, F)
         i0 = tile * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
         if F.in_chunks:
@@ -157,8 +159,8 @@ def backward_dkdv_kernel(
             raw = tl.dot(k_tile, tl.trans(q_tile), input_precision=F.precision)  # [BLOCK_N, BLOCK_M]
         lse, low_log2 = load_lse(stats, at, i, band.s_q)
         p, spared, t = probabilities(
-            raw, lse[None, :], low_log2[None, :], head, i[None, :], j[:, None], i0, j0,
-            (tile >= full_begin) & (tile < full_end), True, F, BLOCK_M, BLOCK_N,
+            raw, lse[None, :], low_log2[None, :], head, i[None, :], j[:, None], i0, j0, is_full, True, F, BLOCK_M,
+            BLOCK_N,
         )  # fmt: skip
         if F.in_chunks:
             dp = dot_in_chunks(v_rows, j0, first, last, dout_rows, i0, 0, band.s_q, F.d_v, BLOCK_N, BLOCK_M, BLOCK_V, F)
@@ -214,7 +216,9 @@ def backward_dq_kernel(
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
     )
-    for tile in tl.range(begin, end):
+    visits, begin, end = visits_of(block, head.b, head.h, begin, end, terms, F)
+    for n in tl.range(begin, end):
+        tile, is_full = visited(n, visits, full_begin, full_end, F)
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         if F.in_chunks:
@@ -223,8 +227,8 @@ def backward_dq_kernel(
             k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         p, spared, t = probabilities(
-            raw, lse[:, None], low_log2[:, None], head, i[:, None], j[None, :], i0, j0,
-            (tile >= full_begin) & (tile < full_end), False, F, BLOCK_M, BLOCK_N,
+            raw, lse[:, None], low_log2[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M,
+            BLOCK_N,
         )  # fmt: skip
         if F.in_chunks:
             dp = dot_in_chunks(dout_rows, i0, 0, s_q, v_rows, j0, low, high, F.d_v, BLOCK_M, BLOCK_N, BLOCK_V, F)

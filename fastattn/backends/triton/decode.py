@@ -6,7 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.pages import cached_rows, located, open_cache, row_pointers
+from fastattn.backends.triton.pages import (
+    away_in_tree,
+    cached_rows,
+    kept_in_tree,
+    located,
+    open_cache,
+    row_pointers,
+)
 from fastattn.backends.triton.tile import (
     LOG2E,
     factor_of,
@@ -58,21 +65,33 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     m, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
+    if F.tree:  # rows count depths, which may be anywhere in the tree
+        i0, i1 = i0 * 0, band.s_q
     low, high = tile_range(i0, i1, band, F.left, F.right)
     full_low, full_high = full_range(i0, i1, band, F.left, F.right)
+    if F.tree:
+        full_high = tl.minimum(full_high, band.diagonal)
     begin, end = low // BLOCK_N, tl.cdiv(high, BLOCK_N)
-    tiles_of_split = tl.cdiv(end - begin, split_count)
-    begin += split * tiles_of_split
-    for tile in tl.range(begin, tl.minimum(begin + tiles_of_split, end)):
+    tiles_of_split, fixed = tl.cdiv(end - begin, split_count), number(splits.tiles)
+    first = tl.where(fixed > 0, split * fixed, begin + split * tiles_of_split)
+    tiles_of_split = tl.where(fixed > 0, fixed, tiles_of_split)
+    for tile in tl.range(tl.maximum(first, begin), tl.minimum(first + tiles_of_split, end)):
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         valid = (j >= low) & (j < high)
         page, row = located(b, j, valid, cache, F)
         k_tile = cached_rows(k, cache.k_scale, page, row, h_kv, valid, F.d_qk, BLOCK_QK, q_tile.dtype, F)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
-        scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
-        if (j0 < full_low) | (j0 + BLOCK_N > full_high):
-            scores = tl.where(kept_tile(head, i[:, None], j[None, :], i0, j0, False, F), scores, float("-inf"))
+        if F.tree:
+            away = away_in_tree(b, begin_q, i[:, None], j[None, :], band, cache)
+            scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F, away)
+            if (j0 < full_low) | (j0 + BLOCK_N > full_high):
+                kept = kept_in_tree(b, begin_q, i[:, None], j[None, :], away, band, cache, F.left)
+                scores = tl.where(kept, scores, float("-inf"))
+        else:
+            scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
+            if (j0 < full_low) | (j0 + BLOCK_N > full_high):
+                scores = tl.where(kept_tile(head, i[:, None], j[None, :], i0, j0, False, F), scores, float("-inf"))
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         v_tile = cached_rows(v, cache.v_scale, page, row, h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     dot_in_chunks,
     factor_of,
@@ -56,7 +57,9 @@ def forward_kernel(
     low, high, begin, full_begin, full_end, end = tiles(
         block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
     )
-    for tile in tl.range(begin, end):
+    visits, begin, end = visits_of(block, head.b, head.h, begin, end, terms, F)
+    for n in tl.range(begin, end):
+        tile, is_full = visited(n, visits, full_begin, full_end, F)
         j0 = tile * BLOCK_N
         j = j0 + tl.arange(0, BLOCK_N)
         if F.in_chunks:
@@ -66,7 +69,6 @@ def forward_kernel(
             k_tile = load_rows(k_rows, j0, low, high, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
             raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         scores, _t = finish(raw, head, i[:, None], j[None, :], i0, j0, F)
-        is_full = (tile >= full_begin) & (tile < full_end)
         scores = masked(scores, head, i[:, None], j[None, :], i0, j0, is_full, False, F)
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         if F.dropout:

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn.backends.base import Outputs
 from fastattn.backends.triton import arguments, configs
 from fastattn.backends.triton.arguments import (
     Bshd,
@@ -23,18 +24,20 @@ from fastattn.backends.triton.arguments import (
     PerHead,
     PerRow,
     PerToken,
+    Ranges,
     Schedule,
     Scores,
     Sizes,
     Stats,
     Terms,
+    Visits,
     coded,
 )
 from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.forward import forward_kernel
-from fastattn.backends.triton.plans import launched
-from fastattn.backends.triton.prescan import segment_tiles_kernel, used_keys_kernel
+from fastattn.backends.triton.plans import device_of, launched
+from fastattn.backends.triton.prescan import interval_tiles_kernel, segment_tiles_kernel, used_keys_kernel
 from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
@@ -69,7 +72,8 @@ class Call:
         q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
         sizes = sizes_of(spec, inputs.max_seqlen_q, inputs.max_seqlen_kv, inputs.heads_q, inputs.heads_kv)
         call = cls(inputs, q, k, v, _terms(inputs), sizes, _flags(inputs, spec, (q, k, v)))
-        return call._without_unused_keys(spec) if inputs.mask is not None or call.flags.segments else call
+        hides = inputs.mask is not None or call.flags.segments or call.flags.intervals
+        return call._without_unused_keys(spec) if hides else call
 
     def _without_unused_keys(self, spec: AttentionSpec) -> Call:
         """The call with zeros for the keys and values that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
@@ -78,23 +82,18 @@ class Call:
         keys and a copy of K and V, which are small, cost less than a search in the loops of the kernels.
         """
         x = self.inputs
-        has_heads = x.mask is not None and x.mask.shape[1] > 1
+        has_heads = any(t is not None and t.shape[1] > 1 for t in (x.mask, x.intervals))
         heads = x.heads_kv if has_heads else 1
-        used = torch.empty(x.batch, x.k.shape[1], heads, dtype=torch.uint8, device=x.q.device)
+        used = torch.empty(*x.k.shape[:-2], heads, dtype=torch.uint8, device=x.q.device)
         if used.numel():
+            own = self.flags
             flags = Flags(
-                1,
-                1,
-                16,
-                16,
-                left=self.flags.left,
-                right=self.flags.right,
-                segments=self.flags.segments,
-                mask=self.flags.mask,
-            )
+                1, 1, 16, 16, left=own.left, right=own.right, segments=own.segments, mask=own.mask,
+                intervals=own.intervals, packed=own.packed,
+            )  # fmt: skip
             terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
-            at = PerToken(used, coded(used.stride(0)), coded(used.stride(1)))
-            grid = (x.batch * triton.cdiv(x.k.shape[1], SCAN_BLOCK), heads)
+            at = PerToken(used, coded(0 if x.is_packed else used.stride(0)), coded(used.stride(-2)))
+            grid = (x.batch * triton.cdiv(x.max_seqlen_kv, SCAN_BLOCK), heads)
             looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
             launched(used_keys_kernel, grid)(
                 at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK, **ALWAYS
@@ -114,6 +113,32 @@ class Call:
         together = kv_heads_together * (1 if heads == x.batch * x.heads_kv else x.heads_q // x.heads_kv)
         return (blocks * heads,), Schedule(coded(blocks), coded(heads), coded(min(together, heads)))
 
+    def with_tiles(self, rows: str, block: int, block_other: int) -> Terms:
+        """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv"), with their visits."""
+        terms, x = self.with_segment_tiles(rows, block, block_other), self.inputs
+        if x.intervals is None:
+            return terms
+        lengths = {"q": x.max_seqlen_q, "kv": x.max_seqlen_kv}
+        blocks, others = (
+            triton.cdiv(lengths[rows], block),
+            triton.cdiv(lengths["kv" if rows == "q" else "q"], block_other),
+        )
+        per_head = x.intervals.shape[1] > 1
+        heads = 1 if not per_head else x.heads_q if rows == "q" else x.heads_kv
+        ids = (x.segment_ids_q, x.segment_ids_kv)
+        differ = x.is_packed or x.intervals.shape[0] > 1 or any(t is not None and t.shape[0] > 1 for t in ids)
+        batch = x.batch if differ else 1
+        found = torch.empty(batch, heads, blocks, 1 + others, dtype=torch.int32, device=x.q.device)
+        strides = (coded(step if size > 1 else 0) for size, step in zip(found.shape[:2], found.stride(), strict=False))
+        terms = terms._replace(visits=Visits(found, *strides, coded(1 + others)))
+        sharing = x.heads_q // x.heads_kv if per_head and rows == "kv" else 1
+        flags = dataclasses.replace(self.flags, d_qk=1, d_v=1, block_qk=16, block_v=16, vector=1, bias=0, dropout=False)
+        launched(interval_tiles_kernel, (batch * blocks, heads))(
+            terms, self.sizes, coded(sharing), F=flags, BLOCK=block, BLOCK_OTHER=block_other, BY_KEYS=rows == "kv",
+            **ALWAYS,
+        )  # fmt: skip
+        return terms
+
     def with_segment_tiles(self, rows: str, block: int, block_other: int) -> Terms:
         """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv")."""
         if not self.flags.segments:
@@ -132,17 +157,18 @@ class Call:
         return self.terms._replace(segment_tiles=found_at)
 
 
-def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, lse_low)``. ``config`` overrides that of the table."""
-    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
-    lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device) for _ in range(2))
+def forward(
+    inputs: Inputs, spec: AttentionSpec, config: Config | None = None, results: Outputs | None = None
+) -> Outputs:
+    """``(out, lse, lse_low)``. ``config`` overrides that of the table, ``results`` is memory for what is returned."""
+    out, lse, low = results or _results(inputs)
     if lse.numel() == 0:
         return out, lse, low
     with device_of(out):
         call = Call.of(inputs, spec)
         config = config or call.config("forward")
         grid, schedule = call.schedule(inputs.max_seqlen_q, config.block_m, inputs.batch * inputs.heads_q)
-        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+        terms = call.with_tiles("q", config.block_m, config.block_n)
         launched(forward_kernel, grid)(
             call.q,
             call.k,
@@ -155,6 +181,12 @@ def forward(inputs: Inputs, spec: AttentionSpec, config: Config | None = None) -
             schedule,
             **compiled(call.inputs.q.device, call.flags, config),
         )
+    return out, lse, low
+
+
+def _results(inputs: Inputs) -> Outputs:
+    out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
+    lse, low = (torch.empty(inputs.lse_shape(), dtype=torch.float32, device=out.device) for _ in range(2))
     return out, lse, low
 
 
@@ -244,7 +276,7 @@ class Backward:
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.k, x.v))
         if dk.numel():
             grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
-            terms = call.with_segment_tiles("kv", config.block_n, config.block_m)
+            terms = call.with_tiles("kv", config.block_n, config.block_m)
             launched(backward_dkdv_kernel, grid)(
                 call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.stats, terms, call.sizes,
                 schedule, **compiled(call.inputs.q.device, call.flags, config),
@@ -257,7 +289,7 @@ class Backward:
         dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
         if dq.numel():
             grid, schedule = call.schedule(x.max_seqlen_q, config.block_m, x.batch * x.heads_q)
-            terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+            terms = call.with_tiles("q", config.block_m, config.block_n)
             launched(backward_dq_kernel, grid)(
                 call.q, call.k, call.v, self.dout, _rows(dq), self.stats, terms, call.sizes, schedule,
                 **compiled(call.inputs.q.device, call.flags, config),
@@ -322,6 +354,11 @@ def _per_token(x: Tensor) -> PerToken:
     return PerToken.of(x.contiguous() if x.shape[1] * x.stride(1) >= 1 << 31 else x)
 
 
+def _unrolled(intervals: Tensor | None) -> int:
+    """``Flags.intervals``."""
+    return 0 if intervals is None else next((n for n in (1, 2, 4) if intervals.shape[3] <= n), 8)
+
+
 def _scores_vector(x: Tensor | None, s_kv: int) -> int:
     """8 if the rows of a bias or mask are contiguous and begin at multiples of 8 elements; 0 without one."""
     if x is None:
@@ -343,6 +380,7 @@ def _terms(inputs: Inputs) -> Terms:
         sinks=optional(PerHead.of, inputs.sinks),
         segment_ids_q=optional(_per_token, inputs.segment_ids_q),
         segment_ids_kv=optional(_per_token, inputs.segment_ids_kv),
+        intervals=optional(Ranges.of, inputs.intervals),
         cu_seqlens_q=inputs.cu_seqlens_q,
         cu_seqlens_kv=inputs.cu_seqlens_kv,
         rng_state=inputs.rng_state,
@@ -397,6 +435,7 @@ def _flags(inputs: Inputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -
     return dataclasses.replace(
         flags_of(inputs, spec, rows),
         segments=inputs.segment_ids_q is not None,
+        intervals=_unrolled(inputs.intervals),
         dropout=spec.dropout_p > 0,
         bias=_scores_vector(inputs.bias, inputs.max_seqlen_kv),
         mask=_scores_vector(inputs.mask, inputs.max_seqlen_kv),
@@ -424,11 +463,6 @@ def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, An
 
 
 # --- machine ------------------------------------------------------------------------------------------------------
-
-
-def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _tf32() -> bool:

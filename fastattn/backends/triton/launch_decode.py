@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastattn import kv_cache
 from fastattn.backends.triton import arguments, launch
 from fastattn.backends.triton.arguments import (
     Bshd,
@@ -30,13 +31,14 @@ from fastattn.backends.triton.arguments import (
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
-from fastattn.backends.triton.plans import launched
+from fastattn.backends.triton.plans import device_of, launched
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 BLOCK = 16  # rows that one program rotates or stores
 COMBINED_SPLITS = 32  # splits that one step of the combination reads
+FIXED_KEYS = 1024  # of a split of a batch-invariant call
 LEAST_TILES = 4  # tiles of keys in a split; with fewer, combining the splits is estimated to cost more than it saves
 
 
@@ -47,7 +49,7 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | N
         raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
     out = torch.empty(inputs.out_shape(), dtype=inputs.q.dtype, device=inputs.q.device)
     lse = torch.empty(inputs.lse_shape(), dtype=torch.float32, device=inputs.q.device)
-    with launch.device_of(out):
+    with device_of(out):
         if inputs.k is not None and inputs.v is not None and inputs.k.numel():
             _append(inputs, spec, inputs.k, inputs.v)
         if lse.numel():
@@ -78,7 +80,7 @@ def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
     return {
         "cos": None if cos is None else cos.contiguous(),
         "sin": None if sin is None else sin.contiguous(),
-        "cache": _cache(inputs),
+        "cache": _cache(inputs, spec),
         "terms": _terms(inputs),
         "sizes": _sizes(inputs, spec),
         "F": Flags(
@@ -101,18 +103,25 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
     """Attend, in as many splits as it takes to occupy the device, and combine them if there are several."""
     q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
     flags = launch.flags_of(inputs, spec, (q, k, v))
-    flags = dataclasses.replace(flags, paged=inputs.block_table is not None, fp8=inputs.is_fp8)
+    flags = dataclasses.replace(flags, fp8=inputs.is_fp8, tree=inputs.tree_mask is not None)
+    paged = dataclasses.replace(flags, paged=inputs.block_table is not None)
     rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
-    config = config or launch.config_of(out.device, "decode", flags)
-    block_m = min(config.block_m, max(16, triton.next_power_of_2(rows)))
+    # a batch-invariant call has the same tiles whatever its rows and pages are
+    config = config or launch.config_of(out.device, "decode", flags if inputs.batch_invariant else paged)
+    block_m = config.block_m
+    if not inputs.batch_invariant:
+        block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block_m)
     programs = inputs.batch * inputs.heads_kv * blocks
-    count = splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
+    tiles, count = 0, splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
+    if inputs.batch_invariant:
+        tiles, count = FIXED_KEYS // config.block_n, triton.cdiv(inputs.capacity, FIXED_KEYS)
+    is_split = count > 1 or inputs.batch_invariant
     partial_out, partial_lse, partial_low = out, lse.transpose(-1, -2), None
-    if count > 1:
+    if is_split:
         partial_out = torch.empty(count, *out.shape, dtype=torch.float32, device=out.device)
         partial_lse, partial_low = torch.empty(2, count, *out.shape[:-1], dtype=torch.float32, device=out.device)
-    first, lse_of_first = (partial_out[0], partial_lse[0]) if count > 1 else (partial_out, partial_lse)
+    first, lse_of_first = (partial_out[0], partial_lse[0]) if is_split else (partial_out, partial_lse)
     launched(decode_kernel, (programs * count,))(
         q,
         k,
@@ -120,13 +129,13 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
         Bshd.of(first),
         Bshd.of(lse_of_first.unsqueeze(-1)),
         None if partial_low is None else Bshd.of(partial_low[0].unsqueeze(-1)),
-        _cache(inputs),
+        _cache(inputs, spec),
         _terms(inputs),
         _sizes(inputs, spec),
-        Splits(coded(blocks), coded(count), coded(out.numel()), coded(lse.numel())),
-        **launch.compiled(out.device, flags, config._replace(block_m=block_m)),
+        Splits(coded(blocks), coded(count), coded(tiles), coded(out.numel()), coded(lse.numel())),
+        **launch.compiled(out.device, paged, config._replace(block_m=block_m)),
     )
-    if count > 1:
+    if is_split:
         s_q = inputs.q.shape[-3]
         launched(combine_kernel, (lse.numel(),))(
             partial_out, partial_lse, partial_low, out, lse, coded(count), coded(lse.numel()), coded(s_q),
@@ -166,7 +175,8 @@ def _bytes(cache: Tensor) -> Tensor:
     return cache.view(torch.uint8) if cache.element_size() == 1 else cache
 
 
-def _cache(inputs: CacheInputs) -> Cache:
+def _cache(inputs: CacheInputs, spec: AttentionSpec) -> Cache:
+    tree, depths = _tree(inputs, spec)
     new = 0 if inputs.k is None or inputs.is_packed else inputs.k.shape[1]
     return Cache(
         lengths=inputs.cache_lengths,
@@ -177,7 +187,22 @@ def _cache(inputs: CacheInputs) -> Cache:
         block_table=None if inputs.block_table is None else PerToken.of(inputs.block_table),
         k_scale=None if inputs.k_scale is None else PerHead.of(inputs.k_scale),
         v_scale=None if inputs.v_scale is None else PerHead.of(inputs.v_scale),
+        tree=tree,
+        depths=depths,
     )
+
+
+def _tree(inputs: CacheInputs, spec: AttentionSpec) -> tuple[PerToken | None, PerToken | None]:
+    """The words of a tree mask, and the depths of its tokens where a term counts positions."""
+    if inputs.tree_mask is None:
+        return None, None
+    words = inputs.tree_mask.contiguous()
+    step = 0 if inputs.is_packed or words.shape[0] == 1 else words.stride(0)
+    tree = PerToken(words, coded(step), coded(words.shape[-1]))
+    if spec.left is None and inputs.alibi_slopes is None and inputs.rotary_cos is None:
+        return tree, None
+    depths = kv_cache.tree_depths(inputs).int().contiguous()
+    return tree, PerToken(depths, coded(0 if inputs.is_packed else depths.stride(0)), coded(1))
 
 
 def _terms(inputs: CacheInputs) -> Terms:

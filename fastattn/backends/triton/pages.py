@@ -44,6 +44,38 @@ def located(b, j, valid, cache, F: tl.constexpr):
 
 
 @triton.jit
+def place_of(b, begin_q, i, valid, before, cache):
+    """The position of query row (or new token) ``i`` of a sequence: in a tree ``before`` and its depth."""
+    if cache.depths is None:
+        return before + i
+    at = cache.depths.ptr + b.to(tl.int64) * number(cache.depths.stride_b) + begin_q + i
+    return before + tl.load(at, mask=valid, other=0)
+
+
+@triton.jit
+def away_in_tree(b, begin_q, i, j, band, cache):
+    """Distance of keys ``j`` from rows ``i`` in the paths of a tree."""
+    new = j - band.diagonal
+    is_new = (new >= 0) & (new < band.s_q)
+    at_j = tl.where(is_new, place_of(b, begin_q, new, is_new, band.diagonal, cache), j)
+    return at_j - place_of(b, begin_q, i, i < band.s_q, band.diagonal, cache)
+
+
+@triton.jit
+def kept_in_tree(b, begin_q, i, j, away, band, cache, LEFT: tl.constexpr):
+    """Whether rows ``i`` see keys ``j``: those before the call, and the new ones whose bit is set."""
+    new = tl.maximum(j - band.diagonal, 0)
+    row = (begin_q + i).to(tl.int64) * number(cache.tree.stride_s)
+    at = cache.tree.ptr + b.to(tl.int64) * number(cache.tree.stride_b) + row + new // 32
+    word = tl.load(at, mask=(i < band.s_q) & (j >= band.diagonal) & (new < band.s_q), other=0)
+    kept = (j < band.diagonal) | (((word >> (new % 32)) & 1) != 0)
+    kept = kept & (i < band.s_q) & (j < band.s_kv)
+    if LEFT:
+        kept = kept & (away >= -band.left)
+    return kept
+
+
+@triton.jit
 def cached_rows(
     x, scale, page, row, h, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
@@ -107,10 +139,12 @@ def append_kernel(
     if block * BLOCK >= rows:
         return
     i = block * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(cache.lengths + b) + i
+    before = tl.load(cache.lengths + b)
+    position = before + i
     valid = (i < rows) & (position < number(cache.capacity))
     page, row = located(b, position, valid, cache, F)
-    tile = turned_rows(k, b, begin + i, h, position, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
+    place = place_of(b, begin, i, valid, before, cache)
+    tile = turned_rows(k, b, begin + i, h, place, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
     store_cached(k_cache, cache.k_scale, page, row, h, valid, tile, F.d_qk, F.block_qk, F)
     tile = turned_rows(v, b, begin + i, h, position, valid, cos, sin, F.d_v, F.block_v, 0, INTERLEAVED)
     store_cached(v_cache, cache.v_scale, page, row, h, valid, tile, F.d_v, F.block_v, F)
@@ -126,7 +160,8 @@ def turn_kernel(
     b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     begin, band = open_cache(b, cache, terms, sizes, F)
     i, d = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, F.block_qk)
-    position, valid = tl.maximum(band.diagonal + i, 0), i < band.s_q
+    valid = i < band.s_q
+    position = tl.maximum(place_of(b, begin, i, valid, band.diagonal, cache), 0)
     tile = turned_rows(q, b, begin + i, h, position, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
     at = row_pointers(turned, b, begin + i, h, 1)[:, None] + d[None, :]
     tl.store(at, tile, mask=valid[:, None] & (d < F.d_qk)[None, :])

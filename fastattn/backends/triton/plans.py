@@ -16,27 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastattn.backends.base import Run
+from fastattn.backends.triton import direct
+from fastattn.backends.triton.direct import Address
+from fastattn.storage import model
+from fastattn.torch_internals import current_device
 
+WORKSPACE_ALIGNMENT = 512  # bytes, as torch allocates on a GPU
 _recording = threading.local()
-
-
-@dataclass(frozen=True)
-class Address:
-    """A pointer among the arguments of a kernel: a tensor of the call, and an offset in bytes from its beginning."""
-
-    tensor: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class Allocation:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass
@@ -73,9 +64,9 @@ class Launches(TorchFunctionMode):
         for n, base in enumerate(self.given):
             if base.data_ptr() == at:
                 return Address(n, 0)
-        for n, base in enumerate(self.allocated, len(self.given)):
+        for n, base in [*enumerate(self.allocated, len(self.given)), *enumerate(self.given)]:
             begin = base.data_ptr()
-            if begin <= at < begin + max(1, base.nbytes):
+            if base.is_contiguous() and begin <= at < begin + max(1, base.nbytes):
                 return Address(n, at - begin)
         raise LookupError("a tensor that is neither given nor allocated: the launch code copied or computed something")
 
@@ -99,16 +90,15 @@ def launched(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return lambda *args, **options: launches.launch(kernel, grid, args, options)
 
 
-def prepare(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None]) -> Run | None:
+def prepare(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None], turned: int = 0) -> Run | None:
     """``function(*given)`` for calls of the same kind: a run that reads the addresses of its arguments alone.
 
-    None if the launch code does more than allocate and launch, or if two arguments share an address and so cannot be
-    distinguished.
+    The dimensions 1 and 2 of the first ``turned`` results are exchanged. None if the launch code does more than
+    allocate and launch, or if two arguments share an address and so cannot be distinguished.
     """
     tensors = [x for x in given if x is not None]
     if len({x.data_ptr() for x in tensors}) < len(tensors):
         return None
-    present = [x is not None for x in given]
     try:
         with recorded(tensors) as launches:
             results = function(*given)
@@ -117,57 +107,98 @@ def prepare(function: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | 
     made = {id(x): n for n, x in enumerate(launches.allocated, len(tensors))}
     if any(id(x) not in made for x in results):
         return None
-    allocations = [Allocation(tuple(x.shape), x.dtype, x.device) for x in launches.allocated]
-    return _run(launches.launched, allocations, [made[id(x)] for x in results], present)
+    memory = Memory.of(launches.allocated, len(tensors), [made[id(x)] for x in results], turned)
+    with device_of(results[0]):  # which kernels are loaded on
+        launched = Launched(launches.launched, memory)
+    return _run([x is not None for x in given], memory, launched)
 
 
-def _run(
-    launched: Sequence[tuple[Any, tuple[int, int, int], tuple[Any, ...]]],
-    allocations: Sequence[Allocation],
-    results: Sequence[int],
-    present: Sequence[bool],
-) -> Run:
-    device = allocations[0].device
-    makers = [(a.shape, a.dtype) for a in allocations]
-    launches = [(kernel[grid], _filler(arguments)) for kernel, grid, arguments in launched]
+@dataclass(frozen=True)
+class Memory:
+    """The allocations of a pass: each result for itself, and all that is not returned in one piece.
+
+    Attributes:
+        device: of all tensors.
+        models: of the results, and of the piece if there is one.
+        places: of each recorded tensor: its number among the tensors of a run, and its offset there in bytes.
+        results: how many models are results.
+    """
+
+    device: torch.device
+    models: tuple[Tensor, ...]
+    places: tuple[tuple[int, int], ...]
+    results: int
+
+    @classmethod
+    def of(cls, allocated: Sequence[Tensor], given: int, results: Sequence[int], turned: int) -> Memory:
+        device, size = allocated[0].device, 0
+        places = {n: (n, 0) for n in range(given)} | {n: (given + i, 0) for i, n in enumerate(results)}
+        for n, x in enumerate(allocated, given):
+            if n not in places:
+                places[n] = (given + len(results), size)
+                size += -(-x.nbytes // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
+        made = [allocated[n - given] for n in results]
+        models = [model(tuple(x.shape), x.dtype, device, i < turned) for i, x in enumerate(made)]
+        if size:
+            models.append(model((size,), torch.uint8, device))
+        return cls(device, tuple(models), tuple(places[n] for n in range(len(places))), len(results))
+
+    def place(self, x: Address) -> tuple[int, int]:
+        """The number of the tensor among those of a run, and the offset in bytes."""
+        tensor, offset = self.places[x.tensor]
+        return tensor, offset + x.offset
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on the device of ``x``, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def _run(present: Sequence[bool], memory: Memory, launched: Launched) -> Run:
+    is_cuda, index = memory.device.type == "cuda", memory.device.index or 0
+    new, models, count = torch.empty_like, memory.models, memory.results
+    there = None if all(present) else [n for n, is_there in enumerate(present) if is_there]
 
     def run(*given: Tensor | None) -> tuple[Tensor, ...]:
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
+        if is_cuda and current_device() != index:
+            with torch.cuda.device(index):
                 return run(*given)
-        tensors = [x for x, there in zip(given, present, strict=True) if there]
-        tensors += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in makers]
-        addresses = [x.data_ptr() for x in tensors]  # type: ignore[union-attr]
-        for launch, fill in launches:
-            launch(*fill(addresses))
-        return tuple(tensors[n] for n in results)  # type: ignore[misc]
+        made = [new(x) for x in models]
+        tensors = given if there is None else [given[n] for n in there]
+        launched(tuple([x.data_ptr() for x in (*tensors, *made)]), index)  # type: ignore[union-attr]
+        return tuple(made[:count])
 
     return run
 
 
-def _filler(arguments: tuple[Any, ...]) -> Callable[[list[int]], tuple[Any, ...]]:
+class Launched:
+    """The launches of a pass, repeated with other addresses, by the driver itself or by Triton's launcher.
+
+    Triton's launcher takes several times as long: it looks at every argument anew. It serves where a profiler has hooks
+    in it, and for kernels of another kind than plain CUDA ones.
+    """
+
+    def __init__(self, launched: Sequence[tuple[Any, tuple[int, int, int], tuple[Any, ...]]], memory: Memory) -> None:
+        self._usual = [(kernel[grid], _filler(arguments, memory)) for kernel, grid, arguments in launched]
+        self._direct = direct.launcher(launched, memory.place, memory.device.index or 0)
+        self._stream = None if self._direct is None else triton.runtime.driver.active.get_current_stream
+        self._hooks = triton.knobs.runtime
+
+    def __call__(self, addresses: tuple[int, ...], device: int) -> None:
+        if self._direct is not None and not direct.has_hooks(self._hooks):
+            self._direct(addresses, self._stream(device))
+            return
+        for launch, fill in self._usual:
+            launch(*fill(addresses))
+
+
+def _filler(arguments: tuple[Any, ...], memory: Memory) -> Callable[[Sequence[int]], tuple[Any, ...]]:
     """A function from addresses to the arguments with them in place."""
-    steps = [(n, _of_one(x)) for n, x in enumerate(arguments) if _has_address(x)]
 
-    def fill(addresses: list[int]) -> tuple[Any, ...]:
-        filled = list(arguments)
-        for n, step in steps:
-            filled[n] = step(addresses)
-        return tuple(filled)
+    def filled(x: Any, addresses: Sequence[int]) -> Any:
+        if isinstance(x, Address):
+            tensor, offset = memory.place(x)
+            return addresses[tensor] + offset
+        return tuple(filled(y, addresses) for y in x) if isinstance(x, tuple) else x
 
-    return fill
-
-
-def _of_one(x: Any) -> Callable[[list[int]], Any]:
-    if isinstance(x, Address):
-        tensor, offset = x.tensor, x.offset
-        return lambda addresses: addresses[tensor] + offset
-    first, *rest = x
-    if isinstance(first, Address) and not any(map(_has_address, rest)):  # a tensor with its strides
-        tensor, offset, tail = first.tensor, first.offset, tuple(rest)
-        return lambda addresses: (addresses[tensor] + offset, *tail)
-    return _filler(x)
-
-
-def _has_address(x: Any) -> bool:
-    return isinstance(x, Address) or (isinstance(x, tuple) and any(map(_has_address, x)))
+    return lambda addresses: filled(arguments, addresses)

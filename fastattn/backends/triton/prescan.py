@@ -1,4 +1,4 @@
-"""Kernels that read masks and segments on the device: which tiles remain active, and which keys some query keeps."""
+"""Kernels that read masks, segments and intervals on the device: which tiles to visit, which keys some query keeps."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.tile import kept_tile, number, open_band, open_head, tiles, transposed
+from fastattn.backends.triton.ranges import class_of
+from fastattn.backends.triton.tile import head_in, kept_tile, number, open_band, open_head, tiles, transposed
 
 
 @triton.jit
@@ -45,16 +46,78 @@ def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.cons
 
 
 @triton.jit
-def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """``used``, ``(B, S_kv, 1|H_kv)`` uint8: 1 where some query row keeps the key. Grid: ``(B * blocks, 1|H_kv)``.
+def interval_tiles_kernel(
+    terms, sizes, heads, F: tl.constexpr, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr, BY_KEYS: tl.constexpr
+):  # fmt: skip
+    """For one block of query rows, or of keys, the list of tiles to visit: ``terms.visits``, see ``visited``.
 
+    Those are visited that some row of a head keeps a key of; ``heads`` query heads share the list. A tile is full if
+    one range of each row holds all its keys. Grid: ``(1|B times blocks, heads of the list)``.
+    """
+    blocks = tl.cdiv(number(sizes.s_kv) if BY_KEYS else number(sizes.s_q), BLOCK)
+    b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
+    begin_q, begin_kv, band = open_band(b, terms, sizes, F)
+    if BY_KEYS:
+        _low, _high, begin, full_begin, full_end, end = tiles(
+            block, b, transposed(band), terms, BLOCK, BLOCK_OTHER, F.right, F.left, F
+        )  # fmt: skip
+    else:
+        _low, _high, begin, full_begin, full_end, end = tiles(
+            block, b, band, terms, BLOCK, BLOCK_OTHER, F.left, F.right, F
+        )
+    at, _begin, _end = visits_of(block, b, h, begin, end, terms, F)
+    count = begin * 0
+    for tile in tl.range(begin, end):
+        meets, holds = begin * 0, begin * 0 + 1
+        for g in tl.range(0, number(heads)):
+            head = head_in(b, h * number(heads) + g, begin_q, begin_kv, band, terms, sizes, F)
+            if BY_KEYS:
+                i, j0, j1 = tile * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER), block * BLOCK, block * BLOCK + BLOCK
+            else:
+                i, j0, j1 = block * BLOCK + tl.arange(0, BLOCK), tile * BLOCK_OTHER, tile * BLOCK_OTHER + BLOCK_OTHER
+            meets_one, holds_one = class_of(head.ranges, i, band.s_q, j0, tl.minimum(j1, band.s_kv))
+            meets, holds = tl.maximum(meets, meets_one), tl.minimum(holds, holds_one)
+        is_full = (holds != 0) & (tile >= full_begin) & (tile < full_end)
+        tl.store(at + 1 + count, 2 * tile + is_full.to(tl.int32), mask=meets != 0)
+        count += meets
+    tl.store(at, count)
+
+
+@triton.jit
+def visits_of(block, b, h, begin, end, terms, F: tl.constexpr):
+    """``(visits, begin, end)``: what a loop over the tiles of ``block`` counts, and a pointer for ``visited``.
+
+    With intervals it counts the entries of a list; else the tiles from ``begin`` to ``end`` themselves.
+    """
+    if not F.intervals:
+        return 0, begin, end
+    x = terms.visits
+    at = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+    at += block.to(tl.int64) * number(x.stride_block)
+    return at, begin * 0, tl.load(at)
+
+
+@triton.jit
+def visited(n, visits, full_begin, full_end, F: tl.constexpr):
+    """``(tile, is_full)`` of the n-th visit. A list holds their number, then ``2 * tile + is_full`` for each."""
+    if not F.intervals:
+        return n, (n >= full_begin) & (n < full_end)
+    entry = tl.load(visits + 1 + n)
+    return entry >> 1, (entry & 1) != 0
+
+
+@triton.jit
+def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``used``, ``(B, S_kv, 1|H_kv)`` uint8, packed ``(T_kv, 1|H_kv)``: 1 where some query row keeps the key.
+
+    Grid: ``(B * blocks, 1|H_kv)``.
     Each program reads ``heads`` query heads: those of the group, or one if all share the mask. It stops once all keys
     of its block are used, which for almost any mask is after the first tiles.
     """
     blocks = tl.cdiv(number(sizes.s_kv), BLOCK_N)
     b, block, h_kv = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     group = number(heads)
-    _begin_q, _begin_kv, band = open_band(b, terms, sizes, F)
+    _begin_q, begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
     found = (j >= band.s_kv).to(tl.int32)
@@ -70,5 +133,6 @@ def used_keys_kernel(used, terms, sizes, heads, F: tl.constexpr, BLOCK_M: tl.con
             kept = kept_tile(head, i[None, :], j[:, None], i0, j0, True, F)
             found = tl.maximum(found, tl.max(kept.to(tl.int32), 1))
             tile += 1
-    at = used.ptr + b.to(tl.int64) * number(used.stride_b) + j.to(tl.int64) * number(used.stride_s) + h_kv
+    at = used.ptr + b.to(tl.int64) * number(used.stride_b) + h_kv
+    at += (begin_kv + j).to(tl.int64) * number(used.stride_s)
     tl.store(at, found.to(tl.uint8), mask=j < band.s_kv)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.backward import load_delta, load_lse, probabilities, score_gradients
+from fastattn.backends.triton.ranges import class_of
 from fastattn.backends.triton.tile import (
     LOG2E,
     dot_in_chunks,
@@ -49,7 +50,13 @@ def backward_dbias_kernel(
         low, high, begin, full_begin, full_end, end = tiles(
             row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
         )
-        if (column_block >= begin) & (column_block < end):
+        is_visited = (column_block >= begin) & (column_block < end)
+        is_full = (column_block >= full_begin) & (column_block < full_end)
+        if F.intervals:
+            j1 = tl.minimum(j0 + BLOCK_N, head.band.s_kv)
+            meets, holds = class_of(head.ranges, i, head.band.s_q, j0, j1)
+            is_visited, is_full = is_visited & (meets != 0), is_full & (holds != 0)
+        if is_visited:
             q_rows = head_matrix(q, b, h, head.begin_q, F.vector, F.contiguous)
             k_rows = head_matrix(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             s_q = head.band.s_q
@@ -61,7 +68,6 @@ def backward_dbias_kernel(
                 raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
             at = row_offset(stats, head)
             lse, low_log2 = load_lse(stats, at, i, s_q)
-            is_full = (column_block >= full_begin) & (column_block < full_end)
             p, spared, t = probabilities(
                 raw, lse[:, None], low_log2[:, None], head, i[:, None], j[None, :], i0, j0, is_full, False, F, BLOCK_M,
                 BLOCK_N,

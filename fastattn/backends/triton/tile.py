@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.ranges import RowRanges, in_intervals
+
 LOG2E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)
 
@@ -65,6 +67,7 @@ class Head(NamedTuple):
     slope: Any
     ids_q: Any
     ids_kv: Any
+    ranges: Any
     seed: Any
     offset: Any
     dropout_head: Any
@@ -128,7 +131,7 @@ def open_head(b, h, terms, sizes, F: tl.constexpr):
 @triton.jit
 def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
     """The ``Head`` for query head ``h`` of a sequence whose band is known; ``h`` may be a column of heads."""
-    bias, mask, slope, ids_q, ids_kv = 0, 0, 0, 0, 0
+    bias, mask, slope, ids_q, ids_kv, ranges = 0, 0, 0, 0, 0, 0
     seed, offset, dropout_head, threshold = 0, 0, 0, 0
     if F.bias:
         bias = score_matrix(terms.bias, b, h, F.bias)
@@ -138,6 +141,11 @@ def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
         slope = load_per_head(terms.alibi_slopes, b, h)
     if F.segments:
         ids_q, ids_kv = tokens_of(terms.segment_ids_q, b), tokens_of(terms.segment_ids_kv, b)
+    if F.intervals:
+        x = terms.intervals
+        ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+        ptr += begin_q.to(tl.int64) * number(x.stride_s)
+        ranges = RowRanges(ptr, number(x.stride_s), number(x.count))
     if F.dropout:
         seed = tl.load(terms.rng_state)
         offset = (tl.load(terms.rng_state + 1) & 0xFFFFFFFF).to(tl.uint32)
@@ -145,7 +153,7 @@ def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
         threshold = number(sizes.dropout_threshold)
     return Head(
         b, h, h // number(sizes.group), begin_q, begin_kv, band, sizes.scale, sizes.softcap, bias, mask, slope, ids_q,
-        ids_kv, seed, offset, dropout_head, threshold,
+        ids_kv, ranges, seed, offset, dropout_head, threshold,
     )  # fmt: skip
 
 
@@ -354,10 +362,11 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
+def finish(raw, head, i, j, i0, j0, F: tl.constexpr, away=None):
     """``(scores, t)``: the finished scores before the mask, and ``t = tanh(...)`` of the softcap.
 
-    If ``F.plain``, the scores still lack the factor ``scale``: see ``factor_of``.
+    If ``F.plain``, the scores still lack the factor ``scale``: see ``factor_of``. ``away`` are the distances from the
+    diagonal where they do not follow from ``i`` and ``j``.
     """
     if F.plain:
         return raw, raw
@@ -370,7 +379,9 @@ def finish(raw, head, i, j, i0, j0, F: tl.constexpr):
     if F.bias:
         scores += load_scores(head.bias, head.band, i, j, i0, j0, F.bias).to(tl.float32)
     if F.alibi:
-        scores -= head.slope * tl.abs(j - i - head.band.diagonal).to(tl.float32)
+        if away is None:
+            away = j - i - head.band.diagonal
+        scores -= head.slope * tl.abs(away).to(tl.float32)
     return scores, t
 
 
@@ -384,7 +395,7 @@ def factor_of(head, F: tl.constexpr):
 
 @triton.jit
 def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
-    """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments."""
+    """The whole of ``keep`` for a tile: band and lengths, boolean mask, segments, intervals."""
     if not TRANSPOSED:
         kept = keep(i, j, head.band, F.left, F.right)
     else:  # transposed, so that the work of keep once for each row is done once for each row of the tile
@@ -395,6 +406,8 @@ def kept_tile(head, i, j, i0, j0, TRANSPOSED: tl.constexpr, F: tl.constexpr):
         of_q = tl.load(head.ids_q.ptr + i * head.ids_q.stride_s, mask=i < head.band.s_q, other=0)
         of_kv = tl.load(head.ids_kv.ptr + j * head.ids_kv.stride_s, mask=j < head.band.s_kv, other=0)
         kept = kept & (of_q == of_kv)
+    if F.intervals:
+        kept = kept & in_intervals(head.ranges, i, j, head.band.s_q, F)
     return kept
 
 

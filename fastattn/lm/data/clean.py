@@ -15,6 +15,9 @@ _FOREIGN = 0.15  # part of a text that may be read as Windows-1252 before it mus
 _BYTES = re.compile("[\udc80-\udcff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029]")
+_MAY_END_LINES = re.compile("[\r\u0085\u2028\u2029]")  # a set is searched for three times as fast
+_NOT_ASCII = re.compile("[^\x00-\x7f]+")
+_AROUND = 8  # characters beside one that is not ASCII, by which ftfy tells mojibake: it looks at 4
 # C0 and C1 but for tab and line feed; soft line and byte order marks; what Unicode says is never a character.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -47,10 +50,18 @@ def _windows_1252(match: re.Match[str]) -> str:
 
 
 def mend_mojibake(text: str) -> str:
-    """Undo a wrong decoding that was stored ("cafÃ©"), with ``ftfy`` (Speer, "ftfy", 2019)."""
-    import ftfy
+    """Undo a wrong decoding that was stored ("cafÃ©"), with ``ftfy`` (Speer, "ftfy", 2019).
 
-    return text if text.isascii() else ftfy.fix_encoding(text)
+    Its search for mojibake is slow, and only what is not ASCII, with what stands beside it, can be mojibake.
+    """
+    if text.isascii():
+        return text
+    import ftfy
+    from ftfy.badness import is_bad
+
+    places = (match.span() for match in _NOT_ASCII.finditer(text))
+    near = "\n".join([text[max(begin - _AROUND, 0) : end + _AROUND] for begin, end in places])
+    return ftfy.fix_encoding(text) if is_bad(near) else text
 
 
 def normalise(text: str) -> str:
@@ -59,7 +70,7 @@ def normalise(text: str) -> str:
 
 
 def unify_line_ends(text: str) -> str:
-    return _LINE_ENDS.sub("\n", text)
+    return _LINE_ENDS.sub("\n", text) if _MAY_END_LINES.search(text) else text
 
 
 def drop_control_characters(text: str) -> str:

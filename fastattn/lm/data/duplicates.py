@@ -1,31 +1,45 @@
 """Exact and near duplicates, in one pass and in a table on disk, so that memory does not grow with the corpus.
 
 Two documents are near duplicates when they share most runs of five words, or of five characters in scripts without
-spaces. MinHash estimates the share: the part of equal minima of random hash functions over the runs is the Jaccard
-similarity s of the sets (Broder, "On the resemblance and containment of documents", 1997). With 14 bands of 8 minima
-two documents meet in a band with probability ``1 - (1 - s^8)^14``: 0.04 at s = 0.5, 0.56 at 0.7, 0.92 at 0.8 (Penedo et
-al., "FineWeb", 2024).
+spaces; case and punctuation do not count. MinHash estimates the share: the part of equal minima of random hash
+functions over the runs is the Jaccard similarity s of the sets (Broder, "On the resemblance and containment of
+documents", 1997). With 14 bands of 8 minima two documents meet in a band with probability ``1 - (1 - s^8)^14``: 0.04 at
+s = 0.5, 0.56 at 0.7, 0.92 at 0.8 (Penedo et al., "FineWeb", 2024).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.lm.data.scripts import units
+from fastattn.lm.data.scripts import words
 
 Keys = NDArray[np.uint64]
 
 BANDS, ROWS, RUN = 14, 8, 5
 _RANDOM = np.random.default_rng(20210109)
-_FACTORS = _RANDOM.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64) * np.uint64(2) + np.uint64(1)
-_TERMS = _RANDOM.integers(0, 2**63, (BANDS * ROWS, 1), np.uint64)
+_FACTORS = _RANDOM.integers(0, 2**31, (BANDS * ROWS, 1), np.uint32) * np.uint32(2) + np.uint32(1)
+_TERMS = _RANDOM.integers(0, 2**32, (BANDS * ROWS, 1), np.uint32)
 _MIX = _RANDOM.integers(0, 2**63, ROWS + RUN, np.uint64) * np.uint64(2) + np.uint64(1)
-_CHUNK = 4096  # runs hashed at a time
+_CHUNK = 1024  # runs hashed at a time
+_REMEMBERED = 1 << 20  # words
+_LETTERS = re.compile(r"\w+")
+
+
+class _Buffers(threading.local):
+    """Memory of each thread for the hashes of a chunk; fresh memory takes longer to get than they take."""
+
+    def __init__(self) -> None:
+        self.products = np.empty((BANDS * ROWS, _CHUNK), np.uint32)
+
+
+_BUFFERS = _Buffers()
 
 
 def exact_key(text: str) -> Keys:
@@ -33,22 +47,40 @@ def exact_key(text: str) -> Keys:
     return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), np.uint64)
 
 
+class _Numbers(dict[str, int]):
+    """A 32-bit number for each word without its case and punctuation, the same in every process; 0 for nothing else.
+
+    Those of frequent words are remembered.
+    """
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
+        number = self[word] = zlib.crc32("".join(_LETTERS.findall(word.lower())).encode())
+        return number
+
+
+_NUMBERS = _Numbers()
+
+
 def near_keys(text: str) -> Keys:
-    """A hash for each band: documents that share one are near duplicates. Case and punctuation do not count."""
-    found = units(text.lower()) or [text]
-    numbers = {word: zlib.crc32(word.encode()) for word in set(found)}
-    words = np.array([numbers[word] for word in found], np.uint64)
-    count = max(len(words) - RUN + 1, 1)
+    """A hash for each band: documents that share one are near duplicates."""
+    found = words(text)
+    numbers = np.fromiter(map(_NUMBERS.__getitem__, found), np.uint64, len(found))
+    numbers = numbers[numbers != 0] if numbers.any() else exact_key(text)
+    count = max(len(numbers) - RUN + 1, 1)
     runs = np.zeros(count, np.uint64)
-    for i in range(min(RUN, len(words))):
-        runs = (runs ^ words[i : i + count]) * _MIX[ROWS + i]
+    for i in range(min(RUN, len(numbers))):
+        runs = (runs ^ numbers[i : i + count]) * _MIX[ROWS + i]
         runs ^= runs >> np.uint64(29)
-    smallest = np.full(BANDS * ROWS, 2**64 - 1, np.uint64)
+    hashed = (runs >> np.uint64(32)).astype(np.uint32)  # twice as many at a time, and few runs of a text collide
+    smallest = np.full(BANDS * ROWS, 2**32 - 1, np.uint32)
     for start in range(0, count, _CHUNK):
-        part = _FACTORS * runs[start : start + _CHUNK]
-        part += _TERMS
-        smallest = np.minimum(smallest, part.min(axis=1))
-    smallest >>= np.uint64(32)  # multiply-shift: universal; it keeps the order, so the minimum may come first
+        part = hashed[start : start + _CHUNK]
+        products = np.multiply(_FACTORS, part, out=_BUFFERS.products[:, : len(part)])
+        products += _TERMS
+        smallest = np.minimum(smallest, products.min(axis=1))
+    smallest >>= np.uint32(8)  # multiply-shift: universal; it keeps the order, so the minimum may come first
     bands = (smallest.reshape(BANDS, ROWS) * _MIX[:ROWS]).sum(axis=1, dtype=np.uint64)
     return bands * _MIX[0] + np.arange(1, BANDS + 1, dtype=np.uint64)  # the same minima in two bands are no match
 

@@ -1,4 +1,4 @@
-"""Reading one file of any format as texts: plain text, JSON lines, CSV and TSV, each also in gzip or Zstandard.
+"""Reading one file of any format as texts: plain text, JSON lines, CSV and TSV, also in gzip or Zstandard; Parquet.
 
 The suffix names the format, as in ``c4.json.gz``. Files may come from anyone: lines, JSON that is read as a whole and
 the expansion of compressed files have limits. Bytes that are not UTF-8 come out as surrogates (U+DC80 ... U+DCFF),
@@ -14,7 +14,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +26,7 @@ _CHUNK = 1 << 20  # bytes or characters read at a time
 _LONGEST_LINE = 1 << 26  # characters
 _LARGEST_JSON = 1 << 27  # characters of an array, which is read as a whole
 _EXPANSION, _FREE = 200, 1 << 26  # most bytes from each compressed one, from so many bytes on
+_ROWS = 256  # of a Parquet file, decoded at a time
 LONGEST_PIECE = 1 << 18
 # Byte order marks; that of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -88,15 +89,17 @@ class Reading:
         self.problems += 1
         self.first_problem = self.first_problem or f"{place}: {why}"
 
-    def text_of(self, record: object, place: str, fields: Iterable[str]) -> Iterator[str]:
-        """The document of a record, unless it lacks a field."""
+    def text_of(
+        self, record: object, place: str, fields: Iterable[str], known: Sequence[str] | None = None
+    ) -> Iterator[str]:
+        """The document of a record, unless it lacks a field; ``known`` are all that there are, None those of it."""
         if not isinstance(record, Mapping):
             self.leave_out(place, "not a JSON object")
             return
         missing = [name for name in fields if name not in record]
         if missing:
-            known = ", ".join(map(str, list(record)[:12]))
-            self.leave_out(place, f"no field {missing[0]!r} among {known}; choose with --field")
+            names = ", ".join(map(str, (known or list(record))[:12]))
+            self.leave_out(place, f"no field {missing[0]!r} among {names}; choose with --field")
             return
         yield "\n".join(str(record[name]) for name in fields if record[name] is not None)
 
@@ -109,6 +112,9 @@ def read_file(path: Path, options: ReadOptions, reading: Reading) -> Iterator[st
     """
     try:
         check_regular(path)
+        if _suffix(path) == ".parquet":
+            yield from _parquet(path, options, reading)
+            return
         with contextlib.ExitStack() as stack:
             raw = stack.enter_context(path.open("rb", buffering=0))
             text = stack.enter_context(_decoded(_decompressed(path, _Counted(raw, reading)), options.encoding))
@@ -321,6 +327,31 @@ def _rows(rows: Iterable[list[str]], options: ReadOptions, reading: Reading) -> 
             reading.leave_out(f"row {number}", f"{len(row)} columns where the header has {len(names)}")
             continue
         yield from reading.text_of(dict(zip(names, row, strict=True)), f"row {number}", options.fields)
+
+
+def _parquet(path: Path, options: ReadOptions, reading: Reading) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ModuleNotFoundError as error:
+        raise Unreadable("needs the package 'pyarrow': pip install pyarrow") from error
+    size, number, told, held = path.stat().st_size, 0, 0, 0
+    try:
+        with ParquetFile(path) as file:
+            known, rows = file.schema_arrow.names, max(file.metadata.num_rows, 1)
+            columns = [name for name in options.fields if name in known] or known[:1]  # the others are missed below
+            for batch in file.iter_batches(_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    for text in reading.text_of(record, f"row {number}", options.fields, known):
+                        held += len(text)
+                        yield text
+                if held > max(_FREE, _EXPANSION * size):
+                    raise Unreadable(f"it expands to more than {_EXPANSION} times its size, as no text does")
+                reading.advance(size * number // rows - told)
+                told = size * number // rows
+    except (ArrowException, OSError) as error:
+        raise Unreadable(f"not Parquet, or damaged after row {number} ({error})") from error
 
 
 def pieces(chunks: Iterable[str], longest: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ What a number is, its check digits say where it has some (cards: Luhn; IBAN: mod
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections import Counter
@@ -52,14 +53,23 @@ class Kind(NamedTuple):
     check: Callable[[re.Match[str]], bool] = lambda match: True
 
 
-def _has(pattern: str) -> Callable[[str], bool]:
-    """Whether a text has what every match of a kind has. It is a cheap search, and most texts have none."""
+def _has(digits: int, pattern: str) -> Callable[[str], bool]:
+    """Whether a text has so many digits, and what every match of a kind has. Most texts have not."""
     search = re.compile(pattern).search
-    return lambda text: search(text) is not None
+    return lambda text: _digits(text) >= digits and search(text) is not None
 
 
-_CODES = _has(r"\d(?:[A-Z .-]{0,2}\d){5}")  # six digits, with letters or separators between them
-_NUMBERS = _has(r"\d(?:[ ()./-]{0,3}\d){7}")  # eight digits
+_DIGIT = re.compile(r"\d")
+
+
+@functools.lru_cache(maxsize=2)
+def _digits(text: str) -> int:
+    return sum(map(text.count, "0123456789")) if text.isascii() else len(_DIGIT.findall(text))
+
+
+_CODES = _has(6, r"\d(?:[A-Z .-]{0,2}\d){5}")  # six digits, with letters or separators between them
+_NUMBERS = _has(8, r"\d(?:[ ()./-]{0,3}\d){7}")  # eight digits
+_IPV6 = re.compile(":[0-9A-Fa-f]{0,4}:")
 # What must not stand beside a number; characters of scripts without spaces may.
 _NOT_IN_NUMBER = rf"(?:(?<![\w.+-])|(?<=[{UNSPACED}]))"
 _END = rf"(?:(?![\w-]|\.\d)|(?=[{UNSPACED}]))"
@@ -76,18 +86,18 @@ KINDS = {
     ),
     "iban": Kind(
         "<IBAN>",
-        _has(r"[A-Z]{2}\d{2}"),
+        _has(2, r"[A-Z]{2}\d{2}"),
         re.compile(rf"{_NOT_IN_NUMBER}[A-Z]{{2}}\d{{2}}(?: ?[A-Z0-9]{{4}}){{2,7}}(?: ?[A-Z0-9]{{1,3}})?{_END}"),
         _is_iban,
     ),
     "id": Kind("<ID>", _CODES, re.compile(rf"{_NOT_IN_NUMBER}(?:{PATTERN}){_END}"), is_issued),
     "card": Kind("<CARD>", _NUMBERS, re.compile(rf"{_NOT_IN_NUMBER}[2-6]\d{{3}}(?:[ -]?\d){{9,15}}{_END}"), _is_card),
     "ipv4": Kind(
-        "<IP>", _has(r"\d\.\d{1,3}\.\d"), re.compile(rf"{_NOT_IN_NUMBER}(?:\d{{1,3}}\.){{3}}\d{{1,3}}{_END}"), _is_ip
+        "<IP>", _has(4, r"\d\.\d{1,3}\.\d"), re.compile(rf"{_NOT_IN_NUMBER}(?:\d{{1,3}}\.){{3}}\d{{1,3}}{_END}"), _is_ip
     ),
     "ipv6": Kind(
         "<IP>",
-        _has(":[0-9A-Fa-f]{0,4}:"),
+        lambda text: text.count(":") >= 2 and _IPV6.search(text) is not None,
         re.compile(
             rf"(?:(?<![\w:.])|(?<=[{UNSPACED}]))[0-9A-Fa-f:]{{4,39}}(?:\.\d{{1,3}}){{0,3}}(?:(?![\w:])|(?=[{UNSPACED}]))"
         ),

@@ -7,10 +7,10 @@ before it (duplicates) is decided in the one that reads.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,11 +21,13 @@ from fastattn.lm.data.duplicates import Keys, Table, exact_key, near_keys
 from fastattn.lm.data.personal import KINDS, mask
 from fastattn.lm.data.quality import RULES, Lengths, broken_rule, is_code
 from fastattn.lm.data.report import Report
-from fastattn.lm.data.sources import Document
+from fastattn.lm.data.sources import Document, Skipped
 
 Kind = Literal["auto", "prose", "code"]
 Masking = Literal["auto", "all", "none"]
 Duplicates = Literal["near", "exact", "keep"]
+Found = Document | Skipped
+VERSION = 2  # of what becomes of a document under the same settings
 _BATCH = 64  # documents sent to a process at a time
 
 
@@ -97,7 +99,7 @@ class Examined:
     text: str
     rule: str | None
     changed: tuple[str, ...] = ()
-    masked: Counter[str] | None = None
+    masked: Mapping[str, int] = field(default_factory=dict)
     exact: Keys | None = None
     near: Keys | None = None
 
@@ -127,8 +129,70 @@ def examine(document: Document, cleaning: Cleaning) -> Examined:
     )
 
 
+def examined(
+    documents: Iterable[Found], cleaning: Cleaning, pool: Executor | None = None, ahead: int = 0
+) -> Iterator[Examined | Skipped]:
+    """``examine`` of each document in order, between them what was skipped.
+
+    Args:
+        documents: from ``read_sources``.
+        cleaning: what to do.
+        pool: processes that examine; None does it here.
+        ahead: batches of documents that they are given before the first result is taken.
+    """
+    if pool is None:
+        yield from (_examine(found, cleaning) for found in documents)
+        return
+    source, results = iter(documents), deque[Future[list[Examined | Skipped]]]()
+    try:
+        while True:
+            while len(results) < ahead and (batch := list(islice(source, _BATCH))):
+                results.append(pool.submit(_examine_all, batch, cleaning))
+            if not results:
+                return
+            yield from results.popleft().result()
+    finally:
+        for future in results:
+            future.cancel()
+
+
+def _examine(found: Found, cleaning: Cleaning) -> Examined | Skipped:
+    return found if isinstance(found, Skipped) else examine(found, cleaning)
+
+
+def _examine_all(batch: list[Found], cleaning: Cleaning) -> list[Examined | Skipped]:
+    return [_examine(found, cleaning) for found in batch]
+
+
+def keep_documents(found: Iterable[Examined | Skipped], report: Report, folder: Path) -> Iterator[Document]:
+    """The documents that break no rule and are no duplicates of earlier ones, in their order.
+
+    Args:
+        found: from ``examined``.
+        report: receives the counts.
+        folder: an empty one for tables of what has been seen; its owner removes it.
+
+    Memory does not grow with the corpus.
+    """
+    exact, near = Table(folder / "exact"), Table(folder / "near")
+    for item in found:
+        if isinstance(item, Skipped):
+            report.skipped.append(item)
+            continue
+        rule = item.rule
+        if rule is None and item.exact is not None and exact.add(item.exact).any():
+            rule = "exact-duplicate"
+        if rule is None and item.near is not None and near.add(item.near).any():
+            rule = "near-duplicate"
+        if rule is not None:
+            report.drop(item.name, item.source, rule)
+            continue
+        report.keep(item.source, len(item.text), item.changed, item.masked)
+        yield Document(item.name, item.text, item.source)
+
+
 def clean_documents(
-    documents: Iterable[Document], cleaning: Cleaning, report: Report, folder: Path, *, workers: int = 1
+    documents: Iterable[Found], cleaning: Cleaning, report: Report, folder: Path, *, workers: int = 1
 ) -> Iterator[Document]:
     """The documents that are kept, as they are kept, in their order.
 
@@ -136,53 +200,10 @@ def clean_documents(
         documents: from ``read_documents``.
         cleaning: what to do.
         report: receives the counts.
-        folder: an empty one for tables of what has been seen; its owner removes it.
+        folder: as in ``keep_documents``.
         workers: processes that examine documents.
-
-    Memory holds a few batches of documents, whatever the size of the corpus.
     """
     cleaning = cleaning.here()
     report.settings = cleaning.to_dict()
-    exact, near = Table(folder / "exact"), Table(folder / "near")
-    for found in _examined(documents, cleaning, workers):
-        rule = found.rule
-        if rule is None and found.exact is not None and exact.add(found.exact).any():
-            rule = "exact-duplicate"
-        if rule is None and found.near is not None and near.add(found.near).any():
-            rule = "near-duplicate"
-        if rule is not None:
-            report.drop(found.name, found.source, rule)
-            continue
-        report.keep(found.source, len(found.text), found.changed, found.masked or Counter())
-        yield Document(found.name, found.text, found.source)
-
-
-def _examined(documents: Iterable[Document], cleaning: Cleaning, workers: int) -> Iterator[Examined]:
-    """``examine`` of each in order; with processes, a few batches ahead of whoever takes the results."""
-    if workers <= 1:
-        for document in documents:
-            yield examine(document, cleaning)
-        return
-    source = iter(documents)
-    with ProcessPoolExecutor(workers) as pool, contextlib.ExitStack() as stack:
-        ahead: deque[Future[list[Examined]]] = deque()
-        stack.callback(lambda: [future.cancel() for future in ahead])
-        while True:
-            while len(ahead) < 2 * workers and _submit(pool, ahead, source, cleaning):
-                pass
-            if not ahead:
-                return
-            yield from ahead.popleft().result()
-
-
-def _submit(
-    pool: Executor, ahead: deque[Future[list[Examined]]], source: Iterator[Document], cleaning: Cleaning
-) -> bool:
-    batch = list(islice(source, _BATCH))
-    if batch:
-        ahead.append(pool.submit(_examine_all, batch, cleaning))
-    return bool(batch)
-
-
-def _examine_all(batch: list[Document], cleaning: Cleaning) -> list[Examined]:
-    return [examine(document, cleaning) for document in batch]
+    with ProcessPoolExecutor(workers) if workers > 1 else contextlib.nullcontext() as pool:
+        yield from keep_documents(examined(documents, cleaning, pool, 2 * workers), report, folder)

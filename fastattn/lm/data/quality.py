@@ -9,6 +9,7 @@ long, and the rule on the length of words does not apply.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import PurePath
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.lm.data.scripts import is_unspaced, lacks_frequent_words, units
+from fastattn.lm.data.scripts import is_unspaced, lacks_frequent_words, words
 
 # Suffixes of source code; a file of another is prose.
 CODE = frozenset(
@@ -32,7 +33,7 @@ CODE = frozenset(
 )
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 _BULLETS = ("•", "‣", "⁃", "◦", "▪", "-", "*", "·")
-_ALPHABETIC = re.compile(r"[^\W\d_]\S*")  # from the first letter of a word to its end
+_LETTER = re.compile(r"[^\W\d_]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, and its bits look random
 
 
@@ -47,8 +48,8 @@ class Text:
         return is_unspaced(self.text)
 
     @cached_property
-    def words(self) -> list[str]:
-        return units(self.text) if self.unspaced else self.text.split()
+    def words(self) -> tuple[str, ...]:
+        return words(self.text)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -60,42 +61,43 @@ class Text:
 
     @cached_property
     def word_characters(self) -> int:
-        return sum(map(len, self.words))
+        return int(self.lengths.sum())
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
         """Characters of the words up to and including each, from 0 on: ``ends[j] - ends[i]`` are those of a run."""
-        return np.cumsum([0, *map(len, self.words)])
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Characters of each word."""
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
     @cached_property
     def word_hashes(self) -> NDArray[np.uint64]:
-        """A 64-bit number for each word, equal for equal words."""
-        numbers: dict[str, int] = {}
-        found = np.array([numbers.setdefault(word, len(numbers)) for word in self.words], np.uint64)
-        found = (found + np.uint64(1)) * _FACTOR
-        return found ^ (found >> np.uint64(29))
+        """A 64-bit number for each word, equal for equal words; in each process another one."""
+        return np.fromiter(map(hash, self.words), np.int64, len(self.words)).view(np.uint64)
 
-    def repeated_part(self, n: int) -> float:
-        """Part of the characters in the most frequent run of ``n`` words, if it occurs more than once."""
+    def repeats(self, n: int, most: float) -> bool:
+        """Whether the most frequent run of ``n`` words recurs and has more than this part of the characters."""
         runs, size = self._runs(n)
-        if not len(runs):
-            return 0.0
+        longest = size * int(self.lengths.max(initial=1))  # no run has more characters
+        times = max(2, math.ceil(most * self.word_characters / longest))
+        if not _occurs(runs, times):
+            return False
         _, first, counts = np.unique(runs, return_index=True, return_counts=True)
-        most = int(counts.max())
-        if most < 2:
-            return 0.0
-        starts = first[counts == most]
-        longest = int((self.ends[starts + size] - self.ends[starts]).max())
-        return most * longest / self.word_characters
+        times = int(counts.max())
+        starts = first[counts == times]
+        return times * int((self.ends[starts + size] - self.ends[starts]).max()) > most * self.word_characters
 
     def covered_by_repeats(self, n: int) -> float:
         """Part of the characters in any run of ``n`` words that occurred before, each character counted once."""
         runs, size = self._runs(n)
+        if not _occurs(runs, 2):
+            return 0.0
         is_first = np.zeros(len(runs), bool)
         is_first[np.unique(runs, return_index=True)[1]] = True
         repeats = np.flatnonzero(~is_first)
-        if not len(repeats):
-            return 0.0
         begins = np.maximum(repeats, np.concatenate([[0], repeats[:-1] + size]))  # each word once
         return float((self.ends[repeats + size] - self.ends[begins]).sum()) / max(self.word_characters, 1)
 
@@ -113,8 +115,26 @@ class Text:
         return known[size - 1], size
 
 
+def _occurs(runs: NDArray[np.uint64], times: int) -> bool:
+    """Whether one of the numbers occurs at least so many times. Sorting them is much faster than counting them."""
+    ordered = np.sort(runs)
+    return bool((ordered[times - 1 :] == ordered[: len(ordered) - times + 1]).any()) if len(runs) >= times else False
+
+
 def _part_repeated(parts: Sequence[str]) -> float:
     return 1 - len(set(parts)) / len(parts) if parts else 0.0
+
+
+def _with_letters(words: Sequence[str]) -> int:
+    """Words with a letter; of those, where they are enough, that have nothing else."""
+    plain = sum(map(str.isalpha, words))
+    if plain >= 0.8 * len(words):
+        return plain
+    return sum(1 for word in words if word[0].isalpha() or _LETTER.search(word))
+
+
+def _has_stop_words(words: Sequence[str]) -> bool:
+    return len(_STOP_WORDS.intersection(words)) >= 2 or len(_STOP_WORDS.intersection(map(str.lower, words))) >= 2
 
 
 def _characters_repeated(parts: Sequence[str]) -> float:
@@ -161,17 +181,13 @@ PROSE: Mapping[str, Rule] = {
     ),
     "bullets": lambda text, _: _part(text.lines, lambda line: line.startswith(_BULLETS)) > 0.9,
     "ellipses": lambda text, _: _part(text.lines, lambda line: line.endswith(("...", "…"))) > 0.3,
-    "alphabetic-words": lambda text, _: len(_ALPHABETIC.findall(" ".join(text.words))) < 0.8 * len(text.words),
-    "stop-words": lambda text, _: (
-        lacks_frequent_words(text.text)
-        if text.unspaced
-        else len(_STOP_WORDS.intersection(map(str.lower, text.words))) < 2
-    ),
+    "alphabetic-words": lambda text, _: _with_letters(text.words) < 0.8 * len(text.words),
+    "stop-words": lambda text, _: lacks_frequent_words(text.text) if text.unspaced else not _has_stop_words(text.words),
     "repeated-lines": lambda text, _: _part_repeated(text.lines) > 0.3 or _characters_repeated(text.lines) > 0.2,
     "repeated-paragraphs": lambda text, _: (
         _part_repeated(text.paragraphs) > 0.3 or _characters_repeated(text.paragraphs) > 0.2
     ),
-    "frequent-run": lambda text, _: any(text.repeated_part(n) > most for n, most in _TOP_RUNS.items()),
+    "frequent-run": lambda text, _: any(text.repeats(n, most) for n, most in _TOP_RUNS.items()),
     "repeated-runs": lambda text, _: _repeats_runs(text),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -56,7 +57,7 @@ class Report:
         if len(examples) < _EXAMPLES:
             examples.append(name)
 
-    def keep(self, source: str, characters: int, changed: tuple[str, ...], masked: Counter[str]) -> None:
+    def keep(self, source: str, characters: int, changed: tuple[str, ...], masked: Mapping[str, int]) -> None:
         self._count(source).kept += 1
         self.kept += 1
         self.characters += characters

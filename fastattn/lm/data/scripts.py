@@ -5,6 +5,7 @@ In them a character stands for a word wherever words are counted or compared. Ko
 
 from __future__ import annotations
 
+import functools
 import re
 
 # A class of a regular expression: Han with its extensions, kana, Thai and Lao, Burmese, Khmer.
@@ -37,7 +38,7 @@ def is_unspaced(text: str) -> bool:
         >>> is_unspaced("今天天气很好。"), is_unspaced("The weather is fine.")
         (True, False)
     """
-    if text.isascii():
+    if text.isascii() or not _CHARACTER.search(text):
         return False
     letters = sum(map(len, _WORD.findall(text)))
     return len(_CHARACTER.findall(text)) > _MOSTLY * max(letters, 1)
@@ -54,6 +55,18 @@ def units(text: str) -> list[str]:
     if text.isascii() or not _CHARACTER.search(text):
         return _WORD.findall(text)
     return _UNIT.findall(text)
+
+
+@functools.lru_cache(maxsize=2)
+def words(text: str) -> tuple[str, ...]:
+    """What counts as words: in a text mostly without spaces ``units``, else what stands between spaces.
+
+    Example:
+        >>> from fastattn.lm.data.scripts import words
+        >>> words("It rains, again."), words("下雨了。")
+        (('It', 'rains,', 'again.'), ('下', '雨', '了'))
+    """
+    return tuple(units(text) if is_unspaced(text) else text.split())
 
 
 def lacks_frequent_words(text: str) -> bool:

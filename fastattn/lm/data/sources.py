@@ -157,21 +157,44 @@ def read_documents(
     options: ReadOptions | None = None,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Document]:
-    """The documents of each source; memory holds one of them, and no more of a file than it takes to cut it out.
-
-    Text files that are very long are cut into several documents at line ends.
+    """The documents of each source; see ``read_sources``.
 
     Args:
         sources: from ``find_sources`` or ``find_files``.
-        skipped: receives what could not be read: binary, empty, damaged, no permission, records without the field.
+        skipped: receives what could not be read.
         options: fields, encoding.
         advance: told how many bytes of the files have been read, as they are.
+    """
+    for found in read_sources(sources, options or ReadOptions(), advance):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            yield found
+
+
+def read_sources(
+    sources: Sequence[Source],
+    options: ReadOptions,
+    advance: Callable[[int], object] = lambda count: None,
+    root: Path = Path(),
+) -> Iterator[Document | Skipped]:
+    """The documents of each source, and after them why the source, or a part of it, was skipped.
+
+    Memory holds one document, and no more of a file than it takes to cut it out. Text files that are very long are cut
+    into several documents at line ends.
+
+    Args:
+        sources: from ``find_sources`` or ``find_files``. What is skipped is binary, empty, damaged, without permission,
+            or a record without the field.
+        options: fields, encoding.
+        advance: told how many bytes of the files have been read, as they are.
+        root: the folder that relative paths start from.
     """
     for source in sources:
         name, number, end = str(source), 0, ""
         reading = Reading(advance)
         try:
-            for raw in _texts(source, options or ReadOptions(), reading):
+            for raw in _texts(source, root, options, reading):
                 text, repaired = repair_bytes(raw)
                 if text.strip():
                     yield Document(f"{name}#{number}" if number else name, text, name, repaired)
@@ -179,14 +202,14 @@ def read_documents(
         except (Unreadable, ForeignEncoding) as problem:
             end = f"{problem}; the {number} documents before that are used" if number else str(problem)
         if reading.problems:
-            skipped.append(Skipped(name, f"{reading.problems} records, the first at {reading.first_problem}"))
+            yield Skipped(name, f"{reading.problems} records, the first at {reading.first_problem}")
         if end or not (number or reading.problems):
-            skipped.append(Skipped(name, end or "empty"))
+            yield Skipped(name, end or "empty")
 
 
-def _texts(source: Source, options: ReadOptions, reading: Reading) -> Iterator[str]:
+def _texts(source: Source, root: Path, options: ReadOptions, reading: Reading) -> Iterator[str]:
     if isinstance(source, Path):
-        yield from read_file(source, options, reading)
+        yield from read_file(root / source, options, reading)
         return
     for number, record in enumerate(source.records(), 1):
         yield from reading.text_of(record, f"record {number}", options.fields)

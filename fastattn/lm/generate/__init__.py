@@ -5,9 +5,11 @@ from fastattn.lm.generate.beams import Beam, beam_search
 from fastattn.lm.generate.chat import ChatTemplate
 from fastattn.lm.generate.decode import generate
 from fastattn.lm.generate.sampling import Sampling
+from fastattn.lm.generate.speculate import Acceptance
 from fastattn.lm.generate.text import TextCompletion, Texts, decode_stream, stream_text
 
 __all__ = [
+    "Acceptance",
     "Beam",
     "ChatTemplate",
     "Completion",

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fastattn.errors import input_error
-from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating, seen_tokens
-from fastattn.lm.generate.protocols import DecoderModel, is_decoder
+from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, seen_tokens
+from fastattn.lm.generate.protocols import DecoderModel, evaluating, is_decoder
 from fastattn.lm.generate.sampling import Draws, Sampling
 from fastattn.lm.generate.sequences import Cached, Tokens, checked
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, evaluating, seen_tokens
-from fastattn.lm.generate.protocols import Model
+from fastattn.lm.generate.decode import StopTokens, as_set, check_lengths, seen_tokens
+from fastattn.lm.generate.protocols import Model, evaluating
 from fastattn.lm.generate.sampling import Sampling
 from fastattn.lm.generate.sequences import Cached, Sequences, Tokens, Uncached, checked, encoded
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
-from fastattn.lm.generate.protocols import Model
+from fastattn.lm.generate.protocols import DecoderModel, Model, evaluating
 from fastattn.lm.generate.sampling import Draws, Sampling
 from fastattn.lm.generate.sequences import Cached, Sequences, Tokens, Uncached, checked, encoded
+from fastattn.lm.generate.speculate import (
+    ENDED,
+    MOST_TOKENS,
+    Acceptance,
+    Speculation,
+    checked_decoder,
+    drafters,
+)
 
-ENDED = -1  # yielded for rows that have ended
 StopTokens = int | Sequence[int] | None
 
 
@@ -27,6 +33,10 @@ def generate(
     stop_token: StopTokens = None,
     use_cache: bool = True,
     page_size: int | None = None,
+    assistant: DecoderModel | None = None,
+    prompt_lookup: int | None = None,
+    draft_tokens: int = 4,
+    acceptance: Acceptance | None = None,
 ) -> Iterator[Tensor]:
     """Yield the tokens that follow ``tokens``, one step at a time.
 
@@ -39,13 +49,23 @@ def generate(
         stop_token: one or several that end a row; it is the last thing that the row yields.
         use_cache: keep keys and values of earlier tokens instead of computing them again: the same tokens, faster.
         page_size: keep them in pages of so many tokens; None keeps each row in one piece.
+        assistant: a smaller decoder with the same tokens guesses ``draft_tokens`` ahead, which the model checks in one
+            call: the same tokens, in fewer calls of the model. Both this and the next need a decoder and its cache.
+        prompt_lookup: guess up to so many tokens from what followed the last tokens earlier in the text.
+        draft_tokens: guesses of the assistant for each call.
+        acceptance: receives the counts of guesses, and of those that came true.
 
     Yields:
         ``(B,)`` tokens on the model's device, -1 for rows that have ended. Without ``stop_token`` no step waits for the
         device.
 
     Raises:
-        InputError: an empty or too long prompt, no tokens asked for, or a source where none belongs.
+        InputError: an empty or too long prompt, no tokens asked for, a source where none belongs, or guesses for or
+            from a model that cannot have them.
+
+    Source:
+        Leviathan et al., "Fast inference from transformers via speculative decoding", 2023; Saxena, "Prompt lookup
+        decoding", 2023; Miao et al., "SpecInfer", 2024 (trees).
 
     Example:
         >>> import torch
@@ -63,10 +83,19 @@ def generate(
     if read is not None and len(read.states) != len(rows):
         raise input_error("source", f"{len(read.states)} rows", f"{len(rows)}, one for each of tokens", "Repeat them.")
     longest = min(max(len(row) for row in rows) + max_new_tokens - 1, model.config.longest)
+    stops = as_set(stop_token)
+    if assistant is not None or prompt_lookup is not None:
+        if not use_cache:
+            raise input_error("use_cache", False, "True with guesses", "They are checked against the cache.")
+        decoder = checked_decoder(model)
+        guessing = drafters(decoder, rows, max_new_tokens, assistant, prompt_lookup, draft_tokens, page_size)
+        cached = Cached(decoder, len(rows), min(longest + MOST_TOKENS, model.config.longest), page_size=page_size)
+        counts = Acceptance() if acceptance is None else acceptance
+        return Speculation(decoder, cached, guessing, sampling or Sampling(), stops, counts).run(rows, max_new_tokens)
     sequences: Sequences = Uncached(model, read)
     if use_cache:
         sequences = Cached(model, len(rows), longest, page_size=page_size, source=read)
-    return _steps(model, sequences, rows, max_new_tokens, sampling or Sampling(), as_set(stop_token))
+    return _steps(model, sequences, rows, max_new_tokens, sampling or Sampling(), stops)
 
 
 def _steps(
@@ -100,19 +129,6 @@ def _steps(
             return
         with evaluating(model), torch.no_grad():
             logits = sequences.feed(list(names.values()), chosen)
-
-
-@contextlib.contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
-    if not model.training:  # going through all modules at each step would take a quarter of the time
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
 
 
 def check_lengths(model: Model, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:

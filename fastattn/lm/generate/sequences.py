@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.errors import input_error
+from fastattn.lm.generate.draft_tree import DraftTree
 from fastattn.lm.generate.protocols import Model, is_decoder, is_encoder_decoder
 from fastattn.nn import PagedKVCache
 
@@ -77,6 +78,7 @@ class Cached:
         page_size: of the pages; None is a page for each sequence.
         num_pages: None is what ``sequences`` of ``max_length`` take.
         source: of an encoder-decoder.
+        keeps_all: tokens before the model's window are kept, too.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Cached:
         page_size: int | None = None,
         num_pages: int | None = None,
         source: Source | None = None,
+        keeps_all: bool = False,
     ) -> None:
         self.model, self.source = model, source
         size = max_length if page_size is None else page_size
@@ -100,7 +103,7 @@ class Cached:
             head_dim,
             layers=model.cached_layers,
             max_length=max_length,
-            window=model.config.cache_window,
+            window=None if keeps_all else model.config.cache_window,
             device=weight.device,
             dtype=_dtype_of_keys(weight),
         )
@@ -126,8 +129,7 @@ class Cached:
     def feed(self, names: Sequence[int], tokens: Tokens) -> Tensor:
         """As ``Uncached.feed``; only the new tokens are computed."""
         new = [1] * len(names) if isinstance(tokens, Tensor) else [len(row) for row in tokens]
-        one_length = self.model.config.positions == "relative" or self.source is not None
-        if len(set(new)) > 1 and one_length:  # a bias and a memory go with rows, not with packed tokens
+        if len(set(new)) > 1 and self._has_one_length:
             return torch.cat([self.feed([name], [row]) for name, row in zip(names, _as_lists(tokens), strict=True)])
         step = self.cache.step(names, new)
         if isinstance(tokens, Tensor):
@@ -138,6 +140,30 @@ class Cached:
         hidden = self._hidden(names, tokens, step.layers)
         last = hidden[:, -1] if step.cu_seqlens_q is None else hidden[0, step.cu_seqlens_q[1:].long() - 1]
         return self.model.logits(last)
+
+    @property
+    def _has_one_length(self) -> bool:
+        """A bias and a memory go with rows, not with packed tokens."""
+        return self.model.config.positions == "relative" or self.source is not None
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether trees may be more than chains: a bias counts the tokens of a row one after the other."""
+        return not self._has_one_length
+
+    def feed_trees(self, names: Sequence[int], trees: Sequence[DraftTree]) -> Tensor:
+        """Logits ``(T, V)`` of what follows each token of the trees that the sequences go on with, one after the other.
+
+        ``cache.keep`` then keeps a path of each.
+        """
+        new = [len(tree.tokens) for tree in trees]
+        if len(set(new)) > 1 and self._has_one_length:
+            return torch.cat([self.feed_trees([name], [tree]) for name, tree in zip(names, trees, strict=True)])
+        are_chains = all(tree.is_chain for tree in trees)
+        step = self.cache.step(names, new, parents=None if are_chains else [tree.parents for tree in trees])
+        flat = torch.tensor([token for tree in trees for token in tree.tokens])
+        tokens = flat.view(step.positions.shape).to(step.positions.device, non_blocking=True)
+        return self.model.logits(self._hidden(names, tokens, step.layers).flatten(0, 1))
 
     def _hidden(self, names: Sequence[int], tokens: Tensor, layers: Any) -> Tensor:
         if is_decoder(self.model):

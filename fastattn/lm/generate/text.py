@@ -14,8 +14,9 @@ from fastattn.errors import DataError, input_error
 from fastattn.lm.generate.batching import complete
 from fastattn.lm.generate.beams import beam_search
 from fastattn.lm.generate.decode import ENDED, generate
-from fastattn.lm.generate.protocols import Model, is_decoder
+from fastattn.lm.generate.protocols import DecoderModel, Model, is_decoder
 from fastattn.lm.generate.sampling import Sampling
+from fastattn.lm.generate.speculate import Acceptance
 
 
 class Texts:
@@ -96,6 +97,9 @@ class Texts:
         *,
         use_cache: bool = True,
         page_size: int | None = None,
+        assistant: DecoderModel | None = None,
+        prompt_lookup: int | None = None,
+        acceptance: Acceptance | None = None,
     ) -> Iterator[str]:
         """Yield the continuation of ``prompt``, a text or a decoder's tokens, piece by piece; see ``stream_text``."""
         begin, source = self._inputs(prompt)
@@ -108,6 +112,9 @@ class Texts:
             stop_token=self.ends,
             use_cache=use_cache,
             page_size=page_size,
+            assistant=assistant,
+            prompt_lookup=prompt_lookup,
+            acceptance=acceptance,
         )
         return self._pieces((int(token) for token in chosen), after=begin)
 
@@ -256,6 +263,9 @@ def stream_text(
     stop: Sequence[str] = (),
     use_cache: bool = True,
     page_size: int | None = None,
+    assistant: DecoderModel | None = None,
+    prompt_lookup: int | None = None,
+    acceptance: Acceptance | None = None,
 ) -> Iterator[str]:
     """Continue ``prompt``, piece by piece as the text is generated.
 
@@ -271,6 +281,9 @@ def stream_text(
         stop: as in ``Texts``.
         use_cache: as in ``generate``.
         page_size: as in ``generate``.
+        assistant: as in ``generate``.
+        prompt_lookup: as in ``generate``.
+        acceptance: as in ``generate``.
 
     Yields:
         pieces of text, each whole characters. Bytes that are not UTF-8 become U+FFFD.
@@ -279,7 +292,10 @@ def stream_text(
         InputError: as in ``generate``, or a stop string is empty.
     """
     texts = Texts(model, tokenizer, start=start, end=end, target=target, stop=stop)
-    return texts.stream(prompt, max_new_tokens, sampling, use_cache=use_cache, page_size=page_size)
+    return texts.stream(
+        prompt, max_new_tokens, sampling, use_cache=use_cache, page_size=page_size, assistant=assistant,
+        prompt_lookup=prompt_lookup, acceptance=acceptance,
+    )  # fmt: skip
 
 
 def until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastattn.lm.generate.protocols import DecoderModel
 from fastattn.lm.generate.rows import new_tokens
 from fastattn.lm.generate.sampling import Sampling
 
@@ -25,6 +26,8 @@ class Generates:
         stop_token: int | Sequence[int] | None = None,
         use_cache: bool = True,
         page_size: int | None = None,
+        assistant: DecoderModel | None = None,
+        prompt_lookup: int | None = None,
     ) -> list[list[int]]:
         """Continue prompts.
 
@@ -39,6 +42,9 @@ class Generates:
             stop_token: one or several that end a text.
             use_cache: keep keys and values instead of computing them again: the same tokens, faster.
             page_size: keep them in pages of so many tokens; None keeps each row in one piece.
+            assistant: a smaller decoder with the same tokens, whose guesses a decoder checks several at a time: the
+                same tokens, in fewer calls.
+            prompt_lookup: guess up to so many tokens from what followed the last tokens earlier in the text.
 
         Returns:
             the new tokens of each row, a stop token included. ``fastattn.lm.generate`` has more: streaming, all beams,
@@ -65,4 +71,6 @@ class Generates:
             stop_token=stop_token,
             use_cache=use_cache,
             page_size=page_size,
+            assistant=assistant,
+            prompt_lookup=prompt_lookup,
         )

@@ -82,15 +82,18 @@ class PackedRows:
 
     def batch(self, step: int, rows: int) -> Batch:
         """Rows ``step * rows ... (step + 1) * rows`` of the endless sequence of epochs."""
-        places = (divmod(index, self.num_rows) for index in range(step * rows, (step + 1) * rows))
-        return _stack([self._row(epoch, slot) for epoch, slot in places])
+        return stack([self.row(index) for index in range(step * rows, (step + 1) * rows)])
+
+    def row(self, index: int) -> Row:
+        """Row ``index`` of the endless sequence of epochs."""
+        return self._row(*divmod(index, self.num_rows))
 
     def sample(self, rows: int, batch_rows: int) -> Iterator[Batch]:
         """At most ``rows`` rows, evenly spaced over the first epoch, in batches: for evaluation."""
         count = min(rows, self.num_rows)
         slots = [i * self.num_rows // count for i in range(count)]
         for start in range(0, count, batch_rows):
-            yield _stack([self._row(0, slot) for slot in slots[start : start + batch_rows]])
+            yield stack([self._row(0, slot) for slot in slots[start : start + batch_rows]])
 
     def _row(self, epoch: int, slot: int) -> Row:
         if epoch not in self._epochs:
@@ -141,6 +144,7 @@ def _fill_row(file: TokenFile, epoch: _Epoch, begin: int, length: int) -> Row:
     return tokens, labels, positions, segments
 
 
-def _stack(rows: list[Row]) -> Batch:
+def stack(rows: list[Row]) -> Batch:
+    """Rows as one batch."""
     tokens, labels, positions, segments = (torch.from_numpy(np.stack(x)) for x in zip(*rows, strict=True))
     return Batch(tokens, labels, positions, segments.int())

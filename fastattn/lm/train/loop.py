@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
@@ -33,6 +34,7 @@ from fastattn.lm.train.plots import plot_losses
 from fastattn.lm.train.recompute import recompute_blocks
 from fastattn.lm.train.settings import Progress, TrainConfig
 from fastattn.lm.train.signals import stop_signals
+from fastattn.lm.train.user_data import UserBatch, as_rows, is_of_torch
 
 
 class Batch(Protocol):
@@ -63,7 +65,18 @@ class HeldOutRows(Protocol):
 
 
 Loss = Callable[[nn.Module, Any], Tensor]
+TorchData = Dataset[Any] | DataLoader[Any]
 Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def _of_values(loss: Loss) -> Loss:
+    """The loss, given the value of a batch of the user's own."""
+    return lambda model, batch: loss(model, batch.value if isinstance(batch, UserBatch) else batch)
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return {} if to_dict is None else to_dict()
 
 
 class Trainer:
@@ -72,14 +85,17 @@ class Trainer:
     Args:
         model: on its device, in every process the same. Parameters that do not require gradients are left as they are.
         tokenizer: stored in each checkpoint; None stores none.
-        data: training rows and held-out rows.
+        data: training rows and held-out rows; or for each a ``Dataset``, ``IterableDataset`` or ``DataLoader`` of
+            torch, see ``fastattn.lm.train.user_data``.
         config: how long and how often.
         folder: of the run; receives ``log.jsonl``, ``loss.png`` and ``checkpoints/``.
-        loss: what to minimise: the sum over the labels of a batch, of the model that it is given and calls.
+        loss: what to minimise: the sum over the labels of a batch, of the model that it is given and calls. Of data of
+            torch it is given the batches as they are.
         evaluate: further metrics at each evaluation, of the model in evaluation mode; they go into the log.
         flops_per_label: of training, for the log; None leaves it out.
         levels: losses to compare with, drawn into ``loss.png``.
-        model_config: stored in each checkpoint, for whoever rebuilds the model; None is ``model.config.to_dict()``.
+        model_config: stored in each checkpoint, for whoever rebuilds the model; None is ``model.config.to_dict()``, or
+            nothing if the model has no such config.
         settings: stored in each checkpoint, for whoever resumes it.
         show_progress: show a progress bar.
 
@@ -91,7 +107,7 @@ class Trainer:
         self,
         model: nn.Module,
         tokenizer: Tokenizer | None,
-        data: tuple[Rows, HeldOutRows],
+        data: tuple[Rows | TorchData, HeldOutRows | TorchData],
         config: TrainConfig,
         folder: Path,
         *,
@@ -107,10 +123,11 @@ class Trainer:
         check_sharing(config.batch, config.parallel, self.ranks, config.context_parallel)
         check_context_parallel(config.context_parallel, model, config.compile)
         self.model, self.tokenizer, self.config, self.folder = model, tokenizer, config, folder
-        self.rows, self.held_out_rows = data
-        self.loss, self.evaluate = loss, evaluate
+        rows: Any = [as_rows(given, config.seed) if is_of_torch(given) else given for given in data]
+        self.rows, self.held_out_rows = rows
+        self.loss, self.evaluate = _of_values(loss), evaluate
         self.flops_per_label, self.levels = flops_per_label, levels or {}
-        self.model_config = model.config.to_dict() if model_config is None else model_config  # type: ignore[operator, union-attr]
+        self.model_config = _config_of(model) if model_config is None else model_config
         self.settings = settings or {}
         self.show_progress = show_progress and self.ranks.leads
         self.device = next(model.parameters()).device
@@ -190,6 +207,10 @@ class Trainer:
         finally:
             if self._tensorboard is not None:
                 self._tensorboard.close()
+
+    def train_step(self, step: int) -> Tensor:
+        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves."""
+        return self._train_step(step)[0]
 
     def seconds_per_step(self, trials: int = 3) -> float:
         """Median time of an update. It trains the model, so make another trainer for the run."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 _PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 
-def unigram_entropy(counts: NDArray[np.int64]) -> float:
+def unigram_entropy(counts: NDArray[Any]) -> float:
     """``-sum p log p`` in nats, of tokens that occur ``counts`` times: the best loss that ignores all context.
 
     Example:
@@ -30,7 +31,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+def bits_per_byte(loss: float, tokens: int, text_bytes: float) -> float:
     """The loss in bits for each byte of text, comparable between tokenizers.
 
     Args:

@@ -1,7 +1,8 @@
 """From files to a corpus: clean documents, a tokenizer learned from them, token files. What ``fastattn prepare`` does.
 
-The sources are read once. What is kept of them is spooled to the disk, so that neither memory nor a second reading
-depends on the size of the corpus. The folder appears when it is whole.
+The sources are read once, in shards, and a run that was killed keeps those that it had finished. The documents that
+are kept are spooled to the disk, so that memory does not depend on the size of the corpus. The folder appears when it
+is whole.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,16 +24,22 @@ from tqdm import tqdm
 
 from fastattn.errors import DataError, input_error
 from fastattn.files import new_folder, only_writer
-from fastattn.lm.data import Cleaning, Document, Report, clean_documents, read_documents, text_rank
+from fastattn.lm.data import Cleaning, Document, Report, text_rank
+from fastattn.lm.data.engines import Pool
 from fastattn.lm.data.formats import LONGEST_PIECE, ReadOptions, pieces
-from fastattn.lm.data.sources import Source
+from fastattn.lm.data.pipeline import VERSION, Examined, examined, keep_documents
+from fastattn.lm.data.shards import Work, examined_shards, find_shards, first_documents, shard_folder, size_of
+from fastattn.lm.data.sources import Skipped, Source, read_sources
 from fastattn.lm.train.special_tokens import SpecialTokens
+from fastattn.lm.train.tiktoken import is_tiktoken, load_tiktoken
 from fastattn.lm.train.tokens import (
     FORMAT,
     SPLITS,
     TOKENIZER_SAMPLE,
+    Algorithm,
     Corpus,
     CorpusFacts,
+    check_algorithm,
     check_held_out,
     load_tokenizer,
     token_dtype,
@@ -56,7 +62,8 @@ class PrepareConfig:
         read: fields and encoding of the files.
         cleaning: what is done to documents; the default leaves them as they are.
         vocab_size: as in ``train_tokenizer``, which learns from training documents.
-        tokenizer: a ``tokenizer.json`` of any origin, or a folder with one, instead of learning one.
+        algorithm: as in ``train_tokenizer``.
+        tokenizer: a ``tokenizer.json`` of any origin, a folder with one, or a tiktoken file, instead of learning one.
         held_out: part of the documents that is held out, chosen by the hash of their text; at least one is.
         max_documents: stop after so many documents; None reads all.
     """
@@ -64,12 +71,14 @@ class PrepareConfig:
     read: ReadOptions = field(default_factory=ReadOptions)
     cleaning: Cleaning = field(default_factory=Cleaning.none)
     vocab_size: int = 4096
+    algorithm: Algorithm = "bpe"
     tokenizer: Path | None = None
     held_out: float = 0.05
     max_documents: int | None = None
 
     def __post_init__(self) -> None:
         check_held_out(self.held_out)
+        check_algorithm(self.algorithm)
         if self.max_documents is not None and self.max_documents < 2:
             raise input_error("max_documents", self.max_documents, "at least 2, or None", "One of them is held out.")
 
@@ -77,7 +86,10 @@ class PrepareConfig:
         if self.tokenizer is None:
             return None
         path = self.tokenizer
-        tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+        if is_tiktoken(path):
+            tokenizer = load_tiktoken(path)
+        else:
+            tokenizer = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
         SpecialTokens.of(tokenizer)  # says at once if it has none
         return tokenizer
 
@@ -90,6 +102,7 @@ def prepare(
     folder: Path,
     *,
     vocab_size: int = 4096,
+    tokenizer: Path | None = None,
     held_out: float = 0.05,
     progress: bool = True,
 ) -> Corpus:
@@ -99,6 +112,7 @@ def prepare(
         sources: from ``find_sources`` or ``find_files``.
         folder: where corpora are kept, each under the hash of its files and of the arguments.
         vocab_size: see ``PrepareConfig``.
+        tokenizer: see there.
         held_out: see there.
         progress: show progress bars.
 
@@ -106,15 +120,19 @@ def prepare(
         DataError: no text, only one document, the disk is full, or another process is making this very corpus.
         InputError: ``vocab_size`` or ``held_out`` is out of range.
     """
-    config = PrepareConfig(vocab_size=vocab_size, held_out=held_out)
+    config = PrepareConfig(vocab_size=vocab_size, tokenizer=tokenizer, held_out=held_out)
     stamps = _stamps(sources)
     key = corpus_key(sources, config, progress=progress)
     path = folder / key[:16]
-    return Corpus.open(path) if path.exists() else _make(sources, stamps, path, config, key, progress=progress)
+    return (
+        Corpus.open(path)
+        if path.exists()
+        else _make(sources, stamps, path, config, key, pool=Pool(), progress=progress)
+    )
 
 
 def prepare_at(
-    sources: Sequence[Source], path: Path, config: PrepareConfig, *, workers: int = 1, progress: bool = True
+    sources: Sequence[Source], path: Path, config: PrepareConfig, *, pool: Pool | None = None, progress: bool = True
 ) -> Corpus:
     """The corpus of ``sources`` in the folder ``path``, which is made unless it holds this very corpus already.
 
@@ -122,7 +140,8 @@ def prepare_at(
         sources: from ``find_sources``.
         path: of the corpus.
         config: how it is made.
-        workers: processes that clean documents.
+        pool: where documents are cleaned, from ``fastattn.lm.data.engines.started``; None is this process. It does not
+            change the corpus.
         progress: show progress bars.
 
     Raises:
@@ -131,7 +150,7 @@ def prepare_at(
     stamps = _stamps(sources)
     key = corpus_key(sources, config, progress=progress)
     if not path.exists():
-        return _make(sources, stamps, path, config, key, workers=workers, progress=progress)
+        return _make(sources, stamps, path, config, key, pool=pool or Pool(), progress=progress)
     if (path / "corpus.json").is_file():
         corpus = Corpus.open(path)
         if corpus.facts.key == key:
@@ -145,8 +164,8 @@ def corpus_key(sources: Sequence[Source], config: PrepareConfig, *, progress: bo
     tokenizer = config.load_tokenizer()
     here = dataclasses.replace(config, cleaning=config.cleaning.here()).to_dict()
     here["tokenizer"] = tokenizer.to_str() if tokenizer else None
-    digest = hashlib.sha256(json.dumps([FORMAT, here]).encode())
-    with _bar("files", _size_of(sources), progress) as bar:
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, here]).encode())
+    with _bar("files", size_of(sources), progress) as bar:
         for source in sources:
             name = "".join(source.suffixes[-2:]) if isinstance(source, Path) else str(source)
             digest.update(f"\0{name}\0".encode())
@@ -155,10 +174,6 @@ def corpus_key(sources: Sequence[Source], config: PrepareConfig, *, progress: bo
                     digest.update(hashlib.file_digest(file, "sha256").digest())
                     bar.update(file.tell())
     return digest.hexdigest()
-
-
-def _size_of(sources: Iterable[Source]) -> int:
-    return sum(path.stat().st_size for path in sources if isinstance(path, Path) and path.is_file())
 
 
 def _bar(what: str, size: int, progress: bool) -> tqdm:
@@ -206,28 +221,39 @@ def _make(
     config: PrepareConfig,
     key: str,
     *,
-    workers: int = 1,
-    progress: bool = True,
+    pool: Pool,
+    progress: bool,
 ) -> Corpus:
-    report = Report()
-    with only_writer(path), new_folder(path, alone=False) as folder:
+    report = Report(settings=config.cleaning.here().to_dict())
+    with only_writer(path), shard_folder(path, key) as shards, new_folder(path, alone=False) as folder:
         work = folder / "work"
         work.mkdir()
         spool = _Spool(work / "spool")
-        with _bar("documents", _size_of(sources), progress) as bar:
-            found = read_documents(sources, report.skipped, config.read, bar.update)
-            wanted = islice(found, config.max_documents)
-            spool.fill(clean_documents(wanted, config.cleaning, report, work, workers=workers))
+        with _bar("documents", size_of(sources), progress) as bar:
+            found = first_documents(_examined(sources, config, shards, pool, bar.update), config.max_documents)
+            spool.fill(keep_documents(found, report, work))
         if _stamps(sources) != stamps:
             raise DataError("The files changed while they were read: run again when nothing writes to them.")
         split = _Split.of_corpus(spool, report, config.held_out, len(sources))
-        tokenizer = config.load_tokenizer() or train_tokenizer(_sample(spool, split), config.vocab_size)
+        tokenizer = config.load_tokenizer() or train_tokenizer(
+            _sample(spool, split), config.vocab_size, config.algorithm
+        )
         facts = _write_tokens(folder, spool, tokenizer, split, progress)
         _write_json(folder / "corpus.json", asdict(CorpusFacts(key=key, skipped=_skipped(report), **facts)))
         _write_json(folder / "report.json", report.to_dict() | {"made": config.to_dict()})
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         shutil.rmtree(work)
     return Corpus.open(path)
+
+
+def _examined(
+    sources: Sequence[Source], config: PrepareConfig, folder: Path, pool: Pool, advance: Callable[[int], object]
+) -> Iterator[Examined | Skipped]:
+    """All documents, examined: shard by shard in ``folder``, or on the way if there is nothing to examine."""
+    work = Work(Path.cwd(), config.read, config.cleaning.here(), config.max_documents)
+    if config.cleaning == Cleaning.none():
+        return examined(read_sources(sources, config.read, advance), work.cleaning)
+    return examined_shards(find_shards(sources), work, folder, pool, advance)
 
 
 def _stamps(sources: Iterable[Source]) -> list[Stamp]:

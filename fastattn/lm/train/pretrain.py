@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,19 @@ from typing import Any
 import torch
 
 from fastattn.errors import DataError, input_error
-from fastattn.lm.data.sources import find_sources
+from fastattn.lm.data.sources import Source, find_sources
 from fastattn.lm.models import TransformerConfig, preset
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
-from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
-from fastattn.lm.train.metrics import bits_per_byte, perplexity, unigram_entropy
+from fastattn.lm.train.metrics import bits_per_byte, perplexity
+from fastattn.lm.train.mixture import Mixture, of_folders, split_weights
 from fastattn.lm.train.parallel import ranks
 from fastattn.lm.train.prepare import prepare
 from fastattn.lm.train.run import run_folder, start_or_resume
 from fastattn.lm.train.settings import Progress, RunSettings, TrainConfig
 from fastattn.lm.train.tasks import find_objective, preset_for
-from fastattn.lm.train.tokens import Corpus, check_held_out, check_vocabulary_size, vocabulary_size
+from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class RunConfig(RunSettings):
 
     Attributes:
         data: files, folders and patterns of text, and ``hf:`` names; empty is the Python standard library's own source.
-        corpus: a folder that ``fastattn prepare`` made, instead of ``data``, ``vocab_size`` and ``held_out``.
+            With weights, as in ``("books:0.7", "code:0.3")``, they are mixed in these parts.
+        corpus: a folder that ``fastattn prepare`` made, or several, with or without weights, instead of ``data``,
+            ``vocab_size`` and ``held_out``.
         objective: what is learned: "causal" (a decoder), "masked" (an encoder) or "span" (an encoder-decoder).
         preset: size of the model, a key of ``fastattn.lm.models.PRESETS``; "tiny" is that of the objective's kind.
         vocab_size: of the tokenizer, which is learned from the text.
@@ -44,7 +47,7 @@ class RunConfig(RunSettings):
 
     data: tuple[str, ...] = ()
     objective: str = "causal"
-    corpus: str | None = None
+    corpus: str | tuple[str, ...] | None = None
     preset: str = "tiny"
     vocab_size: int = 4096
     held_out: float = 0.05
@@ -57,6 +60,7 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             raise input_error("length", self.length, "a positive int, or None", "None is the preset's.")
+        split_weights(self.data, "data")
         check_vocabulary_size(self.vocab_size)
         check_held_out(self.held_out)
         self.model_config(self.vocab_size)  # checks the objective, the preset and what the model takes
@@ -84,7 +88,7 @@ class Outcome:
     """
 
     progress: Progress
-    corpus: Corpus
+    corpus: Mixture
     objective: str
     unigram_entropy: float
     num_parameters: int
@@ -93,11 +97,11 @@ class Outcome:
     def facts(self) -> dict[str, float | int | str | None]:
         """The figures of the run by name; None for losses that a stopped run did not get to."""
         progress, corpus = self.progress, self.corpus.facts
-        labels = corpus.tokens["held_out"] - corpus.documents["held_out"]
         held_out = progress.held_out_loss
         bits = {}
         if self.objective == "causal":  # the others do not predict every token
-            per_byte = None if held_out is None else bits_per_byte(held_out, labels, corpus.text_bytes["held_out"])
+            bytes_each = self.corpus.bytes_per_label()
+            per_byte = None if held_out is None else bits_per_byte(held_out, 1, bytes_each)
             bits = {"held-out bits per byte": _rounded(per_byte)}
         return {
             "objective": self.objective,
@@ -154,7 +158,7 @@ def pretrain(
     with run_folder(out, config.train, resume):
         trainer, corpus = make_trainer(out, config, device=device, show_progress=show_progress)
         progress = start_or_resume(trainer, resume, corpus.facts.fingerprint, "text is")
-    entropy = _entropy(corpus)
+    entropy = corpus.unigram_entropy()
     return Outcome(progress, corpus, config.objective, entropy, _num_parameters(trainer.model), find_checkpoint(out))
 
 
@@ -164,7 +168,7 @@ def _num_parameters(model: torch.nn.Module) -> int:
 
 def make_trainer(
     out: Path, config: RunConfig, *, device: torch.device | str = "cpu", show_progress: bool = True
-) -> tuple[Trainer, Corpus]:
+) -> tuple[Trainer, Mixture]:
     """The trainer of a new run and its data."""
     corpus = _corpus(out, config, show_progress)
     tokenizer = corpus.tokenizer()
@@ -172,33 +176,40 @@ def make_trainer(
     objective = find_objective(config.objective)(tokenizer, length)  # which may add tokens
     torch.manual_seed(config.train.seed)
     model = objective.model(config.model_config(vocabulary_size(tokenizer))).to(device)
-    rows = objective.rows(PackedRows(corpus.split("train"), length, config.train.seed))
-    held_out_rows = objective.rows(PackedRows(corpus.split("held_out"), length))
+    rows = objective.rows(corpus.rows("train", length, config.train.seed))
+    held_out_rows = objective.rows(corpus.rows("held_out", length))
     settings = {"run": config.to_dict(), "fingerprint": corpus.facts.fingerprint}
+    levels = {"unigram entropy of the text": corpus.unigram_entropy()}
     trainer = Trainer(
         model, tokenizer, (rows, held_out_rows), config.train, out, loss=objective.loss,
-        flops_per_label=objective.flops_per_label(model), levels={"unigram entropy of the text": _entropy(corpus)},
+        flops_per_label=objective.flops_per_label(model), levels=levels,
         settings=settings, show_progress=show_progress,
     )  # fmt: skip
     return trainer, corpus
 
 
-def _entropy(corpus: Corpus) -> float:
-    return unigram_entropy(corpus.split("held_out").counts(corpus.facts.vocab_size))
-
-
-def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Corpus:
+def _corpus(out: Path, config: RunConfig, show_progress: bool) -> Mixture:
     if config.corpus is not None:
-        return Corpus.open(Path(config.corpus))
-    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]  # by a run inside its data
-    sources = [
+        return of_folders(config.corpus)
+    paths, weights = split_weights(config.data, "data")
+    options: dict[str, Any] = {"held_out": config.held_out, "progress": show_progress and ranks().leads}
+    with ranks().first_alone():
+        whole = prepare(_sources(paths, out), out / "corpus", vocab_size=config.vocab_size, **options)
+        if weights is None:
+            return Mixture((whole,))
+        options["tokenizer"] = whole.folder  # learned from all of them
+        parts = [prepare(_sources([path], out), out / "corpus", **options) for path in paths]
+        return Mixture(tuple(parts), tuple(weights))
+
+
+def _sources(paths: Sequence[str], out: Path) -> list[Source]:
+    """The files and data sets, without what the run itself writes among them."""
+    written = [out.resolve() / name for name in ("corpus", "checkpoints", "log.jsonl")]
+    return [
         source
-        for source in find_sources(config.data)
+        for source in find_sources(paths)
         if not (isinstance(source, Path) and any(source.is_relative_to(name) for name in written))
     ]
-    options: dict[str, Any] = {"vocab_size": config.vocab_size, "held_out": config.held_out}
-    with ranks().first_alone():
-        return prepare(sources, out / "corpus", **options, progress=show_progress and ranks().leads)
 
 
 def resumed_config(checkpoint: Checkpoint, flags: dict[str, Any]) -> RunConfig:

@@ -19,6 +19,7 @@ from fastattn.errors import input_error
 from fastattn.lm.models import PRESETS, MaskedLM, TransformerConfig, make_model
 from fastattn.lm.train.data import IGNORED, Batch, PackedRows
 from fastattn.lm.train.example_rows import ExampleBatch, padded
+from fastattn.lm.train.mixture import MixedRows
 from fastattn.lm.train.objectives import corrupt_spans, mask_tokens, span_counts
 from fastattn.lm.train.special_tokens import SpecialTokens, mask_token, sentinel_tokens
 from fastattn.lm.train.tokens import vocabulary_size
@@ -62,7 +63,7 @@ class Causal:
         """A model with fresh weights."""
         return make_model(config)
 
-    def rows(self, packed: PackedRows) -> Any:
+    def rows(self, packed: PackedRows | MixedRows) -> Any:
         """Rows for the trainer, made from rows of packed documents."""
         return packed
 
@@ -92,7 +93,7 @@ class Masked(Causal):
     def model(self, config: TransformerConfig) -> nn.Module:
         return MaskedLM(make_model(config))  # type: ignore[arg-type]  # which refuses what is no encoder
 
-    def rows(self, packed: PackedRows) -> HiddenRows:
+    def rows(self, packed: PackedRows | MixedRows) -> HiddenRows:
         return HiddenRows(packed, self)
 
     def hide(self, batch: Batch, random: Sequence[np.random.Generator]) -> Batch:
@@ -122,7 +123,7 @@ class Span(Causal):
         self.special_tokens = SpecialTokens.of(tokenizer)
         self.sentinels = sentinel_tokens(tokenizer, span_counts(length)[1])
 
-    def rows(self, packed: PackedRows) -> HiddenRows:
+    def rows(self, packed: PackedRows | MixedRows) -> HiddenRows:
         return HiddenRows(packed, self)
 
     def hide(self, batch: Batch, random: Sequence[np.random.Generator]) -> ExampleBatch:
@@ -160,7 +161,7 @@ def _without_padding(row: np.ndarray, segments: np.ndarray, special: SpecialToke
 class HiddenRows:
     """Packed rows with something hidden in each, drawn from the run's seed and the row's number in the sequence."""
 
-    def __init__(self, rows: PackedRows, objective: Masked | Span) -> None:
+    def __init__(self, rows: PackedRows | MixedRows, objective: Masked | Span) -> None:
         self.packed, self.objective = rows, objective
 
     def batch(self, step: int, rows: int) -> Any:

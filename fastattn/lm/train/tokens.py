@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from fastattn.files import read_limited
 START, END = "<|start|>", "<|end|>"
 SPLITS = ("train", "held_out")
 FORMAT = "fastattn-corpus-2"
+Algorithm = Literal["bpe", "unigram"]
 TOKENIZER_SAMPLE = 1 << 26  # characters from which the vocabulary is learned
 
 
@@ -144,27 +146,41 @@ def check_vocabulary_size(size: int) -> None:
         raise input_error("vocab_size", size, f"at least {smallest}", "It holds every byte and two special tokens.")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE vocabulary: every text can be encoded, and decodes to itself.
+def check_algorithm(name: str) -> None:
+    """Raise InputError unless ``train_tokenizer`` knows the algorithm."""
+    if name not in get_args(Algorithm):
+        raise input_error("algorithm", repr(name), ", ".join(get_args(Algorithm)), "bpe is that of GPT-2 and Llama 3.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, algorithm: Algorithm = "bpe") -> Tokenizer:
+    """Learn a vocabulary over bytes: every text can be encoded, and decodes to itself.
 
     Args:
         texts: to learn from; the first 64 Mi characters are used.
         vocab_size: wanted size, at least 258: the bytes and two special tokens. A small text may give fewer.
+        algorithm: "bpe" merges frequent pairs; "unigram" keeps the pieces that make the text likeliest, as
+            SentencePiece does.
 
     Raises:
-        InputError: ``vocab_size`` is too small.
+        InputError: ``vocab_size`` is too small, or ``algorithm`` unknown.
 
     Source:
-        Sennrich et al., "Neural machine translation of rare words with subword units", 2016; bytes as in GPT-2.
+        Sennrich et al., "Neural machine translation of rare words with subword units", 2016; bytes as in GPT-2. Kudo,
+        "Subword regularization", 2018.
     """
     check_vocabulary_size(vocab_size)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Tokenizer(models.BPE())
+    check_algorithm(algorithm)
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size, "special_tokens": [START, END], "show_progress": False,
+        "initial_alphabet": pre_tokenizers.ByteLevel.alphabet(),
+    }  # fmt: skip
+    trainer: trainers.BpeTrainer | trainers.UnigramTrainer
+    if algorithm == "bpe":
+        tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(**options)
+    else:
+        tokenizer, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(**options)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False
-    )
     tokenizer.train_from_iterator(_first_characters(texts, TOKENIZER_SAMPLE), trainer)
     tokenizer.encode_special_tokens = True
     return tokenizer

@@ -18,9 +18,9 @@ OPTIONS = ("-std=c++20", "-O1", "-shared", "-fPIC", "-w")
 
 
 def unavailable_reason() -> str | None:
-    """Why there can be no simulated device here; None if there can."""
+    """The reason why this machine cannot simulate a device, or None if it can."""
     if torch.version.cuda is not None or torch.version.hip is not None:
-        return "the simulated GPU needs a CPU build of torch: in this build the operators of GPUs are there already"
+        return "the simulated GPU needs a CPU build of torch: this build has registered its own operators for GPUs"
     if not (TORCH / "include" / "ATen").is_dir():
         return "the simulated GPU needs the C++ headers of torch, which this installation lacks"
     if shutil.which("g++") is None:
@@ -29,18 +29,18 @@ def unavailable_reason() -> str | None:
 
 
 def startup_folder() -> Path:
-    """In ``PYTHONPATH``, it gives the devices to a whole program."""
+    """The folder that, on ``PYTHONPATH``, makes the simulated devices present from the start of a program."""
     return Path(__file__).with_name("startup")
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, known to torch from now on; it changes nothing until ``present``.
+    """Load the library and register it with torch; nothing changes before ``present``.
 
-    It has to be loaded before the first backward pass of the process, in which torch starts a thread for each device.
+    Call it before the first backward pass of the process: that is when torch starts one thread for each device.
 
     Raises:
-        RuntimeError: there can be none here, or it does not compile.
+        RuntimeError: this machine cannot simulate a device, or the library does not compile.
     """
     reason = unavailable_reason()
     if reason is not None:
@@ -72,7 +72,7 @@ def _compile(path: Path) -> None:
 
 
 def _unchecked_operators() -> list[str]:
-    """Operators whose operands torch's generated code for CUDA lets lie on several devices, from torch's own table."""
+    """Operators that accept operands on several devices under CUDA, read from torch's own table of operators."""
     import torchgen
 
     table = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"

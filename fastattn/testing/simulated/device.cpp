@@ -1,7 +1,7 @@
 // Two CUDA devices that are not there, for a CPU build of torch. Their memory is host memory that says "cuda:0"; their
 // operators are torch's own for CPUs, run on aliases of that memory, so results are real. What only a device does is
 // imitated: it refuses operands of other devices, waits are counted, a capture is recorded and replayed, fresh memory is
-// NaN. Loaded by device.py, before torch's first backward pass, which starts a thread for each device there is.
+// NaN. Loaded by build.py, before torch's first backward pass, which starts a thread for each device there is.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -254,11 +254,19 @@ at::Generator& default_generator(DeviceIndex index) {
   return all->at(index < 0 ? current_device : index);
 }
 
+// What UntypedStorage.resize_(0) does on a GPU; torch refuses it in a build without CUDA.
+void release(int64_t storage) {
+  auto* const found = reinterpret_cast<c10::StorageImpl*>(storage);
+  found->set_data_ptr_noswap(c10::DataPtr(nullptr, found->device()));
+  found->set_nbytes(0);
+}
+
 void use_generator(std::optional<at::Generator> given) { default_generator(given->device().index()) = *given; }
 
 TORCH_LIBRARY(fastattn_simulated, m) {
   m.def("alias_on_host(Tensor(a) x) -> Tensor(a)");
   m.def("use_generator(Generator? given) -> ()", TORCH_FN(use_generator));
+  m.def("release(int storage) -> ()", TORCH_FN(release));
 }
 TORCH_LIBRARY_IMPL(fastattn_simulated, CompositeExplicitAutograd, m) { m.impl("alias_on_host", TORCH_FN(alias)); }
 
@@ -373,7 +381,7 @@ void exchange_hooks(bool on) {
 
 }  // namespace simulated
 
-// --- for device.py ---------------------------------------------------------------------------------------------------
+// --- for build.py and machine.py -------------------------------------------------------------------------------------
 
 using simulated::machine;
 

@@ -1,8 +1,8 @@
-"""The CUDA backend's kernels on the simulated GPUs: a library of the emulated machine launches them there.
+"""Runs the CUDA backend's kernels on the simulated GPUs, with the emulator of ``csrc/``.
 
-The host code is the backend's own, tensors lie in the memory of the simulated devices, and the emulator of ``csrc/``
-computes on it: what the backend launches is real, and judged. Addresses are checked as a GPU would: memory of another
-device, of the host, or freed is an illegal access.
+The host code is the backend's own and tensors lie in the memory of the simulated devices, so the results of its
+launches are real and can be judged. Addresses are checked as on a GPU: memory of another device, memory of the host and
+freed memory are illegal accesses.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastattn.testing.simulated.machine import Machine
 
 
 class EmulatedKernels(library.Library):
-    """In the place of the library that is built for GPUs.
+    """Replaces the library that is built for GPUs.
 
     Args:
         machine: the simulated GPUs.
-        path: of the library that ``csrc/emulator/emulate.py`` builds.
+        path: the library that ``csrc/emulator/emulate.py`` builds.
     """
 
     def __init__(self, machine: Machine, path: Path) -> None:
@@ -40,7 +40,7 @@ class EmulatedKernels(library.Library):
 
 @contextlib.contextmanager
 def emulated_cuda(machine: Machine, path: Path) -> Iterator[None]:
-    """The CUDA backend with these kernels while inside; nothing else of it is replaced."""
+    """Let the CUDA backend launch these kernels while inside; the rest of the backend is unchanged."""
     kernels = EmulatedKernels(machine, path)
     with mock.patch.object(cuda, "_delivered", return_value=(kernels, "emulated")):
         yield

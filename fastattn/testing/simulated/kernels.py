@@ -1,7 +1,7 @@
-"""Launches Triton's kernels on the simulated device: its interpreter runs them on the device's own memory.
+"""Runs Triton's kernels on the simulated device: Triton's interpreter reads and writes the device's memory directly.
 
-Like Triton's launcher it refuses what lies in host memory; and what lies on another device than the current one, which
-on a GPU is an illegal access.
+Like Triton's launcher it refuses arguments in host memory. It also refuses arguments on another device than the current
+one, which on a GPU are illegal accesses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastattn.testing.simulated.surface import Patch, alias_on_host
 
 
 def patches(machine: Machine) -> list[Patch]:
-    """As in ``surface``; none where Triton is missing or does not interpret."""
+    """``(owner, name, value)`` as in ``surface.patches``; empty if Triton is missing or has no interpreter."""
     try:
         from triton.runtime.interpreter import GridExecutor, InterpretedFunction
     except ImportError:
@@ -50,7 +50,7 @@ def patches(machine: Machine) -> list[Patch]:
 
 
 class _Compiled:
-    """What stands for a compiled kernel: launched with addresses in the places of the tensors it was compiled for."""
+    """Stands for a compiled kernel: it is launched with addresses instead of the tensors it was compiled for."""
 
     def __init__(self, machine: Machine, kernel: Any, compiled_for: tuple[Any, ...], interpret: Any) -> None:
         self.machine, self.kernel, self.interpret = machine, kernel, interpret
@@ -59,6 +59,7 @@ class _Compiled:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         from triton.runtime.interpreter import GridExecutor
 
+        _check_devices(self.compiled_for, self.machine.library.sim_device())  # on which Triton loads it now
         executor = GridExecutor(self.kernel.rewrite(), self.kernel.arg_names, grid, [])
         executor._init_args_hst = lambda args, kwargs: (args, kwargs)  # addresses are those of this memory already
         executor._restore_args_dev = lambda *_: None
@@ -78,7 +79,7 @@ class _Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class _Pointer:
-    """An address with the type that a kernel was compiled for; what Triton asks of a tensor."""
+    """An address and the type that the kernel was compiled for, with the part of Tensor that Triton uses."""
 
     dtype: torch.dtype
     device: torch.device
@@ -145,10 +146,10 @@ def _mapped(value: Any) -> Any:
 
 @contextlib.contextmanager
 def fast_interpreter() -> Iterator[None]:
-    """Make the interpreter fast enough for many cases: it prepares each function once, and checks no overflow.
+    """Speed up Triton's interpreter: prepare each device function once, and skip the checks of integer overflow.
 
-    It patches ``triton.language`` anew on every call of a device function, which takes longer than the function; the
-    kernel around it has already done it. Checking every operation on integers is half of what remains.
+    The interpreter patches ``triton.language`` again on every call of a device function, although the kernel that calls
+    it has done so; that takes longer than the function itself. The checks of overflow take half of the remaining time.
     """
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 

@@ -1,7 +1,8 @@
-"""Triton's own launcher over the recording driver: what its compiled C code makes of our kernels' arguments.
+"""Drives Triton's own launcher over the recording driver, to see what its compiled C code passes to the driver.
 
-For a process of its own, in which no kernel is interpreted. A kernel is compiled as far as Triton's first form, which
-decides on its parameters; the text that stands for its machine code says how many bytes each of them takes.
+It needs a process of its own in which no kernel is interpreted. A kernel is compiled only to Triton's first
+intermediate form, which fixes the parameters; in place of machine code stands a text that lists the size of each
+parameter in bytes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "f32": 4, "f64": 8}
 
 
 def use(recording: RecordingDriver) -> None:
-    """From now on Triton launches on tensors in host memory, as on a GPU whose driver is ``recording``.
+    """Make Triton launch on tensors in host memory from now on, as on a GPU whose driver is ``recording``.
 
-    It does so through the environment, too, which has to be set before Triton is imported.
+    This also sets environment variables, so call it before Triton is imported.
     """
     folder = Path(tempfile.mkdtemp(prefix="fastattn-launcher-"))
     (folder / "libcuda.so.1").symlink_to(recording.path)  # the launcher is linked with it
@@ -40,7 +41,7 @@ def use(recording: RecordingDriver) -> None:
     from triton.runtime import driver
 
     class HostDriver(nvidia.CudaDriver):
-        """Its own, but for devices and streams, which torch does not have here."""
+        """Triton's own driver, except for devices and streams, which a CPU build of torch lacks."""
 
         def __init__(self) -> None:
             self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
@@ -60,13 +61,13 @@ def use(recording: RecordingDriver) -> None:
 
 @contextlib.contextmanager
 def host_tensors(backend: str) -> Iterator[None]:
-    """``backend`` serves calls on tensors in host memory while inside, as if they lay on a GPU."""
+    """Let ``backend`` accept tensors in host memory while inside, as if they were on a GPU."""
     with mock.patch.multiple(load(backend), unsupported_reasons=lambda _: [], unavailable_reason=lambda: None):
         yield
 
 
 def _stages(self: Any, stages: dict[str, Callable[..., Any]], options: Any, *_: Any) -> None:
-    """In the place of ``CUDABackend.add_stages``."""
+    """Replaces ``CUDABackend.add_stages``."""
     capability = self._parse_arch(options.arch)
 
     def described(module: Any, metadata: dict[str, Any]) -> bytes:

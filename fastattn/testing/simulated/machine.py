@@ -1,4 +1,4 @@
-"""What the simulated GPUs are, and what they saw: waits of the host, and launches of kernels."""
+"""The properties of the simulated GPUs, and their record of launches and of the host's waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Wait:
     """The host waited for the device.
 
     Attributes:
-        operator: that waited, for example "aten::_local_scalar_dense".
+        operator: the operator that waited, for example "aten::_local_scalar_dense".
         line: "path:number code" of the innermost line outside of torch.
     """
 
@@ -32,10 +32,10 @@ class Launch:
     """A kernel was launched.
 
     Attributes:
-        kernel: its name.
-        device: that was current.
-        stream: that was current on it.
-        grid: its size.
+        kernel: the name of the kernel.
+        device: the index of the current device.
+        stream: the id of the current stream of that device.
+        grid: the number of blocks in each dimension.
     """
 
     kernel: str
@@ -46,15 +46,16 @@ class Launch:
 
 @dataclass
 class Machine:
-    """The GPUs, of one kind.
+    """The simulated GPUs, which are all alike.
 
     Attributes:
-        name: as ``torch.cuda.get_device_name`` says it.
+        name: the result of ``torch.cuda.get_device_name``.
         capability: (major, minor).
-        multiprocessors, l2_bytes, memory_bytes: their sizes.
-        refuses_waits: a wait raises: ``torch.cuda.set_sync_debug_mode("error")``.
-        waits: of the host, in order.
-        launches: of kernels, in order.
+        multiprocessors, l2_bytes, memory_bytes: the size of each GPU.
+        refuses_waits: whether a wait raises, as after ``torch.cuda.set_sync_debug_mode("error")``.
+        waits: the waits of the host so far.
+        launches: the launches of kernels so far.
+        turned: the functions that are told each device that becomes current.
     """
 
     library: ctypes.CDLL
@@ -66,6 +67,7 @@ class Machine:
     refuses_waits: bool = False
     waits: list[Wait] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
+    turned: list[Callable[[int], object]] = field(default_factory=list)
     _captured: dict[int, Callable[[], object]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,10 +82,10 @@ class Machine:
         return int(self.refuses_waits)
 
     def wait(self) -> None:
-        """The host waits for the device.
+        """Record that the host waits for the device.
 
         Raises:
-            RuntimeError: during a capture, or where waits are refused.
+            RuntimeError: a capture is under way, or waits are refused.
         """
         if self.library.sim_is_capturing():
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
@@ -93,7 +95,7 @@ class Machine:
     def launch(
         self, kernel: str, grid: tuple[int, ...], run: Callable[[], object], on: tuple[int, int] | None = None
     ) -> None:
-        """Run a kernel on a (device, stream), and again at each replay of a graph; None: those that are current."""
+        """Run a kernel on ``on``, a (device, stream), by default the current ones; replays repeat it."""
         device = self.library.sim_device()
         device, stream = on or (device, self.library.sim_stream(device))
         self.launches.append(Launch(kernel, device, stream, grid))
@@ -104,10 +106,10 @@ class Machine:
         run()
 
     def check_address(self, kernel: str, name: str, address: int, device: int) -> None:
-        """An address that a kernel is given has to be memory of its device, which is not freed.
+        """Check that an argument of a kernel points to live memory of the kernel's device.
 
         Raises:
-            RuntimeError: it is not.
+            RuntimeError: it points elsewhere.
         """
         found = self.library.sim_device_of(address)
         if address and found != device:

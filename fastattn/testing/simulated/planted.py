@@ -1,4 +1,4 @@
-"""Faults planted in the source of one function at a time, for tests that have to report them."""
+"""Plants faults in the source of one function at a time; a test must report each of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import pytest
 
 @dataclass(frozen=True)
 class Fault:
-    """A replacement in the source of one function, and the probe that passes without it and fails with it.
+    """A replacement in the source of one function, and a probe that passes without it and must fail with it.
 
     Attributes:
-        what: goes wrong.
-        where: "module:function", or "module:Class.method".
-        old: stands once in the source of that function,
-        new: is put in its place.
-        probe: is given what the test has prepared.
+        what: a description of the fault.
+        where: the function, as "module:function" or "module:Class.method".
+        old: the text to replace, which occurs once in the source of that function.
+        new: the text that replaces it.
+        probe: a function of what the test has prepared; it raises if something is wrong.
     """
 
     what: str
@@ -35,7 +35,7 @@ class Fault:
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """While inside, the function has the fault, compiled anew in its own module."""
+        """Replace the function by its faulty version, compiled in its own module, while inside."""
         name, _, path = self.where.partition(":")
         module = importlib.import_module(name)
         *owners, attribute = path.split(".")
@@ -52,11 +52,11 @@ class Fault:
             yield
 
     def is_reported(self, given: Any) -> BaseException:
-        """The error that the probe ends with while the fault is planted.
+        """The error that the probe raises while the fault is planted.
 
         Raises:
-            AssertionError: it passes.
-            ValueError: the fault itself is wrong.
+            AssertionError: the probe passes although the fault is planted.
+            ValueError: the faulty source is not valid Python.
         """
         with self.planted():
             try:
@@ -65,4 +65,4 @@ class Fault:
                 raise ValueError(f"fault {self.what!r} is no Python") from error
             except (Exception, pytest.fail.Exception) as error:
                 return error
-        raise AssertionError(f"nobody reports {self.what!r}")
+        raise AssertionError(f"no check reports {self.what!r}")

@@ -1,4 +1,4 @@
-"""``present``: while inside, this process has the simulated GPUs."""
+"""``present``, the context manager that gives this process the simulated GPUs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _count = 0
 
 
 def is_present() -> bool:
-    """Whether this process has them now."""
+    """Whether this process has the simulated GPUs now."""
     return _count > 0
 
 
 @contextlib.contextmanager
 def present(name: str = "Simulated H200", capability: tuple[int, int] = (9, 0)) -> Iterator[Machine]:
-    """Two GPUs are there while inside.
+    """Give this process two simulated GPUs while inside.
 
-    Triton's kernels run in its interpreter, for which ``TRITON_INTERPRET=1`` has to stand in the environment before the
-    first of them is imported; to the package they look compiled.
+    Triton's kernels run in its interpreter, so ``TRITON_INTERPRET=1`` must be in the environment before the first of
+    them is imported. The package treats them as compiled.
 
     Args:
-        name: of the GPUs.
-        capability: (major, minor).
+        name: the name of the GPUs.
+        capability: the compute capability, (major, minor).
 
     Yields:
-        the ``Machine``, which tells what it saw.
+        the ``Machine``, with its record of launches and waits.
     """
     global _count
     machine = Machine(build.load(), name, capability)

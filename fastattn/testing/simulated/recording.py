@@ -1,4 +1,4 @@
-"""A recording CUDA driver: the calls of the hosts, held to the documented rules, with nothing behind them."""
+"""A fake CUDA driver that records the calls of the host code and checks them by the documented rules; runs nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from unittest import mock
 
 from fastattn import compiled
-from fastattn.backends import cuda, native
-from fastattn.backends.cuda import abi, build, driver, library, nvrtc
+from fastattn.backends import cuda, driver, native
+from fastattn.backends.cuda import abi, build, library, nvrtc
 from fastattn.backends.cuda.instances import Instance, library_instances
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("runtime.c", "driver.c"))  # the first includes the others
@@ -25,7 +25,7 @@ NAME_BYTES, MAP_BYTES, MAP_MAGIC = 512, 128, 0x4D415021
 
 
 class RecordedMap(ctypes.Structure):
-    """A tensor map: all that its encoding was given, and the address that it shows now."""
+    """A tensor map: the arguments of its encoding, and the address that it holds now."""
 
     _fields_ = (
         ("address", ctypes.c_uint64), ("sizes", ctypes.c_uint64 * 5), ("strides", ctypes.c_uint64 * 4),
@@ -36,7 +36,7 @@ class RecordedMap(ctypes.Structure):
 
 
 class RecordedLaunch(ctypes.Structure):
-    """One launch; ``params`` are the bytes of its arguments, one after the other."""
+    """One launch; ``params`` holds the bytes of its arguments, one after the other."""
 
     _fields_ = (
         ("kernel", ctypes.c_char * NAME_BYTES), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
@@ -52,12 +52,12 @@ class RecordedLaunch(ctypes.Structure):
 
     @property
     def argument(self) -> bytes:
-        """The first."""
+        """The first argument."""
         return self.arguments[0]
 
     @property
     def maps(self) -> list[RecordedMap]:
-        """The tensor maps with which the argument begins."""
+        """The tensor maps at the beginning of the first argument."""
         pieces = (self.argument[n : n + MAP_BYTES] for n in range(0, len(self.argument) - MAP_BYTES + 1, MAP_BYTES))
         maps = (RecordedMap.from_buffer_copy(piece) for piece in pieces)
         return list(itertools.takewhile(lambda found: found.magic == MAP_MAGIC, maps))
@@ -67,8 +67,8 @@ class RecordingDriver:
     """The fake ``libcuda``.
 
     Attributes:
-        library: to be used in the place of ``libcuda.so.1``.
-        path: of that library.
+        library: the loaded library, which replaces ``libcuda.so.1``.
+        path: the path of the library.
     """
 
     def __init__(self) -> None:
@@ -83,26 +83,36 @@ class RecordingDriver:
         return [self.library.rec_launch(i).contents for i in range(self.library.rec_launches())]
 
     def clear(self) -> None:
-        """Forget launches and broken rules, not what is loaded."""
+        """Forget launches and broken rules; loaded modules stay."""
         self.library.rec_clear()
 
     def copies(self) -> list[RecordedLaunch]:
-        """``launches``, which stay as they are when others are recorded."""
+        """Copies of ``launches`` that later launches do not overwrite."""
         return [RecordedLaunch.from_buffer_copy(launch) for launch in self.launches]
 
     @property
     def broken_rule(self) -> str:
-        """The rule that was broken last; "" if none was."""
+        """The rule that was broken last, or "" if none was."""
         return self.library.rec_broken().decode()
 
     def bind(self, device: int | None) -> None:
         """Make a context current on this thread, or none."""
         self.library.rec_bind(-1 if device is None else device)
 
+    @property
+    def bound(self) -> int | None:
+        """The device whose context is current on this thread."""
+        context, found = ctypes.c_void_p(), ctypes.c_int()
+        self.library.cuCtxGetCurrent(ctypes.byref(context))
+        if context.value is None:
+            return None
+        self.library.cuCtxGetDevice(ctypes.byref(found))
+        return found.value
+
 
 @contextlib.contextmanager
 def recorded_cuda() -> Iterator[RecordingDriver]:
-    """The CUDA backend, through ctypes, over a recording driver. A cubin is a text: name and size of argument."""
+    """Run the CUDA backend's ctypes host over a recording driver; a text of name and argument size is its cubin."""
     recording = RecordingDriver()
     driver._primary_context.cache_clear()
 
@@ -123,16 +133,16 @@ def recorded_cuda() -> Iterator[RecordingDriver]:
 
 
 def argument_bytes(instance: Instance) -> int:
-    """The size of a kernel's argument, by what csrc/ declares: tensor maps, then the flat struct."""
+    """The size in bytes of a kernel's argument as csrc/ declares it: tensor maps, then the flat struct."""
     maps = {"ForwardArgs": 4, "BackwardArgs": 7, "DecodeArgs": 2}.get(instance.config.arguments, 0)
     struct = {"F": abi.FORWARD, "B": abi.BACKWARD, "D": abi.DECODE}[instance.config.arguments[0]]
     return maps * MAP_BYTES + struct.size
 
 
 def built_host(recording: RecordingDriver) -> library.Library:
-    """The C++ host, ``csrc/sm90/host.cu`` with all launches, compiled by nvcc over the recording driver and runtime.
+    """The C++ host, ``csrc/sm90/host.cu`` with all launches, compiled by nvcc against the recording driver and runtime.
 
-    Kernels have no bodies there, so that they compile at once.
+    Kernels are compiled with empty bodies, which takes seconds.
 
     Raises:
         BuildError: there is no nvcc, or the sources do not compile.

@@ -16,7 +16,7 @@ _CUDA = 1  # c10::DeviceType::CUDA
 
 
 def patches(machine: Machine) -> list[Patch]:
-    """``(owner, name, value)`` of everything that is replaced while the devices are present."""
+    """``(owner, name, value)`` of every attribute that is replaced while the devices are present."""
     functions = {
         **_facts(machine), **_current(machine), **_streams(machine), **_memory(machine), **_waiting(machine),
     }  # fmt: skip
@@ -27,7 +27,21 @@ def patches(machine: Machine) -> list[Patch]:
     found += [(torch.cuda.streams, name, functions[name]) for name in ("Stream", "Event")]
     found += [(torch._C, "_host_emptyCache", lambda: None)]
     found += [(torch._C, "_cuda_getCurrentRawStream", lambda device: machine.library.sim_stream(device))]
+    found += [(torch.UntypedStorage, "resize_", _resize)]
+    found += [(torch._C, "_cuda_getDevice", lambda: machine.library.sim_device())]
     return [*found, (torch.version, "cuda", CUDA_VERSION), (torch.backends.cuda, "is_built", lambda: True)]
+
+
+_resize_on_host = torch.UntypedStorage.resize_
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+    if storage.device.type != "cuda":
+        return _resize_on_host(storage, size)
+    if size:
+        raise NotImplementedError("the simulated device makes no storage larger")
+    torch.ops.fastattn_simulated.release(storage._cdata)
+    return storage
 
 
 def _facts(machine: Machine) -> dict[str, object]:
@@ -61,7 +75,11 @@ def _current(machine: Machine) -> dict[str, object]:
     def exchange(device: int) -> int:
         if device >= DEVICES:
             raise RuntimeError("CUDA error: invalid device ordinal")
-        return library.sim_exchange_device(device)
+        before: int = library.sim_exchange_device(device)
+        if 0 <= device != before:
+            for tell in machine.turned:
+                tell(device)
+        return before
 
     return {
         "current_device": lambda: library.sim_device(),  # torch hashes it, which a function of ctypes refuses
@@ -93,7 +111,7 @@ class Stream(torch.Stream):
 
 
 def Event(enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> torch.Event:
-    """``torch.cuda.Event``; no class of its own, since torch measures time between its own class alone."""
+    """``torch.cuda.Event``; an instance of torch.Event, because torch measures time only between those."""
     return torch.Event(device="cuda", enable_timing=enable_timing)
 
 
@@ -175,5 +193,5 @@ def _waiting(machine: Machine) -> dict[str, object]:
 
 
 def alias_on_host(x: torch.Tensor) -> torch.Tensor:
-    """The same memory as a CPU tensor, for what runs kernels."""
+    """A CPU tensor over the same memory, for the interpreter and the emulator."""
     return torch.ops.fastattn_simulated.alias_on_host(x)

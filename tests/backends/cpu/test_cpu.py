@@ -89,6 +89,25 @@ def test_nan_and_infinity_come_through(machine, where):
         torch.testing.assert_close(*(torch.where(exact.isfinite(), x, 0) for x in (out, exact)))
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_row_does_not_keep_never_reaches_it(machine, dtype):
+    """The last key, which the rows before the last do not keep, and one that a bias of -inf hides from all."""
+    (q, k_cache, v_cache, lengths), _ = step(keys=230, rows=5, dtype=dtype)
+    bias = torch.zeros(2, 8, 5, 231)
+    bias[..., 17] = float("-inf")
+    found = []
+    for bad in (0.0, float("nan"), float("inf")):
+        for cache in (k_cache, v_cache):
+            cache[:, 17] = bad
+            cache[torch.arange(2), lengths.long() - 1] = bad
+        inputs = CacheInputs(q, k_cache, v_cache, lengths, bias=bias, max_seqlen_q=5)
+        found.append(OnMachine(machine).attend_to_cache(inputs, AttentionSpec(0.1, right=0)))
+    for out, lse in found[1:]:
+        assert torch.equal(out[:, :4], found[0][0][:, :4]) and torch.equal(lse[..., :4], found[0][1][..., :4])
+        assert not out[:, 4].isfinite().all()
+
+
 def test_the_number_of_threads_changes_no_bit():
     args, options = step(batch=3, keys=3000, page_size=8)
     before = torch.get_num_threads()

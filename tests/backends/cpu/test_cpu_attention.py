@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastattn import InputError
+from fastattn import InputError, intervals
 from fastattn.backends import load
 from fastattn.backends.cpu import attention, build, derivatives, library
 from fastattn.problem import DIFFERENTIABLE, Inputs, Rows, Tangents
@@ -81,6 +81,14 @@ LONG = {
     "window": {"S_q": 700, "S_kv": 700, "left": 130, "right": 3, "H_q": 4},
     "segments": {"S_q": 700, "S_kv": 700, "segments": 4, "right": 0},
     "terms": {"S_q": 300, "S_kv": 640, "bias": (1, 2, 300, 640), "mask": "random", "alibi": True, "softcap": 5.0},
+    "intervals": {"S_q": 150, "S_kv": 1300, "intervals": "random", "H_q": 4, "dlse": True, "right": 0},
+    "intervals of blocks": {
+        "S_q": 300,
+        "S_kv": 1100,
+        "intervals": "blocks",
+        "dropout_p": 0.2,
+        "bias": (1, 2, 300, 1100),
+    },
     "dropout": {"S_q": 130, "S_kv": 600, "dropout_p": 0.2, "H_q": 6},
 }
 
@@ -129,6 +137,7 @@ BITS = {
     "fewer units than threads, causal": ((1, 1100, (3, 1), 32), {"right": 0}),
     "window": ((1, 900, (2, 2), 32), {"left": 70, "right": 3}),
     "window, the last rows of many heads": ((1, 1019, (6, 1), 32), {"left": 70, "right": 0}),
+    "intervals": ((1, 1100, (2, 1), 32), {"intervals": intervals.neighbourhood((22, 50), (5, 7))[None, None]}),
     "dropout": ((2, 600, (4, 2), 24), {"dropout_p": 0.3, "rng_state": torch.tensor([1, 2])}),
     "bias of all": ((3, 300, (4, 4), 16), {"bias": torch.ones(1, 1, 300, 300)}),
     "bias of heads": ((3, 300, (4, 2), 16), {"bias": torch.ones(1, 4, 300, 300)}),
@@ -164,6 +173,7 @@ def hidden(rows):
 
 
 HIDING = {
+    "intervals": lambda kept: {"intervals": intervals.from_mask(kept)[None, None]},
     "mask": lambda kept: {"mask": kept[None, None]},
     "bias of -inf": lambda kept: {"bias": torch.zeros(1, 1, *kept.shape).masked_fill(~kept, -torch.inf)},
     "softcap": lambda kept: {"mask": kept[None, None], "softcap": 3.0},

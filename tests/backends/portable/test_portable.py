@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastattn import intervals
 from fastattn.backends.portable import BACKEND, flash, padded, plan, terms, tiles
 from fastattn.problem import Inputs
 from fastattn.spec import ANCHORS, AttentionSpec, keep, kept_pairs
@@ -210,6 +211,9 @@ def test_what_masks_leave_empty_is_not_computed(spy, softcap):
     ids = (blocks % 4)[None]
     BACKEND.forward(x.replace(segment_ids_q=ids, segment_ids_kv=ids, mask=mask), spec)
     assert spy.pairs <= 2 * 8 * 256 * 256 + 2048 * 512
+    spy.pairs = 0
+    BACKEND.forward(x.replace(intervals=intervals.documents([256] * 8)[None, None]), spec)
+    assert 8 * 256 * 256 <= spy.pairs <= 2 * 8 * 256 * 256 + 2048 * 512
 
 
 # --- right whatever the sizes of the parts ----------------------------------------------------------------------------
@@ -228,6 +232,7 @@ def small_parts(request, monkeypatch):
 QUICK = [case for case in grid([torch.float32, torch.bfloat16], quick=True) if case.lengths is None] + [
     Case(id="scattered", segments=3, S_q=70, S_kv=70, left=30, B=3),
     Case(id="short rows", segments=3, S_q=40, S_kv=40, B=9, H_q=4, right=0, sinks=True, dlse=True),
+    Case(id="intervals", intervals="blocks", S_q=70, S_kv=90, B=3, H_q=4, right=0, dlse=True),
     Case(id="row mask", mask="empty rows", S_q=70, S_kv=70, right=0, dlse=True),
     Case(id="alibi by sequence", alibi=True, per_sequence=True, S_q=40, S_kv=70, right=0),
     Case(id="long window", left=6, right=3, S_q=300, S_kv=300, B=3, H_q=4),
@@ -269,8 +274,10 @@ def test_packed_sequences_without_reading_their_boundaries(case, monkeypatch):
     assert_within(measure(BACKEND, sample))
 
 
-@pytest.mark.parametrize("case", [c for c in grid([torch.float32]) if c.segments or c.mask], ids=lambda case: case.id)
-def test_masks_and_segments_without_reading_them(case, monkeypatch):
+@pytest.mark.parametrize(
+    "case", [c for c in grid([torch.float32]) if c.segments or c.mask or c.intervals], ids=lambda case: case.id
+)
+def test_masks_as_data_without_reading_them(case, monkeypatch):
     """As on an accelerator: no region is made of them, and unused keys are zeroed whether they hold NaN or not."""
     monkeypatch.setattr(flash, "serves", lambda *_: False)
     monkeypatch.setattr(tiles, "_regions", lambda inputs: [plan.whole_batch(inputs)])
@@ -411,6 +418,7 @@ def peak_bytes(changes, length):
         {"alibi": True},
         {"sinks": True, "left": 30},
         {"segments": 5},
+        {"intervals": "random"},
         {"softcap": 3.0},
         {"dropout_p": 0.1, "left": 20, "right": 20},
         {"bias": (1, 1, 1, None), "right": 0},

@@ -134,6 +134,8 @@ def features():
     yield "bias and sinks", inputs_of(*dense(), bias=torch.zeros(1, 8, 256, 256), sinks=torch.zeros(1, 8)), SPEC
     yield "mask", inputs_of(*dense(), mask=torch.ones(1, 1, 256, 256, dtype=torch.bool)), AttentionSpec(0.125)
     spec = AttentionSpec(0.1, right=0, dropout_p=0.1)
+    ranges = torch.zeros(1, 8, 256, 3, 2, dtype=torch.int32)
+    yield "intervals", inputs_of(*dense(), intervals=ranges), SPEC
     yield "segments and dropout", inputs_of(*dense(), **segments, **dropout), spec
     yield (
         "alibi and softcap",

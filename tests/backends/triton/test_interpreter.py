@@ -42,7 +42,10 @@ def test_forward_and_backward_of_different_backends(case: testing.Case, pair: tu
     testing.assert_within(testing.measure(pair[0], testing.make(case), pair[1]))
 
 
-@pytest.mark.parametrize("name", ["everything [float32]", "everything, packed [float32]", "segments, causal [float32]"])
+SMALL_TILES = ("everything", "everything, packed", "segments, causal", "intervals of blocks", "intervals and the rest")
+
+
+@pytest.mark.parametrize("name", [f"{name} [float32]" for name in SMALL_TILES])
 def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest there is: many blocks of rows, and many of columns."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))

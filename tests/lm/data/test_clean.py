@@ -1,11 +1,14 @@
 """Repairs change what is broken and nothing else; personal data is masked and other numbers stay."""
 
+import contextlib
+import random
 import sys
 
 import pytest
+from ftfy import fix_encoding
 
 from fastattn.errors import DataError
-from fastattn.lm.data.clean import STEPS, ForeignEncoding, clean, repair_bytes, usable_steps
+from fastattn.lm.data.clean import STEPS, ForeignEncoding, clean, mend_mojibake, repair_bytes, usable_steps
 from fastattn.lm.data.personal import KINDS, mask
 
 ALL = tuple(STEPS)
@@ -28,6 +31,22 @@ def test_each_step_repairs_its_own(before, after, step):
 @pytest.mark.parametrize("text", ["plain\n\ttext", "naïve → 日本 👩‍👩‍👧 Größe", "if x:\n    return 'Ã'\n", ""])
 def test_text_in_order_stays(text):
     assert clean(text, ALL) == (text, ())
+
+
+def test_mojibake_is_found_wherever_ftfy_finds_it():
+    """Only what stands near other than ASCII is searched for it; a short piece amid ASCII is the hard case."""
+    source, pieces = random.Random(0), ["Â", "naïve ", "“so”", "日本", "а́ю", "Ò°", "à²"]
+    for text in ("café “x” – ½ €", "Größe ñ", "приве́т", "ελ", "š ž", "日本語 。", "\xa0°"):
+        for name in ("windows-1252", "latin-1", "windows-1251", "windows-1253", "macroman", "cp437"):
+            with contextlib.suppress(UnicodeDecodeError):
+                pieces.append(text.encode().decode(name))
+    changed = 0
+    for _ in range(400):
+        chosen = [x for _ in range(source.randint(1, 3)) for x in (source.choice(pieces), "a" * source.randint(0, 30))]
+        text = source.choice(["", "some text, ", "x"]) + " ".join(chosen)[: source.randint(1, 60)]
+        changed += mend_mojibake(text) != text
+        assert mend_mojibake(text) == fix_encoding(text), text
+    assert 100 < changed < 390
 
 
 def test_without_ftfy_the_other_steps_remain(monkeypatch):

@@ -70,11 +70,13 @@ def test_every_rule_has_a_case():
 
 def test_repeated_runs_by_hand():
     text = Text("a b c d a b c e")
-    assert text.repeated_part(2) == pytest.approx(4 / 8)  # "a b" twice; "b c" ties with it
+    assert text.repeats(2, 0.49) and not text.repeats(2, 0.5)  # "a b" twice, 4 of 8; "b c" ties with it
     assert text.covered_by_repeats(3) == pytest.approx(3 / 8)  # the second "a b c"
     assert text.covered_by_repeats(2) == pytest.approx(3 / 8)  # "a b" and "b c", the b once
-    assert Text("a b x b a").repeated_part(2) == 0.0 and Text("a b x b a").covered_by_repeats(2) == 0.0  # order counts
-    assert Text("a b c").repeated_part(2) == 0.0 and Text("").covered_by_repeats(5) == 0.0
+    long = Text("x xxxx " * 2 + "a bb " * 3 + "end")  # fewer long runs than short ones
+    assert long.repeats(2, 8.9 / 22) and not long.repeats(2, 9.1 / 22)
+    assert not Text("a b x b a").repeats(2, 0.0) and Text("a b x b a").covered_by_repeats(2) == 0.0  # order counts
+    assert not Text("a b c").repeats(2, 0.0) and Text("").covered_by_repeats(5) == 0.0
 
 
 def test_lengths_are_given():

@@ -67,7 +67,7 @@ def test_a_corpus_and_its_report(raw, tmp_path):
 
 def test_it_is_made_once(raw, tmp_path, monkeypatch):
     out = tmp_path / "corpus"
-    first = prepared(raw, out, workers=2)
+    first = prepared(raw, out)
     monkeypatch.setattr(module, "train_tokenizer", lambda *_: pytest.fail("trained again"))
     assert prepared(raw, out) == first
     changed = PrepareConfig(CONFIG.read, Cleaning(duplicates="exact"), vocab_size=320, held_out=0.1)
@@ -284,7 +284,7 @@ def test_settings_from_a_file(raw, tmp_path, capsys):
     [
         (["--raw", "--duplicates", "exact"], "--raw: got together with --duplicates"),
         (["--raw", "--without", "symbols"], "--raw: got together with --without"),
-        (["--workers", "0"], "--workers: got 0"),
+        (["--workers", "0"], "workers: got 0"),
         (["--without", "nice"], "without: got 'nice'; allowed: too-short"),
         (["--data", "hf:"], "names no data set"),
     ],

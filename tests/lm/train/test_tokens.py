@@ -99,6 +99,17 @@ def test_a_corpus_of_one_document(tmp_path):
     assert not list((tmp_path / "c").glob("*/*"))
 
 
+def test_unigram_decodes_to_the_text_too(texts):
+    words = [document.text for document in read_documents(find_files([str(texts)]), [])]
+    tokenizer = train_tokenizer(words, 400, "unigram")
+    assert 258 < tokenizer.get_vocab_size() <= 400 and tokenizer.token_to_id(START) == 0
+    text = words[0] + " 日本 never seen \x00"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert len(tokenizer.encode(words[0]).ids) < len(words[0].encode()) / 2
+    with pytest.raises(InputError, match="algorithm: got 'wordpiece'; allowed: bpe, unigram"):
+        train_tokenizer(words, 400, "wordpiece")
+
+
 def test_files_that_change_while_they_are_read(texts, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(texts, copy)

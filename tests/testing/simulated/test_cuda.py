@@ -225,7 +225,7 @@ def odd_gradient(_: object) -> None:
 
 def odd_query(_: object) -> None:
     with recorded_cuda():
-        for shift in (0, 4):
+        for shift in (0, 0, 0, 4):  # the third is recognised by the check of the second
             q, k, v = qkv()
             attend([normal(q.numel() + shift)[shift:].view(q.shape), k, v])
 
@@ -266,31 +266,47 @@ def appends(_: object) -> None:
         assert torch.equal(cache[0, 3], new[0, 0])
 
 
-C = "fastattn.backends.cuda."
+def moves_rows(_: object) -> None:
+    """New rows that lie in the cache: the second is where the first is stored."""
+    lengths = torch.tensor([3], dtype=torch.int32, device="cuda")
+    for _ in range(2):
+        cache, q = normal(1, 16, 2, 64), normal(1, 2, 4, 64)
+        new = cache[:, 2:4]
+        expected = new.clone()
+        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new.clone(), backend="cuda")
+        assert torch.equal(cache[:, 3:5], expected)
+
+
+C, DRIVER = "fastattn.backends.cuda.", "fastattn.backends.driver:"
 FAULTS = [
     Fault("addresses of the first call", C + "abi:Abi.template", "self.version, *addresses",
           "self.version, *(fields[name] for name in self.addresses)", by_plan_as_without),
-    Fault("the stream of the first call", C + "abi:Abi.template", "stream.pack(on)", "stream.pack(fields['stream'])",
-          stays_on_its_stream),
-    Fault("maps of the first call", C + "nvrtc:Kernel.launch", "if self.places:", "if False:", shown_tensors),
-    Fault("maps of one tensor", C + "nvrtc:Kernel.launch", "addresses[which] + skipped", "addresses[0] + skipped",
+    Fault("the stream of the first call", DRIVER + "Block.use", "self.buffer, at, stream)",
+          "self.buffer, at, stream if self.stream is None else self.stream)", stays_on_its_stream),
+    Fault("structs of the first call", DRIVER + "launcher", "addresses != (held := block.addresses)",
+          "(held := block.addresses) is None", shown_tensors),
+    Fault("maps of the first call", C + "nvrtc:_launcher", "held is None or held[which] != addresses[which]",
+          "held is None", shown_tensors),
+    Fault("maps of one tensor", C + "nvrtc:_launcher", "addresses[which] + skipped", "addresses[0] + skipped",
           shown_tensors),
-    Fault("memory that calls share", C + "plans:_run", "torch.empty(shape, dtype=dtype, device=device)",
-          "vars(abi).setdefault(('kept', shape, dtype), torch.empty(shape, dtype=dtype, device=device))",
-          by_plan_as_without),
-    Fault("tensors in another order", C + "plans:_run", "launch([addresses[n] for n in order]",
-          "launch([addresses[n] for n in (0, 2, 1, *order[3:])]", by_plan_as_without),
+    Fault("memory that calls share", C + "plans:_run", "[new(x) for x in make]",
+          "[vars(abi).setdefault(id(x), new(x)) for x in make]", by_plan_as_without),
+    Fault("tensors in another order", C + "plans:_run", "launch(ordered(addresses)",
+          "launch(ordered([addresses[0], addresses[2], addresses[1], *addresses[3:]])", by_plan_as_without),
     Fault("a scale that q has not got", C + "plans:forward", "is not getattr(inputs, name)", "is None", turned_around),
     Fault("a plan with another flag", "fastattn.autograd:PlannedAttention.backward",
           "plan.deterministic == torch.are_deterministic_algorithms_enabled()", "True", without_atomics),
     Fault("a gradient that is not aligned", "fastattn.autograd:_aligned", "x.data_ptr() % ALIGNMENT == 0", "True",
           odd_gradient),
-    Fault("a plan for another alignment", "fastattn.plan:look_up", "x.data_ptr() % ALIGNMENT", "0", odd_query),
+    Fault("a plan for another alignment", "fastattn.plan:_look_up_kind", "x.data_ptr() % ALIGNMENT", "0", odd_query),
+    Fault("a check without alignment", "fastattn.plan:look_up", "seen.offsets != _offsets(given)", "False", odd_query),
     Fault("a result in host memory", C + "abi:results", "device=inputs.q.device", "device='cpu'", turned_around),
     Fault("a workspace on another device", C + "backward:own_tensors",
           "delta = torch.empty(rows, dtype=torch.float32, device=q.device)",
           "delta = torch.empty(rows, dtype=torch.float32, device='cuda:0')", without_a_plan),
-    Fault("a step that stores nothing", C + "plans:for_cache", "if k is not None:", "if False:", appends),
+    Fault("a step that stores nothing", C + "decode:Step.fields", "self.stores)", "False)", appends),
+    Fault("new rows that others are stored over", C + "plans:for_cache",
+          "return general(CacheInputs(*tensors, max_seqlen_q=longest), spec)", "pass", moves_rows),
 ]  # fmt: skip
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import fastattn
 from fastattn import compiled
-from fastattn.backends import cuda
-from fastattn.backends.cuda import abi, driver, library, nvrtc
+from fastattn.backends import cuda, driver
+from fastattn.backends.cuda import abi, library, nvrtc
 from fastattn.backends.cuda.instances import COMBINE, PADDED_ROWS, PREPROCESS, Instance, forward_configs
 from fastattn.testing.simulated.recording import RecordedLaunch, RecordingDriver, argument_bytes, recorded_cuda
 
@@ -49,11 +49,11 @@ def attend(device: str = "cuda", grad: bool = False, **options: Any) -> tuple[Te
     return fastattn.attention(*leaves, causal=True, backend="cuda", **options), leaves
 
 
-def decode() -> Tensor:
+def decode(*new: Tensor) -> Tensor:
     cache, table = normal(64, 64, 2, 64), torch.arange(64, device="cuda").int().view(2, 32)
     lengths = torch.tensor([3, 900], dtype=torch.int32, device="cuda")
     out = fastattn.attention_with_kv_cache(
-        normal(2, 1, 8, 64), cache, cache, lengths, block_table=table, backend="cuda"
+        normal(2, 1, 8, 64), cache, cache.clone() if new else cache, lengths, *new, block_table=table, backend="cuda"
     )
     assert isinstance(out, Tensor)
     return out
@@ -85,9 +85,13 @@ def test_maps_show_the_tensors(recorded: RecordingDriver) -> None:
 
 
 def test_decoding_and_its_splits(recorded: RecordingDriver) -> None:
-    decode()
-    assert kernels(recorded.launches) == ["decode", "combine"]
-    assert [len(launch.maps) for launch in recorded.launches] == [MAPS["decode"], 0]
+    """By a plan from the second call on."""
+    for new in ((), (normal(2, 1, 2, 64), normal(2, 1, 2, 64))):
+        for _ in range(2):
+            recorded.clear()
+            decode(*new)
+            assert kernels(recorded.launches) == [*(["append"] if new else []), "decode", "combine"]
+            assert [len(launch.maps) for launch in recorded.launches][-2:] == [MAPS["decode"], 0]
 
 
 @pytest.mark.parametrize("call", [attend, decode], ids=["dense", "decode"])

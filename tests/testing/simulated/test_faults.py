@@ -19,7 +19,8 @@ import fastattn
 from benchmarks import gpu
 from benchmarks.gpu_plan import Plan, Step
 from fastattn import dispatch, evidence
-from fastattn.backends.cuda import driver, nvrtc
+from fastattn.backends import driver
+from fastattn.backends.cuda import nvrtc
 from fastattn.backends.triton import launch
 from fastattn.measure import timing
 from fastattn.measure.peers import fastattn_peer
@@ -66,7 +67,7 @@ def keeps_plans_apart(room: Room) -> None:
     """Calls of another kind than the one before, which differ in one thing, are served as they are."""
 
     def call(q: Tensor) -> Tensor:
-        for _ in range(2):  # the second time by a plan
+        for _ in range(3):  # the second time by a plan, the third recognised by torch's check of all tensors
             out = fastattn.attention(q, q.detach() + 0, q.detach() * 1, backend="triton")
         assert out.device == q.device and out.requires_grad == q.requires_grad and bool(out.isfinite().all())
         return out
@@ -160,6 +161,17 @@ def launches_without_a_context(room: Room) -> None:
 def launches_on_each_device(room: Room) -> None:
     for index in (0, 1):
         assert cuda_call(room, device=f"cuda:{index}")[0].device == index
+
+
+def leaves_devices_as_they_were(room: Room) -> None:
+    """Contexts follow the current device, as in CUDA's runtime; the second call is by a plan."""
+    room.machine.turned.append(room.recording.bind)
+    room.recording.bind(0)
+    for _ in range(2):
+        q, k, v = (normal(2, 70, 2, 64, device="cuda:1") for _ in range(3))
+        fastattn.attention(q, k, v, backend="cuda")
+        assert room.recording.launches[-1].device == 1
+        assert room.recording.bound == torch.cuda.current_device() == 0
 
 
 def launches_on_the_stream(room: Room) -> None:
@@ -303,11 +315,12 @@ def ends_whole_groups(room: Room) -> None:
     assert not stat.strip() or stat.startswith("Z"), "a child is left on the GPU"
 
 
+D, KIND = "fastattn.backends.driver:", "fastattn.plan:_look_up_kind"
 L, C, E = "fastattn.backends.triton.launch:", "fastattn.backends.cuda.", "fastattn.evidence:"
 FAULTS = [
     Fault("no device guard", L + "device_of", 'x.device.type == "cuda"', "False", served_on_another_device),
     Fault(
-        "a result in host memory", L + "forward", "dtype=inputs.q.dtype, device=inputs.q.device",
+        "a result in host memory", L + "_results", "dtype=inputs.q.dtype, device=inputs.q.device",
         "dtype=inputs.q.dtype", serves,
     ),
     Fault(
@@ -321,15 +334,19 @@ FAULTS = [
     Fault(
         "a wait in backward", L + "Backward.dkdv", "config = config or", "x.k.sum().item(); config = config or", trains
     ),
-    Fault("a plan for another alignment", "fastattn.plan:look_up", "x.data_ptr() % ALIGNMENT", "0", keeps_plans_apart),
+    Fault("a plan for another alignment", KIND, "x.data_ptr() % ALIGNMENT", "0", keeps_plans_apart),
     Fault(
-        "a plan for another device", "fastattn.plan:look_up", "x.dtype, x.device,", "x.dtype, 0,",
+        "a plan for another device", KIND, "x.dtype, x.device,", "x.dtype, 0,",
         keeps_plans_apart,
     ),
-    Fault("a plan without a gradient", "fastattn.plan:look_up", "grad and x.requires_grad", "False", keeps_plans_apart),
+    Fault(
+        "calls that are taken for others", "fastattn.plan:look_up", "not seen.agrees(*given)", "False",
+        keeps_plans_apart,
+    ),
+    Fault("a plan without a gradient", KIND, "grad and x.requires_grad", "False", keeps_plans_apart),
     Fault(
         "a plan without a device guard", "fastattn.backends.triton.plans:_run",
-        "torch.cuda.current_device() != device.index", "False", runs_plans_on_the_stream,
+        "current_device() != index", "False", runs_plans_on_the_stream,
     ),
     Fault("a program too few", L + "Call.schedule", "(blocks * heads,)", "(blocks * heads - 1,)", serves),
     Fault("a gradient that nothing writes", L + "Backward.dq", "if dq.numel():", "if False:", trains),
@@ -357,11 +374,15 @@ FAULTS = [
     ),
     Fault("a silent fall-back", "fastattn.dispatch:_warn_slow", "warnings.warn(", "(lambda *_, **__: None)(", warns),
     Fault(
-        "a thread without a context", C + "driver:use_device", "if current.value != device:", "if False:",
+        "a plan of the CUDA kernels without a device guard", C + "plans:_run", "current_device() != index", "False",
+        leaves_devices_as_they_were,
+    ),
+    Fault(
+        "a thread without a context", D + "use_device", "if current.value != device:", "if False:",
         launches_without_a_context,
     ),
     Fault(
-        "the context of another device", C + "driver:_primary_context", "ctypes.byref(handle), device)",
+        "the context of another device", D + "_primary_context", "ctypes.byref(handle), device)",
         "ctypes.byref(handle), 0)", launches_on_each_device,
     ),
     Fault(
@@ -377,12 +398,12 @@ FAULTS = [
         "handle(1 - device.index)", launches_on_the_stream,
     ),
     Fault(
-        "a module loaded in a strict capture", C + "driver:load_function", "ctypes.c_int(RELAXED)",
+        "a module loaded in a strict capture", D + "load_function", "ctypes.c_int(RELAXED)",
         "ctypes.c_int(0)", launches_in_a_capture,
     ),
-    Fault("a swallowed error", C + "driver:_call", "if code:", "if code and False:", says_errors),
+    Fault("a swallowed error", D + "_call", "if code:", "if code and False:", says_errors),
     Fault(
-        "arguments that are not rounded", C + "driver:aligned_buffer", "size += -size % MAP_ALIGNMENT", "pass",
+        "arguments that are not rounded", D + "aligned_buffer", "size += -size % MAP_ALIGNMENT", "pass",
         rounds_arguments,
     ),
     Fault("strides that TMA refuses", C + "abi:readable_rows", "step % 16 == 0", "step % 2 == 0", maps_odd_strides),
@@ -392,7 +413,7 @@ FAULTS = [
         "TILE_ROWS", maps_pages,
     ),
     Fault(
-        "maps that are not aligned", C + "driver:aligned_buffer", "address + -address % MAP_ALIGNMENT",
+        "maps that are not aligned", D + "aligned_buffer", "address + -address % MAP_ALIGNMENT",
         "address + 8 + -address % MAP_ALIGNMENT", cuda_call,
     ),
     Fault("an NVRTC newer than the driver", C + "nvrtc:load", "if major <= known", "", asks_the_driver),

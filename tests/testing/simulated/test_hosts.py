@@ -96,12 +96,14 @@ def without_atomics() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def cache(d: int = 64, page_size: int = 16, pages: int = 8, **options: Any) -> Callable[[], None]:
+def cache(d: int = 64, page_size: int = 16, pages: int = 8, new: int = 0, **options: Any) -> Callable[[], None]:
     def run() -> None:
+        rows = [normal(2, new, 2, d) for _ in range(2)] if new else []
         store, table = normal(pages, page_size, 2, d), torch.arange(pages, device="cuda").int().view(2, -1)
         lengths = torch.tensor([3, 9], dtype=torch.int32, device="cuda")
         q = normal(2, 1, 8, d)
-        fastattn.attention_with_kv_cache(q, store, store, lengths, block_table=table, backend="cuda", **options)
+        caches = store, normal(*store.shape) if new else store
+        fastattn.attention_with_kv_cache(q, *caches, lengths, *rows, block_table=table, backend="cuda", **options)
 
     return run
 
@@ -122,6 +124,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "without atomics": without_atomics,
     **{f"cache, D {d}": cache(d) for d in (64, 128, 192, 256)},
     "cache, one split": cache(pages=2),
+    "cache, new rows": cache(d=128, new=3),
     "cache, splits": cache(page_size=64, pages=64),
     "cache, softcap": cache(softcap=3.0, page_size=24),
     "cache, window": cache(window=(5, 0), page_size=1, pages=64),
@@ -192,7 +195,7 @@ FAULTS = [
           lambda given: compare(CALLS["keys that nobody sees"], *given)),
     Fault("blocks of the combination", N + "NvrtcKernels._decode_steps", "* given[\"heads_q\"]", "",
           lambda given: compare(CALLS["cache, splits"], *given)),
-    Fault("a promotion in L2", "fastattn.backends.cuda.driver:encode_map", "L2_PROMOTION_256B", "2",
+    Fault("a promotion in L2", "fastattn.backends.driver:encode_map", "L2_PROMOTION_256B", "2",
           lambda given: compare(CALLS["D 64"], *given)),
     Fault("the order of kernels", N + "NvrtcKernels._backward_steps", "return steps", "return steps[::-1]",
           lambda given: compare(CALLS["without atomics"], *given)),
