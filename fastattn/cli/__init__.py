@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from fastattn.cli import (
+    average,
     build,
     chat,
     config,
@@ -37,8 +38,8 @@ from fastattn.version import __version__
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
 _EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
 COMMANDS = (
-    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, generate, chat, export, inspect,
-    example, demo,
+    info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, average, generate, chat, export,
+    inspect, example, demo,
 )  # fmt: skip
 
 

@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.cli import device
-from fastattn.cli.flags import TRAINING, Flag, add_columns, add_flags, columns_of, given, with_defaults
-from fastattn.cli.outcome import report
+from fastattn.cli.flags import (
+    TRAINING,
+    Flag,
+    add_columns,
+    add_flags,
+    add_rate_search,
+    columns_of,
+    given,
+    with_defaults,
+)
+from fastattn.cli.outcome import report, report_rates
 
 TEXT = """\
 Train a model for a task on your own examples, evaluate it on held-out ones, and write checkpoints, log.jsonl and
@@ -25,6 +34,7 @@ examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_
   seq2seq     source, target              translation, summarisation; or two files, line by line
   instruct    prompt, response            the response is learned, right after the prompt
   chat        messages, response          {role, content} each; without a response, the assistant's last message
+  dpo         prompt, chosen, rejected    two responses, of which one is preferred; or two conversations
 
 The columns of GLUE, SQuAD, CNN/DailyMail, WMT, Alpaca and CoNLL are known; --field names others.
 """
@@ -40,7 +50,8 @@ FLAGS = (
     Flag("--attention", "attention", str, "fastattn", "fastattn, or eager: the plain formula", ("fastattn", "eager")),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the examples, with --preset"),
     Flag("--held-out", "held_out", float, 0.1, "part of --data kept for evaluation if there is no --eval"),
-    Flag("--chat-template", "chat_template", str, None, "of chat: a Jinja template; else that of the model, or ChatML"),
+    Flag("--chat-template", "chat_template", str, None, "Jinja template of chat and dpo; else the model's, or ChatML"),
+    Flag("--dpo-beta", "dpo_beta", float, 0.1, "of dpo: the larger, the closer the model stays to what it was"),
     Flag("--length", "length", int, None, "most tokens in a row; the model's if not given"),
     Flag("--dropout", "dropout", float, None, "probability of dropping; the model's if not given"),
     Flag("--epochs", "epochs", float, 3.0, "passes over the examples"),
@@ -50,7 +61,7 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
-TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat")
+TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat", "dpo")
 _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 
@@ -81,6 +92,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_start(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_rate_search(parser)
     device.add_flag(parser)
     add_flags(parser, FLAGS)
     parser.set_defaults(run=run)
@@ -117,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     from fastattn.errors import input_error
     from fastattn.lm.finetune import FinetuneConfig, finetune
     from fastattn.lm.finetune.config import resumed_config
+    from fastattn.lm.finetune.run import make_trainer
     from fastattn.lm.train import find_checkpoint
     from fastattn.lm.train.parallel import joined, ranks
 
@@ -143,6 +156,8 @@ def run(args: argparse.Namespace) -> int:
             start["chat_template"] = _findable(flags.pop("chat_template"))
         config = FinetuneConfig(**start).changed(flags)
     with joined(device.choose(args.device)) as target:
+        if args.find_lr:
+            return report_rates(make_trainer(args.out, config, target, show_progress=not args.quiet), args)
         outcome = finetune(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
         if not ranks().leads:
             return 0

@@ -62,6 +62,7 @@ TRAINING = (
         ("auto", "ddp", "fsdp"),
     ),
     Flag("--tensorboard", "train.tensorboard", bool, False, "also log for TensorBoard, to OUT/tensorboard"),
+    Flag("--wandb", "train.wandb", bool, False, "also log for Weights & Biases; WANDB_MODE=offline: to OUT/wandb"),
     Flag("--log-every", "train.log_every", int, 10, "steps between lines of the log"),
 )  # fmt: skip
 
@@ -85,6 +86,14 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
                 flag.name, dest=flag.field, type=flag.kind, choices=flag.choices, default=argparse.SUPPRESS,
                 metavar=None if flag.choices else flag.kind.__name__.upper(), help=text,
             )  # fmt: skip
+
+
+def add_rate_search(parser: argparse.ArgumentParser) -> None:
+    """Add ``--find-lr``, of a command that trains."""
+    parser.add_argument(
+        "--find-lr", action="store_true",
+        help="no run: try 100 learning rates up to 1, suggest one, and write lr.json and lr.png to --out",
+    )  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -13,3 +14,14 @@ def report(outcome: Any) -> int:
         return 0
     print(f"stopped at step {outcome.progress.step}, with a checkpoint; --resume goes on from there", file=sys.stderr)
     return 128 + outcome.progress.signal
+
+
+def report_rates(trainer: Any, args: argparse.Namespace) -> int:
+    """Search for a learning rate with the trainer of a run, print what was found, and return the exit code."""
+    from fastattn.lm.train.learning_rate import find_rate
+
+    found = find_rate(trainer, show_progress=not args.quiet)
+    if trainer.ranks.leads:
+        print(found.table())
+        print(f"the losses: {args.out / 'lr.json'}, lr.png")
+    return 0

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from fastattn.cli import device
-from fastattn.cli.flags import TRAINING, Flag, add_flags, given
-from fastattn.cli.outcome import report
+from fastattn.cli.flags import TRAINING, Flag, add_flags, add_rate_search, given
+from fastattn.cli.outcome import report, report_rates
 from fastattn.errors import input_error
 
 FLAGS = (
@@ -59,6 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_rate_search(parser)
     device.add_flag(parser)
     add_flags(parser, FLAGS)
     parser.set_defaults(run=run)
@@ -90,13 +91,16 @@ def _findable(given: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastattn.lm.train import RunConfig, find_checkpoint, pretrain, resumed_config
+    from fastattn.lm.train import RunConfig, find_checkpoint, make_trainer, pretrain, resumed_config
     from fastattn.lm.train.parallel import joined, ranks
 
     flags = given_flags(args)
     with joined(device.choose(args.device)) as target:
         checkpoint = find_checkpoint(args.out) if args.resume else None
         config = resumed_config(checkpoint, flags) if checkpoint else RunConfig().changed(flags)
+        if args.find_lr:
+            trainer, _ = make_trainer(args.out, config, device=target, show_progress=not args.quiet)
+            return report_rates(trainer, args)
         outcome = pretrain(args.out, config, device=target, resume=checkpoint, show_progress=not args.quiet)
         if not ranks().leads:
             return 0

@@ -9,8 +9,7 @@ that change attention are applied; those that do not are listed in ``IRRELEVANT`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +100,7 @@ def attention_mask(
     return made
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One attention call in fastattn's terms, ``(B, S, H, D)``.
 
     ``causal`` and ``window`` are those of the layer. They apply only without a mask, since a mask includes them.
@@ -249,7 +247,7 @@ def _by_positions(call: _Call, attention_mask: Tensor | None, position_ids: Tens
     rows, s_q = call.q.shape[:2]
     if call.causal and call.k.shape[1] > s_q:  # prefill of a static cache, whose later rows are still empty
         bias = None if call.bias is None else call.bias[..., :s_q]
-        call = replace(call, k=call.k[:, :s_q], v=call.v[:, :s_q], bias=bias)
+        call = call._replace(k=call.k[:, :s_q], v=call.v[:, :s_q], bias=bias)
     may_be_packed = call.causal or getattr(attention_mask, "knows_no_documents", False)
     documents = packing.documents_of(position_ids, rows, s_q) if may_be_packed else None
     if documents is None:
@@ -281,7 +279,7 @@ def _by_boundaries(
             if packing.says_no_more(call.mask, cu_seq_lens[0], causal, within)
         )
         if (says := next(may_say, None)) is not None:
-            call = replace(call, mask=None, **says)  # the boundaries say all that the mask does
+            call = call._replace(mask=None, **says)  # the boundaries say all that the mask does
     if call.is_plain:
         return call.packed(cu_q, cu_kv, max_q, max_kv), None
     if (call.causal or call.window) and not torch.equal(cu_q, cu_kv):

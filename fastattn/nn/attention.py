@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from fastattn import nested, rng
 from fastattn.errors import input_error
-from fastattn.functional import attention, attention_varlen, explain
+from fastattn.functional import attention, attention_varlen
+from fastattn.nn.checks import Window, check_options, check_sizes, fits
 from fastattn.nn.lazy import attend_with_little_weights, have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
-from fastattn.torch_internals import autocast_dtype, calls_only_forward, multi_head_attention
+from fastattn.torch_internals import calls_only_forward, multi_head_attention
 
-Window = tuple[int | None, int | None]
 _OUT_PROJ = type(nn.MultiheadAttention(1, 1).out_proj)
 
 
@@ -111,7 +111,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         backend: str | None = None,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
+        check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
         check_options(window, softcap, backend)
         if window is not None and (add_bias_kv or add_zero_attn):
             todo = "Appended keys have no position that a window could be measured from."
@@ -257,7 +257,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
         if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
             return None
-        if any(x.shape != shape or not _fits(x, weight) for x in (query, key, value)) or shape[2] != self.embed_dim:
+        if any(x.shape != shape or not fits(x, weight) for x in (query, key, value)) or shape[2] != self.embed_dim:
             return None
         tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -319,34 +319,38 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _heads_of_one(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """q, k and v as ``(B, S, H, D)`` of self-attention in its commonest form; None leaves it to ``_heads``."""
         weight = self.in_proj_weight
-        if weight is None or x.dim() != 3 or x.shape[-1] != self.embed_dim or not _fits(x, weight):
+        if weight is None or x.dim() != 3 or x.shape[-1] != self.embed_dim or not fits(x, weight):
             return None
         if self.num_kv_heads != self.num_heads:
             return None
-        q, k, v = self._of_product(x, weight, self.in_proj_bias, 3)
+        q, k, v = self._of_product(x, 3)
         return q, k, v
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as ``(B, S, H, D)``."""
-        weight, bias, e_q = self.in_proj_weight, self.in_proj_bias, self.embed_dim
-        _, e_kv, _ = self._widths()
-        if weight is not None and is_batched and key is value:
-            (w_q, w_kv), (b_q, b_kv) = _split(weight, bias, (e_q, 2 * e_kv))
-            (q,), (k, v) = self._of_product(query, w_q, b_q, 1), self._of_product(key, w_kv, b_kv, 2)
+        e_q, e_kv, _ = self._widths()
+        if self.in_proj_weight is not None and is_batched and key is value:
+            (q,), (k, v) = self._of_product(query, 1, (0, e_q)), self._of_product(key, 2, (e_q, 2 * e_kv))
             return q, k, v
-        if weight is not None and is_batched and query is key and e_q == e_kv:  # positions in queries and keys alone
-            (w_qk, w_v), (b_qk, b_v) = _split(weight, bias, (2 * e_q, e_kv))
-            q, k = self._of_product(query, w_qk, b_qk, 2)
-            return q, k, self._of_product(value, w_v, b_v, 1)[0]
+        if self.in_proj_weight is not None and is_batched and query is key and e_q == e_kv:
+            (q, k), (v,) = self._of_product(query, 2, (0, 2 * e_q)), self._of_product(value, 1, (2 * e_q, e_kv))
+            return q, k, v
         projected = self._project(query, key, value)
         q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         return q, k, v
 
-    def _of_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> tuple[Tensor, ...]:
+    def _of_product(self, x: Tensor, count: int, rows: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
         """``count`` of q, k and v as ``(B, S, H, D)`` by one product of a batch ``x``."""
-        x = F.linear(x, weight, bias)
+        x = self._in_proj(x, rows)
         x = x.view(*x.shape[:2], count, -1, self.head_dim)
         return (x if self.batch_first else x.transpose(0, 1)).unbind(2)
+
+    def _in_proj(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """``x`` projected by ``in_proj_weight``, or by ``rows`` of it, ``(first, count)``."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if rows is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight.narrow(0, *rows), None if bias is None else bias.narrow(0, *rows))
 
     def _rotated(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None
@@ -358,14 +362,17 @@ class MultiHeadAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        inputs, widths = (query, key, value), self._widths()
         if self.in_proj_weight is not None and query is key and key is value:
-            return F.linear(query, self.in_proj_weight, self.in_proj_bias).split(self._widths(), dim=-1)
+            return self._in_proj(query).split(widths, dim=-1)
+        starts = (0, widths[0], widths[0] + widths[1])
         if self.in_proj_weight is not None:
-            weights, biases = _split(self.in_proj_weight, self.in_proj_bias, self._widths())
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(self._widths())
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+            return tuple(
+                self._in_proj(x, rows) for x, rows in zip(inputs, zip(starts, widths, strict=True), strict=True)
+            )
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(widths)
+        return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
 
     def _as_batch(self, x: Tensor, is_batched: bool) -> Tensor:
         """``(N, S, E)`` from the caller's layout."""
@@ -403,7 +410,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 allowed = f"{order.format(width)}, or (S, {width}) where none of the three has a batch"
                 raise input_error(name, f"shape {tuple(x.shape)}", allowed, "Check embed_dim, kdim, vdim, batch_first.")
-            if not _fits(x, weight):
+            if not fits(x, weight):
                 todo = "Convert it with .to(...), or the module, or compute under torch.autocast."
                 allowed = f"{weight.dtype} on {weight.device}, as the parameters"
                 raise input_error(name, f"{x.dtype} on {x.device}", allowed, todo)
@@ -458,40 +465,3 @@ def _check_hint(is_causal: bool, attn_mask: Tensor | None) -> None:
 def _padded(mask: Tensor | None, columns: int) -> Tensor | None:
     """``mask`` with unmasked columns for the appended keys."""
     return mask if mask is None or columns == 0 else F.pad(mask, (0, columns))
-
-
-def _split(weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """The parts of a projection by their numbers of rows."""
-    return weight.split(rows), (None,) * len(rows) if bias is None else bias.split(rows)
-
-
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``x`` has the device of the parameters, and their dtype or one that autocast will change."""
-    if x.device == weight.device and x.dtype == weight.dtype:
-        return True
-    return x.device == weight.device and x.is_floating_point() and autocast_dtype(x.device.type) is not None
-
-
-def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
-    check_heads({"embed_dim": embed_dim}, num_heads, num_kv_heads, dropout)
-    if embed_dim % num_heads:
-        todo = "The heads share embed_dim evenly."
-        raise input_error("num_heads", f"{num_heads} for embed_dim {embed_dim}", "a divisor of embed_dim", todo)
-
-
-def check_heads(sizes: dict[str, int], num_heads: int, num_kv_heads: int, dropout: float) -> None:
-    """Raise InputError unless a layer with these ``sizes``, heads and dropout can be built."""
-    for name, size in {**sizes, "num_heads": num_heads, "num_kv_heads": num_kv_heads}.items():
-        if size < 1:
-            raise input_error(name, size, "a positive int", "Check the model's configuration.")
-    if num_heads % num_kv_heads:
-        todo = "Each key/value head serves num_heads // num_kv_heads query heads."
-        raise input_error("num_kv_heads", f"{num_kv_heads} for num_heads {num_heads}", "a divisor of num_heads", todo)
-    if not 0.0 <= dropout <= 1.0:
-        raise input_error("dropout", dropout, "a probability in [0, 1]", "0 turns dropout off.")
-
-
-def check_options(window: Window | None, softcap: float | None, backend: str | None) -> None:
-    """Have ``fastattn.attention`` check its own arguments now rather than in the first forward pass."""
-    x = torch.empty(1, 1, 1, 1, device="meta")
-    explain(x, x, x, window=window, softcap=softcap, backend=backend)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn.attention import Window, check_heads
+from fastattn.nn.checks import Window, check_heads
 from fastattn.nn.layer_cache import LayerCache
 from fastattn.nn.self_attention import AttentionLayer, Call
 

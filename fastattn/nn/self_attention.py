@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastattn.errors import input_error
 from fastattn.functional import attention
-from fastattn.nn.attention import Window, check_heads, check_options
 from fastattn.nn.cache import FP8, KVCache
+from fastattn.nn.checks import Window, check_heads, check_options
 from fastattn.nn.layer_cache import LayerCache
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import apply_rotary, check_rotary, rotary_tables

@@ -329,7 +329,7 @@ def test_ctrl_c_while_training_exits_with_130(texts, tmp_path, monkeypatch, caps
 
     real = loop.Trainer._train_step
 
-    def step(self, number):
+    def step(self, number, rate=None):
         if number == 2:
             signal.raise_signal(signal.SIGINT)
         return real(self, number)

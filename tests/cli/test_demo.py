@@ -91,7 +91,7 @@ def test_the_steps_fill_the_time(texts, tmp_path, monkeypatch):
 def test_ctrl_c_ends_the_demo(short, texts, tmp_path, monkeypatch):
     real = Trainer._train_step
 
-    def step(self, number):
+    def step(self, number, rate=None):
         signal.raise_signal(signal.SIGINT)
         return real(self, number)
 

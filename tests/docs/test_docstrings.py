@@ -24,8 +24,9 @@ def modules_with_examples() -> list[object]:
     for path in sorted(PACKAGE.rglob("*.py")):
         if ">>> " in path.read_text(encoding="utf-8"):
             name = ".".join(("fastattn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-            needs = name.rpartition(".")[2] == "transformers" and importlib.util.find_spec("transformers") is None
-            marks = [pytest.mark.skip(reason="transformers is not installed")] if needs else []
+            package = name.rpartition(".")[2]
+            lacks = package in ("transformers", "opacus") and importlib.util.find_spec(package) is None
+            marks = [pytest.mark.skip(reason=f"{package} is not installed")] if lacks else []
             found.append(pytest.param(name, marks=marks))
     return found
 

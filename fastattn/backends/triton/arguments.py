@@ -286,7 +286,8 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
+        longest = max(self.block_qk, self.block_v)
+        return longest > 256 or (self.precise and (self.precision == "ieee" or longest > 128))
 
     @property
     def vector_out(self) -> int:

@@ -24,6 +24,7 @@ _LABELS = ("label", "gold_label", "is_duplicate", "Quality", "sentiment")
 _SCORES = ("label", "score", "similarity_score")
 _TAGS = ("labels", "ner_tags", "pos_tags", "tags", "label")
 _SUMMARIES = (("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("text", "summary"))
+_TURN = "\n\nAssistant:"  # before a response in Anthropic's HH-RLHF, whose texts are whole conversations
 UNLABELLED = {"-1", "-"}  # what test sets, and SNLI's files for examples without a majority, have in place of a label
 
 
@@ -67,6 +68,8 @@ def _inputs(record: Record, task: str, labelled: bool) -> Columns:
         return _first("source", record, ("source", *(first for first, second in _SUMMARIES if second in record)))
     if task == "chat":
         return _first("messages", record, ("messages", "conversations", "instruction", "prompt", "question"))
+    if task == "dpo" and "prompt" not in record and "question" not in record:
+        return {"prompt": "chosen"}  # which begins with it
     if "instruction" in record:
         return {"prompt": "instruction"}
     return _first("prompt", record, ("prompt", "question"))
@@ -88,6 +91,8 @@ def _targets(record: Record, task: str) -> Columns:
         if isinstance(pair := record.get("translation"), Mapping) and len(pair) >= 2:
             return {"target": f"translation.{list(pair)[1]}"}
         return _first("target", record, ("target", *(second for first, second in _SUMMARIES if first in record)))
+    if task == "dpo":
+        return {"chosen": "chosen", "rejected": "rejected"}
     if task == "chat" and (column := _first("messages", record, ("messages", "conversations"))["messages"]) in record:
         return {"response": column}
     return _first("response", record, ("response", "output", "completion", "answer"))
@@ -114,6 +119,8 @@ def taken(place: str, record: Record, columns: Columns, names: Mapping[str, list
         fields["prompt"] = _alpaca(record)
     if task == "chat":
         fields |= _conversation(place, record, columns)
+    if task == "dpo":
+        fields |= _preference(place, fields)
     present = {field: value for field, value in fields.items() if value is not None}
     if len(present) < len(fields):  # the others, for the message about what is missing
         present |= {name: value for name, value in record.items() if name not in fields}
@@ -167,6 +174,23 @@ def _conversation(place: str, record: Record, columns: Columns) -> Record:
     if is_of_messages:
         return {"messages": messages[: end - 1], "response": messages[end - 1]["content"]}
     return {"messages": messages[:end]}
+
+
+def _preference(place: str, fields: Record) -> Record:
+    """The prompt and two responses of pairs of texts or conversations with a common beginning."""
+    chosen, rejected = fields.get("chosen"), fields.get("rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        pair = [checked_messages(f"{place}, field {name!r}", fields[name]) for name in ("chosen", "rejected")]
+        if pair[0][:-1] != pair[1][:-1] or {messages[-1]["role"] for messages in pair} != {"assistant"}:
+            raise DataError(f"{place}: the conversations must differ in their last message alone, the assistant's.")
+        prompt = pair[0][:-1] or fields.get("prompt")
+        return {"prompt": prompt, "chosen": pair[0][-1]["content"], "rejected": pair[1][-1]["content"]}
+    if fields.get("prompt") is not chosen or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return {}
+    length = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen))
+    shared = chosen[:length]
+    end = shared.rfind(_TURN) + len(_TURN) if _TURN in shared else shared.rfind(" ") + 1
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
 
 
 def _alpaca(record: Record) -> str:

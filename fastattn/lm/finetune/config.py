@@ -17,6 +17,7 @@ from fastattn.lm.train.settings import RunSettings, TrainConfig
 from fastattn.lm.train.tasks import preset_for
 from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size
 
+CONVERSATIONS = ("chat", "dpo")  # tasks with a chat template
 _TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
 
@@ -39,7 +40,9 @@ class FinetuneConfig(RunSettings):
         lora_dropout: see there.
         vocab_size: of the tokenizer that is learned where the model starts from nothing.
         held_out: part of ``data`` that is held out where there is no ``eval``, chosen by the hash of each example.
-        chat_template: file of a Jinja template, of "chat"; None is that of the model to start from, or the default.
+        chat_template: file of a Jinja template, of "chat" and "dpo"; None is that of the model to start from, or for
+            messages the default.
+        dpo_beta: of "dpo": the larger, the closer the model stays to what it was; see ``tasks.prefer``.
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
@@ -62,6 +65,7 @@ class FinetuneConfig(RunSettings):
     vocab_size: int = 4096
     held_out: float = 0.1
     chat_template: str | None = None
+    dpo_beta: float = 0.1
     length: int | None = None
     dropout: float | None = None
     attention: str = "fastattn"
@@ -76,8 +80,13 @@ class FinetuneConfig(RunSettings):
         if len(starts) != 1:
             allowed = "one of --checkpoint, --pretrained and --preset"
             raise input_error("the start", " and ".join(starts) or "none", allowed, "Say where the weights come from.")
-        if self.chat_template is not None and self.task != "chat":
-            raise input_error("chat_template", self.chat_template, "None", "It belongs to the task chat.")
+        if self.chat_template is not None and self.task not in CONVERSATIONS:
+            raise input_error("chat_template", self.chat_template, "None", "It belongs to the tasks chat and dpo.")
+        if self.task == "dpo" and self.preset is not None:
+            todo = "A preference is learned by a model that can answer: fine-tune one for chat or instruct first."
+            raise input_error("preset", repr(self.preset), "--checkpoint or --pretrained for dpo", todo)
+        if not 0 < self.dpo_beta < math.inf:
+            raise input_error("dpo_beta", self.dpo_beta, "a positive number", "0.1 is usual.")
         if not 0 < self.epochs < math.inf:
             raise input_error("epochs", self.epochs, "a positive number", "3 is usual.")
         if self.steps is not None and self.steps < 1:

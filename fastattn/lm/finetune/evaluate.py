@@ -16,10 +16,12 @@ from tqdm import tqdm
 from fastattn.errors import DataError, input_error
 from fastattn.files import write_text
 from fastattn.lm.data import Skipped, find_sources, read_documents
+from fastattn.lm.finetune.config import saved_config
 from fastattn.lm.finetune.datasets import Dataset, read_dataset
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import Finetuned, is_finetuned, load_finetuned
 from fastattn.lm.finetune.scoring import score
+from fastattn.lm.finetune.start import load_start
 from fastattn.lm.finetune.tasks import Prediction
 from fastattn.lm.models import MaskedLM
 from fastattn.lm.train.checkpoint import Checkpoint
@@ -113,7 +115,11 @@ def _of_task(
     def note(example: Example, prediction: Prediction) -> None:
         lines.append(json.dumps({"example": example.fields, "prediction": prediction}, ensure_ascii=False) + "\n")
 
-    scores = score(found.task, found.model, examples, show_progress, None if predictions is None else note)
+    reference = None
+    if found.task.needs_reference and isinstance(checkpoint, Checkpoint):
+        reference = load_start(saved_config(checkpoint))[1].to(next(found.model.parameters()).device)
+    each = None if predictions is None else note
+    scores = score(found.task, found.model, examples, show_progress, each, reference)
     if predictions is not None:
         write_text(predictions, "".join(lines))
     return Evaluation(found.task.name, str(checkpoint.folder), dataset.name, {"examples": len(examples)}, scores)

@@ -8,6 +8,7 @@ qa          question, context, answer   and answer_start, the character where th
 seq2seq     source, target
 instruct    prompt, response
 chat        messages, response          the messages before the last of the assistant, and its text
+dpo         prompt, chosen, rejected    the prompt a text or messages, and two responses to it
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ FIELDS = {
     "seq2seq": Fields(("source",), ("target",)),
     "instruct": Fields(("prompt",), ("response",)),
     "chat": Fields(("messages",), ("response",)),
+    "dpo": Fields(("prompt",), ("chosen", "rejected")),
 }
 _MAY_BE_EMPTY = {"text_pair", "target", "prompt", "answer"}
 
@@ -107,6 +109,8 @@ def checked(example: Example, task: str, *, labelled: bool = True) -> Example:
 def _typed(example: Example, task: str, name: str, value: Any) -> Any:
     if name == "messages":
         return checked_messages(f"{example.place}, field 'messages'", value)
+    if name == "prompt" and isinstance(value, list):
+        return checked_messages(f"{example.place}, field 'prompt'", value)
     if name in ("words", "labels"):
         return _list_of_texts(example, task, name, value)
     if name == "answers":

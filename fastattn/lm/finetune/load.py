@@ -8,14 +8,16 @@ from itertools import count
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 
 from fastattn.errors import DataError, input_error
 from fastattn.lm.finetune.adapters import add_adapters, merge_adapters
-from fastattn.lm.finetune.config import saved_config
+from fastattn.lm.finetune.config import CONVERSATIONS, FinetuneConfig, saved_config
 from fastattn.lm.finetune.examples import FIELDS, Example, checked
 from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.finetune.tasks import TASKS, Prediction, Task
+from fastattn.lm.finetune.tasks.prefer import Prefer
 from fastattn.lm.models import TransformerConfig, make_model
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.hf_folder import AnySource, HFFolder
@@ -131,5 +133,25 @@ def build_without_weights(checkpoint: Checkpoint, attention: str | None = None) 
     if attention is not None:
         config = TransformerConfig.from_dict(config.to_dict() | {"attention": attention})
     settings, labels = saved_config(checkpoint), checkpoint.trainer_state()["settings"]["labels"]
-    task = TASKS[settings.task](checkpoint.tokenizer(), config, labels, settings.length, checkpoint.chat_template)
+    task = make_task(settings, checkpoint.tokenizer(), config, labels, checkpoint.chat_template)
     return task, task.add_head(make_model(config))
+
+
+def task_class(config: FinetuneConfig) -> type[Task]:
+    """The class of a run's task."""
+    return TASKS[config.task]
+
+
+def make_task(
+    config: FinetuneConfig,
+    tokenizer: Tokenizer,
+    model: TransformerConfig,
+    labels: Sequence[str],
+    chat_template: str | None,
+) -> Task:
+    """The task of a run, for its model."""
+    template = chat_template if config.task in CONVERSATIONS else None
+    task = task_class(config)(tokenizer, model, labels, config.length, template)
+    if isinstance(task, Prefer):
+        task.beta = config.dpo_beta
+    return task

@@ -20,14 +20,14 @@ from fastattn.lm.finetune.adapters import choose_trained
 from fastattn.lm.finetune.config import FinetuneConfig
 from fastattn.lm.finetune.datasets import Dataset, find_splits, read_dataset
 from fastattn.lm.finetune.examples import Example
-from fastattn.lm.finetune.load import build_without_weights, is_finetuned, load_finetuned
+from fastattn.lm.finetune.load import build_without_weights, load_finetuned, make_task, task_class
 from fastattn.lm.finetune.scoring import predict_all, score
-from fastattn.lm.finetune.tasks import TASKS, Task
+from fastattn.lm.finetune.start import check_start, load_start
+from fastattn.lm.finetune.tasks import Task
 from fastattn.lm.generate.chat import DEFAULT_TEMPLATE
 from fastattn.lm.models import TransformerConfig, make_model, preset
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.example_rows import ExampleRows, Feature
-from fastattn.lm.train.hf_folder import AnySource, HFFolder
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.parallel import ranks
@@ -100,17 +100,26 @@ def finetune(
     import torchmetrics  # noqa: F401
 
     if resume is None:
-        _check_start(config)
+        check_start(config)
     with run_folder(out, config.train, resume):
         prepared = _prepare(out, config, device, resume, show_progress)
         progress = start_or_resume(prepared.trainer, resume, prepared.fingerprint, "examples are")
         return _outcome(out, prepared, progress, device, show_progress)
 
 
+def make_trainer(
+    out: Path, config: FinetuneConfig, device: torch.device | str = "cpu", *, show_progress: bool = True
+) -> Trainer:
+    """The trainer of a new run."""
+    check_start(config)
+    return _prepare(out, config, device, None, show_progress).trainer
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A run that is ready to train."""
 
+    config: FinetuneConfig
     task: Task
     trainer: Trainer
     features: list[Feature]
@@ -129,10 +138,14 @@ def _prepare(
         task, model = _fresh(config, data)
     else:
         task, model = build_without_weights(resume, config.attention)
-    torch.manual_seed(config.train.seed)
-    choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     features = [feature for example in examples for feature in task.features(example)]
     held_out_features = [feature for example in held_out for feature in task.features(example)]
+    if task.needs_reference:
+        start = (model if resume is None else load_start(config)[1]).to(device)
+        features = task.with_reference(start, features, show_progress)
+        held_out_features = task.with_reference(start, held_out_features, show_progress)
+    torch.manual_seed(config.train.seed)
+    choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     training = config.training(len(features))
     rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
     fingerprint = _fingerprint([*examples, *held_out])
@@ -145,7 +158,7 @@ def _prepare(
         evaluate=None if task.answer_field else lambda model: task.scores(predict_all(task, model, sample), sample),
         model_config=_config_of(model).to_dict(), show_progress=show_progress,
     )  # fmt: skip
-    return _Prepared(task, trainer, features, data, fingerprint)
+    return _Prepared(config, task, trainer, features, data, fingerprint)
 
 
 def _outcome(
@@ -158,8 +171,9 @@ def _outcome(
     scores: dict[str, float] = {}
     if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
+        reference = load_start(prepared.config)[1].to(device) if task.needs_reference else None
         for name, examples in data.held_out.items():
-            found = score(best.task, best.model, examples, show_progress)
+            found = score(best.task, best.model, examples, show_progress, reference=reference)
             scores |= {f"{key} ({name})" if name else key: value for key, value in found.items()}
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
@@ -173,16 +187,20 @@ def _outcome(
 
 def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     """The task and the model at the start of a run; a label of ``data`` may be so rare that all of it is held out."""
-    task = TASKS[config.task]
+    task = task_class(config)
     torch.manual_seed(config.train.seed)
     labels = task.label_names([*data.train, *data.all_held_out] if data.is_split else data.train)
     tokenizer, backbone, template = _start(config, task, data.train)
     if config.chat_template is not None:
         template = read_limited(Path(config.chat_template))
-    if template is None and config.task == "chat":
+    if template is None and (config.task == "chat" or (config.task == "dpo" and _has_messages(data))):
         template = DEFAULT_TEMPLATE
-    ready = task(tokenizer, backbone.config, labels, config.length, template if config.task == "chat" else None)
+    ready = make_task(config, tokenizer, backbone.config, labels, template)
     return ready, ready.add_head(backbone)
+
+
+def _has_messages(data: _Data) -> bool:
+    return isinstance(data.train[0].fields["prompt"], list)
 
 
 def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any, str | None]:
@@ -191,38 +209,7 @@ def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]
         tokenizer = train_tokenizer(_texts(examples), config.vocab_size)
         sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
         return tokenizer, make_model(config.adjusted(sizes)), None
-    source: AnySource
-    if config.pretrained is not None:
-        source = HFFolder(_pretrained_folder(config.pretrained))
-    else:
-        source = find_checkpoint(Path(str(config.checkpoint)))
-    is_tuned = isinstance(source, Checkpoint) and is_finetuned(source)
-    found: Any = load_finetuned(source).model if is_tuned else source.load_pretrained()
-    backbone: Any = getattr(found, "backbone", found)
-    with torch.device("meta"):  # the weights exist once
-        fresh = make_model(config.adjusted(backbone.config))
-    fresh.load_state_dict(backbone.state_dict(), assign=True)
-    return source.tokenizer(), fresh, source.chat_template
-
-
-def _check_start(config: FinetuneConfig) -> None:
-    """Raise DataError if the weights to start from are not there."""
-    if config.pretrained is not None:
-        _pretrained_folder(config.pretrained)
-    if config.checkpoint is not None:
-        find_checkpoint(Path(config.checkpoint))
-
-
-def _pretrained_folder(given: str) -> Path:
-    """The folder of a model in Hugging Face's format; raises DataError with what to do if it is none."""
-    folder = Path(given)
-    if not folder.is_dir():
-        todo = f"fastattn downloads nothing itself; fetch a model with: hf download {given} --local-dir {folder.name}"
-        raise DataError(f"There is no folder {given!r}: {todo}")
-    if not (folder / "tokenizer.json").is_file():
-        todo = f"AutoTokenizer.from_pretrained({given!r}).save_pretrained({given!r}) of transformers writes it"
-        raise DataError(f"{given} holds no tokenizer.json: {todo}.")
-    return folder
+    return load_start(config)
 
 
 def _config_of(model: Any) -> TransformerConfig:
@@ -235,7 +222,7 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
         for name, value in example.fields.items():
             if isinstance(value, str):
                 yield value
-            elif name == "messages":
+            elif name == "messages" or (name == "prompt" and isinstance(value, list)):
                 yield from (message["role"] + "\n" + message["content"] for message in value)
             elif isinstance(value, list):
                 yield " " + " ".join(value)

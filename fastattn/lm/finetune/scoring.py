@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,6 +39,7 @@ def score(
     examples: Sequence[Example],
     show_progress: bool = False,
     each: Callable[[Example, Prediction], None] | None = None,
+    reference: nn.Module | None = None,
 ) -> dict[str, float]:
     """Loss and scores by name; of generated text perplexity and bits per byte, too.
 
@@ -47,19 +49,27 @@ def score(
         examples: with their targets.
         show_progress: show progress bars.
         each: called with each example and the prediction for it.
+        reference: the model before training, for a task that needs it.
     """
     features = [feature for example in examples for feature in task.features(example)]
     device = next(model.parameters()).device
-    nats, labels = 0.0, 0
+    if task.needs_reference:
+        features = task.with_reference(reference or model, features, show_progress)
+    nats, labels, sums = 0.0, 0, defaultdict[str, float](float)
     bar = tqdm(total=len(features), desc="loss", unit="row", disable=not show_progress)
     with torch.no_grad(), bar:
         for batch in ExampleRows(features, _BATCH).sample(len(features), _BATCH):
-            nats += float(task.loss(model, batch.to(device)))
+            on_device = batch.to(device)
+            nats += float(task.loss(model, on_device))
             labels += batch.num_labels()
+            for name, value in task.batch_scores(model, on_device).items():
+                sums[name] += value
             bar.update(min(_BATCH, len(features) - bar.n))
     loss = nats / max(labels, 1)
-    found = {"loss": loss}
-    if task.answer_field is not None:
+    found = {"loss": loss} | {name: value / len(features) for name, value in sums.items()}
+    if not task.scores_text and each is None:
+        return found
+    if task.answer_field is not None and task.scores_text:
         size = sum(len(task.learned_text(example).encode()) for example in examples)
         found |= {"perplexity": perplexity(loss), "bits per byte": bits_per_byte(loss, labels, max(size, 1))}
     predictions = predict_all(task, model, examples, show_progress)

@@ -124,7 +124,7 @@ class Checkpoint:
         if is_sharded(model):
             load_parts(self.folder, wanted)
         else:
-            model.load_state_dict(_read_tensors(path))
+            model.load_state_dict(read_tensors(path))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Copy the stored state into ``optimizer``, which serves ``model``."""
@@ -144,7 +144,7 @@ class Checkpoint:
             }
             load_parts(self.folder, stored)
         else:
-            stored = _read_tensors(path)
+            stored = read_tensors(path)
         fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
         for key, value in stored.items():
             kind, _, name = key.partition(":")
@@ -192,7 +192,7 @@ def save_checkpoint(
                     (unfinished / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
                 _write_json(unfinished / "config.json", model_config)
                 _write_json(unfinished / "trainer.json", {"format": FORMAT, "step": step} | state)
-                _write_checksums(unfinished)
+                write_checksums(unfinished)
         processes.wait()
     if not processes.leads:
         return Checkpoint(path)
@@ -275,7 +275,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> di
     }
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -318,7 +318,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_checksums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     sums = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
     _write_json(folder / _CHECKSUMS, sums)

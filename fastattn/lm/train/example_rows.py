@@ -56,7 +56,7 @@ def padded(features: Sequence[Feature]) -> ExampleBatch:
     for name in features[0]:
         lengths = torch.tensor([len(feature[name]) for feature in features])
         dtype = np.float32 if isinstance(features[0][name][0], float) else np.int64
-        rows = np.full((len(features), int(lengths.max())), IGNORED if name == "labels" else 0, dtype)
+        rows = np.full((len(features), int(lengths.max())), IGNORED if name.endswith("labels") else 0, dtype)
         for row, feature in zip(rows, features, strict=True):
             row[: len(feature[name])] = feature[name]
         tensors[name] = torch.from_numpy(rows)

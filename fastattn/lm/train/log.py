@@ -1,9 +1,11 @@
-"""The log of a run: JSON lines, TensorBoard, and the sums that the next line is computed from."""
+"""The log of a run: JSON lines, TensorBoard, Weights & Biases, and the sums that the next line is computed from."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +89,48 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """The log for Weights & Biases: each number of a record a curve over steps.
+
+    The environment variables of ``wandb`` choose where it goes: ``WANDB_MODE=offline`` keeps it in ``folder``, for
+    ``wandb sync``; ``WANDB_PROJECT`` names the project, which is otherwise "fastattn".
+
+    Args:
+        folder: of the run; receives ``wandb/``, with the id by which a continuation goes on with the same curves.
+        settings: shown beside the curves.
+
+    Raises:
+        InputError: ``wandb`` is not installed.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        wandb = self.load_module()
+        path = folder / "wandb" / "id"
+        if not path.exists():
+            write_text(path, secrets.token_hex(4))
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fastattn"), name=folder.resolve().name, dir=str(folder),
+            id=path.read_text(encoding="utf-8"), resume="allow", config=dict(settings),
+        )  # fmt: skip
+        # By our own step: that of wandb cannot go back to a checkpoint after a kill.
+        self._run.define_metric("*", step_metric="step")
+
+    @staticmethod
+    def load_module() -> Any:
+        """The module ``wandb``; raises InputError if it is not installed."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise input_error("wandb", True, "False here", "It is missing: pip install wandb") from error
+        return wandb
+
+    def write(self, record: Mapping[str, float]) -> None:
+        self._run.log(dict(record))
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 @dataclass

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fastattn.errors import DataError, input_error
 from fastattn.lm.train.checkpoint import Checkpoint, save_checkpoint
 from fastattn.lm.train.context import ContextGroup, check_context_parallel
-from fastattn.lm.train.log import Log, TensorBoard, Window
+from fastattn.lm.train.log import Log, TensorBoard, WeightsAndBiases, Window
 from fastattn.lm.train.metrics import peak_flops
 from fastattn.lm.train.optim import make_optimizer, update
 from fastattn.lm.train.parallel import check_sharing, gradients_later, ranks, wrap_parallel
@@ -140,7 +140,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.optim)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl", self.ranks.leads)
-        self._tensorboard: TensorBoard | None = None
+        self._curves: list[TensorBoard | WeightsAndBiases] = []
         self._window = Window()
         self._shown: dict[str, str] = {}
         self._must_stop = self._interrupted = False
@@ -200,17 +200,24 @@ class Trainer:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        if self.config.tensorboard and self.ranks.leads:
-            self._tensorboard = TensorBoard(self.folder / "tensorboard", self.progress.step)
-        try:
+        with contextlib.ExitStack() as stack:
+            if self.config.tensorboard and self.ranks.leads:
+                self._curves.append(TensorBoard(self.folder / "tensorboard", self.progress.step))
+            if self.config.wandb and self.ranks.leads:
+                self._curves.append(WeightsAndBiases(self.folder, self.settings))
+            for curves in self._curves:
+                stack.callback(curves.close)
+            stack.callback(self._curves.clear)
             yield
-        finally:
-            if self._tensorboard is not None:
-                self._tensorboard.close()
 
-    def train_step(self, step: int) -> Tensor:
-        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves."""
-        return self._train_step(step)[0]
+    def train_step(self, step: int, rate: float | None = None) -> Tensor:
+        """Do the update of this number alone, and return its loss per label; ``run`` also logs, evaluates and saves.
+
+        Args:
+            step: decides the rows and what dropout draws.
+            rate: the learning rate; None is that of the schedule.
+        """
+        return self._train_step(step, rate)[0]
 
     def seconds_per_step(self, trials: int = 3) -> float:
         """Median time of an update. It trains the model, so make another trainer for the run."""
@@ -246,7 +253,7 @@ class Trainer:
             yield
         self.model.train(was_training)
 
-    def _train_step(self, step: int) -> tuple[Tensor, Tensor, Tensor | int]:
+    def _train_step(self, step: int, rate: float | None = None) -> tuple[Tensor, Tensor, Tensor | int]:
         """Loss per label (this process's part of the sum), norm of the gradient and number of labels of one update."""
         config, context, rank, size = self.config, self._context, self.ranks.rank, self.ranks.size
         self.model.train()
@@ -265,7 +272,7 @@ class Trainer:
                     loss = self.loss(self._runner, part.to(self.device)) * weight
                 (loss * size).backward()  # the mean over processes is taken of gradients, where we want the sum
             total += loss.detach()
-        rate = config.optim.rate(step, config.steps)
+        rate = config.optim.rate(step, config.steps) if rate is None else rate
         return total, update(self.optimizer, self.model, rate, config.optim.clip), labels
 
     def _autocast(self) -> torch.autocast:
@@ -299,10 +306,10 @@ class Trainer:
         return {"tflops": flops / 1e12} | ({"mfu": flops / peak / self.ranks.size} if peak else {})
 
     def _record(self, record: dict[str, float]) -> None:
-        """Write to the log, to TensorBoard and beside the progress bar."""
+        """Write to the log, to what draws its curves, and beside the progress bar."""
         self.log.write(record)
-        if self._tensorboard is not None:
-            self._tensorboard.write(record)
+        for curves in self._curves:
+            curves.write(record)
         formats = {"loss": ".3f", "held_out_loss": ".3f", "tokens_per_second": ",.0f", "mfu": ".1%"}
         names = {"held_out_loss": "held-out", "tokens_per_second": "tok/s"}
         self._shown |= {names.get(n, n): format(record[n], how) for n, how in formats.items() if n in record}

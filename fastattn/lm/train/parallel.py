@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastattn.errors import UnsupportedError, input_error
+from fastattn.files import replaced_file
 
 Parallel = Literal["auto", "ddp", "fsdp"]
 _TIMEOUT = datetime.timedelta(hours=1)  # the others wait while the first process tokenises
@@ -204,7 +205,8 @@ def save_parts(stem: Path, tensors: dict[str, Tensor], processes: Ranks) -> None
     dcp.save(tensors, storage_writer=writer)
     if processes.leads:
         (written,) = stem.glob("*.safetensors")
-        os.replace(written, stem.with_name(f"{stem.name}.safetensors"))
+        with replaced_file(stem.with_name(f"{stem.name}.safetensors")) as temporary:
+            written.rename(temporary)
         shutil.rmtree(stem)
 
 

@@ -1,9 +1,10 @@
-"""The loss curve as a picture. Needs matplotlib: ``pip install 'fastattn[bench]'``."""
+"""Losses as pictures. Needs matplotlib: ``pip install 'fastattn[bench]'``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastattn.files import replaced_file
 
@@ -16,12 +17,7 @@ def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], pa
         levels: what to compare with: losses by name, drawn as lines across.
         path: of the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _drawing()
     for name, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
@@ -29,6 +25,28 @@ def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], pa
     for name, level in levels.items():
         axes.axhline(level, color="gray", linestyle="--", label=name)
     axes.set(xlabel="step", ylabel="loss (nats per label)", title="fastattn: training")
+    _save(figure, axes, path)
+
+
+def plot_rates(rates: Sequence[float], losses: Sequence[float], suggestion: float, path: Path) -> None:
+    """Draw the loss over the learning rate to a PNG, and the rate that is suggested."""
+    figure, axes = _drawing()
+    axes.semilogx(rates, losses, label="training, smoothed")
+    axes.axvline(suggestion, color="gray", linestyle="--", label=f"suggested: {suggestion:.2g}")
+    axes.set(xlabel="learning rate", ylabel="loss (nats per label)", title="fastattn: search for the learning rate")
+    _save(figure, axes, path)
+
+
+def _drawing() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with replaced_file(path) as temporary:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastattn.errors import DataError
 from fastattn.files import only_writer
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint, sorted_steps
-from fastattn.lm.train.log import TensorBoard
+from fastattn.lm.train.log import TensorBoard, WeightsAndBiases
 from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.parallel import check_sharing, ranks
 from fastattn.lm.train.settings import Progress, TrainConfig
@@ -32,6 +32,8 @@ def run_folder(out: Path, config: TrainConfig, resume: Checkpoint | None) -> Ite
     check_sharing(config.batch, config.parallel, processes, config.context_parallel)
     if config.tensorboard:
         TensorBoard.load_writer()
+    if config.wandb:
+        WeightsAndBiases.load_module()
     with contextlib.ExitStack() as stack:
         if processes.leads:
             try:

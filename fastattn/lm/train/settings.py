@@ -39,6 +39,7 @@ class TrainConfig:
         parallel: how several processes share the work: "ddp" or "fsdp"; "auto" is "fsdp" if the model is too large.
         context_parallel: processes that share each row, of which each holds some tokens; 1 gives each rows of its own.
         tensorboard: also write the log for TensorBoard, into ``tensorboard/``.
+        wandb: also write it for Weights & Biases, into ``wandb/`` or to its server; see ``WeightsAndBiases``.
         optim: the optimizer.
     """
 
@@ -62,6 +63,7 @@ class TrainConfig:
     parallel: Parallel = "auto"
     context_parallel: int = 1
     tensorboard: bool = False
+    wandb: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ _MAY_CHANGE = {
     for name in (
         "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
         "save_every", "keep", "log_every", "micro_batch", "precision", "compile", "recompute", "parallel",
-        "tensorboard",
+        "tensorboard", "wandb",
     )
 } | {"attention"}  # fmt: skip
 

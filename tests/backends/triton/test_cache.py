@@ -14,12 +14,13 @@ from fastattn.backends import load  # noqa: E402
 from fastattn.backends.triton import launch_decode  # noqa: E402
 from fastattn.backends.triton.pages import from_e4m3, to_e4m3  # noqa: E402
 from fastattn.decoding import explain_with_kv_cache  # noqa: E402
-from fastattn.kv_cache import FP8  # noqa: E402
+from fastattn.kv_cache import FP8, CacheInputs  # noqa: E402
+from fastattn.spec import AttentionSpec  # noqa: E402
 from fastattn.testing import CacheCase, assert_within, cache_grid, make_cache_sample, measure_cache  # noqa: E402
 
 GRID = cache_grid((torch.float32, torch.float16, torch.bfloat16))
 # Kernels of contiguous caches differ in where a row lies and in nothing else.
-CONTIGUOUS = ("one token", "strided", "window", "ragged, everything", "everything", "e4m3")
+CONTIGUOUS = ("one token", "strided", "window", "ragged, everything", "everything", "e4m3", "tree, window")
 WALKED = [case for case in GRID if case.page_size or case.id.startswith(CONTIGUOUS)]
 FP32_PAGES = [case for case in GRID if case.page_size and case.dtype == torch.float32]
 IN_PARTS = ("some tokens", "window of tokens", "sinks", "ragged", "everything", "e4m3", "an empty", "pages of 16")
@@ -120,3 +121,42 @@ def test_it_says_what_it_can() -> None:
     wide = [x.repeat(1, 1, 1, 5) for x in (q, cache)]
     (reason,) = explain_with_kv_cache(wide[0], wide[1], wide[1], lengths).reasons["triton"]
     assert reason == "head dim 320/320 (at most 256)"
+
+
+def test_a_sequence_has_the_same_bits_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch-invariant calls: alone, in other orders and pages, in chunks, with a window, and beside a longer cache."""
+    monkeypatch.setattr(launch_decode, "FIXED_KEYS", 64)
+    draw = torch.Generator().manual_seed(0)
+    lengths = (150, 20, 97)
+    stores = [torch.randn(2, length, 2, 16, generator=draw) for length in lengths]
+    queries = [torch.randn(3, 4, 16, generator=draw) for _ in lengths]
+    spec = AttentionSpec(0.25, left=90, right=0)
+
+    def run(
+        order: tuple[int, ...], page_size: int, more_pages: int = 0, rows: slice = slice(0, 3)
+    ) -> list[torch.Tensor]:
+        each = [-(-lengths[n] // page_size) for n in order]
+        pages = torch.randperm(sum(each), generator=draw)
+        table = torch.full((len(order), max(each) + more_pages), -1, dtype=torch.int32)
+        caches = torch.full((2, sum(each), page_size, 2, 16), torch.nan)
+        begin = 0
+        for row, n, count in zip(table, order, each, strict=True):
+            row[:count] = pages[begin : begin + count]
+            begin += count
+            room = torch.full((2, count * page_size, 2, 16), torch.nan)
+            room[:, : lengths[n]] = stores[n]
+            caches[:, row[:count].long()] = room.unflatten(1, (count, page_size))
+        q = torch.stack([queries[n][rows] for n in order])
+        have = torch.tensor([lengths[n] - 3 + rows.stop for n in order], dtype=torch.int32)
+        inputs = CacheInputs(
+            q, caches[0], caches[1], have, block_table=table, max_seqlen_q=q.shape[1], batch_invariant=True
+        )
+        out, lse = load("triton").attend_to_cache(inputs, spec)
+        return [torch.cat([out[row], lse[row].T[..., None]], -1) for row in range(len(order))]
+
+    alone = [run((n,), 256)[0] for n in range(3)]
+    for order, options in (((2, 0, 1), {"page_size": 16}), ((0, 2), {"page_size": 8, "more_pages": 40})):
+        for n, found in zip(order, run(order, **options), strict=True):
+            assert torch.equal(found, alone[n])
+    chunks = [run((0,), 32, rows=slice(a, b))[0] for a, b in ((0, 1), (1, 3))]
+    assert torch.equal(torch.cat(chunks), alone[0])

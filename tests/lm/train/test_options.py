@@ -1,6 +1,7 @@
 """Options of the loop: recomputed activations, torch.compile, TensorBoard, the loss curve, what the bar shows."""
 
 import sys
+import time
 
 import pytest
 import torch
@@ -115,6 +116,28 @@ def test_tensorboard_that_is_missing(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match=r"tensorboard: got True.*pip install tensorboard"):
         make_trainer(tmp_path, tensorboard=True).run()
+
+
+def test_weights_and_biases_offline(make_trainer, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    make_trainer(tmp_path, steps=2, save_every=2, wandb=True).run()
+    second = make_trainer(tmp_path, steps=4, wandb=True)
+    second.resume(find_checkpoint(tmp_path))
+    second.run()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 2 and len({path.name for path in runs}) == 1  # the parts of one run
+    wanted, end = (b"held_out_loss", b"tokens_per_second", b"grad_norm"), time.monotonic() + 20
+    while not all(name in path.read_bytes() for path in runs for name in wanted):  # its own process writes them
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_weights_and_biases_that_is_missing(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"wandb: got True.*pip install wandb"):
+        make_trainer(tmp_path, wandb=True).run()
 
 
 @pytest.fixture

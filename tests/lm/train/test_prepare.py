@@ -131,9 +131,9 @@ def test_the_vocabulary_is_learned_from_all_over_a_large_corpus(raw, tmp_path, m
     seen = []
     real = module.train_tokenizer
 
-    def train(texts, size):
+    def train(texts, *options):
         seen.extend(texts)
-        return real(seen, size)
+        return real(seen, *options)
 
     monkeypatch.setattr(module, "train_tokenizer", train)
     monkeypatch.setattr(module, "TOKENIZER_SAMPLE", 60 * 400 // 4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,15 +100,15 @@ def test_a_corpus_of_one_document(tmp_path):
     assert not list((tmp_path / "c").glob("*/*"))
 
 
-def test_unigram_decodes_to_the_text_too(texts):
-    words = [document.text for document in read_documents(find_files([str(texts)]), [])]
-    tokenizer = train_tokenizer(words, 400, "unigram")
-    assert 258 < tokenizer.get_vocab_size() <= 400 and tokenizer.token_to_id(START) == 0
-    text = words[0] + " 日本 never seen \x00"
+def test_unigram_decodes_to_the_text_too():
+    code = Path(json.__file__).read_text()
+    tokenizer = train_tokenizer([code], 400, "unigram")
+    assert tokenizer.get_vocab_size() == 400 and tokenizer.token_to_id(START) == 0
+    text = code + " 日本 never seen \x00"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert len(tokenizer.encode(words[0]).ids) < len(words[0].encode()) / 2
+    assert len(tokenizer.encode(code).ids) < 0.6 * len(code)
     with pytest.raises(InputError, match="algorithm: got 'wordpiece'; allowed: bpe, unigram"):
-        train_tokenizer(words, 400, "wordpiece")
+        train_tokenizer([code], 400, "wordpiece")
 
 
 def test_files_that_change_while_they_are_read(texts, tmp_path, monkeypatch):

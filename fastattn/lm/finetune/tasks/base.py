@@ -36,6 +36,8 @@ class Task(ABC):
     kinds: ClassVar[tuple[str, ...]]  # of the models that can be trained for it; the first is the usual one
     label_field: ClassVar[str | None] = None
     answer_field: ClassVar[str | None] = None  # of the tasks whose answer is generated text
+    scores_text: ClassVar[bool] = True  # that text is compared with the expected one
+    needs_reference: ClassVar[bool] = False  # its loss compares with the model before training
 
     def __init__(
         self,
@@ -91,6 +93,14 @@ class Task(ABC):
     @abstractmethod
     def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
         """Scores of the predictions, by name."""
+
+    def with_reference(self, model: nn.Module, features: Sequence[Feature], show_progress: bool) -> list[Feature]:
+        """The features with what the loss needs of the model before training: nothing."""
+        return list(features)
+
+    def batch_scores(self, model: nn.Module, batch: ExampleBatch) -> dict[str, float]:
+        """Scores that need no predictions, summed over the examples of a batch."""
+        return {}
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
