@@ -73,13 +73,13 @@ class Motion:
 
 
 class DerivativeYardstick(Yardstick):
-    """What the derivatives of one sample along some tangents are judged by."""
+    """What the derivatives of one sample are judged by, along ``motion``, by default seeded tangents."""
 
     factors = FACTORS
 
-    def __init__(self, sample: Sample, motion: Motion) -> None:
+    def __init__(self, sample: Sample, motion: Motion | None = None) -> None:
         super().__init__(sample)
-        self.motion = motion
+        self.motion = motion or Motion.of(sample)
 
     @functools.cached_property
     def exact(self) -> Results:
@@ -111,7 +111,7 @@ def measure_derivatives(
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     able = load(backend) if isinstance(backend, str) else backend
-    yardstick = yardstick or DerivativeYardstick(sample, Motion.of(sample))
+    yardstick = yardstick or DerivativeYardstick(sample)
     return yardstick.judge(_run(able, sample, yardstick.motion), suffix="'")
 
 
