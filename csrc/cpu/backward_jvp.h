@@ -36,7 +36,9 @@ inline void weigh_moving_pair(PairOfPasses<typename Op::Word> const& passes, int
                               PairTerms<typename Op::Word> const& given, MovingPair<typename Op::Word> const& moving) {
   using Word = typename Op::Word;
   using V = Vector<Word>;
-  PairTerms<Word> const of = given;
+  PairTerms<Word> const of = given;  // copies: what is stored below might be any of their numbers
+  RowTerms<Word> const ends[2] = {moving.end[0], moving.end[1]};
+  Word const scale = moving.scores[0].scale;
   bool const drops = TERMS == kAll && of.dropped[0].bits;
   V totals[2]{};
   for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
@@ -48,13 +50,12 @@ inline void weigh_moving_pair(PairOfPasses<typename Op::Word> const& passes, int
       V slope = broadcast(Word(1)), bend{}, dp = at(passes.given.dweights), dp_moved = at(passes.along.dweights);
       V const score = Scores<Word>::template score<TERMS>(of.row[n], c, product, &slope);
       V const raw = at(passes.along.scores);
-      V const t =
-          TERMS == kBand ? raw * moving.scores[n].scale : moving.scores[n].tangent(c, raw, product, slope, &bend);
+      V const t = TERMS == kBand ? raw * scale : moving.scores[n].tangent(c, raw, product, slope, &bend);
       V weight = weight_of<Op>(score, of.to_score, of.end[n]);
-      V weight_moved = weight * (t - moving.end[n].lse);
+      V weight_moved = weight * (t - ends[n].lse);
       auto const survives = [&](V x) { return survivors<Word>(x * of.survivor, of.dropped[n], c - columns.begin); };
       if (drops) dp = survives(dp), dp_moved = survives(dp_moved);
-      g_moved[n] = weight_moved * (dp - of.end[n].delta) + weight * (dp_moved - moving.end[n].delta);
+      g_moved[n] = weight_moved * (dp - of.end[n].delta) + weight * (dp_moved - ends[n].delta);
       g[n] = weight * (dp - of.end[n].delta);
       p[n] = drops ? survives(weight) : weight;
       p_moved[n] = drops ? survives(weight_moved) : weight_moved;

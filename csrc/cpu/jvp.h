@@ -114,13 +114,16 @@ class ForwardJvp {
   void weigh_row(int r, int64 strip, Range columns, typename Scores<Word>::Row const row, Moving<Word> const moving,
                  Dropped const dropped) {
     V total{};
+    RowTerms<Word> const end = ends_[r];  // copies: what is stored below might be any of its numbers
+    Word const to_score = given_.scores_.to_score, scale = moving.scale;
     Word const *const products = given_.strip_ + strip, *const moved = along_.strip_ + strip;
     auto const weigh = [&](int c, V& weight, V& times_tangent) {
       V slope = broadcast(Word(1));
       V const product = load(products + c), score = Scores<Word>::template score<TERMS>(row, c, product, &slope);
-      V const p = weight_of<Op>(score, given_.scores_.to_score, ends_[r]);
-      V t = TERMS == kBand ? load(moved + c) * moving.scale : moving.tangent(c, load(moved + c), product, slope);
-      t = score == broadcast(kNever<Word>) ? V{} : t;
+      V const p = weight_of<Op>(score, to_score, end);
+      V t = TERMS == kBand ? load(moved + c) * scale : moving.tangent(c, load(moved + c), product, slope);
+      if (TERMS != kBand || c < row.kept.begin || c + kCount<Word> > row.kept.end)
+        t = score == broadcast(kNever<Word>) ? V{} : t;
       total += p * t;
       weight = dropped.bits ? survivors<Word>(p, dropped, c - columns.begin) : p;
       times_tangent = weight * t;

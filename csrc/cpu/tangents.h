@@ -46,7 +46,9 @@ struct Moving {
 template <class Word>
 inline Moving<Word> moving_row(Scores<Word>& tangents, int head, int i, int first, Range kept, int n = 0) {
   AttentionParams const& p = tangents.p;
-  return {Word(p.scale), Word(p.softcap), p.softcap ? Word(1 / p.softcap) : 0, tangents.row(head, i, first, kept, n)};
+  Moving<Word> moving{Word(p.scale), Word(p.softcap), p.softcap ? Word(1 / p.softcap) : 0, {}};
+  if (p.bias) moving.bias = tangents.row(head, i, first, kept, n);
+  return moving;
 }
 
 // A sink's weight in a row.
