@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import fastattn
-from benchmarks import command_line, tables
+from benchmarks import command_line, compiled_calls, tables
 from benchmarks.environment import REPOSITORY
 from benchmarks.peers import PEERS
 from fastattn.measure.peers import pass_call
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     steps: list[Callable[[], Iterator[Row]]] = [
         lambda: _calls(device, args.quick),
         lambda: _calls_of_a_gpu(args.quick),
+        *([] if args.quick else [_compiled]),
         lambda: _imports(1 if args.quick else 7),
         _size,
         *([] if args.quick else [_installation]),
@@ -109,6 +110,17 @@ def _calls_of_a_gpu(quick: bool) -> Iterator[Row]:
             "note": "to the driver, which takes notes alone; 1 head, 16 tokens, D 16" if kind != "decode" else
                     "to the driver, which takes notes alone; 2 sequences, 8 heads, D 64",
         }  # fmt: skip
+
+
+def _compiled() -> Iterator[Row]:
+    """Host time of compiled calls on the CPU, and what it is made of: ``benchmarks/compiled_calls.py``."""
+    for row in compiled_calls.rows():
+        yield {
+            "what": f"a compiled call, forward, {row['what']}",
+            "value": f"{tables.seconds(row['seconds'])} ±{row['spread']:.0%}",
+            "beside": f"{row['ratio']:.2f}× sdpa",
+            "note": "B 1, 32 tokens, 8 heads, D 32; no gradient",
+        }
 
 
 def _imports(rounds: int) -> Iterator[Row]:

@@ -36,6 +36,7 @@ def _shorter(case: Workload) -> Workload:
     def less(n: int) -> int:
         return n if n < 64 else max(64, n // 16)
 
+    grid = case.grid and (case.grid[0] // 4, case.grid[1] // 4, max(1, case.grid[2] // 4))
     window = case.window and (less(case.window[0]), less(case.window[1]))
     return dataclasses.replace(
         case,
@@ -45,6 +46,7 @@ def _shorter(case: Workload) -> Workload:
         heads_q=min(case.heads_q, 8),
         heads_kv=min(case.heads_kv, 8),
         window=window,
+        grid=grid,
     )
 
 
@@ -113,6 +115,8 @@ def _cpu() -> Iterator[Workload]:
         yield _case(4096, 2, 64, causal=True, window=(255, 0), **one)
         yield _case(4096, 2, 64, causal=True, documents=8, **one)
         yield _case(4096, 2, 64, documents=8, **one)
+        yield _case(4096, 2, 64, documents=8, intervals=True, **one)
+        yield _case(4096, 2, 64, grid=(64, 64, 13), **one)
         yield _case(4096, 2, 64, mask=True, **one)
         yield _case(4096, 2, 64, mask=True, scattered=True, **one)
         yield _case(4096, 2, 64, bias=True, bias_grad=False, **one)

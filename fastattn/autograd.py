@@ -35,8 +35,11 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``, differentiable in reverse and forward mode, under vmap, and under these nested in each other."""
+def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, differentiable in reverse and forward mode, under vmap, and under these nested in each other.
+
+    Without ``with_lse`` nobody reads lse.
+    """
     compiling, transformed = torch.compiler.is_compiling(), is_transformed()
     # Dynamo refuses a Function with a jvp and drops its derivative inside func.grad: torch derives the formula.
     if compiling and (transformed or is_in_forward_mode()):
@@ -49,7 +52,8 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> tuple[Te
         out, lse, _ = torch.ops.fastattn.forward(*flat, False)  # the Function costs more time than the operator
         return out, lse
     if compiling:
-        out, lse, _ = CompiledAttention.apply(*_distinct(flat), needs_grad)
+        function = CompiledAttention if with_lse else CompiledAlone
+        out, lse, _ = function.apply(*_distinct(flat), needs_grad)
     else:
         out, lse, _ = Attention.apply(*flat, needs_grad)
     return out, lse
@@ -118,13 +122,32 @@ class CompiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
-            return (None,) * len(ctx.needs_input_grad)
-        out, lse, lse_low, *tensors = ctx.saved_tensors
-        needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
-        rows = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, lse_low)
-        grads = _derivative(AttentionBackward)(*rows, *tensors, *ctx.scalars, needed)
-        return (*_among_tensors(grads, needed), *(None for _ in ctx.scalars), None)
+        return _gradients(ctx, dout, dlse)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
+        return (None,) * len(ctx.needs_input_grad)
+    out, lse, lse_low, *tensors = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
+    rows = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, lse_low)
+    grads = _derivative(AttentionBackward)(*rows, *tensors, *ctx.scalars, needed)
+    return (*_among_tensors(grads, needed), *(None for _ in ctx.scalars), None)
+
+
+class CompiledAlone(CompiledAttention):
+    """``CompiledAttention`` where nobody reads lse: Dynamo would have it have a gradient of zeros."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.save_for_backward(*output, *inputs[: len(TENSORS)])
+        ctx.scalars = inputs[len(TENSORS) : -1]
+        ctx.mark_non_differentiable(output[1], output[2])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, dout, None)
 
 
 class Attention(CompiledAttention):
@@ -185,15 +208,16 @@ class PlannedAttention(torch.autograd.Function):
         if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
             return (None,) * len(ctx.needs_input_grad)
         plan, saved = ctx.plan, ctx.saved_tensors
-        needs_more = ctx.needs_input_grad[5:]
         is_final = dlse is None and not (torch.is_grad_enabled() or is_watched())
         is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()
         if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
-            grads = plan.backward(_aligned(dout.contiguous()), *saved)
-            if not needs_more:
+            dout = dout.contiguous()
+            grads = plan.backward(dout if dout.is_cpu else _aligned(dout), *saved)
+            if not plan.places:
                 return (*grads, None, None)
             of_more: Sequence[Tensor | None] = [None if n is None else grads[n] for n in plan.places]
         else:
+            needs_more = ctx.needs_input_grad[5:]
             count = len(saved) - 3 - len(needs_more)
             grads = _by_operator(plan, dout, dlse, saved[:count], saved[count:], needs_more)
             of_more = grads[3:]

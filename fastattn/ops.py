@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import state
+from fastattn import plan, state
 from fastattn.backends.base import QKV, Backend, Outputs, Run
 from fastattn.dispatch import reasons, requested, select, wants_batch_invariance
 from fastattn.errors import UnsupportedError, input_error
@@ -38,7 +38,7 @@ from fastattn.problem import (
 )
 from fastattn.reference import lse_dtype
 from fastattn.spec import AttentionSpec
-from fastattn.storage import check_storages
+from fastattn.storage import check_storages, model
 from fastattn.torch_internals import autocast_dtype
 
 _ARGUMENTS = """
@@ -243,6 +243,80 @@ def _gradient_of_out(inputs: Inputs, heads_first: bool) -> Tensor:
     return dout.transpose(1, 2) if heads_first else dout
 
 
+# --- operators by plans -------------------------------------------------------------------------------------------
+
+
+def _forward_by_plan(*args: Any) -> tuple[Tensor, ...]:
+    """``fastattn::forward`` by the plan of its kind, as compiled graphs call it; the first of a kind makes the plan."""
+    given, scalars = _plannable(args[: len(TENSORS)]), args[len(TENSORS) :]
+    if given is None:
+        return _forward_in_full(*args)
+    kind, run = plan.look_up(given, ("forward", *scalars, requested(None)))
+    if run is not None:
+        refuse_context_parallel()
+        return run(*given)
+    results = _forward_in_full(*args)
+    if kind is not None and not plan.is_known(kind):
+        inputs, spec, backend = unflatten(args[:-1])
+        chosen = _able_to_prepare(inputs, spec, backend, needs_grad=args[-1])
+        made = None if chosen is None else chosen.prepared_forward(inputs, spec, keep=True, apart=True)
+        plan.remember(kind, made, given)
+    return results
+
+
+def _backward_by_plan(*args: Any) -> tuple[Tensor, ...]:
+    """``fastattn::backward`` likewise, where lse has no gradient."""
+    (dout, dlse, *results), flat, needed = args[: len(_ROWS)], args[len(_ROWS) : -1], args[-1]
+    tensors = _plannable(flat[: len(TENSORS)])
+    if tensors is None or dlse is not None or not all(needed[: len(QKV)]):
+        return _backward_in_full(*args)
+    given = (dout, *results, *tensors)
+    kind, run = plan.look_up(given, ("backward", *flat[len(TENSORS) :], tuple(needed), requested(None)))
+    if run is not None:
+        return run(*given)
+    found = _backward_in_full(*args)
+    if kind is not None and not plan.is_known(kind):
+        plan.remember(kind, _prepared_gradients(dout, results, flat, names_of(needed)), given)
+    return found
+
+
+def _prepared_gradients(dout: Tensor, results: Sequence[Tensor], flat: Flat, needs: Sequence[str]) -> Run | None:
+    """A prepared backward pass that returns what the operator does: also nothing, for what needs no gradient."""
+    inputs, spec, backend = unflatten(flat)
+    chosen = _able_to_prepare(inputs, spec, backend, needs_grad=True)
+    if chosen is None or dout.stride(-1) != 1 or not all(x.is_contiguous() for x in results):
+        return None
+    run = chosen.prepared_backward(inputs, spec, dout.to("meta"), needs, apart=True)
+    if run is None or len(needs) == len(DIFFERENTIABLE):
+        return run
+    places, nothing = (
+        [needs.index(x) if x in needs else None for x in DIFFERENTIABLE],
+        model((0,), dout.dtype, dout.device),
+    )
+
+    def gradients(*given: Tensor | None) -> tuple[Tensor, ...]:
+        found = run(*given)
+        return tuple([torch.empty_like(nothing) if n is None else found[n] for n in places])
+
+    return gradients
+
+
+def _plannable(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """The tensors that a prepared run takes; None where the seed or the boundaries of a call are among them."""
+    q, k, v, bias, mask, slopes, sinks, segments_q, segments_kv, ends_q, _, seed = tensors
+    if seed is not None or ends_q is not None:
+        return None
+    is_plain = bias is mask is slopes is sinks is segments_q is segments_kv is None
+    return (q, k, v) if is_plain else tuple(tensors[:-1])
+
+
+def _able_to_prepare(inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool) -> Backend | None:
+    chosen = select(Problem.of(inputs, spec, needs_grad), requested(backend))
+    tensors = [getattr(inputs, name) for name in TENSORS]
+    is_able = chosen.prepares_more or not inputs.has_more_than_qkv
+    return chosen if is_able and plan.is_plain(tensors) else None
+
+
 def _fake_forward(*args: Any) -> Outputs:
     inputs, _, _ = unflatten(args[:-1])
     lse = inputs.q.new_empty(inputs.lse_shape(), dtype=lse_dtype(inputs.q.dtype))
@@ -278,11 +352,10 @@ def _kernel(function: Callable[..., tuple[Tensor, ...]], names: Sequence[str]) -
     return kernel
 
 
-_LIBRARY.impl("forward", _kernel(_forward, TENSORS), "CompositeExplicitAutograd")
-_LIBRARY.impl(
-    "backward", _kernel(_backward, ("dout", "dlse", "out", "lse", "lse_low", *TENSORS)), "CompositeExplicitAutograd"
-)
 _ROWS = ("dout", "dlse", "out", "lse", "lse_low")
+_forward_in_full, _backward_in_full = _kernel(_forward, TENSORS), _kernel(_backward, (*_ROWS, *TENSORS))
+_LIBRARY.impl("forward", _forward_by_plan, "CompositeExplicitAutograd")
+_LIBRARY.impl("backward", _backward_by_plan, "CompositeExplicitAutograd")
 _MOVING = tuple(f"{name}_moved" for name in DIFFERENTIABLE)
 _MOVED = tuple(f"{name}_moved" for name in ("dout", "dlse", "out", "lse"))
 for _name, _pass, _names in (

@@ -51,6 +51,9 @@ def is_wanted() -> bool:
 
 def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of the spec, by torch's attention if it has all the terms, else by the reference formula."""
+    is_grouped = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
+    if is_grouped and not inputs.is_packed:
+        inputs = inputs.replace(k=_for_each_head(inputs.k, inputs), v=_for_each_head(inputs.v, inputs))
     has_more = spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None
     out, lse, _ = reference.forward(inputs, spec)
     if has_more or inputs.is_packed or spec.dropout_p:
@@ -60,9 +63,13 @@ def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     has_mask = any(x is not None for x in terms)
     is_causal = not has_mask and spec.left is None and spec.right == 0 and spec.anchor == "upper_left"
     mask = None if is_causal else _mask(inputs, spec)
-    enable_gqa = bool(inputs.heads_q != inputs.heads_kv)  # sizes are tensors while torch.jit.trace records
-    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=spec.scale, enable_gqa=enable_gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=spec.scale)
     return out.transpose(1, 2), lse  # exporters drop the operators of lse as dead code if lse is not returned
+
+
+def _for_each_head(x: Tensor, inputs: Inputs) -> Tensor:
+    """Keys or values repeated for each query head: torch 2.11 exports no grouped heads of any length."""
+    return x.unsqueeze(3).expand(-1, -1, -1, inputs.heads_q // inputs.heads_kv, -1).flatten(2, 3)
 
 
 def _mask(inputs: Inputs, spec: AttentionSpec) -> Tensor | None:

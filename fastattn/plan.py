@@ -65,7 +65,8 @@ class Plan:
         scalars: the arguments of the operators that follow the tensors.
         deterministic: ``torch.are_deterministic_algorithms_enabled()`` of the calls; backward kernels depend on it.
         heads_first: q, k, v, out and their gradients are ``(B, H, S, D)``.
-        places: of the gradient of each of ``MORE`` among the results of ``backward``; None where there is none.
+        places: of the gradient of each of ``MORE`` among the results of ``backward``, None where there is none; () for
+            calls on q, k and v alone.
     """
 
     forward: Run
@@ -85,9 +86,9 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
     """
     if is_watched() or state.whole_rows is not None:
         return None, None
-    given = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
+    given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
-        shared = (options, torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
+        shared = (options, len(given), torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
         for seen in _recent.get((shared, torch.is_grad_enabled()), ()):
             if not seen.agrees(*given):
                 continue

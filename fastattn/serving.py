@@ -57,7 +57,7 @@ def serve(
             if inputs.is_packed:
                 inputs.boundaries()
             return _first_by_plan(found, inputs, with_lse)
-    return attend(inputs, spec, backend)
+    return attend(inputs, spec, backend, with_lse)
 
 
 def more_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
@@ -88,7 +88,7 @@ def _planned(
         return None
     scalars = ops.flatten(inputs, spec, backend)[len(TENSORS) :]
     wanted = ops.gradients_of_more(inputs)
-    places = tuple(3 + wanted.index(name) if name in wanted else None for name in MORE)
+    places = tuple(3 + wanted.index(name) if name in wanted else None for name in MORE) if more_of(inputs) else ()
     return Plan(*found, scalars, torch.are_deterministic_algorithms_enabled(), heads_first, places)
 
 

@@ -197,6 +197,7 @@ static void take_items(Call& call, Memory& memory, Item const& item_at, Bytes co
       item = following;
     }
   }
+  memory.give_back();
 }
 
 static thread_local Memory scratch_memory;

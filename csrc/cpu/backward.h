@@ -11,9 +11,8 @@
 
 namespace {
 
-constexpr int64 kMostPacked = 16 << 20;  // bytes of packed heads up to which they are kept from part to part
+constexpr int64 kMostPacked = 16 << 20;  // bytes of packed queries up to which they are kept from part to part
 
-// A tensor that is null is left out, which those of tangents may be (backward_jvp.h).
 template <class Op>
 class Backward {
   template <class>
@@ -54,41 +53,51 @@ class Backward {
     prefetch_ = &prefetch;
     rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, band_.s_q * group_);
     if (p_.segments_q) segments_.look(scores_.segments_kv(), {0, band_.s_kv}, runs_);
-    if (keeps_heads())
-      for (int g = 0; g < group_; ++g) packer_.pack(scores_.first_head() + g, queries_of(g));
+    for (int g = 0; g < kept_heads_; ++g) packer_.pack(scores_.first_head() + g, heads_[g]);
     if (p_.dsinks && item_.parts.begin == 0) add_sinks();
     for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part);
-    if (p_.dq && !item_.dq_shares) write_dq(totals_);
+    for (int g = 0; g < group_ && p_.dq && !item_.dq_shares; ++g) write_dq(g, totals_of(g));
   }
 
   // dq out of the shares of all parts, in their order.
   void add_shares(Word* shares) {
-    for (int part = 1; part < part_count(band_.s_kv); ++part)
-      for (int g = 0; g < group_; ++g)
-        add_rows(shares + g * padded_rows_ * columns_qk_,
-                 shares + part * share_words() + g * padded_rows_ * columns_qk_, rows_of(part));
-    write_dq(shares);
+    for (int g = 0; g < group_; ++g) {
+      Matrix<Word> const all{shares + g * padded_rows_ * columns_qk_, columns_qk_};
+      for (int part = 1; part < part_count(band_.s_kv); ++part) {
+        Range const rows = rows_of(part);
+        add_rows(all, all.at + part * share_words() + rows.begin * columns_qk_, rows);
+      }
+      write_dq(g, all);
+    }
   }
 
  private:
   // --- memory
 
-  bool keeps_heads() const { return kept_heads_ == group_; }
-  Queries<Op>& queries_of(int g) { return keeps_heads() ? heads_[g] : heads_[0]; }
+  Queries<Op>& queries_of(int g) { return kept_heads_ ? heads_[g] : heads_[0]; }
 
   void take_queries(void* memory) {
     Queries<Op> one;
     Arena probe(nullptr);
-    one.take(probe, p_, block_rows_, padded_rows_);
-    kept_heads_ = group_ == 1 || probe.end() * group_ <= kMostPacked ? group_ : 1;
-    heads_ = arena_.take<Queries<Op>>(kept_heads_);
-    for (int n = 0; n < kept_heads_; ++n) {
+    one.take(probe, p_, block_rows_, padded_rows_, true);
+    kept_heads_ = probe.end() * group_ <= kMostPacked ? group_ : 0;
+    int const count = fa::larger(1, kept_heads_);
+    heads_ = arena_.take<Queries<Op>>(count);
+    for (int n = 0; n < count; ++n) {
       Queries<Op> head;
-      head.take(arena_, p_, block_rows_, padded_rows_);
+      head.take(arena_, p_, block_rows_, padded_rows_, kept_heads_ > 0);
       if (memory) heads_[n] = head;
     }
-    totals_ = arena_.take<Word>(p_.dq && !item_.dq_shares ? share_words() : 0);
-    share_ = arena_.take<Word>(p_.dq && !item_.dq_shares ? padded_rows_ * columns_qk_ : 0);
+    adds_in_place_ = bytes_of(p_.dtype) == int64(sizeof(Word)) && p_.head_dim_qk == columns_qk_;
+    totals_ = arena_.take<Word>(p_.dq && !item_.dq_shares && !adds_in_place_ ? share_words() : 0);
+    dq_ = arena_.take<Word>(p_.dq ? block_rows_ * columns_qk_ : 0);
+  }
+
+  // Where dq of a head is added up, before the factor `scale`: in the result itself, where it has the words for it.
+  Matrix<Word> totals_of(int g) const {
+    if (!adds_in_place_) return {totals_ + g * padded_rows_ * columns_qk_, columns_qk_};
+    Source const to = tensors_.dq(scores_.first_head() + g);
+    return {reinterpret_cast<Word*>(written(to, 0)), to.stride / int64(sizeof(Word))};
   }
 
   void take_keys() {
@@ -134,16 +143,16 @@ class Backward {
     clear(dk_, p_.dk ? packed_keys_ * columns_qk_ : 0);
     clear(dv_, p_.dv ? packed_keys_ * columns_v_ : 0);
     for (int g = 0; g < group_; ++g) {
-      if (!keeps_heads()) packer_.pack(scores_.first_head() + g, heads_[0]);
-      dq_ = begin_dq(part, g);
+      int const head = scores_.first_head() + g;
+      Matrix<Word> const dq = begin_dq(part, g);
       Range const rows = rows_of(part);
-      for (int first = rows.begin; first < rows.end; first += block_rows_) {
+      for (first_ = rows.begin; first_ < rows.end; first_ += block_rows_) {
+        if (!kept_heads_) packer_.pack_block(head, first_, heads_[0]);
         wait();
-        run_rows(scores_.first_head() + g, queries_of(g), first, keys);
+        bool const is_used = run_rows(head, queries_of(g), first_, keys);
+        if (p_.dq && is_used) add_rows(dq, dq_, {first_, first_ + block_rows_});
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
-      if (p_.dq && !item_.dq_shares && part > 0)
-        add_rows(totals_ + g * padded_rows_ * columns_qk_, share_, rows_of(part));
     }
     write_keys(keys);
   }
@@ -162,23 +171,27 @@ class Backward {
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
   }
 
-  // Where this part's share of a head's dq is added up, zero at first.
-  Word* begin_dq(int part, int g) {
-    if (!p_.dq) return nullptr;
-    int64 const all = padded_rows_ * columns_qk_;
-    Word* const to = item_.dq_shares ? reinterpret_cast<Word*>(item_.dq_shares) + part * share_words() + g * all
-                     : part          ? share_
-                                     : totals_ + g * all;
-    Range const rows = part ? rows_of(part) : Range{0, int(padded_rows_)};
-    clear(to + rows.begin * columns_qk_, (rows.end - rows.begin) * columns_qk_);
+  // Where this part's share of a head's dq goes, zero at first.
+  Matrix<Word> begin_dq(int part, int g) {
+    if (!p_.dq) return {nullptr, 0};
+    Matrix<Word> to{nullptr, columns_qk_};
+    if (item_.dq_shares)
+      to.at = reinterpret_cast<Word*>(item_.dq_shares) + part * share_words() + g * padded_rows_ * columns_qk_;
+    else to = totals_of(g);
+    Range const rows = !part ? Range{0, band_.s_q} : item_.dq_shares ? rows_of(part) : Range{0, 0};
+    for (int i = rows.begin; i < fa::smaller(rows.end, band_.s_q); ++i) clear(to.at + i * to.stride, columns_qk_);
     return to;
   }
 
   static void clear(Word* words, int64 count) { __builtin_memset(words, 0, count * sizeof(Word)); }
 
-  void add_rows(Word* to, Word const* from, Range rows) const {
-    for (int64 n = rows.begin * columns_qk_; n < rows.end * columns_qk_; n += kCount<Word>)
-      store(to + n, load(to + n) + load(from + n));
+  // Adds rows, of which the first is at `from`.
+  void add_rows(Matrix<Word> to, Word const* from, Range rows) const {
+    for (int i = rows.begin; i < fa::smaller(rows.end, band_.s_q); ++i, from += columns_qk_)
+      for (int64 c = 0; c < columns_qk_; c += kCount<Word>) {
+        Word* const at = to.at + i * to.stride + c;
+        store(at, load(at) + load(from + c));
+      }
   }
 
   void pack_keys(Range keys) {
@@ -186,43 +199,44 @@ class Backward {
     Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
-      int const at = first - keys.begin;
-      if (p_.v) {
-        pack_rows<Op>(from_row(tensors_.v(), first), count, band_.s_kv - first, padded, p_.head_dim_v, v);
-        pack_panel(v, count, dim_v_, v_ + at * dim_v_);
-      }
+      int const at = first - keys.begin, there = band_.s_kv - first;
+      if (p_.v) pack_panel_of<Op>(from_row(tensors_.v(), first), count, there, p_.head_dim_v, v, v_ + at * dim_v_);
       if (!p_.k) continue;
-      bool const is_wild =
-          pack_rows<Op>(from_row(tensors_.k(), first), count, band_.s_kv - first, padded, p_.head_dim_qk, k);
-      pack_panel(k, count, dim_qk_, k_ + at * dim_qk_);
-      wild_[at / kPanel<Word>] = is_wild;
+      Source const from = from_row(tensors_.k(), first);
+      pack_panel_of<Op>(from, count, there, p_.head_dim_qk, k, k_ + at * dim_qk_);
+      int64 const all = packed_keys_ / Op::kPerWord, line = at / Op::kPerWord;
+      bool& is_wild = wild_[at / kPanel<Word>];
+      is_wild = true;
+      if (padded == count && are_words<Op>(from, p_.head_dim_qk))
+        is_wild = stack_rows<Op>(from, count, there, panels_, all, line, k_stacked_);
+      if (!is_wild) continue;
+      is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_qk, k);
       if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
-      pack_stacked<Op>(k, padded, panels_, packed_keys_ / Op::kPerWord, at / Op::kPerWord, k_stacked_);
+      pack_stacked<Op>(k, padded, panels_, all, line, k_stacked_);
     }
   }
 
   // --- one block of keys, and of queries
 
-  // The lines of a panel, two rows each where words are pairs, that hold something, and its columns that do.
-  struct Filled {
-    Range rows, columns;
-  };
-
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
-  void run_rows(int head, Queries<Op> const& queries, int first, Range part) {
-    for_each_block(head, first, part, [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
+  // Whether they keep any pair.
+  bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+    return for_each_block(head, first, part,
+                          [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
   }
 
   // Calls step with the number of query rows, and with each block of keys that they look at.
   template <class Step>
-  void for_each_block(int head, int first, Range part, Step const& step) {
+  bool for_each_block(int head, int first, Range part, Step const& step) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
     Range seen = common(fa::tile_range(band_, first, end), part);
     if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
-    if (is_empty(seen)) return;
+    if (is_empty(seen)) return false;
+    clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       step(int(rounded_up(end - first, 2)), Range{key, fa::smaller(key + kKeys, part.end)});
+    return true;
   }
 
   void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
@@ -235,8 +249,11 @@ class Backward {
   // What a block of queries adds to the gradients of a block of keys.
   void add_to_keys(int head, Queries<Op> const& queries, int first, Range keys) const {
     int64 const at = keys.begin - begin_;
-    if (p_.dv) multiply_rows(queries.dout_columns, columns_v_, p_.head_dim_v, first, weights_, dv_ + at * columns_v_);
-    if (p_.dk) multiply_rows(queries.q_columns, columns_qk_, p_.head_dim_qk, first, gradients_, dk_ + at * columns_qk_);
+    int64 const n = (first - queries.begin) / block_rows_;
+    if (p_.dv)
+      multiply_rows(queries.dout_columns + n * words_ * columns_v_, p_.head_dim_v, weights_, dv_ + at * columns_v_);
+    if (p_.dk)
+      multiply_rows(queries.q_columns + n * words_ * columns_qk_, p_.head_dim_qk, gradients_, dk_ + at * columns_qk_);
     add_wild_rows(head, queries, first, keys);
   }
 
@@ -265,10 +282,8 @@ class Backward {
     int64 const row = first + r;
     prefetch_terms(head, first + r, count, seen);
     fill(columns, r, count);
-    multiply_keys(count, {queries.q.at + row * queries.q.stride, queries.q.stride}, dim_qk_, k_, keys, columns,
-                  strip_.scores);
-    multiply_keys(count, {queries.dout.at + row * queries.dout.stride, queries.dout.stride}, dim_v_, v_, keys, columns,
-                  strip_.dweights);
+    multiply_keys(count, queries.rows_of(queries.q, row), dim_qk_, k_, keys, columns, strip_.scores);
+    multiply_keys(count, queries.rows_of(queries.dout, row), dim_v_, v_, keys, columns, strip_.dweights);
     with_terms(terms_of(scores_, seen_keys), [&](auto terms) {
       for (int n = 0; n < count; n += 2) {
         PairTerms<Word> pair;
@@ -298,18 +313,8 @@ class Backward {
 
   // Panels take the columns of a strip. What they hold beside what strips write is zero.
   void fill(Range columns, int r, int count) {
-    for (int n = 0; n < kPanels; ++n) {
-      Range const inside = common(columns, {n * kPanel<Word>, (n + 1) * kPanel<Word>});
-      Filled& filled = filled_[n];
-      bool const is_first = is_empty(filled.rows);
-      if (is_empty(inside) && is_first) continue;
-      if (is_first) filled = {{r, r}, inside};
-      bool const is_whole = inside.end - inside.begin == kPanel<Word>;
-      clear_lines(n, filled.rows.end, is_whole ? r : r + count);
-      filled.rows.end = r + count;
-      if (is_empty(inside)) continue;
-      filled.columns = {fa::smaller(filled.columns.begin, inside.begin), fa::larger(filled.columns.end, inside.end)};
-    }
+    for (int n = 0; n < kPanels; ++n)
+      filled_[n].template fill<Word>(n, columns, r, count, [&](int begin, int end) { clear_lines(n, begin, end); });
   }
 
   void clear_lines(int panel, int begin, int end) {
@@ -368,13 +373,12 @@ class Backward {
       Word const* const right =
           k_stacked_ + column * (packed_keys_ / Op::kPerWord) + (key - begin_) / Op::kPerWord * width;
       multiply<Op, true>(count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
-                         {dq_ + row * columns_qk_ + column, columns_qk_});
+                         {dq_ + (row - first_) * columns_qk_ + column, columns_qk_});
     }
   }
 
   // Columns of dk or dv, transposed: [columns][keys of the block].
-  void multiply_rows(Word const* left, int64 columns, int64 dim, int first, Word const* right, Word* to) const {
-    Word const* const block = left + first / block_rows_ * words_ * columns;
+  void multiply_rows(Word const* left, int64 dim, Word const* right, Word* to) const {
     for (int n = 0; n < kPanels; ++n) {
       Filled const& filled = filled_[n];
       if (is_empty(filled.rows)) continue;
@@ -384,7 +388,7 @@ class Backward {
                                  kPanel<Word>};
       for (int64 e = 0; e < dim; e += kTileRows) {
         int const rows = int(dim - e < kTileRows ? dim - e : kTileRows);
-        multiply<Op, true>(rows, vectors, depth, {block + e * words_ + line, words_}, b,
+        multiply<Op, true>(rows, vectors, depth, {left + e * words_ + line, words_}, b,
                            {to + e * kKeys + filled.columns.begin, kKeys});
       }
     }
@@ -398,13 +402,13 @@ class Backward {
       for (int n = 0; n < count && row + n < band_.s_q; ++n)
         if (scores_.keeps(head, row + n, j))
           add_wild(element<Op>(gradient_rows_.at + n * kStrip, j - keys.begin - columns.begin), tensors_.k(), j,
-                   p_.head_dim_qk, dq_ + (row + n) * columns_qk_, 1);
+                   p_.head_dim_qk, dq_ + (row - first_ + n) * columns_qk_, 1);
     }
   }
 
   void add_wild_rows(int head, Queries<Op> const& queries, int first, Range keys) const {
-    bool const is_wild_q = p_.dk && queries.wild_q[first / block_rows_];
-    bool const is_wild_dout = p_.dv && queries.wild_dout[first / block_rows_];
+    int64 const block = (first - queries.begin) / block_rows_;
+    bool const is_wild_q = p_.dk && queries.wild_q[block], is_wild_dout = p_.dv && queries.wild_dout[block];
     if (!is_wild_q && !is_wild_dout) return;
     for (int i = first; i < fa::smaller(first + block_rows_, band_.s_q); ++i)
       for (int j = keys.begin; j < keys.end; ++j) {
@@ -426,7 +430,7 @@ class Backward {
   void add_sinks() {
     for (int g = 0; g < group_; ++g) {
       int const head = scores_.first_head() + g;
-      if (!keeps_heads()) packer_.pack(head, heads_[0]);
+      if (!kept_heads_) packer_.pack(head, heads_[0]);
       Queries<Op> const& of = queries_of(g);
       auto const* const lse = static_cast<Word const*>(p_.lse) + tensors_.lse(head);
       double total = 0;
@@ -437,14 +441,11 @@ class Backward {
     }
   }
 
-  void write_dq(Word const* totals) const {
-    for (int g = 0; g < group_; ++g) {
-      Source const to = tensors_.dq(scores_.first_head() + g);
-      for (int64 i = 0; i < band_.s_q; ++i) {
-        if (i + kRowsAhead < band_.s_q) prefetch_results(from_row(to, i + kRowsAhead), 1, p_.head_dim_qk);
-        write_row(totals + (g * padded_rows_ + i) * columns_qk_, p_.head_dim_qk, Word(p_.scale), p_.dtype,
-                  written(to, i));
-      }
+  void write_dq(int g, Matrix<Word> totals) const {
+    Source const to = tensors_.dq(scores_.first_head() + g);
+    for (int64 i = 0; i < band_.s_q; ++i) {
+      if (i + kRowsAhead < band_.s_q) prefetch_results(from_row(to, i + kRowsAhead), 1, p_.head_dim_qk);
+      write_row(totals.at + i * totals.stride, p_.head_dim_qk, Word(p_.scale), p_.dtype, written(to, i));
     }
   }
 
@@ -466,7 +467,9 @@ class Backward {
   Tensors tensors_;
   Scores<Word> scores_;
   fa::Band const& band_;
-  int group_, keys_per_part_, kept_heads_ = 1;
+  int group_, keys_per_part_;
+  int kept_heads_ = 0;  // heads whose queries are packed once: all, or none, where they are packed block by block
+  bool adds_in_place_ = false;
   int block_rows_;
   int64 words_;  // of a block of query rows, along the contraction over them
   int64 padded_rows_, packed_keys_, dim_qk_, dim_v_, columns_qk_, columns_v_;
@@ -478,18 +481,18 @@ class Backward {
   Range* ranges_;  // of the rows of a block, for each as many as a call has
   BlockRanges<kMostRows> kept_;
   Queries<Op>* heads_;
-  Word *totals_, *share_;  // dq of all heads, and of one head and part, before the factor `scale`
+  Word *totals_, *dq_;  // dq of all heads, and what one block of queries and one part give
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq
   Word *dk_, *dv_;  // per block of keys [columns][kKeys]
   bool* wild_;  // of each panel of keys
   Strip<Word> strip_;
   Matrix<Word> gradient_rows_;
   Word *weights_, *gradients_;  // per panel [words_][kPanel]
-  Word *turned_, *dq_ = nullptr;
+  Word* turned_;
   Filled filled_[kPanels];
   Prefetch* prefetch_ = nullptr;
   int64 rows_at_once_ = 0, bytes_;
-  int begin_ = 0, step_ = 0;  // first key of the part; blocks of keys done
+  int begin_ = 0, first_ = 0, step_ = 0;  // first key of the part, first row of the block; blocks of keys done
   uint16 bits_[2][kBackwardKeys + 2 * kBitsAtOnce];
 };
 

@@ -93,6 +93,7 @@ class BackwardJvp {
     operands_.dq = moved.k ? p.dq : nullptr;  // set only now: sums are taken once
     operands_.dk = moved.q ? p.dk : nullptr;
     operands_.dv = moved.dout ? p.dv : nullptr;
+    along_.dq_ = given_.dq_;
     along_.dk_ = given_.dk_;
     along_.dv_ = given_.dv_;
   }
@@ -102,31 +103,33 @@ class BackwardJvp {
   void run() {
     BackwardItem const& item = given_.item_;
     if (p_.segments_q) given_.segments_.look(given_.scores_.segments_kv(), {0, given_.band_.s_kv}, given_.runs_);
-    if (given_.keeps_heads())
-      for (int g = 0; g < given_.group_; ++g) pack(g);
+    for (int g = 0; g < given_.kept_heads_; ++g) pack(g);
     if (p_.dsinks && item.parts.begin == 0) add_sinks();
     for (int part = item.parts.begin; part < item.parts.end; ++part) run_part(part);
-    if (p_.dq && !item.dq_shares) given_.write_dq(given_.totals_);
+    for (int g = 0; g < given_.group_ && p_.dq && !item.dq_shares; ++g) given_.write_dq(g, given_.totals_of(g));
   }
 
  private:
   int head(int g) const { return given_.scores_.first_head() + g; }
 
   void pack(int g) {
-    given_.packer_.pack(head(g), given_.queries_of(g));
-    for (int64 first = 0; first < given_.padded_rows_; first += given_.block_rows_)
-      along_.packer_.pack_operands(head(g), first, along_.queries_of(g));
-    read_terms(head(g), along_.queries_of(g));
+    for (int64 first = 0; first < given_.padded_rows_; first += given_.block_rows_) pack_block(g, first);
   }
 
-  // lse' and delta' of each row, zeros in those that pad.
-  void read_terms(int head, Heads& to) const {
+  void pack_block(int g, int64 first) {
+    given_.packer_.pack_block(head(g), first, given_.queries_of(g));
+    along_.packer_.pack_operands(head(g), first, along_.queries_of(g));
+    read_terms(head(g), first, along_.queries_of(g));
+  }
+
+  // lse' and delta' of the rows of a block, zeros in those that pad.
+  void read_terms(int head, int64 first, Heads& to) const {
     int64 const lse = given_.tensors_.lse(head);
     auto const number = [&](void const* x, int64 i) { return x ? static_cast<Word const*>(x)[lse + i] : 0; };
     auto const product = [&](Source const& a, Source const& b, int64 i) {
       return dot<Word>(from_row(a, i).at, from_row(b, i).at, p_.dtype, p_.head_dim_v);
     };
-    for (int64 i = 0; i < given_.padded_rows_; ++i) {
+    for (int64 i = first; i < first + given_.block_rows_; ++i) {
       bool const is_there = i < given_.band_.s_q;
       to.lse[i] = is_there ? number(moved_.lse, i) : 0;
       to.delta[i] = is_there ? -number(moved_.dlse, i) : 0;
@@ -137,7 +140,7 @@ class BackwardJvp {
 
   void add_sinks() {
     for (int g = 0; g < given_.group_; ++g) {
-      if (!given_.keeps_heads()) pack(g);
+      if (!given_.kept_heads_) pack(g);
       Heads const &of = given_.queries_of(g), &moving = along_.queries_of(g);
       auto const* const lse = static_cast<Word const*>(p_.lse) + given_.tensors_.lse(head(g));
       Word const sink = given_.scores_.sink(head(g)), sink_moved = moved_.sinks ? tangents_.sink(head(g)) : 0;
@@ -158,15 +161,16 @@ class BackwardJvp {
     given_.clear(given_.dk_, p_.dk ? given_.packed_keys_ * given_.columns_qk_ : 0);
     given_.clear(given_.dv_, p_.dv ? given_.packed_keys_ * given_.columns_v_ : 0);
     for (int g = 0; g < given_.group_; ++g) {
-      if (!given_.keeps_heads()) pack(g);
-      given_.dq_ = along_.dq_ = given_.begin_dq(part, g);
+      Matrix<Word> const dq = given_.begin_dq(part, g);
       for (int first = rows.begin; first < rows.end; first += given_.block_rows_) {
+        given_.first_ = along_.first_ = first;
+        if (!given_.kept_heads_) pack_block(g, first);
         given_.wait();
-        given_.for_each_block(head(g), first, keys, [&](int count, Range block) { run_keys(g, first, count, block); });
+        bool const is_used = given_.for_each_block(head(g), first, keys,
+                                                   [&](int count, Range block) { run_keys(g, first, count, block); });
+        if (p_.dq && is_used) given_.add_rows(dq, given_.dq_, {first, first + given_.block_rows_});
         if (item.progress) __atomic_store_n(item.progress, ++given_.step_, __ATOMIC_RELEASE);
       }
-      if (p_.dq && !item.dq_shares && part > 0)
-        given_.add_rows(given_.totals_ + g * given_.padded_rows_ * given_.columns_qk_, given_.share_, rows);
     }
     given_.write_keys(keys);
   }
@@ -199,7 +203,7 @@ class BackwardJvp {
   // Products of queries and keys and of dout and values, and the tangents of both.
   void multiply(int g, int64 row, int count, Range keys, Range columns) {
     Heads const &of = given_.queries_of(g), &moving = along_.queries_of(g);
-    auto const from = [row](Matrix<Word> rows) { return Matrix<Word const>{rows.at + row * rows.stride, rows.stride}; };
+    auto const from = [&](Matrix<Word> const& x) { return of.rows_of(x, row); };
     int64 const qk = given_.dim_qk_, v = given_.dim_v_;
     given_.multiply_keys(count, from(of.q), qk, given_.k_, keys, columns, given_.strip_.scores);
     given_.multiply_keys(count, from(of.dout), v, given_.v_, keys, columns, given_.strip_.dweights);

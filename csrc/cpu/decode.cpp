@@ -3,63 +3,16 @@
 // Nothing of the standard C++ library, and no function that other files see (decode.h says why).
 #define FA_EVERYWHERE static inline
 #include "decode.h"
-#include "functions.h"
+#include "decode_products.h"
 #include "tree.h"
 
 namespace {
 
-using namespace fa::cpu;
 using fa::Range;
 
 constexpr float kNever = -__builtin_inff(), kHidden = -0.0f;  // scores and weights of keys that a row does not keep
 constexpr int kMaxDim = 512;
 alignas(64) constexpr char kZeros[kMaxDim * sizeof(float)] = {};
-
-// --- a step along the head dim
-
-// Vectors that one read gives. Those of bf16 are the lower and the upper halves of words of 32 bits, which takes one
-// instruction each; queries and sums lie in the same order.
-template <class T>
-constexpr int kRead = 1;
-template <>
-constexpr int kRead<Bfloat16> = 2;
-template <class T>
-constexpr int kStep = kRead<T> * kLanes;
-
-template <class T>
-inline void read(T const* p, Floats (&to)[1]) {
-  to[0] = load(p);
-}
-
-inline void read(Bfloat16 const* p, Floats (&to)[2]) {
-  Words const pairs = loaded<Words>(p);
-  to[0] = as_floats(pairs << 16);
-  to[1] = as_floats(pairs & 0xffff0000u);
-}
-
-// The first `count` numbers, and zeros.
-template <class T>
-inline void read_some(T const* p, int count, Floats (&to)[kRead<T>]) {
-  if (count == kStep<T>) return read(p, to);
-  T some[kStep<T>] = {};
-  __builtin_memcpy(some, p, count * sizeof(T));
-  read(some, to);
-}
-
-// A row of floats of padded(dim) numbers from the order of reads to that of the head dim, and back.
-template <class T>
-inline void put_in_order(float const* from, int64 width, float* to) {
-  for (int64 c = 0; c < width; c += kStep<T>)
-    for (int n = 0; n < kLanes; ++n)
-      for (int x = 0; x < kRead<T>; ++x) to[c + n * kRead<T> + x] = from[c + x * kLanes + n];
-}
-
-template <class T>
-inline void put_as_read(float const* from, int64 width, float* to) {
-  for (int64 c = 0; c < width; c += kStep<T>)
-    for (int n = 0; n < kLanes; ++n)
-      for (int x = 0; x < kRead<T>; ++x) to[c + x * kLanes + n] = from[c + n * kRead<T> + x];
-}
 
 // --- where the keys and values of a block lie
 
@@ -110,136 +63,166 @@ inline void for_rows(int row, int end, Step const& step) {
 
 // --- scores
 
-// Scores of ROWS query rows and as many keys as make one vector of sums. While keys are read, what the other product
-// reads next is brought from memory: neither waits for it, and memory never rests.
-template <int ROWS, class T>
-__attribute__((noinline)) void multiply_queries(float const* q, T const* const* k, T const* const* ahead, int dim,
-                                                float* scores) {
-  constexpr int kCount = kLanes / ROWS;
-  int64 const width = padded(dim);
-  Floats sums[kLanes] = {};
-  auto const add = [&](int c, int n, Floats const(&key)[kRead<T>]) {
+// Adds columns c .. c + kStep - 1 of COUNT keys to their sums with ROWS query rows.
+template <class Product, int ROWS, int COUNT, class T>
+inline void add_products(float const* q, int64 width, T const* const* k, int c, Floats (&sums)[ROWS][COUNT]) {
+#pragma GCC unroll 16
+  for (int n = 0; n < COUNT; ++n) {
+    if constexpr (Product::kIsPaired) {
+      Floats const key = loaded<Floats>(k[n] + c);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
+      for (int r = 0; r < ROWS; ++r) sums[r][n] = Product::multiply_add(load(q + r * width + c / 2), key, sums[r][n]);
+    } else {
+      Floats key[Product::kVectors];
+      Product::read(k[n] + c, key);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-      for (int x = 0; x < kRead<T>; ++x) sums[r * kCount + n] += load(q + r * width + c + x * kLanes) * key[x];
-  };
-  int c = 0;
-  for (; c + kStep<T> <= dim; c += kStep<T>) {
-#pragma GCC unroll 16
-    for (int n = 0; n < kCount; ++n) {
-      Floats key[kRead<T>];
-      read(k[n] + c, key);
-      __builtin_prefetch(ahead[n] + c, 0, 2);
-      add(c, n, key);
+        for (int x = 0; x < Product::kVectors; ++x)
+          sums[r][n] = Product::multiply_add(load(q + r * width + c + x * kLanes), key[x], sums[r][n]);
     }
   }
-  if (c < dim) {
-#pragma GCC unroll 16
-    for (int n = 0; n < kCount; ++n) {
-      Floats key[kRead<T>];
-      read_some(k[n] + c, dim - c, key);
-      add(c, n, key);
-    }
-  }
-  Floats const found = sums_of(sums);
-  for (int r = 0; r < ROWS; ++r)
-    __builtin_memcpy(scores + r * kKeys, reinterpret_cast<float const*>(&found) + r * kCount, kCount * sizeof(float));
 }
 
-template <class T>
+// Scores of ROWS query rows and kLanes keys, as many at a time as make one vector of sums. While keys are read, the
+// next ones and what the other product reads next are brought from memory: neither waits for it, and memory never rests.
+template <class Product, int ROWS, class T>
+__attribute__((noinline)) void multiply_queries(float const* q, T const* const* k, T const* const* next,
+                                                T const* const* ahead, int dim, float* scores) {
+  constexpr int kCount = kLanes / ROWS, kStep = Product::kStep;
+  int64 const width = padded(dim);
+  for (int j = 0; j < kLanes; j += kCount) {
+    Floats sums[ROWS][kCount] = {};
+    int c = 0;
+    for (; c + kStep <= dim; c += kStep) {
+#pragma GCC unroll 16
+      for (int n = 0; n < kCount; ++n) {
+        prefetch_line(next[j + n] + c);
+        prefetch_line(ahead[j + n] + c);
+      }
+      add_products<Product>(q, width, k + j, c, sums);
+    }
+    if (c < dim) {
+      Ends<T, kCount, kStep> const ends(k + j, c, dim - c);
+      add_products<Product>(q + (Product::kIsPaired ? c / 2 : c), width, ends.at, 0, sums);
+    }
+    Floats const found = sums_of(reinterpret_cast<Floats(&)[kLanes]>(sums));
+    for (int r = 0; r < ROWS; ++r)
+      __builtin_memcpy(scores + r * kKeys + j, reinterpret_cast<float const*>(&found) + r * kCount,
+                       kCount * sizeof(float));
+  }
+}
+
+template <class Product>
 void score_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch) {
+  using T = typename Product::T;
   int const per_head = s.rows / int(p.heads_kv), dim = int(p.head_dim_qk);
   for (int j = 0; j < block.keys; j += kLanes)
     for (int head = 0; head < p.heads_kv; ++head) {
       Rows<T, kLanes> const keys(block, block.k, j, head * p.k_strides.head);
+      Rows<T, kLanes> const next(block, block.k, j + kLanes, head * p.k_strides.head);
       Rows<T, kLanes> const values(block, block.v, j, head * p.v_strides.head);
       int const first = head * per_head;
       for_rows(first, first + per_head, [&](auto rows, int row) {
-        T const* const* const ahead = row == first ? values.at : keys.at;
-        for (int n = 0; n < kLanes; n += kLanes / rows.value)
-          multiply_queries<rows.value>(scratch.queries + row * padded(dim), keys.at + n, ahead + n, dim,
-                                       scratch.scores + row * kKeys + j + n);
+        multiply_queries<Product, rows.value>(scratch.queries + row * padded(dim), keys.at, next.at,
+                                              row == first ? values.at : keys.at, dim,
+                                              scratch.scores + row * kKeys + j);
       });
     }
 }
 
 // --- sums of values
 
-// Adds the values of `keys` keys, columns from c on, to the sums of ROWS query rows, by their weights.
-template <int ROWS, int VECTORS, class T, class Read>
+// Adds the values of some keys, columns from c on, to the sums of ROWS query rows, by their weights.
+template <class Product, int ROWS, int VECTORS, class T>
 __attribute__((noinline)) void add_columns(float const* weights, T const* const* v, T const* const* ahead, int keys,
-                                           int c, float* sums, int64 width, Read const& read_at) {
+                                           int c, float* sums, int64 width) {
   Floats totals[ROWS][VECTORS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int x = 0; x < VECTORS; ++x) totals[r][x] = load(sums + r * width + c + x * kLanes);
-  for (int j = 0; j < keys; ++j) {
+    for (int x = 0; x < VECTORS; ++x) totals[r][x] = load(sums + r * width + x * kLanes);
+  for (int j = 0; j < keys; j += kTogether<Product>) {
     Floats values[VECTORS];
 #pragma GCC unroll 4
-    for (int x = 0; x < VECTORS; x += kRead<T>) {
-      read_at(v[j] + c + x * kLanes, reinterpret_cast<Floats(&)[kRead<T>]>(values[x]));
-      __builtin_prefetch(ahead[j] + c + x * kLanes, 0, 2);
+    for (int x = 0; x < VECTORS; x += Product::kVectors) {
+      int const column = c + x / Product::kVectors * Product::kStep;
+#pragma GCC unroll 2
+      for (int n = 0; n < kTogether<Product>; ++n) prefetch_line(ahead[j + n] + column);
+      Product::read_values(v + j, column, reinterpret_cast<Floats(&)[Product::kVectors]>(values[x]));
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      Floats const weight = broadcast(weights[r * kKeys + j]);
+      Floats const weight = broadcast(weights[r * kKeys + j / kTogether<Product>]);
 #pragma GCC unroll 4
-      for (int x = 0; x < VECTORS; ++x) totals[r][x] += weight * values[x];
+      for (int x = 0; x < VECTORS; ++x) totals[r][x] = Product::multiply_add(weight, values[x], totals[r][x]);
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int x = 0; x < VECTORS; ++x) store(sums + r * width + c + x * kLanes, totals[r][x]);
+    for (int x = 0; x < VECTORS; ++x) store(sums + r * width + x * kLanes, totals[r][x]);
 }
 
-template <int ROWS, class T>
+template <class Product, int ROWS, class T>
 inline void add_values(float const* weights, T const* const* v, T const* const* ahead, int keys, int dim, float* sums) {
-  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // sums have to fit into registers
+  constexpr int kVectors = kLanes == 16 ? 4 : 2, kColumns = kVectors / Product::kVectors * Product::kStep;
   int64 const width = padded(dim);
-  auto const whole = [](T const* from, Floats(&to)[kRead<T>]) { read(from, to); };
   int c = 0;
-  for (; c + kVectors * kLanes <= dim; c += kVectors * kLanes)
-    add_columns<ROWS, kVectors>(weights, v, ahead, keys, c, sums, width, whole);
-  for (; c < dim; c += kStep<T>) {
-    int const count = fa::smaller(kStep<T>, dim - c);
-    add_columns<ROWS, kRead<T>>(weights, v, ahead, keys, c, sums, width,
-                                [=](T const* from, Floats(&to)[kRead<T>]) { read_some(from, count, to); });
-  }
+  for (; c + kColumns <= dim; c += kColumns)  // sums have to fit into registers
+    add_columns<Product, ROWS, kVectors>(weights, v, ahead, keys, c, sums + c, width);
+  for (; c + Product::kStep <= dim; c += Product::kStep)
+    add_columns<Product, ROWS, Product::kVectors>(weights, v, ahead, keys, c, sums + c, width);
+  if (c == dim) return;
+  Ends<T, kKeys, Product::kStep> const ends(v, c, dim - c);
+  add_columns<Product, ROWS, Product::kVectors>(weights, ends.at, ends.at, keys, 0, sums + c, width);
+}
+
+// Weights as one operand of the product, in place; what follows the last key weighs nothing.
+template <class Product>
+inline void pack_weights(float* weights) {
+  if constexpr (Product::kIsPaired)
+    for (int j = 0; j < kKeys; j += 2 * kLanes) {
+      __m512bh const pairs = _mm512_cvtne2ps_pbh((__m512)load(weights + j + kLanes), (__m512)load(weights + j));
+      __builtin_memcpy(weights + j / 2, &pairs, sizeof pairs);
+    }
 }
 
 // The values that a row keeps, alone: what the others hold must not reach it.
-template <class T>
+template <class Product, class T>
 void add_kept_values(float const* weights, T const* const* v, int keys, int dim, float* sums) {
   T const* kept[kKeys];
-  float of_kept[kKeys];
+  alignas(64) float of_kept[kKeys] = {};
+  for (T const*& row : kept) row = reinterpret_cast<T const*>(kZeros);
   int count = 0;
   for (int j = 0; j < keys; ++j) {
     if (weights[j] == 0 && __builtin_signbit(weights[j])) continue;
     kept[count] = v[j];
     of_kept[count++] = weights[j];
   }
-  add_values<1>(of_kept, kept, kept, count, dim, sums);
+  pack_weights<Product>(of_kept);
+  add_values<Product, 1>(of_kept, kept, kept, count, dim, sums);
 }
 
 // `next` is the block whose keys are read after these values.
-template <class T>
+template <class Product>
 void add_block(Params const& p, Sequence const& s, Block const& block, Block const& next, Scratch const& scratch,
                Part const& part, bool hides) {
+  using T = typename Product::T;
   int const per_head = s.rows / int(p.heads_kv), dim = int(p.head_dim_v);
   for (int head = 0; head < p.heads_kv; ++head) {
     Rows<T, kKeys> const values(block, block.v, 0, head * p.v_strides.head);
     Rows<T, kKeys> const keys(next, next.k, 0, head * p.k_strides.head);
     int const first = head * per_head;
     for_rows(first, first + per_head, [&](auto rows, int row) {
-      float const* const weights = scratch.scores + row * kKeys;
+      float* const weights = scratch.scores + row * kKeys;
       float* const sums = part.sums + row * padded(dim);
-      if (hides)
-        for (int r = 0; r < rows.value; ++r)
-          add_kept_values<T>(weights + r * kKeys, values.at, block.keys, dim, sums + r * padded(dim));
-      else add_values<rows.value>(weights, values.at, row == first ? keys.at : values.at, block.keys, dim, sums);
+      for (int r = 0; r < rows.value; ++r) {
+        if (hides) add_kept_values<Product>(weights + r * kKeys, values.at, block.keys, dim, sums + r * padded(dim));
+        else pack_weights<Product>(weights + r * kKeys);
+      }
+      if (!hides)
+        add_values<Product, rows.value>(weights, values.at, row == first ? keys.at : values.at, block.keys, dim, sums);
     });
   }
 }
@@ -326,12 +309,15 @@ void soften(float* scores, int row, int64 width, Part const& part, Ints& hidden)
   for (int64 c = row * width; c < (row + 1) * width; c += kLanes) store(part.sums + c, load(part.sums + c) * kept);
 }
 
-// Whether a row does not keep a key of the block.
-bool weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch const& scratch, Part const& part) {
+// Products times `scale` become weights. Whether a row does not keep a key of the block.
+bool weigh_block(Params const& p, Sequence const& s, Block const& block, float scale, Scratch const& scratch,
+                 Part const& part) {
   Ints hidden{};
   for (int row = 0; row < s.rows; ++row) {
     int const head = row / s.band.s_q, i = row % s.band.s_q;
     float* scores = scratch.scores + row * kKeys;
+    if (scale != 1)
+      for (int j = 0; j < kKeys; j += kLanes) store(scores + j, load(scores + j) * scale);
     finish_scores(p, s, block, head, i, scores);
     soften(scores, row, padded(p.head_dim_v), part, hidden);
     if (!p.v_scale) continue;
@@ -344,39 +330,65 @@ bool weigh_block(Params const& p, Sequence const& s, Block const& block, Scratch
   return found != int64(s.rows) * (kKeys - block.keys);
 }
 
+template <class Q>
+inline Q const* query_at(Params const& p, Sequence const& s, int row) {
+  int64 const first =
+      p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch + s.first_query * p.q_strides.row;
+  return static_cast<Q const*>(p.q) + first + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
+}
+
 // Rows of queries times `scale`, in the order in which keys of type T are read.
 template <class T, class Q>
 void read_queries(Params const& p, Sequence const& s, float* queries) {
-  int64 const first =
-      p.cu_seqlens_q ? s.first_row * p.q_strides.row : s.b * p.q_strides.batch + s.first_query * p.q_strides.row;
-  Q const* const q = static_cast<Q const*>(p.q) + first;
   int const dim = int(p.head_dim_qk);
   int64 const width = padded(dim);
   for (int row = 0; row < s.rows; ++row) {
-    Q const* from = q + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
+    Q const* const from = query_at<Q>(p, s, row);
     float in_order[kMaxDim] = {};
     for (int c = 0; c < dim; c += kLanes)
       store(in_order + c, (c + kLanes <= dim ? load(from + c) : load_some(from + c, dim - c)) * float(p.scale));
-    put_as_read<T>(in_order, width, queries + row * width);
+    put_as_read<Spread<T>>(in_order, width, queries + row * width);
   }
 }
 
-template <class T>
-void attend_to(Params const& p, Sequence const& s, Range keys, Scratch const& scratch, Part const& part) {
-  switch (p.dtype) {
-    case kFloat32: read_queries<T, float>(p, s, scratch.queries); break;
-    case kBfloat16: read_queries<T, Bfloat16>(p, s, scratch.queries); break;
-    default: read_queries<T, Float16>(p, s, scratch.queries);
+// Rows of queries as they are given.
+template <class Q>
+void copy_queries(Params const& p, Sequence const& s, float* queries) {
+  int64 const width = padded(p.head_dim_qk);
+  for (int row = 0; row < s.rows; ++row) {
+    __builtin_memset(queries + row * width, 0, width * sizeof(float));
+    __builtin_memcpy(queries + row * width, query_at<Q>(p, s, row), p.head_dim_qk * sizeof(Q));
   }
+}
+
+template <class Product>
+void attend_with(Params const& p, Sequence const& s, Range keys, Scratch const& scratch, Part const& part) {
+  float const scale = Product::kIsPaired ? float(p.scale) : 1;
   Block blocks[2];
   look_up(p, s, {keys.begin, fa::smaller(keys.begin + kKeys, keys.end)}, blocks[0]);
   for (int begin = keys.begin, n = 0; begin < keys.end; begin += kKeys, n ^= 1) {
     Block const &block = blocks[n], &next = blocks[n ^ 1];
     look_up(p, s, {begin + kKeys, fa::smaller(begin + 2 * kKeys, keys.end)}, blocks[n ^ 1]);
-    score_block<T>(p, s, block, scratch);
-    bool const hides = weigh_block(p, s, block, scratch, part);
-    add_block<T>(p, s, block, next, scratch, part, hides);
+    score_block<Product>(p, s, block, scratch);
+    bool const hides = weigh_block(p, s, block, scale, scratch, part);
+    add_block<Product>(p, s, block, next, scratch, part, hides);
   }
+}
+
+template <class T>
+void attend_to(Params const& p, Sequence const& s, Range keys, Scratch const& scratch, Part const& part) {
+#if defined(__AVX512BF16__)
+  if (is_paired(p)) {
+    copy_queries<Bfloat16>(p, s, scratch.queries);
+    return attend_with<Paired>(p, s, keys, scratch, part);
+  }
+#endif
+  switch (p.dtype) {
+    case kFloat32: read_queries<T, float>(p, s, scratch.queries); break;
+    case kBfloat16: read_queries<T, Bfloat16>(p, s, scratch.queries); break;
+    default: read_queries<T, Float16>(p, s, scratch.queries);
+  }
+  attend_with<Spread<T>>(p, s, keys, scratch, part);
 }
 
 void attend(Params const& p, Sequence const& s, Range keys, Scratch scratch, Part part) {
@@ -419,7 +431,11 @@ void join_row(Params const& p, Sequence const& s, float* parts, int count, int r
   if (p.cache_dtype == kBfloat16) {
     float as_read[kMaxDim];
     __builtin_memcpy(as_read, sums, sizeof sums);
-    put_in_order<Bfloat16>(as_read, width, sums);
+#if defined(__AVX512BF16__)
+    if (is_paired(p)) put_in_order<Paired>(as_read, width, sums);
+    else
+#endif
+      put_in_order<Spread<Bfloat16>>(as_read, width, sums);
   }
   int64 const at = ((s.first_row + i) * p.heads_q + head) * dim;
   float const factor = most == kNever ? 0 : 1 / total;

@@ -85,6 +85,11 @@ class Forward {
     int first() const { return keys.begin / kCount<Word> * kCount<Word>; }
     int columns() const { return int(rounded_up(keys.end, kCount<Word>)) - first(); }
     int origin() const { return first() - column; }  // the key of column 0
+    Range all() const { return {column, column + columns()}; }
+    Range columns_of(Ranges ranges) const {
+      Range const kept = common(ranges.hull(), keys);
+      return is_empty(kept) ? kept : Range{kept.begin - origin(), kept.end - origin()};
+    }
   };
 
   // Leaves out the keys at both ends that intervals hide from all rows.
@@ -117,22 +122,24 @@ class Forward {
 
   void pack_keys(int begin) {
     if (!p_.k) return;
-    int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
-    Matrix<Word> const rows{rows_, row_words_};
-    pack_rows<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, padded, p_.head_dim_qk, rows);
-    pack_panel(rows, count, dim_qk_, k_ + (begin - keys_.begin) * dim_qk_);
+    int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
+    pack_panel_of<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, p_.head_dim_qk, {rows_, row_words_},
+                      k_ + (begin - keys_.begin) * dim_qk_);
   }
 
   bool pack_values(int begin) {
     if (!p_.v) return false;
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
-    int const at = begin - keys_.begin;
+    int const at = begin - keys_.begin, there = keys_.end - begin;
+    int64 const all = packed_ / Op::kPerWord, first = at / Op::kPerWord;
+    Source const from = from_row(tensors_.v(), begin);
+    bool& is_wild = wild_[at / kPanel<Word>];
+    if (v_factor_ == 1 && padded == count && are_words<Op>(from, p_.head_dim_v))
+      return is_wild = stack_rows<Op>(from, count, there, panels_, all, first, v_);
     Matrix<Word> const rows{rows_, value_row_words_};
-    bool const is_wild =
-        pack_rows<Op>(from_row(tensors_.v(), begin), count, keys_.end - begin, padded, p_.head_dim_v, rows);
+    is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_v, rows);
     if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
-    wild_[at / kPanel<Word>] = is_wild;
-    pack_stacked<Op>(rows, padded, panels_, packed_ / Op::kPerWord, at / Op::kPerWord, v_);
+    pack_stacked<Op>(rows, padded, panels_, all, first, v_);
     return is_wild;
   }
 
@@ -216,8 +223,11 @@ class Forward {
 
   // The pieces that follow those which were taken; how many columns they have.
   int take_pieces(int r, int count) {
-    Ranges left[kTileRows];
-    for (int n = 0; n < count; ++n) left[n] = row_[r + n].ranges;
+    Ranges left[kTileRows] = {row_[r].ranges};
+    int different = 1;
+    for (int n = r + 1; n < r + count; ++n)
+      if (!are_equal(row_[n].ranges, row_[n - 1].ranges)) left[different++] = row_[n].ranges;
+    count = different;
     int columns = 0;
     int& done = next_[r / kTileRows];
     for (pieces_ = 0; columns < kMostKeys; ++pieces_) {
@@ -256,31 +266,29 @@ class Forward {
   // Products of row n with all pieces become weights; its ranges before the end of the last one are done.
   void weigh_pieces(int n, Word* scores, int line, int columns, bool is_first) {
     Row& row = row_[n];
-    Word most = kNever<Word>;
+    Vector<Word> most = broadcast(kNever<Word>);
     for (int m = 0; m < pieces_; ++m) {
       Piece const& piece = piece_[m];
       drop_before(piece.keys.begin, row.ranges);
       Ranges const ranges = those_in(row.ranges, piece.keys);
-      bool const is_whole = scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1;
-      with_terms(is_whole ? kBand : scores_.terms, [&](auto terms) {
-        Word const found = finish_piece<terms>(row, piece, ranges, scores);
-        most = found > most ? found : most;
-      });
+      if (scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1)
+        most = larger(lanes_in_range(piece.all(), piece.columns_of(ranges), scores), most);
+      else
+        with_terms(scores_.terms, [&](auto terms) {
+          most = larger(broadcast(finish_piece<terms>(row, piece, ranges, scores)), most);
+        });
     }
     drop_before(piece_[pieces_ - 1].keys.end, row.ranges);
-    Word const shrink = soften<Op>(scores, columns, most, scores_.to_exponent, dropped_in_pieces(row), state_, n,
-                                   weights_ + line * kStrip);
+    Word const shrink = soften<Op>(scores, columns, largest(most), scores_.to_exponent, dropped_in_pieces(row), state_,
+                                   n, weights_ + line * kStrip);
     if (!is_first) shrink_sums(n, shrink);
   }
 
   template <Terms TERMS>
   Word finish_piece(Row const& row, Piece const& piece, Ranges ranges, Word* scores) {
-    int const origin = piece.origin();
-    Range const kept = common(ranges.hull(), piece.keys);
-    Range const columns = is_empty(kept) ? kept : Range{kept.begin - origin, kept.end - origin};
-    auto described = scores_.row(row.head, row.i, origin, columns);
-    if (ranges.count > 1) scores_.hide_gaps(described, ranges, origin);
-    return Scores<Word>::template finish<TERMS>(described, {piece.column, piece.column + piece.columns()}, scores);
+    auto described = scores_.row(row.head, row.i, piece.origin(), piece.columns_of(ranges));
+    if (ranges.count > 1) scores_.hide_gaps(described, ranges, piece.origin());
+    return Scores<Word>::template finish<TERMS>(described, piece.all(), scores);
   }
 
   // Where results of these rows go, and the queries that follow.
@@ -346,16 +354,19 @@ class Forward {
   // Products become weights, which begin at the first of `columns`; what was summed before shrinks.
   template <Terms TERMS>
   void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
-    for (int n = 0; n < count; ++n) {
+    Word most[kTileRows];
+    for (int n = 0; n < count; ++n) {  // apart from the weights, which have to wait for it
       Row const& row = row_[r + n];
       Word* const scores = strip_ + n * kStrip;
       Range const both = common(row.kept, keys);
       Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
-      Word most;
-      if constexpr (TERMS == kBand) most = largest_in_band(columns, kept, scores);
-      else most = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+      if constexpr (TERMS == kBand) most[n] = largest_in_band(columns, kept, scores);
+      else most[n] = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+    }
+    for (int n = 0; n < count; ++n) {
+      Row const& row = row_[r + n];
       Word const shrink =
-          soften<Op>(scores + columns.begin, columns.end - columns.begin, most, scores_.to_exponent,
+          soften<Op>(strip_ + n * kStrip + columns.begin, columns.end - columns.begin, most[n], scores_.to_exponent,
                      dropped(row, begin + columns.begin, begin + columns.end), state_, r + n, weights_ + n * kStrip);
       if (!is_first) shrink_sums(r + n, shrink);
     }

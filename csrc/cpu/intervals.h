@@ -29,6 +29,10 @@ struct Ranges {
   Range hull() const { return count ? Range{at[0].begin, at[count - 1].end} : Range{0, 0}; }
 };
 
+inline bool are_equal(Ranges a, Ranges b) {
+  return a.count == b.count && !__builtin_memcmp(a.at, b.at, a.count * sizeof(Range));
+}
+
 // Those that have keys in common with `keys`.
 inline Ranges those_in(Ranges ranges, Range keys) {
   int begin = 0, end = ranges.count;

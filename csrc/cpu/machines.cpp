@@ -20,6 +20,7 @@ FA_ATTENTION(Double, baseline)
 #if defined(FA_X86)
 FA_DECODE(avx2)
 FA_DECODE(avx512)
+FA_DECODE(avx512bf16)
 FA_ATTENTION(Single, avx2)
 FA_ATTENTION(Double, avx2)
 FA_ATTENTION(Single, avx512)
@@ -50,8 +51,8 @@ static bool has_bf16() { return getauxval(AT_HWCAP2) & 1ul << 14; }  // HWCAP2_B
 
 static Machine const kMachines[] = {
 #if defined(FA_X86)
-    {"avx512bf16", has_avx512bf16, fa_decode_avx512(), fa_attention_Single_avx512(), fa_attention_Pairs_avx512bf16(),
-     fa_attention_Double_avx2()},
+    {"avx512bf16", has_avx512bf16, fa_decode_avx512bf16(), fa_attention_Single_avx512(),
+     fa_attention_Pairs_avx512bf16(), fa_attention_Double_avx2()},
     {"avx512", has_avx512, fa_decode_avx512(), fa_attention_Single_avx512(), nullptr, fa_attention_Double_avx2()},
     {"avx2", has_avx2, fa_decode_avx2(), fa_attention_Single_avx2(), nullptr, fa_attention_Double_avx2()},
 #elif defined(FA_ARM)

@@ -49,10 +49,18 @@ struct Pairs {
 #endif
 };
 
-// The lower or upper halves of the words of two vectors, in the order that `joined` makes; and x and y in pairs.
+#if defined(__AVX512BF16__)
+// Numbers of x and y by turns.
+inline Floats in_pairs(__m256i x, __m256i y) {
+  const __m512i order =
+      (__m512i)(__attribute__((vector_size(64))) short){0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return (Floats)_mm512_permutex2var_epi16(_mm512_castsi256_si512(x), order, _mm512_castsi256_si512(y));
+}
+#endif
+
+// The halves of what `joined` makes by turns: x and y in pairs.
 inline Floats in_pairs(Floats joined) {
-  Bfloat16 halves[2 * kLanes];
-  __builtin_memcpy(halves, &joined, sizeof joined);
 #if defined(__AVX512BF16__)
   const __m512i order =
       (__m512i)(__attribute__((vector_size(64))) short){0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,

@@ -135,7 +135,7 @@ bool pack_rows_of(Source from, int64 rows, int64 there, int64 dim, Matrix<typena
   for (int64 r = 0; r < rows; ++r, from.at += from.stride, to.at += to.stride) {
     T const* const row = reinterpret_cast<T const*>(from.at);
     for (int64 c = 0; c < dim * int64(sizeof(T)); c += 64)
-      __builtin_prefetch(from.at + (r + kRowsAhead < there ? kRowsAhead * from.stride : 0) + c, 0, 2);
+      prefetch_line(from.at + (r + kRowsAhead < there ? kRowsAhead * from.stride : 0) + c);
     int64 j = 0;
     for (; j + kGroup<Op> <= dim; j += kGroup<Op>) {
       Vector<typename Op::Word> const words = load_words<Op>(row + j);
@@ -209,13 +209,50 @@ __attribute__((noinline)) void transpose(Matrix<Word const> from, int64 columns,
   }
 }
 
+// Whether rows can be read as vectors of words where they lie: they are of the dtype of the product, and none ends inside
+// a vector.
+template <class Op>
+inline bool are_words(Source const& from, int64 dim) {
+  constexpr int64 kBytes = sizeof(typename Op::Word);
+  return bytes_of(from.dtype) * Op::kPerWord == kBytes && dim % kGroup<Op> == 0 && from.stride % kBytes == 0;
+}
+
+template <class Op>
+inline Matrix<typename Op::Word const> as_words(Source const& from) {
+  using Word = typename Op::Word;
+  return {reinterpret_cast<Word const*>(from.at), from.stride / int64(sizeof(Word))};
+}
+
+// Brings the rows that lie kRowsAhead behind `count` rows; `there` can be read.
+inline void prefetch_ahead(Source const& from, int64 count, int64 there, int64 dim) {
+  for (int64 r = kRowsAhead; r < kRowsAhead + count && r < there; ++r)
+    for (int64 c = 0; c < dim * bytes_of(from.dtype); c += 64) prefetch_line(from.at + r * from.stride + c);
+}
+
 // A panel of packed rows: [words of a row][kPanel], the right operand of products with them. Whole vectors of rows are
 // written; what lies behind them is not read.
 template <class Word>
-inline void pack_panel(Matrix<Word> rows, int64 count, int64 words, Word* panel) {
+inline void pack_panel(Matrix<Word const> rows, int64 count, int64 words, Word* panel) {
   for (int j = 0; j * kCount<Word> < count; ++j)
     transpose<Word>({rows.at + j * kCount<Word> * rows.stride, rows.stride}, words,
                     {panel + j * kCount<Word>, kPanel<Word>});
+}
+
+// A panel of rows of a tensor. `rows` is memory for them, where they are not words as they lie.
+template <class Op>
+inline void pack_panel_of(Source const& from, int64 count, int64 there, int64 dim, Matrix<typename Op::Word> rows,
+                          typename Op::Word* panel) {
+  using Word = typename Op::Word;
+  int64 const words = (dim + Op::kPerWord - 1) / Op::kPerWord;
+  if (count % kCount<Word> || !are_words<Op>(from, dim)) {
+    pack_rows<Op>(from, count, there, rounded_up(count, kCount<Word>), dim, rows);
+    return pack_panel<Word>({rows.at, rows.stride}, count, words, panel);
+  }
+  for (int64 r = 0; r < count; r += kCount<Word>) {
+    Source const some{from.at + r * from.stride, from.stride, from.dtype};
+    prefetch_ahead(some, kCount<Word>, there - r, dim);
+    pack_panel<Word>(as_words<Op>(some), kCount<Word>, words, panel + r);
+  }
 }
 
 // One vector of the words that hold column c.. of as many rows as a word has numbers.
@@ -225,6 +262,10 @@ inline Vector<typename Op::Word> stacked(typename Op::Word const* rows, int64 st
     (void)stride;
     return load(rows + c);
   } else {
+#if defined(__AVX512BF16__)
+    return in_pairs(loaded<__m256i>(reinterpret_cast<uint16 const*>(rows) + c),
+                    loaded<__m256i>(reinterpret_cast<uint16 const*>(rows + stride) + c));
+#endif
     Words const upper =
         __builtin_convertvector(loaded<Halves>(reinterpret_cast<uint16 const*>(rows + stride) + c), Words);
     Words const lower = __builtin_convertvector(loaded<Halves>(reinterpret_cast<uint16 const*>(rows) + c), Words);
@@ -254,6 +295,29 @@ inline void pack_stacked(Matrix<typename Op::Word> rows, int64 count, Panels con
       for (int c = 0; c < width; c += kCount<Word>)
         store(at + c, stacked<Op>(rows.at + r * Op::kPerWord * rows.stride, rows.stride, begin + c));
   }
+}
+
+// The same of rows of a tensor that are words as they lie, as many as fill vectors. Whether a number is wild.
+template <class Op>
+inline bool stack_rows(Source const& from, int64 count, int64 there, Panels const& panels, int64 all, int64 first,
+                       typename Op::Word* to) {
+  using Word = typename Op::Word;
+  Matrix<Word const> const rows = as_words<Op>(from);
+  Largest<Op> largest;
+  for (int64 r = 0; r < count; r += Op::kPerWord) {
+    Source const some{from.at + r * from.stride, from.stride, from.dtype};
+    prefetch_ahead(some, Op::kPerWord, there - r, panels.vectors * kCount<Word>);
+    for (int n = 0; n < panels.count; ++n) {
+      int const width = panels.width(n) * kCount<Word>, begin = panels.begin(n) * kCount<Word>;
+      Word* const at = to + begin * all + (first + r / Op::kPerWord) * width;
+      for (int c = 0; c < width; c += kCount<Word>) {
+        Vector<Word> const words = stacked<Op>(rows.at + r * rows.stride, rows.stride, begin + c);
+        largest.add(words);
+        store(at + c, words);
+      }
+    }
+  }
+  return largest.is_wild();
 }
 
 template <class T, class Word>
@@ -291,7 +355,7 @@ inline void write_row(Word const* row, int64 dim, Word factor, int64 dtype, char
 // Rows that are written soon.
 inline void prefetch_results(Source const& to, int64 rows, int64 dim) {
   for (int64 n = 0; n < rows; ++n)
-    for (int64 c = 0; c < dim * bytes_of(to.dtype); c += 64) __builtin_prefetch(to.at + n * to.stride + c, 1, 2);
+    for (int64 c = 0; c < dim * bytes_of(to.dtype); c += 64) prefetch_line(to.at + n * to.stride + c);
 }
 
 // Rows that a later item of work needs, brought towards the second cache a few at a time.
@@ -314,7 +378,7 @@ class Prefetch {
         continue;
       }
       char const* const at = rows_[stream_].at + row_++ * rows_[stream_].stride;
-      for (int64 c = 0; c < bytes_[stream_]; c += 64) __builtin_prefetch(at + c, 0, 2);
+      for (int64 c = 0; c < bytes_[stream_]; c += 64) prefetch_line(at + c);
       --rows;
     }
   }

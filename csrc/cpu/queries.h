@@ -13,7 +13,8 @@ inline int rows_of_block(int s_q) {
   return int(rounded_up(fa::larger(1, (s_q + blocks - 1) / blocks), kLeastRows));
 }
 
-// Memory of one head. Rows are padded to whole blocks with zeros.
+// Memory of one head, for all its blocks or, where they would take too much, for one at a time. Rows are padded to whole
+// blocks with zeros.
 template <class Op>
 struct Queries {
   using Word = typename Op::Word;
@@ -23,20 +24,28 @@ struct Queries {
   Word *q_columns, *dout_columns;  // per block [columns][words]: operands of dk and dv
   Word *lse, *low, *delta;
   bool *wild_q, *wild_dout;     // of each block: whether a number is
+  int64 begin = 0;              // the first row that is packed: 0 where all are
+  bool keeps_all;
 
-  void take(Arena& arena, AttentionParams const& p, int block_rows, int64 padded_rows) {
+  void take(Arena& arena, AttentionParams const& p, int block_rows, int64 padded_rows, bool all) {
+    keeps_all = all;
+    int64 const rows = all ? padded_rows : block_rows;
     words = block_rows / Op::kPerWord;
     int64 const words_qk = rounded_up(p.head_dim_qk, kGroup<Op>) / Op::kPerWord;
     int64 const words_v = rounded_up(p.head_dim_v, kGroup<Op>) / Op::kPerWord;
-    q = {arena.take<Word>(padded_rows * words_qk), words_qk};
-    dout = {arena.take<Word>(padded_rows * words_v), words_v};
-    q_columns = arena.take<Word>(padded_rows / Op::kPerWord * columns(p.head_dim_qk));
-    dout_columns = arena.take<Word>(padded_rows / Op::kPerWord * columns(p.head_dim_v));
+    q = {arena.take<Word>(rows * words_qk), words_qk};
+    dout = {arena.take<Word>(rows * words_v), words_v};
+    q_columns = arena.take<Word>(rows / Op::kPerWord * columns(p.head_dim_qk));
+    dout_columns = arena.take<Word>(rows / Op::kPerWord * columns(p.head_dim_v));
     lse = arena.take<Word>(padded_rows);
     low = arena.take<Word>(padded_rows);
     delta = arena.take<Word>(padded_rows);
-    wild_q = arena.take<bool>(padded_rows / block_rows);
-    wild_dout = arena.take<bool>(padded_rows / block_rows);
+    wild_q = arena.take<bool>(rows / block_rows);
+    wild_dout = arena.take<bool>(rows / block_rows);
+  }
+
+  Matrix<Word const> rows_of(Matrix<Word> const& x, int64 row) const {
+    return {x.at + (row - begin) * x.stride, x.stride};
   }
 
   static int64 columns(int64 dim) { return rounded_up(dim, kCount<Word>); }
@@ -63,22 +72,24 @@ class QueryPacker {
   }
 
   void pack(int head, Queries<Op>& to) const {
-    for (int64 first = 0; first < padded_; first += block_) {
-      pack_operands(head, first, to);
-      read_terms(head, first, to);
-    }
+    for (int64 first = 0; first < padded_; first += block_) pack_block(head, first, to);
+  }
+
+  void pack_block(int head, int64 first, Queries<Op>& to) const {
+    pack_operands(head, first, to);
+    read_terms(head, first, to);
   }
 
  private:
   // One block of those that are not null.
   void pack_operands(int head, int64 first, Queries<Op>& to) const {
-    int64 const count = rows_ - first < block_ ? rows_ - first : block_;
-    int64 const n = first / block_;
+    if (!to.keeps_all) to.begin = first;
+    int64 const count = rows_ - first < block_ ? rows_ - first : block_, at = first - to.begin, n = at / block_;
     to.wild_q[n] = p_.q && pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
-                                      {to.q.at + first * to.q.stride, to.q.stride},
+                                      {to.q.at + at * to.q.stride, to.q.stride},
                                       to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
     to.wild_dout[n] = p_.dout && pack_block(from_row(tensors_.dout(head), first), count, rows_ - first, p_.head_dim_v,
-                                            {to.dout.at + first * to.dout.stride, to.dout.stride},
+                                            {to.dout.at + at * to.dout.stride, to.dout.stride},
                                             to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
   }
 
@@ -115,7 +126,7 @@ class QueryPacker {
     for (int64 i = first; i < first + block_; ++i) {
       bool const is_there = i < rows_;
       for (int64 c = 0; i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
-        __builtin_prefetch(out.at + (i + kRowsAhead) * out.stride + c, 0, 2);
+        prefetch_line(out.at + (i + kRowsAhead) * out.stride + c);
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
       to.delta[i] =

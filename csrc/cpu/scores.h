@@ -192,7 +192,7 @@ class Scores {
 
  private:
   static void prefetch(void const* from, int64 bytes) {
-    for (int64 n = 0; n < bytes; n += 64) __builtin_prefetch(static_cast<char const*>(from) + n);
+    for (int64 n = 0; n < bytes; n += 64) prefetch_line(static_cast<char const*>(from) + n);
   }
 
   static V bias_at(char const* bias, int64 dtype, int c) {

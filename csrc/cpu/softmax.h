@@ -22,9 +22,9 @@ inline Vector<Word> survivors(Vector<Word> x, Dropped const& dropped, int c) {
   return bits_at<Word>(dropped.bits + c) >= typename Lanes<Word>::Integer(dropped.threshold) ? x : Vector<Word>{};
 }
 
-// The largest of a row's scores; where only the band hides some, they are marked first.
+// The largest of a row's scores in each lane; where only a range hides some, they are marked first.
 template <class Word>
-inline Word largest_in_band(Range columns, Range kept, Word* scores) {
+inline Vector<Word> lanes_in_range(Range columns, Range kept, Word* scores) {
   using V = Vector<Word>;
   constexpr int kStep = kCount<Word>;
   V a = broadcast(kNever<Word>), b = a;
@@ -41,7 +41,12 @@ inline Word largest_in_band(Range columns, Range kept, Word* scores) {
     b = larger(load(scores + c + kStep), b);
   }
   if (c < end) a = larger(load(scores + c), a);
-  return largest(larger(a, b));
+  return larger(a, b);
+}
+
+template <class Word>
+inline Word largest_in_band(Range columns, Range kept, Word* scores) {
+  return largest(lanes_in_range(columns, kept, scores));
 }
 
 // Weights 2^(factor * (score - shift)) of whole vectors of scores, as left operand of the product with values; their sum.

@@ -34,7 +34,17 @@ class Memory {
     return bytes_;
   }
 
+  // Memory of long sequences is returned: it would stand beside the results of the next call.
+  void give_back() {
+    if (size_ <= kMostKept) return;
+    std::free(bytes_);
+    bytes_ = nullptr;
+    size_ = 0;
+  }
+
  private:
+  static constexpr int64 kMostKept = 8 << 20;
+
   void* bytes_ = nullptr;
   int64 size_ = 0;
 };

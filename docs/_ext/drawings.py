@@ -1,11 +1,12 @@
 """Directives that draw SVG in the colours of the page, and one that prints the help of the command line.
 
-``{mask}`` draws a mask from ``spec.keep``; ``{layers}`` draws the parts of the package in rows; ``{commands}`` prints
-help texts from the parsers of the command line.
+``{mask}`` draws a mask from ``spec.keep`` and ``fastattn.intervals``; ``{layers}`` draws the parts of the package in
+rows; ``{commands}`` prints help texts from the parsers of the command line.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from fastattn import intervals
 from fastattn.cli import make_parser
 from fastattn.spec import ANCHORS, AttentionSpec, keep
 
@@ -30,8 +32,21 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split()]
 
 
+def built(text: str) -> Any:
+    """Intervals by a call of their builder with literals, as ``prefix_lm(8, 3)``."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"{text!r} is no call of a function of fastattn.intervals")
+    named = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    return getattr(intervals, call.func.id)(*map(ast.literal_eval, call.args), **named)
+
+
 class Mask(SphinxDirective):
-    """A grid of S_q rows and S_kv columns. ``:segments:`` are the documents of the tokens, S_q = S_kv of them."""
+    """A grid of S_q rows and S_kv columns.
+
+    ``:segments:`` are the documents of the tokens, S_q = S_kv of them; ``:intervals:`` is a call of a builder, whose
+    rows are the queries and, without ``:s_kv:``, as many keys.
+    """
 
     option_spec: ClassVar = {
         "s_q": directives.positive_int,
@@ -40,17 +55,22 @@ class Mask(SphinxDirective):
         "right": side,
         "anchor": lambda text: directives.choice(text, ANCHORS),
         "segments": numbers,
+        "intervals": built,
     }
     required_arguments, final_argument_whitespace = 1, True
 
     def run(self) -> list[nodes.Node]:
         o = self.options
-        segments = o.get("segments")
-        s_q, s_kv = (len(segments), len(segments)) if segments else (o["s_q"], o["s_kv"])
+        segments, ranges = o.get("segments"), o.get("intervals")
+        rows = len(segments) if segments else o["s_q"] if ranges is None else ranges.shape[0]
+        s_q, s_kv = rows, o.get("s_kv", rows)
         spec = AttentionSpec(1.0, None, o.get("left"), o.get("right"), o.get("anchor", "lower_right"))
         kept = [[bool(keep(spec, i, j, s_q, s_kv)) for j in range(s_kv)] for i in range(s_q)]
         if segments:
             kept = [[cell and segments[i] == segments[j] for j, cell in enumerate(row)] for i, row in enumerate(kept)]
+        if ranges is not None:
+            held = intervals.to_mask(ranges, s_kv).tolist()
+            kept = [[cell and held[i][j] for j, cell in enumerate(row)] for i, row in enumerate(kept)]
         return [nodes.raw("", figure(self.arguments[0], kept), format="html")]
 
 

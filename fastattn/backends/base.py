@@ -152,15 +152,15 @@ class Backend:
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'cache'")
 
     def prepared_forward(
-        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
         """``forward`` for calls like this one, as a function of q, k, v and, if ``prepares_more``, of ``problem.MORE``.
 
         The function reads only the addresses of the tensors: it takes their shapes and strides from ``inputs``, and may
         be given any view that begins at the same element. Of ``MORE`` it is given all or, if all are None, none. It
-        returns ``(out, *kept)``, where ``kept`` is lse and lse_low, or one tensor ``(2, ...)`` of both; without
-        ``keep`` it returns ``(out,)``. With ``heads_first`` the dimensions 1 and 2 of out are exchanged, whose memory
-        stays as it is. None means that calls like this one have to use ``forward``.
+        returns ``(out, *kept)``, where ``kept`` is lse and lse_low, or without ``apart`` one tensor ``(2, ...)`` of
+        both; without ``keep`` it returns ``(out,)``. With ``heads_first`` the dimensions 1 and 2 of out are exchanged,
+        whose memory stays as it is. None means that calls like this one have to use ``forward``.
         """
         return None
 
@@ -172,6 +172,7 @@ class Backend:
         needs: Sequence[str] = QKV,
         *,
         heads_first: bool = False,
+        apart: bool = False,
     ) -> Run | None:
         """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv, ...)``, on the terms of ``prepared_forward``.
 

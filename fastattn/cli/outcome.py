@@ -1,4 +1,4 @@
-"""The last output of a command that trains: its figures, and how to continue if it was stopped."""
+"""The closing output of a command that trains: its figures, and the way to continue a stopped run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fastattn prepare``: make a corpus for ``fastattn train --corpus`` of raw files."""
+"""``fastattn prepare``: turn raw files into a corpus for ``fastattn train --corpus``."""
 
 from __future__ import annotations
 
@@ -92,9 +92,16 @@ def run(args: argparse.Namespace) -> int:
 def _told(folder: Path, documents: dict[str, int], tokens: dict[str, int], vocab_size: int) -> str:
     from fastattn.lm.data.report import Report
 
-    report = Report.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} documents, {tokens[name]:,} tokens" for name in documents]
+    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report, made = Report.from_dict(content), content["made"]
+    packed = sum(documents.values())
+    parts = "documents" if packed == report.kept else "pieces of documents"
+    sizes = [f"{name.replace('_', ' ')}: {documents[name]:,} {parts}, {tokens[name]:,} tokens" for name in documents]
+    if packed != report.kept:
+        sizes.append(f"long documents were cut at line ends: {report.kept:,} kept are {packed:,} pieces")
     lines = [report.table(), "", *sizes, f"vocabulary: {vocab_size:,}"]
+    if made["tokenizer"] is None and vocab_size < made["vocab_size"]:
+        lines[-1] += f" of {made['vocab_size']:,}, as the text has no more pieces that occur twice"
     if report.settings["steps"] and "mojibake" not in report.settings["steps"]:
         lines.append("mojibake was not repaired: the package 'ftfy' is missing, pip install 'fastattn[data]'")
     lines += [f"corpus: {folder} (report: {folder / 'report.json'})", f"next: fastattn train --corpus {folder}"]

@@ -314,6 +314,8 @@ def _of_blocks(
 
 
 def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if position_bias is not None and position_bias.stride(-1) > 1:
+        position_bias = position_bias.contiguous()  # T5 makes it of an embedding; reading it across takes longer
     if attention_mask is None:
         return None, position_bias
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:

@@ -260,8 +260,8 @@ def block_diffusion(s: int, block: int, *, device: Device = None) -> Tensor:
 
     Example:
         >>> import fastattn
-        >>> fastattn.intervals.block_diffusion(4, 2)[[3, 5]].tolist()
-        [[[2, 4], [4, 6]], [[4, 6], [0, 0]]]
+        >>> fastattn.intervals.block_diffusion(6, 2)[[3, 7]].tolist()
+        [[[2, 4], [6, 8]], [[6, 8], [0, 0]]]
     """
     _check_positive(block=block)
     begins = torch.arange(s, device=device) // block * block

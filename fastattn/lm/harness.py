@@ -1,4 +1,4 @@
-"""The models as one of EleutherAI's lm-evaluation-harness. Needs ``pip install 'fastattn[lm-eval]'``.
+"""The models as a model type of EleutherAI's lm-evaluation-harness. Needs ``pip install 'fastattn[lm-eval]'``.
 
 ``python -m fastattn.lm.harness --model fastattn --model_args checkpoint=RUN --tasks hellaswag`` is the harness's own
 command line with this model in it.

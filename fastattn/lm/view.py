@@ -1,4 +1,4 @@
-"""The attention of a model on a text: as a picture, and as a page that a browser opens without a network."""
+"""The attention of a model on a text, as a picture and as an HTML page that opens offline."""
 
 from __future__ import annotations
 

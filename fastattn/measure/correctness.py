@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import fastattn
 from fastattn import reference
 from fastattn.backends.base import Backend, Capabilities, Outputs
 from fastattn.measure.peers import Forward, pass_call
@@ -146,6 +147,8 @@ def smaller(operands: Operands, part: Part, needs: Sequence[str]) -> Sample:
     if operands.segment_ids is not None:
         ids = torch.stack([operands.segment_ids[b] for b, _ in part.pairs])
         kept = kept & (ids[:, None, part.rows, None] == ids[:, None, None, :])
+    if operands.intervals is not None:
+        kept = kept & fastattn.intervals.to_mask(operands.intervals[part.rows], s_kv)
     if operands.mask is not None:
         kept = kept & operands.mask[:, :, part.rows]
     bias = None if operands.bias is None else part.scores(operands.bias.detach())

@@ -76,7 +76,7 @@ def cannot(workload: Workload, *features: str) -> list[str]:
         "alibi": workload.alibi,
         "sinks": workload.sinks,
         "bias": workload.bias,
-        "mask": workload.mask,
+        "mask": workload.mask or workload.grid is not None,
         "window": workload.window is not None,
         "documents": workload.documents > 1,
         "packed": workload.packed,
@@ -120,6 +120,7 @@ def fastattn_peer(backend: str | None) -> Peer:
         call: Callable[..., Any] = fastattn.attention
         if operands.cu_seqlens is None:
             options |= {"bias": operands.bias, "mask": operands.mask, "segment_ids": operands.segment_ids}
+            options |= {"intervals": operands.intervals}
             return lambda: call(q, k, v, **options)
         cu_seqlens, longest = operands.cu_seqlens, w.longest
         options |= {"max_seqlen_q": longest, "max_seqlen_kv": longest}

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastattn
 from fastattn.flops import backward_flops, forward_flops
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, distance, keep
@@ -37,6 +38,8 @@ class Workload:
         packed: the documents come as ``cu_seqlens`` (batch must be 1) instead of segment ids.
         spread: the least and the greatest length of packed documents, which take all lengths between in turn; None is
             one length for all. ``s_q`` is their sum.
+        intervals: the documents come as intervals instead of segment ids.
+        grid: height, width and window of an image: each token keeps its neighbourhood, given as intervals.
         passes: of PASSES, to be timed.
         memory: measure peak memory too (on a GPU it always is; on a CPU it costs a process for each workload).
         label: a model's name or the like, shown in tables.
@@ -62,6 +65,8 @@ class Workload:
     documents: int = 1
     packed: bool = False
     spread: tuple[int, int] | None = None
+    intervals: bool = False
+    grid: tuple[int, int, int] | None = None
     dropout_p: float = 0.0
     passes: tuple[str, ...] = PASSES
     memory: bool = False
@@ -74,8 +79,9 @@ class Workload:
         softcap = self.softcap and f"softcap {self.softcap:g}"
         of_length = self.spread and f" of {self.spread[0]} to {self.spread[1]}"
         documents = self.documents > 1 and f"{self.documents} documents{of_length or ''}{' packed' * self.packed}"
-        words = ("causal" if self.causal else "", window, softcap, documents)
-        flags = [name for name in ("alibi", "sinks", "bias", "scattered", "mask") if getattr(self, name)]
+        neighbours = self.grid and "neighbourhood of {2} in {0} x {1}".format(*self.grid)
+        words = ("causal" if self.causal else "", window, softcap, documents, neighbours)
+        flags = [name for name in ("alibi", "sinks", "bias", "scattered", "mask", "intervals") if getattr(self, name)]
         flags += ["without gradient"] if self.bias and not self.bias_grad else []
         return [word for word in words if word] + flags + (["dropout"] if self.dropout_p else [])
 
@@ -110,13 +116,20 @@ class Workload:
     def has_mask(self) -> bool:
         """Whether torch's own attention needs a mask tensor for this."""
         square = self.s_q == self.s_kv
-        return self.mask or self.window is not None or self.documents > 1 or (self.causal and not square)
+        hides = self.mask or self.window is not None or self.documents > 1 or self.grid is not None
+        return hides or (self.causal and not square)
 
     def keeps(self, i: Any, j: Any) -> Any:
         """Whether query row ``i`` attends to key ``j``: the band, inside its own document, where the mask is True."""
         kept = keep(self.spec, i, j, self.s_q, self.s_kv)
         if self.mask:
             return kept & (_is_drawn(i, j) if self.scattered else (j < self.s_kv // 4) | (j <= i))
+        if self.grid is not None:
+            height, width, window = self.grid
+            axes = ((i // width, j // width, height), (i % width, j % width, width))
+            for place, other, length in axes:
+                first = (place - window // 2).clamp(0, length - window)
+                kept = kept & (other >= first) & (other < first + window)
         return kept if self.documents == 1 else kept & (self.document(i) == self.document(j))
 
     def document(self, i: Any) -> Any:
@@ -142,7 +155,7 @@ class Workload:
             k, v = (torch.empty(batch, s_kv, self.heads_kv, d, device="meta") for d in (self.d_qk, self.d_v))
             forward += forward_flops(Inputs(q, k, v), self.spec)
             backward += backward_flops(Inputs(q, k, v), self.spec)
-        if self.mask:
+        if self.mask or self.grid is not None:
             kept = self.keeps(torch.arange(self.s_q)[:, None], torch.arange(self.s_kv)[None]).sum().item()
             forward, backward = (flops * kept // (self.s_q * self.s_kv) for flops in (forward, backward))
         return {"forward": forward, "backward": backward, "both": forward + backward}
@@ -152,7 +165,9 @@ class Workload:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Workload:
-        tuples = {name: tuple(data[name]) for name in ("window", "spread", "passes") if data.get(name) is not None}
+        tuples = {
+            name: tuple(data[name]) for name in ("window", "spread", "grid", "passes") if data.get(name) is not None
+        }
         return cls(**{**data, **tuples})
 
 
@@ -164,6 +179,7 @@ class Operands:
         bias: ``(1, H_q, S_q, S_kv)``.
         mask: ``(1, 1, S_q, S_kv)``, boolean.
         segment_ids: ``(B, S)`` int32, the same for q and kv.
+        intervals: ``(S_q, n, 2)`` int32.
         cu_seqlens: ``(N + 1,)`` int32 if packed; then q, k, v and dout have no batch dimension.
     """
 
@@ -177,6 +193,7 @@ class Operands:
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
     segment_ids: Tensor | None = None
+    intervals: Tensor | None = None
     cu_seqlens: Tensor | None = None
     rng_state: Tensor | None = None
 
@@ -195,7 +212,7 @@ class Operands:
         if sum(workload.lengths) != workload.s_q:
             raise ValueError(f"{workload.id}: {workload.s_q} tokens do not split into {workload.documents} documents")
         lengths = torch.tensor(workload.lengths, device=device)
-        has_segments = workload.documents > 1 and not workload.packed
+        has_segments = workload.documents > 1 and not workload.packed and not workload.intervals
         ids = torch.arange(workload.documents, dtype=torch.int32, device=device).repeat_interleave(lengths)
         heads = torch.arange(1, workload.heads_q + 1, device=device)
         return cls(
@@ -211,6 +228,7 @@ class Operands:
             sinks=normal(workload.heads_q) if workload.sinks else None,
             alibi_slopes=torch.exp2(-8.0 * heads / workload.heads_q) if workload.alibi else None,
             segment_ids=ids.expand(workload.batch, -1) if has_segments else None,
+            intervals=_ranges(workload, device),
             cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int() if workload.packed else None,
             rng_state=torch.tensor([seed, 0], device=device) if workload.dropout_p else None,
         )
@@ -235,6 +253,7 @@ class Operands:
             sinks=None if self.sinks is None else self.sinks[None],
             segment_ids_q=self.segment_ids,
             segment_ids_kv=self.segment_ids,
+            intervals=None if self.intervals is None else self.intervals[None, None],
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
             rng_state=self.rng_state,
@@ -251,6 +270,13 @@ class Operands:
         assert self.alibi_slopes is not None
         distances = _of_positions(self.workload, self.workload.distance, self.q.device)
         return (-self.alibi_slopes[:, None, None] * distances)[None]
+
+
+def _ranges(workload: Workload, device: torch.device) -> Tensor | None:
+    if workload.grid is not None:
+        height, width, window = workload.grid
+        return fastattn.intervals.neighbourhood((height, width), window, device=device)
+    return fastattn.intervals.documents(workload.lengths, device=device) if workload.intervals else None
 
 
 def _of_positions(w: Workload, function: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor:

@@ -129,6 +129,7 @@ _TABLE: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "mixed head dims": {"D_qk": 48, "D_v": 24},
     "odd head dims": {"D_qk": 33, "D_v": 17},
+    "wide head dims": {"D_qk": 512, "D_v": 300, "before": (70, 3), "s_q": (2, 2)},
     "rotary": {"rotary": "halves"},
     "rotary of neighbours": {"rotary": "interleaved", "s_q": (3, 3, 3)},
     "rotary of queries": {"rotary": "halves", "new": 0, "s_q": (2, 2), "before": (30, 1)},

@@ -133,6 +133,8 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "D 128": _dims(128, 128, **_CAUSAL),
         "D 192 and 128": _dims(192, 128, B=1),
         "D 256": _dims(256, 256, B=1, **_CAUSAL),
+        "D 512": _dims(512, 512, B=1, **_CAUSAL),
+        "D 512 and 1024": _dims(512, 1024, B=1, H_q=1, H_kv=1, S_q=9),
         "wider v": _dims(16, 64),
         "odd": _dims(33, 17),
     },

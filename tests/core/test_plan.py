@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import InputError, ops, plan, serving
+from fastattn import InputError, autograd, ops, plan, serving, state
 from fastattn.backends import load
 
 needs_kernel = pytest.mark.skipif(load("cpu").unavailable_reason() is not None, reason="no C++ compiler")
@@ -151,6 +151,60 @@ def test_gradients_by_a_plan(long_ways, layout, dtype):
             torch.testing.assert_close(results[:2], results[2:])
         )
     assert len(long_ways) == 1 + 4, "the first call, and the reference"
+
+
+@needs_kernel
+def test_gradients_of_bias_and_sinks_by_a_plan(monkeypatch):
+    """A bias that the batch shares is summed over it, one of every pair is not; sinks are summed."""
+    monkeypatch.setattr(autograd, "_by_operator", lambda *_: pytest.fail("not by the plan"))
+    for shape in ((9, 9), (2, 4, 9, 9)):
+        for _ in range(3):
+            inputs = leaves((2, 9, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16), shape, (4,))
+            found = []
+            for backend in (None, "eager"):
+                out = fastattn.attention(*inputs[:3], bias=inputs[3], sinks=inputs[4], backend=backend)
+                found.append(torch.autograd.grad(out.square().sum(), inputs))
+            torch.testing.assert_close(*found)
+
+
+@needs_kernel
+def test_operators_of_compiled_graphs_take_plans(monkeypatch):
+    """From the second call of a kind on, with other values each time; a gradient of lse, or of few inputs, in full."""
+    in_full = []
+    for name in ("_forward_in_full", "_backward_in_full"):
+        way = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, way=way, name=name: in_full.append(name) or way(*args))
+    for _ in range(3):
+        shapes = (2, 9, 4, 16), (2, 9, 4, 16), (1, 4, 9, 9)
+        q, dout, bias = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        flat = (q, q * 2, q * 3, bias, *(None,) * 8, 9, 9, 0.3, None, None, 0, "lower_right", 0.0, None)
+        eager = (*flat[:-1], "eager")
+        results = torch.ops.fastattn.forward(*flat, True)
+        expected = torch.ops.fastattn.forward(*eager, True)
+        torch.testing.assert_close(results[:2], expected[:2])
+        assert results[1].untyped_storage().data_ptr() != results[2].untyped_storage().data_ptr()
+        for dlse, needed in (
+            (None, [True] * 4 + [False]),
+            (results[1], [True] * 4 + [False]),
+            (None, [True] + [False] * 4),
+        ):
+            found = torch.ops.fastattn.backward(dout, dlse, *results, *flat, needed)
+            assert [x.numel() > 0 for x in found] == needed
+            torch.testing.assert_close(found, torch.ops.fastattn.backward(dout, dlse, *expected, *eager, needed))
+    mine = [name for name in in_full if name == "_forward_in_full"], [name for name in in_full if name[1] == "b"]
+    assert [len(names) for names in mine] == [3 + 1, 3 * 3 + 1 + 3 + 3], "the reference, and the first call of a kind"
+
+
+@needs_kernel
+def test_a_storage_that_shrank_is_refused_by_every_way_to_a_plan():
+    for calls in (0, 1, 2, 3):  # the first makes the plan, the second finds it by its kind, the third by torch's check
+        state.forget()
+        q, k, v = (torch.randn(1, 9, 2, 16) for _ in range(3))
+        for _ in range(calls):
+            fastattn.attention(q, k, v)
+        k.untyped_storage().resize_(64)
+        with pytest.raises(InputError, match="storage"):
+            fastattn.attention(q, k, v)
 
 
 @needs_kernel
@@ -308,3 +362,13 @@ def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
         )
         fastattn.attention_with_kv_cache(**tensors | {"cache_lengths": torch.ones(batch, dtype=torch.int32)})
     assert len(plan._known) <= 3
+
+
+@needs_kernel
+def test_calls_with_and_without_a_mask_have_plans_of_their_own(long_ways):
+    """Equal options, but another number of tensors: recognising one of them at once must not keep out the other."""
+    q, mask = torch.randn(1, 5, 2, 8), torch.rand(1, 1, 5, 5) > 0.5
+    for _ in range(4):
+        for given in ({}, {"mask": mask}):
+            fastattn.attention(q, q, q, **given)
+    assert len(long_ways) == 2

@@ -51,7 +51,9 @@ BROKEN_NVCC = "#!/bin/sh\necho 'nvcc fatal: no host compiler' >&2\nexit 1\n"
 @pytest.mark.parametrize("name", ["Forward", "Backward", "Decode"])
 def test_struct_is_the_one_that_python_packs(tmp_path: Path, name: str) -> None:
     struct = {"Forward": abi.FORWARD, "Backward": abi.BACKWARD, "Decode": abi.DECODE}[name]
-    members = [re.sub(r"^(q|k|v|dout)_(batch|row|head)_stride$", r"\1_strides.\2", field) for field in struct.names]
+    members = [
+        re.sub(r"^(q|k|v|dout|new_k|new_v)_(batch|row|head)_stride$", r"\1_strides.\2", field) for field in struct.names
+    ]
     offsets = "\n".join(f'  printf("%zu ", offsetof(fa::{name}Params, {member}));' for member in members)
     source = tmp_path / "offsets.cpp"
     source.write_text(

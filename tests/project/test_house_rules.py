@@ -60,7 +60,7 @@ MAY_IMPORT = {
     "plan": {"backends", "state", "storage", "torch_internals"},
     "arguments": VOCABULARY | {"nested", "torch_internals"},
     "dispatch": {"backends", "errors", "problem", "state"},
-    "ops": VOCABULARY | {"backends", "dispatch", "reference"},
+    "ops": VOCABULARY | {"backends", "dispatch", "plan", "reference"},
     "flops": {"kv_cache", "ops", "problem", "spec"},
     "vmap": {"problem"},
     "statistics": {"ops", "problem", "reference", "spec", "torch_internals"},

@@ -90,9 +90,9 @@ class CpuBackend(Backend):
         return decode.attend(_library(), inputs, spec)
 
     def prepared_forward(
-        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
-        return attention.prepared_forward(_library(), inputs, spec, keep=keep, heads_first=heads_first)
+        return attention.prepared_forward(_library(), inputs, spec, keep=keep, heads_first=heads_first, apart=apart)
 
     def prepared_backward(
         self,
@@ -102,8 +102,9 @@ class CpuBackend(Backend):
         needs: Sequence[str] = QKV,
         *,
         heads_first: bool = False,
+        apart: bool = False,
     ) -> Run | None:
-        return attention.prepared_backward(_library(), inputs, spec, dout, needs, heads_first=heads_first)
+        return attention.prepared_backward(_library(), inputs, spec, dout, needs, heads_first=heads_first, apart=apart)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         return decode.prepared(_library(), inputs, spec)

@@ -178,31 +178,32 @@ class SumsOfMore:
 
 
 def prepared_forward(
-    library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool
+    library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool, apart: bool
 ) -> Run | None:
-    """``forward`` for calls of one kind; lse and lse_low are one tensor, since two take longer to make."""
+    """``forward`` for calls of one kind; lse and lse_low are ``apart`` or one tensor, since two take longer to make."""
     rest = _rest(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
     alone, dtype = rest(), inputs.q.dtype
     words, machine, run_pass, pack = words_of(dtype), library.machine, library.passes["forward"], FORWARD_PART.pack
-    count, low, new = threads.count, math.prod(inputs.lse_shape()) * words.itemsize, torch.empty_like
+    count, new = threads.count, torch.empty_like
+    low = 0 if apart else math.prod(inputs.lse_shape()) * words.itemsize  # where lse_low begins
     out_model = model(inputs.out_shape(), dtype, HOST, heads_first)
-    kept_model = model((2, *inputs.lse_shape()), words, HOST)
+    kept_model = model(inputs.lse_shape() if apart else (2, *inputs.lse_shape()), words, HOST)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None) -> tuple[Tensor, ...]:
-        out, kept, at, at_low = new(out_model), None, 0, 0
+        out, at, at_low = new(out_model), 0, 0
+        kept: tuple[Tensor, ...] = ()
         if keep:
-            kept = new(kept_model)
-            at = kept.data_ptr()
-            at_low = at + low
+            kept = (new(kept_model), new(kept_model)) if apart else (new(kept_model),)
+            at, at_low = kept[0].data_ptr(), kept[-1].data_ptr() + low
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low)
             + (rest(*more) if more else alone)
         )
         if failed:
             library.explain(failed)
-        return (out,) if kept is None else (out, kept)
+        return (out, *kept)
 
     return run
 
@@ -215,8 +216,9 @@ def prepared_backward(
     needs: Sequence[str],
     *,
     heads_first: bool,
+    apart: bool,
 ) -> Run | None:
-    """``backward`` for calls of one kind, whose ``lse`` has no gradient."""
+    """``backward`` for calls of one kind, whose ``lse`` has no gradient; lse and lse_low are as in the forward pass."""
     sums = SumsOfMore.of(inputs, needs)
     rest = _rest(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
     if rest is None:
@@ -228,14 +230,20 @@ def prepared_backward(
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
+    def of_one(dout: Tensor, out: Tensor, kept: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        at = kept.data_ptr()
+        return run(dout, out, at, at + low, *tensors)
+
+    def of_two(dout: Tensor, out: Tensor, lse: Tensor, lse_low: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        return run(dout, out, lse.data_ptr(), lse_low.data_ptr(), *tensors)
+
     def run(
-        dout: Tensor, out: Tensor, kept: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
+        dout: Tensor, out: Tensor, at: int, at_low: int, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
     ) -> tuple[Tensor, ...]:
         dq, dk, dv = new(dq_model), new(dk_model), new(dv_model)
         dbias, dsinks = sums.make() if has_sums else (None, None)
-        at = kept.data_ptr()
         failed = run_pass(
-            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at + low,
+            pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low,
                  dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(dbias), _address(dsinks))
             + (rest(*more) if more else alone)
         )  # fmt: skip
@@ -243,7 +251,7 @@ def prepared_backward(
             library.explain(failed)
         return (dq, dk, dv, *sums.as_gradients(dbias, dsinks).values()) if has_sums else (dq, dk, dv)
 
-    return run
+    return of_two if apart else of_one
 
 
 def _address(x: Tensor | None) -> int:

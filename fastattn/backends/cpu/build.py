@@ -22,11 +22,12 @@ SOURCES = (
     "common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/functions.h", "cpu/operand.h", "cpu/tile.h", "cpu/pack.h",
     "cpu/random.h", "cpu/attention.h", "cpu/intervals.h", "cpu/scores.h", "cpu/seen.h", "cpu/softmax.h", "cpu/rows.h",
     "cpu/forward.h", "cpu/gradient.h", "cpu/queries.h", "cpu/backward.h", "cpu/tangents.h", "cpu/jvp.h",
-    "cpu/backward_jvp.h", "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/decode.h", "cpu/decode.cpp",
+    "cpu/backward_jvp.h", "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/tree.h", "cpu/decode.h",
+    "cpu/decode_products.h", "cpu/decode.cpp",
     "cpu/decode_library.cpp", "cpu/threads.h", "cpu/machines.h", "cpu/machines.cpp",
 )  # fmt: skip
-ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-EXPLICIT = ("-O2", *ARITHMETIC[1:])  # for what is written in vectors: -O3 takes twice as long and makes it no faster
+# -O2: the kernels are written in vectors; -O3 takes twice as long and makes them no faster.
+ARITHMETIC = ("-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized")  # the last: GCC's own AVX-512 headers
 # Instruction sets, the best first: the names in machines.cpp, which asks whether a machine has them.
@@ -48,6 +49,7 @@ UNITS: dict[str, tuple[Unit, ...]] = {
         ("attention", "Single", "avx512", AVX512),
         ("attention", "Single", "avx2", AVX2),
         ("attention", "Double", "avx2", AVX2),
+        ("decode", "", "avx512bf16", AVX512BF16),
         ("decode", "", "avx512", AVX512),
         ("decode", "", "avx2", AVX2),
         *ANYWHERE,
@@ -87,7 +89,7 @@ def find_compiler() -> str:
 
 def fingerprint(csrc: Path) -> str:
     """A hash of the sources and options of the library, 24 digits."""
-    digest = hashlib.sha256(repr((FLAGS, EXPLICIT, units())).encode())
+    digest = hashlib.sha256(repr((FLAGS, ARITHMETIC, units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())
     return digest.hexdigest()[:24]
@@ -111,11 +113,10 @@ def compile_commands(
     common = [compiler, *FLAGS, *WARNINGS, f"-I{csrc}"]
     commands = []
     for source, operand, machine, flags in units(kind):
-        optimise = EXPLICIT if operand else ARITHMETIC
         defined = [f"-DFA_MACHINE={machine}", *([f"-DFA_OPERAND={operand}"] if operand else [])]
         path = str(folder / f"{source}{operand}-{machine}.o")
         commands.append(
-            [*common, *optimise, *flags, *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path]
+            [*common, *ARITHMETIC, *flags, *defined, *more, "-c", str(csrc / "cpu" / f"{source}.cpp"), "-o", path]
         )
     for source in LIBRARY_SOURCES:
         defined = [f'-DFA_SOURCES="{fingerprint(csrc)}"']

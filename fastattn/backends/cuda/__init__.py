@@ -126,7 +126,7 @@ class CudaBackend(Backend):
             return decode.attend(launch, inputs, spec, _multiprocessors(device), stream)
 
     def prepared_forward(
-        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
         with _current_stream(inputs.q.device):
             return plans.forward(_kernels().prepared, inputs, spec, keep=keep, heads_first=heads_first)
@@ -139,6 +139,7 @@ class CudaBackend(Backend):
         needs: Sequence[str] = QKV,
         *,
         heads_first: bool = False,
+        apart: bool = False,
     ) -> Run | None:
         with _current_stream(inputs.q.device):
             return plans.backward_pass(_kernels().prepared, inputs, spec, dout, heads_first=heads_first)

@@ -74,13 +74,17 @@ def for_cache(
         [extent(x) for x in pair] for pair in ((inputs.k_cache, inputs.v_cache), (inputs.k, inputs.v))
     )
 
+    def of(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *others: Tensor | None) -> CacheInputs:
+        k, v, table = others
+        return CacheInputs(q, k_cache, v_cache, lengths, k, v, table, max_seqlen_q=longest)
+
     def attend(*tensors: Any) -> tuple[Tensor, ...]:
         caches, new = tensors[1:3], tensors[4:6]
         for cache, cache_bytes in zip(caches, bytes_of_caches):  # noqa: B905  two each, and strict costs time
             begin = cache.data_ptr()
             for x, size in zip(new, bytes_of_new):  # noqa: B905
                 if begin - size < x.data_ptr() < begin + cache_bytes:
-                    return general(CacheInputs(*tensors, max_seqlen_q=longest), spec)
+                    return general(of(*tensors), spec)
         return run(*tensors)
 
     return attend

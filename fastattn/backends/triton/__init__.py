@@ -81,13 +81,13 @@ class TritonBackend(Backend):
         return launch_decode.attend_to_cache(inputs, spec)
 
     def prepared_forward(
-        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False
+        self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
             from fastattn.backends.triton import launch
 
             out = torch.empty(inputs.out_shape(), dtype=q.dtype, device=q.device)
-            kept = _rows_to_keep(inputs)
+            kept = _rows_to_keep(inputs, apart)
             launch.forward(inputs.replace(q=q, k=k, v=v), spec, results=(out, *_apart(kept)))
             return (out, *kept) if keep else (out,)
 
@@ -101,6 +101,7 @@ class TritonBackend(Backend):
         needs: Sequence[str] = QKV,
         *,
         heads_first: bool = False,
+        apart: bool = False,
     ) -> Run | None:
         def backward(dout: Tensor, out: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
             *kept, q, k, v = others
@@ -110,7 +111,7 @@ class TritonBackend(Backend):
 
         q = inputs.q
         out, dout = q.new_empty(inputs.out_shape()), torch.empty_like(dout, device=q.device)
-        given = (dout, out, *_rows_to_keep(inputs), q, inputs.k, inputs.v)
+        given = (dout, out, *_rows_to_keep(inputs, apart), q, inputs.k, inputs.v)
         return self._prepared(backward, given, 3 * int(heads_first))
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
@@ -128,16 +129,17 @@ class TritonBackend(Backend):
         return plans.prepare(function, given, turned)
 
 
-def _rows_to_keep(inputs: Inputs) -> tuple[Tensor, ...]:
-    """Memory for lse and lse_low: one tensor ``(2, ...)``, where the second begins aligned, since two take longer."""
+def _rows_to_keep(inputs: Inputs, apart: bool) -> tuple[Tensor, ...]:
+    """Memory for lse and lse_low: ``apart``, or one tensor ``(2, ...)`` if the second begins aligned, for speed."""
     shape, device = inputs.lse_shape(), inputs.q.device
-    if 4 * math.prod(shape) % ALIGNMENT == 0:
+    if not apart and 4 * math.prod(shape) % ALIGNMENT == 0:
         return (torch.empty((2, *shape), dtype=torch.float32, device=device),)
     return tuple(torch.empty(shape, dtype=torch.float32, device=device) for _ in range(2))
 
 
-def _apart(kept: Sequence[Tensor]) -> Sequence[Tensor]:
-    return kept if len(kept) == 2 else kept[0].unbind()
+def _apart(kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    lse, lse_low = kept if len(kept) == 2 else kept[0].unbind()
+    return lse, lse_low
 
 
 @functools.cache

@@ -131,8 +131,8 @@ class Ranges(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Ranges:
         x = x if x.stride()[-2:] == (2, 1) or x.shape[3] == 0 else x.contiguous()
-        strides = (0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride(), strict=False))
-        return cls(x, *map(coded, strides), coded(x.stride(2)), coded(x.shape[3]))
+        stride_b, stride_h = (0 if size == 1 else step for size, step in zip(x.shape[:2], x.stride()[:2], strict=True))
+        return cls(x, coded(stride_b), coded(stride_h), coded(x.stride(2)), coded(x.shape[3]))
 
 
 class Visits(NamedTuple):
@@ -286,8 +286,7 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        longest = max(self.block_qk, self.block_v)
-        return longest > 256 or (self.precise and (self.precision == "ieee" or longest > 128))
+        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
 
     @property
     def vector_out(self) -> int:

@@ -129,8 +129,8 @@ class Call:
         differ = x.is_packed or x.intervals.shape[0] > 1 or any(t is not None and t.shape[0] > 1 for t in ids)
         batch = x.batch if differ else 1
         found = torch.empty(batch, heads, blocks, 1 + others, dtype=torch.int32, device=x.q.device)
-        strides = (coded(step if size > 1 else 0) for size, step in zip(found.shape[:2], found.stride(), strict=False))
-        terms = terms._replace(visits=Visits(found, *strides, coded(1 + others)))
+        stride_b, stride_h = (found.stride(n) if found.shape[n] > 1 else 0 for n in (0, 1))
+        terms = terms._replace(visits=Visits(found, coded(stride_b), coded(stride_h), coded(1 + others)))
         sharing = x.heads_q // x.heads_kv if per_head and rows == "kv" else 1
         flags = dataclasses.replace(self.flags, d_qk=1, d_v=1, block_qk=16, block_v=16, vector=1, bias=0, dropout=False)
         launched(interval_tiles_kernel, (batch * blocks, heads))(

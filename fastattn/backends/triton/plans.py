@@ -164,8 +164,8 @@ def _run(present: Sequence[bool], memory: Memory, launched: Launched) -> Run:
             with torch.cuda.device(index):
                 return run(*given)
         made = [new(x) for x in models]
-        tensors = given if there is None else [given[n] for n in there]
-        launched(tuple([x.data_ptr() for x in (*tensors, *made)]), index)  # type: ignore[union-attr]
+        tensors: Sequence[Any] = given if there is None else [given[n] for n in there]
+        launched(tuple([x.data_ptr() for x in (*tensors, *made)]), index)
         return tuple(made[:count])
 
     return run
@@ -181,7 +181,7 @@ class Launched:
     def __init__(self, launched: Sequence[tuple[Any, tuple[int, int, int], tuple[Any, ...]]], memory: Memory) -> None:
         self._usual = [(kernel[grid], _filler(arguments, memory)) for kernel, grid, arguments in launched]
         self._direct = direct.launcher(launched, memory.place, memory.device.index or 0)
-        self._stream = None if self._direct is None else triton.runtime.driver.active.get_current_stream
+        self._stream: Any = None if self._direct is None else triton.runtime.driver.active.get_current_stream
         self._hooks = triton.knobs.runtime
 
     def __call__(self, addresses: tuple[int, ...], device: int) -> None:

@@ -89,21 +89,23 @@ def visits_of(block, b, h, begin, end, terms, F: tl.constexpr):
 
     With intervals it counts the entries of a list; else the tiles from ``begin`` to ``end`` themselves.
     """
-    if not F.intervals:
+    if F.intervals:
+        x = terms.visits
+        at = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
+        at += block.to(tl.int64) * number(x.stride_block)
+        return at, begin * 0, tl.load(at)
+    else:  # Triton compiles what follows a return
         return 0, begin, end
-    x = terms.visits
-    at = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
-    at += block.to(tl.int64) * number(x.stride_block)
-    return at, begin * 0, tl.load(at)
 
 
 @triton.jit
 def visited(n, visits, full_begin, full_end, F: tl.constexpr):
     """``(tile, is_full)`` of the n-th visit. A list holds their number, then ``2 * tile + is_full`` for each."""
-    if not F.intervals:
+    if F.intervals:
+        entry = tl.load(visits + 1 + n)
+        return entry >> 1, (entry & 1) != 0
+    else:
         return n, (n >= full_begin) & (n < full_end)
-    entry = tl.load(visits + 1 + n)
-    return entry >> 1, (entry & 1) != 0
 
 
 @triton.jit

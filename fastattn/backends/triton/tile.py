@@ -145,7 +145,7 @@ def head_in(b, h, begin_q, begin_kv, band, terms, sizes, F: tl.constexpr):
         x = terms.intervals
         ptr = x.ptr + b.to(tl.int64) * number(x.stride_b) + h.to(tl.int64) * number(x.stride_h)
         ptr += begin_q.to(tl.int64) * number(x.stride_s)
-        ranges = RowRanges(ptr, number(x.stride_s), number(x.count))
+        ranges = RowRanges(ptr, number(x.stride_s), number(x.count))  # type: ignore[assignment]
     if F.dropout:
         seed = tl.load(terms.rng_state)
         offset = (tl.load(terms.rng_state + 1) & 0xFFFFFFFF).to(tl.uint32)

@@ -1,6 +1,6 @@
 """Repairing text: bytes of another encoding, mojibake, Unicode form, line ends, control characters. One step, one name.
 
-Each step is a function of a text alone and changes nothing in text that is in order.
+Each step is a function of a text alone and leaves correct text unchanged.
 """
 
 from __future__ import annotations

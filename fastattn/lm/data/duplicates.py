@@ -95,7 +95,7 @@ class Table:
 
     def __init__(self, path: Path, slots: int = 1 << 16) -> None:
         self.path, self.slots, self.taken = path, slots, 0
-        self._keys: Keys = np.memmap(path, np.uint64, "w+", shape=(slots,))
+        self._keys = _mapped(path, slots)
 
     def add(self, keys: Keys) -> NDArray[np.bool_]:
         """Add keys; which of them were there before."""
@@ -120,9 +120,14 @@ class Table:
         old, before = self._keys, self.path
         self.slots *= 2
         self.path = before.with_name(f"{before.name.split('.')[0]}.{self.slots}")
-        self._keys = np.memmap(self.path, np.uint64, "w+", shape=(self.slots,))
+        self._keys = _mapped(self.path, self.slots)
         self.taken = 0
         for start in range(0, len(old), _CHUNK):
             for key in old[start : start + _CHUNK][old[start : start + _CHUNK] != 0].tolist():
                 self._add(key)
         before.unlink()
+
+
+def _mapped(path: Path, slots: int) -> Keys:
+    """A new file of zeros as an array; a plain one, as the class of numpy's maps slows down each access."""
+    return np.memmap(path, np.uint64, "w+", shape=(slots,)).view(np.ndarray)

@@ -1,6 +1,6 @@
 """Engines that examine shards: the processes of this machine, or the workers of a Dask cluster.
 
-Both are executors in the sense of ``concurrent.futures``, so the code that gives them work knows nothing of either.
+Both are executors in the sense of ``concurrent.futures``, so both run the same code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Masking personal data: e-mail addresses, phone and card numbers, IP addresses, IBANs, identity numbers by country.
 
-What a number is, its check digits say where it has some (cards: Luhn; IBAN: mod 97), so other numbers stay.
+Numbers with check digits are masked only if these are right (cards: Luhn; IBAN: mod 97), so other numbers stay.
 """
 
 from __future__ import annotations

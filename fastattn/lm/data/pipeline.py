@@ -1,7 +1,7 @@
-"""The way of a document: repair, quality, duplicates, personal data. One pass, in the order of the sources.
+"""The cleaning of documents: repair, quality, duplicates, personal data. One pass, in the order of the sources.
 
-What can be said of a document by itself is said by ``examine``, in several processes if wanted; what depends on those
-before it (duplicates) is decided in the one that reads.
+``examine`` inspects one document by itself, so several processes can share the work. Duplicates depend on the documents
+before, so ``keep_documents`` finds them in one process.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def keep_documents(found: Iterable[Examined | Skipped], report: Report, folder: 
 def clean_documents(
     documents: Iterable[Found], cleaning: Cleaning, report: Report, folder: Path, *, workers: int = 1
 ) -> Iterator[Document]:
-    """The documents that are kept, as they are kept, in their order.
+    """The cleaned documents that are kept, in their order.
 
     Args:
         documents: from ``read_documents``.

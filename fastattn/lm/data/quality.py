@@ -1,4 +1,4 @@
-"""Rules that say which documents are worth learning from. Each has a name, can be turned off, and is counted.
+"""Quality rules for documents. Each has a name, can be turned off, and is counted.
 
 For prose: the quality and repetition rules of Gopher (Rae et al., "Scaling language models: methods, analysis &
 insights from training Gopher", 2021, appendix A.1.1 and table A1), with its numbers. For source code: those of Codex

@@ -59,7 +59,7 @@ def units(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=2)
 def words(text: str) -> tuple[str, ...]:
-    """What counts as words: in a text mostly without spaces ``units``, else what stands between spaces.
+    """The words of a text: its ``units`` if it is written mostly without spaces, else the parts between spaces.
 
     Example:
         >>> from fastattn.lm.data.scripts import words

@@ -1,8 +1,8 @@
-"""Shards of a corpus: consecutive sources that one process examines, with the results in a file of their own.
+"""Shards of a corpus: consecutive sources that one process examines and whose results form one file.
 
 A shard's file is written in one piece and depends on nothing outside the shard. So shards are examined in any order, by
-any number of processes on any number of machines, and a run that was killed keeps those that it had finished. What
-depends on earlier documents, as duplicates do, is decided by the process that reads the files in order.
+any number of processes on any number of machines, and a run that was killed keeps those that it had finished. The
+process that reads the files in order decides about duplicates, which depend on earlier documents.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sources of a corpus: files, folders, patterns and data sets of the Hugging Face hub.
 
 The order of files and documents is the same on every machine, and which documents are held out depends on their text
-alone. What cannot be read is skipped and named, never fatal.
+alone. Unreadable files are skipped and reported, never fatal.
 """
 
 from __future__ import annotations

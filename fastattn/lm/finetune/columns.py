@@ -1,4 +1,4 @@
-"""The columns of well-known data sets, and how the fields of a task are taken from them."""
+"""The columns of well-known data sets, and the mapping from columns to the fields of a task."""
 
 from __future__ import annotations
 

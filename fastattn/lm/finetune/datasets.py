@@ -1,18 +1,21 @@
-"""Data sets for fine-tuning: files and folders as they are, to checked examples and a report of what was read."""
+"""Data sets for fine-tuning: from files and folders to checked examples and a report of their content."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from fastattn.errors import DataError
 from fastattn.lm.finetune.columns import UNLABELLED, Columns, find_columns, taken
 from fastattn.lm.finetune.examples import FIELDS, Example, checked
-from fastattn.lm.finetune.records import parallel_records, read_records
+from fastattn.lm.finetune.records import Records, parallel_records, read_records
 
 _TRAIN, _EVAL = ("train",), ("dev", "validation", "valid", "val")  # what the names of splits begin with
+_SHARD = re.compile(r"-\d+-of-(\d+)")
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll", ".iob2", ".bio", ".txt")
 
 
@@ -69,7 +72,7 @@ def read_dataset(
     *,
     labelled: bool = True,
 ) -> Dataset:
-    """Read one file or folder; for "seq2seq" two files, whose lines belong together.
+    """Read one file or folder, or the shards of one; for "seq2seq" two files, whose lines belong together.
 
     Args:
         paths: a .jsonl, .json, .csv, .tsv, .parquet or CoNLL file, or a folder of ``datasets.Dataset.save_to_disk``.
@@ -90,13 +93,14 @@ def read_dataset(
         {'text': 'a good film', 'label': '1'}
     """
     given = [paths] if isinstance(paths, Path) else list(paths)
-    if len(given) == 2 and task == "seq2seq":
+    if len({_split_of(path) for path in given}) == 1:  # one file, or the shards of one split
+        parts = [read_records(path) for path in given]
+        records = Records(chain.from_iterable(part.items for part in parts), parts[0].class_names)
+    elif len(given) == 2 and task == "seq2seq":
         records = parallel_records(*given)
-    elif len(given) == 1:
-        records = read_records(given[0])
     else:
         raise DataError(f"{len(given)} files for {task}: give one, or for seq2seq two whose lines belong together.")
-    found = Dataset(" and ".join(map(str, given)), task)
+    found = Dataset(" and ".join(dict.fromkeys(str(_split_of(path)) for path in given)), task)
     for place, record in records.items:
         if not found.columns:
             found.columns = find_columns(record, task, columns or {}, labelled=labelled)
@@ -117,23 +121,42 @@ def read_examples(path: Path, task: str) -> list[Example]:
     return read_dataset(path, task).examples
 
 
-def find_splits(path: Path) -> tuple[Path, list[Path]]:
-    """The file or folder to learn from, and those to evaluate on: of a folder with splits, as GLUE's are.
+def find_splits(path: Path) -> tuple[list[Path], list[list[Path]]]:
+    """The files to learn from, and those of each split to evaluate on: of a folder with splits, as GLUE's are.
 
     Args:
-        path: a file, which has no further splits; a folder with ``train.tsv``, ``dev.tsv`` and the like, with the
-            shards of one split in one file; or one of ``datasets.DatasetDict.save_to_disk``.
+        path: a file, which has no further splits; a folder with ``train.tsv``, ``dev.tsv`` and the like, or with shards
+            of each as on the Hugging Face hub (``train-00000-of-00002.parquet``), in it or in its folder ``data``; or
+            one of ``datasets.DatasetDict.save_to_disk``.
 
     Raises:
-        DataError: the folder has no training split, or several files of one.
+        DataError: the folder has no training split, or several that are no shards of one, or a shard is missing.
     """
     if not path.is_dir() or (path / "state.json").is_file():
-        return path, []
+        return [path], []
     inside = sorted(path.iterdir()) + (sorted((path / "data").iterdir()) if (path / "data").is_dir() else [])
     inside = [x for x in inside if x.suffix.lower() in _SUFFIXES or (x / "state.json").is_file()]
-    train = [x for x in inside if x.name.lower().startswith(_TRAIN)]
-    held_out = [x for x in inside if x.name.lower().startswith(_EVAL)]
+    splits: dict[Path, list[Path]] = {}
+    for file in inside:
+        splits.setdefault(_split_of(file), []).append(file)
+    train = [split for split in splits if split.name.lower().startswith(_TRAIN)]
+    held_out = [files for split, files in splits.items() if split.name.lower().startswith(_EVAL)]
     if len(train) != 1:
-        names = ", ".join(x.name for x in train) or "none"
+        names = ", ".join(split.name for split in train) or "none"
         raise DataError(f"{path} should hold one training file, train.tsv or the like; it holds {names}.")
-    return train[0], held_out
+    for files in (splits[train[0]], *held_out):
+        _check_shards(files)
+    return splits[train[0]], held_out
+
+
+def _split_of(path: Path) -> Path:
+    """The path without the number of a shard."""
+    return path.with_name(_SHARD.sub("", path.name))
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Raise DataError unless all shards of a split are there, once."""
+    match = _SHARD.search(files[0].name)
+    count = int(match[1]) if match else 1
+    if len(files) != count:
+        raise DataError(f"{files[0].parent} holds {len(files)} of the {count} shards of {_split_of(files[0]).name}.")

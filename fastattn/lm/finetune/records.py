@@ -1,6 +1,6 @@
 """Records from files: JSON, JSON lines, CSV, TSV, Parquet, CoNLL, parallel texts, and folders of ``datasets``.
 
-A record is a dict by column. What the columns mean to a task is in ``columns.py``.
+A record is a dict by column. ``columns.py`` maps columns to the fields of a task.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The whole of a fine-tuning run, from files of examples to a scored model: what ``fastattn finetune`` calls."""
+"""A fine-tuning run, from files of examples to a scored model; ``fastattn finetune`` calls it."""
 
 from __future__ import annotations
 
@@ -244,18 +244,18 @@ class _Data:
 
 def _read_data(config: FinetuneConfig) -> _Data:
     paths = [Path(path) for path in _as_tuple(config.data)]
-    evals = [Path(path) for path in _as_tuple(config.eval)]
+    evals = [[Path(path)] for path in _as_tuple(config.eval)]
     if len(paths) == 1:
-        paths[0], splits = find_splits(paths[0])
+        paths, splits = find_splits(paths[0])
         evals = evals or splits
     columns = dict(config.columns)
     train = read_dataset(paths, config.task, columns)
-    if len(paths) == 2 and evals:
-        held_out = [read_dataset(evals, config.task, columns)]
+    if len(evals) == 2 and len(_as_tuple(config.data)) == 2:  # two files of lines, like the data
+        held_out = [read_dataset([path for files in evals for path in files], config.task, columns)]
     else:
-        held_out = [read_dataset(path, config.task, columns) for path in evals]
+        held_out = [read_dataset(files, config.task, columns) for files in evals]
     if held_out:
-        names = [Path(found.name).stem if len(held_out) > 1 else "" for found in held_out]
+        names = [files[0].stem if len(held_out) > 1 else "" for files in evals]
         return _Data(train.examples, dict(zip(names, (x.examples for x in held_out), strict=True)), [train, *held_out])
     rest, kept = _split(config, train.examples)
     return _Data(rest, {"": kept}, [train], is_split=True)

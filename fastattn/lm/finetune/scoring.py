@@ -20,14 +20,22 @@ _BATCH = 32
 def predict_all(
     task: Task, model: nn.Module, examples: Sequence[Example], show_progress: bool = False, batch: int = _BATCH
 ) -> list[Prediction]:
-    """The prediction for each example, in their order; the model is used as it is, best in evaluation mode."""
+    """The prediction for each example, in their order; the model is used as it is, best in evaluation mode.
+
+    A generated answer ends after twice as many tokens as the longest that is expected, where answers are known.
+    """
+    order, most = list(range(len(examples))), None
     sizes = [len(str(example.fields)) for example in examples]
-    order = sorted(range(len(examples)), key=lambda number: sizes[number])  # little padding in a batch
+    order.sort(key=lambda number: sizes[number])  # little padding in a batch
+    if task.answer_field is not None and all(task.answer_field in example.fields for example in examples):
+        answers = [len(task.ids(example.fields[task.answer_field])) for example in examples]
+        order.sort(key=lambda number: answers[number])  # a batch takes as long as its longest answer
+        most = 2 * max(answers, default=0) + 8
     found: dict[int, Prediction] = {}
     with torch.no_grad(), tqdm(total=len(order), desc="predict", unit="example", disable=not show_progress) as bar:
         for start in range(0, len(order), batch):
             numbers = order[start : start + batch]
-            predictions = task.predict(model, [examples[number] for number in numbers])
+            predictions = task.predict(model, [examples[number] for number in numbers], most)
             found.update(zip(numbers, predictions, strict=True))
             bar.update(len(numbers))
     return [found[number] for number in range(len(examples))]

@@ -50,7 +50,8 @@ class Lookup:
         for length in range(min(LONGEST_MATCH, len(text)), 0, -1):
             guesses: dict[int, list[int]] = {}
             for end in reversed(ends.get(tuple(text[-length:]), ())):
-                guesses.setdefault(text[end], list(text[end : end + self.longest]))
+                period = len(text) - end  # what follows is copied, and once that is used up, what was copied
+                guesses.setdefault(text[end], [text[end + n % period] for n in range(self.longest)])
                 if len(guesses) == BRANCHES:
                     break
             if guesses:

@@ -1,7 +1,7 @@
 """Models from and to folders in Hugging Face's format: ``config.json`` and safetensors. See ``hf_formats``.
 
-A folder is written under another name and renamed when complete. What is wrong with one that is read, a ``DataError``
-says in a sentence.
+A folder is written under another name and renamed when complete. A damaged folder raises a ``DataError`` that names the
+fault.
 """
 
 from __future__ import annotations

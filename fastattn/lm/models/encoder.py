@@ -1,4 +1,4 @@
-"""The encoders, of tokens (BERT and its kin) and of images (ViT): final states, of which ``heads.py`` makes answers.
+"""The encoders of tokens (BERT and similar models) and of images (ViT). ``heads.py`` has the heads for their states.
 
 Shapes: B batch, S tokens in a row, C width.
 """

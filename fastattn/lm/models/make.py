@@ -1,4 +1,4 @@
-"""The one place that knows which class serves which kind of config."""
+"""The class for each kind of config."""
 
 from __future__ import annotations
 

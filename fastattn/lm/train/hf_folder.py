@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's format in place of a checkpoint: their tokenizer, marks of texts, template and task."""
+"""Folders in Hugging Face's format used as checkpoints: their tokenizer, special tokens, chat template and task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, log, checkpoints, progress bar. It knows neither attention, text nor task.
+"""The training loop: steps, evaluation, log, checkpoints, progress bar. It is independent of attention, text and task.
 
 Step ``n`` depends on the weights, the optimizer's state and ``(seed, n)`` alone, dropout included, so a run that was
 stopped or killed goes on as if it had not been: on a CPU bit for bit. Several processes share the rows of each step

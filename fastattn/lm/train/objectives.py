@@ -1,7 +1,7 @@
 """Corruption of the inputs in pre-training: masked tokens for an encoder, masked spans for an encoder-decoder.
 
-Each function changes one row of tokens with the draws of a generator, and nothing else. Who calls it seeds the
-generator from the run's seed and the row's place in the data, so that a resumed run hides the same.
+Each function changes one row of tokens with the draws of a generator, and nothing else. The caller seeds the
+generator from the run's seed and the row's place in the data, so that a resumed run hides the same tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From files to a corpus: clean documents, a tokenizer learned from them, token files. What ``fastattn prepare`` does.
+"""From files to a corpus: clean documents, a tokenizer learned from them, token files. ``fastattn prepare`` calls it.
 
 The sources are read once, in shards, and a run that was killed keeps those that it had finished. The documents that
 are kept are spooled to the disk, so that memory does not depend on the size of the corpus. The folder appears when it
@@ -106,7 +106,7 @@ def prepare(
     held_out: float = 0.05,
     progress: bool = True,
 ) -> Corpus:
-    """Tokenise documents as they are into a folder below ``folder``, or find it there from an earlier run.
+    """Tokenise documents without cleaning into a folder below ``folder``, or reuse the folder of an earlier run.
 
     Args:
         sources: from ``find_sources`` or ``find_files``.
@@ -160,7 +160,7 @@ def prepare_at(
 
 
 def corpus_key(sources: Sequence[Source], config: PrepareConfig, *, progress: bool = False) -> str:
-    """A hash of the content of the files, of the names of data sets and of all that decides what becomes of them."""
+    """A hash of the content of the files, of the names of data sets, and of all settings that affect the corpus."""
     tokenizer = config.load_tokenizer()
     here = dataclasses.replace(config, cleaning=config.cleaning.here()).to_dict()
     here["tokenizer"] = tokenizer.to_str() if tokenizer else None

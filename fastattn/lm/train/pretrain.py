@@ -1,4 +1,4 @@
-"""The whole of a pre-training run, from paths to a trained model: what ``fastattn train`` calls."""
+"""A pre-training run, from paths to a trained model; ``fastattn train`` calls it."""
 
 from __future__ import annotations
 

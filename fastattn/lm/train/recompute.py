@@ -18,7 +18,7 @@ from fastattn.lm.train.parallel import blocks_of
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Let every block of ``model`` forget its activations but for those of attention; names of weights stay.
+    """Make every block of ``model`` discard its activations except those of attention; the names of weights stay.
 
     Source:
         Chen et al., "Training deep nets with sublinear memory cost", 2016; selective as in Korthikanti et al.,

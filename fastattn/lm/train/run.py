@@ -1,4 +1,4 @@
-"""The frame of every run: its folder, which one process writes at a time, and a new start or a continuation."""
+"""The start of a run: the lock on its folder, and a new start or a continuation."""
 
 from __future__ import annotations
 

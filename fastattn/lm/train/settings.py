@@ -1,4 +1,4 @@
-"""Settings of a training run (``TrainConfig`` in a ``RunSettings``) and its ``Progress``. Imports no torch."""
+"""Settings of a training run (``TrainConfig`` in a ``RunSettings``) and its ``Progress``."""
 
 from __future__ import annotations
 

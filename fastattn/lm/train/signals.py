@@ -1,4 +1,4 @@
-"""Stopping a run in good order: what SIGINT and SIGTERM do to it."""
+"""SIGINT and SIGTERM end a run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 

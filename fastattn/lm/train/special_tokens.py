@@ -1,4 +1,4 @@
-"""The special tokens of a tokenizer, by what they are for: ours, or those of a tokenizer from elsewhere."""
+"""The special tokens of a tokenizer by purpose, whether the tokenizer is ours or comes from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Objectives of pre-training: the model, the rows and the loss of each.
 
-A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks stand in ``fastattn.lm.finetune``.
+A loss is a sum over the labels of a batch, in nats. Fine-tuning tasks are in ``fastattn.lm.finetune``.
 """
 
 from __future__ import annotations

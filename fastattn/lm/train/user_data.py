@@ -1,4 +1,4 @@
-"""Data of the user's own for ``Trainer``: map-style and iterable data sets of torch, and data loaders.
+"""User-defined data for ``Trainer``: map-style and iterable data sets of torch, and data loaders.
 
 Each becomes an endless sequence of batches that depends on the seed alone, so runs resume exactly.
 """

@@ -125,7 +125,10 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_stored_number_is_read_as_torch_reads_it(machine, dtype):
-    """One key: its value comes out. All numbers of the dtype, subnormals included; and NaN and infinity."""
+    """One key: its value comes out. All numbers of the dtype, NaN and infinity included.
+
+    So do subnormal numbers, but for the processor's products of bf16, which take them for 0, as in torch's ``matmul``.
+    """
     bits = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32)
     stored = bits.to(torch.uint16 if dtype.itemsize == 2 else torch.uint8).view(dtype).view(-1, 1, 1, 64)
     for values in (stored, stored.flip(0)):
@@ -134,7 +137,9 @@ def test_every_stored_number_is_read_as_torch_reads_it(machine, dtype):
             q, torch.zeros_like(values), values, torch.ones(values.shape[0], dtype=torch.int32), max_seqlen_q=1
         )
         out, _ = OnMachine(machine).attend_to_cache(inputs, AttentionSpec(1.0))
-        torch.testing.assert_close(out, values.to(q.dtype), rtol=0, atol=0, equal_nan=True)
+        is_flushed = (values.float().abs() < 2.0**-126) & (machine == "avx512bf16" and dtype == torch.bfloat16)
+        expected = torch.where(is_flushed, 0, values.to(q.dtype))
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_it_says_what_it_runs_on():
@@ -188,8 +193,7 @@ def not_built(tmp_path, monkeypatch):
     """As in a checkout that was never built: an empty cache folder, and nothing beside the backend."""
     monkeypatch.setattr(library, "PATH", tmp_path / "nothing.so")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
-    for flags in ("EXPLICIT", "ARITHMETIC"):  # what is compiled here need not be fast
-        monkeypatch.setattr(build, flags, ("-O0",))
+    monkeypatch.setattr(build, "ARITHMETIC", ("-O0",))  # what is compiled here need not be fast
     library.delivered.cache_clear()
     yield tmp_path / "cache"
     library.delivered.cache_clear()

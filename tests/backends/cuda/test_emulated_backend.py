@@ -15,8 +15,9 @@ import torch
 
 from fastattn.backends import cuda, load
 from fastattn.backends.cuda import decode, library
-from fastattn.kv_cache import facts_of
+from fastattn.kv_cache import CacheInputs, facts_of
 from fastattn.problem import Problem
+from fastattn.spec import AttentionSpec
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.inputs import Sample, make
@@ -102,7 +103,7 @@ def cache_cases() -> list[tuple[CacheCase, int]]:
     cases = [
         case
         for case in cache_grid((torch.float32,))
-        if not (case.fp8 or case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8)
+        if not (case.fp8 or case.alibi or case.bias or case.tree or case.D_qk % 8 or case.D_v % 8)
     ]
     long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
     changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
@@ -122,3 +123,33 @@ def test_attention_to_a_cache(case: CacheCase, splits: int, monkeypatch: pytest.
     assert not cuda.BACKEND.unsupported_reasons(problem)
     monkeypatch.setattr(decode, "split_count", lambda *sizes: splits)
     assert_within(measure_cache(cuda.BACKEND, sample))
+
+
+def test_a_sequence_has_the_same_bits_whatever_stands_beside_it() -> None:
+    """Batch-invariant calls: alone and in other orders and pages, beside a longer cache."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = (150, 700, 40)
+    stores = [torch.randn(2, n, 2, 64, generator=draw).bfloat16() for n in lengths]
+    queries = [torch.randn(2, 4, 64, generator=draw).bfloat16() for _ in lengths]
+
+    def run(order: tuple[int, ...], page_size: int) -> list[torch.Tensor]:
+        each = [-(-lengths[n] // page_size) for n in order]
+        pages, begin = torch.randperm(sum(each), generator=draw), 0
+        table = torch.full((len(order), max(each)), -1, dtype=torch.int32)
+        caches = torch.full((2, sum(each), page_size, 2, 64), torch.nan, dtype=torch.bfloat16)
+        for row, n, count in zip(table, order, each, strict=True):
+            row[:count] = pages[begin : begin + count]
+            begin += count
+            room = torch.full((2, count * page_size, 2, 64), torch.nan, dtype=torch.bfloat16)
+            room[:, : lengths[n]] = stores[n]
+            caches[:, row[:count].long()] = room.unflatten(1, (count, page_size))
+        have = torch.tensor([lengths[n] for n in order], dtype=torch.int32)
+        q = torch.stack([queries[n] for n in order])
+        inputs = CacheInputs(q, *caches, have, block_table=table, max_seqlen_q=2, batch_invariant=True)
+        out, lse = cuda.BACKEND.attend_to_cache(inputs, AttentionSpec(0.125, right=0))
+        return [torch.cat([out[row].float(), lse[row].T[..., None]], -1) for row in range(len(order))]
+
+    alone = [run((n,), 16)[0] for n in range(3)]
+    for order, page_size in (((2, 1, 0), 64), ((1, 0), 8)):
+        for n, found in zip(order, run(order, page_size), strict=True):
+            assert torch.equal(found, alone[n])

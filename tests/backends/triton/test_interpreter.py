@@ -19,7 +19,9 @@ from fastattn.problem import Inputs  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
 
 # bf16 is computed in fp32 here, so that what it adds is loads and stores
+WIDEST = load("triton").capabilities.max_head_dim
 GRID = testing.grid((torch.float32, torch.float16)) + testing.grid((torch.bfloat16,), quick=True)
+GRID = [case for case in GRID if max(case.D_qk, case.D_v) <= WIDEST]
 EVERYTHING = [case for case in GRID if case.id in ("everything [float32]", "everything, packed [float32]")]
 
 

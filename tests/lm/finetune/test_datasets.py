@@ -27,6 +27,17 @@ FILES = {
     "MNLI": ("m.tsv", "index\tsentence1\tsentence2\tlabel1\tgold_label\n0\ta\tb\tx\t1\n", "classify", PAIR),
     "QNLI": ("train.tsv", "index\tquestion\tsentence\tlabel\n0\ta\tb\t1\n", "classify", PAIR),
     "RTE": ("train.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", "classify", PAIR),
+    "WNLI": ("dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t1\n", "classify", PAIR),
+    "whole STS-B": (
+        "dev.tsv", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tx\ty\t2012\t1\tnone\tnone\ta\tb\t3.800\n", "regression", NUMBER,
+    ),
+    "whole MNLI": (
+        "dev_matched.tsv",
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+        "sentence2_parse\tsentence1\tsentence2\tlabel1\tlabel2\tgold_label\n"
+        '0\t1\t1n\tx\t( a )\t( b )\t(a)\t(b)\ta "so\tb\t0\t1\t1\n', "classify", PAIR | {"text": 'a "so'},
+    ),
     "SNLI": ("x.jsonl", {"sentence1": "a", "sentence2": "b", "gold_label": "1"}, "classify", PAIR),
     "hub MNLI": ("x.jsonl", {"premise": "a", "hypothesis": "b", "label": 1}, "classify", PAIR),
     "emotions": ("x.jsonl", {"text": "a b", "labels": [3, 1]}, "multilabel", {"text": "a b", "labels": ["3", "1"]}),
@@ -157,10 +168,24 @@ def test_folders_with_splits(tmp_path):
     for name in ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv", "test_matched.tsv", "notes.md"):
         (tmp_path / name).touch()
     train, held_out = find_splits(tmp_path)
-    assert train.name == "train.tsv" and [x.name for x in held_out] == ["dev_matched.tsv", "dev_mismatched.tsv"]
-    assert find_splits(train) == (train, [])
+    assert [x.name for x in train] == ["train.tsv"]
+    assert [x.name for (x,) in held_out] == ["dev_matched.tsv", "dev_mismatched.tsv"]
+    assert find_splits(train[0]) == (train, [])
     (tmp_path / "train.csv").touch()
     with pytest.raises(DataError, match="should hold one training file"):
+        find_splits(tmp_path)
+
+
+def test_shards_of_splits_as_on_the_hub(tmp_path):
+    for number, words in enumerate(("a b", "c d")):
+        table = pyarrow.table({"sentence": [words], "label": [number]})
+        pyarrow.parquet.write_table(table, tmp_path / f"train-0000{number}-of-00002.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "validation-00000-of-00001.parquet")
+    train, (held_out,) = find_splits(tmp_path)
+    assert [x.fields["text"] for x in read_dataset(train, "classify").examples] == ["a b", "c d"]
+    assert len(read_dataset(held_out, "classify").examples) == 1
+    train[1].unlink()
+    with pytest.raises(DataError, match=r"holds 1 of the 2 shards of train\.parquet"):
         find_splits(tmp_path)
 
 

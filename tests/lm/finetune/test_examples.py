@@ -17,6 +17,7 @@ GOOD = {
     "qa": {"question": "Who?", "context": "It was Ada.", "answer": "Ada", "answer_start": 7},
     "seq2seq": {"source": "eins", "target": "one"},
     "instruct": {"prompt": "Say hi.\n", "response": "hi"},
+    "dpo": {"prompt": "Say hi.", "chosen": "hi", "rejected": "no"},
 }
 
 

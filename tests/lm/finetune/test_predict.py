@@ -21,19 +21,19 @@ LABELS = {
 INPUTS = {
     "tag": {"words": ["a", "b", "c"]}, "qa": {"question": "who?", "context": "it was Ada"},
     "seq2seq": {"source": "a"}, "instruct": {"prompt": "a"},
-    "chat": {"messages": "a"},
+    "chat": {"messages": "a"}, "dpo": {"prompt": "a"},
 }  # fmt: skip
 KEYS = {
     "classify": ["label", "probabilities", "probability"], "regression": ["value"],
     "multilabel": ["labels", "probabilities"], "tag": ["labels", "probabilities", "spans"],
     "qa": ["answer", "end", "score", "start"], "seq2seq": ["target"], "instruct": ["response"],
-    "chat": ["response"],
+    "chat": ["response"], "dpo": ["response"],
 }  # fmt: skip
 
 
 def untrained(name, labels=None):
     tokenizer = train_tokenizer(["a b c it was Ada who?"], 270)
-    sizes = {"seq2seq": "seq2seq-tiny", "instruct": "tiny", "chat": "tiny"}.get(name, "encoder-tiny")
+    sizes = {"seq2seq": "seq2seq-tiny", "instruct": "tiny", "chat": "tiny", "dpo": "tiny"}.get(name, "encoder-tiny")
     torch.manual_seed(0)
     config = preset(sizes, 270).to_dict() | {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 32}
     config = type(preset(sizes, 270)).from_dict(config)

@@ -89,7 +89,7 @@ def config_for(task, path, **changes):
     return FinetuneConfig(task=task, data=str(path), **(options | starts | changes))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"dpo"}))  # which starts from a trained model
 def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     path = written(tmp_path, name)
     steps = 240 if name in ("seq2seq", "instruct", "chat") else 60
@@ -204,7 +204,7 @@ def test_seq2seq_features(tokenizer):
     ]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"dpo"}))
 def test_padding_does_not_change_the_loss(name, tokenizer):
     task, config = make_task(name, tokenizer)
     model = task.add_head(make_model(config)).eval()

@@ -79,7 +79,7 @@ def test_ends_are_those_of_plain_decoding(model):
 def test_guesses_of_lookup():
     lookup = Lookup(longest=3)
     assert lookup.propose({0: [1, 2, 3, 4], 1: [6]}) == {0: [], 1: []}
-    assert lookup.propose({0: [1, 2, 3, 4, 1, 2], 1: [6, 6]}) == {0: [[3, 4, 1]], 1: [[6]]}
+    assert lookup.propose({0: [1, 2, 3, 4, 1, 2], 1: [6, 6]}) == {0: [[3, 4, 1]], 1: [[6, 6, 6]]}
     assert lookup.propose({0: [1, 2, 3, 4, 1, 2, 5, 1, 2]}) == {0: [[5, 1, 2], [3, 4, 1]]}, "the latest first"
 
 

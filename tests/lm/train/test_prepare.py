@@ -203,6 +203,15 @@ def test_the_command_and_training_on_what_it_made(raw, tmp_path, capsys):
     assert "--corpus: got together with --vocab-size" in capsys.readouterr().err
 
 
+def test_pieces_and_a_small_vocabulary_are_told(tmp_path, capsys):
+    (tmp_path / "one.txt").write_text("".join(record(n) + "\n" for n in range(9)))
+    command = ["prepare", "--data", str(tmp_path / "one.txt"), "--out", str(tmp_path / "corpus"), "--raw", "--quiet"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"long documents were cut at line ends: 1 kept are (\d\d) pieces", text)
+    assert re.search(r"vocabulary: \d{3} of 4,096, as the text has no more pieces that occur twice", text)
+
+
 def t5_like(texts):
     """Pieces with their spaces; nothing begins a text."""
     found = Tokenizer(models.Unigram())

@@ -267,14 +267,14 @@ def appends(_: object) -> None:
 
 
 def moves_rows(_: object) -> None:
-    """New rows that lie in the cache: the second is where the first is stored."""
+    """New rows that lie in the cache, each where the one before is to be stored; a call before them makes the plan."""
     lengths = torch.tensor([3], dtype=torch.int32, device="cuda")
-    for _ in range(2):
-        cache, q = normal(1, 16, 2, 64), normal(1, 2, 4, 64)
-        new = cache[:, 2:4]
+    for lies_in_cache in (False, True):
+        cache, q = normal(1, 16, 2, 64), normal(1, 8, 4, 64)
+        new = (cache if lies_in_cache else normal(1, 16, 2, 64))[:, 2:10]
         expected = new.clone()
-        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new.clone(), backend="cuda")
-        assert torch.equal(cache[:, 3:5], expected)
+        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, expected, backend="cuda")
+        assert torch.equal(cache[:, 3:11], expected)
 
 
 C, DRIVER = "fastattn.backends.cuda.", "fastattn.backends.driver:"
@@ -306,7 +306,7 @@ FAULTS = [
           "delta = torch.empty(rows, dtype=torch.float32, device='cuda:0')", without_a_plan),
     Fault("a step that stores nothing", C + "decode:Step.fields", "self.stores)", "False)", appends),
     Fault("new rows that others are stored over", C + "plans:for_cache",
-          "return general(CacheInputs(*tensors, max_seqlen_q=longest), spec)", "pass", moves_rows),
+          "return general(of(*tensors), spec)", "pass", moves_rows),
 ]  # fmt: skip
 
 

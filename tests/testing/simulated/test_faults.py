@@ -18,7 +18,7 @@ from torch import Tensor
 import fastattn
 from benchmarks import gpu
 from benchmarks.gpu_plan import Plan, Step
-from fastattn import dispatch, evidence
+from fastattn import dispatch, evidence, functional
 from fastattn.backends import driver
 from fastattn.backends.cuda import nvrtc
 from fastattn.backends.triton import launch
@@ -77,6 +77,16 @@ def keeps_plans_apart(room: Room) -> None:
     call(normal(1, 20, 2, 16, device="cuda:1"))
     call(normal(1, 20, 2, 16, grad=True))
     call(normal(20 * 2 * 16 + 4)[4:].view(1, 20, 2, 16))  # 8 bytes off
+
+
+def refuses_freed_memory(room: Room) -> None:
+    q, k, v = (normal(1, 20, 2, 16) for _ in range(3))
+    for _ in range(3):
+        fastattn.attention(q, k, v, backend="triton")
+    k.untyped_storage().resize_(0)
+    room.monkeypatch.setattr(functional, "by_plan", lambda *_: pytest.fail("a kernel would read it"))
+    with pytest.raises(fastattn.InputError, match="storage"):
+        fastattn.attention(q, k, v, backend="triton")
 
 
 def runs_plans_on_the_stream(room: Room) -> None:
@@ -338,6 +348,9 @@ FAULTS = [
     Fault(
         "a plan for another device", KIND, "x.dtype, x.device,", "x.dtype, 0,",
         keeps_plans_apart,
+    ),
+    Fault(
+        "a storage that shrank", "fastattn.plan:look_up", "> x.untyped_storage().nbytes()", "< 0", refuses_freed_memory,
     ),
     Fault(
         "calls that are taken for others", "fastattn.plan:look_up", "not seen.agrees(*given)", "False",

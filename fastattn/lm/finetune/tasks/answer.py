@@ -70,7 +70,7 @@ class Answer(Task):
         starts, ends = model(batch["tokens"], **batch.more_inputs())
         return cross_entropy(starts, batch["labels"][:, 0]) + cross_entropy(ends, batch["labels"][:, 1])
 
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "answer", its first character "start" and "end" in the context, and its "score" in [0, 1].
 
         The score is the probability of both ends within their window. Without an answer, "start" and "end" are None.

@@ -1,4 +1,4 @@
-"""The base of the tasks of fine-tuning: the model's head, examples to rows, the loss, predictions and scores."""
+"""The base class of fine-tuning tasks: the model's head, rows of examples, the loss, predictions and scores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Task(ABC):
 
     @classmethod
     def label_names(cls, examples: Sequence[Example]) -> tuple[str, ...]:
-        """What a model must remember of the labels of its training examples: their names, sorted."""
+        """The sorted names of the labels in the training examples, which a checkpoint stores."""
         if cls.label_field is None:
             return ()
         given = (example.fields[cls.label_field] for example in examples)
@@ -87,8 +87,8 @@ class Task(ABC):
         """Nats, summed over the labels of the batch."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
-        """The model's predictions for a few examples, which need no targets."""
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
+        """The model's predictions for a few examples, which need no targets; ``most`` limits generated tokens."""
 
     @abstractmethod
     def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:

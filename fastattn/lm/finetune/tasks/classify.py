@@ -64,7 +64,7 @@ class Classify(_OfText):
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"][:, 0])
 
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The likeliest "label", its "probability", and the "probabilities" of all."""
         found = []
         for values in self.outputs(model, examples).softmax(dim=-1):
@@ -109,7 +109,7 @@ class MultiLabel(_OfText):
         logits, labels = model(batch["tokens"], **batch.more_inputs()), batch["labels"]
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
 
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "labels", and the "probabilities" of all."""
         found = []
         for values in self.outputs(model, examples).sigmoid():
@@ -152,7 +152,7 @@ class Regression(_OfText):
         values = model(batch["tokens"], **batch.more_inputs())
         return F.mse_loss(values, batch["labels"].to(values.dtype), reduction="sum")
 
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "value"."""
         values = self.outputs(model, examples)[:, 0].to(torch.float64) * self.deviation + self.mean
         return [{"value": value} for value in values.tolist()]

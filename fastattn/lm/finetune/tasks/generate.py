@@ -34,9 +34,12 @@ class _Generates(Task):
     def add_head(self, backbone: Any) -> nn.Module:
         return backbone
 
-    def write(self, model: Any, begin: list[list[int]], source: list[list[int]] | None = None) -> list[Prediction]:
+    def write(
+        self, model: Any, begin: list[list[int]], most: int | None, source: list[list[int]] | None = None
+    ) -> list[Prediction]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
-        steps = generate(model, begin, self.length, Sampling(temperature=0), source=source, stop_token=self.ends)
+        count = min(most or self.length, self.length)
+        steps = generate(model, begin, count, Sampling(temperature=0), source=source, stop_token=self.ends)
         rows = torch.stack(list(steps), dim=1).tolist()
         texts = (self.tokenizer.decode([x for x in row if x not in (*self.ends, ENDED)]) for row in rows)
         return [{self.answer_field: text} for text in texts]
@@ -64,10 +67,10 @@ class Seq2Seq(_Generates):
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return target_loss(model, batch)
 
-    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: Any, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "target"."""
         sources = [self.inputs(example)[0]["source"] for example in examples]
-        return self.write(model, [[self.special.target] for _ in sources], sources)
+        return self.write(model, [[self.special.target] for _ in sources], most, sources)
 
 
 class _Responds(_Generates):
@@ -86,9 +89,9 @@ class _Responds(_Generates):
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
-    def predict(self, model: Any, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: Any, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "response"."""
-        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples])
+        return self.write(model, [self.prompt(example)[-(self.length // 2) :] for example in examples], most)
 
 
 class Instruct(_Responds):

@@ -51,7 +51,7 @@ class Tag(Task):
     def loss(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         return cross_entropy(model(batch["tokens"], **batch.more_inputs()), batch["labels"])
 
-    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Prediction]:
+    def predict(self, model: nn.Module, examples: Sequence[Example], most: int | None = None) -> list[Prediction]:
         """The "labels" of the words, None for those that do not fit, their "probabilities", and BIO's "spans"."""
         batch = self.batch(examples, model)
         chances = model(batch["tokens"], **batch.more_inputs()).float().softmax(dim=-1).cpu()

@@ -1,6 +1,6 @@
 """A format of Hugging Face: the config and the tensor names of one of its model types.
 
-A module of ours with several of theirs, as ``attention.qkv``, is theirs laid end to end.
+A module of ours that combines several of theirs, such as ``attention.qkv``, concatenates their tensors.
 """
 
 from __future__ import annotations
