@@ -126,6 +126,8 @@ class CompiledAttention(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
+        return (None,) * len(ctx.needs_input_grad)
     out, lse, lse_low, *tensors = ctx.saved_tensors
     needed = [ctx.needs_input_grad[TENSORS.index(name)] for name in DIFFERENTIABLE]
     rows = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, lse_low)
@@ -198,13 +200,13 @@ class PlannedAttention(torch.autograd.Function):
         results = plan.forward(q, k, v, *more)
         ctx.save_for_backward(*results, q, k, v, *more)
         ctx.plan = plan
-        if not with_lse:
-            return results[0]
         ctx.set_materialize_grads(False)
-        return results[0], _lses(results[1:])[0]
+        return (results[0], _lses(results[1:])[0]) if with_lse else results[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
+            return (None,) * len(ctx.needs_input_grad)
         plan, saved = ctx.plan, ctx.saved_tensors
         is_final = dlse is None and not (torch.is_grad_enabled() or is_watched())
         is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -13,9 +14,14 @@ import torch
 from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Backend
 from fastattn.errors import input_error, unsupported_error
-from fastattn.problem import Problem
+from fastattn.problem import DERIVATIVE_FEATURES, STATISTICS_FEATURES, Problem
 from fastattn.state import remembered
 
+# What not every backend computes: then the first that does computes it for the one that was chosen.
+_DELEGATED = {
+    **dict.fromkeys(DERIVATIVE_FEATURES, "Jacobian-vector products and second derivatives"),
+    **dict.fromkeys(STATISTICS_FEATURES, "statistics of the weights"),
+}
 _forced: ContextVar[str | None] = ContextVar("fastattn_backend", default=None)
 _invariant: ContextVar[bool] = ContextVar("fastattn_batch_invariance", default=False)
 
@@ -170,17 +176,21 @@ class Explanation:
         reasons: for every backend, why it cannot; an empty list means it can.
         problem: the facts that the reasons are based on.
         passed_over: for backends that can, why they are selected by name only.
+        delegates: for "jvp" (with second derivatives) and "statistics", the backend that computes them for this call,
+            which is another one if ``chosen`` lacks them; None if no backend can. Empty for calls on caches.
     """
 
     chosen: str | None
     reasons: dict[str, list[str]]
     problem: Problem
     passed_over: dict[str, list[str]] = field(default_factory=dict)
+    delegates: dict[str, str | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem) -> Explanation:
         chosen, passed_over = choose(problem)
-        return cls(chosen, reasons(problem), problem, passed_over)
+        delegates = {} if "cache" in problem.features else {name: _able(problem, name) for name in _DELEGATED}
+        return cls(chosen, reasons(problem), problem, passed_over, delegates)
 
     def __str__(self) -> str:
         p = self.problem
@@ -191,4 +201,13 @@ class Explanation:
             if self.passed_over.get(name):
                 verdict = f"only when asked by name: {'; '.join(self.passed_over[name])}"
             lines.append(f"  {'->' if name == self.chosen else '  '} {name:<10} {verdict}")
+        for feature, delegate in self.delegates.items():
+            if delegate != self.chosen:
+                lines.append(f"     {delegate or 'no backend'} computes {_DELEGATED[feature]}; {self.chosen} has none")
         return "\n".join(lines)
+
+
+def _able(problem: Problem, feature: str) -> str | None:
+    """The backend that computes what not all do for calls that ask for none by name."""
+    asked = dataclasses.replace(problem, features=problem.features | {feature}, needs_grad=True)
+    return choose(asked)[0]

@@ -410,7 +410,8 @@ def explain(
 
     Returns:
         an ``Explanation``: prints as a table, and has ``chosen``, ``reasons`` (a list for each backend, empty if it
-        can serve the call) and ``problem``.
+        can serve the call), ``delegates`` (which backend computes derivatives beyond the gradient, and statistics)
+        and ``problem``.
 
     Raises:
         InputError: an argument is wrong.

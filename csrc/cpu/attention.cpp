@@ -2,8 +2,8 @@
 //
 // Nothing of the standard C++ library that becomes code (attention.h says why).
 #define FA_EVERYWHERE static inline
-#include "backward.h"
-#include "forward.h"
+#include "backward_jvp.h"
+#include "jvp.h"
 
 namespace {
 
@@ -52,13 +52,30 @@ void add_shares(AttentionParams const& p, Unit const& unit, char* shares) {
   Backward<FA_OPERAND>(p, item, nullptr).add_shares(reinterpret_cast<FA_OPERAND::Word*>(shares));
 }
 
+int64 jvp_bytes(AttentionParams const& p, AttentionParams const& moved, ForwardItem const& item) {
+  return ForwardJvp<FA_OPERAND>(p, moved, item, nullptr).bytes();
+}
+
+void jvp(AttentionParams const& p, AttentionParams const& moved, ForwardItem const& item, void* memory) {
+  ForwardJvp<FA_OPERAND>(p, moved, item, memory).run();
+}
+
+int64 backward_jvp_bytes(AttentionParams const& p, AttentionParams const& moved, BackwardItem const& item) {
+  return BackwardJvp<FA_OPERAND>(p, moved, item, nullptr).bytes();
+}
+
+void backward_jvp(AttentionParams const& p, AttentionParams const& moved, BackwardItem const& item, void* memory) {
+  BackwardJvp<FA_OPERAND>(p, moved, item, memory).run();
+}
+
 }  // namespace
 
 #define FA_JOIN(operand, machine) fa_attention_##operand##_##machine
 #define FA_NAME(operand, machine) FA_JOIN(operand, machine)
 
 extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
-  static constexpr fa::cpu::Attention kernels{forward_bytes, forward,  backward_bytes,
-                                              share_bytes,   backward, add_shares};
+  static constexpr fa::cpu::Attention kernels{forward_bytes,      forward,     backward_bytes, share_bytes,
+                                              backward,           add_shares,  jvp_bytes,      jvp,
+                                              backward_jvp_bytes, backward_jvp};
   return &kernels;
 }

@@ -51,6 +51,11 @@ struct Attention {
   int64 (*share_bytes)(AttentionParams const&, Unit const&);  // of one part's dq
   void (*backward)(AttentionParams const&, BackwardItem const&, BackwardItem const* next, void* memory);
   void (*add_shares)(AttentionParams const&, Unit const&, char* shares);  // dq out of them
+  // Jacobian-vector products of both passes, along the tangents that `moved` holds (tangents.h).
+  int64 (*jvp_bytes)(AttentionParams const&, AttentionParams const& moved, ForwardItem const&);
+  void (*jvp)(AttentionParams const&, AttentionParams const& moved, ForwardItem const&, void* memory);
+  int64 (*backward_jvp_bytes)(AttentionParams const&, AttentionParams const& moved, BackwardItem const&);
+  void (*backward_jvp)(AttentionParams const&, AttentionParams const& moved, BackwardItem const&, void* memory);
 };
 
 }  // namespace fa::cpu

@@ -15,6 +15,7 @@ constexpr int kTile = 48;           // query rows that are worked on together
 struct Call {
   AttentionParams const& p;
   Attention const& kernels;
+  AttentionParams const* moved;       // tangents, of a Jacobian-vector product; else null
   int32 const *starts_q, *starts_kv;  // of packed sequences; null where dense
   int64* first;                       // packed: the first item of each sequence, in units of heads
   int64 count = 0;
@@ -211,13 +212,27 @@ static void work_forward(void* data) {
       });
 }
 
+static void work_jvp(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  take_items(
+      call, scratch_memory, [&](int64 n) { return call.forward_item(n); },
+      [&](ForwardItem const& item) { return call.kernels.jvp_bytes(call.p, *call.moved, item); },
+      [&](ForwardItem const& item, ForwardItem const*, void* memory) {
+        call.kernels.jvp(call.p, *call.moved, item, memory);
+      });
+}
+
 static void work_backward(void* data) {
   Call& call = *static_cast<Call*>(data);
   take_items(
       call, scratch_memory, [&](int64 n) { return call.backward_item(n); },
-      [&](BackwardItem const& item) { return call.kernels.backward_bytes(call.p, item); },
+      [&](BackwardItem const& item) {
+        return call.moved ? call.kernels.backward_jvp_bytes(call.p, *call.moved, item)
+                          : call.kernels.backward_bytes(call.p, item);
+      },
       [&](BackwardItem const& item, BackwardItem const* next, void* memory) {
-        call.kernels.backward(call.p, item, next, memory);
+        if (call.moved) call.kernels.backward_jvp(call.p, *call.moved, item, memory);
+        else call.kernels.backward(call.p, item, next, memory);
         if (!call.splits || !call.p.dq) return;
         Unit const& unit = item.unit;
         if (call.left[unit.b * call.p.heads_kv + unit.kv_head].fetch_sub(1) == 1)
@@ -241,7 +256,7 @@ static Outcome forward(Call& call) {
   double const work = work_of(call);
   call.rows_per_item = rows_of_item(call, work < kSmall ? 1 : call.p.threads);
   count_items(call);
-  run(call, work, work_forward);
+  run(call, work, call.moved ? work_jvp : work_forward);
   return call.has_failed ? kNoMemory : kDone;
 }
 
@@ -284,12 +299,13 @@ static Outcome backward(Call& call) {
   return call.has_failed ? kNoMemory : kDone;
 }
 
-static Outcome attend(const char* packed, Outcome (*pass)(Call&)) {
-  AttentionParams p;
+static Outcome attend(const char* packed, const char* packed_moved, Outcome (*pass)(Call&)) {
+  AttentionParams p, moved;
   std::memcpy(&p, packed, sizeof p);
+  if (packed_moved) std::memcpy(&moved, packed_moved, sizeof moved);
   Machine const* const machine = machine_for(p.machine);
   if (!machine) return kNoMachine;
-  Call call{p, machine->attention(p.dtype), nullptr, nullptr, nullptr};
+  Call call{p, machine->attention(p.dtype), packed_moved ? &moved : nullptr, nullptr, nullptr, nullptr};
   return pass(call);
 }
 
@@ -297,5 +313,13 @@ static Outcome attend(const char* packed, Outcome (*pass)(Call&)) {
 
 FA_PUBLIC long long fa_cpu_attention_version() { return fa::cpu::kAttentionVersion; }
 FA_PUBLIC long long fa_cpu_attention_bytes() { return sizeof(fa::cpu::AttentionParams); }
-FA_PUBLIC long long fa_cpu_forward(const char* packed) { return fa::cpu::attend(packed, fa::cpu::forward); }
-FA_PUBLIC long long fa_cpu_backward(const char* packed) { return fa::cpu::attend(packed, fa::cpu::backward); }
+FA_PUBLIC long long fa_cpu_forward(const char* packed) { return fa::cpu::attend(packed, nullptr, fa::cpu::forward); }
+FA_PUBLIC long long fa_cpu_backward(const char* packed) { return fa::cpu::attend(packed, nullptr, fa::cpu::backward); }
+
+// Their Jacobian-vector products: results are those of the pass, moved along the tangents of the second struct.
+FA_PUBLIC long long fa_cpu_jvp(const char* packed, const char* moved) {
+  return fa::cpu::attend(packed, moved, fa::cpu::forward);
+}
+FA_PUBLIC long long fa_cpu_backward_jvp(const char* packed, const char* moved) {
+  return fa::cpu::attend(packed, moved, fa::cpu::backward);
+}

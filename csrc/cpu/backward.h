@@ -15,6 +15,8 @@ constexpr int64 kMostPacked = 16 << 20;  // bytes of packed queries up to which 
 
 template <class Op>
 class Backward {
+  template <class>
+  friend class BackwardJvp;
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
@@ -104,8 +106,8 @@ class Backward {
     k_ = arena_.take<Word>(packed_keys_ * dim_qk_);
     v_ = arena_.take<Word>(packed_keys_ * dim_v_);
     k_stacked_ = arena_.take<Word>(packed_keys_ / Op::kPerWord * columns_qk_);
-    dk_ = arena_.take<Word>(packed_keys_ * columns_qk_);
-    dv_ = arena_.take<Word>(packed_keys_ * columns_v_);
+    dk_ = arena_.take<Word>(p_.dk ? packed_keys_ * columns_qk_ : 0);
+    dv_ = arena_.take<Word>(p_.dv ? packed_keys_ * columns_v_ : 0);
     wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
     ranges_ = arena_.take<Range>(p_.intervals_count * block_rows_);
     runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
@@ -198,7 +200,8 @@ class Backward {
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
       int const at = first - keys.begin, there = band_.s_kv - first;
-      pack_panel_of<Op>(from_row(tensors_.v(), first), count, there, p_.head_dim_v, v, v_ + at * dim_v_);
+      if (p_.v) pack_panel_of<Op>(from_row(tensors_.v(), first), count, there, p_.head_dim_v, v, v_ + at * dim_v_);
+      if (!p_.k) continue;
       Source const from = from_row(tensors_.k(), first);
       pack_panel_of<Op>(from, count, there, p_.head_dim_qk, k, k_ + at * dim_qk_);
       int64 const all = packed_keys_ / Op::kPerWord, line = at / Op::kPerWord;
@@ -215,14 +218,16 @@ class Backward {
 
   // --- one block of keys, and of queries
 
-  // The lines of a panel, two rows each where words are pairs, that hold something, and its columns that do.
-  struct Filled {
-    Range rows, columns;
-  };
-
   // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
   // Whether they keep any pair.
   bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
+    return for_each_block(head, first, part,
+                          [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
+  }
+
+  // Calls step with the number of query rows, and with each block of keys that they look at.
+  template <class Step>
+  bool for_each_block(int head, int first, Range part, Step const& step) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
     Range seen = common(fa::tile_range(band_, first, end), part);
     if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
@@ -230,7 +235,7 @@ class Backward {
     clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
-      run_keys(head, queries, first, int(rounded_up(end - first, 2)), {key, fa::smaller(key + kKeys, part.end)});
+      step(int(rounded_up(end - first, 2)), Range{key, fa::smaller(key + kKeys, part.end)});
     return true;
   }
 
@@ -238,6 +243,11 @@ class Backward {
     for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
     for (int r = 0; r < count; r += kTileRows)
       run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
+    add_to_keys(head, queries, first, keys);
+  }
+
+  // What a block of queries adds to the gradients of a block of keys.
+  void add_to_keys(int head, Queries<Op> const& queries, int first, Range keys) const {
     int64 const at = keys.begin - begin_;
     int64 const n = (first - queries.begin) / block_rows_;
     if (p_.dv)
@@ -268,13 +278,9 @@ class Backward {
     Seen const seen_keys = seen_by_strip(head, first + r, count, keys);
     Range const seen = seen_keys.keys;
     if (is_empty(seen)) return;
-    int const end = seen.end - keys.begin;
-    Range const columns = {(seen.begin - keys.begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
+    Range const columns = columns_of<Word>(seen, keys.begin);
     int64 const row = first + r;
-    for (int n = first + r; n < fa::smaller(first + r + count, band_.s_q); ++n) {
-      scores_.prefetch_bias(head, n, seen);
-      if (n + count < band_.s_q) scores_.prefetch_mask(head, n + count, seen);
-    }
+    prefetch_terms(head, first + r, count, seen);
     fill(columns, r, count);
     multiply_keys(count, queries.rows_of(queries.q, row), dim_qk_, k_, keys, columns, strip_.scores);
     multiply_keys(count, queries.rows_of(queries.dout, row), dim_v_, v_, keys, columns, strip_.dweights);
@@ -288,7 +294,17 @@ class Backward {
       }
     });
     prefetch_->step(rows_at_once_);
+    add_to_queries(head, row, count, keys, columns, seen);
+  }
+
+  void prefetch_terms(int head, int first, int count, Range seen) const {
+    for (int n = first; n < fa::smaller(first + count, band_.s_q); ++n) scores_.prefetch_terms(head, n, count, seen);
+  }
+
+  // What a strip adds to the gradients of its queries.
+  void add_to_queries(int head, int64 row, int count, Range keys, Range columns, Range seen) const {
     if (!p_.dq) return;
+    int const end = seen.end - keys.begin;
     int64 const skipped = (seen.begin - keys.begin - columns.begin) / Op::kPerWord;  // words of zeros
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     add_dq(row, count, skipped, depth, keys.begin + columns.begin + int(skipped) * Op::kPerWord);
@@ -297,18 +313,8 @@ class Backward {
 
   // Panels take the columns of a strip. What they hold beside what strips write is zero.
   void fill(Range columns, int r, int count) {
-    for (int n = 0; n < kPanels; ++n) {
-      Range const inside = common(columns, {n * kPanel<Word>, (n + 1) * kPanel<Word>});
-      Filled& filled = filled_[n];
-      bool const is_first = is_empty(filled.rows);
-      if (is_empty(inside) && is_first) continue;
-      if (is_first) filled = {{r, r}, inside};
-      bool const is_whole = inside.end - inside.begin == kPanel<Word>;
-      clear_lines(n, filled.rows.end, is_whole ? r : r + count);
-      filled.rows.end = r + count;
-      if (is_empty(inside)) continue;
-      filled.columns = {fa::smaller(filled.columns.begin, inside.begin), fa::larger(filled.columns.end, inside.end)};
-    }
+    for (int n = 0; n < kPanels; ++n)
+      filled_[n].template fill<Word>(n, columns, r, count, [&](int begin, int end) { clear_lines(n, begin, end); });
   }
 
   void clear_lines(int panel, int begin, int end) {
@@ -323,14 +329,15 @@ class Backward {
     return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, words_ * kPanel<Word>};
   }
 
+  template <bool ADD = false>
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
                      Matrix<Word> to) const {
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const right = packed + (keys.begin - begin_ + panel) * depth + (c - panel);
-      multiply_in_chains<Op>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
-                             {to.at + c, to.stride});
+      multiply_in_chains<Op, ADD>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
+                                  {to.at + c, to.stride});
     }
   }
 
@@ -360,7 +367,7 @@ class Backward {
                                                    i * p_.dbias_row + keys.begin * p_.dbias_key);
   }
 
-  void add_dq(int64 row, int count, int64 word, int64 depth, int key) {
+  void add_dq(int64 row, int count, int64 word, int64 depth, int key) const {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const right =
@@ -446,20 +453,12 @@ class Backward {
     for (int first = keys.begin; first < keys.end; first += kKeys) {
       int const count = fa::smaller(kKeys, keys.end - first);
       int64 const at = first - begin_;
+      Word const scale = Word(p_.scale);
       if (p_.dk)
-        write_block(dk_ + at * columns_qk_, columns_qk_, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), first, count);
-      if (p_.dv) write_block(dv_ + at * columns_v_, columns_v_, p_.head_dim_v, 1, tensors_.dv(), first, count);
-    }
-  }
-
-  void write_block(Word const* sums, int64 columns, int64 dim, Word factor, Source const& to, int first,
-                   int count) const {
-    for (int j = 0; j < count; j += kCount<Word>) {
-      prefetch_results(from_row(to, first + j), fa::smaller(kCount<Word>, count - j), dim);
-      for (int64 e = 0; e < columns; e += kCount<Word>)
-        transpose<Word>({sums + e * kKeys + j, kKeys}, kCount<Word>, {turned_ + e, columns});
-      for (int i = 0; i < kCount<Word> && j + i < count; ++i)
-        write_row(turned_ + i * columns, dim, factor, p_.dtype, written(to, first + j + i));
+        write_turned<Word>({dk_ + at * columns_qk_, kKeys}, p_.head_dim_qk, scale, tensors_.dk(), first, count,
+                           turned_);
+      if (p_.dv)
+        write_turned<Word>({dv_ + at * columns_v_, kKeys}, p_.head_dim_v, 1, tensors_.dv(), first, count, turned_);
     }
   }
 

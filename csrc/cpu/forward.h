@@ -7,8 +7,11 @@ namespace {
 
 constexpr int kForwardRows = 48;  // of a tile of queries
 
+// A tensor that is null is left out, which those of tangents may be (jvp.h).
 template <class Op>
 class Forward {
+  template <class>
+  friend class ForwardJvp;
   using Word = typename Op::Word;
   static constexpr int kLast = kForwardRows - kTileRows;
   static constexpr int64 kStrip = kMostKeys + kAlignWords;  // words from row to row of a strip, no power of two
@@ -45,19 +48,29 @@ class Forward {
 
   void run(Prefetch& prefetch) {
     prefetch_ = &prefetch;
-    int const rows = item_.rows.end - item_.rows.begin, group = scores_.group();
-    rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, rows * group);
+    int const rows = item_.rows.end - item_.rows.begin;
+    rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, rows * scores_.group());
+    begin();
+    for_each_tile([this](int head, int first, int count) { run_tile(head, first, count); });
+  }
+
+ private:
+  void begin() {
     if (p_.intervals) narrow();
     if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
     packed_to_ = keys_.begin;
+  }
+
+  template <class Step>
+  void for_each_tile(Step const& step) const {
+    int const rows = item_.rows.end - item_.rows.begin, group = scores_.group();
     // Few rows of each head: those of all heads together.
     int const heads = item_.unit.band.s_q < 2 * kTileRows ? group : 1;
     for (int head = 0; head < group; head += heads)
       for (int first = 0; first < heads * rows; first += kForwardRows)
-        run_tile(scores_.first_head() + head, first, fa::smaller(kForwardRows, heads * rows - first));
+        step(scores_.first_head() + head, first, fa::smaller(kForwardRows, heads * rows - first));
   }
 
- private:
   struct Row {
     int head, i;
     Range kept;
@@ -103,17 +116,19 @@ class Forward {
     int const next = fa::smaller(packed_to_ + kForwardRows, keys_.end);
     if (next <= packed_to_) return;
     int64 const bytes = bytes_of(p_.dtype);
-    upcoming_.add(from_row(tensors_.k(), packed_to_), next - packed_to_, p_.head_dim_qk * bytes);
-    upcoming_.add(from_row(tensors_.v(), packed_to_), next - packed_to_, p_.head_dim_v * bytes);
+    if (p_.k) upcoming_.add(from_row(tensors_.k(), packed_to_), next - packed_to_, p_.head_dim_qk * bytes);
+    if (p_.v) upcoming_.add(from_row(tensors_.v(), packed_to_), next - packed_to_, p_.head_dim_v * bytes);
   }
 
   void pack_keys(int begin) {
+    if (!p_.k) return;
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin);
     pack_panel_of<Op>(from_row(tensors_.k(), begin), count, keys_.end - begin, p_.head_dim_qk, {rows_, row_words_},
                       k_ + (begin - keys_.begin) * dim_qk_);
   }
 
   bool pack_values(int begin) {
+    if (!p_.v) return false;
     int const count = fa::smaller(kPanel<Word>, keys_.end - begin), padded = int(rounded_up(count, kCount<Word>));
     int const at = begin - keys_.begin, there = keys_.end - begin;
     int64 const all = packed_ / Op::kPerWord, first = at / Op::kPerWord;
@@ -130,9 +145,18 @@ class Forward {
 
   // Rows first .. of the heads from `head` on, one head after the other.
   void run_tile(int head, int first, int count) {
+    Range const keys = begin_tile(head, first, count);
+    if (has_gaps_) return run_pieces(count);
+    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
+      for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
+    write(count);
+  }
+
+  // The keys that the rows of a tile keep.
+  Range begin_tile(int head, int first, int count) {
     int const rows = item_.rows.end - item_.rows.begin;
     Range keys{0, 0};
-    bool has_gaps = false;
+    has_gaps_ = false;
     for (int r = 0; r < count; ++r) {
       int const i = item_.rows.begin + (first + r) % rows;
       row_[r] = {head + (first + r) / rows, i, scores_.kept(i), {}};
@@ -140,7 +164,7 @@ class Forward {
         Row& row = row_[r];
         row.ranges = scores_.intervals.read(row.head, i, row.kept, ranges_ + r * p_.intervals_count);
         row.kept = row.ranges.hull();
-        has_gaps |= row.ranges.count > 1;
+        has_gaps_ |= row.ranges.count > 1;
       }
       state_.most[r] = kNever<Word>;
       state_.total[r] = 0;
@@ -151,15 +175,13 @@ class Forward {
     pack_to(keys.end);
     for (int r = 0, end; r < count; r = end) {
       for (end = r; end < count && row_[end].head == row_[r].head;) ++end;
+      if (!p_.q) continue;
       pack_rows<Op>(from_row(tensors_.q(row_[r].head), row_[r].i), end - r, item_.rows.end - row_[r].i, end - r,
                     p_.head_dim_qk, {queries_ + r * row_words_, row_words_});
       prefetch_rows(row_[r].head, row_[r].i, end - r);
     }
     for (bool& is_started : started_) is_started = false;
-    if (has_gaps) return run_pieces(count);
-    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
-      for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
-    write(count);
+    return keys;
   }
 
   // Rows with gaps: each strip takes the vectors of keys that it keeps, as many as it holds at a time.
@@ -180,7 +202,8 @@ class Forward {
     started_[r / kTileRows] = true;
     for (int m = 0; m < pieces_; ++m) {
       int const first = piece_[m].first(), begin = first / kPanel<Word> * kPanel<Word>;
-      multiply_keys(r, count, begin, {first - begin, first - begin + piece_[m].columns()}, begin - piece_[m].origin());
+      multiply_keys(count, queries_ + r * row_words_, k_, begin, {first - begin, first - begin + piece_[m].columns()},
+                    strip_ + (begin - piece_[m].origin()));
     }
     for (int n = r; n < r + count; ++n) weigh_pieces(n, strip_ + (n - r) * kStrip, n - r, columns, is_first);
     upcoming_.step(3 * kTileRows);
@@ -289,19 +312,25 @@ class Forward {
     Seen const seen = seen_by_strip(r, count, begin);
     Range const keys = seen.keys;
     if (is_empty(keys)) return;
-    for (int n = r; n < r + count; ++n) {
-      scores_.prefetch_bias(row_[n].head, row_[n].i, keys);
-      if (row_[n].i + count < item_.unit.band.s_q) scores_.prefetch_mask(row_[n].head, row_[n].i + count, keys);
-    }
-    int const end = keys.end - begin;
-    Range const columns = {(keys.begin - begin) / kCount<Word> * kCount<Word>, int(rounded_up(end, kCount<Word>))};
-    multiply_keys(r, count, begin, columns);
+    prefetch_terms(r, count, keys);
+    Range const columns = columns_of<Word>(keys, begin);
+    multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, strip_);
     bool const is_first = !started_[r / kTileRows];
     started_[r / kTileRows] = true;
     with_terms(terms_of(scores_, seen),
                [&](auto terms) { weigh_rows<terms>(r, count, begin, columns, keys, is_first); });
     upcoming_.step(3 * kTileRows);
     prefetch_->step(rows_at_once_);
+    add_values(r, count, begin, columns, keys, is_first);
+  }
+
+  void prefetch_terms(int r, int count, Range keys) const {
+    for (int n = r; n < r + count; ++n) scores_.prefetch_terms(row_[n].head, row_[n].i, count, keys);
+  }
+
+  // A strip's weights times values, added to its sums.
+  void add_values(int r, int count, int begin, Range columns, Range keys, bool is_first) {
+    int const end = keys.end - begin;
     int64 const skipped = (keys.begin - begin - columns.begin) / Op::kPerWord;  // words whose weights are zero
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     int const first = begin + columns.begin + int(skipped) * Op::kPerWord;
@@ -310,15 +339,15 @@ class Forward {
     if (has_wild_) add_wild_values(r, count, begin + columns.begin, keys);
   }
 
-  // Of the panels from `begin` on; column c goes to c + shift.
-  void multiply_keys(int r, int count, int begin, Range columns, int shift = 0) {
-    Matrix<Word const> const queries{queries_ + r * row_words_, row_words_};
+  template <bool ADD = false>
+  void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Word* to) const {
+    Matrix<Word const> const queries{rows, row_words_};
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
-      Word const* const keys = k_ + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
-      multiply_in_chains<Op>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
-                             {strip_ + c + shift, kStrip});
+      Word const* const keys = packed + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
+      multiply_in_chains<Op, ADD>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
+                                  {to + c, kStrip});
     }
   }
 
@@ -417,7 +446,7 @@ class Forward {
   int64 packed_;     // how many, in whole panels
   Word *k_, *v_;     // panels of keys [words of a row][kPanel]; panels of columns of values
   bool* wild_;       // of each panel of keys: whether a value is
-  bool has_wild_ = false;
+  bool has_wild_ = false, has_gaps_ = false;  // has_gaps_: a row of the tile keeps several ranges
   double v_factor_ = 1;
   Ids* runs_;
   Word *rows_, *queries_, *sums_, *strip_, *weights_;

@@ -68,8 +68,9 @@ inline Doubles power_of_2(Doubles x) {
 
 // The natural logarithm of positive normal numbers: the polynomial of Cephes' logf (Moshier, netlib.org/cephes).
 inline Floats natural_log(Floats x) {
-  Ints const bits = (Ints)x, exponent = ((bits - 0x3f3504f3) >> 23);  // so that the rest is in [sqrt(1/2), sqrt(2))
-  Floats const e = __builtin_convertvector(exponent, Floats), r = (Floats)(bits - (exponent << 23)) - 1.0f;
+  Words const bits = (Words)x;  // unsigned: lanes that nobody reads may hold anything
+  Ints const exponent = (Ints)(bits - 0x3f3504f3u) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
+  Floats const e = __builtin_convertvector(exponent, Floats), r = (Floats)(bits - ((Words)exponent << 23)) - 1.0f;
   Floats p = 7.0376836292e-2f * r - 1.1514610310e-1f;
   p = p * r + 1.1676998740e-1f;
   p = p * r - 1.2420140846e-1f;

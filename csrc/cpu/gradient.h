@@ -57,6 +57,24 @@ struct Strip {
   Matrix<Word> scores, dweights;
 };
 
+// The lines of a panel, two rows each where words are pairs, that hold something, and its columns that do.
+struct Filled {
+  Range rows, columns;
+
+  // Panel n takes the columns of a strip at rows r ..; `clear` makes lines zero.
+  template <class Word, class Clear>
+  void fill(int n, Range of_strip, int r, int count, Clear const& clear) {
+    Range const inside = common(of_strip, {n * kPanel<Word>, (n + 1) * kPanel<Word>});
+    bool const is_first = is_empty(rows);
+    if (is_empty(inside) && is_first) return;
+    if (is_first) rows = {r, r}, columns = inside;
+    bool const is_whole = inside.end - inside.begin == kPanel<Word>;
+    clear(rows.end, is_whole ? r : r + count);
+    rows.end = r + count;
+    if (!is_empty(inside)) columns = {fa::smaller(columns.begin, inside.begin), fa::larger(columns.end, inside.end)};
+  }
+};
+
 // Where gradients of a row's scores go that are those of a bias.
 struct BiasTarget {
   char* at;  // of column 0; null where there is none

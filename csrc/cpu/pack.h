@@ -321,6 +321,22 @@ inline bool stack_rows(Source const& from, int64 count, int64 there, Panels cons
 }
 
 template <class T, class Word>
+inline void read_row_of(T const* from, int64 dim, Word* row) {
+  int64 c = 0;
+  for (; c + kCount<Word> <= dim; c += kCount<Word>) store(row + c, load(from + c));
+  for (; c < dim; ++c) row[c] = to_float(from[c]);
+}
+
+// One row of a tensor as words.
+template <class Word>
+inline void read_row(char const* from, int64 dim, int64 dtype, Word* row) {
+  if constexpr (sizeof(Word) == 8) read_row_of(reinterpret_cast<double const*>(from), dim, row);
+  else if (dtype == fa::cpu::kFloat32) read_row_of(reinterpret_cast<float const*>(from), dim, row);
+  else if (dtype == fa::cpu::kBfloat16) read_row_of(reinterpret_cast<Bfloat16 const*>(from), dim, row);
+  else read_row_of(reinterpret_cast<Float16 const*>(from), dim, row);
+}
+
+template <class T, class Word>
 inline void write_row_of(Word const* row, int64 dim, Word factor, T* to) {
   int64 c = 0;
   for (; c + kCount<Word> <= dim; c += kCount<Word>) store(to + c, load(row + c) * factor);

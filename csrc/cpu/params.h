@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 2, kAttentionVersion = 3;
+constexpr int64 kVersion = 2, kAttentionVersion = 4;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };

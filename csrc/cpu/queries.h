@@ -59,6 +59,8 @@ struct PackingScratch {
 
 template <class Op>
 class QueryPacker {
+  template <class>
+  friend class BackwardJvp;
   using Word = typename Op::Word;
 
  public:
@@ -74,18 +76,23 @@ class QueryPacker {
   }
 
   void pack_block(int head, int64 first, Queries<Op>& to) const {
-    if (!to.keeps_all) to.begin = first;
-    int64 const count = rows_ - first < block_ ? rows_ - first : block_, at = first - to.begin, n = at / block_;
-    to.wild_q[n] =
-        pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
-                   {to.q.at + at * to.q.stride, to.q.stride}, to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
-    to.wild_dout[n] = pack_block(from_row(tensors_.dout(head), first), count, rows_ - first, p_.head_dim_v,
-                                 {to.dout.at + at * to.dout.stride, to.dout.stride},
-                                 to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
+    pack_operands(head, first, to);
     read_terms(head, first, to);
   }
 
  private:
+  // One block of those that are not null.
+  void pack_operands(int head, int64 first, Queries<Op>& to) const {
+    if (!to.keeps_all) to.begin = first;
+    int64 const count = rows_ - first < block_ ? rows_ - first : block_, at = first - to.begin, n = at / block_;
+    to.wild_q[n] = p_.q && pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
+                                      {to.q.at + at * to.q.stride, to.q.stride},
+                                      to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
+    to.wild_dout[n] = p_.dout && pack_block(from_row(tensors_.dout(head), first), count, rows_ - first, p_.head_dim_v,
+                                            {to.dout.at + at * to.dout.stride, to.dout.stride},
+                                            to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
+  }
+
   bool pack_block(Source const& from, int64 count, int64 there, int64 dim, Matrix<Word> rows, Word* columns) const {
     bool const is_wild = pack_rows<Op>(from, count, there, block_, dim, rows);
     if (is_wild) {  // a product over rows must not meet what some of its weights of zero hide

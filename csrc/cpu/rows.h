@@ -87,4 +87,18 @@ inline void add_wild(Word weight, Source const& rows, int64 n, int64 dim, Word* 
   }
 }
 
+// Rows first .. of results out of sums that are transposed, [columns][rows]. `turned` takes a vector of rows.
+template <class Word>
+inline void write_turned(Matrix<Word> sums, int64 dim, Word factor, Source const& to, int first, int count,
+                         Word* turned) {
+  int64 const columns = rounded_up(dim, kCount<Word>);
+  for (int j = 0; j < count; j += kCount<Word>) {
+    prefetch_results(from_row(to, first + j), fa::smaller(kCount<Word>, count - j), dim);
+    for (int64 e = 0; e < columns; e += kCount<Word>)
+      transpose<Word>({sums.at + e * sums.stride + j, sums.stride}, kCount<Word>, {turned + e, columns});
+    for (int i = 0; i < kCount<Word> && j + i < count; ++i)
+      write_row(turned + i * columns, dim, factor, to.dtype, written(to, first + j + i));
+  }
+}
+
 }  // namespace

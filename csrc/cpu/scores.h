@@ -34,6 +34,12 @@ inline Integers<Word> bits_at(uint16 const* p) {
   return __builtin_convertvector(loaded<typename Lanes<Word>::Narrow16>(p), Integers<Word>);
 }
 
+// Whole vectors that hold `keys`, counted in columns from the key `first` on.
+template <class Word>
+inline Range columns_of(Range keys, int first) {
+  return {(keys.begin - first) / kCount<Word> * kCount<Word>, int(rounded_up(keys.end - first, kCount<Word>))};
+}
+
 // Lanes of a vector whose column is in the range.
 template <class Word>
 inline Integers<Word> inside(Range range, int column) {
@@ -139,6 +145,12 @@ class Scores {
       prefetch(bias_row(head, i) + keys.begin * bytes, (keys.end - keys.begin) * bytes);
   }
 
+  // Those of row i, but the mask of the row `ahead` of it.
+  void prefetch_terms(int head, int i, int ahead, Range keys) const {
+    prefetch_bias(head, i, keys);
+    if (i + ahead < unit.band.s_q) prefetch_mask(head, i + ahead, keys);
+  }
+
   // Products of the columns from c on become scores. `slope` takes the derivative of softcap.
   template <Terms TERMS>
   static V score(Row const& row, int c, V x, V* slope = nullptr) {
@@ -146,6 +158,15 @@ class Scores {
     if (__builtin_expect(!is_edge, 1)) return inner<TERMS>(row, c, x, slope);
     if (TERMS == kBand) return inside<Word>(row.kept, c) ? x : broadcast(kNever<Word>);
     return edge<TERMS>(row, c, x, slope);
+  }
+
+  // The bias of the columns from c on; zeros where it may not be read.
+  static V bias(Row const& row, int c) {
+    if (c >= row.kept.begin && c + kCount<Word> <= row.kept.end) return bias_at(row.bias, row.bias_dtype, c);
+    Word some[kCount<Word>] = {};
+    if (is_empty(common(row.kept, {c, c + kCount<Word>}))) return V{};
+    copy_kept(row, c, row.bias, bytes_of(row.bias_dtype), some);
+    return bias_at(reinterpret_cast<char const*>(some), row.bias_dtype, 0);
   }
 
   // Products of a strip's row become scores in place; the largest. `columns` are whole vectors.
@@ -206,6 +227,13 @@ class Scores {
     return x;
   }
 
+  // Of what lies in the columns from c on, so much as is kept.
+  static void copy_kept(Row const& row, int c, void const* from, int64 bytes, void* to) {
+    Range const there = common(row.kept, {c, c + kCount<Word>});
+    __builtin_memcpy(static_cast<char*>(to) + (there.begin - c) * bytes,
+                     static_cast<char const*>(from) + there.begin * bytes, (there.end - there.begin) * bytes);
+  }
+
   // Columns of which some are not kept: the terms of those that are, copied, because the others may not be read.
   template <Terms TERMS>
   static __attribute__((noinline)) V edge(Row row, int c, V x, V* slope) {
@@ -214,13 +242,9 @@ class Scores {
     uint8 mask[kCount<Word>] = {};
     int32 ids[kCount<Word>] = {};
     Word bias[kCount<Word>] = {};
-    auto const copy = [&](void* to, auto const* from, int64 bytes) {
-      auto const* const begin = reinterpret_cast<char const*>(from) + there.begin * bytes;
-      __builtin_memcpy(static_cast<char*>(to) + (there.begin - c) * bytes, begin, (there.end - there.begin) * bytes);
-    };
-    if (TERMS >= kHidden && row.mask) copy(mask, row.mask, 1);
-    if (TERMS >= kHidden && row.ids) copy(ids, row.ids, sizeof(int32));
-    if (TERMS >= kBiased && row.bias) copy(bias, row.bias, bytes_of(row.bias_dtype));
+    if (TERMS >= kHidden && row.mask) copy_kept(row, c, row.mask, 1, mask);
+    if (TERMS >= kHidden && row.ids) copy_kept(row, c, row.ids, sizeof(int32), ids);
+    if (TERMS >= kBiased && row.bias) copy_kept(row, c, row.bias, bytes_of(row.bias_dtype), bias);
     row.mask = row.mask ? mask : nullptr;
     row.ids = row.ids ? ids : nullptr;
     row.bias = row.bias ? reinterpret_cast<char const*>(bias) : nullptr;

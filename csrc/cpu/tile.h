@@ -82,12 +82,12 @@ inline void multiply(int rows, int vectors, int64 depth, Matrix<typename Op::Wor
   Tiles<Op, ADD>::kTable[rows - 1][vectors - 1](depth, a, b, c);
 }
 
-// C = A B, the contraction cut into chains.
-template <class Op>
+// C = A B or C += A B, the contraction cut into chains.
+template <class Op, bool ADD = false>
 inline void multiply_in_chains(int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
                                Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
   int64 done = depth < Op::kChain ? depth : Op::kChain;
-  multiply<Op, false>(rows, vectors, done, a, b, c);
+  multiply<Op, ADD>(rows, vectors, done, a, b, c);
   for (; done < depth; done += Op::kChain) {
     int64 const more = depth - done < Op::kChain ? depth - done : Op::kChain;
     multiply<Op, true>(rows, vectors, more, {a.at + done, a.stride}, {b.at + done * b.stride, b.stride}, c);

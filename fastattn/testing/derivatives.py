@@ -3,11 +3,15 @@
 Every differentiable input moves, and so do ``dout`` and ``dlse``. The condition of a result is, as there, its formula
 with each sum replaced by the root of the sum of its squared terms; a product of two rounded numbers has a term for the
 rounding of each. The formulas are those at the top of ``backends/portable/derivatives.py``.
+
+The factors are half of those there. A term moves with each of its factors, so every rounding of the first order is
+counted twice in the condition; and eager, whose tangents torch derives, rounds in as many more places.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,17 +27,20 @@ from fastattn.problem import DIFFERENTIABLE, Rows, Tangents
 from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import (
     CONDITION_FACTOR,
+    EAGER_FACTOR,
     Results,
     Row,
+    Yardstick,
     check_contract,
     heads_first,
     in_float64,
-    judge_result,
     like_input,
     offset_of,
     poisoned,
     score_gradient,
 )
+
+FACTORS = (EAGER_FACTOR / 2, CONDITION_FACTOR / 2)
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,47 @@ class Motion:
         return Motion(tangents, self.dout.double(), None if self.dlse is None else self.dlse.double())
 
 
-def measure_derivatives(backend: Backend | str, sample: Sample) -> list[Row]:
+class DerivativeYardstick(Yardstick):
+    """What the derivatives of one sample are judged by, along ``motion``, by default seeded tangents."""
+
+    factors = FACTORS
+
+    def __init__(self, sample: Sample, motion: Motion | None = None) -> None:
+        super().__init__(sample)
+        self.motion = motion or Motion.of(sample)
+
+    @functools.cached_property
+    def exact(self) -> Results:
+        """The tangents in fp64."""
+        return _reference(in_float64(self.sample), self.motion.in_float64(), None)
+
+    @functools.cached_property
+    def eager(self) -> Results:
+        """Those of eager attention whose arithmetic is in the dtype of the inputs."""
+        return _reference(self.sample, self.motion, self.sample.inputs.q.dtype)
+
+    @functools.cached_property
+    def condition(self) -> Results:
+        """What a relative error of one in each operation could move the tangents by."""
+        return _Condition(in_float64(self.sample), self.motion.in_float64(), self.exact).results()
+
+
+def measure_derivatives(
+    backend: Backend | str, sample: Sample, *, yardstick: DerivativeYardstick | None = None
+) -> list[Row]:
     """Judge the tangents of out, lse and every gradient that the sample needs.
 
     Args:
         backend: a backend that declares "jvp", or its name.
         sample: from ``inputs.make``.
+        yardstick: of the sample, for several backends to share; None makes one.
 
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
     able = load(backend) if isinstance(backend, str) else backend
-    return judge_derivatives(sample, Motion.of(sample), lambda sample, motion: _run(able, sample, motion))
+    yardstick = yardstick or DerivativeYardstick(sample)
+    return yardstick.judge(_run(able, sample, yardstick.motion), suffix="'")
 
 
 def judge_derivatives(
@@ -90,14 +126,7 @@ def judge_derivatives(
         run: the computation.
         where: the end of the name of each row.
     """
-    found = run(sample, motion)
-    wide, exactly = in_float64(sample), motion.in_float64()
-    exact = _reference(wide, exactly, None)
-    eager = _reference(sample, motion, sample.inputs.q.dtype)
-    condition = _Condition(wide, exactly, exact).results()
-    arithmetic = reference.compute_dtype(sample.inputs)
-    rows = (judge_result(f"{n}'{where}", found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
-    return [row for each in rows for row in each]
+    return DerivativeYardstick(sample, motion).judge(run(sample, motion), suffix=f"'{where}")
 
 
 def _run(backend: Backend, sample: Sample, motion: Motion) -> Results:
@@ -161,7 +190,7 @@ class _Condition:
         self.dropped = max(1.0, spec.dropout_scale) ** 2
         # what is stored is rounded in its own dtype, here in units of the arithmetic's
         ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
-        self.stored = (ratio / CONDITION_FACTOR) ** 2
+        self.stored = (ratio / FACTORS[1]) ** 2
 
     def _square(self, x: Tensor | None, like: Tensor | None = None) -> Tensor:
         """Heads first; what does not move has zeros ``like`` what could."""

@@ -3,6 +3,10 @@
 The condition of a result is, as there, its formula with each sum replaced by the root of the sum of its squared terms.
 The position of the largest logit is judged by the exact logit that stands there: of two that rounding cannot tell
 apart, either is right.
+
+Statistics are stored in the dtype of the arithmetic and read nothing that was rounded to another, so eager's error is
+that of eager in this dtype, too. The factors are half of those there: no result of a first pass, rounded, enters a
+second one.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from fastattn.backends.base import Backend
 from fastattn.problem import Grads, Statistics, StatisticsGradient
 from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import (
+    CONDITION_FACTOR,
+    EAGER_FACTOR,
     Results,
     Row,
     check_contract,
@@ -29,6 +35,8 @@ from fastattn.testing.tolerance import (
     offset_of,
     poisoned,
 )
+
+FACTORS = (EAGER_FACTOR / 2, CONDITION_FACTOR / 2)
 
 
 def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
@@ -49,13 +57,14 @@ def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
     _check(statistics, grads, sample)
     exactly = StatisticsGradient(*(getattr(gradient, f.name).double() for f in dataclasses.fields(gradient)))
     exact = _reference(wide, exactly, None)
-    eager = _reference(sample, gradient, sample.inputs.q.dtype)
-    found = _named(statistics, grads, needs)
     scores, arithmetic = reference.scores(wide.inputs, wide.spec), reference.compute_dtype(sample.inputs)
+    of_gradients = _reference(sample, gradient, sample.inputs.q.dtype)
+    eager = of_gradients | _statistics(reference.statistics(sample.inputs, sample.spec, arithmetic))
+    found = _named(statistics, grads, needs)
     found["logit at largest_key"] = _at_key(scores, statistics.largest_key, wide).to(arithmetic)
     exact["logit at largest_key"], eager["logit at largest_key"] = exact["largest_logit"], eager["largest_logit"]
     condition = _condition(wide, exactly, scores, exact)
-    rows = (judge_result(n, found[n], exact[n], eager[n], condition[n], arithmetic) for n in condition)
+    rows = (judge_result(n, found[n], exact[n], eager[n], condition[n], arithmetic, FACTORS) for n in condition)
     return [row for each in rows for row in each]
 
 
@@ -71,8 +80,11 @@ def _gradient(sample: Sample) -> StatisticsGradient:
 
 
 def _named(statistics: Statistics, grads: Grads, needs: tuple[str, ...]) -> Results:
-    found = {name: x for name, x in statistics._asdict().items() if name != "largest_key"}
-    return found | {f"d{name}": getattr(grads, f"d{name}") for name in needs}
+    return _statistics(statistics) | {f"d{name}": getattr(grads, f"d{name}") for name in needs}
+
+
+def _statistics(found: Statistics) -> Results:
+    return {name: x for name, x in found._asdict().items() if name != "largest_key"}
 
 
 def _check(statistics: Statistics, grads: Grads, sample: Sample) -> None:

@@ -72,7 +72,10 @@ class Yardstick:
 
     Attributes:
         sample: the problem, as backends get it.
+        factors: of eager's error and of the condition.
     """
+
+    factors = (EAGER_FACTOR, CONDITION_FACTOR)
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
@@ -96,7 +99,9 @@ class Yardstick:
         """Two rows, one for each norm, for each result that was found; ``suffix`` ends their names."""
         arithmetic = reference.compute_dtype(self.sample.inputs)
         rows = (
-            judge_result(name + suffix, found[name], self.exact[name], self.eager[name], condition, arithmetic)
+            judge_result(
+                name + suffix, found[name], self.exact[name], self.eager[name], condition, arithmetic, self.factors
+            )
             for name, condition in self.condition.items()
             if name in found
         )
@@ -227,7 +232,13 @@ def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
 
 
 def judge_result(
-    name: str, found: Tensor, exact: Tensor, eager: Tensor, condition: Tensor, arithmetic: torch.dtype
+    name: str,
+    found: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    condition: Tensor,
+    arithmetic: torch.dtype,
+    factors: tuple[float, float] = (EAGER_FACTOR, CONDITION_FACTOR),
 ) -> list[Row]:
     """A row for each norm. Where the exact result is -inf (lse of an empty row), ``found`` must be too."""
     stored_eps, arithmetic_eps = torch.finfo(found.dtype).eps, torch.finfo(arithmetic).eps
@@ -241,8 +252,8 @@ def judge_result(
         error = norm(found - exact) if agrees else float("nan")
         eager_error = norm(eager - exact)
         yardstick = stored_eps * norm(condition) if overflowed else eager_error
-        rounding = stored_eps * norm(exact) + least + CONDITION_FACTOR * arithmetic_eps * norm(condition)
-        bound = EAGER_FACTOR * yardstick + rounding
+        rounding = stored_eps * norm(exact) + least + factors[1] * arithmetic_eps * norm(condition)
+        bound = factors[0] * yardstick + rounding
         rows.append(Row(f"{name} {norm_name}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
     return rows
 

@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import inspect
 import threading
+import types
 import warnings
 
 import pytest
@@ -180,6 +181,24 @@ def test_explain_computes_nothing():
     with pytest.raises(fastattn.InputError):
         fastattn.explain(q, q, q, window=3)
     assert fastattn.attention(q, q, q).grad_fn is not None
+
+
+def test_explain_names_the_backend_that_derives_for_another(monkeypatch):
+    """One without jvp and statistics leaves them to the first that has them."""
+    lacking = types.SimpleNamespace(
+        unsupported_reasons=lambda problem: capability_reasons(Capabilities(), problem), automatic_reasons=lambda _: []
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", ("lacking", "eager"))
+    monkeypatch.setattr(dispatch, "load", lambda name: lacking if name == "lacking" else load(name))
+    dispatch.reasons.cache_clear()
+    found = dispatch.Explanation.of(PROBLEM)
+    assert found.chosen == "lacking" and found.delegates == {"jvp": "eager", "statistics": "eager"}
+    assert "eager computes Jacobian-vector products and second derivatives; lacking has none" in str(found)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("lacking",))
+    dispatch.reasons.cache_clear()
+    assert "no backend computes statistics of the weights" in str(dispatch.Explanation.of(PROBLEM))
+    dispatch.reasons.cache_clear()
+    assert "computes" not in str(dispatch.Explanation("eager", {"eager": []}, PROBLEM, {}, {"jvp": "eager"}))
 
 
 def test_threads_and_tasks_choose_for_themselves():

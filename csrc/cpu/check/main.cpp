@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <thread>
+#include <tuple>
 
 #include "problem.h"
 
@@ -13,6 +14,8 @@ using namespace fa::check;
 
 extern "C" long long fa_cpu_forward(const char*);
 extern "C" long long fa_cpu_backward(const char*);
+extern "C" long long fa_cpu_jvp(const char*, const char*);
+extern "C" long long fa_cpu_backward_jvp(const char*, const char*);
 extern "C" const char* fa_cpu_machine(long long, int*);
 
 extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned) {
@@ -31,14 +34,15 @@ static double tolerance(int64 dtype) {
                                       : 4e-2;
 }
 
-static bool is_right(char const* name, Tensor const& found, std::vector<double> const& exact, double limit) {
+static bool is_right(char const* name, Tensor const& found, std::vector<Dual> const& exact, double Dual::* part,
+                     double limit) {
   double largest = 1, error = 0;
-  for (double x : exact)
-    if (std::isfinite(x)) largest = std::max(largest, std::abs(x));
+  for (Dual const& x : exact)
+    if (std::isfinite(x.*part)) largest = std::max(largest, std::abs(x.*part));
   for (int64 n = 0; n < found.count; ++n) {
     double const x = found.get(n);
-    bool const is_same = x == exact[n];  // infinities
-    double const off = is_same ? 0 : std::abs(x - exact[n]);
+    bool const is_same = x == exact[n].*part;  // infinities
+    double const off = is_same ? 0 : std::abs(x - exact[n].*part);
     if (!(off <= error)) error = off;  // NaN stays
     if (std::isnan(error)) break;
   }
@@ -48,18 +52,27 @@ static bool is_right(char const* name, Tensor const& found, std::vector<double> 
 }
 
 static bool run(Problem& problem) {
-  char packed[sizeof problem.p];
-  std::memcpy(packed, &problem.p, sizeof packed);
-  if (fa_cpu_forward(packed) || fa_cpu_backward(packed)) return std::printf("  did not run\n"), false;
+  char p[sizeof problem.p], moved[sizeof p], products[sizeof p];
+  std::memcpy(p, &problem.p, sizeof p);
+  std::memcpy(moved, &problem.moved, sizeof p);
+  std::memcpy(products, &problem.products, sizeof p);
+  if (fa_cpu_forward(p) || fa_cpu_backward(p) || fa_cpu_jvp(p, moved) || fa_cpu_backward_jvp(products, moved))
+    return std::printf("  did not run\n"), false;
   Results const exact = problem.by_formula();
   double const limit = tolerance(problem.p.dtype);
-  bool ok = is_right("out", problem.out, exact.out, limit);
-  ok &= is_right("lse", problem.lse, exact.lse, limit);
-  ok &= is_right("dq", problem.dq, exact.dq, limit);
-  ok &= is_right("dk", problem.dk, exact.dk, limit);
-  ok &= is_right("dv", problem.dv, exact.dv, limit);
-  ok &= is_right("dbias", problem.dbias, exact.dbias, limit);
-  return ok & is_right("dsinks", problem.dsinks, exact.dsinks, limit);
+  bool ok = true;
+  for (auto const& [name, x, values] : {std::tuple{"out", &Tensors::out, &exact.out},
+                                        {"lse", &Tensors::lse, &exact.lse},
+                                        {"dq", &Tensors::dq, &exact.dq},
+                                        {"dk", &Tensors::dk, &exact.dk},
+                                        {"dv", &Tensors::dv, &exact.dv},
+                                        {"dbias", &Tensors::dbias, &exact.dbias},
+                                        {"dsinks", &Tensors::dsinks, &exact.dsinks}}) {
+    ok &= is_right(name, problem.at.*x, *values, &Dual::value, limit);
+    ok &= is_right((std::string(name) + "'").c_str(), problem.tangent.*x, *values, &Dual::moved,
+                   4 * limit);  // out' was rounded, too
+  }
+  return ok;
 }
 
 int main(int count, char** words) {

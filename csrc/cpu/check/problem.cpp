@@ -64,6 +64,7 @@ Problem::Problem(std::uint64_t seed, int64 machine, int64 threads) : random_(see
   draw_sizes();
   draw_terms();
   make_results();
+  draw_tangents();
 }
 
 static std::vector<int32> starts(std::vector<int64> const& lengths) {
@@ -109,24 +110,21 @@ void Problem::draw_terms() {
     at = x.data();
     strides = {count * heads * dim, heads * dim, dim};
   };
-  rows(q, p.q, p.q_strides, p.rows_q, p.heads_q, p.head_dim_qk);
-  rows(k, p.k, p.k_strides, p.rows_kv, p.heads_kv, p.head_dim_qk);
-  rows(v, p.v, p.v_strides, p.rows_kv, p.heads_kv, p.head_dim_v);
-  rows(dout, p.dout, p.dout_strides, p.rows_q, p.heads_q, p.head_dim_v);
+  rows(at.q, p.q, p.q_strides, p.rows_q, p.heads_q, p.head_dim_qk);
+  rows(at.k, p.k, p.k_strides, p.rows_kv, p.heads_kv, p.head_dim_qk);
+  rows(at.v, p.v, p.v_strides, p.rows_kv, p.heads_kv, p.head_dim_v);
+  rows(at.dout, p.dout, p.dout_strides, p.rows_q, p.heads_q, p.head_dim_v);
   bool const is_dense = !p.cu_seqlens_q;
   if (is_dense && chance(30)) {
     int64 const b = chance(50) ? p.batch : 1, h = chance(50) ? p.heads_q : 1, i = chance(70) ? p.rows_q : 1,
                 j = chance(70) ? p.rows_kv : 1;
-    bias = normal(chance(50) ? words : int64(cpu::kBfloat16), b * h * i * j);
-    p.bias = bias.data();
-    p.bias_dtype = bias.dtype;
+    at.bias = normal(chance(50) ? words : int64(cpu::kBfloat16), b * h * i * j);
+    p.bias = at.bias.data();
+    p.bias_dtype = at.bias.dtype;
     p.bias_batch = b > 1 ? h * i * j : 0;
     p.bias_head = h > 1 ? i * j : 0;
     p.bias_row = i > 1 ? j : 0;
     p.bias_key = j > 1;
-    dbias = Tensor(words, bias.count);
-    for (int64 n = 0; n < dbias.count; ++n) dbias.set(n, 0);
-    p.dbias = dbias.data();
     p.dbias_dtype = words;
     p.dbias_adds = b < p.batch || h < p.heads_q || i < p.rows_q || j < p.rows_kv || j == 1;
     p.dbias_batch = p.bias_batch, p.dbias_head = p.bias_head, p.dbias_row = p.bias_row, p.dbias_key = p.bias_key;
@@ -147,7 +145,7 @@ void Problem::draw_terms() {
   }
   if (chance(25)) draw_intervals();
   if (chance(20)) p.slopes = (slopes = normal(words, p.heads_q)).data();
-  if (chance(30)) p.sinks = (sinks = normal(words, p.batch * p.heads_q)).data(), p.sinks_stride = p.heads_q;
+  if (chance(30)) p.sinks = (at.sinks = normal(words, p.batch * p.heads_q)).data(), p.sinks_stride = p.heads_q;
   if (chance(20)) {
     rng_state = {int64(random_() >> 2), below(1000)};
     p.rng_state = rng_state.data();
@@ -169,18 +167,48 @@ void Problem::draw_intervals() {
   p.intervals = intervals.data();
 }
 
+static int64 words_of(int64 dtype) { return dtype == cpu::kFloat64 ? cpu::kFloat64 : cpu::kFloat32; }
+
+static void make_gradients(AttentionParams& p, Tensors& of, Tensors const& like) {
+  p.dq = (of.dq = Tensor(p.dtype, like.q.count)).data();
+  p.dk = (of.dk = Tensor(p.dtype, like.k.count)).data();
+  p.dv = (of.dv = Tensor(p.dtype, like.v.count)).data();
+  if (p.bias) {
+    p.dbias = (of.dbias = Tensor(p.dbias_dtype, like.bias.count)).data();
+    for (int64 n = 0; n < of.dbias.count; ++n) of.dbias.set(n, 0);
+  }
+  if (p.sinks) p.dsinks = (of.dsinks = Tensor(words_of(p.dtype), p.batch * p.heads_q)).data();
+}
+
 void Problem::make_results() {
-  int64 const batch = p.cu_seqlens_q ? 1 : p.batch, words = p.dtype == cpu::kFloat64 ? cpu::kFloat64 : cpu::kFloat32;
+  int64 const batch = p.cu_seqlens_q ? 1 : p.batch, words = words_of(p.dtype);
   int64 const rows = batch * p.rows_q * p.heads_q;
-  dlse = normal(words, rows);
-  p.dlse = dlse.data();
-  p.out = (out = Tensor(p.dtype, rows * p.head_dim_v)).data();
-  p.lse = (lse = Tensor(words, rows)).data();
+  p.dlse = (at.dlse = normal(words, rows)).data();
+  p.out = (at.out = Tensor(p.dtype, rows * p.head_dim_v)).data();
+  p.lse = (at.lse = Tensor(words, rows)).data();
   p.lse_low = (low = Tensor(words, rows)).data();
-  p.dq = (dq = Tensor(p.dtype, q.count)).data();
-  p.dk = (dk = Tensor(p.dtype, k.count)).data();
-  p.dv = (dv = Tensor(p.dtype, v.count)).data();
-  if (p.sinks) p.dsinks = (dsinks = Tensor(words, p.batch * p.heads_q)).data();
+  make_gradients(p, at, at);
+}
+
+// Of what there is; now and then something stands still.
+void Problem::draw_tangents() {
+  products = moved = p;
+  make_gradients(products, tangent, at);
+  moved.dq = moved.dk = moved.dv = moved.dbias = moved.dsinks = moved.lse_low = nullptr;
+  auto const draw = [&](Tensor Tensors::* x, void const* given) {
+    Tensor const& like = at.*x;
+    if (given && chance(80)) tangent.*x = normal(like.dtype, like.count);
+    return static_cast<void const*>((tangent.*x).data());
+  };
+  moved.q = draw(&Tensors::q, p.q);
+  moved.k = draw(&Tensors::k, p.k);
+  moved.v = draw(&Tensors::v, p.v);
+  moved.bias = draw(&Tensors::bias, p.bias);
+  moved.sinks = draw(&Tensors::sinks, p.sinks);
+  moved.dout = draw(&Tensors::dout, p.dout);
+  moved.dlse = draw(&Tensors::dlse, p.dlse);
+  moved.out = (tangent.out = Tensor(p.dtype, at.out.count)).data();
+  moved.lse = (tangent.lse = Tensor(at.lse.dtype, at.lse.count)).data();
 }
 
 std::string Problem::describe() const {

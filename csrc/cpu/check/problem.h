@@ -28,13 +28,24 @@ struct Tensor {
   void* data() const { return bytes.get(); }
 };
 
+// A number, and how it moves when the inputs move along their tangents.
+struct Dual {
+  double value = 0, moved = 0;
+};
+
 struct Results {
-  std::vector<double> out, lse, dq, dk, dv, dbias, dsinks;
+  std::vector<Dual> out, lse, dq, dk, dv, dbias, dsinks;
+};
+
+// Differentiable inputs of the passes, and results.
+struct Tensors {
+  Tensor q, k, v, bias, sinks, dout, dlse, out, lse, dq, dk, dv, dbias, dsinks;
 };
 
 struct Problem {
-  AttentionParams p{};
-  Tensor q, k, v, dout, dlse, bias, slopes, sinks, out, lse, low, dq, dk, dv, dbias, dsinks;
+  AttentionParams p{}, moved{}, products{};  // of the passes; tangents; of their Jacobian-vector products
+  Tensors at, tangent;
+  Tensor slopes, low;
   std::unique_ptr<unsigned char[]> mask;
   std::vector<int32> segments_q, segments_kv, intervals, cu_q, cu_kv;
   std::vector<int64> rng_state;
@@ -59,9 +70,11 @@ struct Problem {
   void draw_sizes();
   void draw_terms();
   void draw_intervals();
+  void draw_tangents();
   void make_results();
+  Dual number(Tensor Tensors::* x, int64 n) const;
   bool survives(int64 head, int64 i, int64 j) const;
-  double score(int64 b, int64 h, int64 i, int64 j, double& slope) const;
+  Dual score(int64 b, int64 h, int64 i, int64 j, Dual& slope) const;
   void row_by_formula(int64 b, int64 h, int64 i, Results& r) const;
 };
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
-from fastattn.backends.cpu import attention, decode, library
+from fastattn.backends.cpu import attention, decode, derivatives, library
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
+from fastattn.problem import CACHE_FEATURES, DERIVATIVE_FEATURES, FEATURES, Grads, Inputs, Problem, Rows, Tangents
 from fastattn.spec import AttentionSpec
 
 TESTED = ("x86_64",)  # kinds of machines on which it has run
@@ -38,7 +38,7 @@ class CpuBackend(Backend):
     name = "cpu"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
-        features=frozenset(FEATURES + CACHE_FEATURES),
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + CACHE_FEATURES),
         max_head_dim=attention.MAX_HEAD_DIM,
     )
     prepares_more = True
@@ -77,6 +77,14 @@ class CpuBackend(Backend):
         needs: Sequence[str],
     ) -> Grads:
         return attention.backward(_library(), dout, dlse, (out, lse, lse_low), inputs, spec, needs)
+
+    def jvp(self, tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        return derivatives.jvp(_library(), tangents, results, inputs, spec)
+
+    def backward_jvp(
+        self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        return derivatives.backward_jvp(_library(), rows, moved, tangents, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)

@@ -20,7 +20,7 @@ from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import model
 
-VERSION = 3  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 4  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -100,16 +100,37 @@ def backward(
     out, lse, low = (x.contiguous() for x in results)
     dout = dout if _has_contiguous_rows(dout) else dout.contiguous()
     dlse = None if dlse is None else dlse.to(call.words).contiguous()
-    grads: dict[str, Tensor] = {
-        f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
-        for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
-        if name in needs
-    }
-    sums = SumsOfMore.of(inputs, needs)
-    dbias, dsinks = sums.make()
-    written = grads | {name: x for name, x in (("dbias", dbias), ("dsinks", dsinks)) if x is not None}
-    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **written))
-    return Grads(**grads, **sums.as_gradients(dbias, dsinks))
+    grads = Gradients.of(inputs, needs)
+    library.attend("backward", call.packed(out=out, lse=lse, lse_low=low, dout=dout, dlse=dlse, **grads.tensors()))
+    return grads.finished()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Memory for gradients as the kernels write them, or for their tangents."""
+
+    of_qkv: dict[str, Tensor]
+    dbias: Tensor | None
+    dsinks: Tensor | None
+    sums: SumsOfMore
+
+    @classmethod
+    def of(cls, inputs: Inputs, needs: Sequence[str]) -> Gradients:
+        of_qkv = {
+            f"d{name}": torch.empty(x.shape, dtype=x.dtype, device=HOST)
+            for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))
+            if name in needs
+        }
+        sums = SumsOfMore.of(inputs, needs)
+        return cls(of_qkv, *sums.make(), sums)
+
+    def tensors(self) -> dict[str, Tensor]:
+        more = (("dbias", self.dbias), ("dsinks", self.dsinks))
+        return self.of_qkv | {name: x for name, x in more if x is not None}
+
+    def finished(self) -> Grads:
+        """In the shapes and dtypes of the inputs."""
+        return Grads(**self.of_qkv, **self.sums.as_gradients(self.dbias, self.dsinks))
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class Library:
             ("fa_cpu_attention_bytes", [], ctypes.c_longlong),
             ("fa_cpu_forward", [ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_backward", [ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_backward_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -96,6 +98,7 @@ class Library:
         self._decode = self._library.fa_cpu_decode
         self.machine = asked_for(self.machines())
         self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
+        self._products = {"jvp": self._library.fa_cpu_jvp, "backward_jvp": self._library.fa_cpu_backward_jvp}
 
     def machines(self) -> dict[str, bool]:
         """The instruction sets it was compiled for, the best first, and whether this machine has them."""
@@ -130,6 +133,15 @@ class Library:
             RuntimeError: it was not computed, for the reason that the message gives.
         """
         if outcome := self.passes[which](packed):
+            self.explain(outcome)
+
+    def differentiate(self, which: str, packed: bytes, moved: bytes) -> None:
+        """A Jacobian-vector product, "jvp" or "backward_jvp", given the structs of the inputs and of their tangents.
+
+        Raises:
+            RuntimeError: it was not computed, for the reason that the message gives.
+        """
+        if outcome := self._products[which](packed, moved):
             self.explain(outcome)
 
     def explain(self, outcome: int) -> None:

@@ -9,10 +9,11 @@ import torch
 
 from fastattn import InputError, intervals
 from fastattn.backends import load
-from fastattn.backends.cpu import attention, build, library
-from fastattn.problem import DIFFERENTIABLE, Inputs
+from fastattn.backends.cpu import attention, build, derivatives, library
+from fastattn.problem import DIFFERENTIABLE, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
 from fastattn.testing import Case, assert_within, grid, make
+from fastattn.testing.derivatives import DerivativeYardstick, measure_derivatives
 from fastattn.testing.tolerance import Yardstick, measure
 
 FOUND, HOW = library.delivered()
@@ -39,6 +40,12 @@ class OnMachine(type(load("cpu"))):
         results = (out, lse, lse_low)
         return attention.backward(FOUND, dout, dlse, results, inputs, spec, needs, machine=self.machine)
 
+    def jvp(self, tangents, results, inputs, spec):
+        return derivatives.jvp(FOUND, tangents, results, inputs, spec, machine=self.machine)
+
+    def backward_jvp(self, rows, moved, tangents, inputs, spec, needs):
+        return derivatives.backward_jvp(FOUND, rows, moved, tangents, inputs, spec, needs, machine=self.machine)
+
 
 BACKENDS = [OnMachine(name) for name in MACHINES]
 
@@ -52,6 +59,13 @@ def assert_right_everywhere(case):
 @pytest.mark.parametrize("case", grid(), ids=lambda case: case.id)
 def test_the_grid_on_every_instruction_set(case):
     assert_right_everywhere(case)
+
+
+@pytest.mark.parametrize("case", grid(quick=True), ids=lambda case: case.id)
+def test_derivatives_on_every_instruction_set(case):
+    yardstick = DerivativeYardstick(make(case))
+    for backend in BACKENDS:
+        assert_within(measure_derivatives(backend, yardstick.sample, yardstick=yardstick))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -82,7 +96,9 @@ LONG = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LONG)
 def test_more_keys_than_a_block_or_a_part(name, dtype):
-    assert_right_everywhere(Case(name, B=1, dtype=dtype, D_qk=16, D_v=16, **LONG[name]))
+    case = Case(name, B=1, dtype=dtype, D_qk=16, D_v=16, **LONG[name])
+    assert_right_everywhere(case)
+    assert_within(measure_derivatives("cpu", make(case)))
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -104,7 +120,16 @@ def results(dout, inputs, spec, backend=None):
     found = backend.forward(inputs, spec)
     needs = [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
     grads = backend.backward(dout, None, *found, inputs, spec, needs)
-    return {"out": found[0], "lse": found[1], "low": found[2]} | {f"d{n}": getattr(grads, f"d{n}") for n in needs}
+    by_name = {"out": found[0], "lse": found[1], "low": found[2]} | {f"d{n}": getattr(grads, f"d{n}") for n in needs}
+    return by_name | derived(Rows(dout, None, *found), inputs, spec, needs, backend)
+
+
+def derived(rows, inputs, spec, needs, backend):
+    """Jacobian-vector products of both passes, along what they start from."""
+    along = Tangents(**{name: getattr(inputs, name) for name in needs})
+    moved = backend.jvp(along, rows, inputs, spec)
+    grads = backend.backward_jvp(rows, Rows(rows.dout, None, *moved), along, inputs, spec, needs)
+    return {"out'": moved[0], "lse'": moved[1]} | {f"d{n}'": getattr(grads, f"d{n}") for n in needs}
 
 
 BITS = {
