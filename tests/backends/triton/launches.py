@@ -22,6 +22,7 @@ from fastattn.backends.triton import BACKEND, plans  # noqa: E402
 from fastattn.kv_cache import CacheInputs  # noqa: E402
 from fastattn.problem import Inputs  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
+from fastattn.storage import extent  # noqa: E402
 from fastattn.testing.caches import cache_grid, make_cache_sample  # noqa: E402
 
 SPEC = AttentionSpec(0.125, right=0)
@@ -89,7 +90,7 @@ def compared(usual, prepared, make):
 
 def renamed(found, tensors):
     """Launches with each address replaced by the name of the tensor it lies in, and the offset."""
-    spans = {name: (x.data_ptr(), x.data_ptr() + max(1, x.untyped_storage().nbytes())) for name, x in tensors.items()}
+    spans = {name: (x.data_ptr(), x.data_ptr() + max(1, extent(x))) for name, x in tensors.items()}
 
     def of(x):
         if x < 1 << 32:
@@ -106,7 +107,7 @@ def dense(dtype=torch.bfloat16):
 
 def with_gradient():
     q, k, v = dense()
-    lse, low = torch.zeros(1, 8, 256), torch.zeros(1, 8, 256)
+    lse, low = torch.zeros(2, 1, 8, 256).unbind()  # of one tensor, as plans keep them
     return torch.zeros_like(q), torch.zeros_like(q), lse, low, q, k, v
 
 
@@ -176,9 +177,19 @@ def main():
         call = lambda sample=sample: BACKEND.attend_to_cache(sample.inputs, sample.spec)  # noqa: E731
         forms[f"cache: {case.id}"] = told(call)[0]
     problem = inputs_of(*dense())
+    forward_run = BACKEND.prepared_forward(problem, SPEC, keep=True)
+    backward_run = BACKEND.prepared_backward(problem, SPEC, problem.q.to("meta"))
+
+    def planned_forward(*qkv):
+        out, kept = forward_run(*qkv)
+        return out, *kept.unbind()
+
+    def planned_backward(dout, out, lse, low, *qkv):
+        return backward_run(dout, out, lse._base, *qkv)
+
     planned = {
-        "forward": compared(forward, BACKEND.prepared_forward(problem, SPEC, keep=True), dense),
-        "backward": compared(backward, BACKEND.prepared_backward(problem, SPEC, problem.q.to("meta")), with_gradient),
+        "forward": compared(forward, planned_forward, dense),
+        "backward": compared(backward, planned_backward, with_gradient),
     }
     for paged in (True, False):
         prepared = BACKEND.prepared_for_cache(cache_of(*step(paged)), SPEC)
