@@ -226,7 +226,7 @@ class PlannedAttention(torch.autograd.Function):
         return *grads[:3], None, None, *of_more
 
 
-# Function.apply without what it does first for torch.func, which plans do not serve.
+# Function.apply without what it does first for torch.func, which plans do not serve (docs/decisions/plans.md).
 _apply_planned = super(torch.autograd.Function, PlannedAttention).apply
 
 
