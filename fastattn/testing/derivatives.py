@@ -37,6 +37,7 @@ from fastattn.testing.tolerance import (
     like_input,
     offset_of,
     poisoned,
+    roundings,
     score_gradient,
 )
 
@@ -254,7 +255,10 @@ class _Condition:
         makers: dict[str, Any] = {
             "dq": lambda: spec.scale**2 * like_input(ds2 @ self.k2 + dt2 @ self.tk2, exact["dq"]),
             "dk": lambda: spec.scale**2 * like_input(ds2.mT @ self.q2 + dt2.mT @ self.tq2, exact["dk"]),
-            "dv": lambda: like_input(moved_p2.mT @ self.g2 + self.dropped * self.weight.mT @ self.tg2, exact["dv"]),
+            "dv": lambda: (
+                roundings(moved_p2)
+                * like_input(moved_p2.mT @ self.g2 + self.dropped * self.weight.mT @ self.tg2, exact["dv"])
+            ),
             "dbias": lambda: moved_dt2.sum_to_size(exact["dbias"].shape),
             "dsinks": lambda: sink2.sum((0, 2)).max().expand(exact["dsinks"].shape),
         }

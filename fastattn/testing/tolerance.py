@@ -16,8 +16,9 @@ arithmetic that the spec asks for, to first order: ``condition`` is the result's
 root of the sum of its squared terms (roundings are independent: Higham and Mary, "A new approach to probabilistic
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
 relative error of its argument by the argument; ``|lse|`` counts for no more than what a large bias may absorb of the
-products (``offset_of``). Sums over a head dim count ``1 + log2(D)`` roundings of each term, those
-of a pairwise sum: backward sums in another order than forward, and with one key eager's error does not include that.
+products (``offset_of``). Sums over a head dim, and those of dv over query rows, count ``1 + log2(n)`` roundings of each
+of their n terms, those of a pairwise sum: backward sums in another order than forward, and with one key, or in fp64,
+eager's error does not include that.
 ``delta`` is computed from an ``out`` that was rounded to its dtype. The condition stays above zero even if the exact
 result cancels to zero, as ``dp - delta`` does with one key.
 
@@ -295,7 +296,7 @@ def _condition(sample: Sample, exact: Results) -> Results:
     gradients = {
         "dq": lambda: spec.scale**2 * like_input(dt @ k, exact["dq"]),
         "dk": lambda: spec.scale**2 * like_input(dt.transpose(-1, -2) @ q, exact["dk"]),
-        "dv": lambda: like_input(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
+        "dv": lambda: roundings(dropped_weight) * like_input(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
         "dbias": lambda: dt.sum_to_size(exact["dbias"].shape),
         # one bound serves all heads and sequences
         "dsinks": lambda: (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
@@ -306,6 +307,11 @@ def _condition(sample: Sample, exact: Results) -> Results:
     }
     results |= {name: gradient() for name, gradient in gradients.items() if name in exact}
     return {name: x.sqrt() for name, x in results.items()}
+
+
+def roundings(weights: Tensor) -> float:
+    """The roundings of each term of a sum over query rows, of weights ``(..., S_q, S_kv)``."""
+    return 1 + math.log2(max(1, weights.shape[-2]))
 
 
 def offset_of(lse: Tensor, raw: Tensor, dtype: torch.dtype) -> Tensor:
