@@ -190,7 +190,7 @@ _TABLE: dict[str, dict[str, dict[str, Any]]] = {
         "segments, ragged": _sizes(50, 23, segments=3, dlse=True),
     },
     "intervals": {
-        "intervals": {"intervals": "random", "nan_rows": True, "dlse": True},
+        "intervals": {"intervals": "random", "dlse": True},
         "one interval, causal": {"intervals": "one", **_GQA, **_CAUSAL},
         "intervals of blocks": _sizes(70, 128, intervals="blocks", B=1),
         "intervals, packed": {**_RAGGED, "intervals": "random", "left": 9, "dropout_p": 0.2},

@@ -193,7 +193,6 @@ def test_errors(out, data, tmp_path, capsys):
     )
     fails(capsys, [*new, "--task", "tag", "--data", data, "--preset", "tiny"], "line 2, field 'words': it is missing")
     fails(capsys, [*new, "--task", "seq2seq", "--data", tmp_path / "no.jsonl", "--preset", "tiny"], "cannot be read")
-    fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, data], "2 files for classify: give one")
     fails(capsys, ["evaluate", "--checkpoint", out, "--data", data, "--limit", "0"], "--limit: got 0")
     fails(capsys, ["evaluate", "--checkpoint", tmp_path / "no", "--data", data], "does not exist")
     fails(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -47,6 +47,8 @@ def public_names() -> dict[str, object]:
             continue
         is_open, is_inner = info.name.startswith(OPEN), info.name.count(".") > 2
         if not is_open and (is_inner or not info.ispkg):
+            continue
+        if info.name.endswith(".opacus") and importlib.util.find_spec("opacus") is None:
             continue
         module = importlib.import_module(info.name)
         own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == info.name]

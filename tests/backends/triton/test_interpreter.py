@@ -84,7 +84,7 @@ def test_dropout_is_that_of_the_definition(
 def dropout_tile(found, state, threshold, j0, F: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The survivors of rows 96 .. 127 and the columns from j0 of head 3 of 5 in sequence 2."""
     sizes = Sizes(3, 3, 2 * 5 + 3, 5, 3, 3, 3, threshold, 1.0, 1.0, 1.0)
-    terms = Terms(0, 0, 0, 0, 0, 0, 0, 0, 0, state)
+    terms = Terms(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, state)
     head = open_head(tl.program_id(0) + 2, tl.program_id(0) + 3, terms, sizes, F)
     spared = survivors(head, tl.program_id(0) + 96, j0, 32, COLUMNS, TRANSPOSED)
     rows: tl.constexpr = COLUMNS if TRANSPOSED else 32
