@@ -25,12 +25,12 @@ from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import (
     CONDITION_FACTOR,
     EAGER_FACTOR,
+    Limits,
     Results,
     Row,
     check_contract,
     heads_first,
     in_float64,
-    judge_result,
     like_input,
     offset_of,
     poisoned,
@@ -64,8 +64,11 @@ def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
     found["logit at largest_key"] = _at_key(scores, statistics.largest_key, wide).to(arithmetic)
     exact["logit at largest_key"], eager["logit at largest_key"] = exact["largest_logit"], eager["largest_logit"]
     condition = _condition(wide, exactly, scores, exact)
-    rows = (judge_result(n, found[n], exact[n], eager[n], condition[n], arithmetic, FACTORS) for n in condition)
-    return [row for each in rows for row in each]
+    limits = {
+        name: Limits.of(exact[name], eager[name], condition[name], found[name].dtype, arithmetic, FACTORS)
+        for name in condition
+    }
+    return [row for name, limit in limits.items() for row in limit.judge(name, found[name])]
 
 
 def _needs(sample: Sample) -> tuple[str, ...]:
