@@ -341,7 +341,7 @@ def _condition(sample: Sample, exact: Results) -> Results:
 
 
 def roundings(weights: Tensor) -> float:
-    """The roundings of each term of a sum over query rows, of weights ``(..., S_q, S_kv)``."""
+    """The roundings of each term of a sum over the rows of ``(..., S_q, S_kv)``."""
     return 1 + math.log2(max(1, weights.shape[-2]))
 
 
