@@ -173,6 +173,12 @@ def test_a_compiler_that_hangs(tmp_path, monkeypatch):
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_a_compiler_that_takes_long_and_says_so(tmp_path):
+    """As ninja does, which names each kernel that is done: the limit is one of silence."""
+    slow = script(tmp_path / "ninja", "for step in 1 2 3 4 5 6; do sleep 0.4; echo $step; done")
+    assert compiled.run([slow], 1.5) == (0, "1\n2\n3\n4\n5\n6\n")
+
+
 def test_what_was_built_from_these_sources_is_not_built_again(tmp_path):
     csrc = Path(compiled.__file__).parents[1] / "csrc"
     path = tmp_path / build.LIBRARY
@@ -184,12 +190,6 @@ def test_what_was_built_from_these_sources_is_not_built_again(tmp_path):
     path.write_text(f"code of {'0' * 24}")
     compiled.seal(path)
     assert not build.is_current(path, csrc)
-
-
-def test_a_compiler_that_takes_long_and_says_so(tmp_path):
-    """As ninja does, which names each kernel that is done: the limit is one of silence."""
-    slow = script(tmp_path / "ninja", "for step in 1 2 3 4 5 6; do sleep 0.4; echo $step; done")
-    assert compiled.run([slow], 1.5) == (0, "1\n2\n3\n4\n5\n6\n")
 
 
 def test_what_a_compiler_says_is_no_utf8(tmp_path):
