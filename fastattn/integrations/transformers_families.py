@@ -36,7 +36,7 @@ def may_leave_masks_out(config: Any) -> bool:
 
 
 def _value(config: Any, name: str, default: Any) -> Any:
-    """``getattr`` of a configuration; transformers' own looks for renamed attributes first, at every layer."""
+    """``getattr`` of a configuration, past transformers' ``__getattribute__``, which takes long for every layer."""
     if not torch.compiler.is_compiling():
         values = object.__getattribute__(config, "__dict__")
         if name in values:
