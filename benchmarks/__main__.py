@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "tables and plots from records",
     "gpu": "all tests and benchmarks that need a GPU, in under nine minutes",
     "tune": "tile sizes of the Triton kernels",
+    "predict": "the time of the CUDA kernels on an H200 by a model, without a GPU",
     "gates": "compile gates of the Triton kernels, without a GPU",
 }
 
