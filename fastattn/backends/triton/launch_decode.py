@@ -185,6 +185,7 @@ def _cache(inputs: CacheInputs, spec: AttentionSpec) -> Cache:
         new_queries=coded(int(inputs.k is not None and inputs.is_packed)),
         capacity=coded(inputs.capacity),
         page_size=coded(inputs.page_size),
+        pages=coded(inputs.k_cache.shape[0]),
         block_table=None if inputs.block_table is None else PerToken.of(inputs.block_table),
         k_scale=None if inputs.k_scale is None else PerHead.of(inputs.k_scale),
         v_scale=None if inputs.v_scale is None else PerHead.of(inputs.v_scale),

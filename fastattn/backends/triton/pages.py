@@ -34,13 +34,16 @@ def row_pointers(x, b, i, h, VECTOR: tl.constexpr):
 
 @triton.jit
 def located(b, j, valid, cache, F: tl.constexpr):
-    """``(page, row)`` of positions ``j`` of sequence ``b``; the table is read only where ``valid``."""
+    """``(page, row, valid)`` of positions ``j`` of sequence ``b``; the table is read only where ``valid``.
+
+    A table on a GPU is not checked before: positions whose page the cache does not have are not valid.
+    """
     if F.paged:
         size = number(cache.page_size)
         entries = cache.block_table.ptr + b.to(tl.int64) * number(cache.block_table.stride_b)
         page = tl.load(entries + j // size * number(cache.block_table.stride_s), mask=valid, other=0)
-        return page, j % size
-    return b + j * 0, j
+        return page, j % size, valid & (page >= 0) & (page < number(cache.pages))
+    return b + j * 0, j, valid
 
 
 @triton.jit
@@ -131,7 +134,7 @@ def append_kernel(
 ):  # fmt: skip
     """Append ``BLOCK`` new keys, rotated by their positions, and values to the cache of their sequence.
 
-    Rows beyond its capacity are dropped. Grid: ``(B * blocks, H_kv)``.
+    Rows beyond its capacity, or of a page that it does not have, are dropped. Grid: ``(B * blocks, H_kv)``.
     """
     most = number(sizes.s_q) if F.packed else number(cache.new_rows)
     blocks = tl.cdiv(most, BLOCK)
@@ -144,7 +147,7 @@ def append_kernel(
     before = tl.load(cache.lengths + b)
     position = before + i
     valid = (i < rows) & (position < number(cache.capacity))
-    page, row = located(b, position, valid, cache, F)
+    page, row, valid = located(b, position, valid, cache, F)
     place = place_of(b, begin, i, valid, before, cache)
     tile = turned_rows(k, b, begin + i, h, place, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
     store_cached(k_cache, cache.k_scale, page, row, h, valid, tile, F.d_qk, F.block_qk, F)
