@@ -63,6 +63,20 @@ def refuse_outsiders(config: Any) -> None:
         )
 
 
+def refuse_tables(config: Any, name: str) -> None:
+    """Raise UnsupportedError for families that look a layer class up by the name, in a table that lacks it."""
+    modeling = _modeling(type(config))
+    tables = (table for of, table in getattr(modeling, "__dict__", {}).items() if of.endswith("_ATTENTION_CLASSES"))
+    lacking = next((table for table in tables if name not in table), None)
+    if lacking is not None:
+        ways = f"attn_implementation={' or '.join(map(repr, lacking))}"
+        then = f", then model.set_attn_implementation({name!r}) for its other layers" * _calls_interface(modeling)
+        raise UnsupportedError(
+            f"attn_implementation={name!r}: models of the family {config.model_type!r} ({type(config).__name__}) choose "
+            f"the class of an attention layer by this name, and have none for it. Use {ways}{then}."
+        )
+
+
 def expects_float_masks(config: Any) -> bool:
     """Whether a family was written for eager's floating masks: its layers may add them to scores, or extend them."""
     return not _served_by_sdpa(type(config))
