@@ -41,7 +41,8 @@ def _value(config: Any, name: str, default: Any) -> Any:
         values = object.__getattribute__(config, "__dict__")
         if name in values:
             return values[name]
-        if not _may_find(type(config), name):
+        config_class: Any = type(config)
+        if not _may_find(config_class, name):
             return default
     return getattr(config, name, default)
 
@@ -72,8 +73,8 @@ def refuse_tables(config: Any, name: str) -> None:
         ways = f"attn_implementation={' or '.join(map(repr, lacking))}"
         then = f", then model.set_attn_implementation({name!r}) for its other layers" * _calls_interface(modeling)
         raise UnsupportedError(
-            f"attn_implementation={name!r}: models of the family {config.model_type!r} ({type(config).__name__}) choose "
-            f"the class of an attention layer by this name, and have none for it. Use {ways}{then}."
+            f"attn_implementation={name!r}: models of the family {config.model_type!r} ({type(config).__name__}) "
+            f"choose the class of an attention layer by this name, and have none for it. Use {ways}{then}."
         )
 
 

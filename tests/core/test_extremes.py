@@ -56,7 +56,7 @@ def test_softmax_does_not_see_an_offset(backend, offset):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_that_are_rounded_coarsely_still_weigh_to_one(backend):
-    """Equal keys at scores of 1e8 and 1e10: rounding alone tells them apart, so only the sum of their weights is exact."""
+    """Equal keys at scores of 1e8 and 1e10: rounding tells them apart, so only the sum of their weights is exact."""
     q, k, v = tensors()
     for size in (1e4, 1e5):
         keys = k[:, :1].expand_as(k) * size
