@@ -83,7 +83,7 @@ def _check_with_tables(check: Callable[..., str]) -> set[str]:
         return check(self, attn_implementation, is_init_check=is_init_check, **others)
 
     checked.of_fastattn = names  # type: ignore[attr-defined]
-    PreTrainedModel._check_and_adjust_attn_implementation = checked
+    PreTrainedModel._check_and_adjust_attn_implementation = checked  # type: ignore[method-assign, assignment]
     return names
 
 
@@ -378,4 +378,4 @@ def _capturing_attentions() -> bool:
     """Whether the running forward was asked for attentions, which transformers tells only its own hooks."""
     collector = getattr(output_capturing, "_active_collector", None)
     wanted = None if collector is None else collector.get()
-    return bool(wanted) and any("attentions" in key for key in wanted)
+    return bool(wanted) and any("attentions" in key for key in wanted or ())
