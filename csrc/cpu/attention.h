@@ -33,7 +33,7 @@ static inline int keys_per_part(int s_kv) {
 static inline int part_count(int s_kv) { return larger(1, (s_kv + keys_per_part(s_kv) - 1) / keys_per_part(s_kv)); }
 
 // Blocks of keys within an item that are worked on one after the other.
-constexpr int kBackwardKeys = 128;
+constexpr int kBackwardKeys = 256;
 
 struct BackwardItem {
   Unit unit;

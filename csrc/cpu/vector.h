@@ -307,6 +307,12 @@ inline double sum(Doubles v) {
   return total;
 }
 
+inline Doubles sums_of(Doubles (&v)[kCount<double>]) {
+  Doubles sums;
+  for (int n = 0; n < kCount<double>; ++n) sums[n] = sum(v[n]);
+  return sums;
+}
+
 inline double largest(Doubles v) {
   double most = v[0];
   for (int n = 1; n < kCount<double>; ++n) most = v[n] > most ? v[n] : most;
