@@ -23,7 +23,7 @@ struct ForwardItem {
 
 // The keys of a unit are cut into parts, by its length alone. Each part adds up its share of dq from zero; shares are
 // added in the order of the parts. So the bits do not depend on which thread works on which part.
-constexpr int kMostParts = 8, kPartKeys = 512;
+constexpr int kMostParts = 16, kPartKeys = 512;
 
 static inline int keys_per_part(int s_kv) {
   int const even = (s_kv + kMostParts - 1) / kMostParts;

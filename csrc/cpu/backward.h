@@ -323,7 +323,7 @@ class Backward {
   }
 
   void fill(Range columns, Range keys, Range seen, int r, int count) {
-    filled_.add(columns, {seen.begin - keys.begin, seen.end - keys.begin}, r, count,
+    filled_.add(columns, {seen.begin - keys.begin, seen.end - keys.begin}, {r, r + count}, keys.end - keys.begin,
                 [&](Range rows, Range columns) { clear_lines(rows, columns); });
   }
 

@@ -66,16 +66,15 @@ class Filled {
   }
 
   // A strip of rows r .. stores the columns of `stored`, of which `seen` may be kept. `clear` makes the rest of its rows
-  // zero, and those before it.
+  // zero, up to the column `limit`, and those before it.
   template <class Clear>
-  void add(Range stored, Range seen, int r, int count, Clear const& clear) {
-    int const end = r + count;
-    if (!is_empty(lines_)) clear({lines_.end, r}, {0, KEYS});
-    clear({r, end}, {0, stored.begin});
-    clear({r, end}, {stored.end, KEYS});
-    lines_ = {r, end};
+  void add(Range stored, Range seen, Range rows, int limit, Clear const& clear) {
+    if (!is_empty(lines_)) clear({lines_.end, rows.begin}, {0, limit});
+    clear(rows, {0, stored.begin});
+    clear(rows, {stored.end, limit});
+    lines_ = rows;
     for (int n = seen.begin / kTileRows; n * kTileRows < seen.end; ++n)
-      of_tile_[n] = {is_empty(of_tile_[n]) ? r : of_tile_[n].begin, end};
+      of_tile_[n] = {is_empty(of_tile_[n]) ? rows.begin : of_tile_[n].begin, rows.end};
   }
 
   // Calls step with the keys of each tile, of `count` in all, and the rows.

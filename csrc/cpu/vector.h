@@ -8,8 +8,10 @@
 
 #include "params.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>  // parsed in a tenth of the time
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
