@@ -19,6 +19,8 @@ template <class Op>
 class Backward {
   template <class>
   friend class BackwardJvp;
+  template <class>
+  friend class StatisticsBackward;
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
@@ -53,11 +55,17 @@ class Backward {
   int64 share_words() const { return group_ * padded_rows_ * columns_qk_; }
 
   void run(Prefetch& prefetch) {
+    run_with(prefetch, [this](auto const&... strip) { run_strip(strip...); });
+  }
+
+  // The pass with another step for each strip.
+  template <class Strip>
+  void run_with(Prefetch& prefetch, Strip const& run_strip) {
     prefetch_ = &prefetch;
     rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, band_.s_q * group_);
     if (p_.segments_q) segments_.look(scores_.segments_kv(), {0, band_.s_kv}, runs_);
     if (p_.dsinks && item_.parts.begin == 0) add_sinks();
-    for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part);
+    for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part, run_strip);
   }
 
   // dq out of the shares of all parts, in their order.
@@ -66,7 +74,8 @@ class Backward {
       Matrix<Word> const all{shares + g * padded_rows_ * columns_qk_, columns_qk_};
       for (int part = 1; part < parts_.count(); ++part) {
         Range const rows = parts_.rows(part);
-        add_rows(all, all.at + part * share_words() + rows.begin * columns_qk_, rows);
+        add_rows(all, all.at + part * share_words() + rows.begin * columns_qk_, columns_qk_,
+                 {rows.begin, fa::smaller(rows.end, band_.s_q)});
       }
       write_dq(g, all, {0, band_.s_q});
     }
@@ -121,7 +130,8 @@ class Backward {
 
   // --- one part
 
-  void run_part(int part) {
+  template <class Strip>
+  void run_part(int part, Strip const& run_strip) {
     Range const keys = parts_.keys(part);
     begin_ = keys.begin;
     pack_keys(keys);
@@ -133,8 +143,9 @@ class Backward {
       for (first_ = rows.begin; first_ < rows.end; first_ += block_rows_) {
         packer_.need_block(head, first_, queries_of(g));
         wait();
+        auto const step = [&](int count, Range block) { run_keys(head, queries_of(g), count, block, run_strip); };
         begin_block(part, dq);
-        bool const is_used = run_rows(head, queries_of(g), first_, keys);
+        bool const is_used = for_each_block(head, first_, keys, step);
         finish_block(dq, is_used);
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
@@ -191,21 +202,13 @@ class Backward {
   }
 
   void finish_block(Matrix<Word> dq, bool is_used) const {
-    if (p_.dq && is_used && block_dq_.at == dq_) add_rows(dq, dq_, {first_, first_ + block_rows_});
+    if (p_.dq && is_used && block_dq_.at == dq_)
+      add_rows(dq, dq_, columns_qk_, {first_, fa::smaller(first_ + block_rows_, band_.s_q)});
   }
 
   // Writes the rows of dq that this part is the last to add to, while they are in a cache.
   void finish_dq(int part, int g, Matrix<Word> dq) const {
     if (p_.dq && !item_.dq_shares) write_dq(g, dq, {parts_.finished(part - 1), parts_.finished(part)});
-  }
-
-  // Adds rows, of which the first is at `from`.
-  void add_rows(Matrix<Word> to, Word const* from, Range rows) const {
-    for (int i = rows.begin; i < fa::smaller(rows.end, band_.s_q); ++i, from += columns_qk_)
-      for (int64 c = 0; c < columns_qk_; c += kCount<Word>) {
-        Word* const at = to.at + i * to.stride + c;
-        store(at, load(at) + load(from + c));
-      }
   }
 
   void pack_keys(Range keys) {
@@ -234,14 +237,8 @@ class Backward {
 
   // --- one block of keys, and of queries
 
-  // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
-  // Whether they keep any pair.
-  bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
-    return for_each_block(head, first, part,
-                          [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
-  }
-
-  // Calls step with the number of query rows, and with each block of keys that they look at.
+  // Calls step with the number of query rows, and with each block of keys that they look at. Whether they keep any pair.
+  // dq stays in the first cache, keys and their gradients in the second.
   template <class Step>
   bool for_each_block(int head, int first, Range part, Step const& step) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
@@ -254,11 +251,12 @@ class Backward {
     return true;
   }
 
-  void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
+  template <class Strip>
+  void run_keys(int head, Queries<Op> const& queries, int count, Range keys, Strip const& run_strip) {
     filled_.reset();
     for (int r = 0; r < count; r += kTileRows)
-      run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
-    add_to_keys(head, queries, first, keys);
+      run_strip(head, queries, first_, r, fa::smaller(kTileRows, count - r), keys);
+    add_to_keys(head, queries, first_, keys);
   }
 
   // What a block of queries adds to the gradients of a block of keys.

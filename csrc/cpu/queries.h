@@ -157,7 +157,8 @@ class QueryPacker {
       to.delta[i] = is_there && dlse ? -dlse[i] : 0;
     }
     int64 const count = rows_ - first < block_ ? rows_ - first : block_;
-    add_dots(from_row(out, first), from_row(dout, first), count, rows_ - first, p_.head_dim_v, to.delta + first);
+    if (p_.dout)
+      add_dots(from_row(out, first), from_row(dout, first), count, rows_ - first, p_.head_dim_v, to.delta + first);
   }
 
   AttentionParams const& p_;

@@ -108,6 +108,16 @@ inline void add_nonfinite(Word weight, Source const& rows, int64 n, int64 dim, W
   }
 }
 
+// Adds rows, of which the first is at `from`, to those with the same columns.
+template <class Word>
+inline void add_rows(Matrix<Word> to, Word const* from, int64 columns, Range rows) {
+  for (int i = rows.begin; i < rows.end; ++i, from += columns)
+    for (int64 c = 0; c < columns; c += kCount<Word>) {
+      Word* const at = to.at + i * to.stride + c;
+      store(at, load(at) + load(from + c));
+    }
+}
+
 // Rows of results out of their sums, of which the first is that of row rows.begin.
 template <class Word>
 inline void write_rows(Matrix<Word const> sums, int64 dim, Word factor, Source const& to, Range rows) {
