@@ -1,4 +1,4 @@
-// Attention on a CPU: what the library asks of a set of instructions, and how work is cut into items.
+// Attention on a CPU: the functions of each instruction set, and how work is cut into items.
 //
 // The kernels are compiled for several sets of instructions into one library, so all functions here are static: of
 // inline ones the linker would keep one copy for all, perhaps of instructions which the machine at hand does not have.

@@ -1,6 +1,6 @@
 // The backward pass of one item: some parts of the keys of one unit, and all heads that read them.
 //
-// A part's keys and values stay packed, with sums for their gradients, while heads and blocks of queries go by. For each
+// A part's keys and values stay packed, with sums for their gradients, for all heads and blocks of queries. For each
 // block of keys and of queries: strips of scores and weight gradients, made into weights and score gradients, which dq
 // takes at once; then dk and dv, whose left operands are the weights and gradients as they are stored.
 #pragma once
@@ -103,7 +103,7 @@ class Backward {
     dq_ = arena_.take<Word>(p_.dq ? block_rows_ * columns_qk_ : 0);
   }
 
-  // Where dq of a head is added up, before the factor `scale`: in the result itself, where it has the words for it.
+  // Where dq of a head is summed, before the factor `scale`: in the result, where that is as wide as the arithmetic.
   Matrix<Word> totals_of(int g) const {
     if (!adds_in_place_) return {totals_ + g * padded_rows_ * columns_qk_, columns_qk_};
     return words_of<Word>(tensors_.dq(scores_.first_head() + g));
@@ -168,7 +168,7 @@ class Backward {
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
   }
 
-  // Sums for dk and dv, zero at first; like those of dq they grow in the results, if these have the words for them.
+  // Sums for dk and dv, zero at first: in the results, where these are as wide as the arithmetic.
   void begin_sums(Range keys) {
     auto const begin = [&](Matrix<Word>& sums, Source const& result, int64 dim, int64 columns) {
       if (can_hold_sums<Word>(p_.dtype, dim)) sums = words_of<Word>(from_row(result, keys.begin));

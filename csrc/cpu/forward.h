@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kForwardRows = 48;  // of a tile of queries
 
-// A tensor that is null is left out, which those of tangents may be (jvp.h).
+// Null tensors are skipped: those of tangents may be null (jvp.h).
 template <class Op>
 class Forward {
   template <class>
@@ -116,7 +116,7 @@ class Forward {
     keys_ = {all.begin / kPanel<Word> * kPanel<Word>, all.end};
   }
 
-  // Packs the keys and values before `end` that are not yet, and sees to it that those which follow are at hand.
+  // Packs the keys and values before `end` that are not packed yet, and prefetches those that follow.
   void pack_to(int end) {
     int const first = packed_to_;
     for (; packed_to_ < end; packed_to_ += kPanel<Word>) pack_keys(packed_to_);
@@ -208,7 +208,7 @@ class Forward {
     write(count);
   }
 
-  // Of rows r .., from where they have not been yet; whether something was left.
+  // The next pieces of rows r ..; whether there were any.
   bool run_pieces_of(int r, int count) {
     int const columns = take_pieces(r, count);
     if (!columns) return false;
@@ -377,11 +377,11 @@ class Forward {
     }
   }
 
-  // Products become weights, which begin at the first of `columns`; what was summed before shrinks.
+  // Products become weights, which begin at the first of `columns`; earlier sums are rescaled.
   template <Terms TERMS>
   void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
     Word most[kTileRows];
-    for (int n = 0; n < count; ++n) {  // apart from the weights, which have to wait for it
+    for (int n = 0; n < count; ++n) {  // a loop of its own: all weights depend on it
       Row const& row = row_[r + n];
       Word* const scores = strip_ + n * kStrip;
       Range const both = common(row.kept, keys);
@@ -454,7 +454,7 @@ class Forward {
         for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, Vector<Word>{});
       write_row(sums, p_.head_dim_v, finished_.factor[r] * factor, p_.dtype, written(tensors_.out(row.head), row.i));
       int64 const at = tensors_.lse(row.head) + row.i;
-      if (p_.lse) {  // null: nobody asks for it
+      if (p_.lse) {  // null where it is not wanted
         static_cast<Word*>(p_.lse)[at] = finished_.lse[r];
         static_cast<Word*>(p_.lse_low)[at] = finished_.low[r];
       }

@@ -90,8 +90,8 @@ class QueryPacker {
     if (!to.keeps_all || first >= to.packed_to) pack_block(head, first, to);
   }
 
-  // Queries and dout of the block that begins at row `first`, without what is not finite: a product over rows must not
-  // meet what some of its weights of zero hide. They hold until the next call.
+  // Queries and dout of the block that begins at row `first`, with zeros in place of what is not finite: in a product over
+  // rows a weight of zero times NaN would be NaN. Valid until the next call.
   Lines<Op> q_lines(Queries<Op> const& of, int64 first) const {
     int64 const n = (first - of.begin) / block_;
     return lines(of.q, of.q_stacked + n * of.words * of.columns(p_.head_dim_qk), n, of.extreme_q[n], p_.head_dim_qk);

@@ -56,7 +56,7 @@ inline void clear(Word* words, int64 count) {
   __builtin_memset(words, 0, count * sizeof(Word));
 }
 
-// Whether rows of results are whole vectors of words, so that sums can grow in them.
+// Whether rows of results are whole vectors of words, so that sums can be held in them.
 template <class Word>
 inline bool can_hold_sums(int64 dtype, int64 dim) {
   return bytes_of(dtype) == int64(sizeof(Word)) && dim % kCount<Word> == 0;

@@ -87,6 +87,8 @@ def test_head_dims_from_1_to_512(dtype):
 LONG = {
     "blocks": {"S_q": 210, "S_kv": 1100},
     "window": {"S_q": 700, "S_kv": 700, "left": 130, "right": 3, "H_q": 4},
+    "parts that no row keeps": {"S_q": 100, "S_kv": 1700, "left": 90, "right": 0},
+    "rows that keep no part": {"S_q": 1500, "S_kv": 600, "left": 90, "right": 0},
     "segments": {"S_q": 700, "S_kv": 700, "segments": 4, "right": 0},
     "terms": {"S_q": 300, "S_kv": 640, "bias": (1, 2, 300, 640), "mask": "random", "alibi": True, "softcap": 5.0},
     "intervals": {"S_q": 150, "S_kv": 1300, "intervals": "random", "H_q": 4, "dlse": True, "right": 0},
