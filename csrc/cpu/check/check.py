@@ -16,7 +16,7 @@ from pathlib import Path
 from fastattn.backends.cpu import build
 
 CSRC = Path(__file__).parents[2]
-DRIVER = ("main", "problem", "formula")
+DRIVER = ("main", "problem", "formula", "statistics")
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 
