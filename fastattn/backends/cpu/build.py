@@ -89,10 +89,18 @@ def find_compiler() -> str:
 
 def fingerprint(csrc: Path) -> str:
     """A hash of the sources and options of the library, 24 digits."""
-    digest = hashlib.sha256(repr((FLAGS, ARITHMETIC, units())).encode())
+    digest = hashlib.sha256(repr((FLAGS, ARITHMETIC, machine(), units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())
     return digest.hexdigest()[:24]
+
+
+def is_current(library: Path, csrc: Path) -> bool:
+    """Whether a sound library is there that was built from these sources with these options."""
+    try:
+        return fingerprint(csrc).encode() in compiled.unsealed(library)
+    except OSError:
+        return False
 
 
 def build_library(target: Path, csrc: Path) -> None:
