@@ -291,7 +291,7 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        return self.chunked or self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
+        return self.chunked or (self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128))
 
     @property
     def vector_out(self) -> int:

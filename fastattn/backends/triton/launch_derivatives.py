@@ -29,6 +29,7 @@ from fastattn.backends.triton.launch import (
     _rows,
     _scores,
     compiled,
+    target,
 )
 from fastattn.backends.triton.plans import device_of, launched
 from fastattn.problem import Grads, Inputs, Rows, Tangents
@@ -136,6 +137,15 @@ class BackwardJvp:
             self.moving, call.terms, call.sizes, schedule, F=flags, BLOCK_M=PREPROCESS_ROWS, **ALWAYS,
         )  # fmt: skip
 
+    def _in_chunks(self, most: int) -> Flags:
+        """Flags of a kernel that has no registers for rows of more than ``most`` elements, of eight tensors at once.
+
+        On AMD GPUs the loop over chunks takes too many scalar registers.
+        """
+        flags, (backend, _) = self.call.flags, target(self.call.inputs.q.device)
+        is_long = max(flags.block_qk, flags.block_v) > most
+        return dataclasses.replace(flags, chunked=is_long and backend == "cuda")
+
     def dkdv(self) -> tuple[Tensor, Tensor]:
         call, x = self.call, self.call.inputs
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.k, x.v))
@@ -145,7 +155,7 @@ class BackwardJvp:
             terms = call.with_tiles("kv", config.block_n, config.block_m)
             launched(backward_jvp_dkdv_kernel, grid)(
                 call.q, call.k, call.v, self.dout, self.moved, _rows(dk), _rows(dv), self.stats, self.moving, terms,
-                call.sizes, schedule, **compiled(x.q.device, call.flags, config),
+                call.sizes, schedule, **compiled(x.q.device, self._in_chunks(128), config),
             )  # fmt: skip
         return dk, dv
 
@@ -168,12 +178,11 @@ class BackwardJvp:
         if 0 in (x.batch, x.q.shape[1], x.k.shape[1]):
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
         config = config_of(call, "backward_jvp_dbias")
-        in_chunks = Backward(call, self.dout, self.stats).dbias_in_chunks()
-        flags, sums = dataclasses.replace(call.flags, chunked=in_chunks), BiasSums.of(x, config)
+        sums = BiasSums.of(x, config)
         terms = call.with_segment_tiles("q", config.block_m, config.block_n)
         launched(backward_jvp_dbias_kernel, sums.grid)(
             call.q, call.k, call.v, self.dout, self.moved, _scores(sums.sums), self.stats, self.moving, terms,
-            call.sizes, *sums.shared, **sums.options, **compiled(x.q.device, flags, config),
+            call.sizes, *sums.shared, **sums.options, **compiled(x.q.device, self._in_chunks(64), config),
         )  # fmt: skip
         return sums.finished(x.bias)
 
