@@ -25,7 +25,7 @@ from fastattn.backends.cpu import build
 CSRC = Path(__file__).parents[2]
 ROOT = CSRC.parent
 HOSTILE = ROOT / "tests" / "backends" / "cpu" / "test_memory.py"
-DRIVER = ("main", "problem", "formula")
+DRIVER = ("main", "problem", "formula", "statistics")
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 
