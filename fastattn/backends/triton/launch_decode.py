@@ -183,7 +183,7 @@ def _cache(inputs: CacheInputs, spec: AttentionSpec) -> Cache:
         lengths=inputs.cache_lengths,
         new_rows=coded(new),
         new_queries=coded(int(inputs.k is not None and inputs.is_packed)),
-        capacity=coded(inputs.capacity),
+        capacity=coded(inputs.capacity if inputs.k_cache.shape[0] else 0),
         page_size=coded(inputs.page_size),
         pages=coded(inputs.k_cache.shape[0]),
         block_table=None if inputs.block_table is None else PerToken.of(inputs.block_table),

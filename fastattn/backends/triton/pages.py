@@ -34,16 +34,21 @@ def row_pointers(x, b, i, h, VECTOR: tl.constexpr):
 
 @triton.jit
 def located(b, j, valid, cache, F: tl.constexpr):
-    """``(page, row, valid)`` of positions ``j`` of sequence ``b``; the table is read only where ``valid``.
-
-    A table on a GPU is not checked before: positions whose page the cache does not have are not valid.
-    """
+    """``(page, row)`` of positions ``j`` of sequence ``b``; the table is read only where ``valid``."""
     if F.paged:
         size = number(cache.page_size)
         entries = cache.block_table.ptr + b.to(tl.int64) * number(cache.block_table.stride_b)
         page = tl.load(entries + j // size * number(cache.block_table.stride_s), mask=valid, other=0)
-        return page, j % size, valid & (page >= 0) & (page < number(cache.pages))
-    return b + j * 0, j, valid
+        return page, j % size
+    return b + j * 0, j
+
+
+@triton.jit
+def within(page, cache, F: tl.constexpr):
+    """A page that the cache has: a table on a GPU is not checked before. A mask would cost more registers."""
+    if F.paged:
+        page = tl.maximum(tl.minimum(page, number(cache.pages) - 1), 0)
+    return page
 
 
 @triton.jit
@@ -147,7 +152,8 @@ def append_kernel(
     before = tl.load(cache.lengths + b)
     position = before + i
     valid = (i < rows) & (position < number(cache.capacity))
-    page, row, valid = located(b, position, valid, cache, F)
+    page, row = located(b, position, valid, cache, F)
+    valid = valid & (page == within(page, cache, F))
     place = place_of(b, begin, i, valid, before, cache)
     tile = turned_rows(k, b, begin + i, h, place, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
     store_cached(k_cache, cache.k_scale, page, row, h, valid, tile, F.d_qk, F.block_qk, F)
