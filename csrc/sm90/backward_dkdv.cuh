@@ -42,7 +42,7 @@ struct DkdvShared {  // addresses
 // Run by one thread before the others begin: chooses the tile and writes it to shared memory for all.
 template <class C>
 FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared) {
-  Tile tile = find_tile<C::BLOCK_N, true>(args.p, block_index());
+  Tile tile = find_tile<C::BLOCK_N, Of::kKeys>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_kv) {
     blocks = blocks_of<C::BLOCK_N, C::BLOCK_M>(transposed(band_of(args.p, tile)), tile.row);
@@ -66,11 +66,12 @@ FA_DEVICE void produce(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile const tile = read_tile(shared.tile());
   Range const blocks = read_blocks(shared.tile()).all;
   if (blocks.begin == blocks.end) return;
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv), row = tile.first_kv + tile.row;
-  load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(), args.k, shared.k_full(), row, tile.head, tile.map_batch, kEvictFirst);
-  load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(), args.v, shared.v_full(), row, tile.head, tile.map_batch, kEvictFirst);
+  Heads const heads = query_heads(args.p, tile);
+  int const row = tile.first_kv + tile.row;
+  load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(), args.k, shared.k_full(), row, heads.kv, tile.map_batch, kEvictFirst);
+  load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(), args.v, shared.v_full(), row, heads.kv, tile.map_batch, kEvictFirst);
   Ring<C::STAGES> q{shared.q_ring()};
-  for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+  for (int head = heads.first; head < heads.end; ++head) {
     int64 const statistics = padded_row(args.p, tile, head);
     for (int block = blocks.begin; block < blocks.end; ++block) {
       int const first = block * C::BLOCK_M;
@@ -214,11 +215,11 @@ FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int
 // Adds staged parts of dq to their sums, by one warp beside the producer.
 template <class C>
 FA_DEVICE void add_staged(BackwardArgs const& args, DkdvShared<C> const& shared) {
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
-  for (int i = 0; i < group; ++i) {  // values are read again when needed: this warp has 24 registers
-    Tile const tile = read_tile(shared.tile());
+  int const end = query_heads(args.p, read_tile(shared.tile())).end;
+  for (int head = query_heads(args.p, read_tile(shared.tile())).first; head < end; ++head) {
+    Tile const tile = read_tile(shared.tile());  // values are read again when needed: this warp has 24 registers
     Range const blocks = read_blocks(shared.tile()).all;
-    float* to = part_of_sums<C>(args, tile, 0, tile.head * group + i, blocks.begin);
+    float* to = part_of_sums<C>(args, tile, 0, head, blocks.begin);
     for (int left = blocks.end - blocks.begin; left > 0; --left, to += C::BLOCK_M * C::D_QK) {
       FA_UNROLL
       for (int consumer = 0; consumer < C::CONSUMERS; ++consumer) {
@@ -244,15 +245,14 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
                                 float (&dk)[NK], float (&dv)[NV]) {
   using T = typename C::Element;
   constexpr int N = C::BLOCK_M;
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
   Range const blocks = read_blocks(shared.tile()).all;
-  int const first_head = read_tile(shared.tile()).head * group;
+  Heads const heads = query_heads(args.p, read_tile(shared.tile()));
   Ring<C::STAGES> q{shared.q_ring()};
   int buffer = 0;
   mbarrier_wait(shared.k_full(), 0);
   mbarrier_wait(shared.v_full(), 0);
   clear_unkept_keys<C>(args, shared);
-  for (int head = first_head; head < first_head + group; ++head) {
+  for (int head = heads.first; head < heads.end; ++head) {
     for (int block = blocks.begin; block < blocks.end; ++block) {
       float scores[N / 2], dp[N / 2];
       uint32 p[N / 4], sloped[N / 4];
@@ -333,6 +333,18 @@ FA_DEVICE void write_sum(BackwardArgs const& args, Tile const& tile, int keys, i
   }
 }
 
+// Stores one finished sum of 64 keys as a part, in the order of registers: four numbers of each thread, thread after
+// thread.
+template <int N>
+FA_DEVICE void write_part(float* part, float const (&sum)[N]) {
+  float* const to = part + this_place().thread % kWarpgroup * 4;
+  FA_UNROLL
+  for (int j = 0; j < N / 4; ++j) {
+    Float4 const four = {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
+    store_global(reinterpret_cast<Float4*>(to + j * 512), four);
+  }
+}
+
 template <class C, bool OF_K, bool OF_V>
 FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer) {
   int const keys = C::SPLIT ? 0 : consumer * 64;
@@ -346,15 +358,19 @@ FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, in
   if (blocks.begin < blocks.end) sum_over_queries<C, OF_K, OF_V>(args, shared, consumer, keys, dk, dv);
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more
   Tile const tile = read_tile(shared.tile());
-  if constexpr (OF_V) {
-    write_sum<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
-  }
   if constexpr (OF_K) {
     float const scale = static_cast<float>(args.p.scale);
     FA_UNROLL
     for (int i = 0; i < kSumsK; ++i) dk[i] *= scale;
-    write_sum<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
   }
+  if (args.p.dk_parts) {  // one branch around both: with one for each of them the kernel for head dim 64 spills
+    int64 const row = part_row(args.p, tile, tile.head) + keys;
+    if constexpr (OF_V) write_part(args.p.dv_parts + row * C::D_V, dv);
+    if constexpr (OF_K) write_part(args.p.dk_parts + row * C::D_QK, dk);
+    return;
+  }
+  if constexpr (OF_V) write_sum<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
+  if constexpr (OF_K) write_sum<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
 }
 
 template <class C>
