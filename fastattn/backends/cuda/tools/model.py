@@ -87,8 +87,9 @@ def dkdv_clocks(x: DkdvConfig) -> Clocks:
     read = 2 * scores + dp + sums if x.is_split else 2 * (scores + dp + sums)
     written = 2 * x.block_m * (x.d_qk + x.d_v)
     if x.fused:
-        read += 2 * _by_rows(x.block_n, 64)
-        written += 2 * pairs + 4 * x.block_m * x.d_qk
+        parts = max(2, -(-x.d_qk // 64))  # of 64 columns; the third is added by both consumers
+        read += parts * _by_rows(x.block_n, 64)
+        written += 2 * pairs + 4 * x.block_m * (x.d_qk + (64 if parts == 3 else 0))
     per_score = PER_GRADIENT + CAP_INSTRUCTIONS * x.softcap
     return Clocks(
         tensor=2 * pairs * ((scores_computed + 1 + x.fused) * x.d_qk + 2 * x.d_v) / 4096,
