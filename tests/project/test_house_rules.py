@@ -237,7 +237,7 @@ def test_benchmarks_use_the_package_as_its_users_do():
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
             is_tool = imported.startswith(("backends.triton.tools", "backends.cuda.tools"))
-            allowed = PUBLIC | {"integrations", "lm", "measure", "spec"}
+            allowed = PUBLIC | {"inspection", "integrations", "lm", "measure", "spec"}
             assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
 
 
