@@ -173,7 +173,7 @@ def _compile(build: Build) -> Figures:
     launch.target.cache_clear()
     _launched.clear()
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    config = derived.config_of(build) if build.kernel in derived.KERNELS else config_of(build)
+    config = config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
