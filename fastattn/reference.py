@@ -119,7 +119,7 @@ def forward(
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype, at)
     largest, total = _normaliser(t)
-    p = _dropped(_weights(t, largest, total), inputs, spec, t.positions)
+    p = _dropped(_weights(t, largest, total), _survivors(inputs, spec, t.positions), spec)
     out = numerics.kept_product(p, t.v, t.kept).transpose(1, 2).to(inputs.q.dtype)
     lse, low = (x.to(lse_dtype(inputs.q.dtype)) for x in numerics.split_lse(largest, total))
     results = (out, lse, low)
@@ -137,7 +137,15 @@ def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) ->
     ``at`` gives the positions of the rows and heads, if ``inputs`` is a part of a larger problem.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
-    return _dropped(_weights(t, *_normaliser(t)), inputs, spec, t.positions)
+    return _dropped(_weights(t, *_normaliser(t)), _survivors(inputs, spec, t.positions), spec)
+
+
+def sink_weights(inputs: Inputs, lse: Tensor, lse_low: Tensor) -> Tensor:
+    """The weight of each row's sink, ``(B, H_q, S_q)`` in the dtype of ``lse``; 0 without sinks."""
+    lse, lse_low = (x[None] if inputs.is_packed else x for x in (lse, lse_low))
+    if inputs.sinks is None:
+        return torch.zeros_like(lse)
+    return torch.exp((_per_sequence(inputs.sinks, inputs, Positions.of(inputs))[..., 0] - lse) - lse_low)
 
 
 def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -189,11 +197,12 @@ def backward(
     if dlse is not None:
         shift = shift - dlse.reshape(lse.shape).to(dtype)  # delta - dlse
     p = _weights_again(t, lse, lse_low)
-    dt = p * (_dropped(dout @ t.v.transpose(-1, -2), inputs, spec, t.positions) - shift[..., None])
+    survivors = _survivors(inputs, spec, t.positions)
+    dt = p * (_dropped(dout @ t.v.transpose(-1, -2), survivors, spec) - shift[..., None])
     dt = torch.where(t.kept, dt, 0)
     ds = dt if t.capped is None else torch.where(t.kept, dt * (1 - (t.capped / float(spec.softcap or 1)) ** 2), 0)
     kept, columns = t.kept, t.kept.transpose(-1, -2)
-    dropped = _dropped(p, inputs, spec, t.positions)
+    dropped = _dropped(p, survivors, spec)
     return Grads(
         dq=_rows(spec.scale * numerics.kept_product(ds, t.k, kept), inputs.q) if "q" in needs else None,
         dk=_rows(spec.scale * numerics.kept_product(ds.mT, t.q, columns), inputs.k) if "k" in needs else None,
@@ -399,7 +408,7 @@ def _heads_first(x: Tensor, inputs: Inputs) -> Tensor:
 
 def _per_sequence(x: Tensor, inputs: Inputs, at: Positions) -> Tensor:
     """``(1|B, H_q)`` -> ``(1|B, H_q, 1|S_q, 1)``: the number for each row, in a packed batch its sequence's."""
-    if inputs.is_packed and x.shape[0] > 1:
+    if inputs.is_packed and x.shape[0] != 1:
         return x[at.sequence_q.flatten()].transpose(0, 1)[None, :, :, None]
     return x[:, :, None, None]
 
@@ -441,14 +450,18 @@ def _weights_again(t: _Terms, lse: Tensor, lse_low: Tensor) -> Tensor:
     return torch.where(t.kept, p, 0)  # in a row whose lse is NaN, exp(-inf - lse) is NaN too
 
 
-def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """``x`` times the factors of dropout."""
+def _survivors(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor | None:
+    """True for each weight that dropout keeps; None without dropout."""
     if spec.dropout_p == 0:
-        return x
+        return None
     assert inputs.rng_state is not None
     head = rng.head_number(inputs.rng_state, at.sequence_q, at.h, at.num_heads)
-    survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
-    return torch.where(survives, x * spec.dropout_scale, 0)
+    return rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
+
+
+def _dropped(x: Tensor, survivors: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """``x`` times the factors of dropout."""
+    return x if survivors is None else torch.where(survivors, x * spec.dropout_scale, 0)
 
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:
@@ -468,7 +481,7 @@ def _sink_gradient(t: _Terms, lses: tuple[Tensor, Tensor], shift: Tensor, inputs
         return None
     lse, lse_low = lses
     dsink = -torch.exp((t.sinks - lse) - lse_low) * shift  # [B, H_q, S_q]
-    if inputs.is_packed and inputs.sinks.shape[0] > 1:
+    if inputs.is_packed and inputs.sinks.shape[0] != 1:
         by_sequence = torch.zeros_like(inputs.sinks, dtype=dsink.dtype)
         return by_sequence.index_add(0, t.positions.sequence_q.flatten(), dsink[0].transpose(0, 1)).to(
             inputs.sinks.dtype

@@ -8,7 +8,8 @@ that change attention are applied; those that do not are listed in ``IRRELEVANT`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,16 @@ from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.inspection import attention_weights
 from fastattn.integrations import transformers_packing as packing
-from fastattn.integrations.transformers_families import expects_float_masks, may_leave_masks_out, refuse_outsiders
+from fastattn.integrations.transformers_families import (
+    expects_float_masks,
+    may_leave_masks_out,
+    refuse_outsiders,
+    refuse_tables,
+)
 from fastattn.nn.lazy import weights_when_read
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
     from transformers.utils import output_capturing
 except ImportError as error:
@@ -55,6 +61,30 @@ def register(name: str = "fastattn") -> None:
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+    names = getattr(check, "of_fastattn", None)
+    if names is None:
+        names = _check_with_tables(check)
+    names.add(name)
+
+
+def _check_with_tables(check: Callable[..., str]) -> set[str]:
+    """Have transformers' check of an implementation's name refuse families by name that would end in a KeyError.
+
+    Returns:
+        the names for which it does so, to be filled.
+    """
+    names: set[str] = set()
+
+    @functools.wraps(check)
+    def checked(self: Any, attn_implementation: str | None, is_init_check: bool = False, **others: Any) -> str:
+        if is_init_check and attn_implementation in names:
+            refuse_tables(self.config, attn_implementation)
+        return check(self, attn_implementation, is_init_check=is_init_check, **others)
+
+    checked.of_fastattn = names  # type: ignore[attr-defined]
+    PreTrainedModel._check_and_adjust_attn_implementation = checked  # type: ignore[method-assign, assignment]
+    return names
 
 
 def attention_mask(
@@ -122,11 +152,11 @@ class _Call(NamedTuple):
         return self.mask is None and self.bias is None and not self.with_weights
 
     def dense(self, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
-        options = self.scores | {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
-        if segment_ids is not None:
-            options["segment_ids"] = segment_ids
+        of_layer: dict[str, Any] = {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
         if not self.with_weights:
-            return attention(self.q, self.k, self.v, **options), None  # type: ignore[return-value]
+            out = attention(self.q, self.k, self.v, segment_ids=segment_ids, **of_layer, **self.scores)
+            return out, None  # type: ignore[return-value]
+        options = self.scores | of_layer | {"segment_ids": segment_ids}
         options["rng_state"] = rng.new_rng_state(self.q.device) if options["dropout_p"] else None
         out = attention(self.q, self.k, self.v, **options)
         return out, weights_when_read(self.q, self.k, self.q.dtype, **options)  # type: ignore[return-value]
@@ -293,10 +323,12 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
     """Whether a call without a mask is causal, by the layer's ``is_causal``; there is no default."""
     if is_causal is not None:
         return bool(is_causal)
+    says = getattr(module, "is_causal", None)
+    if says is False:
+        return False
     config = getattr(module, "config", None)
     if config is not None and not may_leave_masks_out(config):
         return False  # its masks are complete, and this call has none
-    says = getattr(module, "is_causal", None)
     if says is None:
         todo = "Set is_causal on the layer, or pass is_causal= to the attention function."
         raise input_error("module", f"{type(module).__name__}, without is_causal or a mask", "a layer that says", todo)
@@ -329,6 +361,8 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) 
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
+    if others.keys() <= IRRELEVANT:
+        return
     unknown = [
         name for name, given in others.items() if name not in IRRELEVANT and not (given is None or given is False)
     ]
@@ -344,4 +378,4 @@ def _capturing_attentions() -> bool:
     """Whether the running forward was asked for attentions, which transformers tells only its own hooks."""
     collector = getattr(output_capturing, "_active_collector", None)
     wanted = None if collector is None else collector.get()
-    return any("attentions" in key for key in wanted or ())
+    return bool(wanted) and any("attentions" in key for key in wanted or ())

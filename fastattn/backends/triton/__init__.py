@@ -19,7 +19,19 @@ from torch import Tensor
 from fastattn import evidence
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
+from fastattn.problem import (
+    CACHE_FEATURES,
+    DERIVATIVE_FEATURES,
+    FEATURES,
+    STATISTICS_FEATURES,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.spec import AttentionSpec
 
 ALIGNMENT = 16  # bytes: kernels are compiled for multiples of it
@@ -30,7 +42,7 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        features=frozenset(FEATURES + CACHE_FEATURES),
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES),
         max_head_dim=256,
         min_arch=80,
     )
@@ -74,6 +86,30 @@ class TritonBackend(Backend):
         from fastattn.backends.triton import launch
 
         return launch.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
+
+    def jvp(self, tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        from fastattn.backends.triton import launch_derivatives
+
+        return launch_derivatives.jvp(tangents, results, inputs, spec)
+
+    def backward_jvp(
+        self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        from fastattn.backends.triton import launch_derivatives
+
+        return launch_derivatives.backward_jvp(rows, moved, tangents, inputs, spec, needs)
+
+    def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
+        from fastattn.backends.triton import launch_statistics
+
+        return launch_statistics.forward(inputs, spec)
+
+    def statistics_backward(
+        self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        from fastattn.backends.triton import launch_statistics
+
+        return launch_statistics.backward(gradient, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton import launch_decode

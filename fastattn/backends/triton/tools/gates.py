@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastattn.backends.triton.tools import compiler
+from fastattn.backends.triton.tools import compiler, derived
 from fastattn.backends.triton.tools.builds import (
     DEFAULT_SHARED_LIMITS,
     TARGETS,
@@ -173,10 +173,12 @@ def _compile(build: Build) -> Figures:
     launch.target.cache_clear()
     _launched.clear()
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    config = config_of(build)
+    config = derived.config_of(build) if build.kernel in derived.KERNELS else config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
+        elif build.kernel in derived.KERNELS:
+            derived.launch(build)
         elif build.kernel == "forward":
             launch.forward(*problem_of(build), config)
         else:
