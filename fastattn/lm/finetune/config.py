@@ -48,8 +48,7 @@ class FinetuneConfig(RunSettings):
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
-        epochs: passes over the examples.
-        steps: updates of the weights, instead of ``epochs``.
+        epochs: passes over the examples, where ``steps`` is None.
 
     The others are those of ``TrainConfig`` and ``OptimConfig``, by keyword.
     """
