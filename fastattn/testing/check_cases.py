@@ -22,7 +22,8 @@ CASES = (
     Case("packed, D 128", right=0, **_GROUPED, **_D128, lengths=((70, 70), (1, 1), (9, 20))),
     dataclasses.replace(_EVERYTHING, id="everything, D 64", **_D64),
 )
-DERIVED = CASES[1]  # of which derivatives and statistics are checked, too
+# Of derivatives and statistics: a small one, since nine kernels serve it.
+DERIVED = Case("derivatives, D 64", right=0, **{**_GROUPED, "S_q": 24, "S_kv": 24}, **_D64)
 CACHE_CASES = (
     CacheCase("one token, D 128", s_q=(1, 1), **_DECODE, **_D128),
     CacheCase("some tokens, D 64", s_q=(9, 9), **_DECODE, **_D64),

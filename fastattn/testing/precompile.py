@@ -82,7 +82,7 @@ def _build_launcher(kernel: Any) -> None:
 
 
 def _cases(what: str) -> Iterator[Case | CacheCase]:
-    for case in (*CASES, *CACHE_CASES):
+    for case in (*CASES, DERIVED, *CACHE_CASES):
         yield dataclasses.replace(case, dtype=torch.bfloat16)
     if what == GRID:
         dtypes = (torch.bfloat16, torch.float16, torch.float32)
