@@ -173,7 +173,7 @@ def _compile(build: Build) -> Figures:
     launch.target.cache_clear()
     _launched.clear()
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    config = derived.config_of(build) if build.kernel in derived.KERNELS else config_of(build)
+    config = config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
@@ -188,16 +188,20 @@ def _compile(build: Build) -> Figures:
             getattr(launch.Backward.of(out, None, out, lse, lse, inputs, spec), build.kernel.removeprefix("backward_"))(
                 config
             )
-        _, kernel, seconds = next(k for k in reversed(_launched) if k[0] == f"{build.kernel}_kernel")
-        columns = getattr(kernel.metadata, "tmem_size", 0)
-        if columns > TENSOR_MEMORY:
-            raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
-        figures = read(kernel, _target, tensor_core_of(build))
-        return dataclasses.replace(figures, config=tuple(config), seconds=round(seconds, 2))
+        found = [_figures(k, seconds, build) for name, k, seconds in _launched if name == f"{build.kernel}_kernel"]
+        worst = max(found, key=lambda figures: (figures.stack, figures.registers))  # of a pass that launches it twice
+        return dataclasses.replace(worst, config=tuple(config))
     except Exception as error:  # an error of the compiler is the result
         return Figures(
             config=tuple(config), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         )
+
+
+def _figures(kernel: Any, seconds: float, build: Build) -> Figures:
+    columns = getattr(kernel.metadata, "tmem_size", 0)
+    if columns > TENSOR_MEMORY:
+        raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
+    return dataclasses.replace(read(kernel, _target, tensor_core_of(build)), seconds=round(seconds, 2))
 
 
 def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
