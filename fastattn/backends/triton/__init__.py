@@ -31,7 +31,7 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         features=frozenset(FEATURES + CACHE_FEATURES),
-        max_head_dim=256,
+        max_head_dim=512,
         min_arch=80,
     )
 

@@ -49,12 +49,19 @@ SMALL_TILES = ("everything", "everything, packed", "segments, causal", "interval
 
 @pytest.mark.parametrize("name", [f"{name} [float32]" for name in SMALL_TILES])
 def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest there is: many blocks of rows, and many of columns."""
+    """The smallest there is: many blocks of rows, and many of columns. One program sums dk and dv of a whole group."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "parts_of", lambda *_: 1)
     configs.config_for.cache_clear()
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
     configs.config_for.cache_clear()
+
+
+def test_parts_of_a_group_fill_the_device_and_no_more() -> None:
+    assert launch.parts_of(programs=32, group=16, on=132) == 8
+    assert launch.parts_of(programs=32, group=3, on=132) == 3
+    assert launch.parts_of(programs=132, group=16, on=132) == launch.parts_of(programs=1, group=1, on=132) == 1
 
 
 def test_dbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
