@@ -84,8 +84,8 @@ test-versions:   ## run tests that depend on versions under each supported torch
 GPU_PYTEST = PYTHONPATH=. $(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
   $(shell $(PYTHON) -c 'import importlib.util as u; print("--timeout 60 --timeout-method thread" if u.find_spec("pytest_timeout") else "")')
 
-fuzz: install    ## check 100,000 random problems on every backend that runs here; takes hours
-	$(BIN)/fastattn verify --quick --fuzz 100000 --jobs $(JOBS)
+fuzz: install    ## check 100,000 random problems on every backend that runs here; after a kill it goes on
+	$(BIN)/python -m benchmarks fuzz --problems 100000 --jobs $(JOBS)
 
 wheel: install   ## build sdist and manylinux wheels for x86_64 and aarch64; needs nvcc and g++-aarch64-linux-gnu
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[release]'

@@ -18,10 +18,12 @@ COMMANDS = {
     "decode": "attention to a key/value cache, generation with and without one",
     "derivatives": "forward mode, double backward and per-sample gradients, beside torch",
     "swap": "functions and modules that fastattn replaces, each beside its replacement",
+    "fuzz": "random problems, judged on every backend that runs here; no measurement",
     "overhead": "host time for each call, import time, installation time and size",
     "report": "tables and plots from records",
     "gpu": "all tests and benchmarks that need a GPU, in under nine minutes",
     "tune": "tile sizes of the Triton kernels",
+    "predict": "the time of the CUDA kernels on an H200 by a model, without a GPU",
     "gates": "compile gates of the Triton kernels, without a GPU",
 }
 

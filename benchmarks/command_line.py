@@ -23,14 +23,14 @@ def add_common(parser: argparse.ArgumentParser, out_is: str = "FILE") -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def device(args: argparse.Namespace) -> torch.device:
+def device(args: argparse.Namespace, *, is_timed: bool = True) -> torch.device:
     """The device asked for, its threads set.
 
     Raises:
         InputError: this machine has no such device, or Triton's interpreter would be measured.
     """
     is_rehearsed = args.device == "cuda" and torch.cuda.is_available() and simulated.is_present()
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and not is_rehearsed:
+    if is_timed and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and not is_rehearsed:
         raise InputError("TRITON_INTERPRET is set: its interpreter would be measured, not a kernel. Unset it.")
     if args.device not in ("cpu", "cuda"):
         raise InputError(f"--device: got {args.device!r}; allowed: cpu, cuda.")

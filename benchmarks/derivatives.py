@@ -1,7 +1,8 @@
-"""``python -m benchmarks derivatives``: forward mode, second and per-sample gradients, beside torch's own attention.
+"""``python -m benchmarks derivatives``: forward mode, second and per-sample gradients, statistics, beside torch's own.
 
 Each derivative is measured beside the pass that it derives, in turns: a Jacobian-vector product (and ``out`` with it)
-beside the forward pass, a double backward beside the first, per-sample gradients beside those of the batch.
+beside the forward pass, a double backward beside the first, per-sample gradients beside those of the batch; statistics
+of the weights beside the forward pass, and their gradients beside its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 import fastattn
 from benchmarks import command_line, tables
+from fastattn.inspection import attention_statistics
 from fastattn.measure.memory import cannot_measure_process, cuda_peak, process_peak
 from fastattn.measure.timing import Timing, compare, stopwatch
 
@@ -26,10 +28,10 @@ COLUMNS = ["what", "value", "beside", "memory", "note"]
 WINDOW = 256
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Row = dict[str, str]
-# The names of what is measured, each after what it stands beside.
-PAIRS = (
-    ("forward", "jvp"),
-    ("backward", "double backward"),
+# The names of what is measured; the first of each group is what the others stand beside.
+GROUPS = (
+    ("forward", "jvp", "statistics"),
+    ("backward", "double backward", "gradients of statistics"),
     ("gradients of the batch", "gradients of each sample"),
 )
 
@@ -67,7 +69,7 @@ def _contenders(
         peers["torch math"] = _torch_math
     found = {name: _passes(attend, (q, k, v), tuple(moved)) for name, attend in peers.items()}
     samples = tuple(torch.randn(16, 1, max(16, length // 16), heads, 64, device=device) for _ in range(3))
-    found["fastattn"] |= _of_samples(peers["fastattn"], samples)
+    found["fastattn"] |= _of_samples(peers["fastattn"], samples) | _statistics((q, k), options)
     return found
 
 
@@ -86,6 +88,16 @@ def _passes(attend: Attend, qkv: tuple[Tensor, ...], moved: tuple[Tensor, ...]) 
         "jvp": lambda: jvp(attend, qkv, tuple(along)),
         "backward": lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True),
         "double backward": lambda: torch.autograd.grad(gradients, leaves, along, retain_graph=True),
+    }
+
+
+def _statistics(qk: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    leaves = [x.detach().clone().requires_grad_() for x in qk]
+    found = attention_statistics(*leaves, **options)
+    total = found.entropy.sum() + found.largest_logit.sum() + found.key_sum.square().sum()
+    return {
+        "statistics": lambda: attention_statistics(*qk, **options),
+        "gradients of statistics": lambda: torch.autograd.grad(total, leaves, retain_graph=True),
     }
 
 
@@ -109,8 +121,8 @@ def _rows(
     watch = stopwatch(device, wall=False)
     times = compare(calls, watch, rounds=3 if quick else 15, round_s=0.01 if quick else 0.2)
     peaks = {name: _peak(call, device) for name, call in calls.items()}
-    for (first, second), peer in ((pair, peer) for pair in PAIRS for peer in contenders):
-        for name in (first, second):
+    for (first, *others), peer in ((group, peer) for group in GROUPS for peer in contenders):
+        for name in (first, *others):
             key, base = f"{name}, {peer}", f"{first}, {peer}"
             if key in times:
                 ratio = "" if name == first else f"{_ratio(times[base], times[key]):.2f}× {first}"

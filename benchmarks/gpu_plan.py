@@ -15,7 +15,7 @@ from pathlib import Path
 BENCH = (sys.executable, "-m", "benchmarks")
 KERNELS = ("cuda", "triton")  # backends with kernels of their own for a GPU
 RIVALS = ("sdpa-cudnn", "sdpa-flash")
-WATCHDOG = {"FASTATTN_NVRTC_OPTIONS": "-DFA_WATCHDOG=20000000"}
+WATCHDOG = {"FASTATTN_CUDA_WATCHDOG": "1"}  # of the first run: a kernel that would hang says where
 # A rehearsal runs these instead, which take seconds in the interpreter.
 REHEARSED_TESTS = "choice_is_explained"
 REHEARSED_SUITE, REHEARSED_CASE = "first", "d64 causal"  # 64 tokens
@@ -63,8 +63,11 @@ class Plan:
 
         Backends in ``unsafe`` are not timed; the caller may add some while it iterates.
         """
+        if "cuda" in self.backends:
+            call = (sys.executable, "-m", "benchmarks.profile_call", "cuda", "cuda")
+            yield (Step("first call, cuda, with watchdog", call, 16, None, "cuda", WATCHDOG, is_rehearsed=False),)
         for backend in self.backends:
-            yield (self._ops(f"first numbers, {backend}", "telling", 25, backend, *RIVALS),)
+            yield (self._ops(f"first numbers, {backend}", "telling", 22, backend, *RIVALS),)
         yield (self._compile(),)
         yield tuple(self._watched(backend) for backend in self.backends if backend == "cuda") or ()
         yield tuple(self._tests(backend) for backend in self.backends)

@@ -211,8 +211,7 @@ class PlannedAttention(torch.autograd.Function):
         is_final = dlse is None and not (torch.is_grad_enabled() or is_watched())
         is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()
         if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
-            dout = dout.contiguous()
-            grads = plan.backward(dout if dout.is_cpu else _aligned(dout), *saved)
+            grads = plan.backward(dout if dout.is_cpu else _aligned(dout.contiguous()), *saved)
             if not plan.places:
                 return (*grads, None, None)
             of_more: Sequence[Tensor | None] = [None if n is None else grads[n] for n in plan.places]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastattn import plan
@@ -118,7 +119,7 @@ def attention_with_kv_cache(
         (torch.Size([2, 1, 8, 64]), True)
     """
     tensors, kind = (q, k_cache, v_cache, cache_lengths, k, v, block_table), None
-    if (
+    if not torch.compiler.is_compiling() and (
         cu_seqlens_q
         is rotary_cos
         is rotary_sin

@@ -65,7 +65,12 @@ def requested(backend: str | None) -> str | None:
 
     While compiling it is the argument alone; the operators of a compiled graph ask for the context when they run.
     """
-    return backend if backend is not None or torch.compiler.is_compiling() else _forced.get()
+    return backend if torch.compiler.is_compiling() else requested_now(backend)
+
+
+def requested_now(backend: str | None) -> str | None:
+    """``requested`` of a call that no compiler records."""
+    return backend if backend is not None else _forced.get()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastattn import plan, reference, state
 from fastattn.arguments import Window, dense_problem, packed_problem, torch_problem, with_rng_state
 from fastattn.autograd import needs_gradient
-from fastattn.dispatch import Explanation, check_name, requested
+from fastattn.dispatch import Explanation, check_name, requested, requested_now
 from fastattn.errors import input_error
 from fastattn.layout import Layout, check_cu_seqlens_values, from_internal
 from fastattn.nested import Packed
@@ -116,12 +116,14 @@ def attention(
     if return_weights not in (False, True, "mean"):
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
-    kind, more = None, _more(bias, mask, alibi_slopes, sinks, segment_ids, intervals)
-    if more is not None and not (dropout_p or return_weights or return_stats):
-        options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, requested(backend))
-        kind, planned = plan.look_up((q, k, v, *more), options)
+    kind = None
+    if not (dropout_p or return_weights or return_stats or torch.compiler.is_compiling()):
+        more = _more(bias, mask, alibi_slopes, sinks, segment_ids, intervals)
+        asked = requested_now(backend)
+        options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, asked)
+        kind, planned = (None, None) if more is None else plan.look_up((q, k, v, *more), options)
         if planned is not None:
-            return by_plan(planned, q, k, v, return_lse, more)
+            return by_plan(planned, q, k, v, return_lse, more)  # type: ignore[arg-type]
     given: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "softcap": softcap, "bias": bias, "mask": mask,
         "alibi_slopes": alibi_slopes, "sinks": sinks, "segment_ids": segment_ids, "intervals": intervals,
@@ -234,12 +236,12 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     kind = None
-    given = _more(None, None, intervals=intervals)
+    given = None if torch.compiler.is_compiling() else _more(None, None, intervals=intervals)
     is_plain = alibi_slopes is sinks is None and given is not None and not (dropout_p or return_stats)
     if is_plain and max_seqlen_q is not None and max_seqlen_kv is not None:
         options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
         more = (*(given or (None,) * len(MORE))[:-2], cu_seqlens_q, cu_seqlens_kv)
-        kind, planned = plan.look_up((q, k, v, *more), (*options, requested(backend)))
+        kind, planned = plan.look_up((q, k, v, *more), (*options, requested_now(backend)))
         if planned is not None:
             for name, ends, x, most in (
                 ("cu_seqlens_q", cu_seqlens_q, q, max_seqlen_q),
@@ -313,11 +315,11 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     kind = None
-    is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-    more = _more(*(None, attn_mask) if is_boolean else (attn_mask, None))
-    if more is not None and not dropout_p:
-        options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested(None))
-        kind, planned = plan.look_up((query, key, value, *more), options)
+    if not (dropout_p or torch.compiler.is_compiling()):
+        is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+        more = _more(None, attn_mask) if is_boolean else _more(attn_mask, None)
+        options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested_now(None))
+        kind, planned = (None, None) if more is None else plan.look_up((query, key, value, *more), options)
         if planned is not None:
             return _in_order_of(query, by_plan(planned, query, key, value, False, more))  # type: ignore[arg-type]
     if has_torch_function_variadic(query, key, value):

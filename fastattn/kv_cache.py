@@ -496,5 +496,5 @@ def _check_pages(
     wrong = ((entries < 0) | (entries >= pages)) & (entry >= low) & (entry < high)
     if bool(wrong.any()):
         b, n = wrong.nonzero()[0].tolist()
-        given, allowed = f"page {int(entries[b, n])} at [{b}, {n}]", f"0 to {pages - 1}"
+        given, allowed = f"page {int(entries[b, n])} at [{b}, {n}]", f"0 to {pages - 1}" if pages else "no page at all"
         raise input_error("block_table", given, allowed, f"Sequence {b} has {lengths[2][b]} positions, all in pages.")

@@ -191,19 +191,19 @@ def refuse_context_parallel() -> None:
         )
     if torch.compiler.is_compiling():
         return  # the operator asks again when it runs
-    global _plain_function
+    global last_plain
     function = torch.nn.functional.scaled_dot_product_attention
-    if function is _plain_function:
+    if function is last_plain:
         return
     if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
         raise UnsupportedError(
             "fastattn inside torch's context_parallel() would attend to this rank's tokens alone. Leave that context "
             "and use fastattn.integrations.context_parallel: ring_attention, ulysses_attention, or sharded()."
         )
-    _plain_function = function
+    last_plain = function
 
 
-_plain_function: object = None  # that torch.nn.functional held last, outside of context_parallel
+last_plain: object = None  # torch's attention function, as it was last outside of context_parallel
 
 
 def _check_values(inputs: Inputs) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastattn import state
 from fastattn.backends.base import Run
 from fastattn.storage import extent, holds
-from fastattn.torch_internals import is_watched, tensor_check
+from fastattn.torch_internals import is_observed, is_watched, tensor_check
 
 LIMIT = 1024  # plans that are kept
 MOST_CHECKS = 8  # of the kinds with equal options that are recognised at once; others are looked up by their kind
@@ -43,7 +43,7 @@ class _Recognised(NamedTuple):
 
     Attributes:
         agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and need
-            gradients alike.
+            gradients alike. Autocast, tracers, dispatch modes and transforms change the dispatch keys of the thread.
         plan: the plan.
         held: of each tensor, the bytes from its first element to the end of its last, and those of an element.
         offsets: of each address from a multiple of ``ALIGNMENT``; None in host memory, where it makes no difference.
@@ -82,9 +82,10 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
 
     The kind is None for a call that must not take a plan: a tool of torch watches or transforms it, its tensors are not
     plain dense ones, or they hold the tokens of one rank. It is None, too, beside a plan that was found without it.
-    Every call passes here, so it is written for speed.
+    Every call that no compiler records passes here. It is written for speed, also for a processor that has just done
+    other work: then each function that is entered costs microseconds.
     """
-    if is_watched() or state.whole_rows is not None or type(tensors[0]) is not Tensor:  # torch.fx passes proxies
+    if state.whole_rows is not None or type(tensors[0]) is not Tensor or is_observed():  # torch.fx passes proxies
         return None, None
     given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
@@ -98,7 +99,7 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 if x.storage_offset() * item + size > x.untyped_storage().nbytes():
                     return None, None  # a storage was shrunk since; the general path raises
             return None, seen.plan
-        return _look_up_kind(tensors, shared, given)
+        return (None, None) if is_watched() else _look_up_kind(tensors, shared, given)
     except (AttributeError, RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
 

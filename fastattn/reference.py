@@ -119,7 +119,7 @@ def forward(
     dtype = dtype or compute_dtype(inputs)
     t = _terms(inputs, spec, dtype, at)
     largest, total = _normaliser(t)
-    p = _dropped(_weights(t, largest, total), inputs, spec, t.positions)
+    p = _dropped(_weights(t, largest, total), _survivors(inputs, spec, t.positions), spec)
     out = numerics.kept_product(p, t.v, t.kept).transpose(1, 2).to(inputs.q.dtype)
     lse, low = (x.to(lse_dtype(inputs.q.dtype)) for x in numerics.split_lse(largest, total))
     results = (out, lse, low)
@@ -137,7 +137,7 @@ def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) ->
     ``at`` gives the positions of the rows and heads, if ``inputs`` is a part of a larger problem.
     """
     t = _terms(inputs, spec, compute_dtype(inputs), at)
-    return _dropped(_weights(t, *_normaliser(t)), inputs, spec, t.positions)
+    return _dropped(_weights(t, *_normaliser(t)), _survivors(inputs, spec, t.positions), spec)
 
 
 def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
@@ -189,11 +189,12 @@ def backward(
     if dlse is not None:
         shift = shift - dlse.reshape(lse.shape).to(dtype)  # delta - dlse
     p = _weights_again(t, lse, lse_low)
-    dt = p * (_dropped(dout @ t.v.transpose(-1, -2), inputs, spec, t.positions) - shift[..., None])
+    survivors = _survivors(inputs, spec, t.positions)
+    dt = p * (_dropped(dout @ t.v.transpose(-1, -2), survivors, spec) - shift[..., None])
     dt = torch.where(t.kept, dt, 0)
     ds = dt if t.capped is None else torch.where(t.kept, dt * (1 - (t.capped / float(spec.softcap or 1)) ** 2), 0)
     kept, columns = t.kept, t.kept.transpose(-1, -2)
-    dropped = _dropped(p, inputs, spec, t.positions)
+    dropped = _dropped(p, survivors, spec)
     return Grads(
         dq=_rows(spec.scale * numerics.kept_product(ds, t.k, kept), inputs.q) if "q" in needs else None,
         dk=_rows(spec.scale * numerics.kept_product(ds.mT, t.q, columns), inputs.k) if "k" in needs else None,
@@ -441,14 +442,18 @@ def _weights_again(t: _Terms, lse: Tensor, lse_low: Tensor) -> Tensor:
     return torch.where(t.kept, p, 0)  # in a row whose lse is NaN, exp(-inf - lse) is NaN too
 
 
-def _dropped(x: Tensor, inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor:
-    """``x`` times the factors of dropout."""
+def _survivors(inputs: Inputs, spec: AttentionSpec, at: Positions) -> Tensor | None:
+    """True for each weight that dropout keeps; None without dropout."""
     if spec.dropout_p == 0:
-        return x
+        return None
     assert inputs.rng_state is not None
     head = rng.head_number(inputs.rng_state, at.sequence_q, at.h, at.num_heads)
-    survives = rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
-    return torch.where(survives, x * spec.dropout_scale, 0)
+    return rng.dropout_keep(spec, inputs.rng_state, head, at.i, at.j)
+
+
+def _dropped(x: Tensor, survivors: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """``x`` times the factors of dropout."""
+    return x if survivors is None else torch.where(survivors, x * spec.dropout_scale, 0)
 
 
 def _rows(x: Tensor, like: Tensor) -> Tensor:

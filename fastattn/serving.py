@@ -23,7 +23,8 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()) -> Result:
     """``out``, or ``(out, lse)``, in the layout of the call."""
-    ops.refuse_context_parallel()
+    if torch.nn.functional.scaled_dot_product_attention is not ops.last_plain:
+        ops.refuse_context_parallel()
     return attend_as_planned(found, q, k, v, with_lse, more)
 
 

@@ -47,6 +47,11 @@ def is_in_forward_mode() -> bool:
     return getattr(_forward_mode, "_current_level", -1) >= 0
 
 
+def is_observed() -> bool:
+    """Whether a profiler records or forward-mode derivatives are computed, which ``tensor_check`` does not see."""
+    return bool(getattr(_profiler, "_is_profiler_enabled", True) or getattr(_forward_mode, "_current_level", -1) >= 0)
+
+
 def is_watched() -> bool:
     """Whether a compiler, tracer, profiler, dispatch mode, autocast or transform is active."""
     return bool(

@@ -38,15 +38,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*", default=list(SETS), help=f"of torch: {', '.join(SETS)}")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where the environments lie")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), help=f"columns of the table: {', '.join(PARTS)}")
     parser.add_argument("--jobs", default="2")
     arguments = parser.parse_args()
-    rows = {}
+    cells = []
     for version in arguments.versions:
         python = environment(arguments.folder, version)
-        rows[version] = [build(python)] + [outcome(python, paths, arguments.jobs) for paths in PARTS.values()]
-        print(version, *rows[version], sep=" | ", flush=True)
-    write(rows)
-    return int(any("failed" in cell or "error" in cell for row in rows.values() for cell in row))
+        found = {"build": build(python)}
+        for part in arguments.parts:
+            found[part] = outcome(python, PARTS[part], arguments.jobs)
+            print(version, part, found[part], sep=" | ", flush=True)
+            write(version, found)
+        cells += found.values()
+    return int(any("failed" in cell or "error" in cell for cell in cells))
 
 
 def environment(below: Path, version: str) -> Path:
@@ -83,16 +87,18 @@ def clean() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in dropped} | {"PYTHONPATH": str(ROOT)}
 
 
-def write(rows: dict[str, list[str]]) -> None:
-    """Put rows into the table of the page; rows of versions that did not run stay."""
+def write(version: str, found: dict[str, str]) -> None:
+    """Put cells into a row of the page's table; those of other versions and parts stay."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     table, after = rest.split(END)
-    old = {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("| 2.")}
-    new = old | {version: f"| {version} | {' | '.join(cells)} |" for version, cells in rows.items()}
-    head = f"| torch | build | {' | '.join(PARTS)} |\n|{' --- |' * (2 + len(PARTS))}"
-    lines = "\n".join(new[version] for version in sorted(new))
-    PAGE.write_text(f"{before}{BEGIN}\n\n{head}\n{lines}\n\n{END}{after}", encoding="utf-8")
+    columns = ["build", *PARTS]
+    lines = (line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| 2."))
+    rows = {name: dict(zip(columns, cells, strict=True)) for name, *cells in lines}
+    rows[version] = dict.fromkeys(columns, "not yet run") | rows.get(version, {}) | found
+    head = f"| torch | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}"
+    body = "\n".join(f"| {name} | {' | '.join(rows[name].values())} |" for name in sorted(rows))
+    PAGE.write_text(f"{before}{BEGIN}\n\n{head}\n{body}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ using uint32 = unsigned int;
 using uint16 = unsigned short;
 using uint8 = unsigned char;
 
-constexpr int64 kForwardVersion = 2, kBackwardVersion = 2;
+constexpr int64 kForwardVersion = 3, kBackwardVersion = 2;
 
 // Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
 constexpr int32 kUnbounded = 1 << 29;
@@ -37,6 +37,7 @@ struct ForwardParams {
   const float* sinks;  // (1|B, H_q) logits, natural; null if there are none
   const int32* cu_seqlens_q;  // (B + 1) boundaries if packed, else null
   const int32* cu_seqlens_kv;
+  int32* counter;  // 0, and 0 again after the kernel: of tiles that blocks draw; null if each block has its own
   Strides q_strides, k_strides, v_strides;
   int64 sinks_batch_stride;  // H_q, or 0 if all sequences share them
   int64 dtype;  // Dtype of q, k, v and out

@@ -4,6 +4,7 @@
 #define FA_EVERYWHERE static inline
 #include "backward_jvp.h"
 #include "jvp.h"
+#include "statistics.h"
 
 namespace {
 
@@ -68,14 +69,26 @@ void backward_jvp(AttentionParams const& p, AttentionParams const& moved, Backwa
   BackwardJvp<FA_OPERAND>(p, moved, item, memory).run();
 }
 
+int64 statistics_bytes(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item) {
+  return RowStatistics<FA_OPERAND>(p, of, item, nullptr).bytes();
+}
+
+void statistics(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item, void* memory) {
+  RowStatistics<FA_OPERAND>(p, of, item, memory).run();
+}
+
+void statistics_backward(AttentionParams const& p, StatisticsParams const& of, BackwardItem const& item, void* memory) {
+  StatisticsBackward<FA_OPERAND>(p, of, item, memory).run();
+}
+
 }  // namespace
 
 #define FA_JOIN(operand, machine) fa_attention_##operand##_##machine
 #define FA_NAME(operand, machine) FA_JOIN(operand, machine)
 
 extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
-  static constexpr fa::cpu::Attention kernels{forward_bytes,      forward,     backward_bytes, share_bytes,
-                                              backward,           add_shares,  jvp_bytes,      jvp,
-                                              backward_jvp_bytes, backward_jvp};
+  static constexpr fa::cpu::Attention kernels{
+      forward_bytes,      forward,      backward_bytes,   share_bytes, backward,           add_shares, jvp_bytes, jvp,
+      backward_jvp_bytes, backward_jvp, statistics_bytes, statistics,  statistics_backward};
   return &kernels;
 }

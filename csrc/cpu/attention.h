@@ -56,6 +56,10 @@ struct Attention {
   void (*jvp)(AttentionParams const&, AttentionParams const& moved, ForwardItem const&, void* memory);
   int64 (*backward_jvp_bytes)(AttentionParams const&, AttentionParams const& moved, BackwardItem const&);
   void (*backward_jvp)(AttentionParams const&, AttentionParams const& moved, BackwardItem const&, void* memory);
+  // Statistics of the weights, and the gradients of the inputs out of theirs.
+  int64 (*statistics_bytes)(AttentionParams const&, StatisticsParams const&, ForwardItem const&);
+  void (*statistics)(AttentionParams const&, StatisticsParams const&, ForwardItem const&, void* memory);
+  void (*statistics_backward)(AttentionParams const&, StatisticsParams const&, BackwardItem const&, void* memory);
 };
 
 }  // namespace fa::cpu

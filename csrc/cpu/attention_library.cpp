@@ -16,6 +16,7 @@ struct Call {
   AttentionParams const& p;
   Attention const& kernels;
   AttentionParams const* moved;       // tangents, of a Jacobian-vector product; else null
+  StatisticsParams const* statistics;  // else null
   int32 const *starts_q, *starts_kv;  // of packed sequences; null where dense
   int64* first;                       // packed: the first item of each sequence, in units of heads
   int64 count = 0;
@@ -222,6 +223,16 @@ static void work_jvp(void* data) {
       });
 }
 
+static void work_statistics(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  take_items(
+      call, scratch_memory, [&](int64 n) { return call.forward_item(n); },
+      [&](ForwardItem const& item) { return call.kernels.statistics_bytes(call.p, *call.statistics, item); },
+      [&](ForwardItem const& item, ForwardItem const*, void* memory) {
+        call.kernels.statistics(call.p, *call.statistics, item, memory);
+      });
+}
+
 static void work_backward(void* data) {
   Call& call = *static_cast<Call*>(data);
   take_items(
@@ -232,6 +243,7 @@ static void work_backward(void* data) {
       },
       [&](BackwardItem const& item, BackwardItem const* next, void* memory) {
         if (call.moved) call.kernels.backward_jvp(call.p, *call.moved, item, memory);
+        else if (call.statistics) call.kernels.statistics_backward(call.p, *call.statistics, item, memory);
         else call.kernels.backward(call.p, item, next, memory);
         if (!call.splits || !call.p.dq) return;
         Unit const& unit = item.unit;
@@ -253,10 +265,12 @@ static void run(Call& call, double work, void (*function)(void*)) {
 
 static Outcome forward(Call& call) {
   if (Outcome const outcome = copy_boundaries(call)) return outcome;
+  StatisticsParams const* const of = call.statistics;
+  if (of && longest(call) > of->parts * of->rows_per_part) return kWrongValues;
   double const work = work_of(call);
-  call.rows_per_item = rows_of_item(call, work < kSmall ? 1 : call.p.threads);
+  call.rows_per_item = of ? int(of->rows_per_part) : rows_of_item(call, work < kSmall ? 1 : call.p.threads);
   count_items(call);
-  run(call, work, call.moved ? work_jvp : work_forward);
+  run(call, work, of ? work_statistics : call.moved ? work_jvp : work_forward);
   return call.has_failed ? kNoMemory : kDone;
 }
 
@@ -299,14 +313,30 @@ static Outcome backward(Call& call) {
   return call.has_failed ? kNoMemory : kDone;
 }
 
+static Outcome attend(AttentionParams const& p, AttentionParams const* moved, StatisticsParams const* statistics,
+                      Outcome (*pass)(Call&)) {
+  Machine const* const machine = machine_for(p.machine);
+  if (!machine) return kNoMachine;
+  Call call{p, machine->attention(p.dtype), moved, statistics, nullptr, nullptr, nullptr};
+  return pass(call);
+}
+
 static Outcome attend(const char* packed, const char* packed_moved, Outcome (*pass)(Call&)) {
   AttentionParams p, moved;
   std::memcpy(&p, packed, sizeof p);
   if (packed_moved) std::memcpy(&moved, packed_moved, sizeof moved);
-  Machine const* const machine = machine_for(p.machine);
-  if (!machine) return kNoMachine;
-  Call call{p, machine->attention(p.dtype), packed_moved ? &moved : nullptr, nullptr, nullptr, nullptr};
-  return pass(call);
+  return attend(p, packed_moved ? &moved : nullptr, nullptr, pass);
+}
+
+static Outcome describe(const char* packed, const char* packed_statistics, Outcome (*pass)(Call&)) {
+  AttentionParams p;
+  StatisticsParams statistics;
+  std::memcpy(&p, packed, sizeof p);
+  std::memcpy(&statistics, packed_statistics, sizeof statistics);
+  p.v = nullptr;
+  p.head_dim_v = 1;
+  p.dropout_threshold = 0;
+  return attend(p, nullptr, &statistics, pass);
 }
 
 }  // namespace fa::cpu
@@ -322,4 +352,12 @@ FA_PUBLIC long long fa_cpu_jvp(const char* packed, const char* moved) {
 }
 FA_PUBLIC long long fa_cpu_backward_jvp(const char* packed, const char* moved) {
   return fa::cpu::attend(packed, moved, fa::cpu::backward);
+}
+
+// Statistics of the weights, or what their gradient needs of each row; and the gradients of the inputs.
+FA_PUBLIC long long fa_cpu_statistics(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::forward);
+}
+FA_PUBLIC long long fa_cpu_statistics_backward(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::backward);
 }

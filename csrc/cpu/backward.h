@@ -17,6 +17,8 @@ template <class Op>
 class Backward {
   template <class>
   friend class BackwardJvp;
+  template <class>
+  friend class StatisticsBackward;
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
@@ -50,12 +52,18 @@ class Backward {
   int64 share_words() const { return group_ * padded_rows_ * columns_qk_; }
 
   void run(Prefetch& prefetch) {
+    run_with(prefetch, [this](auto const&... strip) { run_strip(strip...); });
+  }
+
+  // The pass with another step for each strip.
+  template <class Strip>
+  void run_with(Prefetch& prefetch, Strip const& run_strip) {
     prefetch_ = &prefetch;
     rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, band_.s_q * group_);
     if (p_.segments_q) segments_.look(scores_.segments_kv(), {0, band_.s_kv}, runs_);
     for (int g = 0; g < kept_heads_; ++g) packer_.pack(scores_.first_head() + g, heads_[g]);
     if (p_.dsinks && item_.parts.begin == 0) add_sinks();
-    for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part);
+    for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part, run_strip);
     for (int g = 0; g < group_ && p_.dq && !item_.dq_shares; ++g) write_dq(g, totals_of(g));
   }
 
@@ -127,16 +135,13 @@ class Backward {
 
   // Whole blocks of query rows of which some keep a key of the part.
   Range rows_of(int part) const {
-    Range const keys = keys_of(part);
-    return blocks(fa::tile_range(fa::transposed(band_), keys.begin, keys.end));
-  }
-
-  Range blocks(Range rows) const {
+    Range const keys = keys_of(part), rows = fa::tile_range(fa::transposed(band_), keys.begin, keys.end);
     if (is_empty(rows)) return {0, 0};
     return {rows.begin / block_rows_ * block_rows_, int(rounded_up(rows.end, block_rows_))};
   }
 
-  void run_part(int part) {
+  template <class Strip>
+  void run_part(int part, Strip const& run_strip) {
     Range const keys = keys_of(part);
     begin_ = keys.begin;
     pack_keys(keys);
@@ -149,7 +154,8 @@ class Backward {
       for (first_ = rows.begin; first_ < rows.end; first_ += block_rows_) {
         if (!kept_heads_) packer_.pack_block(head, first_, heads_[0]);
         wait();
-        bool const is_used = run_rows(head, queries_of(g), first_, keys);
+        auto const step = [&](int count, Range block) { run_keys(head, queries_of(g), count, block, run_strip); };
+        bool const is_used = for_each_block(head, first_, keys, step);
         if (p_.dq && is_used) add_rows(dq, dq_, {first_, first_ + block_rows_});
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
@@ -218,14 +224,8 @@ class Backward {
 
   // --- one block of keys, and of queries
 
-  // A block of queries and all keys of the part: dq stays in the first cache, keys and their gradients in the second.
-  // Whether they keep any pair.
-  bool run_rows(int head, Queries<Op> const& queries, int first, Range part) {
-    return for_each_block(head, first, part,
-                          [&](int count, Range keys) { run_keys(head, queries, first, count, keys); });
-  }
-
-  // Calls step with the number of query rows, and with each block of keys that they look at.
+  // Calls step with the number of query rows, and with each block of keys that they look at. Whether they keep any pair.
+  // dq stays in the first cache, keys and their gradients in the second.
   template <class Step>
   bool for_each_block(int head, int first, Range part, Step const& step) {
     int const end = fa::smaller(first + block_rows_, band_.s_q);
@@ -239,11 +239,12 @@ class Backward {
     return true;
   }
 
-  void run_keys(int head, Queries<Op> const& queries, int first, int count, Range keys) {
+  template <class Strip>
+  void run_keys(int head, Queries<Op> const& queries, int count, Range keys, Strip const& run_strip) {
     for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
     for (int r = 0; r < count; r += kTileRows)
-      run_strip(head, queries, first, r, fa::smaller(kTileRows, count - r), keys);
-    add_to_keys(head, queries, first, keys);
+      run_strip(head, queries, first_, r, fa::smaller(kTileRows, count - r), keys);
+    add_to_keys(head, queries, first_, keys);
   }
 
   // What a block of queries adds to the gradients of a block of keys.

@@ -12,6 +12,8 @@ template <class Op>
 class Forward {
   template <class>
   friend class ForwardJvp;
+  template <class>
+  friend class RowStatistics;
   using Word = typename Op::Word;
   static constexpr int kLast = kForwardRows - kTileRows;
   static constexpr int64 kStrip = kMostKeys + kAlignWords;  // words from row to row of a strip, no power of two
@@ -69,6 +71,18 @@ class Forward {
     for (int head = 0; head < group; head += heads)
       for (int first = 0; first < heads * rows; first += kForwardRows)
         step(scores_.first_head() + head, first, fa::smaller(kForwardRows, heads * rows - first));
+  }
+
+  // Calls step with the strips of a tile: their first row, how many there are, and the first of their keys. Where rows
+  // keep several ranges, strips are narrow, and `kept` is what they keep of one.
+  template <class Step>
+  void for_each_strip(int count, Range keys, Step const& step) {
+    int const width = has_gaps_ ? kPanel<Word> : kMostKeys;
+    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += width) {
+      Range const there{begin, begin + width};
+      for (int r = 0; r < count && has_gaps_; ++r) row_[r].kept = common(those_in(row_[r].ranges, there).hull(), there);
+      for (int r = 0; r < count; r += kTileRows) step(r, fa::smaller(kTileRows, count - r), begin);
+    }
   }
 
   struct Row {
@@ -294,7 +308,7 @@ class Forward {
   // Where results of these rows go, and the queries that follow.
   void prefetch_rows(int head, int i, int count) {
     int64 const bytes = bytes_of(p_.dtype);
-    prefetch_results(from_row(tensors_.out(head), i), count, p_.head_dim_v);
+    if (p_.out) prefetch_results(from_row(tensors_.out(head), i), count, p_.head_dim_v);
     int const left = item_.rows.end - i - count;
     if (left > 0 && upcoming_.streams() < 3)
       upcoming_.add(from_row(tensors_.q(head), i + count), fa::smaller(left, kForwardRows), p_.head_dim_qk * bytes);
@@ -326,6 +340,18 @@ class Forward {
 
   void prefetch_terms(int r, int count, Range keys) const {
     for (int n = r; n < r + count; ++n) scores_.prefetch_terms(row_[n].head, row_[n].i, count, keys);
+  }
+
+  // What such a strip, whose keys are `keys`, reads for row r.
+  typename Scores<Word>::Row described(int r, int begin, Range keys) {
+    Row const& row = row_[r];
+    Range const both = common(row.kept, keys);
+    bool const is_none = is_empty(both);
+    auto found = scores_.row(row.head, row.i, begin, is_none ? both : Range{both.begin - begin, both.end - begin});
+    if (!has_gaps_ || is_none) return found;
+    Ranges const ranges = those_in(row.ranges, row.kept);
+    if (ranges.count > 1) scores_.hide_gaps(found, ranges, begin);
+    return found;
   }
 
   // A strip's weights times values, added to its sums.

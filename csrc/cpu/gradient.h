@@ -11,13 +11,16 @@ struct RowTerms {
   Word lse, low, delta;
 };
 
+template <class Word>
+inline Vector<Word> log_of_weight(Vector<Word> score, Word to_score, RowTerms<Word> const& row) {
+  return fused<Word>(score, broadcast(to_score), broadcast(-row.lse)) - broadcast(row.low);
+}
+
 template <class Op>
 inline Vector<typename Op::Word> weight_of(Vector<typename Op::Word> score, typename Op::Word to_score,
                                            RowTerms<typename Op::Word> const& row) {
   using Word = typename Op::Word;
-  using V = Vector<Word>;
-  V const x = fused<Word>(score, broadcast(to_score), broadcast(-row.lse)) - broadcast(row.low);
-  return power_of_2<Op::kDegree>(x * Word(kLog2E));
+  return power_of_2<Op::kDegree>(log_of_weight(score, to_score, row) * Word(kLog2E));
 }
 
 // Two rows of weights and score gradients as the products read them: score gradients also row by row, as left operand

@@ -39,18 +39,9 @@ class ForwardJvp {
     Range const keys = given_.begin_tile(head, first, count);
     along_.begin_tile(head, first, count);
     for (int r = 0; r < count; ++r) read_terms(r);
-    int const step = given_.has_gaps_ ? kPanel<Word> : kMostKeys;
-    for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += step) {
-      Range const keys_of_step{begin, begin + step};
-      for (int r = 0; r < count && given_.has_gaps_; ++r)
-        given_.row_[r].kept = common(ranges_in(r, keys_of_step).hull(), keys_of_step);
-      for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
-    }
+    given_.for_each_strip(count, keys, [this](int r, int rows, int begin) { run_strip(r, rows, begin); });
     for (int r = 0; r < count; ++r) write(r);
   }
-
-  // What a row keeps of some keys where a call has intervals.
-  Ranges ranges_in(int r, Range keys) const { return those_in(given_.row_[r].ranges, keys); }
 
   void read_terms(int r) {
     int64 const at = lse_at(r);
@@ -97,15 +88,9 @@ class ForwardJvp {
   void weigh_rows(int r, int count, int begin, Range columns, Range keys) {
     for (int n = 0; n < count; ++n) {
       auto const& row = given_.row_[r + n];
-      Range const both = common(row.kept, keys);
-      Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
-      auto described = given_.scores_.row(row.head, row.i, begin, kept);
-      if (TERMS != kBand && given_.has_gaps_ && !is_empty(both)) {
-        Ranges const ranges = ranges_in(r + n, row.kept);
-        if (ranges.count > 1) given_.scores_.hide_gaps(described, ranges, begin);
-      }
+      auto const described = given_.described(r + n, begin, keys);
       weigh_row<TERMS>(r + n, n * given_.kStrip, columns, described,
-                       moving_row(tangents_, row.head, row.i, begin, kept),
+                       moving_row(tangents_, row.head, row.i, begin, described.kept),
                        given_.dropped(row, begin + columns.begin, begin + columns.end));
     }
   }
@@ -117,7 +102,7 @@ class ForwardJvp {
     RowTerms<Word> const end = ends_[r];  // copies: what is stored below might be any of its numbers
     Word const to_score = given_.scores_.to_score, scale = moving.scale;
     Word const *const products = given_.strip_ + strip, *const moved = along_.strip_ + strip;
-    auto const weigh = [&](int c, V& weight, V& times_tangent) {
+    auto const weigh = [&](int c, V& weight, V& times_tangent) __attribute__((always_inline)) {
       V slope = broadcast(Word(1));
       V const product = load(products + c), score = Scores<Word>::template score<TERMS>(row, c, product, &slope);
       V const p = weight_of<Op>(score, to_score, end);
@@ -131,16 +116,16 @@ class ForwardJvp {
     constexpr int kStep = kCount<Word> * Op::kPerWord;
     Word *of_values = given_.weights_ + strip, *of_tangents = along_.weights_ + strip;
     for (int c = columns.begin; c < columns.end; c += kStep, of_values += kCount<Word>, of_tangents += kCount<Word>) {
-      V weight[2]{}, times_tangent[2]{};
-      for (int n = 0; n < Op::kPerWord && c + n * kCount<Word> < columns.end; ++n)
-        weigh(c + n * kCount<Word>, weight[n], times_tangent[n]);
+      V weight, times_tangent;
+      weigh(c, weight, times_tangent);
       if constexpr (Op::kPerWord == 2) {
-        store(of_values, Op::joined(times_tangent[0], times_tangent[1]));
-        store(of_tangents, Op::joined(weight[0], weight[1]));
-      } else {
-        store(of_values, times_tangent[0]);
-        store(of_tangents, weight[0]);
+        V next{}, next_times_tangent{};
+        if (c + kCount<Word> < columns.end) weigh(c + kCount<Word>, next, next_times_tangent);
+        weight = Op::joined(weight, next);
+        times_tangent = Op::joined(times_tangent, next_times_tangent);
       }
+      store(of_values, times_tangent);
+      store(of_tangents, weight);
     }
     totals_[r] += sum(total);
   }

@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 2, kAttentionVersion = 4;
+constexpr int64 kVersion = 2, kAttentionVersion = 5;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
@@ -109,6 +109,26 @@ struct AttentionParams {
   double scale;
   double softcap;  // 0: none
   double dropout_scale;
+};
+
+// Statistics of the weights, beside the AttentionParams of the problem, whose values are not read. Numbers of rows are
+// shaped like lse, those of keys (B, H_q, S_kv), packed (H_q, T_kv), and all are words.
+struct StatisticsParams {
+  int64 rows_per_part;  // query rows that are added up into one share of key_sum and key_max, whole tiles of them
+  int64 parts;  // shares: no sequence has more rows
+  int64 share;  // words from share to share
+  // Results; those of keys hold zeros at first. With dlse the pass computes what their gradient needs instead: lse, its
+  // gradient, and largest_key.
+  void* entropy;
+  void* largest_logit;
+  int64* largest_key;
+  void* key_sum;
+  void* key_max;
+  void* dlse;
+  // Gradients of the results; behind that of key_sum lie 64 words more, which are read.
+  const void* dentropy;
+  const void* dlargest_logit;
+  const void* dkey_sum;
 };
 
 }  // namespace fa::cpu

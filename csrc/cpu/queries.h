@@ -125,12 +125,13 @@ class QueryPacker {
     Source const out = tensors_.out(head), dout = tensors_.dout(head);
     for (int64 i = first; i < first + block_; ++i) {
       bool const is_there = i < rows_;
-      for (int64 c = 0; i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
+      for (int64 c = 0; p_.dout && i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
         prefetch_line(out.at + (i + kRowsAhead) * out.stride + c);
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
-      to.delta[i] =
-          is_there ? dot<Word>(out.at + i * out.stride, dout.at + i * dout.stride, p_.dtype, p_.head_dim_v) : 0;
+      to.delta[i] = is_there && p_.dout
+                        ? dot<Word>(out.at + i * out.stride, dout.at + i * dout.stride, p_.dtype, p_.head_dim_v)
+                        : 0;
       if (is_there && dlse) to.delta[i] -= dlse[i];
     }
   }

@@ -224,6 +224,8 @@ FAULTS = [
     Fault("no masks within the loop", CONSUMER, "C::BAND && !contains(blocks.unmasked, block)", "false"),
     # Tiles
     Fault("the last pass is as wide as the others", SCHEDULE, "left < wanted ? left : wanted", "wanted"),
+    Fault("a drawn tile is that of another block", SCHEDULE, "block_count() + (p.counter", "(p.counter"),
+    Fault("the counter is left where it is", SCHEDULE, "tiles + block_count() - 1", "tiles + block_count()"),
     Fault("sequences before are forgotten", SCHEDULE, "tiles_before += blocks * heads;", ""),
     Fault("lse of the wrong head", CONSUMER, "tile.map_batch * p.heads_q + tile.head)", "tile.map_batch * p.heads_q)"),
     # Set-up

@@ -100,15 +100,15 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: Q is released before its products are done",
         DKDV,
-        "wgmma_wait<0>(dq);\n          release(q);",
-        "release(q);\n          wgmma_wait<0>(dq);",
+        "wgmma_wait<0>(dk);\n        release(q);",
+        "release(q);\n        wgmma_wait<0>(dk);",
         FUSED_128,
     ),
     Fault(
         "backward: a stage is never released",
         DKDV,
-        "wgmma_wait<0>(dq);\n          release(q);",
-        "wgmma_wait<0>(dq);\n          q.advance();",
+        "wgmma_wait<0>(dk);\n        release(q);",
+        "wgmma_wait<0>(dk);\n        q.advance();",
         FUSED_128,
     ),
     Fault(
@@ -128,8 +128,8 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: the consumer of dk releases too early",
         DKDV,
-        "wgmma_wait<0>(dk);\n          release(q);",
-        "release(q);\n          wgmma_wait<0>(dk);",
+        "wgmma_wait<0>(dk);\n        release(q);",
+        "release(q);\n        wgmma_wait<0>(dk);",
         SPLIT_192,
     ),
     # The way of dS to dq
@@ -207,7 +207,14 @@ BACKWARD_FAULTS = [
         "of_columns(shared.delta(0), 4)",
         FUSED_128,
     ),
-    Fault("backward: dk of the weights", DKDV, "add_product<T>(dk, ds,", "add_product<T>(dk, p,", FUSED_128),
+    Fault(
+        "backward: dk of the weights",
+        DKDV,
+        "add_product<T>(dk, ds, n_major(shared.q(q.stage), N));\n          wgmma",
+        "add_product<T>(dk, p, n_major(shared.q(q.stage), N));\n          wgmma",
+        FUSED_128,
+    ),
+    Fault("backward: dq is added before its product is done", DKDV, "wgmma_wait<1>(dq);", "", FUSED_128),
     Fault(
         "backward: weights in fp32 are not masked", DKDV, "else mask_weights(scores, band, row, column);", "", FUSED_128
     ),

@@ -16,6 +16,7 @@ std::vector<ForwardInstance>& forward_instances() {
 struct ForwardProblem : Problem {
   Tensor out;
   std::vector<float> lse, lse_low;
+  int32 counter = 0;
 };
 
 struct Row {
@@ -66,6 +67,7 @@ static sm90::ForwardArgs arguments(ForwardProblem& p) {
   fill_common(p, f);
   f.version = kForwardVersion;
   f.out = p.out.data, f.lse = p.lse.data(), f.lse_low = p.lse_low.data();
+  f.counter = c.seed % 3 ? &p.counter : nullptr;
   f.has_band = c.left >= 0 || c.right >= 0;
   f.blocks = c.blocks;
   sm90::ForwardArgs args;
@@ -101,7 +103,7 @@ static std::string compare(ForwardProblem& p) {
 }
 
 std::string check_forward(ForwardInstance const& instance, Case const& c, Report& report) {
-  ForwardProblem p{make_problem(instance.shape, c), {}, {}, {}};
+  ForwardProblem p{make_problem(instance.shape, c), {}, {}, {}, 0};
   p.out = make_tensor(p.batch(), p.q.rows, p.q.heads, c.d_v, false, 0, p.encode(NAN));
   p.lse.assign(static_cast<size_t>(p.batch() * p.q.heads * p.q.rows), NAN);
   p.lse_low = p.lse;
@@ -111,10 +113,11 @@ std::string check_forward(ForwardInstance const& instance, Case const& c, Report
   allow_global(p.out.data, static_cast<size_t>(p.out.batch * p.out.strides.batch * 2));
   for (auto const* x : {&p.lse, &p.lse_low}) allow_global(x->data(), x->size() * sizeof(float));
   allow_global(p.sinks.data(), p.sinks.size() * sizeof(float));
+  allow_global(&p.counter, sizeof(p.counter));
   for (auto const* cu_seqlens : {&p.cu_q, &p.cu_kv}) allow_global(cu_seqlens->data(), cu_seqlens->size() * sizeof(int));
   run_grid(instance.threads, c.blocks, c.seed, [&] { instance.kernel(args); }, report);
   if (!report.error.empty()) return report.error;
-  return compare(p);
+  return p.counter ? "the counter is left at " + std::to_string(p.counter) : compare(p);
 }
 
 }  // namespace fa::emu

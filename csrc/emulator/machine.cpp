@@ -422,13 +422,35 @@ void complete_bytes(uint32_t address, int64_t bytes) {
   finish_phase(barrier);
 }
 
-void mbarrier_wait(uint32_t address, uint32_t parity) {
-  mbarrier_at(address);
-  note("wait", address, parity);
-  block_until([=] { return machine().mbarriers[address].phase != static_cast<int>(parity & 1); }, "an mbarrier");
+static bool is_complete(uint32_t address, uint32_t parity) {
+  return machine().mbarriers[address].phase != static_cast<int>(parity & 1);
+}
+
+static void learn_of(uint32_t address) {
   Clock const& known = machine().mbarriers[address].known;
   if (!known.empty()) learn(machine().running->clock, known);
 }
+
+void mbarrier_wait(uint32_t address, uint32_t parity) {
+  mbarrier_at(address);
+  note("wait", address, parity);
+  block_until([=] { return is_complete(address, parity); }, "an mbarrier");
+  learn_of(address);
+}
+
+bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
+  mbarrier_at(address);
+  Machine& m = machine();
+  Fiber* const self = m.running;
+  self->resume_at = m.rounds + 1;
+  block_until([&m, self] { return m.rounds >= self->resume_at; }, "its turn");
+  if (!is_complete(address, parity)) return false;
+  note("wait", address, parity);
+  learn_of(address);
+  return true;
+}
+
+uint64_t rounds() { return machine().rounds; }
 
 void named_barrier(int id, int threads, bool wait) {
   Machine& m = machine();

@@ -84,6 +84,8 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_fence_init();
 void mbarrier_arrive(uint32_t barrier, uint32_t expected_bytes);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
+bool mbarrier_try_wait(uint32_t barrier, uint32_t parity);  // whether the phase is complete, after one round
+uint64_t rounds();  // of the scheduler
 void named_barrier(int barrier, int threads, bool wait);
 void set_registers(int registers, bool more);
 

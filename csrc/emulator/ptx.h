@@ -1,6 +1,7 @@
 // The names of sm90/ptx.cuh on the emulated machine, which forward to machine.h.
 #pragma once
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 #include "machine.h"
@@ -8,6 +9,7 @@
 #define FA_DEVICE inline
 #define FA_GLOBAL(THREADS) void
 #define FA_KERNEL_ARGUMENT const
+#define FA_MODULE_VARIABLE static
 #define FA_UNROLL
 
 namespace fa::sm90 {
@@ -28,7 +30,7 @@ inline bool elect_one() {
 inline uint32 shared_base() { return emu::kSharedBase; }
 inline uint32 recomputed(uint32 x) { return x; }
 
-inline void mbarrier_init(uint32 barrier, uint32 arrivals) { emu::mbarrier_init(barrier, arrivals); }
+inline void mbarrier_begin(uint32 barrier, uint32 arrivals) { emu::mbarrier_init(barrier, arrivals); }
 inline void mbarrier_fence_init(Site site = Site::here("mbarrier_fence_init")) {
   if (!site.is_left_out()) emu::mbarrier_fence_init();
 }
@@ -38,9 +40,20 @@ inline void mbarrier_arrive(uint32 barrier, Site site = Site::here("mbarrier_arr
 inline void mbarrier_expect(uint32 barrier, uint32 bytes, Site site = Site::here("mbarrier_expect")) {
   if (!site.is_left_out()) emu::mbarrier_arrive(barrier, bytes);
 }
+#ifndef FA_WATCHDOG
+inline void mbarrier_init(uint32 barrier, uint32 arrivals) { mbarrier_begin(barrier, arrivals); }
 inline void mbarrier_wait(uint32 barrier, uint32 parity, Site site = Site::here("mbarrier_wait")) {
   if (!site.is_left_out()) emu::mbarrier_wait(barrier, parity);
 }
+#else
+inline bool mbarrier_try_wait(uint32 barrier, uint32 parity) { return emu::mbarrier_try_wait(barrier, parity); }
+inline uint64 watch_time() { return emu::rounds(); }
+inline void end_in_sentence(char const* role, int number, int block, int barrier, uint32 parity) {
+  char text[200];
+  std::snprintf(text, sizeof(text), FA_WATCHDOG_SENTENCE, role, number, block, barrier, parity);
+  emu::error(text);
+}
+#endif
 
 constexpr uint64 kEvictFirst = 0, kEvictLast = 0;
 inline void tma_prefetch(const TensorMap*) {}
@@ -190,6 +203,7 @@ inline void add_global(float* to, Float4 v) {
   if (!emu::may_add(to, 16)) return;
   to[0] += v.x, to[1] += v.y, to[2] += v.z, to[3] += v.w;
 }
+inline int32 draw(int32* counter) { return emu::may_add(counter, sizeof(int32)) ? (*counter)++ : 0; }
 template <class T>
 T load_global(T const* from) {
   return emu::may_load(from, sizeof(T)) ? *from : T{};

@@ -281,24 +281,23 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
         score_gradients<C>(shared, q.stage, scores, sloped, dp);
         pack_fragment<T>(ds, dp);
         if constexpr (C::FUSED) {
+          float dq[32];
           stage_fragment<64>(shared.ds(buffer) + consumer * (N / 64 * 64 * kRowBytes), ds);
           fence_proxy_async();
-        }
-        wgmma_fence();
-        add_product<T>(dk, ds, n_major(shared.q(q.stage), N));
-        if constexpr (C::FUSED) {
-          float dq[32];
           named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // dS^T of both is there
           wgmma_fence();
           issue_dq<C>(dq, shared, consumer, buffer);
-          wgmma_wait<0>(dq);
-          release(q);
-          add_dq<C>(args, shared, consumer, head, block, dq);
+          wgmma_fence();
+          add_product<T>(dk, ds, n_major(shared.q(q.stage), N));
+          wgmma_wait<1>(dq);
+          add_dq<C>(args, shared, consumer, head, block, dq);  // under the product for dk
           buffer ^= 1;
         } else {
-          wgmma_wait<0>(dk);
-          release(q);
+          wgmma_fence();
+          add_product<T>(dk, ds, n_major(shared.q(q.stage), N));
         }
+        wgmma_wait<0>(dk);
+        release(q);
       } else {
         wgmma_wait<0>(dv);
         release(q);

@@ -6,6 +6,7 @@
 #pragma once
 #include "../common/params.h"
 
+#define FA_WATCHDOG_SENTENCE "fastattn's watchdog: %s %d of block %d waits in vain for barrier %d (parity %u)\n"
 #define FA_DESCRIPTOR_HIGH "0x40000040"  // word of every wgmma descriptor (wgmma.cuh)
 
 #ifdef FA_EMULATE
@@ -15,6 +16,7 @@
 #define FA_DEVICE __device__ __forceinline__
 #define FA_GLOBAL(THREADS) __global__ void __launch_bounds__(THREADS, 1)
 #define FA_KERNEL_ARGUMENT const __grid_constant__
+#define FA_MODULE_VARIABLE static __device__ volatile
 #define FA_UNROLL _Pragma("unroll")
 
 #include "wgmma.cuh"
@@ -57,7 +59,7 @@ FA_DEVICE uint32 recomputed(uint32 x) {
 }
 
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
-FA_DEVICE void mbarrier_init(uint32 barrier, uint32 arrivals) {
+FA_DEVICE void mbarrier_begin(uint32 barrier, uint32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 FA_DEVICE void mbarrier_fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -68,27 +70,32 @@ FA_DEVICE void mbarrier_arrive(uint32 barrier) {
 FA_DEVICE void mbarrier_expect(uint32 barrier, uint32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Returns once the phase of this parity is complete. A fresh barrier counts as having completed parity 1, so the
-// first wait for something to become empty uses parity 1.
-FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
+// Whether the phase of this parity is complete, after a while of waiting for it. A fresh barrier counts as having completed
+// parity 1, so the first wait for something to become empty uses parity 1.
+FA_DEVICE bool mbarrier_try_wait(uint32 barrier, uint32 parity) {
   uint32 done;
-#ifdef FA_WATCHDOG
-  uint32 tries = 0;
-#endif
-  do {
-    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-#ifdef FA_WATCHDOG  // for debugging, and slow: a wait that would hang reports its place and ends the kernel
-    if (++tries > FA_WATCHDOG) {
-      printf("fastattn: barrier %u of block %d never completed parity %u (thread %d)\n", barrier - shared_base(),
-             block_index(), parity, thread_index());
-      __trap();
-    }
-#endif
-  } while (!done);
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
 }
+#ifndef FA_WATCHDOG
+FA_DEVICE void mbarrier_init(uint32 barrier, uint32 arrivals) { mbarrier_begin(barrier, arrivals); }
+FA_DEVICE void mbarrier_wait(uint32 barrier, uint32 parity) {
+  while (!mbarrier_try_wait(barrier, parity)) continue;
+}
+#else  // watchdog.cuh defines both
+FA_DEVICE uint64 watch_time() {  // in milliseconds
+  uint64 nanoseconds;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(nanoseconds));
+  return nanoseconds / 1000000;
+}
+FA_DEVICE void end_in_sentence(char const* role, int number, int block, int barrier, uint32 parity) {
+  printf(FA_WATCHDOG_SENTENCE, role, number, block, barrier, parity);
+  __trap();
+}
+#endif
 
 // ---- TMA -----------------------------------------------------------------------------------------------------------
 constexpr uint64 kEvictFirst = 0x12F0000000000000ull, kEvictLast = 0x14F0000000000000ull;
@@ -270,6 +277,8 @@ FA_DEVICE void add_global(float* to, Float4 v) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
 }
+// Takes the next number of a counter in global memory.
+FA_DEVICE int32 draw(int32* counter) { return atomicAdd(counter, 1); }
 template <class T>
 FA_DEVICE T load_global(T const* from) {
   return *from;
@@ -280,6 +289,10 @@ FA_DEVICE void store_global(T* to, T x) {
 }
 
 }  // namespace fa::sm90
+#endif
+
+#ifdef FA_WATCHDOG
+#include "watchdog.cuh"
 #endif
 
 namespace fa::sm90 {

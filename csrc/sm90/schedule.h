@@ -1,15 +1,14 @@
-// The tile scheduler of the forward kernel. Blocks are persistent: block b takes tiles b, b + blocks, ... The producer
-// walks this sequence and writes each tile to shared memory with its Q. Consumers read it there whenever they need it,
-// so it occupies no registers during the computation.
+// The tile scheduler of the forward kernel. Blocks are persistent: each begins with the tile of its own number and takes another
+// when it has loaded the last. The producer takes tiles and writes each to shared memory with its Q. Consumers read it there
+// whenever they need it, so it occupies no registers during the computation.
 //
 // Tiles are numbered pass by pass. A pass has as many heads as fit L2 with their keys and values. Inside it the last
 // query rows come first, since under a causal mask they have the most keys: long tiles start first, and short ones fill
 // the gaps at the end.
 //
-// In that order tiles of a causal mask get shorter, and whoever is first in each round of tiles would have the longest of each.
-// So every second round of a pass is dealt from the other end, and each pass begins where the one before left some blocks
-// without a tile. The longest block then works at most 1.01 times the mean in the shapes of a language model
-// (tests/backends/cuda/test_schedule.py), without the counter in global memory that a dynamic scheduler needs.
+// Where tiles differ in length, a block draws the number of its next tile from a counter in global memory, so whoever is free
+// takes the longest that is left: the longest block works at most 1.03 times the mean (tests/backends/cuda/test_schedule.py).
+// Without a counter it takes every tile that lies as many numbers on as there are blocks.
 #pragma once
 #include "../common/mask.h"
 #include "../common/params.h"
@@ -51,68 +50,56 @@ FA_DEVICE TileBlocks read_blocks(uint32 from) {
 template <int BLOCK_M>
 class Schedule {
  public:
-  FA_DEVICE explicit Schedule(ForwardParams const& params) : p(params), next_tile(gets_shorter() ? 0 : block_index()) {}
+  FA_DEVICE explicit Schedule(ForwardParams const& params) : p(params) {}
 
   // The next tile of this block; false when there is none.
-  FA_DEVICE bool next(Tile& tile) { return p.cu_seqlens_q ? next_packed(tile) : next_dense(tile); }
+  FA_DEVICE bool next(Tile& tile) {
+    if (number < 0) number = block_index();
+    else number = block_count() + (p.counter ? draw(p.counter) : number);
+    int const tiles = p.cu_seqlens_q ? find_packed(tile) : find_dense(tile);
+    if (number < tiles) return true;
+    // Every block that had a tile has drawn a number past the last: whoever drew the largest leaves the counter at 0.
+    if (p.counter && number == tiles + block_count() - 1) store_global(p.counter, 0);
+    return false;
+  }
 
  private:
   ForwardParams const& p;
-  int next_tile;  // of a causal mask: the next turn
+  int number = -1;  // of the tile
   int sequence = 0, tiles_before = 0;  // packed: the sequence reached, and the tiles of those before it
 
-  FA_DEVICE bool next_dense(Tile& tile) {
+  // These return how many tiles there are, or at least a number larger than that of the tile.
+  FA_DEVICE int find_dense(Tile& tile) const {
     int const blocks = row_blocks(static_cast<int>(p.seqlen_q)), heads = static_cast<int>(p.heads_q);
     int const pairs = heads * static_cast<int>(p.batch);
-    int const index = gets_shorter() ? dealt(blocks, pairs) : next_tile;
-    if (index >= blocks * pairs) return false;
-    int const pair = place(tile, index, blocks, pairs);
+    if (number >= blocks * pairs) return blocks * pairs;
+    int const pair = place(tile, number, blocks, pairs);
     tile.batch = tile.map_batch = pair / heads;
     tile.head = pair - tile.batch * heads;
     tile.s_q = static_cast<int>(p.seqlen_q);
     tile.s_kv = static_cast<int>(p.seqlen_kv);
     tile.first_q = 0;
     tile.first_kv = -static_cast<int>(p.key_begin);
-    next_tile += gets_shorter() ? 0 : block_count();
-    return true;
+    return blocks * pairs;
   }
 
-  // Whether the tiles of a pass get shorter from the first to the last, which is nearly empty: those of a causal mask.
-  FA_DEVICE bool gets_shorter() const {
-    return !p.cu_seqlens_q && p.left == kUnbounded && p.right != kUnbounded && p.seqlen_q >= p.seqlen_kv;
-  }
-
-  // The tile that this block gets in its next turn with any, dealt forwards and backwards; a number too large if none is left.
-  FA_DEVICE int dealt(int blocks, int pairs) {
-    int const players = block_count(), of_pass = static_cast<int>(p.heads_per_pass) * blocks;
-    int const rounds = (of_pass + players - 1) / players;
-    while (true) {
-      int const pass = next_tile / rounds, round = next_tile - pass * rounds;
-      int const seat = (block_index() + pass * of_pass) % players;
-      int const in_pass = round * players + (round % 2 ? players - 1 - seat : seat);
-      ++next_tile;
-      if (in_pass < of_pass || pass * of_pass >= blocks * pairs) return pass * of_pass + in_pass;
-    }
-  }
-
-  FA_DEVICE bool next_packed(Tile& tile) {
+  FA_DEVICE int find_packed(Tile& tile) {
     int const heads = static_cast<int>(p.heads_q);
     for (; sequence < p.batch; ++sequence) {
       tile.first_q = load_global(p.cu_seqlens_q + sequence);
       tile.s_q = load_global(p.cu_seqlens_q + sequence + 1) - tile.first_q;
       int const blocks = row_blocks(tile.s_q);
-      if (next_tile - tiles_before < blocks * heads) {
-        tile.head = place(tile, next_tile - tiles_before, blocks, heads);
+      if (number - tiles_before < blocks * heads) {
+        tile.head = place(tile, number - tiles_before, blocks, heads);
         tile.batch = sequence;
         tile.map_batch = 0;
         tile.first_kv = load_global(p.cu_seqlens_kv + sequence);
         tile.s_kv = load_global(p.cu_seqlens_kv + sequence + 1) - tile.first_kv;
-        next_tile += block_count();
-        return true;
+        return tiles_before + blocks * heads;
       }
       tiles_before += blocks * heads;
     }
-    return false;
+    return tiles_before;
   }
 
   // Sets the rows of tile `index` out of `blocks` x `pairs`, and returns its (batch, head) pair.

@@ -176,8 +176,8 @@ class Backend:
     ) -> Run | None:
         """A function ``(dout, out, *kept, q, k, v, *more) -> (dq, dk, dv, ...)``, on the terms of ``prepared_forward``.
 
-        ``dout`` is on the meta device and has the strides that gradients of out will have. ``needs`` names q, k, v, and
-        those of bias and sinks whose gradients follow.
+        ``dout`` is on the meta device and has the strides that gradients of out will have; in host memory they may have
+        others. ``needs`` names q, k, v, and those of bias and sinks whose gradients follow.
         """
         return None
 

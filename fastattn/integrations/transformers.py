@@ -122,11 +122,11 @@ class _Call(NamedTuple):
         return self.mask is None and self.bias is None and not self.with_weights
 
     def dense(self, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
-        options = self.scores | {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
-        if segment_ids is not None:
-            options["segment_ids"] = segment_ids
+        of_layer: dict[str, Any] = {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
         if not self.with_weights:
-            return attention(self.q, self.k, self.v, **options), None  # type: ignore[return-value]
+            out = attention(self.q, self.k, self.v, segment_ids=segment_ids, **of_layer, **self.scores)
+            return out, None  # type: ignore[return-value]
+        options = self.scores | of_layer | {"segment_ids": segment_ids}
         options["rng_state"] = rng.new_rng_state(self.q.device) if options["dropout_p"] else None
         out = attention(self.q, self.k, self.v, **options)
         return out, weights_when_read(self.q, self.k, self.q.dtype, **options)  # type: ignore[return-value]
@@ -293,10 +293,12 @@ def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
     """Whether a call without a mask is causal, by the layer's ``is_causal``; there is no default."""
     if is_causal is not None:
         return bool(is_causal)
+    says = getattr(module, "is_causal", None)
+    if says is False:
+        return False
     config = getattr(module, "config", None)
     if config is not None and not may_leave_masks_out(config):
         return False  # its masks are complete, and this call has none
-    says = getattr(module, "is_causal", None)
     if says is None:
         todo = "Set is_causal on the layer, or pass is_causal= to the attention function."
         raise input_error("module", f"{type(module).__name__}, without is_causal or a mask", "a layer that says", todo)
@@ -329,6 +331,8 @@ def _mask_and_bias(attention_mask: Tensor | None, position_bias: Tensor | None) 
 
 
 def _refuse_unknown(others: dict[str, Any]) -> None:
+    if others.keys() <= IRRELEVANT:
+        return
     unknown = [
         name for name, given in others.items() if name not in IRRELEVANT and not (given is None or given is False)
     ]
@@ -344,4 +348,4 @@ def _capturing_attentions() -> bool:
     """Whether the running forward was asked for attentions, which transformers tells only its own hooks."""
     collector = getattr(output_capturing, "_active_collector", None)
     wanted = None if collector is None else collector.get()
-    return any("attentions" in key for key in wanted or ())
+    return bool(wanted) and any("attentions" in key for key in wanted)

@@ -27,12 +27,30 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the registry through which modeling cod
 def may_leave_masks_out(config: Any) -> bool:
     """Whether the layers of this configuration, and of those inside it, all state whether they are causal."""
     # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
-    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", None):
+    if _value(config, "is_causal", True) is False or _value(config, "use_bidirectional_attention", None):
         return False
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    inner = [_value(config, name, None) for name in getattr(type(config), "sub_configs", ())]
     return _says_what_is_causal(type(config)) and all(
         may_leave_masks_out(each) for each in inner if each is not None and not isinstance(each, dict)
     )
+
+
+def _value(config: Any, name: str, default: Any) -> Any:
+    """``getattr`` of a configuration, past transformers' ``__getattribute__``, which takes long for every layer."""
+    if not torch.compiler.is_compiling():
+        values = object.__getattribute__(config, "__dict__")
+        if name in values:
+            return values[name]
+        if not _may_find(type(config), name):
+            return default
+    return getattr(config, name, default)
+
+
+@functools.cache
+def _may_find(config_class: type, name: str) -> bool:
+    """Whether instances have an attribute that is not among their values."""
+    renamed = getattr(config_class, "attribute_map", {})
+    return name in renamed or hasattr(config_class, name) or hasattr(config_class, "__getattr__")
 
 
 def refuse_outsiders(config: Any) -> None:
@@ -52,8 +70,7 @@ def expects_float_masks(config: Any) -> bool:
 
 @torch.compiler.assume_constant_result
 def _served_by_sdpa(config_class: type) -> bool:
-    models = _models(_modeling(config_class))
-    return bool(models) and all(x._supports_sdpa for x in models)
+    return _all_support_sdpa(_modeling(config_class))
 
 
 @torch.compiler.assume_constant_result
@@ -69,6 +86,12 @@ def _uses_the_interface(config_class: type) -> bool:
 def _modeling(config_class: type) -> ModuleType | None:
     """The module that holds the models of a configuration; None if it is not loaded, as with code that has no file."""
     return sys.modules.get(config_class.__module__.replace(".configuration_", ".modeling_"))
+
+
+@functools.cache
+def _all_support_sdpa(modeling: ModuleType | None) -> bool:
+    models = _models(modeling)
+    return bool(models) and all(x._supports_sdpa for x in models)
 
 
 @functools.cache

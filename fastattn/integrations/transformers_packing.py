@@ -6,6 +6,8 @@ passes them on. Its FlashAttention function therefore reads them itself, and so 
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +40,9 @@ class Documents:
         return _documents(self.segment_ids.expand(rows, -1))
 
 
-_found = WeakTensorKeyDictionary()  # position_ids -> (version, documents): every layer asks about the same tensor
+_nothing: Callable[[], Tensor | None] = lambda: None  # noqa: E731  a dead reference
+# The position_ids asked about last, their version and documents: every layer of a model asks about the same tensor.
+_last: tuple[Callable[[], Tensor | None], int, Documents | None] = (_nothing, 0, None)
 _implied = WeakTensorKeyDictionary()  # masks -> (their version, boundaries, whether these say all that the mask says)
 
 
@@ -53,10 +57,11 @@ def documents_of(position_ids: Tensor | None, rows: int, s_q: int) -> Documents 
     if not _may_read(position_ids):
         return None
     version = 0 if position_ids.is_inference() else position_ids._version
-    known = _found.get(position_ids)
-    if known is None or known[0] != version:
-        known = _found[position_ids] = (version, _read(position_ids))
-    found = known[1]
+    global _last
+    last, seen, found = _last
+    if last() is not position_ids or seen != version:
+        found = _read(position_ids)
+        _last = weakref.ref(position_ids), version, found
     return None if found is None or found.rows not in (1, rows) else found.for_batch(rows)
 
 

@@ -252,12 +252,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if not self.batch_first or self.backend is not None or (self.training and self.dropout):
             return None
         shape = query.shape
-        if len(shape) != 3 or not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
+        if len(shape) != 3 or any(type(x) is not Tensor or x.shape != shape for x in (key, value)):
+            return None
+        if not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
             return None
         out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
         if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
             return None
-        if any(x.shape != shape or not fits(x, weight) for x in (query, key, value)) or shape[2] != self.embed_dim:
+        if shape[2] != self.embed_dim or not all(fits(x, weight) for x in (query, key, value)):
             return None
         tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastattn import state
 from fastattn.arguments import autocast
-from fastattn.dispatch import requested
+from fastattn.dispatch import requested_now
 from fastattn.errors import input_error
 from fastattn.inspection import attention_weights, mean_attention_weights, weights_of_call
 from fastattn.ops import without_autocast
@@ -239,7 +239,7 @@ def have_little_weights(tensors: Sequence[Tensor], count: int) -> bool:
     """
     if not 0 < count <= LITTLE or is_watched() or any(type(x) is not Tensor or not x.is_cpu for x in tensors):
         return False
-    return requested(None) is None and state.whole_rows is None
+    return requested_now(None) is None and state.whole_rows is None
 
 
 def _pair(segment_ids: Any) -> tuple[Tensor, ...]:

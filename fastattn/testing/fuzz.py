@@ -16,16 +16,19 @@ import torch
 from fastattn import dispatch
 from fastattn.errors import UnsupportedError
 from fastattn.testing.cases import Case
-from fastattn.testing.inputs import make
-from fastattn.testing.tolerance import Yardstick
-from fastattn.testing.verify import Result, judge, with_progress
-from fastattn.testing.ways import measure_way, ways_of
+from fastattn.testing.inputs import Sample, make
+from fastattn.testing.verify import PARTS, Result, Yardsticks, judge, with_progress
+from fastattn.testing.ways import WAYS, measure_way, ways_of
 
 _DTYPES = (torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_LENGTHS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 63, 64, 65, 100, 128)
-_HEAD_DIMS = (1, 8, 16, 24, 32, 40, 64, 80, 128)
-_RARELY = 0.01  # the share of problems with lengths or head dims of the next line
-_LONG_LENGTHS, _WIDE_HEAD_DIMS = (257, 700, 1024, 2048), (192, 256, 257, 512)
+# Lengths and head dims, with how often they are drawn: small ones show most faults and cost least.
+_LENGTHS = {(0, 1, 2, 3, 7, 8, 15, 16, 17): 0.74, (31, 33, 48, 63, 64, 65): 0.24, (100, 128): 0.02}
+_HEAD_DIMS = {(1, 8, 16, 24, 32, 40): 0.8, (64, 80, 128): 0.19, (192, 256, 257, 512): 0.01}
+_LONG_LENGTHS, _IS_LONG = (257, 700, 1024, 2048), 0.001
+_IN_PACKS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31)
+# The share of problems that a slow way judges, where it can; the others are judged in one of the remaining ways.
+_SLOW = {"compiled": 0.002, "jvp": 0.03, "statistics": 0.03, "forward mode": 0.015, "double backward": 0.015}
+_OF_EAGER = 0.25  # the share of problems that eager computes too: its formula is that of what all are compared with
 # Fields of Case that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
     "dtype", "scale", "softcap", "left", "right", "anchor", "dropout_p", "bias", "mask", "alibi", "sinks",
@@ -34,20 +37,20 @@ _FEATURES = (
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A problem that a backend computes wrongly. Prints as a program that reproduces it.
+class Trial:
+    """One judged call of a random problem. Prints as a program that repeats it.
 
     Attributes:
-        result: of the smallest problem that still fails.
-        device: of the run.
-        seed: of its values.
-        way: how the backend was called, a name in ``ways.WAYS``; None: directly.
+        result: of the backend on the problem.
+        device: of the call.
+        seed: of the values.
+        way: a name in ``ways.WAYS`` or ``ways.DERIVATIVES``, or, called directly, a part in ``verify.PARTS``.
     """
 
     result: Result
     device: str
     seed: int
-    way: str | None = None
+    way: str
 
     def __str__(self) -> str:
         case = self.result.case
@@ -56,9 +59,8 @@ class Failure:
         changed = {name: value for name, value in fields.items() if value != getattr(defaults, name)}
         arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         backend = repr(self.result.backend)
-        call = (
-            f"measure_all({backend}, sample)" if self.way is None else f"measure_way({self.way!r}, sample, {backend})"
-        )
+        is_part = self.way in PARTS
+        call = f"measure_all({backend}, sample, parts=({self.way!r},))"
         return (
             "import torch\n"
             "from fastattn.testing import Case, assert_within, make\n"
@@ -66,17 +68,23 @@ class Failure:
             "from fastattn.testing.ways import measure_way\n\n"
             f"case = Case({arguments})\n"
             f"sample = make(case, device={self.device!r}, seed={self.seed})\n"
-            f"assert_within({call})\n"
+            f"assert_within({call if is_part else f'measure_way({self.way!r}, sample, {backend})'})\n"
         )
+
+    def smallest(self) -> Trial:
+        """A failed trial of a problem that was simplified step by step for as long as the backend still fails on it."""
+        assert isinstance(self.result.case, Case)
+        tried = (
+            _judged(self.way, self.result.backend, case, self.device, self.seed) for case in _simpler(self.result.case)
+        )
+        smaller = next((result for result in tried if not result.ok), None)
+        return self if smaller is None else dataclasses.replace(self, result=smaller).smallest()
 
 
 def fuzz(
     n: int = 100, seed: int = 0, device: str = "cpu", backends: Sequence[str] | None = None, *, jobs: int = 1
-) -> Failure | None:
-    """Judge ``n`` random problems on every usable backend, and stop at the first that fails.
-
-    Each is run forward and backward by calling the backend directly, and once more through a public function in one of
-    the ways of ``fastattn.testing.ways``: by a plan, from threads, compiled, by the module, from a cache, and so on.
+) -> Trial | None:
+    """Judge ``n`` random problems on every usable backend, as ``examine`` does, and stop at the first that fails.
 
     Args:
         n: how many problems.
@@ -93,42 +101,72 @@ def fuzz(
         >>> fuzz(3, backends=["eager"]) is None
         True
     """
-    names = tuple(backends or [name for name, why in dispatch.backends().items() if why is None])
-    judged = functools.partial(_failure, seed=seed, device=device, backends=names)
+    judged = functools.partial(_failure, seed=seed, device=device, backends=backends)
     with ExitStack() as stack:
-        found: Iterable[Failure | None] = map(judged, range(n))
+        found: Iterable[Trial | None] = map(judged, range(n))
         if jobs > 1:
             pool = multiprocessing.get_context("spawn").Pool(jobs, torch.set_num_threads, (1,))
             found = stack.enter_context(pool).imap(judged, range(n), chunksize=4)
         return next((failure for failure in with_progress(found, "fuzz", "problem", n) if failure is not None), None)
 
 
-def _failure(number: int, seed: int, device: str, backends: Sequence[str]) -> Failure | None:
-    """The failure of the first backend that computes the problem of this number wrongly."""
+def examine(number: int, seed: int = 0, device: str = "cpu", backends: Sequence[str] | None = None) -> Iterator[Trial]:
+    """Judge the random problem of a number: both passes of every backend, and one call of one backend in another way.
+
+    The ways are those of ``fastattn.testing.ways`` through public functions (by a plan, from threads, compiled, by the
+    module, from a cache and so on), Jacobian-vector products and statistics. All share what they are judged by. Beside
+    other backends, eager computes a quarter of the problems.
+
+    Args:
+        number: of the problem.
+        seed, device, backends: as in ``fuzz``.
+    """
     draw, values = random.Random(f"{seed} {number}"), seed + number
+    names = backends or usable()
     case = random_case(draw)
-    yardstick = Yardstick(make(case, device, values))
-    ways = ways_of(yardstick.sample) if device == "cpu" else []
-    if "compiled" in ways and draw.random() < 0.8:  # takes ten times as long as others
-        ways.remove("compiled")
-    for way in (None, *([draw.choice(ways)] if ways else [])):
-        for name in backends:
-            result = _judged(way, name, case, device, values, yardstick)
-            if not result.ok:
-                return Failure(_minimised(result, device, values, way), device, values, way)
-    return None
+    yardsticks = Yardsticks(make(case, device, values))
+    has_eager = draw.random() < _OF_EAGER
+    for name in names:
+        if name == "eager" and len(names) > 1 and not has_eager:
+            continue
+        yield Trial(_judged("passes", name, case, device, values, yardsticks), device, values, "passes")
+    way = _random_way(draw, yardsticks.sample) if device == "cpu" else None
+    if way is not None:
+        name = draw.choice([names[0], *names])  # the one that is preferred serves most calls of users
+        yield Trial(_judged(way, name, case, device, values, yardsticks), device, values, way)
 
 
-def _judged(
-    way: str | None, backend: str, case: Case, device: str, seed: int, yardstick: Yardstick | None = None
-) -> Result:
-    yardstick = yardstick or Yardstick(make(case, device, seed))
-    if way is None:
-        return judge(backend, case, device, seed, yardstick=yardstick)
-    if way not in ways_of(yardstick.sample):
+def usable() -> tuple[str, ...]:
+    """The backends that can run on this machine, the one that is preferred first."""
+    return tuple(name for name, why in dispatch.backends().items() if why is None)
+
+
+def _random_way(draw: random.Random, sample: Sample) -> str | None:
+    possible = {*ways_of(sample), *PARTS}
+    number = draw.random()
+    for way, share in _SLOW.items():
+        number -= share
+        if number < 0 and way in possible:
+            return way
+    others = [way for way in WAYS if way in possible and way not in _SLOW]
+    return draw.choice(others) if others else None
+
+
+def _failure(number: int, seed: int, device: str, backends: Sequence[str] | None) -> Trial | None:
+    """The first failure in the problem of this number, minimised."""
+    trials = examine(number, seed, device, backends)
+    return next((trial.smallest() for trial in trials if not trial.result.ok), None)
+
+
+def _judged(way: str, backend: str, case: Case, device: str, seed: int, yardsticks: Yardsticks | None = None) -> Result:
+    yardsticks = yardsticks or Yardsticks(make(case, device, seed))
+    sample = yardsticks.sample
+    if way in PARTS:
+        return judge(backend, case, device, seed, yardsticks=yardsticks, parts=(way,))
+    if way not in ways_of(sample):
         return Result(backend, case, skipped=f"cannot be asked for in the way {way!r}")
     try:
-        return Result(backend, case, tuple(measure_way(way, yardstick.sample, backend, yardstick=yardstick)))
+        return Result(backend, case, tuple(measure_way(way, sample, backend, yardstick=yardsticks.passes)))
     except UnsupportedError as error:
         return Result(backend, case, skipped=str(error))
     except Exception as error:
@@ -141,21 +179,23 @@ def random_case(draw: random.Random) -> Case:
     def sometimes(value: Any, otherwise: Any = None, chance: float = 0.25) -> Any:
         return value if draw.random() < chance else otherwise
 
-    is_long, is_wide = (draw.random() < _RARELY for _ in range(2))
-    group, heads_kv = (2, 1) if is_long else (draw.choice((1, 1, 2, 3)), draw.choice((1, 2, 3)))
-    lengths, head_dims = (_LONG_LENGTHS if is_long else _LENGTHS), (_WIDE_HEAD_DIMS if is_wide else _HEAD_DIMS)
-    s_q, s_kv = draw.choice(lengths), draw.choice(lengths)
+    def size(groups: dict[tuple[int, ...], float]) -> int:
+        return draw.choice(draw.choices(list(groups), list(groups.values()))[0])
+
+    is_long = draw.random() < _IS_LONG
+    group, heads_kv = (2, 1) if is_long else (draw.choice((1, 1, 2, 3)), draw.choice((1, 1, 2, 3)))
+    s_q, s_kv = (draw.choice(_LONG_LENGTHS) if is_long else size(_LENGTHS) for _ in range(2))
     s_kv = sometimes(s_q, s_kv, 0.5)
-    d_qk = draw.choice(head_dims)
+    d_qk = size(_HEAD_DIMS)
     case = Case(
         id="fuzz",
-        B=1 if is_long else draw.choice((0, 1, 1, 2, 2, 3, 3)),
+        B=1 if is_long else draw.choice((0, 1, 1, 1, 2, 2, 2, 3)),
         S_q=s_q,
         S_kv=s_kv,
         H_q=group * heads_kv,
         H_kv=heads_kv,
         D_qk=d_qk,
-        D_v=sometimes(draw.choice(head_dims), d_qk),
+        D_v=sometimes(size(_HEAD_DIMS), d_qk),
         dtype=draw.choice(_DTYPES),
         scale=sometimes(draw.uniform(-1, 1), chance=0.1),
         softcap=sometimes(draw.uniform(0.5, 30), chance=0.2),
@@ -176,7 +216,7 @@ def random_case(draw: random.Random) -> Case:
         case = dataclasses.replace(case, memory="shared")
     case = dataclasses.replace(case, intervals=sometimes(draw.choice(("random", "one", "blocks")), chance=0.15))
     if draw.random() < 0.3:
-        pairs = [(draw.choice(_LENGTHS[:10]), draw.choice(_LENGTHS[:10])) for _ in range(draw.randrange(1, 5))]
+        pairs = [(draw.choice(_IN_PACKS), draw.choice(_IN_PACKS)) for _ in range(draw.randrange(1, 5))]
         return dataclasses.replace(case, lengths=tuple(pairs))
     full = (case.B, case.H_q, case.S_q, case.S_kv)
     return dataclasses.replace(
@@ -185,16 +225,6 @@ def random_case(draw: random.Random) -> Case:
         mask=sometimes(draw.choice(("random", "empty rows", "all false", "padding"))),
         segments=sometimes(draw.randrange(1, 5), 0),
     )
-
-
-def _minimised(result: Result, device: str, seed: int, way: str | None = None) -> Result:
-    """Simplify the case step by step while the backend still fails on it."""
-    assert isinstance(result.case, Case)
-    smaller = next(
-        (found for case in _simpler(result.case) if not (found := _judged(way, result.backend, case, device, seed)).ok),
-        None,
-    )
-    return result if smaller is None else _minimised(smaller, device, seed, way)
 
 
 def _simpler(case: Case) -> Iterator[Case]:

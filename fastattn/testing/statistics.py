@@ -1,6 +1,8 @@
 """Statistics of the weights and their gradients, judged by the rule of ``tolerance``.
 
 The condition of a result is, as there, its formula with each sum replaced by the root of the sum of its squared terms.
+Sums over the keys of a row, or over query rows, count ``1 + log2(n)`` roundings of each term: no rounding of eager's in
+fp64 is left to compare with.
 The position of the largest logit is judged by the exact logit that stands there: of two that rounding cannot tell
 apart, either is right.
 
@@ -25,15 +27,16 @@ from fastattn.testing.inputs import Sample
 from fastattn.testing.tolerance import (
     CONDITION_FACTOR,
     EAGER_FACTOR,
+    Limits,
     Results,
     Row,
     check_contract,
     heads_first,
     in_float64,
-    judge_result,
     like_input,
     offset_of,
     poisoned,
+    roundings,
 )
 
 FACTORS = (EAGER_FACTOR / 2, CONDITION_FACTOR / 2)
@@ -64,8 +67,11 @@ def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
     found["logit at largest_key"] = _at_key(scores, statistics.largest_key, wide).to(arithmetic)
     exact["logit at largest_key"], eager["logit at largest_key"] = exact["largest_logit"], eager["largest_logit"]
     condition = _condition(wide, exactly, scores, exact)
-    rows = (judge_result(n, found[n], exact[n], eager[n], condition[n], arithmetic, FACTORS) for n in condition)
-    return [row for each in rows for row in each]
+    limits = {
+        name: Limits.of(exact[name], eager[name], condition[name], found[name].dtype, arithmetic, FACTORS)
+        for name in condition
+    }
+    return [row for name, limit in limits.items() for row in limit.judge(name, found[name])]
 
 
 def _needs(sample: Sample) -> tuple[str, ...]:
@@ -130,12 +136,13 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     offset = offset_of(finite.abs(), raw2.sqrt(), sample.case.dtype)
     magnified = (1 + raw2.sqrt() + offset + log_p.abs()).square()
     weight, rows, columns = p.square() * magnified, scores.shape[:-1], (*scores.shape[:2], scores.shape[-1])
+    over_rows, over_keys = roundings(scores), roundings(scores.mT)
     of_entropy, of_largest = (x.view(rows)[..., None] for x in (gradient.entropy, gradient.largest_logit))  # type: ignore[union-attr]
     assert gradient.key_sum is not None
     of_weights = gradient.key_sum.view(columns)[:, :, None] - of_entropy * (log_p + 1)
     shift = (p * of_weights).sum(-1, keepdim=True)
     of_logs2 = of_entropy.square() * magnified
-    shift2 = (weight * of_weights.square() + p.square() * of_logs2).sum(-1, keepdim=True)
+    shift2 = over_keys * (weight * of_weights.square() + p.square() * of_logs2).sum(-1, keepdim=True)
     is_largest = (scores == exact["largest_logit"].view(rows)[..., None]) & (scores != float("-inf"))
     dt2 = weight * (of_weights.square() + shift.square()) + p.square() * (of_logs2 + shift2)
     dt2 = dt2 + is_largest * of_largest.square()
@@ -143,13 +150,13 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     sink2 = ((1 - p.sum(-1)).square() * magnified.sum(-1) * (shift2 + shift.square())[..., 0]).sum((0, 2))
     of_logit = _largest(magnified, -1).view(exact["largest_logit"].shape)
     found = {
-        "entropy": (weight * (1 + log_p.abs()).square()).sum(-1).view(exact["entropy"].shape),
+        "entropy": over_keys * (weight * (1 + log_p.abs()).square()).sum(-1).view(exact["entropy"].shape),
         "largest_logit": of_logit,
         "logit at largest_key": of_logit,
-        "key_sum": weight.sum(-2).view(exact["key_sum"].shape),
+        "key_sum": over_rows * weight.sum(-2).view(exact["key_sum"].shape),
         "key_max": _largest(weight, -2).view(exact["key_max"].shape),
-        "dq": spec.scale**2 * like_input(ds2 @ k2, exact["dq"]) if "dq" in exact else None,
-        "dk": spec.scale**2 * like_input(ds2.mT @ q2, exact["dk"]) if "dk" in exact else None,
+        "dq": over_keys * spec.scale**2 * like_input(ds2 @ k2, exact["dq"]) if "dq" in exact else None,
+        "dk": over_rows * spec.scale**2 * like_input(ds2.mT @ q2, exact["dk"]) if "dk" in exact else None,
         "dbias": dt2.sum_to_size(exact["dbias"].shape) if "dbias" in exact else None,
         "dsinks": sink2.max().expand(exact["dsinks"].shape) if "dsinks" in exact else None,
     }

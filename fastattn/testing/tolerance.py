@@ -59,6 +59,7 @@ class Row:
         eager_error: of same-dtype eager attention against fp64.
         bound: the most that ``error`` may be.
         ok: whether it is.
+        strain: the ratio of error to bound; infinity for NaN.
     """
 
     name: str
@@ -66,6 +67,12 @@ class Row:
     eager_error: float
     bound: float
     ok: bool
+
+    @property
+    def strain(self) -> float:
+        if self.error != self.error:
+            return math.inf
+        return self.error / self.bound if self.bound else (math.inf if self.error else 0.0)
 
 
 class Yardstick:
@@ -80,6 +87,7 @@ class Yardstick:
 
     def __init__(self, sample: Sample) -> None:
         self.sample = sample
+        self._limits: dict[tuple[str, torch.dtype], Limits] = {}
 
     @functools.cached_property
     def exact(self) -> Results:
@@ -98,15 +106,16 @@ class Yardstick:
 
     def judge(self, found: Results, suffix: str = "") -> list[Row]:
         """Two rows, one for each norm, for each result that was found; ``suffix`` ends their names."""
-        arithmetic = reference.compute_dtype(self.sample.inputs)
-        rows = (
-            judge_result(
-                name + suffix, found[name], self.exact[name], self.eager[name], condition, arithmetic, self.factors
-            )
-            for name, condition in self.condition.items()
-            if name in found
-        )
-        return [row for both in rows for row in both]
+        named = (name for name in self.condition if name in found)
+        return [row for name in named for row in self._limits_of(name, found[name]).judge(name + suffix, found[name])]
+
+    def _limits_of(self, name: str, found: Tensor) -> Limits:
+        """The same for every backend whose result has this dtype."""
+        if (limits := self._limits.get((name, found.dtype))) is None:
+            compared = (self.exact[name], self.eager[name], self.condition[name])
+            arithmetic = reference.compute_dtype(self.sample.inputs)
+            limits = self._limits[name, found.dtype] = Limits.of(*compared, found.dtype, arithmetic, self.factors)
+        return limits
 
 
 def measure(
@@ -186,9 +195,9 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-_EMPTY = (
+_EMPTY = frozenset((
     torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted, Tensor.new_empty, Tensor.new_empty_strided
-)  # fmt: skip
+))  # fmt: skip
 
 
 class _Poison(TorchFunctionMode):
@@ -232,31 +241,50 @@ def _reference(sample: Sample, dtype: torch.dtype | None) -> Results:
     return {"out": out, "lse": lse, "lse_low": low} | _named(grads, sample.needs)
 
 
-def judge_result(
-    name: str,
-    found: Tensor,
-    exact: Tensor,
-    eager: Tensor,
-    condition: Tensor,
-    arithmetic: torch.dtype,
-    factors: tuple[float, float] = (EAGER_FACTOR, CONDITION_FACTOR),
-) -> list[Row]:
-    """A row for each norm. Where the exact result is -inf (lse of an empty row), ``found`` must be too."""
-    stored_eps, arithmetic_eps = torch.finfo(found.dtype).eps, torch.finfo(arithmetic).eps
-    least = stored_eps * torch.finfo(found.dtype).smallest_normal  # the step between subnormal numbers
-    at_infinity = exact == float("-inf")
-    agrees = bool(((found == float("-inf")) == at_infinity).all())
-    found, exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (found, exact, eager, condition))
-    overflowed = not bool(eager.isfinite().all())
-    rows = []
-    for norm_name, norm in (("max", _largest), ("rms", _root_mean_square)):
-        error = norm(found - exact) if agrees else float("nan")
-        eager_error = norm(eager - exact)
-        yardstick = stored_eps * norm(condition) if overflowed else eager_error
-        rounding = stored_eps * norm(exact) + least + factors[1] * arithmetic_eps * norm(condition)
-        bound = factors[0] * yardstick + rounding
-        rows.append(Row(f"{name} {norm_name}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
-    return rows
+@dataclass(frozen=True)
+class Limits:
+    """What a result is compared with: the exact one, and by norm the error of eager and the most that its own may be.
+
+    Where the exact result is -inf (lse of an empty row), the result must be too.
+    """
+
+    exact: Tensor
+    at_infinity: Tensor
+    by_norm: dict[str, tuple[float, float]]
+
+    @classmethod
+    def of(
+        cls,
+        exact: Tensor,
+        eager: Tensor,
+        condition: Tensor,
+        stored: torch.dtype,
+        arithmetic: torch.dtype,
+        factors: tuple[float, float] = (EAGER_FACTOR, CONDITION_FACTOR),
+    ) -> Limits:
+        """For a result of dtype ``stored``, computed in the dtype ``arithmetic``."""
+        stored_eps, arithmetic_eps = torch.finfo(stored).eps, torch.finfo(arithmetic).eps
+        least = stored_eps * torch.finfo(stored).smallest_normal  # the step between subnormal numbers
+        at_infinity = exact == float("-inf")
+        exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (exact, eager, condition))
+        overflowed = not bool(eager.isfinite().all())
+        by_norm = {}
+        for name, norm in _NORMS.items():
+            eager_error = norm(eager - exact)
+            yardstick = stored_eps * norm(condition) if overflowed else eager_error
+            rounding = stored_eps * norm(exact) + least + factors[1] * arithmetic_eps * norm(condition)
+            by_norm[name] = (eager_error, factors[0] * yardstick + rounding)
+        return cls(exact, at_infinity, by_norm)
+
+    def judge(self, name: str, found: Tensor) -> list[Row]:
+        """A row for each norm."""
+        agrees = bool(((found == float("-inf")) == self.at_infinity).all())
+        off = found.double().where(~self.at_infinity, 0) - self.exact
+        rows = []
+        for norm, (eager_error, bound) in self.by_norm.items():
+            error = _NORMS[norm](off) if agrees else float("nan")
+            rows.append(Row(f"{name} {norm}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
+        return rows
 
 
 def _largest(x: Tensor) -> float:
@@ -267,6 +295,9 @@ def _root_mean_square(x: Tensor) -> float:
     largest = _largest(x)
     scale = largest if largest > 1e100 else 1.0  # squares would overflow
     return scale * float((x / scale).square().mean().sqrt()) if x.numel() else 0.0
+
+
+_NORMS = {"max": _largest, "rms": _root_mean_square}
 
 
 def _condition(sample: Sample, exact: Results) -> Results:
@@ -310,7 +341,7 @@ def _condition(sample: Sample, exact: Results) -> Results:
 
 
 def roundings(weights: Tensor) -> float:
-    """The roundings of each term of a sum over query rows, of weights ``(..., S_q, S_kv)``."""
+    """The roundings of each term of a sum over the rows of ``(..., S_q, S_kv)``."""
     return 1 + math.log2(max(1, weights.shape[-2]))
 
 

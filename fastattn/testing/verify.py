@@ -18,13 +18,22 @@ from fastattn.kv_cache import facts_of
 from fastattn.problem import Problem
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache, quick_cache_grid
 from fastattn.testing.cases import Case, grid
-from fastattn.testing.derivatives import measure_derivatives
+from fastattn.testing.derivatives import DerivativeYardstick, measure_derivatives
 from fastattn.testing.inputs import Sample, make
 from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row, Yardstick, measure
 from fastattn.version import __version__
 
 T = TypeVar("T")
+PARTS = ("passes", "jvp", "statistics")  # what of a backend is judged; the names of features, but for the first
+
+
+class Yardsticks:
+    """What the parts of one sample are judged by, for several backends to share."""
+
+    def __init__(self, sample: Sample) -> None:
+        self.sample = sample
+        self.passes, self.jvp = Yardstick(sample), DerivativeYardstick(sample)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Result:
     @property
     def worst(self) -> Row | None:
         """The row with the largest ratio of error to bound."""
-        return max(self.rows, key=_strain, default=None)
+        return max(self.rows, key=lambda row: row.strain, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         rows = {row.name: {"error": row.error, "eager": row.eager_error, "bound": row.bound} for row in self.rows}
@@ -140,12 +149,18 @@ def cases(quick: bool = False) -> list[Case | CacheCase]:
 
 
 def _judge_each(names: Sequence[str], case: Case | CacheCase, device: str) -> list[Result]:
-    yardstick = Yardstick(make(case, device)) if isinstance(case, Case) else None
-    return [judge(name, case, device, yardstick=yardstick) for name in names]
+    yardsticks = Yardsticks(make(case, device)) if isinstance(case, Case) else None
+    return [judge(name, case, device, yardsticks=yardsticks) for name in names]
 
 
 def judge(
-    backend: str, case: Case | CacheCase, device: str = "cpu", seed: int = 0, *, yardstick: Yardstick | None = None
+    backend: str,
+    case: Case | CacheCase,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    yardsticks: Yardsticks | None = None,
+    parts: Sequence[str] = PARTS,
 ) -> Result:
     """Run and judge one backend on one case. An exception is part of the result.
 
@@ -154,7 +169,8 @@ def judge(
         case: the case.
         device: a torch device.
         seed: of its values.
-        yardstick: of the sample that the case, device and seed make, for several backends to share.
+        yardsticks: of the sample that the case, device and seed make.
+        parts: those of PARTS to judge; a case of a cache has no parts.
     """
     run: Callable[[], list[Row]]
     if isinstance(case, CacheCase):
@@ -162,10 +178,10 @@ def judge(
         problem = facts_of(of_cache.inputs, of_cache.spec)
         run = partial(measure_cache, backend, of_cache)
     else:
-        yardstick = yardstick or Yardstick(make(case, device, seed))
-        sample = yardstick.sample
+        yardsticks = yardsticks or Yardsticks(make(case, device, seed))
+        sample = yardsticks.sample
         problem = Problem.of(sample.inputs, sample.spec, needs_grad=True)
-        run = partial(measure_all, backend, sample, yardstick=yardstick)
+        run = partial(measure_all, backend, sample, yardsticks=yardsticks, parts=parts)
     if reasons := load(backend).unsupported_reasons(problem):
         return Result(backend, case, skipped="; ".join(reasons))
     try:
@@ -174,11 +190,18 @@ def judge(
         return Result(backend, case, broken=f"{type(error).__name__}: {error}")
 
 
-def measure_all(backend: str, sample: Sample, *, yardstick: Yardstick | None = None) -> list[Row]:
+def measure_all(
+    backend: str, sample: Sample, *, yardsticks: Yardsticks | None = None, parts: Sequence[str] = PARTS
+) -> list[Row]:
     """Judge both passes, and Jacobian-vector products and statistics if the backend has them."""
-    more = {"jvp": measure_derivatives, "statistics": measure_statistics}
-    rows, able = measure(backend, sample, yardstick=yardstick), load(backend).capabilities.features
-    return rows + [row for feature, judged in more.items() if feature in able for row in judged(backend, sample)]
+    given = yardsticks or Yardsticks(sample)
+    judges: dict[str, Callable[[], list[Row]]] = {
+        "passes": lambda: measure(backend, sample, yardstick=given.passes),
+        "jvp": lambda: measure_derivatives(backend, sample, yardstick=given.jvp),
+        "statistics": lambda: measure_statistics(backend, sample),
+    }
+    able = {"passes", *load(backend).capabilities.features}
+    return [row for part in parts if part in able for row in judges[part]()]
 
 
 def _unavailable(asked: Sequence[str] | None) -> dict[str, str]:
@@ -204,13 +227,6 @@ def _in_words(device: str) -> str:
     return torch.cuda.get_device_name(device) if is_cuda else f"{device} ({platform.machine()})"
 
 
-def _strain(row: Row) -> float:
-    """The ratio of error to bound; infinity for NaN."""
-    if row.error != row.error:
-        return math.inf
-    return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
-
-
 def _not_served(groups: Sequence[list[Result]]) -> list[str]:
     """A line for each backend and its reason to serve none of the cases of some groups."""
     by_reason: dict[tuple[str, str], list[Result]] = {}
@@ -228,12 +244,12 @@ def _group_line(backend: str, group: str, results: list[Result]) -> str:
     line = f"{backend:<9} {group:<9} {len(ran):>4} {sum(r.skipped is not None for r in results):>7}"
     if not ran:
         return line
-    result = max(ran, key=lambda r: _strain(r.worst) if r.worst else 0.0)
+    result = max(ran, key=lambda r: r.worst.strain if r.worst else 0.0)
     row = result.worst
     assert row is not None
     beside_eager = f"{row.error / row.eager_error:.2f}" if row.eager_error else "-"
     where = f"{row.name} of {result.case.id}"
-    return f"{line}  {where:<46} {row.error:>9.2g} {beside_eager:>8} {_strain(row):>8.2f}"
+    return f"{line}  {where:<46} {row.error:>9.2g} {beside_eager:>8} {row.strain:>8.2f}"
 
 
 def _failure_line(result: Result) -> str:

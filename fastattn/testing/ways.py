@@ -30,9 +30,12 @@ Pair = tuple[Tensor, Tensor]
 
 def serves(sample: Sample) -> bool:
     """Whether ``fastattn.attention`` can express the problem: dense, with the anchor ``lower_right``."""
-    inputs, spec = sample.inputs, sample.spec
-    has_diagonal = spec.has_band or inputs.alibi_slopes is not None
-    return (spec.anchor == "lower_right" or not has_diagonal) and not inputs.is_packed
+    return _has_public_anchor(sample) and not sample.inputs.is_packed
+
+
+def _has_public_anchor(sample: Sample) -> bool:
+    has_diagonal = sample.spec.has_band or sample.inputs.alibi_slopes is not None
+    return sample.spec.anchor == "lower_right" or not has_diagonal
 
 
 def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
@@ -164,8 +167,8 @@ def _fits_module(sample: Sample) -> bool:
 def _packed(sample: Sample, backend: str) -> Results:
     """The sequences of the batch one after the other."""
     inputs, options = sample.inputs, options_of(sample)
-    for name in ("bias", "mask", "segment_ids", "layout"):
-        options.pop(name, None)
+    for name in ("bias", "mask", "segment_ids"):
+        options.pop(name)
     if inputs.intervals is not None:
         options["intervals"] = _of_all_entries(inputs)
     q, k, v = (x.flatten(0, 1) for x in _qkv(sample))
@@ -175,6 +178,17 @@ def _packed(sample: Sample, backend: str) -> Results:
         "out": out.view(inputs.out_shape()),
         "lse": lse.unflatten(1, (inputs.batch, inputs.q.shape[1])).transpose(0, 1),
     }
+
+
+def _ragged(sample: Sample, backend: str) -> Results:
+    """A packed problem through the public function."""
+    inputs, options = sample.inputs, options_of(sample)
+    for name in ("bias", "mask", "segment_ids"):
+        options.pop(name)
+    cu_q, cu_k = inputs.cu_seqlens_q, inputs.cu_seqlens_kv
+    assert cu_q is not None and cu_k is not None
+    out, lse = attention_varlen(*_qkv(sample), cu_q, cu_k, **options, backend=backend)
+    return {"out": out, "lse": lse}
 
 
 def _of_all_entries(inputs: Inputs) -> Tensor:
@@ -278,6 +292,7 @@ WAYS: dict[str, Way] = {
     "compiled": _compiled,
     "module": _module,
     "packed": _packed,
+    "ragged": _ragged,
     "cache": _cache,
 }
 
@@ -286,13 +301,13 @@ def ways_of(sample: Sample) -> list[str]:
     """The ways that can express the problem."""
     inputs, spec = sample.inputs, sample.spec
     if not serves(sample):
-        return []
+        return ["ragged"] if inputs.is_packed and _has_public_anchor(sample) else []
     has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
     hidden = (inputs.mask, inputs.segment_ids_q, inputs.intervals)
     has_no_cache = any(x is not None for x in hidden) or spec.dropout_p or not inputs.k.shape[1]
     # What is dropped depends on the place in the batch, which packing and vmap change.
     left_out = {"packed", "vmap"} if spec.dropout_p else {"packed"} if has_data else set()
-    left_out |= ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
+    left_out |= {"ragged"} | ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
     if sample.case.memory == "expanded":  # torch.func.jvp refuses a tensor whose elements share memory
         left_out |= {"forward mode"}
     return [name for name in (*WAYS, *DERIVATIVES) if name not in left_out]

@@ -264,6 +264,7 @@ PACKED = {"q": torch.randn(3, 4, 16), "k": torch.ones(3, 2, 16), "v": torch.ones
         ({"block_table": ints(0, 1)}, r"block_table: got shape \(2,\)"),
         ({"block_table": torch.tensor([[0, 1], [4, 6]], dtype=torch.int32)}, r"block_table: got page 6 at \[1, 1\]"),
         ({"block_table": torch.tensor([[-1, 1], [4, 5]], dtype=torch.int32)}, r"page -1 at \[0, 0\]"),
+        ({name: torch.zeros(0, 8, 2, 16) for name in ("k_cache", "v_cache")}, r"page 0 at \[0, 0\]; allowed: no page"),
         ({"rotary_cos": torch.ones(16, 8)}, "rotary_cos, rotary_sin: got one of the two"),
         ({"rotary_cos": torch.ones(9, 8), "rotary_sin": torch.ones(9, 8)}, "rotary_cos: got 9 .*at least 16"),
         ({"rotary_cos": torch.ones(16, 9), "rotary_sin": torch.ones(16, 9)}, "rotary_cos: got shape .*D_rotary <= 16"),

@@ -166,11 +166,30 @@ def test_a_compiler_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(compiled, "TIME_LIMIT", 0.5)
     begin = time.monotonic()
-    with pytest.raises(compiled.BuildError, match=r"c\+\+ did not end within 0\.5 s"):
+    with pytest.raises(compiled.BuildError, match=r"c\+\+ did not end, and said nothing for 0\.5 s"):
         build.build_library(tmp_path / "library.so", Path(compiled.__file__).parents[1] / "csrc")
     assert time.monotonic() - begin < 60 and not (tmp_path / "library.so").exists()
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_compiler_that_takes_long_and_says_so(tmp_path):
+    """As ninja does, which names each kernel that is done: the limit is one of silence."""
+    slow = script(tmp_path / "ninja", "for step in 1 2 3 4 5 6; do sleep 0.4; echo $step; done")
+    assert compiled.run([slow], 1.5) == (0, "1\n2\n3\n4\n5\n6\n")
+
+
+def test_what_was_built_from_these_sources_is_not_built_again(tmp_path):
+    csrc = Path(compiled.__file__).parents[1] / "csrc"
+    path = tmp_path / build.LIBRARY
+    assert not build.is_current(path, csrc)
+    path.write_text(f"code of {build.fingerprint(csrc)}")
+    assert not build.is_current(path, csrc)
+    compiled.seal(path)
+    assert build.is_current(path, csrc)
+    path.write_text(f"code of {'0' * 24}")
+    compiled.seal(path)
+    assert not build.is_current(path, csrc)
 
 
 def test_what_a_compiler_says_is_no_utf8(tmp_path):
@@ -195,5 +214,8 @@ def test_a_truncated_library_of_the_package_kills_no_process(tmp_path):
     text = found.path.read_bytes()
     path = tmp_path / build.LIBRARY
     path.write_bytes(text[: len(text) // 3])
-    done = subprocess.run([sys.executable, "-c", TRUNCATED.format(path=str(path))], capture_output=True, text=True)
-    assert done.returncode == 0 and "is damaged; compiled at first use" in done.stdout, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", TRUNCATED.format(path=str(path))],
+        env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "is damaged, and no C++ compiler was found" in done.stdout, done.stderr

@@ -159,7 +159,7 @@ def test_statistics_are_those_of_the_weights():
     torch.testing.assert_close(largest, weights.amax(-1))
 
 
-@pytest.mark.parametrize("backend", ["portable", "eager"])
+@pytest.mark.parametrize("backend", ["cpu", "portable", "eager"])
 def test_gradients_of_statistics(backend):
     q, k = (torch.randn(1, s, 2, 3, dtype=torch.float64, requires_grad=True) for s in (4, 5))
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)

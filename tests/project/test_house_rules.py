@@ -233,11 +233,11 @@ def test_backends_know_nothing_of_each_other():
 
 
 def test_benchmarks_use_the_package_as_its_users_do():
-    """For the masks of what they compare with they read the spec, and for the kernels' tools that of Triton."""
+    """For the masks of what they compare with they read the spec, and for kernels the tools of Triton and CUDA."""
     for path in tracked("benchmarks", suffixes={".py"}):
         for imported in imports_of(path):
-            is_tool = imported.startswith("backends.triton.tools")
-            allowed = PUBLIC | {"integrations", "lm", "measure", "spec"}
+            is_tool = imported.startswith(("backends.triton.tools", "backends.cuda.tools"))
+            allowed = PUBLIC | {"inspection", "integrations", "lm", "measure", "spec"}
             assert is_tool or imported.split(".")[0] in allowed, f"{name_of(path)} imports {imported}"
 
 

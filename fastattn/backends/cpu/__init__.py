@@ -13,9 +13,21 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
-from fastattn.backends.cpu import attention, decode, derivatives, library
+from fastattn.backends.cpu import attention, decode, derivatives, library, statistics
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, DERIVATIVE_FEATURES, FEATURES, Grads, Inputs, Problem, Rows, Tangents
+from fastattn.problem import (
+    CACHE_FEATURES,
+    DERIVATIVE_FEATURES,
+    FEATURES,
+    STATISTICS_FEATURES,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.spec import AttentionSpec
 
 TESTED = ("x86_64",)  # kinds of machines on which it has run
@@ -38,7 +50,7 @@ class CpuBackend(Backend):
     name = "cpu"
     capabilities = Capabilities(
         devices=frozenset({"cpu"}),
-        features=frozenset(FEATURES + DERIVATIVE_FEATURES + CACHE_FEATURES),
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES),
         max_head_dim=attention.MAX_HEAD_DIM,
     )
     prepares_more = True
@@ -85,6 +97,14 @@ class CpuBackend(Backend):
         self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
     ) -> Grads:
         return derivatives.backward_jvp(_library(), rows, moved, tangents, inputs, spec, needs)
+
+    def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
+        return statistics.forward(_library(), inputs, spec)
+
+    def statistics_backward(
+        self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        return statistics.backward(_library(), gradient, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)

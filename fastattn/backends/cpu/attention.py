@@ -20,7 +20,7 @@ from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import model
 
-VERSION = 4  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 5  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -40,6 +40,7 @@ VARIABLE_PART = struct.Struct(f"<{len(VARIABLE)}q")
 # The fields up to lse_low and up to dsinks: all that changes for calls on q, k and v alone.
 FORWARD_PART, BACKWARD_PART = (struct.Struct(f"<{VARIABLE.index(last) + 1}q") for last in ("lse_low", "dsinks"))
 MORE_PART = struct.Struct(f"<{len(MORE)}q")  # from bias to cu_seqlens_kv
+STRIDES_PART = struct.Struct("<3q")  # of one tensor
 FIXED_PART = struct.Struct(f"<{len(FIXED) - 3}q3d")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 4}  # Dtype of csrc/cpu/params.h
 HOST = torch.device("cpu")  # said each time: torch.device as a context changes where new tensors are made
@@ -227,6 +228,8 @@ def prepared_backward(
     dq_model, dk_model, dv_model = (
         model(tuple(x.shape), x.dtype, HOST, heads_first) for x in (inputs.q, inputs.k, inputs.v)
     )
+    usual = (dout.transpose(1, 2) if heads_first else dout).stride()
+    with_strides = _strides_of_dout(BACKWARD_PART, heads_first, inputs.is_packed)
     machine, run_pass, pack = library.machine, library.passes["backward"], BACKWARD_PART.pack
     count, low = threads.count, math.prod(inputs.lse_shape()) * words_of(inputs.q.dtype).itemsize
 
@@ -242,10 +245,16 @@ def prepared_backward(
     ) -> tuple[Tensor, ...]:
         dq, dk, dv = new(dq_model), new(dk_model), new(dv_model)
         dbias, dsinks = sums.make() if has_sums else (None, None)
+        after = rest(*more) if more else alone
+        strides = dout.stride()
+        if strides != usual:
+            if strides[-1] != 1:
+                dout = dout.contiguous()
+            after = with_strides(after, dout)
         failed = run_pass(
             pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, at_low,
                  dout.data_ptr(), 0, dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(dbias), _address(dsinks))
-            + (rest(*more) if more else alone)
+            + after
         )  # fmt: skip
         if failed:
             library.explain(failed)
@@ -276,6 +285,18 @@ def _rest(
         return before + pack(*map(_address, more or _NOTHING)) + after
 
     return rest
+
+
+def _strides_of_dout(first: struct.Struct, heads_first: bool, is_packed: bool) -> Callable[[bytes, Tensor], bytes]:
+    """A function that puts the strides of a gradient of out into the struct behind its ``first`` part."""
+    begin = VARIABLE_PART.size - first.size + 8 * FIXED.index("dout_batch")
+    end = begin + STRIDES_PART.size
+
+    def with_strides(rest: bytes, dout: Tensor) -> bytes:
+        strides = _strides(dout.transpose(1, 2) if heads_first else dout, is_packed)
+        return rest[:begin] + STRIDES_PART.pack(*strides) + rest[end:]
+
+    return with_strides
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:

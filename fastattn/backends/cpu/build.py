@@ -22,9 +22,9 @@ SOURCES = (
     "common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/functions.h", "cpu/operand.h", "cpu/tile.h", "cpu/pack.h",
     "cpu/random.h", "cpu/attention.h", "cpu/intervals.h", "cpu/scores.h", "cpu/seen.h", "cpu/softmax.h", "cpu/rows.h",
     "cpu/forward.h", "cpu/gradient.h", "cpu/queries.h", "cpu/backward.h", "cpu/tangents.h", "cpu/jvp.h",
-    "cpu/backward_jvp.h", "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/tree.h", "cpu/decode.h",
-    "cpu/decode_products.h", "cpu/decode.cpp",
-    "cpu/decode_library.cpp", "cpu/threads.h", "cpu/machines.h", "cpu/machines.cpp",
+    "cpu/backward_jvp.h", "cpu/statistics.h", "cpu/attention.cpp", "cpu/attention_library.cpp", "cpu/tree.h",
+    "cpu/decode.h", "cpu/decode_products.h", "cpu/decode.cpp", "cpu/decode_library.cpp", "cpu/threads.h",
+    "cpu/machines.h", "cpu/machines.cpp",
 )  # fmt: skip
 # -O2: the kernels are written in vectors; -O3 takes twice as long and makes them no faster.
 ARITHMETIC = ("-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
@@ -89,10 +89,18 @@ def find_compiler() -> str:
 
 def fingerprint(csrc: Path) -> str:
     """A hash of the sources and options of the library, 24 digits."""
-    digest = hashlib.sha256(repr((FLAGS, ARITHMETIC, units())).encode())
+    digest = hashlib.sha256(repr((FLAGS, ARITHMETIC, machine(), units())).encode())
     for name in SOURCES:
         digest.update((csrc / name).read_bytes())
     return digest.hexdigest()[:24]
+
+
+def is_current(library: Path, csrc: Path) -> bool:
+    """Whether a sound library is there that was built from these sources with these options."""
+    try:
+        return fingerprint(csrc).encode() in compiled.unsealed(library)
+    except OSError:
+        return False
 
 
 def build_library(target: Path, csrc: Path) -> None:

@@ -29,7 +29,7 @@ def jvp(
     lse = torch.empty(inputs.lse_shape(), dtype=of_inputs.words, device=inputs.q.device)
     given = of_inputs.packed(out=rows.out, lse=rows.lse, lse_low=rows.lse_low)
     moving = _Moving(tangents, inputs, spec, machine)
-    library.differentiate("jvp", given, moving.packed(Rows(out=out, lse=lse)))
+    library.run("jvp", given, moving.packed(Rows(out=out, lse=lse)))
     return out, lse
 
 
@@ -52,7 +52,7 @@ def backward_jvp(
         out=rows.out, lse=rows.lse, lse_low=rows.lse_low, dout=rows.dout, dlse=rows.dlse, **grads.tensors()
     )
     moving = _Moving(tangents, inputs, spec, machine)
-    library.differentiate("backward_jvp", given, moving.packed(moved))
+    library.run("backward_jvp", given, moving.packed(moved))
     return grads.finished()
 
 

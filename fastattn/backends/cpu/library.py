@@ -84,6 +84,8 @@ class Library:
             ("fa_cpu_backward", [ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_backward_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_statistics", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_statistics_backward", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -98,7 +100,8 @@ class Library:
         self._decode = self._library.fa_cpu_decode
         self.machine = asked_for(self.machines())
         self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
-        self._products = {"jvp": self._library.fa_cpu_jvp, "backward_jvp": self._library.fa_cpu_backward_jvp}
+        names = ("jvp", "backward_jvp", "statistics", "statistics_backward")
+        self._with_more = {name: getattr(self._library, f"fa_cpu_{name}") for name in names}
 
     def machines(self) -> dict[str, bool]:
         """The instruction sets it was compiled for, the best first, and whether this machine has them."""
@@ -135,13 +138,19 @@ class Library:
         if outcome := self.passes[which](packed):
             self.explain(outcome)
 
-    def differentiate(self, which: str, packed: bytes, moved: bytes) -> None:
-        """A Jacobian-vector product, "jvp" or "backward_jvp", given the structs of the inputs and of their tangents.
+    def run(self, which: str, packed: bytes, more: bytes) -> None:
+        """A pass that takes a second struct.
+
+        Args:
+            which: "jvp" or "backward_jvp", whose second struct is of the tangents; or "statistics" or
+                "statistics_backward".
+            packed: the struct of the inputs.
+            more: the second one.
 
         Raises:
             RuntimeError: it was not computed, for the reason that the message gives.
         """
-        if outcome := self._products[which](packed, moved):
+        if outcome := self._with_more[which](packed, more):
             self.explain(outcome)
 
     def explain(self, outcome: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run
-from fastattn.backends.cuda import abi, backward, decode, library, nvrtc, plans
+from fastattn.backends.cuda import abi, backward, counters, decode, library, nvrtc, plans
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -27,7 +27,9 @@ MAX_HEAD_DIM = 256
 def _delivered() -> tuple[library.Library | nvrtc.NvrtcKernels | None, str]:
     """The launcher of the kernels and how it was obtained; None and the reason if there is none."""
     not_built = "not built with the package"
-    if (path := library.find()) is not None:
+    if nvrtc.is_watched():
+        not_built = f"{nvrtc.WATCHDOG} is set, and a library has no watchdog"
+    elif (path := library.find()) is not None:
         try:
             how = "built with the package" if path == library.PATH else "built by `fastattn build --cuda`"
             return library.Library(path), how
@@ -101,7 +103,8 @@ class CudaBackend(Backend):
         inputs, spec = abi.prepared(inputs, spec)
         results = abi.results(inputs)
         with _current_stream(inputs.q.device) as stream:
-            kernels.launch(abi.FORWARD, abi.forward_fields(inputs, spec, results, stream))
+            counter = counters.of_stream(inputs.q.device, stream) if counters.draws(inputs, spec) else None
+            kernels.launch(abi.FORWARD, abi.forward_fields(inputs, spec, results, stream, counter))
         return results
 
     def backward(

@@ -69,8 +69,8 @@ class Abi:
         return lambda addresses, on: head.pack(self.version, *addresses) + between + stream.pack(on)
 
 
-FORWARD = Abi("forward", 2, (
-    "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
+FORWARD = Abi("forward", 3, (
+    "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv", "counter",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
@@ -104,12 +104,15 @@ def results(inputs: Inputs) -> Outputs:
     return out, lse, lse_low
 
 
-def forward_fields(inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int) -> Fields:
-    """The fields of one forward pass. ``inputs`` must be as ``prepared`` leaves them."""
+def forward_fields(
+    inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int, counter: Tensor | None = None
+) -> Fields:
+    """The fields of a forward pass. ``inputs`` must be as ``prepared`` leaves them, ``counter`` as in ``counters``."""
     return {
         **_common_fields(inputs, spec, stream),
         "version": FORWARD.version,
         **{name: x.data_ptr() for name, x in zip(("out", "lse", "lse_low"), results, strict=True)},
+        "counter": address(counter),
         "has_band": int(spec.has_band),
         "blocks": 0,
     }
@@ -197,24 +200,27 @@ def spec_fields(spec: AttentionSpec) -> Fields:
 
 
 def heads_per_pass(inputs: Inputs) -> int:
-    """Query heads whose keys and values fit L2 together: whole groups, at least one, at most all there are."""
-    group = inputs.heads_q // inputs.heads_kv
-    return min(_heads_in_l2(inputs, inputs.max_seqlen_kv) * group, _all_heads(inputs, inputs.heads_q))
+    """Query heads whose keys and values fit L2 together: whole groups, at least one."""
+    return _kv_heads(inputs, inputs.max_seqlen_kv) * (inputs.heads_q // inputs.heads_kv)
 
 
 def kv_heads_per_pass(inputs: Inputs) -> int:
     """Key/value heads whose queries and their gradients of out fit L2 together."""
-    rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
-    return min(_heads_in_l2(inputs, rows), _all_heads(inputs, inputs.heads_kv))
+    return _kv_heads(inputs, inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv))
 
 
-def _heads_in_l2(inputs: Inputs, rows: int) -> int:
+def _kv_heads(inputs: Inputs, rows: int) -> int:
     row_bytes = (inputs.k.shape[-1] + inputs.v.shape[-1]) * inputs.k.element_size()
-    return max(1, L2_BYTES // max(1, rows * row_bytes))
+    return even_passes(inputs.heads_kv * (1 if inputs.is_packed else inputs.batch), rows * row_bytes)
 
 
-def _all_heads(inputs: Inputs, heads: int) -> int:
-    return max(1, heads * (1 if inputs.is_packed else inputs.batch))
+def even_passes(heads: int, head_bytes: int) -> int:
+    """The most of ``heads`` that fit L2 together and leave no last pass with less than three quarters as many.
+
+    Long tiles begin a pass: in a last pass with few heads, blocks would have nothing to do beside them.
+    """
+    fit = min(heads, max(1, L2_BYTES // max(1, head_bytes)))
+    return next((width for width in range(fit, 1, -1) if not 0 < heads % width < 0.75 * width), 1)
 
 
 def padded_rows(inputs: Inputs, rows: int) -> int:

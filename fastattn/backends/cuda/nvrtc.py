@@ -42,7 +42,9 @@ from fastattn.backends.cuda.instances import (
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
-MORE_OPTIONS = "FASTATTN_NVRTC_OPTIONS"  # for finding faults and comparing: -DFA_WATCHDOG=20000000, -DFA_STAGED=1
+MORE_OPTIONS = "FASTATTN_NVRTC_OPTIONS"  # for comparing: -DFA_STAGED=1
+WATCHDOG = "FASTATTN_CUDA_WATCHDOG"  # 1: every wait is bounded, and ends in a sentence instead of a hang
+WATCHDOG_MS = 2000
 KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
@@ -80,7 +82,13 @@ def _wheel_libraries(major: int) -> list[Path]:
 
 def options() -> tuple[str, ...]:
     """The compiler's, and those that the environment adds."""
-    return (*OPTIONS, *os.environ.get(MORE_OPTIONS, "").split())
+    watchdog = (f"-DFA_WATCHDOG={WATCHDOG_MS}",) if is_watched() else ()
+    return (*OPTIONS, *watchdog, *os.environ.get(MORE_OPTIONS, "").split())
+
+
+def is_watched() -> bool:
+    """Whether the environment asks for kernels with a watchdog (csrc/sm90/watchdog.cuh)."""
+    return os.environ.get(WATCHDOG, "0") not in ("", "0")
 
 
 def version() -> str:

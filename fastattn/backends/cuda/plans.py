@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattn.backends import driver
 from fastattn.backends.base import QKV, Run
-from fastattn.backends.cuda import abi, backward, decode
+from fastattn.backends.cuda import abi, backward, counters, decode
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
@@ -35,7 +35,8 @@ def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool
     results = abi.results(inputs)
     launch = prepare(abi.FORWARD, abi.forward_fields(ready, positive, results, stream=0))
     made: dict[str, Tensor | None] = dict(zip(("out", "lse", "lse_low"), results, strict=True))
-    return _run(abi.FORWARD, launch, QKV, made, tuple(made) if keep else ("out",), heads_first)
+    results_named = tuple(made) if keep else ("out",)
+    return _run(abi.FORWARD, launch, QKV, made, results_named, heads_first, counters.draws(inputs, spec))
 
 
 def backward_pass(
@@ -97,10 +98,12 @@ def _run(
     made: Mapping[str, Tensor | None],
     results: Sequence[str],
     heads_first: bool = False,
+    draws: bool = False,
 ) -> Run:
     """A run of tensors named ``given`` that allocates tensors like ``made`` and returns those named ``results``.
 
-    With ``heads_first`` the dimensions 1 and 2 of results in the layout of q are exchanged.
+    With ``heads_first`` the dimensions 1 and 2 of results in the layout of q are exchanged. A kernel that ``draws``
+    gets the counter of its stream.
     """
     models = {
         name: model(tuple(x.shape), x.dtype, x.device, heads_first and name in IN_LAYOUT)
@@ -108,7 +111,7 @@ def _run(
         if x is not None
     }
     device, new, make = models[results[0]].device, torch.empty_like, tuple(models.values())
-    names = [*given, *models]
+    names = [*given, *models, "counter"]
     ordered = itemgetter(*(names.index(name) if name in names else len(names) for name in struct.addresses))
     returned = itemgetter(*map(names.index, results)) if len(results) > 1 else lambda every: (every[len(given)],)
 
@@ -119,9 +122,11 @@ def _run(
             with torch.cuda.device(device):
                 return run(*tensors)
         every = (*tensors, *[new(x) for x in make])
+        stream = current_raw_stream(device)
         addresses = [0 if x is None else x.data_ptr() for x in every]
-        addresses.append(0)  # of what there is not
-        launch(ordered(addresses), current_raw_stream(device))
+        counter = counters.of_stream(device, stream) if draws else None
+        addresses += (0 if counter is None else counter.data_ptr(), 0)  # the last of what there is not
+        launch(ordered(addresses), stream)
         return returned(every)
 
     return run

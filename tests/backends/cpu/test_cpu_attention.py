@@ -9,11 +9,12 @@ import torch
 
 from fastattn import InputError, intervals
 from fastattn.backends import load
-from fastattn.backends.cpu import attention, build, derivatives, library
-from fastattn.problem import DIFFERENTIABLE, Inputs, Rows, Tangents
+from fastattn.backends.cpu import attention, build, derivatives, library, statistics
+from fastattn.problem import DIFFERENTIABLE, Inputs, Rows, StatisticsGradient, Tangents
 from fastattn.spec import AttentionSpec
 from fastattn.testing import Case, assert_within, grid, make
 from fastattn.testing.derivatives import DerivativeYardstick, measure_derivatives
+from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Yardstick, measure
 
 FOUND, HOW = library.delivered()
@@ -46,6 +47,12 @@ class OnMachine(type(load("cpu"))):
     def backward_jvp(self, rows, moved, tangents, inputs, spec, needs):
         return derivatives.backward_jvp(FOUND, rows, moved, tangents, inputs, spec, needs, machine=self.machine)
 
+    def statistics(self, inputs, spec):
+        return statistics.forward(FOUND, inputs, spec, machine=self.machine)
+
+    def statistics_backward(self, gradient, inputs, spec, needs):
+        return statistics.backward(FOUND, gradient, inputs, spec, needs, machine=self.machine)
+
 
 BACKENDS = [OnMachine(name) for name in MACHINES]
 
@@ -66,6 +73,7 @@ def test_derivatives_on_every_instruction_set(case):
     yardstick = DerivativeYardstick(make(case))
     for backend in BACKENDS:
         assert_within(measure_derivatives(backend, yardstick.sample, yardstick=yardstick))
+        assert_within(measure_statistics(backend, yardstick.sample))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -121,7 +129,17 @@ def results(dout, inputs, spec, backend=None):
     needs = [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None]
     grads = backend.backward(dout, None, *found, inputs, spec, needs)
     by_name = {"out": found[0], "lse": found[1], "low": found[2]} | {f"d{n}": getattr(grads, f"d{n}") for n in needs}
-    return by_name | derived(Rows(dout, None, *found), inputs, spec, needs, backend)
+    by_name |= derived(Rows(dout, None, *found), inputs, spec, needs, backend)
+    return by_name | described(found[1], inputs, spec, needs, backend)
+
+
+def described(of_rows, inputs, spec, needs, backend):
+    """Statistics of the weights, and the gradients of some."""
+    found = backend.statistics(inputs, spec)
+    gradient = StatisticsGradient(of_rows.sin(), of_rows.cos(), found.key_sum.cos())
+    needs = [n for n in needs if n != "v"]
+    grads = backend.statistics_backward(gradient, inputs, spec, needs)
+    return found._asdict() | {f"d{n} of statistics": getattr(grads, f"d{n}") for n in needs}
 
 
 def derived(rows, inputs, spec, needs, backend):

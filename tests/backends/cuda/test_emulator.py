@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_every_call_that_orders_something_is_missed(
 ) -> None:
     count, unnoticed = emulator.check_sites(line, options)
     assert count >= 25 and not unnoticed
+
+
+def test_watchdog_says_who_waits_for_what(emulator: emulate.Emulator) -> None:
+    """Kernels of the watchdog build compute the same, and a planted deadlock ends in its sentence."""
+    config = emulate.config_of(("FORWARD", 64, 64, 1, 0))
+    options = ("-O1", "-DFA_BFLOAT16_ONLY", "-DFA_WATCHDOG=20000")
+    instance = emulate.compile_instance(config, CSRC, emulator.build / "watched.o", *options)
+    program = emulate.link([instance, *emulator.common], emulator.build / "watched")
+    printed = emulate.run(program, CASES, 0).stdout
+    assert "ok " in printed
+    sites = {name.split()[-1]: name.removeprefix("site ") for name in printed.splitlines() if "fragment.cuh" in name}
+    # The barriers of Q come first, then two of each kind for K: full, empty.
+    waits = {"mbarrier_arrive": r"producer 0 of block \d+ waits in vain for barrier 4 \(parity 0\)",
+             "mbarrier_expect": r"consumer [012] of block \d+ waits in vain for barrier [02] \(parity 0\)"}  # fmt: skip
+    for name, sentence in waits.items():
+        said = emulate.run(program, CASES, 0, sites[name]).stdout
+        assert re.search(f"fastattn's watchdog: {sentence}", said), said
 
 
 def test_there_are_enough_faults() -> None:

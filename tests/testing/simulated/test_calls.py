@@ -16,10 +16,13 @@ import fastattn
 import fastattn.nn
 from fastattn.integrations.torch import override_sdpa
 from fastattn.lm.models import make_model, preset
-from fastattn.testing import simulated
+from fastattn.nn import tree_mask
+from fastattn.testing import Case, assert_within, make, simulated
+from fastattn.testing.tolerance import Yardstick
 
 pytestmark = pytest.mark.usefixtures("trusted")
 BF16 = torch.bfloat16
+PARENTS = [-1, 0, 1, 0, 3]
 
 
 def normal(*shape: int, dtype: torch.dtype = BF16, device: str = "cuda", grad: bool = False) -> Tensor:
@@ -120,6 +123,20 @@ def paged_step() -> Callable[[], object]:
 
 
 @call
+def intervals() -> Callable[[], object]:
+    q, documents = normal(1, 20, 2, 16), fastattn.intervals.documents([5, 15], device="cuda")
+    return lambda: fastattn.attention(q, q, q, intervals=documents)
+
+
+@call
+def tree_step() -> Callable[[], object]:
+    cache, table = normal(8, 8, 2, 16), torch.arange(8, device="cuda").int().view(2, 4)
+    q, new, lengths, mask = normal(2, 5, 4, 16), normal(2, 5, 2, 16), ints(3, 9), tree_mask(PARENTS).cuda()
+    options = {"block_table": table, "tree_mask": mask}
+    return lambda: fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new, **options)
+
+
+@call
 def module() -> Callable[[], object]:
     attend = fastattn.MultiHeadAttention(32, 4, batch_first=True, device="cuda", dtype=BF16)
     x, padding = normal(2, 9, 32), torch.zeros(2, 9, dtype=torch.bool, device="cuda")
@@ -144,7 +161,7 @@ def test_a_call_runs_kernels_and_never_waits(
     assert len(machine.launches) == 2 * first and (first > 0) == (prepare is not explained)
 
 
-@pytest.mark.parametrize("prepare", [dense, terms, varlen, paged_step], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("prepare", [dense, terms, varlen, paged_step, intervals, tree_step], ids=lambda p: p.__name__)
 def test_it_runs_on_the_current_stream_of_its_own_device(
     prepare: Callable[[], Callable[[], object]], machine: simulated.Machine
 ) -> None:
@@ -180,6 +197,46 @@ def test_gradients_without_a_wait(machine: simulated.Machine) -> None:
         "backward_dq_kernel",
     ]
     assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in leaves)
+
+
+def test_intervals_both_passes(machine: simulated.Machine) -> None:
+    """Through the public function, judged; the gradients by Triton's kernels, too."""
+    sample = make(Case(id="intervals", S_q=33, S_kv=40, H_q=4, intervals="random", right=0), device="cuda:0")
+    inputs = sample.inputs
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    options: dict[str, Any] = {"intervals": inputs.intervals, "causal": True}
+    assert fastattn.explain(*leaves, **options).chosen == "triton"
+    machine.launches.clear()
+    out, lse = fastattn.attention(*leaves, **options, return_lse=True)
+    grads = torch.autograd.grad(out, leaves, sample.dout)
+    found = {"out": out.detach(), "lse": lse.detach()} | dict(zip(("dq", "dk", "dv"), grads, strict=True))
+    assert_within(Yardstick(sample).judge(found))
+    assert {launch.kernel for launch in machine.launches} >= {
+        "forward_kernel",
+        "backward_dkdv_kernel",
+        "backward_dq_kernel",
+    }
+
+
+def test_a_tree_of_new_tokens(machine: simulated.Machine) -> None:
+    """The row of each node is that of its path alone, decoded from the same pages."""
+    table, mask, lengths = torch.arange(4, device="cuda").int().view(1, 4), tree_mask(PARENTS).cuda(), ints(9)
+    q, new = normal(1, 5, 4, 16, dtype=torch.float32), normal(1, 5, 2, 16, dtype=torch.float32)
+    cache = normal(4, 8, 2, 16, dtype=torch.float32)
+    options: dict[str, Any] = {"block_table": table, "alibi_slopes": torch.ones(4, device="cuda")}
+    asked = (q, cache, cache.clone(), lengths, new, new)
+    assert fastattn.explain_with_kv_cache(*asked, tree_mask=mask, **options).chosen == "triton"
+    out = fastattn.attention_with_kv_cache(
+        q, cache.clone(), cache.clone(), lengths, new, new, tree_mask=mask, **options
+    )
+    assert isinstance(out, Tensor)
+    for node in range(len(PARENTS)):
+        path = [row for row in range(5) if int(mask[0, node, 0]) >> row & 1]
+        rows = new[:, path]
+        alone = fastattn.attention_with_kv_cache(
+            q[:, path], cache.clone(), cache.clone(), lengths, rows, rows, **options
+        )
+        torch.testing.assert_close(out[:, node], alone[:, -1])
 
 
 def test_a_fresh_thread(machine: simulated.Machine) -> None:

@@ -1,0 +1,100 @@
+"""Statistics of the weights and their gradients by the C++ kernels."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.backends.cpu.attention import HOST, Call, Gradients
+from fastattn.backends.cpu.library import Library
+from fastattn.problem import Grads, Inputs, Statistics, StatisticsGradient
+from fastattn.spec import AttentionSpec
+
+# fa::cpu::StatisticsParams: its fields in order.
+FIELDS = (
+    "rows_per_part", "parts", "share", "entropy", "largest_logit", "largest_key", "key_sum", "key_max", "dlse",
+    "dentropy", "dlargest_logit", "dkey_sum",
+)  # fmt: skip
+STRUCT = struct.Struct(f"<{len(FIELDS)}q")
+TILE = 48  # query rows that are worked on together: kForwardRows of csrc/cpu/forward.h
+MOST_PARTS, LEAST_ROWS = 8, 4 * TILE
+READ_BEHIND = 64  # words behind the gradients of key sums
+
+
+def forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, machine: int | None = None) -> Statistics:
+    """The statistics that the spec defines.
+
+    Query rows are cut into parts by their number alone; each part has its own share of what belongs to keys. So the
+    bits do not depend on which thread works on which part.
+    """
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    entropy, largest = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(2))
+    key = torch.empty(inputs.lse_shape(), dtype=torch.int64, device=HOST)
+    shares = _Shares.of(inputs)
+    shape = (shares.parts, *inputs.key_shape())
+    sums, most = (torch.zeros(shape, dtype=call.words, device=HOST) for _ in range(2))
+    results = {"entropy": entropy, "largest_logit": largest, "largest_key": key, "key_sum": sums, "key_max": most}
+    library.run("statistics", call.packed(), _packed(results, shares, sums[0].numel()))
+    for n in range(1, shape[0]):
+        sums[0] += sums[n]
+        torch.maximum(most[0], most[n], out=most[0])
+    key_sum, key_max = (x[0] if shape[0] == 1 else x[0].clone() for x in (sums, most))  # without the other shares
+    return Statistics(entropy, largest, key, key_sum, key_max)
+
+
+def backward(
+    library: Library,
+    gradient: StatisticsGradient,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    machine: int | None = None,
+) -> Grads:
+    """The gradients named in ``needs``: first what they take of each row, then a pass like that of attention."""
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    lse, low, dlse = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(3))
+    more = {
+        "largest_key": torch.empty(inputs.lse_shape(), dtype=torch.int64, device=HOST),
+        "dentropy": _given(gradient.entropy, inputs.lse_shape(), call.words),
+        "dlargest_logit": _given(gradient.largest_logit, inputs.lse_shape(), call.words),
+        "dkey_sum": _given(gradient.key_sum, inputs.key_shape(), call.words),
+    }
+    packed = call.packed(lse=lse, lse_low=low)
+    library.run("statistics", packed, _packed({**more, "dlse": dlse}, _Shares.of(inputs)))
+    grads = Gradients.of(inputs, needs)
+    packed = call.packed(lse=lse, lse_low=low, dlse=dlse, **grads.tensors())
+    library.run("statistics_backward", packed, _packed(more, _Shares()))
+    return grads.finished()
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """The parts that query rows are cut into, each with a share of what belongs to keys."""
+
+    parts: int = 0
+    rows_per_part: int = 0
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Shares:
+        even = -(-inputs.max_seqlen_q // MOST_PARTS)
+        rows = max(LEAST_ROWS, -(-even // TILE) * TILE)
+        return cls(max(1, -(-inputs.max_seqlen_q // rows)), rows)
+
+
+def _packed(tensors: dict[str, Tensor], shares: _Shares, share: int = 0) -> bytes:
+    values = {name: x.data_ptr() for name, x in tensors.items()}
+    values |= {"rows_per_part": shares.rows_per_part, "parts": shares.parts, "share": share}
+    return STRUCT.pack(*(values.get(name, 0) for name in FIELDS))
+
+
+def _given(gradient: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A gradient as the kernels read it, zeros for None, with memory behind it."""
+    found = torch.zeros(torch.Size(shape).numel() + READ_BEHIND, dtype=dtype, device=HOST)
+    if gradient is not None:
+        found[:-READ_BEHIND].copy_(gradient.reshape(-1))
+    return found
