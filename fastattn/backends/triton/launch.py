@@ -240,9 +240,9 @@ class Backward:
                 shapes = ((*t.shape[:-2], x.heads_kv * parts, t.shape[-1]) for t in (dk, dv))
                 of_k, of_v = (torch.empty(shape, dtype=torch.float32, device=dk.device) for shape in shapes)
             terms = call.with_tiles("kv", config.block_n, config.block_m, group // parts)
-            passes = ((True, True),)
+            passes = [(True, True)]
             if max(call.flags.block_qk, call.flags.block_v) > ONE_PASS:
-                passes = ((True, False), (False, True))
+                passes = [(True, False), (False, True)]
             for of_dk, of_dv in passes:
                 launched(backward_dkdv_kernel, grid)(
                     call.q, call.k, call.v, self.dout, _rows(of_k), _rows(of_v), self.stats, terms, sizes, schedule,
