@@ -30,7 +30,7 @@ from fastattn.testing.verify import PARTS
 BLOCK = 50  # problems
 LOG = REPOSITORY / "runs" / "benchmarks" / "fuzz.jsonl"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-COLUMNS = ["judged", *DTYPES, "refused", "failed", "closest to its bound"]
+COLUMNS = ["judged", *DTYPES, "refused", "failed", "by chance", "closest to its bound"]
 Block = dict[str, Any]
 
 
@@ -138,11 +138,12 @@ def judge_block(block: tuple[int, int], seed: int, device: str, backends: Sequen
         for trial in examine(number, seed, device, backends):
             result = trial.result
             key = f"{trial.way}/{result.backend}/{str(result.case.dtype).removeprefix('torch.')}"
-            ran, refused, failed, closest = counts.get(key, (0, 0, 0, 0.0))
+            ran, refused, failed, by_chance, closest = counts.get(key, (0, 0, 0, 0, 0.0))
             worst = result.worst.strain if result.worst and result.ok else 0.0
             ran, refused = ran + bool(result.rows or result.broken), refused + (not result.rows and not result.broken)
-            counts[key] = [ran, refused, failed + (not result.ok), max(closest, round(worst, 3))]
-            if not result.ok:
+            failed, by_chance = failed + trial.failed, by_chance + trial.is_by_chance
+            counts[key] = [ran, refused, failed, by_chance, max(closest, round(worst, 3))]
+            if trial.failed:
                 failures.append(f"# problem {number}\n{trial.smallest()}")
     first, end = block
     seconds = round(time.process_time() - begin, 2)
@@ -153,11 +154,11 @@ def rows(blocks: Sequence[Block]) -> Iterator[dict[str, Any]]:
     """A row for both passes of each backend, and one for each other way to call one."""
     table: dict[str, dict[str, Any]] = {}
     for block in blocks:
-        for key, (ran, refused, failed, closest) in block["counts"].items():
+        for key, (ran, refused, failed, by_chance, closest) in block["counts"].items():
             way, backend, dtype = key.split("/")
             name = f"{way}, {backend}" if way in PARTS else way
             row = table.setdefault(name, {"judged": name} | dict.fromkeys(COLUMNS[1:], 0))
-            for column, more in ((dtype, ran), ("refused", refused), ("failed", failed)):
+            for column, more in zip((dtype, *COLUMNS[-4:-1]), (ran, refused, failed, by_chance), strict=True):
                 row[column] += more
             row[COLUMNS[-1]] = max(row[COLUMNS[-1]], closest)
     order = [*PARTS, ""]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastattn.backends.triton.tools import builds, gates
+from fastattn.backends.triton.tools import builds, derived, gates
 from fastattn.errors import InputError
 from fastattn.files import write_text
 
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="builds whose name contains this")
     parser.add_argument("--sample", type=int, metavar="N", help="instead, N builds with features drawn at random")
+    parser.add_argument("--derived", action="store_true", help="instead, the kernels of derivatives and statistics")
     parser.add_argument(
         "--changed", action="store_true", help="leave out builds whose code and arguments are those of the figures"
     )
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     expected_file = EXPECTED / f"triton-{triton.__version__}.json"
     expected = gates.expected_figures(expected_file)
     todo = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
+    todo = derived.all_builds() if args.derived else todo
     todo = [build for build in todo if args.only in build.name]
     there = {build.name for build in builds.all_builds()}
     figures_now = {name: figures for name, figures in expected.items() if name in there}

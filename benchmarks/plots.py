@@ -13,6 +13,7 @@ from fastattn.files import replaced_file
 COLUMNS = 4  # of panels
 MOST_PANELS = 16
 Family = tuple[str, str]  # the cases of a panel, and the pass
+Sizes = tuple[str, ...]
 
 
 def draw(record: Record, folder: Path, stem: str) -> list[Path]:
@@ -31,18 +32,20 @@ def draw(record: Record, folder: Path, stem: str) -> list[Path]:
 
 
 def _by_length(record: Record, field: str, label: str, title: str, factor: float = 1.0) -> Any:
-    """A figure with a panel for each family of cases that differ in length alone; None if there is none."""
-    families: dict[Family, dict[str, dict[int, float]]] = {}
+    """A figure with a panel for each family of cases that differ in batch, length and heads; None if there is none.
+
+    Lines join cases that differ in length alone; a case without such another is a point.
+    """
+    families: dict[Family, dict[str, dict[Sizes, dict[int, float]]]] = {}
     for result in record["results"]:
         for pass_name in passes_of(result):
             lines = families.setdefault((_family(result), pass_name), {})
             for peer, found in result["peers"].items():
                 value = found["passes"].get(pass_name, {}).get(field)
                 if value is not None:
-                    lines.setdefault(peer, {})[result["workload"]["s_q"]] = value * factor
-    worth = {
-        family: lines for family, lines in families.items() if len({s for line in lines.values() for s in line}) > 1
-    }
+                    points = lines.setdefault(peer, {}).setdefault(_sizes(result), {})
+                    points[result["workload"]["s_q"]] = value * factor
+    worth = {family: lines for family, lines in families.items() if len(_lengths(lines)) > 1}
     if not worth:
         return None
     shown = list(worth.items())[:MOST_PANELS]
@@ -50,11 +53,12 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
     figure.suptitle(title)
     colours = _colours(record)
     for panel, ((family, pass_name), lines) in zip(panels, shown, strict=False):
-        for peer, points in lines.items():
-            xs = sorted(points)
+        for peer, of_sizes in lines.items():
             style = {"linewidth": 2.5, "zorder": 3} if peer == OURS else {"linewidth": 1.2}
-            panel.plot(xs, [points[x] for x in xs], "o-", markersize=3, color=colours[peer], label=peer, **style)
-        lengths = sorted({s for line in lines.values() for s in line})
+            for points in of_sizes.values():
+                xs = sorted(points)
+                panel.plot(xs, [points[x] for x in xs], "o-", markersize=3, color=colours[peer], label=peer, **style)
+        lengths = _lengths(lines)
         panel.set(xscale="log", yscale="log" if field == "peak_bytes" else "linear")
         panel.set_xticks(lengths, [f"{s // 1024}k" if s >= 1024 else str(s) for s in lengths])
         panel.minorticks_off()
@@ -68,9 +72,18 @@ def _by_length(record: Record, field: str, label: str, title: str, factor: float
     return figure
 
 
+def _lengths(lines: dict[str, dict[Sizes, dict[int, float]]]) -> list[int]:
+    return sorted({length for of_sizes in lines.values() for points in of_sizes.values() for length in points})
+
+
 def _family(result: Record) -> str:
-    """The case without batch, lengths and heads: suites choose batch and heads by the length."""
+    """The case without batch, lengths and heads."""
     return " ".join(word for word in result["id"].split() if not re.fullmatch(r"[bsh]\d+(/\d+)?", word))
+
+
+def _sizes(result: Record) -> Sizes:
+    """Batch and heads of a case, in which the points of a line agree."""
+    return tuple(word for word in result["id"].split() if re.fullmatch(r"[bh]\d+(/\d+)?", word))
 
 
 def _ratios(record: Record, title: str) -> Any:

@@ -33,12 +33,21 @@ def conditions(record: Record) -> str:
         lines.append(
             "Ceilings of the same run: " + ", ".join(_ceiling(*item) for item in record["ceilings"].items()) + "."
         )
+    if record["kind"] == "fuzz" and record["finished"]:
+        lines.append(_problems(record))
     if record["finished"] is None:
         lines.append("**The run did not finish**; what it had measured is here.")
     if record.get("stopped"):
         lines.append(f"**Stopped**: {record['stopped']}.")
     lines.append(f"Command: `{record['command']}`.")
     return " ".join(lines)
+
+
+def _problems(record: Record) -> str:
+    failed, versions = len(record["failures"]), len(record["sources"])
+    judged = f"{record['problems']:,} problems of seed {record['seed']}, {failed} failures"
+    by = f", by {versions} versions of the code, this one the last" if versions > 1 else ""
+    return f"{judged}{by}; {record['cpu_ms_per_problem']} ms of CPU time for a problem."
 
 
 def code(record: Record) -> str:

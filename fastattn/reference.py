@@ -140,6 +140,14 @@ def weights(inputs: Inputs, spec: AttentionSpec, at: Positions | None = None) ->
     return _dropped(_weights(t, *_normaliser(t)), _survivors(inputs, spec, t.positions), spec)
 
 
+def sink_weights(inputs: Inputs, lse: Tensor, lse_low: Tensor) -> Tensor:
+    """The weight of each row's sink, ``(B, H_q, S_q)`` in the dtype of ``lse``; 0 without sinks."""
+    lse, lse_low = (x[None] if inputs.is_packed else x for x in (lse, lse_low))
+    if inputs.sinks is None:
+        return torch.zeros_like(lse)
+    return torch.exp((_per_sequence(inputs.sinks, inputs, Positions.of(inputs))[..., 0] - lse) - lse_low)
+
+
 def mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
     """The mean of ``weights`` over the heads, ``(B, S_q, S_kv)``, one head at a time."""
     everywhere = Positions.of(inputs)
@@ -400,7 +408,7 @@ def _heads_first(x: Tensor, inputs: Inputs) -> Tensor:
 
 def _per_sequence(x: Tensor, inputs: Inputs, at: Positions) -> Tensor:
     """``(1|B, H_q)`` -> ``(1|B, H_q, 1|S_q, 1)``: the number for each row, in a packed batch its sequence's."""
-    if inputs.is_packed and x.shape[0] > 1:
+    if inputs.is_packed and x.shape[0] != 1:
         return x[at.sequence_q.flatten()].transpose(0, 1)[None, :, :, None]
     return x[:, :, None, None]
 
@@ -473,7 +481,7 @@ def _sink_gradient(t: _Terms, lses: tuple[Tensor, Tensor], shift: Tensor, inputs
         return None
     lse, lse_low = lses
     dsink = -torch.exp((t.sinks - lse) - lse_low) * shift  # [B, H_q, S_q]
-    if inputs.is_packed and inputs.sinks.shape[0] > 1:
+    if inputs.is_packed and inputs.sinks.shape[0] != 1:
         by_sequence = torch.zeros_like(inputs.sinks, dtype=dsink.dtype)
         return by_sequence.index_add(0, t.positions.sequence_q.flatten(), dsink[0].transpose(0, 1)).to(
             inputs.sinks.dtype

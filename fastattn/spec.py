@@ -67,6 +67,11 @@ query is NaN, is NaN; a row that keeps an infinite value is infinite or NaN. Sof
 all scores of a row share, however large (-1e9, finfo.min), and neither do the weights. GPU kernels ignore only what no
 row keeps (docs/decisions/empty_rows.md).
 
+Rounding: each product ``q @ k^T`` has an error of some units in its last place, and the weights are the softmax of the
+rounded scores. It is invisible at usual scores, but at 1e8 neighbouring fp32 numbers are 8 apart: two keys whose exact
+scores are equal may then differ by a factor of ``exp(8)`` in their weights. The weights of a row still add up to 1.
+Scores of that size need fp64 inputs, or a smaller ``scale``.
+
 Dropout is a pure function of ``(seed, offset, b, h, i, j)``: see ``fastattn/rng.py``.
 In a packed batch ``b`` is the index of the sequence, and ``i`` and ``j`` count from its beginning.
 

@@ -1,4 +1,4 @@
-// Attention on a CPU: what the library asks of a set of instructions, and how work is cut into items.
+// Attention on a CPU: the functions of each instruction set, and how work is cut into items.
 //
 // The kernels are compiled for several sets of instructions into one library, so all functions here are static: of
 // inline ones the linker would keep one copy for all, perhaps of instructions which the machine at hand does not have.
@@ -23,7 +23,7 @@ struct ForwardItem {
 
 // The keys of a unit are cut into parts, by its length alone. Each part adds up its share of dq from zero; shares are
 // added in the order of the parts. So the bits do not depend on which thread works on which part.
-constexpr int kMostParts = 8, kPartKeys = 512;
+constexpr int kMostParts = 16, kPartKeys = 512;
 
 static inline int keys_per_part(int s_kv) {
   int const even = (s_kv + kMostParts - 1) / kMostParts;
@@ -33,7 +33,7 @@ static inline int keys_per_part(int s_kv) {
 static inline int part_count(int s_kv) { return larger(1, (s_kv + keys_per_part(s_kv) - 1) / keys_per_part(s_kv)); }
 
 // Blocks of keys within an item that are worked on one after the other.
-constexpr int kBackwardKeys = 128;
+constexpr int kBackwardKeys = 256;
 
 struct BackwardItem {
   Unit unit;

@@ -8,7 +8,7 @@
 
 namespace fa::cpu {
 
-constexpr double kSmall = 1 << 20;  // multiplications that one thread does before others have woken up
+constexpr double kSmall = 1 << 20;  // multiplications in about the time that other threads take to start
 constexpr int kTile = 48;           // query rows that are worked on together
 
 // A call: its boundaries, copied, so that nobody changes them after they were checked, and its items.
@@ -120,7 +120,7 @@ static bool is_right(int32 const* starts, int64 count, int64 rows) {
   return true;
 }
 
-// Copies the boundaries of packed sequences, and makes room for what is known of each.
+// Copies the boundaries of packed sequences, and allocates what is computed for each.
 static Outcome copy_boundaries(Call& call) {
   AttentionParams const& p = call.p;
   if (!p.cu_seqlens_q) return kDone;

@@ -1,17 +1,19 @@
 // The backward pass of one item: some parts of the keys of one unit, and all heads that read them.
 //
-// A part's keys and values stay packed, with sums for their gradients, while heads and blocks of queries go by. For each
+// A part's keys and values stay packed, with sums for their gradients, for all heads and blocks of queries. For each
 // block of keys and of queries: strips of scores and weight gradients, made into weights and score gradients, which dq
-// takes at once; then dk and dv, transposed, so that weights never have to be.
+// takes at once; then dk and dv, whose left operands are the weights and gradients as they are stored.
 #pragma once
 
 #include <sched.h>
 
-#include "queries.h"
+#include "parts.h"
 
 namespace {
 
-constexpr int64 kMostPacked = 16 << 20;  // bytes of packed queries up to which they are kept from part to part
+// Bytes of packed queries up to which they are kept from part to part.
+template <class Op>
+constexpr int64 kMostPacked = (8 << 20) * Op::kPerWord;
 
 template <class Op>
 class Backward {
@@ -20,7 +22,7 @@ class Backward {
   template <class>
   friend class StatisticsBackward;
   using Word = typename Op::Word;
-  static constexpr int kKeys = kBackwardKeys, kPanels = kKeys / kPanel<Word>;
+  static constexpr int kKeys = kBackwardKeys;
   static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
 
  public:
@@ -31,16 +33,17 @@ class Backward {
         scores_(p, item.unit),
         band_(item.unit.band),
         group_(scores_.group()),
-        keys_per_part_(keys_per_part(band_.s_kv)),
         block_rows_(rows_of_block(band_.s_q)),
+        parts_(band_, block_rows_),
         words_(block_rows_ / Op::kPerWord),
         padded_rows_(rounded_up(band_.s_q, block_rows_)),
-        packed_keys_(rounded_up(fa::smaller(keys_per_part_, fa::larger(band_.s_kv, 1)), kKeys)),
+        packed_keys_(rounded_up(fa::smaller(parts_.keys_of_each, fa::larger(band_.s_kv, 1)), kKeys)),
         dim_qk_((p.head_dim_qk + Op::kPerWord - 1) / Op::kPerWord),
         dim_v_((p.head_dim_v + Op::kPerWord - 1) / Op::kPerWord),
         columns_qk_(rounded_up(p.head_dim_qk, kCount<Word>)),
         columns_v_(rounded_up(p.head_dim_v, kCount<Word>)),
         panels_(columns_qk_ / kCount<Word>),
+        panels_v_(columns_v_ / kCount<Word>),
         arena_(memory),
         packer_(p, item.unit, block_rows_, padded_rows_, arena_) {
     take_queries(memory);
@@ -61,21 +64,20 @@ class Backward {
     prefetch_ = &prefetch;
     rows_at_once_ = 1 + prefetch.all() * kTileRows / fa::larger(1, band_.s_q * group_);
     if (p_.segments_q) segments_.look(scores_.segments_kv(), {0, band_.s_kv}, runs_);
-    for (int g = 0; g < kept_heads_; ++g) packer_.pack(scores_.first_head() + g, heads_[g]);
     if (p_.dsinks && item_.parts.begin == 0) add_sinks();
     for (int part = item_.parts.begin; part < item_.parts.end; ++part) run_part(part, run_strip);
-    for (int g = 0; g < group_ && p_.dq && !item_.dq_shares; ++g) write_dq(g, totals_of(g));
   }
 
   // dq out of the shares of all parts, in their order.
   void add_shares(Word* shares) {
     for (int g = 0; g < group_; ++g) {
       Matrix<Word> const all{shares + g * padded_rows_ * columns_qk_, columns_qk_};
-      for (int part = 1; part < part_count(band_.s_kv); ++part) {
-        Range const rows = rows_of(part);
-        add_rows(all, all.at + part * share_words() + rows.begin * columns_qk_, rows);
+      for (int part = 1; part < parts_.count(); ++part) {
+        Range const rows = parts_.rows(part);
+        add_rows(all, all.at + part * share_words() + rows.begin * columns_qk_, columns_qk_,
+                 {rows.begin, fa::smaller(rows.end, band_.s_q)});
       }
-      write_dq(g, all);
+      write_dq(g, all, {0, band_.s_q});
     }
   }
 
@@ -88,7 +90,7 @@ class Backward {
     Queries<Op> one;
     Arena probe(nullptr);
     one.take(probe, p_, block_rows_, padded_rows_, true);
-    kept_heads_ = probe.end() * group_ <= kMostPacked ? group_ : 0;
+    kept_heads_ = probe.end() * group_ <= kMostPacked<Op> ? group_ : 0;
     int const count = fa::larger(1, kept_heads_);
     heads_ = arena_.take<Queries<Op>>(count);
     for (int n = 0; n < count; ++n) {
@@ -96,16 +98,15 @@ class Backward {
       head.take(arena_, p_, block_rows_, padded_rows_, kept_heads_ > 0);
       if (memory) heads_[n] = head;
     }
-    adds_in_place_ = bytes_of(p_.dtype) == int64(sizeof(Word)) && p_.head_dim_qk == columns_qk_;
+    adds_in_place_ = can_hold_sums<Word>(p_.dtype, p_.head_dim_qk);
     totals_ = arena_.take<Word>(p_.dq && !item_.dq_shares && !adds_in_place_ ? share_words() : 0);
     dq_ = arena_.take<Word>(p_.dq ? block_rows_ * columns_qk_ : 0);
   }
 
-  // Where dq of a head is added up, before the factor `scale`: in the result itself, where it has the words for it.
+  // Where dq of a head is summed, before the factor `scale`: in the result, where that is as wide as the arithmetic.
   Matrix<Word> totals_of(int g) const {
     if (!adds_in_place_) return {totals_ + g * padded_rows_ * columns_qk_, columns_qk_};
-    Source const to = tensors_.dq(scores_.first_head() + g);
-    return {reinterpret_cast<Word*>(written(to, 0)), to.stride / int64(sizeof(Word))};
+    return words_of<Word>(tensors_.dq(scores_.first_head() + g));
   }
 
   void take_keys() {
@@ -114,51 +115,41 @@ class Backward {
     k_ = arena_.take<Word>(packed_keys_ * dim_qk_);
     v_ = arena_.take<Word>(packed_keys_ * dim_v_);
     k_stacked_ = arena_.take<Word>(packed_keys_ / Op::kPerWord * columns_qk_);
-    dk_ = arena_.take<Word>(p_.dk ? packed_keys_ * columns_qk_ : 0);
-    dv_ = arena_.take<Word>(p_.dv ? packed_keys_ * columns_v_ : 0);
-    wild_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
+    dk_ = {arena_.take<Word>(p_.dk && !adds_in_place_ ? packed_keys_ * columns_qk_ : 0), columns_qk_};
+    dv_ = {arena_.take<Word>(p_.dv && !can_hold_sums<Word>(p_.dtype, p_.head_dim_v) ? packed_keys_ * columns_v_ : 0),
+           columns_v_};
+    extreme_ = arena_.take<bool>(packed_keys_ / kPanel<Word>);
     ranges_ = arena_.take<Range>(p_.intervals_count * block_rows_);
     runs_ = arena_.take<Ids>(p_.segments_q ? Segments::runs(band_.s_kv) : 0);
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     gradient_rows_ = {arena_.take<Word>(kTileRows * kStrip), kStrip};
-    weights_ = arena_.take<Word>(words_ * kKeys);
-    gradients_ = arena_.take<Word>(words_ * kKeys);
-    turned_ = arena_.take<Word>(kCount<Word> * (columns_qk_ > columns_v_ ? columns_qk_ : columns_v_));
+    weights_ = arena_.take<Word>(words_ * kStrip);
+    gradients_ = arena_.take<Word>(words_ * kStrip);
   }
 
   // --- one part
 
-  Range keys_of(int part) const {
-    return {part * keys_per_part_, fa::smaller((part + 1) * keys_per_part_, band_.s_kv)};
-  }
-
-  // Whole blocks of query rows of which some keep a key of the part.
-  Range rows_of(int part) const {
-    Range const keys = keys_of(part), rows = fa::tile_range(fa::transposed(band_), keys.begin, keys.end);
-    if (is_empty(rows)) return {0, 0};
-    return {rows.begin / block_rows_ * block_rows_, int(rounded_up(rows.end, block_rows_))};
-  }
-
   template <class Strip>
   void run_part(int part, Strip const& run_strip) {
-    Range const keys = keys_of(part);
+    Range const keys = parts_.keys(part);
     begin_ = keys.begin;
     pack_keys(keys);
-    clear(dk_, p_.dk ? packed_keys_ * columns_qk_ : 0);
-    clear(dv_, p_.dv ? packed_keys_ * columns_v_ : 0);
+    begin_sums(keys);
     for (int g = 0; g < group_; ++g) {
       int const head = scores_.first_head() + g;
       Matrix<Word> const dq = begin_dq(part, g);
-      Range const rows = rows_of(part);
+      Range const rows = parts_.rows(part);
       for (first_ = rows.begin; first_ < rows.end; first_ += block_rows_) {
-        if (!kept_heads_) packer_.pack_block(head, first_, heads_[0]);
+        packer_.need_block(head, first_, queries_of(g));
         wait();
         auto const step = [&](int count, Range block) { run_keys(head, queries_of(g), count, block, run_strip); };
+        begin_block(part, dq);
         bool const is_used = for_each_block(head, first_, keys, step);
-        if (p_.dq && is_used) add_rows(dq, dq_, {first_, first_ + block_rows_});
+        finish_block(dq, is_used);
         if (item_.progress) __atomic_store_n(item_.progress, ++step_, __ATOMIC_RELEASE);
       }
+      finish_dq(part, g, dq);
     }
     write_keys(keys);
   }
@@ -172,9 +163,19 @@ class Backward {
     if (is_shared) {
       needed = 0;
       for (int part = item_.parts.begin; part < item_.parts.end; ++part)
-        needed += group_ * (rows_of(part).end - rows_of(part).begin) / block_rows_;
+        needed += group_ * (parts_.rows(part).end - parts_.rows(part).begin) / block_rows_;
     }
     while (__atomic_load_n(item_.before, __ATOMIC_ACQUIRE) < needed) sched_yield();
+  }
+
+  // Sums for dk and dv, zero at first: in the results, where these are as wide as the arithmetic.
+  void begin_sums(Range keys) {
+    auto const begin = [&](Matrix<Word>& sums, Source const& result, int64 dim, int64 columns) {
+      if (can_hold_sums<Word>(p_.dtype, dim)) sums = words_of<Word>(from_row(result, keys.begin));
+      for (int64 n = 0; n < keys.end - keys.begin; ++n) clear(sums.at + n * sums.stride, columns);
+    };
+    if (p_.dk) begin(dk_, tensors_.dk(), p_.head_dim_qk, columns_qk_);
+    if (p_.dv) begin(dv_, tensors_.dv(), p_.head_dim_v, columns_v_);
   }
 
   // Where this part's share of a head's dq goes, zero at first.
@@ -184,25 +185,36 @@ class Backward {
     if (item_.dq_shares)
       to.at = reinterpret_cast<Word*>(item_.dq_shares) + part * share_words() + g * padded_rows_ * columns_qk_;
     else to = totals_of(g);
-    Range const rows = !part ? Range{0, band_.s_q} : item_.dq_shares ? rows_of(part) : Range{0, 0};
-    for (int i = rows.begin; i < fa::smaller(rows.end, band_.s_q); ++i) clear(to.at + i * to.stride, columns_qk_);
+    Range rows{parts_.begun(part - 1), parts_.begun(part)};
+    if (item_.dq_shares) rows = part ? parts_.rows(part) : Range{0, band_.s_q};
+    int64 const end = adds_in_place_ && !item_.dq_shares ? rows.end : rounded_up(rows.end, block_rows_);
+    for (int64 i = rows.begin; i < end; ++i) clear(to.at + i * to.stride, columns_qk_);
     return to;
   }
 
-  static void clear(Word* words, int64 count) { __builtin_memset(words, 0, count * sizeof(Word)); }
+  // Where a block adds up dq: at its place, if no part before has added to its rows; else apart, so that the sum of a part
+  // is the same as one that a thread of its own computes.
+  void begin_block(int part, Matrix<Word> dq) {
+    bool const is_first = item_.dq_shares || (!adds_in_place_ && first_ >= parts_.begun(part - 1));
+    block_dq_ = {dq_, columns_qk_};
+    if (is_first) block_dq_ = {dq.at + first_ * dq.stride, dq.stride};
+    else clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
+  }
 
-  // Adds rows, of which the first is at `from`.
-  void add_rows(Matrix<Word> to, Word const* from, Range rows) const {
-    for (int i = rows.begin; i < fa::smaller(rows.end, band_.s_q); ++i, from += columns_qk_)
-      for (int64 c = 0; c < columns_qk_; c += kCount<Word>) {
-        Word* const at = to.at + i * to.stride + c;
-        store(at, load(at) + load(from + c));
-      }
+  void finish_block(Matrix<Word> dq, bool is_used) const {
+    if (p_.dq && is_used && block_dq_.at == dq_)
+      add_rows(dq, dq_, columns_qk_, {first_, fa::smaller(first_ + block_rows_, band_.s_q)});
+  }
+
+  // Writes the rows of dq that this part is the last to add to, while they are in a cache.
+  void finish_dq(int part, int g, Matrix<Word> dq) const {
+    if (p_.dq && !item_.dq_shares) write_dq(g, dq, {parts_.finished(part - 1), parts_.finished(part)});
   }
 
   void pack_keys(Range keys) {
     int64 const stride_v = rounded_up(p_.head_dim_v, kGroup<Op>) / Op::kPerWord;
     Matrix<Word> const k{rows_, rounded_up(p_.head_dim_qk, kGroup<Op>) / Op::kPerWord}, v{rows_, stride_v};
+    has_extreme_keys_ = false;
     for (int first = keys.begin; first < keys.end; first += kPanel<Word>) {
       int const count = fa::smaller(kPanel<Word>, keys.end - first), padded = int(rounded_up(count, kCount<Word>));
       int const at = first - keys.begin, there = band_.s_kv - first;
@@ -211,13 +223,14 @@ class Backward {
       Source const from = from_row(tensors_.k(), first);
       pack_panel_of<Op>(from, count, there, p_.head_dim_qk, k, k_ + at * dim_qk_);
       int64 const all = packed_keys_ / Op::kPerWord, line = at / Op::kPerWord;
-      bool& is_wild = wild_[at / kPanel<Word>];
-      is_wild = true;
+      bool& is_extreme = extreme_[at / kPanel<Word>];
+      is_extreme = true;
       if (padded == count && are_words<Op>(from, p_.head_dim_qk))
-        is_wild = stack_rows<Op>(from, count, there, panels_, all, line, k_stacked_);
-      if (!is_wild) continue;
-      is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_qk, k);
-      if (is_wild) tame_rows<Op>(k, count, p_.head_dim_qk, 1);
+        is_extreme = stack_rows<Op>(from, count, there, panels_, all, line, k_stacked_);
+      if (!is_extreme) continue;
+      is_extreme = pack_rows<Op>(from, count, there, padded, p_.head_dim_qk, k);
+      has_extreme_keys_ |= is_extreme;
+      if (is_extreme) drop_nonfinite<Op>(k, count, p_.head_dim_qk, 1);
       pack_stacked<Op>(k, padded, panels_, all, line, k_stacked_);
     }
   }
@@ -232,7 +245,6 @@ class Backward {
     Range seen = common(fa::tile_range(band_, first, end), part);
     if (p_.intervals && !is_empty(seen)) seen = kept_.read(scores_.intervals, band_, head, {first, end}, part, ranges_);
     if (is_empty(seen)) return false;
-    clear(dq_, p_.dq ? block_rows_ * columns_qk_ : 0);
     int const begin = part.begin + (seen.begin - part.begin) / kKeys * kKeys;
     for (int key = begin; key < seen.end; key += kKeys)
       step(int(rounded_up(end - first, 2)), Range{key, fa::smaller(key + kKeys, part.end)});
@@ -241,7 +253,7 @@ class Backward {
 
   template <class Strip>
   void run_keys(int head, Queries<Op> const& queries, int count, Range keys, Strip const& run_strip) {
-    for (Filled& filled : filled_) filled = {{0, 0}, {0, 0}};
+    filled_.reset();
     for (int r = 0; r < count; r += kTileRows)
       run_strip(head, queries, first_, r, fa::smaller(kTileRows, count - r), keys);
     add_to_keys(head, queries, first_, keys);
@@ -249,13 +261,9 @@ class Backward {
 
   // What a block of queries adds to the gradients of a block of keys.
   void add_to_keys(int head, Queries<Op> const& queries, int first, Range keys) const {
-    int64 const at = keys.begin - begin_;
-    int64 const n = (first - queries.begin) / block_rows_;
-    if (p_.dv)
-      multiply_rows(queries.dout_columns + n * words_ * columns_v_, p_.head_dim_v, weights_, dv_ + at * columns_v_);
-    if (p_.dk)
-      multiply_rows(queries.q_columns + n * words_ * columns_qk_, p_.head_dim_qk, gradients_, dk_ + at * columns_qk_);
-    add_wild_rows(head, queries, first, keys);
+    if (p_.dv) multiply_rows(weights_, packer_.dout_lines(queries, first), panels_v_, keys, dv_);
+    if (p_.dk) multiply_rows(gradients_, packer_.q_lines(queries, first), panels_, keys, dk_);
+    add_nonfinite_rows(head, queries, first, keys);
   }
 
   Seen seen_by_strip(int head, int i, int count, Range keys) const {
@@ -282,7 +290,7 @@ class Backward {
     Range const columns = columns_of<Word>(seen, keys.begin);
     int64 const row = first + r;
     prefetch_terms(head, first + r, count, seen);
-    fill(columns, r, count);
+    fill(columns, keys, seen, r, count);
     multiply_keys(count, queries.rows_of(queries.q, row), dim_qk_, k_, keys, columns, strip_.scores);
     multiply_keys(count, queries.rows_of(queries.dout, row), dim_v_, v_, keys, columns, strip_.dweights);
     with_terms(terms_of(scores_, seen_keys), [&](auto terms) {
@@ -309,36 +317,38 @@ class Backward {
     int64 const skipped = (seen.begin - keys.begin - columns.begin) / Op::kPerWord;  // words of zeros
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     add_dq(row, count, skipped, depth, keys.begin + columns.begin + int(skipped) * Op::kPerWord);
-    add_wild_keys(head, int(row), count, keys, columns, seen);
+    if (has_extreme_keys_) add_nonfinite_keys(head, int(row), count, keys, columns, seen);
   }
 
-  // Panels take the columns of a strip. What they hold beside what strips write is zero.
-  void fill(Range columns, int r, int count) {
-    for (int n = 0; n < kPanels; ++n)
-      filled_[n].template fill<Word>(n, columns, r, count, [&](int begin, int end) { clear_lines(n, begin, end); });
+  void fill(Range columns, Range keys, Range seen, int r, int count) {
+    filled_.add(columns, {seen.begin - keys.begin, seen.end - keys.begin}, {r, r + count}, keys.end - keys.begin,
+                [&](Range rows, Range columns) { clear_lines(rows, columns); });
   }
 
-  void clear_lines(int panel, int begin, int end) {
-    int64 const at = panel * words_ * kPanel<Word>;
-    int64 const first = at + begin / Op::kPerWord * kPanel<Word>, words = (end - begin) / Op::kPerWord * kPanel<Word>;
-    clear(weights_ + first, words);
-    clear(gradients_ + first, words);
+  void clear_lines(Range rows, Range columns) {
+    int64 const count = columns.end - columns.begin;
+    if (count <= 0) return;
+    for (int r = rows.begin; r < rows.end; r += Op::kPerWord) {
+      int64 const at = r / Op::kPerWord * kStrip + columns.begin;
+      clear(weights_ + at, count);
+      clear(gradients_ + at, count);
+    }
   }
 
   PairTarget<Word> target(int r, int n) const {
-    int64 const line = (r + n) / Op::kPerWord * kPanel<Word>;
-    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, words_ * kPanel<Word>};
+    int64 const line = (r + n) / Op::kPerWord * kStrip;
+    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, kStrip};
   }
 
-  template <bool ADD = false>
+  template <Form FORM = kSet>
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
                      Matrix<Word> to) const {
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const right = packed + (keys.begin - begin_ + panel) * depth + (c - panel);
-      multiply_in_chains<Op, ADD>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
-                                  {to.at + c, to.stride});
+      multiply_in_chains<Op, FORM>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
+                                   {to.at + c, to.stride});
     }
   }
 
@@ -373,56 +383,52 @@ class Backward {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const right =
           k_stacked_ + column * (packed_keys_ / Op::kPerWord) + (key - begin_) / Op::kPerWord * width;
-      multiply<Op, true>(count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
-                         {dq_ + (row - first_) * columns_qk_ + column, columns_qk_});
+      multiply<Op, kAdd>(count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
+                         {block_dq_.at + (row - first_) * block_dq_.stride + column, block_dq_.stride});
     }
   }
 
-  // Columns of dk or dv, transposed: [columns][keys of the block].
-  void multiply_rows(Word const* left, int64 dim, Word const* right, Word* to) const {
-    for (int n = 0; n < kPanels; ++n) {
-      Filled const& filled = filled_[n];
-      if (is_empty(filled.rows)) continue;
-      int64 const line = filled.rows.begin / Op::kPerWord, depth = filled.rows.end / Op::kPerWord - line;
-      int const vectors = (filled.columns.end - filled.columns.begin) / kCount<Word>;
-      Matrix<Word const> const b{right + (n * words_ + line) * kPanel<Word> + filled.columns.begin % kPanel<Word>,
-                                 kPanel<Word>};
-      for (int64 e = 0; e < dim; e += kTileRows) {
-        int const rows = int(dim - e < kTileRows ? dim - e : kTileRows);
-        multiply<Op, true>(rows, vectors, depth, {left + e * words_ + line, words_}, b,
-                           {to + e * kKeys + filled.columns.begin, kKeys});
-      }
-    }
+  // What weights or gradients, times lines of queries or dout, add to rows of dv or dk.
+  void multiply_rows(Word const* left, Lines<Op> const& lines, Panels const& panels, Range keys,
+                     Matrix<Word> sums) const {
+    Word* const to = sums.at + (keys.begin - begin_) * sums.stride;
+    for (int n = 0; n < panels.count; ++n)
+      filled_.each(keys.end - keys.begin, [&](Range tile, Range rows) {
+        int64 const line = rows.begin / Op::kPerWord, depth = rows.end / Op::kPerWord - line;
+        multiply<Op, kAddTurned>(tile.end - tile.begin, panels.width(n), depth,
+                                 {left + line * kStrip + tile.begin, kStrip}, lines.panel(panels, n, line),
+                                 {to + tile.begin * sums.stride + panels.begin(n) * kCount<Word>, sums.stride});
+      });
   }
 
   // --- where numbers are not finite
 
-  void add_wild_keys(int head, int row, int count, Range keys, Range columns, Range seen) const {
+  void add_nonfinite_keys(int head, int row, int count, Range keys, Range columns, Range seen) const {
     for (int j = seen.begin; j < seen.end; ++j) {
-      if (!wild_[(j - begin_) / kPanel<Word>]) continue;
+      if (!extreme_[(j - begin_) / kPanel<Word>]) continue;
       for (int n = 0; n < count && row + n < band_.s_q; ++n)
         if (scores_.keeps(head, row + n, j))
-          add_wild(element<Op>(gradient_rows_.at + n * kStrip, j - keys.begin - columns.begin), tensors_.k(), j,
-                   p_.head_dim_qk, dq_ + (row - first_ + n) * columns_qk_, 1);
+          add_nonfinite(element<Op>(gradient_rows_.at + n * kStrip, j - keys.begin - columns.begin), tensors_.k(), j,
+                        p_.head_dim_qk, block_dq_.at + (row - first_ + n) * block_dq_.stride);
     }
   }
 
-  void add_wild_rows(int head, Queries<Op> const& queries, int first, Range keys) const {
+  void add_nonfinite_rows(int head, Queries<Op> const& queries, int first, Range keys) const {
     int64 const block = (first - queries.begin) / block_rows_;
-    bool const is_wild_q = p_.dk && queries.wild_q[block], is_wild_dout = p_.dv && queries.wild_dout[block];
-    if (!is_wild_q && !is_wild_dout) return;
+    bool const is_extreme_q = p_.dk && queries.extreme_q[block], is_extreme_dout = p_.dv && queries.extreme_dout[block];
+    if (!is_extreme_q && !is_extreme_dout) return;
     for (int i = first; i < fa::smaller(first + block_rows_, band_.s_q); ++i)
       for (int j = keys.begin; j < keys.end; ++j) {
         if (!scores_.keeps(head, i, j)) continue;
         int const c = j - keys.begin;
-        int64 const at = (c / kPanel<Word> * words_ + (i - first) / Op::kPerWord) * kPanel<Word> + c % kPanel<Word>;
+        int64 const at = (i - first) / Op::kPerWord * kStrip + c;
         int const part = (i - first) % Op::kPerWord;
-        if (is_wild_dout)
-          add_wild(element<Op>(weights_ + at, part), tensors_.dout(head), i, p_.head_dim_v,
-                   dv_ + (keys.begin - begin_) * columns_v_ + c, kKeys);
-        if (is_wild_q)
-          add_wild(element<Op>(gradients_ + at, part), tensors_.q(head), i, p_.head_dim_qk,
-                   dk_ + (keys.begin - begin_) * columns_qk_ + c, kKeys);
+        if (is_extreme_dout)
+          add_nonfinite(element<Op>(weights_ + at, part), tensors_.dout(head), i, p_.head_dim_v,
+                        dv_.at + (j - begin_) * dv_.stride);
+        if (is_extreme_q)
+          add_nonfinite(element<Op>(gradients_ + at, part), tensors_.q(head), i, p_.head_dim_qk,
+                        dk_.at + (j - begin_) * dk_.stride);
       }
   }
 
@@ -431,7 +437,7 @@ class Backward {
   void add_sinks() {
     for (int g = 0; g < group_; ++g) {
       int const head = scores_.first_head() + g;
-      if (!kept_heads_) packer_.pack(head, heads_[0]);
+      packer_.pack(head, queries_of(g));
       Queries<Op> const& of = queries_of(g);
       auto const* const lse = static_cast<Word const*>(p_.lse) + tensors_.lse(head);
       double total = 0;
@@ -442,25 +448,15 @@ class Backward {
     }
   }
 
-  void write_dq(int g, Matrix<Word> totals) const {
-    Source const to = tensors_.dq(scores_.first_head() + g);
-    for (int64 i = 0; i < band_.s_q; ++i) {
-      if (i + kRowsAhead < band_.s_q) prefetch_results(from_row(to, i + kRowsAhead), 1, p_.head_dim_qk);
-      write_row(totals.at + i * totals.stride, p_.head_dim_qk, Word(p_.scale), p_.dtype, written(to, i));
-    }
+  void write_dq(int g, Matrix<Word> totals, Range rows) const {
+    write_rows<Word>({totals.at + rows.begin * totals.stride, totals.stride}, p_.head_dim_qk, Word(p_.scale),
+                     tensors_.dq(scores_.first_head() + g), rows);
   }
 
   void write_keys(Range keys) const {
-    for (int first = keys.begin; first < keys.end; first += kKeys) {
-      int const count = fa::smaller(kKeys, keys.end - first);
-      int64 const at = first - begin_;
-      Word const scale = Word(p_.scale);
-      if (p_.dk)
-        write_turned<Word>({dk_ + at * columns_qk_, kKeys}, p_.head_dim_qk, scale, tensors_.dk(), first, count,
-                           turned_);
-      if (p_.dv)
-        write_turned<Word>({dv_ + at * columns_v_, kKeys}, p_.head_dim_v, 1, tensors_.dv(), first, count, turned_);
-    }
+    if (p_.dk) write_rows<Word>({dk_.at, dk_.stride}, p_.head_dim_qk, Word(p_.scale), tensors_.dk(), keys);
+    if (p_.dv && !can_hold_sums<Word>(p_.dtype, p_.head_dim_v))
+      write_rows<Word>({dv_.at, dv_.stride}, p_.head_dim_v, 1, tensors_.dv(), keys);
   }
 
   AttentionParams const& p_;
@@ -468,13 +464,14 @@ class Backward {
   Tensors tensors_;
   Scores<Word> scores_;
   fa::Band const& band_;
-  int group_, keys_per_part_;
+  int group_;
   int kept_heads_ = 0;  // heads whose queries are packed once: all, or none, where they are packed block by block
   bool adds_in_place_ = false;
   int block_rows_;
+  Parts parts_;
   int64 words_;  // of a block of query rows, along the contraction over them
   int64 padded_rows_, packed_keys_, dim_qk_, dim_v_, columns_qk_, columns_v_;
-  Panels panels_;
+  Panels panels_, panels_v_;
   Arena arena_;
   QueryPacker<Op> packer_;
   Segments segments_;
@@ -484,13 +481,13 @@ class Backward {
   Queries<Op>* heads_;
   Word *totals_, *dq_;  // dq of all heads, and what one block of queries and one part give
   Word *rows_, *k_, *v_, *k_stacked_;  // keys and values of a part: operands of scores, weight gradients and dq
-  Word *dk_, *dv_;  // per block of keys [columns][kKeys]
-  bool* wild_;  // of each panel of keys
+  Matrix<Word> dk_, dv_;  // sums for the keys of the part
+  bool* extreme_;  // of each panel of keys
+  bool has_extreme_keys_;
   Strip<Word> strip_;
-  Matrix<Word> gradient_rows_;
-  Word *weights_, *gradients_;  // per panel [words_][kPanel]
-  Word* turned_;
-  Filled filled_[kPanels];
+  Matrix<Word> block_dq_, gradient_rows_;
+  Word *weights_, *gradients_;  // [words_][kStrip]
+  Filled<kKeys> filled_;
   Prefetch* prefetch_ = nullptr;
   int64 rows_at_once_ = 0, bytes_;
   int begin_ = 0, first_ = 0, step_ = 0;  // first key of the part, first row of the block; blocks of keys done

@@ -93,9 +93,6 @@ class BackwardJvp {
     operands_.dq = moved.k ? p.dq : nullptr;  // set only now: sums are taken once
     operands_.dk = moved.q ? p.dk : nullptr;
     operands_.dv = moved.dout ? p.dv : nullptr;
-    along_.dq_ = given_.dq_;
-    along_.dk_ = given_.dk_;
-    along_.dv_ = given_.dv_;
   }
 
   int64 bytes() const { return given_.bytes() + along_.bytes(); }
@@ -106,7 +103,6 @@ class BackwardJvp {
     for (int g = 0; g < given_.kept_heads_; ++g) pack(g);
     if (p_.dsinks && item.parts.begin == 0) add_sinks();
     for (int part = item.parts.begin; part < item.parts.end; ++part) run_part(part);
-    for (int g = 0; g < given_.group_ && p_.dq && !item.dq_shares; ++g) given_.write_dq(g, given_.totals_of(g));
   }
 
  private:
@@ -126,16 +122,17 @@ class BackwardJvp {
   void read_terms(int head, int64 first, Heads& to) const {
     int64 const lse = given_.tensors_.lse(head);
     auto const number = [&](void const* x, int64 i) { return x ? static_cast<Word const*>(x)[lse + i] : 0; };
-    auto const product = [&](Source const& a, Source const& b, int64 i) {
-      return dot<Word>(from_row(a, i).at, from_row(b, i).at, p_.dtype, p_.head_dim_v);
-    };
     for (int64 i = first; i < first + given_.block_rows_; ++i) {
       bool const is_there = i < given_.band_.s_q;
       to.lse[i] = is_there ? number(moved_.lse, i) : 0;
       to.delta[i] = is_there ? -number(moved_.dlse, i) : 0;
-      if (is_there && moved_.dout) to.delta[i] += product(along_.tensors_.dout(head), given_.tensors_.out(head), i);
-      if (is_there && moved_.out) to.delta[i] += product(given_.tensors_.dout(head), along_.tensors_.out(head), i);
     }
+    int64 const there = given_.band_.s_q - first, count = there < given_.block_rows_ ? there : given_.block_rows_;
+    auto const add_products = [&](Source const& a, Source const& b) {
+      add_dots(from_row(a, first), from_row(b, first), count, there, p_.head_dim_v, to.delta + first);
+    };
+    if (moved_.dout) add_products(given_.tensors_.out(head), along_.tensors_.dout(head));
+    if (moved_.out) add_products(along_.tensors_.out(head), given_.tensors_.dout(head));
   }
 
   void add_sinks() {
@@ -154,30 +151,33 @@ class BackwardJvp {
 
   void run_part(int part) {
     BackwardItem const& item = given_.item_;
-    Range const keys = given_.keys_of(part), rows = given_.rows_of(part);
+    Range const keys = given_.parts_.keys(part), rows = given_.parts_.rows(part);
     given_.begin_ = along_.begin_ = keys.begin;
     given_.pack_keys(keys);
     along_.pack_keys(keys);
-    given_.clear(given_.dk_, p_.dk ? given_.packed_keys_ * given_.columns_qk_ : 0);
-    given_.clear(given_.dv_, p_.dv ? given_.packed_keys_ * given_.columns_v_ : 0);
+    given_.begin_sums(keys);
+    along_.dk_ = given_.dk_;
+    along_.dv_ = given_.dv_;
     for (int g = 0; g < given_.group_; ++g) {
       Matrix<Word> const dq = given_.begin_dq(part, g);
       for (int first = rows.begin; first < rows.end; first += given_.block_rows_) {
         given_.first_ = along_.first_ = first;
         if (!given_.kept_heads_) pack_block(g, first);
         given_.wait();
+        given_.begin_block(part, dq);
+        along_.block_dq_ = given_.block_dq_;
         bool const is_used = given_.for_each_block(head(g), first, keys,
                                                    [&](int count, Range block) { run_keys(g, first, count, block); });
-        if (p_.dq && is_used) given_.add_rows(dq, given_.dq_, {first, first + given_.block_rows_});
+        given_.finish_block(dq, is_used);
         if (item.progress) __atomic_store_n(item.progress, ++given_.step_, __ATOMIC_RELEASE);
       }
+      given_.finish_dq(part, g, dq);
     }
     given_.write_keys(keys);
   }
 
   void run_keys(int g, int first, int count, Range keys) {
-    for (auto* pass : {&given_, &along_})
-      for (auto& filled : pass->filled_) filled = {{0, 0}, {0, 0}};
+    for (auto* pass : {&given_, &along_}) pass->filled_.reset();
     for (int r = 0; r < count; r += kTileRows) run_strip(g, first, r, fa::smaller(kTileRows, count - r), keys);
     given_.add_to_keys(head(g), given_.queries_of(g), first, keys);
     along_.add_to_keys(head(g), along_.queries_of(g), first, keys);
@@ -188,8 +188,8 @@ class BackwardJvp {
     if (is_empty(seen.keys)) return;
     Range const columns = columns_of<Word>(seen.keys, keys.begin);
     given_.prefetch_terms(head(g), first + r, count, seen.keys);
-    given_.fill(columns, r, count);
-    along_.fill(columns, r, count);
+    given_.fill(columns, keys, seen.keys, r, count);
+    along_.fill(columns, keys, seen.keys, r, count);
     multiply(g, first + r, count, keys, columns);
     for (int n = 0; n < count; n += 2) {
       if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias)
@@ -223,9 +223,9 @@ class BackwardJvp {
   void add_products(Operands const& x, int64 depth, int count, Range keys, Range columns, Matrix<Word> to) {
     if (x.left_moves) given_.multiply_keys(count, x.left_moved, depth, x.right, keys, columns, to);
     if (x.left_moves && x.right_moves)
-      given_.template multiply_keys<true>(count, x.left, depth, x.right_moved, keys, columns, to);
+      given_.template multiply_keys<kAdd>(count, x.left, depth, x.right_moved, keys, columns, to);
     else if (x.right_moves) given_.multiply_keys(count, x.left, depth, x.right_moved, keys, columns, to);
-    else if (!x.left_moves) given_.clear(to.at, count * to.stride);
+    else if (!x.left_moves) clear(to.at, count * to.stride);
   }
 
   template <Terms TERMS>

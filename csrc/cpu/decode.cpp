@@ -85,7 +85,7 @@ inline void add_products(float const* q, int64 width, T const* const* k, int c, 
 }
 
 // Scores of ROWS query rows and kLanes keys, as many at a time as make one vector of sums. While keys are read, the
-// next ones and what the other product reads next are brought from memory: neither waits for it, and memory never rests.
+// next ones and what the other product reads next are brought from memory: neither product waits for memory.
 template <class Product, int ROWS, class T>
 __attribute__((noinline)) void multiply_queries(float const* q, T const* const* k, T const* const* next,
                                                 T const* const* ahead, int dim, float* scores) {

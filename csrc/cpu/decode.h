@@ -1,4 +1,4 @@
-// Attention to a cache on a CPU: what the library asks of a set of instructions, and the memory they share.
+// Attention to a cache on a CPU: the functions of each instruction set, and the memory they share.
 //
 // The kernel is compiled for several sets of instructions into one library, so all functions here are static: of inline
 // ones the linker would keep one copy for all, perhaps of instructions which the machine at hand does not have.

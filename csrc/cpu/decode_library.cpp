@@ -11,7 +11,7 @@ namespace fa::cpu {
 
 constexpr int64 kParts = 64;          // about so many parts are enough for the threads of any machine
 constexpr int64 kLeastKeys = 128;     // of a part: fewer are not worth the joining
-constexpr int64 kSmall = 1 << 17;     // numbers of keys and values that one thread reads before others have woken up
+constexpr int64 kSmall = 1 << 17;     // numbers read in about the time that other threads take to start
 // Of batch-invariant calls: parts begin at multiples of so many keys, and so many query rows of each sequence are
 // computed at a time, so that memory does not grow with a prompt.
 constexpr int kFixedKeys = 512, kFixedRows = 32;

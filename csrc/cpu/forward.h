@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kForwardRows = 48;  // of a tile of queries
 
-// A tensor that is null is left out, which those of tangents may be (jvp.h).
+// Null tensors are skipped: those of tangents may be null (jvp.h).
 template <class Op>
 class Forward {
   template <class>
@@ -35,7 +35,7 @@ class Forward {
     Arena arena(memory);
     k_ = arena.take<Word>(packed_ * dim_qk_);
     v_ = arena.take<Word>(packed_ / Op::kPerWord * columns_);
-    wild_ = arena.take<bool>(packed_ / kPanel<Word>);
+    extreme_ = arena.take<bool>(packed_ / kPanel<Word>);
     ranges_ = arena.take<Range>(p.intervals_count * kForwardRows);
     runs_ = arena.take<Ids>(p.segments_q ? Segments::runs(item.unit.band.s_kv) : 0);
     rows_ = arena.take<Word>(kPanel<Word> * (row_words_ > value_row_words_ ? row_words_ : value_row_words_));
@@ -116,14 +116,14 @@ class Forward {
     keys_ = {all.begin / kPanel<Word> * kPanel<Word>, all.end};
   }
 
-  // Packs the keys and values before `end` that are not yet, and sees to it that those which follow are at hand.
+  // Packs the keys and values before `end` that are not packed yet, and prefetches those that follow.
   void pack_to(int end) {
     int const first = packed_to_;
     for (; packed_to_ < end; packed_to_ += kPanel<Word>) pack_keys(packed_to_);
-    bool is_wild = false;
-    for (int begin = first; begin < packed_to_; begin += kPanel<Word>) is_wild |= pack_values(begin);
-    if (is_wild && !has_wild_) {
-      has_wild_ = true;
+    bool is_extreme = false;
+    for (int begin = first; begin < packed_to_; begin += kPanel<Word>) is_extreme |= pack_values(begin);
+    if (is_extreme && !has_extremes_) {
+      has_extremes_ = true;
       v_factor_ = 1.0 / (1 << 24);  // so that sums of the largest values do not overflow
       for (int begin = keys_.begin; begin < packed_to_; begin += kPanel<Word>) pack_values(begin);
     }
@@ -147,14 +147,14 @@ class Forward {
     int const at = begin - keys_.begin, there = keys_.end - begin;
     int64 const all = packed_ / Op::kPerWord, first = at / Op::kPerWord;
     Source const from = from_row(tensors_.v(), begin);
-    bool& is_wild = wild_[at / kPanel<Word>];
+    bool& is_extreme = extreme_[at / kPanel<Word>];
     if (v_factor_ == 1 && padded == count && are_words<Op>(from, p_.head_dim_v))
-      return is_wild = stack_rows<Op>(from, count, there, panels_, all, first, v_);
+      return is_extreme = stack_rows<Op>(from, count, there, panels_, all, first, v_);
     Matrix<Word> const rows{rows_, value_row_words_};
-    is_wild = pack_rows<Op>(from, count, there, padded, p_.head_dim_v, rows);
-    if (v_factor_ != 1) tame_rows<Op>(rows, count, p_.head_dim_v, v_factor_);
+    is_extreme = pack_rows<Op>(from, count, there, padded, p_.head_dim_v, rows);
+    if (v_factor_ != 1) drop_nonfinite<Op>(rows, count, p_.head_dim_v, v_factor_);
     pack_stacked<Op>(rows, padded, panels_, all, first, v_);
-    return is_wild;
+    return is_extreme;
   }
 
   // Rows first .. of the heads from `head` on, one head after the other.
@@ -208,7 +208,7 @@ class Forward {
     write(count);
   }
 
-  // Of rows r .., from where they have not been yet; whether something was left.
+  // The next pieces of rows r ..; whether there were any.
   bool run_pieces_of(int r, int count) {
     int const columns = take_pieces(r, count);
     if (!columns) return false;
@@ -228,9 +228,9 @@ class Forward {
       int64 const depth = (piece.keys.end - piece.first() + Op::kPerWord - 1) / Op::kPerWord - skipped;
       int const key = piece.first() + int(skipped) * Op::kPerWord;
       int64 const word = piece.column / Op::kPerWord + skipped;
-      if (is_first && m == 0) multiply_values<false>(r, count, key, word, depth);
-      else multiply_values<true>(r, count, key, word, depth);
-      if (has_wild_) add_wild_values(r, count, piece.origin(), piece.keys);
+      if (is_first && m == 0) multiply_values<kSet>(r, count, key, word, depth);
+      else multiply_values<kAdd>(r, count, key, word, depth);
+      if (has_extremes_) add_nonfinite_values(r, count, piece.origin(), piece.keys);
     }
     return true;
   }
@@ -360,28 +360,28 @@ class Forward {
     int64 const skipped = (keys.begin - begin - columns.begin) / Op::kPerWord;  // words whose weights are zero
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     int const first = begin + columns.begin + int(skipped) * Op::kPerWord;
-    if (is_first) multiply_values<false>(r, count, first, skipped, depth);
-    else multiply_values<true>(r, count, first, skipped, depth);
-    if (has_wild_) add_wild_values(r, count, begin + columns.begin, keys);
+    if (is_first) multiply_values<kSet>(r, count, first, skipped, depth);
+    else multiply_values<kAdd>(r, count, first, skipped, depth);
+    if (has_extremes_) add_nonfinite_values(r, count, begin + columns.begin, keys);
   }
 
-  template <bool ADD = false>
+  template <Form FORM = kSet>
   void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Word* to) const {
     Matrix<Word const> const queries{rows, row_words_};
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const keys = packed + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
-      multiply_in_chains<Op, ADD>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
-                                  {to + c, kStrip});
+      multiply_in_chains<Op, FORM>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
+                                   {to + c, kStrip});
     }
   }
 
-  // Products become weights, which begin at the first of `columns`; what was summed before shrinks.
+  // Products become weights, which begin at the first of `columns`; earlier sums are rescaled.
   template <Terms TERMS>
   void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
     Word most[kTileRows];
-    for (int n = 0; n < count; ++n) {  // apart from the weights, which have to wait for it
+    for (int n = 0; n < count; ++n) {  // a loop of its own: all weights depend on it
       Row const& row = row_[r + n];
       Word* const scores = strip_ + n * kStrip;
       Range const both = common(row.kept, keys);
@@ -424,23 +424,23 @@ class Forward {
     return {bits_, int(p_.dropout_threshold)};
   }
 
-  template <bool ADD>
+  template <Form FORM>
   void multiply_values(int r, int count, int key, int64 word, int64 depth) {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const values = v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
-      multiply<Op, ADD>(count, panels_.width(n), depth, {weights_ + word, kStrip}, {values, width},
-                        {sums_ + r * columns_ + column, columns_});
+      multiply<Op, FORM>(count, panels_.width(n), depth, {weights_ + word, kStrip}, {values, width},
+                         {sums_ + r * columns_ + column, columns_});
     }
   }
 
-  void add_wild_values(int r, int count, int first, Range keys) {
+  void add_nonfinite_values(int r, int count, int first, Range keys) {
     for (int j = keys.begin; j < keys.end; ++j) {
-      if (!wild_[(j - keys_.begin) / kPanel<Word>]) continue;
+      if (!extreme_[(j - keys_.begin) / kPanel<Word>]) continue;
       for (int n = 0; n < count; ++n)
         if (scores_.keeps(row_[r + n].head, row_[r + n].i, j))
-          add_wild(element<Op>(weights_ + n * kStrip, j - first), tensors_.v(), j, p_.head_dim_v,
-                   sums_ + (r + n) * columns_, 1);
+          add_nonfinite(element<Op>(weights_ + n * kStrip, j - first), tensors_.v(), j, p_.head_dim_v,
+                        sums_ + (r + n) * columns_);
     }
   }
 
@@ -454,7 +454,7 @@ class Forward {
         for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, Vector<Word>{});
       write_row(sums, p_.head_dim_v, finished_.factor[r] * factor, p_.dtype, written(tensors_.out(row.head), row.i));
       int64 const at = tensors_.lse(row.head) + row.i;
-      if (p_.lse) {  // null: nobody asks for it
+      if (p_.lse) {  // null where it is not wanted
         static_cast<Word*>(p_.lse)[at] = finished_.lse[r];
         static_cast<Word*>(p_.lse_low)[at] = finished_.low[r];
       }
@@ -471,8 +471,8 @@ class Forward {
   Range keys_;       // packed, from a whole panel on
   int64 packed_;     // how many, in whole panels
   Word *k_, *v_;     // panels of keys [words of a row][kPanel]; panels of columns of values
-  bool* wild_;       // of each panel of keys: whether a value is
-  bool has_wild_ = false, has_gaps_ = false;  // has_gaps_: a row of the tile keeps several ranges
+  bool* extreme_;       // of each panel of keys: whether a value is
+  bool has_extremes_ = false, has_gaps_ = false;  // has_gaps_: a row of the tile keeps several ranges
   double v_factor_ = 1;
   Ids* runs_;
   Word *rows_, *queries_, *sums_, *strip_, *weights_;

@@ -24,29 +24,28 @@ inline Vector<typename Op::Word> weight_of(Vector<typename Op::Word> score, type
 }
 
 // Two rows of weights and score gradients as the products read them: score gradients also row by row, as left operand
-// of dq; both stacked in panels, as right operands of dv and dk. `row` and panels begin at the first column.
+// of dq; both stacked, as left operands of dv and dk. `rows` begin at the first column.
 template <class Word>
 struct PairTarget {
-  Matrix<Word> rows;            // two of them; null if dq is not wanted
-  Word *weights, *gradients;    // the line of the two rows in the first panel
-  int64 panel;                  // words from panel to panel
+  Matrix<Word> rows;          // two of them; null if dq is not wanted
+  Word *weights, *gradients;  // the line of the two rows, or two lines
+  int64 line;                 // words from line to line
 };
 
 template <class Op>
 inline void store_pair(Vector<typename Op::Word> const (&p)[2], Vector<typename Op::Word> const (&g)[2], int c,
                        int first, PairTarget<typename Op::Word> const& to) {
   using Word = typename Op::Word;
-  int64 const at = c / kPanel<Word> * to.panel + c % kPanel<Word>;
   if constexpr (Op::kPerWord == 1) {
     for (int n = 0; n < 2; ++n) {
-      store(to.weights + at + n * kPanel<Word>, p[n]);
-      store(to.gradients + at + n * kPanel<Word>, g[n]);
+      store(to.weights + n * to.line + c, p[n]);
+      store(to.gradients + n * to.line + c, g[n]);
       store(to.rows.at + n * to.rows.stride + c - first, g[n]);
     }
   } else {
     Vector<Word> const gradients = Op::joined(g[0], g[1]);
-    store(to.weights + at, in_pairs(Op::joined(p[0], p[1])));
-    store(to.gradients + at, in_pairs(gradients));
+    store(to.weights + c, in_pairs(Op::joined(p[0], p[1])));
+    store(to.gradients + c, in_pairs(gradients));
     constexpr int kHalf = sizeof(gradients) / 2;
     Word* const upper = to.rows.at + (c - first) / 2;
     __builtin_memcpy(upper, &gradients, kHalf);
@@ -60,22 +59,36 @@ struct Strip {
   Matrix<Word> scores, dweights;
 };
 
-// The lines of a panel, two rows each where words are pairs, that hold something, and its columns that do.
-struct Filled {
-  Range rows, columns;
-
-  // Panel n takes the columns of a strip at rows r ..; `clear` makes lines zero.
-  template <class Word, class Clear>
-  void fill(int n, Range of_strip, int r, int count, Clear const& clear) {
-    Range const inside = common(of_strip, {n * kPanel<Word>, (n + 1) * kPanel<Word>});
-    bool const is_first = is_empty(rows);
-    if (is_empty(inside) && is_first) return;
-    if (is_first) rows = {r, r}, columns = inside;
-    bool const is_whole = inside.end - inside.begin == kPanel<Word>;
-    clear(rows.end, is_whole ? r : r + count);
-    rows.end = r + count;
-    if (!is_empty(inside)) columns = {fa::smaller(columns.begin, inside.begin), fa::larger(columns.end, inside.end)};
+// Query rows of which each tile of keys of a block meets some: what lies outside adds nothing to their gradients.
+template <int KEYS>
+class Filled {
+ public:
+  void reset() {
+    lines_ = {0, 0};
+    for (Range& rows : of_tile_) rows = {0, 0};
   }
+
+  // A strip of rows r .. stores the columns of `stored`, of which `seen` may be kept. `clear` makes the rest of its rows
+  // zero, up to the column `limit`, and those before it.
+  template <class Clear>
+  void add(Range stored, Range seen, Range rows, int limit, Clear const& clear) {
+    if (!is_empty(lines_)) clear({lines_.end, rows.begin}, {0, limit});
+    clear(rows, {0, stored.begin});
+    clear(rows, {stored.end, limit});
+    lines_ = rows;
+    for (int n = seen.begin / kTileRows; n * kTileRows < seen.end; ++n)
+      of_tile_[n] = {is_empty(of_tile_[n]) ? rows.begin : of_tile_[n].begin, rows.end};
+  }
+
+  // Calls step with the keys of each tile, of `count` in all, and the rows.
+  template <class Step>
+  void each(int count, Step const& step) const {
+    for (int n = 0; n * kTileRows < count; ++n)
+      if (!is_empty(of_tile_[n])) step(Range{n * kTileRows, fa::smaller((n + 1) * kTileRows, count)}, of_tile_[n]);
+  }
+
+ private:
+  Range lines_, of_tile_[(KEYS + kTileRows - 1) / kTileRows];
 };
 
 // Where gradients of a row's scores go that are those of a bias.

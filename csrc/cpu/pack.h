@@ -50,6 +50,15 @@ inline void with_dtype(int64 dtype, Step const& step) {
   }
 }
 
+// The same where the arithmetic is in `Word`s, which leaves fewer types.
+template <class Word, class Step>
+inline auto with_stored(int64 dtype, Step const& step) {
+  if constexpr (sizeof(Word) == 8) return step(static_cast<double const*>(nullptr));
+  else if (dtype == fa::cpu::kFloat32) return step(static_cast<float const*>(nullptr));
+  else if (dtype == fa::cpu::kBfloat16) return step(static_cast<Bfloat16 const*>(nullptr));
+  else return step(static_cast<Float16 const*>(nullptr));
+}
+
 inline double number_at(char const* row, int64 dtype, int64 n) {
   double found = 0;
   with_dtype(dtype, [&](auto const* type) { found = to_float(reinterpret_cast<decltype(type)>(row)[n]); });
@@ -58,7 +67,7 @@ inline double number_at(char const* row, int64 dtype, int64 n) {
 
 inline bool is_finite(double x) { return x - x == 0; }
 
-// The largest magnitude seen, as bits. Numbers above 2^100 (2^1000 in fp64), infinities and NaN are wild: sums of
+// The largest magnitude seen, as bits. Numbers above 2^100 (2^1000 in fp64), infinities and NaN are extreme: sums of
 // products with them may leave what floats hold, and 0 * infinity is NaN.
 template <class Op>
 class Largest {
@@ -69,7 +78,7 @@ class Largest {
     Unsigned const magnitude = (Unsigned)words & kMask;
     most_ = magnitude > most_ ? magnitude : most_;
   }
-  bool is_wild() const {
+  bool is_extreme() const {
     uint32 found = 0;
     for (int n = 0; n < kLanes; ++n) found |= most_[n] >= 0x71800000u;
     return found;
@@ -87,7 +96,7 @@ class Largest<Double> {
     Longs const magnitude = (Longs)words & 0x7fffffffffffffffLL;
     most_ = magnitude > most_ ? magnitude : most_;
   }
-  bool is_wild() const {
+  bool is_extreme() const {
     bool found = false;
     for (int n = 0; n < kCount<double>; ++n) found |= most_[n] >= (2023LL << 52);
     return found;
@@ -110,7 +119,7 @@ class Largest<Pairs> {
     Unsigned const magnitude = (Unsigned)words & 0x7fff;
     most_ = magnitude > most_ ? magnitude : most_;
   }
-  bool is_wild() const {
+  bool is_extreme() const {
     bool found = false;
     for (int n = 0; n < 2 * kLanes; ++n) found |= most_[n] >= 0x7180;
     return found;
@@ -150,10 +159,10 @@ bool pack_rows_of(Source from, int64 rows, int64 there, int64 dim, Matrix<typena
       store(to.at + j / Op::kPerWord, words);
     }
   }
-  return largest.is_wild();
+  return largest.is_extreme();
 }
 
-// Rows as words, zeros up to the stride of `to` and in the rows that pad. Whether a number is wild. `there` rows can be
+// Rows as words, zeros up to the stride of `to` and in the rows that pad. Whether a number is extreme. `there` rows can be
 // read: those behind the last one are packed next.
 template <class Op>
 bool pack_rows(Source const& from, int64 rows, int64 there, int64 padded_rows, int64 dim,
@@ -169,7 +178,7 @@ bool pack_rows(Source const& from, int64 rows, int64 there, int64 padded_rows, i
 
 // Packed rows without what is not finite, the rest times a power of two. Rare, and so number by number.
 template <class Op>
-void tame_rows(Matrix<typename Op::Word> rows, int64 count, int64 dim, double factor) {
+void drop_nonfinite(Matrix<typename Op::Word> rows, int64 count, int64 dim, double factor) {
   using Number = std::conditional_t<Op::kPerWord == 2, Bfloat16, typename Op::Word>;
   for (int64 r = 0; r < count; ++r) {
     Number* const row = reinterpret_cast<Number*>(rows.at + r * rows.stride);
@@ -297,7 +306,7 @@ inline void pack_stacked(Matrix<typename Op::Word> rows, int64 count, Panels con
   }
 }
 
-// The same of rows of a tensor that are words as they lie, as many as fill vectors. Whether a number is wild.
+// The same of rows of a tensor that are words as they lie, as many as fill vectors. Whether a number is extreme.
 template <class Op>
 inline bool stack_rows(Source const& from, int64 count, int64 there, Panels const& panels, int64 all, int64 first,
                        typename Op::Word* to) {
@@ -317,7 +326,7 @@ inline bool stack_rows(Source const& from, int64 count, int64 there, Panels cons
       }
     }
   }
-  return largest.is_wild();
+  return largest.is_extreme();
 }
 
 template <class T, class Word>
@@ -330,10 +339,7 @@ inline void read_row_of(T const* from, int64 dim, Word* row) {
 // One row of a tensor as words.
 template <class Word>
 inline void read_row(char const* from, int64 dim, int64 dtype, Word* row) {
-  if constexpr (sizeof(Word) == 8) read_row_of(reinterpret_cast<double const*>(from), dim, row);
-  else if (dtype == fa::cpu::kFloat32) read_row_of(reinterpret_cast<float const*>(from), dim, row);
-  else if (dtype == fa::cpu::kBfloat16) read_row_of(reinterpret_cast<Bfloat16 const*>(from), dim, row);
-  else read_row_of(reinterpret_cast<Float16 const*>(from), dim, row);
+  with_stored<Word>(dtype, [&](auto const* type) { read_row_of(reinterpret_cast<decltype(type)>(from), dim, row); });
 }
 
 template <class T, class Word>
@@ -346,10 +352,11 @@ inline void write_row_of(Word const* row, int64 dim, Word factor, T* to) {
 // One row of results, times a factor, in the dtype of the tensor.
 template <class Word>
 inline void write_row(Word const* row, int64 dim, Word factor, int64 dtype, char* to) {
-  if constexpr (sizeof(Word) == 8) write_row_of(row, dim, factor, reinterpret_cast<double*>(to));
-  else if (dtype == fa::cpu::kFloat32) write_row_of(row, dim, factor, reinterpret_cast<float*>(to));
-  else if (dtype == fa::cpu::kBfloat16) write_row_of(row, dim, factor, reinterpret_cast<Bfloat16*>(to));
-  else write_row_of(row, dim, factor, reinterpret_cast<Float16*>(to));
+  with_stored<Word>(dtype, [&](auto const* type) {
+    write_row_of(
+        row, dim, factor,
+        const_cast<std::remove_const_t<std::remove_pointer_t<decltype(type)>>*>(reinterpret_cast<decltype(type)>(to)));
+  });
 }
 
 // Rows that are written soon.

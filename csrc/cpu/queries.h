@@ -21,10 +21,11 @@ struct Queries {
 
   int64 words;                  // of a block, along the contraction over rows
   Matrix<Word> q, dout;         // rows, as operands of scores and of weight gradients
-  Word *q_columns, *dout_columns;  // per block [columns][words]: operands of dk and dv
+  Word *q_stacked, *dout_stacked;  // rows of a block stacked, operands of dk and dv, where words are pairs
   Word *lse, *low, *delta;
-  bool *wild_q, *wild_dout;     // of each block: whether a number is
-  int64 begin = 0;              // the first row that is packed: 0 where all are
+  bool *extreme_q, *extreme_dout;     // of each block: whether a number is
+  int64 begin = 0;              // the first row that memory is for: 0 where it is for all
+  int64 packed_to = 0;          // rows before this one are packed, as far as anything reads them
   bool keeps_all;
 
   void take(Arena& arena, AttentionParams const& p, int block_rows, int64 padded_rows, bool all) {
@@ -35,13 +36,14 @@ struct Queries {
     int64 const words_v = rounded_up(p.head_dim_v, kGroup<Op>) / Op::kPerWord;
     q = {arena.take<Word>(rows * words_qk), words_qk};
     dout = {arena.take<Word>(rows * words_v), words_v};
-    q_columns = arena.take<Word>(rows / Op::kPerWord * columns(p.head_dim_qk));
-    dout_columns = arena.take<Word>(rows / Op::kPerWord * columns(p.head_dim_v));
+    int64 const lines = Op::kPerWord == 1 ? 0 : rows / Op::kPerWord;
+    q_stacked = arena.take<Word>(lines * columns(p.head_dim_qk));
+    dout_stacked = arena.take<Word>(lines * columns(p.head_dim_v));
     lse = arena.take<Word>(padded_rows);
     low = arena.take<Word>(padded_rows);
     delta = arena.take<Word>(padded_rows);
-    wild_q = arena.take<bool>(rows / block_rows);
-    wild_dout = arena.take<bool>(rows / block_rows);
+    extreme_q = arena.take<bool>(rows / block_rows);
+    extreme_dout = arena.take<bool>(rows / block_rows);
   }
 
   Matrix<Word const> rows_of(Matrix<Word> const& x, int64 row) const {
@@ -51,10 +53,19 @@ struct Queries {
   static int64 columns(int64 dim) { return rounded_up(dim, kCount<Word>); }
 };
 
-// What packing needs besides.
-template <class Word>
-struct PackingScratch {
-  Word *rows, *stacked;
+// The rows of a block as the right operand of products over them: as they are, or stacked in panels.
+template <class Op>
+struct Lines {
+  using Word = typename Op::Word;
+
+  Word const* at;
+  int64 stride;  // from row to row, or the lines of a panel
+
+  Matrix<Word const> panel(Panels const& panels, int n, int64 line) const {
+    int64 const width = panels.width(n) * kCount<Word>, column = panels.begin(n) * kCount<Word>;
+    if (Op::kPerWord == 1) return {at + line * stride + column, stride};
+    return {at + column * stride + line * width, width};
+  }
 };
 
 template <class Op>
@@ -67,17 +78,34 @@ class QueryPacker {
   QueryPacker(AttentionParams const& p, Unit const& unit, int block_rows, int64 padded_rows, Arena& arena)
       : p_(p), tensors_{p, unit}, rows_(unit.band.s_q), padded_(padded_rows), block_(block_rows) {
     int64 const dim = p.head_dim_qk > p.head_dim_v ? p.head_dim_qk : p.head_dim_v;
-    scratch_.rows = arena.take<Word>(block_rows * rounded_up(dim, kGroup<Op>) / Op::kPerWord);
-    scratch_.stacked = arena.take<Word>(kCount<Word> * rounded_up(dim, kCount<Word>));
+    finite_ = arena.take<Word>(block_rows * rounded_up(dim, kGroup<Op>) / Op::kPerWord);
   }
 
   void pack(int head, Queries<Op>& to) const {
     for (int64 first = 0; first < padded_; first += block_) pack_block(head, first, to);
   }
 
+  // Packs a block unless it is. Blocks come in order, and none comes again where memory is for one at a time.
+  void need_block(int head, int64 first, Queries<Op>& to) const {
+    if (!to.keeps_all || first >= to.packed_to) pack_block(head, first, to);
+  }
+
+  // Queries and dout of the block that begins at row `first`, with zeros in place of what is not finite: in a product over
+  // rows a weight of zero times NaN would be NaN. Valid until the next call.
+  Lines<Op> q_lines(Queries<Op> const& of, int64 first) const {
+    int64 const n = (first - of.begin) / block_;
+    return lines(of.q, of.q_stacked + n * of.words * of.columns(p_.head_dim_qk), n, of.extreme_q[n], p_.head_dim_qk);
+  }
+  Lines<Op> dout_lines(Queries<Op> const& of, int64 first) const {
+    int64 const n = (first - of.begin) / block_;
+    return lines(of.dout, of.dout_stacked + n * of.words * of.columns(p_.head_dim_v), n, of.extreme_dout[n],
+                 p_.head_dim_v);
+  }
+
   void pack_block(int head, int64 first, Queries<Op>& to) const {
     pack_operands(head, first, to);
     read_terms(head, first, to);
+    to.packed_to = first + block_;
   }
 
  private:
@@ -85,35 +113,34 @@ class QueryPacker {
   void pack_operands(int head, int64 first, Queries<Op>& to) const {
     if (!to.keeps_all) to.begin = first;
     int64 const count = rows_ - first < block_ ? rows_ - first : block_, at = first - to.begin, n = at / block_;
-    to.wild_q[n] = p_.q && pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
-                                      {to.q.at + at * to.q.stride, to.q.stride},
-                                      to.q_columns + n * to.words * to.columns(p_.head_dim_qk));
-    to.wild_dout[n] = p_.dout && pack_block(from_row(tensors_.dout(head), first), count, rows_ - first, p_.head_dim_v,
-                                            {to.dout.at + at * to.dout.stride, to.dout.stride},
-                                            to.dout_columns + n * to.words * to.columns(p_.head_dim_v));
+    to.extreme_q[n] = p_.q && pack_block(from_row(tensors_.q(head), first), count, rows_ - first, p_.head_dim_qk,
+                                         {to.q.at + at * to.q.stride, to.q.stride},
+                                         to.q_stacked + n * to.words * to.columns(p_.head_dim_qk));
+    to.extreme_dout[n] = p_.dout && pack_block(from_row(tensors_.dout(head), first), count, rows_ - first,
+                                               p_.head_dim_v, {to.dout.at + at * to.dout.stride, to.dout.stride},
+                                               to.dout_stacked + n * to.words * to.columns(p_.head_dim_v));
   }
 
-  bool pack_block(Source const& from, int64 count, int64 there, int64 dim, Matrix<Word> rows, Word* columns) const {
-    bool const is_wild = pack_rows<Op>(from, count, there, block_, dim, rows);
-    if (is_wild) {  // a product over rows must not meet what some of its weights of zero hide
-      Matrix<Word> const tamed{scratch_.rows, rows.stride};
-      __builtin_memcpy(tamed.at, rows.at, block_ * rows.stride * sizeof(Word));
-      tame_rows<Op>(tamed, count, dim, 1);
-      rows = tamed;
-    }
-    int64 const words = block_ / Op::kPerWord;
-    int64 const width = rounded_up(dim, kCount<Word>);
-    for (int64 r = 0; r < words; r += kCount<Word>) {
-      Matrix<Word const> block{rows.at + r * Op::kPerWord * rows.stride, rows.stride};
-      if (Op::kPerWord == 2) {
-        for (int i = 0; i < kCount<Word>; ++i)
-          for (int64 c = 0; c < width; c += kCount<Word>)
-            store(scratch_.stacked + i * width + c, stacked<Op>(block.at + i * 2 * rows.stride, rows.stride, c));
-        block = {scratch_.stacked, width};
-      }
-      transpose<Word>(block, width, {columns + r, words});
-    }
-    return is_wild;
+  bool pack_block(Source const& from, int64 count, int64 there, int64 dim, Matrix<Word> rows, Word* to) const {
+    bool const is_extreme = pack_rows<Op>(from, count, there, block_, dim, rows);
+    if (Op::kPerWord == 1) return is_extreme;
+    if (is_extreme) rows = finite_rows(rows, dim);
+    pack_stacked<Op>(rows, block_, Panels(rounded_up(dim, kCount<Word>) / kCount<Word>), block_ / Op::kPerWord, 0, to);
+    return is_extreme;
+  }
+
+  // A copy of a block's rows with zeros in place of what is not finite.
+  Matrix<Word> finite_rows(Matrix<Word> const& rows, int64 dim) const {
+    Matrix<Word> const finite{finite_, rows.stride};
+    __builtin_memcpy(finite.at, rows.at, block_ * rows.stride * sizeof(Word));
+    drop_nonfinite<Op>(finite, block_, dim, 1);
+    return finite;
+  }
+
+  Lines<Op> lines(Matrix<Word> const& all, Word const* stacked, int64 n, bool is_extreme, int64 dim) const {
+    if (Op::kPerWord == 2) return {stacked, block_ / Op::kPerWord};
+    Matrix<Word> const rows{all.at + n * block_ * all.stride, all.stride};
+    return {is_extreme ? finite_rows(rows, dim).at : rows.at, rows.stride};
   }
 
   // Of one block, whose rows of dout have just been read.
@@ -125,21 +152,19 @@ class QueryPacker {
     Source const out = tensors_.out(head), dout = tensors_.dout(head);
     for (int64 i = first; i < first + block_; ++i) {
       bool const is_there = i < rows_;
-      for (int64 c = 0; p_.dout && i + kRowsAhead < rows_ && c < p_.head_dim_v * bytes_of(p_.dtype); c += 64)
-        prefetch_line(out.at + (i + kRowsAhead) * out.stride + c);
       to.lse[i] = is_there && lse[i] != kNever<Word> ? lse[i] : 0;  // a row without keys has no weights at all
       to.low[i] = is_there && low ? low[i] : 0;
-      to.delta[i] = is_there && p_.dout
-                        ? dot<Word>(out.at + i * out.stride, dout.at + i * dout.stride, p_.dtype, p_.head_dim_v)
-                        : 0;
-      if (is_there && dlse) to.delta[i] -= dlse[i];
+      to.delta[i] = is_there && dlse ? -dlse[i] : 0;
     }
+    int64 const count = rows_ - first < block_ ? rows_ - first : block_;
+    if (p_.dout)
+      add_dots(from_row(out, first), from_row(dout, first), count, rows_ - first, p_.head_dim_v, to.delta + first);
   }
 
   AttentionParams const& p_;
   Tensors tensors_;
   int64 rows_, padded_, block_;
-  PackingScratch<Word> scratch_;
+  Word* finite_;  // of one block
 };
 
 }  // namespace

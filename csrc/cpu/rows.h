@@ -1,4 +1,4 @@
-// Where the rows of a unit lie, and what both passes do where a number is wild.
+// Where the rows of a unit lie, and how both passes treat numbers that are not finite.
 #pragma once
 
 #include "softmax.h"
@@ -51,23 +51,44 @@ inline Source from_row(Source rows, int64 n) {
   return rows;
 }
 
+template <class Word>
+inline void clear(Word* words, int64 count) {
+  __builtin_memset(words, 0, count * sizeof(Word));
+}
+
+// Whether rows of results are whole vectors of words, so that sums can be held in them.
+template <class Word>
+inline bool can_hold_sums(int64 dtype, int64 dim) {
+  return bytes_of(dtype) == int64(sizeof(Word)) && dim % kCount<Word> == 0;
+}
+
 inline char* written(Source const& rows, int64 n) { return const_cast<char*>(rows.at) + n * rows.stride; }
 
-// The sum of products of two rows in memory.
+template <class Word, class T>
+inline void add_dots_of(T const*, Source const& a, Source const& b, int64 count, int64 there, int64 dim, Word* to) {
+  for (int64 i = 0; i < count; i += kCount<Word>) {
+    Vector<Word> sums[kCount<Word>]{};
+    for (int64 n = 0; n < kCount<Word> && i + n < count; ++n) {
+      if (i + n + kRowsAhead < there) prefetch_results(from_row(a, i + n + kRowsAhead), 1, dim);
+      T const* const x = reinterpret_cast<T const*>(from_row(a, i + n).at);
+      T const* const y = reinterpret_cast<T const*>(from_row(b, i + n).at);
+      int64 c = 0;
+      for (; c + kCount<Word> <= dim; c += kCount<Word>) sums[n] += load(x + c) * load(y + c);
+      if (c < dim) sums[n] += load_some(x + c, int(dim - c)) * load_some(y + c, int(dim - c));
+    }
+    store(to + i, load(to + i) + sums_of(sums));
+  }
+}
+
 template <class Word>
-inline Word dot(char const* a, char const* b, int64 dtype, int64 dim) {
-  Word total = 0;
-  with_dtype(dtype, [&](auto const* type) {
-    auto const* const x = reinterpret_cast<decltype(type)>(a);
-    auto const* const y = reinterpret_cast<decltype(type)>(b);
-    constexpr int kStep = int(sizeof(load(x)) / sizeof(load(x)[0]));
-    decltype(load(x)) sums{};
-    int64 c = 0;
-    for (; c + kStep <= dim; c += kStep) sums += load(x + c) * load(y + c);
-    total = Word(sum(sums));
-    for (; c < dim; ++c) total += Word(to_float(x[c])) * Word(to_float(y[c]));
-  });
-  return total;
+inline Matrix<Word> words_of(Source const& results) {
+  return {reinterpret_cast<Word*>(written(results, 0)), results.stride / int64(sizeof(Word))};
+}
+
+// Adds the dot products of rows of two tensors; `to` takes whole vectors of them. `there` rows of `a` can be read.
+template <class Word>
+inline void add_dots(Source const& a, Source const& b, int64 count, int64 there, int64 dim, Word* to) {
+  with_stored<Word>(a.dtype, [&](auto const* type) { add_dots_of(type, a, b, count, there, dim, to); });
 }
 
 // Packed rows of 16 bits or words, element by element.
@@ -77,27 +98,32 @@ inline typename Op::Word element(typename Op::Word const* row, int64 n) {
   else return row[n];
 }
 
-// What a product has lost because a row of its right operand was tamed: weight times each number that is not finite.
+// What a product has lost because numbers of its right operand were dropped: weight times each number that is not finite.
 template <class Word>
-inline void add_wild(Word weight, Source const& rows, int64 n, int64 dim, Word* sums, int64 step) {
+inline void add_nonfinite(Word weight, Source const& rows, int64 n, int64 dim, Word* sums) {
   char const* const row = rows.at + n * rows.stride;
   for (int64 c = 0; c < dim; ++c) {
     double const x = number_at(row, rows.dtype, c);
-    if (!is_finite(x)) sums[c * step] += weight * Word(x);
+    if (!is_finite(x)) sums[c] += weight * Word(x);
   }
 }
 
-// Rows first .. of results out of sums that are transposed, [columns][rows]. `turned` takes a vector of rows.
+// Adds rows, of which the first is at `from`, to those with the same columns.
 template <class Word>
-inline void write_turned(Matrix<Word> sums, int64 dim, Word factor, Source const& to, int first, int count,
-                         Word* turned) {
-  int64 const columns = rounded_up(dim, kCount<Word>);
-  for (int j = 0; j < count; j += kCount<Word>) {
-    prefetch_results(from_row(to, first + j), fa::smaller(kCount<Word>, count - j), dim);
-    for (int64 e = 0; e < columns; e += kCount<Word>)
-      transpose<Word>({sums.at + e * sums.stride + j, sums.stride}, kCount<Word>, {turned + e, columns});
-    for (int i = 0; i < kCount<Word> && j + i < count; ++i)
-      write_row(turned + i * columns, dim, factor, to.dtype, written(to, first + j + i));
+inline void add_rows(Matrix<Word> to, Word const* from, int64 columns, Range rows) {
+  for (int i = rows.begin; i < rows.end; ++i, from += columns)
+    for (int64 c = 0; c < columns; c += kCount<Word>) {
+      Word* const at = to.at + i * to.stride + c;
+      store(at, load(at) + load(from + c));
+    }
+}
+
+// Rows of results out of their sums, of which the first is that of row rows.begin.
+template <class Word>
+inline void write_rows(Matrix<Word const> sums, int64 dim, Word factor, Source const& to, Range rows) {
+  for (int i = rows.begin; i < rows.end; ++i, sums.at += sums.stride) {
+    if (i + kRowsAhead < rows.end) prefetch_results(from_row(to, i + kRowsAhead), 1, dim);
+    write_row(sums.at, dim, factor, to.dtype, written(to, i));
   }
 }
 

@@ -176,7 +176,7 @@ class Scores {
     for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
       V const x = score<TERMS>(row, c, load(scores + c));
       store(scores + c, x);
-      most = larger(x, most);  // NaN is not larger; it comes through the exponential
+      most = larger(x, most);  // NaN is not larger; the exponential passes it on
     }
     return largest(most);
   }

@@ -1,4 +1,4 @@
-// Online softmax of strips of a few query rows, and what becomes of a row in the end.
+// Online softmax of strips of a few query rows, and the results of a finished row.
 #pragma once
 
 #include "seen.h"
@@ -31,7 +31,7 @@ inline Vector<Word> lanes_in_range(Range columns, Range kept, Word* scores) {
   auto const mark = [&](int c) {
     V const x = inside<Word>(kept, c) ? load(scores + c) : broadcast(kNever<Word>);
     store(scores + c, x);
-    a = larger(x, a);  // NaN is not larger; it comes through the exponential
+    a = larger(x, a);  // NaN is not larger; the exponential passes it on
   };
   int c = columns.begin, end = columns.end;
   for (; c < end && c < kept.begin; c += kStep) mark(c);
@@ -81,8 +81,7 @@ inline typename Op::Word weigh(typename Op::Word const* scores, int count, typen
   return sum(left + right);
 }
 
-// Takes a row's scores, whose largest is `found`, into its state. The factor by which what was summed before has to
-// shrink.
+// Updates a row's state by its scores, whose largest is `found`. The factor by which earlier sums are rescaled.
 template <class Op, int ROWS>
 inline typename Op::Word soften(typename Op::Word const* scores, int count, typename Op::Word found,
                                 typename Op::Word factor, Dropped const& dropped,

@@ -266,7 +266,7 @@ class StatisticsBackward {
     Range const columns = columns_of<Word>(seen.keys, keys.begin);
     int const row = first + r;
     pass_.prefetch_terms(head, row, count, seen.keys);
-    pass_.fill(columns, r, count);
+    pass_.fill(columns, keys, seen.keys, r, count);
     Matrix<Word> const scores = pass_.strip_.scores;
     pass_.multiply_keys(count, queries.rows_of(queries.q, row), pass_.dim_qk_, pass_.k_, keys, columns, scores);
     with_terms(terms_of(pass_.scores_, seen), [&](auto terms) {

@@ -8,7 +8,7 @@
 
 namespace {
 
-// The tangents as operands of a pass, which asks the bias itself what is kept.
+// The tangents as operands of a pass, which reads from the bias itself which pairs are kept.
 inline AttentionParams operands_of(AttentionParams const& p, AttentionParams const& moved) {
   AttentionParams operands = moved;
   operands.bias = p.bias;
@@ -20,7 +20,7 @@ inline AttentionParams operands_of(AttentionParams const& p, AttentionParams con
   return operands;
 }
 
-// The memory behind some that is taken; null, which asks how much it would be, stays null.
+// The memory behind `bytes` of it; null, in a query for the size, stays null.
 inline void* behind(void* memory, int64 bytes) { return memory ? static_cast<char*>(memory) + bytes : nullptr; }
 
 // How the scores of a row move: t = slope * scale * (q' k^T + q k'^T) + bias'.

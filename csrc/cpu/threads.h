@@ -27,7 +27,7 @@ class Memory {
   void* bytes(int64 count) {
     if (count > size_ || !bytes_) {
       std::free(bytes_);
-      size_ = (count + count / 2) / 4096 * 4096 + 4096;
+      size_ = (count < kLarge ? count + count / 2 : count) / 4096 * 4096 + 4096;
       bytes_ = std::aligned_alloc(4096, size_);
       if (!bytes_) size_ = 0;
     }
@@ -43,7 +43,7 @@ class Memory {
   }
 
  private:
-  static constexpr int64 kMostKept = 8 << 20;
+  static constexpr int64 kMostKept = 8 << 20, kLarge = 1 << 20;  // from kLarge on, no room to grow
 
   void* bytes_ = nullptr;
   int64 size_ = 0;

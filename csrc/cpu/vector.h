@@ -8,8 +8,10 @@
 
 #include "params.h"
 
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__x86_64__)
+#include <emmintrin.h>  // parsed in a tenth of the time
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
@@ -305,6 +307,12 @@ inline double sum(Doubles v) {
   double total = v[0];
   for (int n = 1; n < kCount<double>; ++n) total += v[n];
   return total;
+}
+
+inline Doubles sums_of(Doubles (&v)[kCount<double>]) {
+  Doubles sums;
+  for (int n = 0; n < kCount<double>; ++n) sums[n] = sum(v[n]);
+  return sums;
 }
 
 inline double largest(Doubles v) {

@@ -36,7 +36,7 @@ from fastattn.version import __version__
 
 # The module of an optional package, and the extra of fastattn that installs it.
 _EXTRAS = {"filelock": "train", "safetensors": "train", "tokenizers": "train", "tqdm": "train", "matplotlib": "bench"}
-_EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora"}
+_EXTRAS |= {"torchmetrics": "eval", "sacrebleu": "eval", "peft": "lora", "PIL": "vision"}
 COMMANDS = (
     info, doctor, build, verify, prepare, train, finetune, evaluate, predict, glue, average, generate, chat, export,
     inspect, example, demo,

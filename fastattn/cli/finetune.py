@@ -24,7 +24,8 @@ Train a model for a task on your own examples, evaluate it on held-out ones, and
 scores.json to --out. Ctrl-C stops with a checkpoint; --resume continues from the newest.
 """
 FIELDS = """\
-examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_to_disk, or one with train and dev files
+examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_to_disk or of images, or one with train
+and dev files
 
   classify    text, label                 and text_pair, if two texts are compared
   regression  text, label                 a number; and text_pair
@@ -35,6 +36,9 @@ examples: JSON lines, JSON, CSV, TSV, Parquet, CoNLL, a folder of datasets.save_
   instruct    prompt, response            the response is learned, right after the prompt
   chat        messages, response          {role, content} each; without a response, the assistant's last message
   dpo         prompt, chosen, rejected    two responses, of which one is preferred; or two conversations
+  image       image, label                the path of a file; or a folder with a subfolder of images for each class
+  caption     image, text                 a text that says what the image shows
+  vqa         image, question, answer     a question about the image; the answer follows right after it
 
 The columns of GLUE, SQuAD, CNN/DailyMail, WMT, Alpaca and CoNLL are known; --field names others.
 """
@@ -52,6 +56,12 @@ FLAGS = (
     Flag("--held-out", "held_out", float, 0.1, "part of --data kept for evaluation if there is no --eval"),
     Flag("--chat-template", "chat_template", str, None, "Jinja template of chat and dpo; else the model's, or ChatML"),
     Flag("--dpo-beta", "dpo_beta", float, 0.1, "of dpo: the larger, the closer the model stays to what it was"),
+    Flag("--image-size", "image_size", int, None, "height and width of images, with --preset; else the preset's"),
+    Flag("--patch-size", "patch_size", int, None, "of the patches that become tokens, likewise"),
+    Flag(
+        "--augment", "augment", str, "none", "random changes of images in training; flip also shifts",
+        ("none", "shift", "flip"),
+    ),
     Flag("--length", "length", int, None, "most tokens in a row; the model's if not given"),
     Flag("--dropout", "dropout", float, None, "probability of dropping; the model's if not given"),
     Flag("--epochs", "epochs", float, 3.0, "passes over the examples"),
@@ -61,7 +71,10 @@ FLAGS = (
         {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
     ),
 )  # fmt: skip
-TASKS = ("classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat", "dpo")
+TASKS = (
+    "classify", "regression", "multilabel", "tag", "qa", "seq2seq", "instruct", "chat", "dpo", "image", "caption",
+    "vqa",
+)  # fmt: skip
 _PATHS = ("data", "eval", "checkpoint", "pretrained")
 
 

@@ -24,6 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--prompt", default="", metavar="TEXT",
         help="beginning of the text, or its source (default: none); - reads standard input",
     )  # fmt: skip
+    parser.add_argument("--image", metavar="FILE", help="what the text is about, of a model for caption or vqa")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to generate (default 200)")
     _add_beams(add_sampling(parser))
     _add_guesses(parser)
@@ -70,18 +71,19 @@ def _add_guesses(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from fastattn.lm.generate import Acceptance
-    from fastattn.lm.load import load_texts
+    from fastattn.lm.load import load_image, load_texts
     from fastattn.lm.train import find_model
 
     _check(args)
     sampling = sampling_of(args)
-    texts, _ = load_texts(
-        find_model(args.checkpoint, best=True), device.choose(args.device), args.attention, stop=args.stop
-    )
+    checkpoint = find_model(args.checkpoint, best=True)
+    texts, _ = load_texts(checkpoint, device.choose(args.device), args.attention, stop=args.stop)
     if args.prompts is not None:
         return _continue_all(args, texts, sampling)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     cache: dict[str, Any] = {"use_cache": not args.no_cache, "page_size": args.page_size}
+    if args.image is not None:
+        cache["image"] = load_image(checkpoint, args.image, texts.model)
     counts: Acceptance | None = None
     if args.beams is not None:
         penalties = {"length_penalty": args.length_penalty, "repetition_penalty": args.repetition_penalty}
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         counts = Acceptance()
         guesses = {"assistant": _assistant(args, texts), "prompt_lookup": args.prompt_lookup, "acceptance": counts}
         pieces = texts.stream(prompt, args.tokens, sampling, **cache, **guesses)
-    if texts.model.config.kind == "decoder":  # continues the prompt, where an encoder-decoder answers it
+    if texts.model.config.kind != "encoder-decoder":  # continues the prompt, where an encoder-decoder answers it
         print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -129,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.out is not None or args.pages is not None:
             raise input_error("--out, --pages", "a value", "none without --prompts", "One text is printed.")
         return
-    for name, value in (("--prompt", args.prompt), ("--beams", args.beams), ("--no-cache", args.no_cache)):
+    for name, value in (("--prompt", args.prompt), ("--image", args.image), *others[:2]):
         if value:
             raise input_error(name, value, "nothing with --prompts", "Pass one of the two.")
     if str(args.prompts) == "-" and args.out is None:

@@ -8,7 +8,8 @@ that change attention are applied; those that do not are listed in ``IRRELEVANT`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,16 @@ from fastattn.errors import UnsupportedError, input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.inspection import attention_weights
 from fastattn.integrations import transformers_packing as packing
-from fastattn.integrations.transformers_families import expects_float_masks, may_leave_masks_out, refuse_outsiders
+from fastattn.integrations.transformers_families import (
+    expects_float_masks,
+    may_leave_masks_out,
+    refuse_outsiders,
+    refuse_tables,
+)
 from fastattn.nn.lazy import weights_when_read
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
     from transformers.utils import output_capturing
 except ImportError as error:
@@ -55,6 +61,30 @@ def register(name: str = "fastattn") -> None:
     """
     AttentionInterface.register(name, attention_forward)
     AttentionMaskInterface.register(name, attention_mask)
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+    names = getattr(check, "of_fastattn", None)
+    if names is None:
+        names = _check_with_tables(check)
+    names.add(name)
+
+
+def _check_with_tables(check: Callable[..., str]) -> set[str]:
+    """Have transformers' check of an implementation's name refuse families by name that would end in a KeyError.
+
+    Returns:
+        the names for which it does so, to be filled.
+    """
+    names: set[str] = set()
+
+    @functools.wraps(check)
+    def checked(self: Any, attn_implementation: str | None, is_init_check: bool = False, **others: Any) -> str:
+        if is_init_check and attn_implementation in names:
+            refuse_tables(self.config, attn_implementation)
+        return check(self, attn_implementation, is_init_check=is_init_check, **others)
+
+    checked.of_fastattn = names  # type: ignore[attr-defined]
+    PreTrainedModel._check_and_adjust_attn_implementation = checked  # type: ignore[method-assign, assignment]
+    return names
 
 
 def attention_mask(
@@ -348,4 +378,4 @@ def _capturing_attentions() -> bool:
     """Whether the running forward was asked for attentions, which transformers tells only its own hooks."""
     collector = getattr(output_capturing, "_active_collector", None)
     wanted = None if collector is None else collector.get()
-    return bool(wanted) and any("attentions" in key for key in wanted)
+    return bool(wanted) and any("attentions" in key for key in wanted or ())

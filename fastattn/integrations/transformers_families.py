@@ -41,7 +41,8 @@ def _value(config: Any, name: str, default: Any) -> Any:
         values = object.__getattribute__(config, "__dict__")
         if name in values:
             return values[name]
-        if not _may_find(type(config), name):
+        config_class: Any = type(config)
+        if not _may_find(config_class, name):
             return default
     return getattr(config, name, default)
 
@@ -60,6 +61,20 @@ def refuse_outsiders(config: Any) -> None:
             f"attn_implementation='fastattn': models of the family {getattr(config, 'model_type', '') or 'unknown'!r} "
             f"({type(config).__name__}) compute attention themselves, not through transformers' AttentionInterface, so "
             "fastattn cannot serve them. Use attn_implementation='eager'."
+        )
+
+
+def refuse_tables(config: Any, name: str) -> None:
+    """Raise UnsupportedError for families that look a layer class up by the name, in a table that lacks it."""
+    modeling = _modeling(type(config))
+    tables = (table for of, table in getattr(modeling, "__dict__", {}).items() if of.endswith("_ATTENTION_CLASSES"))
+    lacking = next((table for table in tables if name not in table), None)
+    if lacking is not None:
+        ways = f"attn_implementation={' or '.join(map(repr, lacking))}"
+        then = f", then model.set_attn_implementation({name!r}) for its other layers" * _calls_interface(modeling)
+        raise UnsupportedError(
+            f"attn_implementation={name!r}: models of the family {config.model_type!r} ({type(config).__name__}) "
+            f"choose the class of an attention layer by this name, and have none for it. Use {ways}{then}."
         )
 
 

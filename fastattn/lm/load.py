@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
+from torch import Tensor
 
-from fastattn.errors import DataError
+from fastattn.errors import DataError, input_error
+from fastattn.lm.data.images import ImageReader, check_image
 from fastattn.lm.finetune.load import is_finetuned, load_finetuned, load_generative_model
 from fastattn.lm.generate import ChatTemplate, Texts
-from fastattn.lm.generate.protocols import is_decoder, is_encoder_decoder
-from fastattn.lm.models import save_pretrained
+from fastattn.lm.generate.protocols import is_decoder, is_encoder_decoder, is_image_text
+from fastattn.lm.models import TransformerConfig, save_pretrained
 from fastattn.lm.train.hf_folder import AnySource
 from fastattn.lm.train.special_tokens import SpecialTokens
 
@@ -57,7 +59,7 @@ def load_texts(
         DataError: as there, or the model is an encoder, which generates no text.
     """
     model, tokenizer = load_model(checkpoint, device, attention), checkpoint.tokenizer()
-    if not is_decoder(model) and not is_encoder_decoder(model):
+    if not is_decoder(model) and not is_encoder_decoder(model) and not is_image_text(model):
         kind = model.config.kind
         raise DataError(f"{checkpoint.folder} is an {kind}, which generates no text: see fastattn evaluate.")
     begin, end, target = checkpoint.special_tokens(tokenizer).names(tokenizer)
@@ -68,8 +70,31 @@ def load_texts(
     return Texts(model, tokenizer, start=begin, end=end, target=target, stop=stop, ends=ends), template
 
 
+def load_image(checkpoint: AnySource, path: str | Path, model: Any) -> Tensor:
+    """An image as the model of a checkpoint reads it, ``(1, C, H, W)``.
+
+    Args:
+        checkpoint: that knows how its model reads pixels.
+        path: of a file.
+        model: of the checkpoint, from ``load_texts`` or ``load_model``.
+
+    Raises:
+        DataError: the file is missing, damaged, too large or no image.
+        InputError: the model reads no images.
+    """
+    config: TransformerConfig = model.config
+    if not config.has_images:
+        raise input_error("image", path, f"None for a model of kind {config.kind!r}", "It reads text alone.")
+    pixels = checkpoint.pixels
+    check_image(str(path))
+    images = ImageReader(config.image_size, config.channels, pixels.resample).read([str(path)])
+    return pixels.normalised(images)
+
+
 def export(checkpoint: AnySource, path: str | Path) -> str:
-    """Write the model of a checkpoint, its tokenizer and its chat template as a folder in Hugging Face's format.
+    """Write the model of a checkpoint as a folder in Hugging Face's format, with its tokenizer and chat template.
+
+    A model of images comes with its ``preprocessor_config.json`` instead.
 
     Args:
         checkpoint: as in ``load_model``; a model with the head of a task keeps it.
@@ -83,6 +108,12 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
         DataError: the checkpoint is damaged, or the folder exists.
     """
     found: Any = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
+    config: TransformerConfig = found.config
+    if config.kind == "vision":
+        save_pretrained(
+            found, path, image_processor=checkpoint.pixels.to_hugging_face(config.image_size, config.channels)
+        )
+        return _architecture(path)
     tokenizer = checkpoint.tokenizer()
     special = checkpoint.special_tokens(tokenizer)
     if tokenizer.post_processor is None:
@@ -91,6 +122,10 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
     if is_encoder_decoder(found):
         ids["decoder_start"] = special.target
     save_pretrained(found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template)
+    return _architecture(path)
+
+
+def _architecture(path: str | Path) -> str:
     return json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["architectures"][0]
 
 

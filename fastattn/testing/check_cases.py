@@ -22,6 +22,7 @@ CASES = (
     Case("packed, D 128", right=0, **_GROUPED, **_D128, lengths=((70, 70), (1, 1), (9, 20))),
     dataclasses.replace(_EVERYTHING, id="everything, D 64", **_D64),
 )
+DERIVED = CASES[1]  # of which derivatives and statistics are checked, too
 CACHE_CASES = (
     CacheCase("one token, D 128", s_q=(1, 1), **_DECODE, **_D128),
     CacheCase("some tokens, D 64", s_q=(9, 9), **_DECODE, **_D64),

@@ -186,7 +186,7 @@ class _Condition:
         if t.bias is not None:
             self.moved2 = self.moved2 + t.bias.square()
         offset = offset_of(lse, torch.zeros_like(lse), sample.case.dtype)
-        self.sink_weight = (1 - self.p.sum(-1)).square() * (1 + offset).square()
+        self.sink_weight = (reference.sink_weights(inputs, self.lse, self.low) * (1 + offset)).square()
         self.weight = self.p.square() * self.magnified
         self.dropped = max(1.0, spec.dropout_scale) ** 2
         # what is stored is rounded in its own dtype, here in units of the arithmetic's

@@ -28,6 +28,8 @@ _LONG_LENGTHS, _IS_LONG = (257, 700, 1024, 2048), 0.001
 _IN_PACKS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31)
 # The share of problems that a slow way judges, where it can; the others are judged in one of the remaining ways.
 _SLOW = {"compiled": 0.002, "jvp": 0.03, "statistics": 0.03, "forward mode": 0.015, "double backward": 0.015}
+# A result off by less than _NEAR bounds is no failure if that happens to at most one of _AGAIN samples of other values.
+_NEAR, _AGAIN = 10.0, 12
 _OF_EAGER = 0.25  # the share of problems that eager computes too: its formula is that of what all are compared with
 # Fields of Case that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
@@ -70,6 +72,24 @@ class Trial:
             f"sample = make(case, device={self.device!r}, seed={self.seed})\n"
             f"assert_within({call if is_part else f'measure_way({self.way!r}, sample, {backend})'})\n"
         )
+
+    @functools.cached_property
+    def is_by_chance(self) -> bool:
+        """Whether the result misses its bound by little, for these values alone.
+
+        The bound is relative to eager's error, which is small by chance in a result of few elements: one query row and
+        one column of v in bf16 miss it for 2 % of all values, by up to seven times.
+        """
+        result = self.result
+        if result.ok or result.broken or result.worst is None or result.worst.strain > _NEAR:
+            return False
+        assert isinstance(result.case, Case)
+        seeds = (self.seed + n * 1_000_003 for n in range(1, _AGAIN + 1))  # 32 bits of a seed count
+        return sum(not _judged(self.way, result.backend, result.case, self.device, seed).ok for seed in seeds) <= 1
+
+    @property
+    def failed(self) -> bool:
+        return not self.result.ok and not self.is_by_chance
 
     def smallest(self) -> Trial:
         """A failed trial of a problem that was simplified step by step for as long as the backend still fails on it."""
@@ -155,7 +175,7 @@ def _random_way(draw: random.Random, sample: Sample) -> str | None:
 def _failure(number: int, seed: int, device: str, backends: Sequence[str] | None) -> Trial | None:
     """The first failure in the problem of this number, minimised."""
     trials = examine(number, seed, device, backends)
-    return next((trial.smallest() for trial in trials if not trial.result.ok), None)
+    return next((trial.smallest() for trial in trials if trial.failed), None)
 
 
 def _judged(way: str, backend: str, case: Case, device: str, seed: int, yardsticks: Yardsticks | None = None) -> Result:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from fastattn.backends import load
+from fastattn.problem import Rows, StatisticsGradient, Tangents
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample
 from fastattn.testing.cases import Case, grid
-from fastattn.testing.check_cases import CACHE_CASES, CASES
+from fastattn.testing.check_cases import CACHE_CASES, CASES, DERIVED
 from fastattn.testing.inputs import make
 
 NVRTC = "nvrtc"
@@ -105,8 +106,16 @@ def _run_on_meta(case: Case | CacheCase) -> None:
         return
     sample = make(case)
     inputs = dataclasses.replace(sample.inputs, **{name: on_meta(x) for name, x in vars(sample.inputs).items()})
-    dout, dlse = on_meta(sample.dout), on_meta(sample.dlse)
-    backend.backward(dout, dlse, *backend.forward(inputs, sample.spec), inputs, sample.spec, sample.needs)
+    dout, dlse, spec, needs = on_meta(sample.dout), on_meta(sample.dlse), sample.spec, sample.needs
+    results = backend.forward(inputs, spec)
+    backend.backward(dout, dlse, *results, inputs, spec, needs)
+    if case.id == DERIVED.id:
+        rows, tangents = Rows(dout, dlse, *results), Tangents(**{name: getattr(inputs, name) for name in needs})
+        out, lse = backend.jvp(tangents, rows, inputs, spec)
+        backend.backward_jvp(rows, Rows(dout, dlse, out, lse), tangents, inputs, spec, needs)
+        found = backend.statistics(inputs, spec)
+        gradient = StatisticsGradient(found.entropy, found.largest_logit, found.key_sum)
+        backend.statistics_backward(gradient, inputs, spec, [name for name in needs if name != "v"])
 
 
 def nvrtc_commands(parts: int) -> list[list[str]]:

@@ -18,9 +18,11 @@ from fastattn.backends import load
 from fastattn.backends.base import Backend
 from fastattn.evidence import AHEAD, COMPILED, STARTED, WRONG_RESULT
 from fastattn.testing.caches import make_cache_sample, measure_cache
-from fastattn.testing.check_cases import CACHE_CASES, CASES
+from fastattn.testing.check_cases import CACHE_CASES, CASES, DERIVED
+from fastattn.testing.derivatives import measure_derivatives
 from fastattn.testing.inputs import make
 from fastattn.testing.precompile import CHECK, compile_ahead
+from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row, measure
 
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +47,10 @@ def self_check(backend: str, device: str, dtype: torch.dtype = torch.bfloat16) -
 def _judged(backend: Backend, device: str, dtype: torch.dtype) -> Iterator[tuple[str, list[Row]]]:
     for case in CASES:
         yield case.id, measure(backend, make(dataclasses.replace(case, dtype=dtype), device=device))
+    of_derived = make(dataclasses.replace(DERIVED, dtype=dtype), device=device)
+    for feature, judged in (("jvp", measure_derivatives), ("statistics", measure_statistics)):
+        if feature in backend.capabilities.features:
+            yield f"{feature}, {DERIVED.id}", judged(backend, of_derived)
     if "cache" in backend.capabilities.features:
         for of_cache in CACHE_CASES:
             sample = make_cache_sample(dataclasses.replace(of_cache, dtype=dtype), device)

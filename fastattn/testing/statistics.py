@@ -147,7 +147,9 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     dt2 = weight * (of_weights.square() + shift.square()) + p.square() * (of_logs2 + shift2)
     dt2 = dt2 + is_largest * of_largest.square()
     ds2 = dt2 if spec.softcap is None else dt2 * (1 + (2 / spec.softcap) ** 2 * raw2)
-    sink2 = ((1 - p.sum(-1)).square() * magnified.sum(-1) * (shift2 + shift.square())[..., 0]).sum((0, 2))
+    _, lse, lse_low = reference.forward(inputs, spec)
+    of_sinks = reference.sink_weights(inputs, lse, lse_low).square() * magnified.sum(-1)
+    sink2 = (of_sinks * (shift2 + shift.square())[..., 0]).sum((0, 2))
     of_logit = _largest(magnified, -1).view(exact["largest_logit"].shape)
     found = {
         "entropy": over_keys * (weight * (1 + log_p.abs()).square()).sum(-1).view(exact["entropy"].shape),

@@ -315,7 +315,8 @@ def _condition(sample: Sample, exact: Results) -> Results:
     raw = abs(spec.scale) * (of_scores * q @ k.transpose(-1, -2)).sqrt()
     magnified = (1 + raw + offset_of(lse[..., None], raw, sample.case.dtype)).square()
     weight = p.square() * magnified
-    sink_weight = (1 - p.sum(-1)).square() * (1 + offset_of(lse, torch.zeros_like(lse), sample.case.dtype)).square()
+    sink_weight = reference.sink_weights(inputs, exact["lse"], exact["lse_low"]).square()
+    sink_weight = sink_weight * (1 + offset_of(lse, torch.zeros_like(lse), sample.case.dtype)).square()
     dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
     out = dropped_weight @ v
     # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import fuzz
+from benchmarks import fuzz, tables
 from benchmarks.__main__ import main
 from benchmarks.record import read
 from fastattn.errors import InputError
@@ -17,7 +17,7 @@ ABOUT = {"seed": 0, "device": "cpu", "backends": ["eager"]}
 
 
 def block(first, source="a", failures=()):
-    counts = {"passes/eager/float32": [50, 0, len(failures), 0.25], "module/eager/float64": [1, 2, 0, 0.5]}
+    counts = {"passes/eager/float32": [50, 0, len(failures), 0, 0.25], "module/eager/float64": [1, 2, 0, 3, 0.5]}
     more = {"seconds": 1.0, "counts": counts, "failures": list(failures)}
     return {"first": first, "end": first + fuzz.BLOCK, "source": source, **more}
 
@@ -42,14 +42,14 @@ def test_blocks_add_up_to_a_table():
     assert first["judged"] == "passes, eager" and first["float32"] == 100 and first["failed"] == 1
     assert second == {
         "judged": "module", "float32": 0, "bfloat16": 0, "float16": 0, "float64": 2, "refused": 4, "failed": 0,
-        "closest to its bound": 0.5,
+        "by chance": 6, "closest to its bound": 0.5,
     }  # fmt: skip
     assert fuzz.summary([block(0), block(50, "b")])["sources"] == {"a": 50, "b": 50}
 
 
 def test_a_block_counts_what_ran_was_refused_and_failed(monkeypatch):
     case = Case(id="fuzz", right=0)
-    wrong = Row("out max", 3.0, 1.0, 2.0, ok=False)
+    wrong = Row("out max", 30.0, 1.0, 2.0, ok=False)
     results = (
         Result("x", case, (Row("out max", 1.0, 1.0, 2.0, ok=True),)),
         Result("x", case, (wrong,)),
@@ -59,7 +59,7 @@ def test_a_block_counts_what_ran_was_refused_and_failed(monkeypatch):
     monkeypatch.setattr(Trial, "smallest", lambda trial: trial)
     monkeypatch.setattr(fuzz, "examine", lambda *_: (Trial(result, "cpu", 7, "packed") for result in results))
     found = fuzz.judge_block((7, 8), 0, "cpu", ["x"])
-    assert found["counts"] == {"packed/x/float32": [3, 1, 2, 0.5]}
+    assert found["counts"] == {"packed/x/float32": [3, 1, 2, 0, 0.5]}
     assert len(found["failures"]) == 2 and found["failures"][0].startswith("# problem 7\nimport torch")
 
 
@@ -71,6 +71,7 @@ def test_it_judges_records_and_reuses_its_log(tmp_path, capsys):
     assert data["problems"] == 20 and data["failures"] == [] and data["finished"]
     assert sum(data["results"][0][dtype] for dtype in fuzz.DTYPES) == 20
     assert "| passes, eager" in capsys.readouterr().out
+    assert "20 problems of seed 0, 0 failures; " in tables.conditions(data)
     head, line = log.read_text().splitlines()
     log.write_text(f"{head}\n{json.dumps(json.loads(line) | {'seconds': 99.0})}\n")
     assert main(command) == 0 and read(path)["cpu_seconds"] == 99, "the finished block is not judged again"

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import report, tables
+from benchmarks import plots, report, tables
 from benchmarks.record import Record, read
 from fastattn.errors import DataError, InputError
 from fastattn.files import write_text
@@ -170,6 +170,15 @@ def test_plots_are_drawn_for_what_there_is(tmp_path):
     pictures = sorted(path.name for path in tmp_path.iterdir())
     assert pictures == ["one-memory.png", "one-ratio.png", "one-speed.png"]
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" and f"]({name})" in text for name in pictures)
+
+
+def test_lines_join_cases_that_differ_in_length_alone():
+    pytest.importorskip("matplotlib")
+    record = ops_record()  # lengths 128 and 256 with 2 heads
+    record["results"].append(record["results"][0] | {"id": "fp32 b1 s128 h9 d64 full"})
+    (panel,) = plots._by_length(record, "tflops", "", "").axes
+    lengths = [list(line.get_xdata()) for line in panel.lines if line.get_label() == "fastattn"]
+    assert lengths == [[128, 256], [128]]
 
 
 # Pages

@@ -54,6 +54,19 @@ def test_softmax_does_not_see_an_offset(backend, offset):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_that_are_rounded_coarsely_still_weigh_to_one(backend):
+    """Equal keys at scores of 1e8 and 1e10: rounding tells them apart, so only the sum of their weights is exact."""
+    q, k, v = tensors()
+    for size in (1e4, 1e5):
+        keys = k[:, :1].expand_as(k) * size
+        out, _ = serve(backend, q * size, keys, torch.ones_like(v))
+        torch.testing.assert_close(out, torch.ones_like(out))
+        out, _ = serve(backend, q.double() * size, keys.double(), v.double())
+        mean = v.double().mean(1, keepdim=True).repeat_interleave(2, 2).expand_as(out)
+        torch.testing.assert_close(out.float(), mean.float())
+
+
 def test_parts_of_the_keys_are_joined_whatever_their_offset():
     """Beside 4e9 an fp32 number has steps of 256, so that a low part alone can be beyond what exp can hold."""
     exact = torch.tensor([[4e9 + 100, 1.5, -torch.inf], [4e9 + 99, -torch.inf, -torch.inf]], dtype=torch.float64)

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import families  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaModel  # noqa: E402
 
+import fastattn  # noqa: E402
 from fastattn.integrations import transformers as integration  # noqa: E402
 from fastattn.integrations.transformers_families import may_leave_masks_out  # noqa: E402
 
@@ -59,6 +60,14 @@ def test_layers_that_add_the_mask_themselves_get_one_to_add():
 def test_models_that_compute_attention_themselves_are_refused_by_name(family):
     _, results = families.one(family)
     assert family in results.get("refused", ""), results
+
+
+@pytest.mark.parametrize(("family", "todo"), [("gpt_neo", "'flash_attention_2'."), ("git", "for its other layers.")])
+def test_models_that_look_their_layers_up_by_name_are_refused_by_name(family, todo):
+    config = families.tiny_config(family)
+    with pytest.raises(fastattn.UnsupportedError, match=f"{family!r}.*Use .*'eager'.*{todo}"):
+        families.model_class(config)._from_config(config, attn_implementation="fastattn")
+    families.model_class(config)._from_config(config, attn_implementation="eager")
 
 
 def test_the_sweep_notices_what_is_wrong(monkeypatch):

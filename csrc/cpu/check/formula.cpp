@@ -73,7 +73,12 @@ void Problem::row_by_formula(int64 b, int64 h, int64 i, Results& r) const {
   std::vector<double> dropped(keys, 1);
   double most = sink.value;
   Dual total, delta;
-  for (int64 j = 0; j < keys; ++j) most = std::max(most, (weights[j] = score(b, h, i, j, slope[j])).value);
+  Dual& largest = r.largest_logit[lse] = {-INFINITY, 0};
+  for (int64 j = 0; j < keys; ++j) {
+    weights[j] = score(b, h, i, j, slope[j]);
+    most = std::max(most, weights[j].value);
+    if (weights[j].value > largest.value) largest = weights[j];
+  }
   bool const is_empty = most == -INFINITY;
   Dual const base{is_empty ? 0 : most, 0};
   for (int64 j = 0; j < keys; ++j) total += weights[j] = exponential(weights[j] - base);
@@ -81,6 +86,8 @@ void Problem::row_by_formula(int64 b, int64 h, int64 i, Results& r) const {
   r.lse[lse] = is_empty ? Dual{-INFINITY, 0} : base + logarithm(total);
   for (int64 j = 0; j < keys; ++j) {
     if (!is_empty) weights[j] = weights[j] * inverse(total);
+    if (weights[j].value > 0) r.entropy[lse] += -1 * (weights[j] * logarithm(weights[j]));
+    r.key_sum[key_at(b, h, j)] += weights[j];
     if (p.dropout_threshold) dropped[j] = survives(b * p.heads_q + h, i, j) ? p.dropout_scale : 0;
     int64 const key = ((first_kv(b) + j) * p.heads_kv + kv_head) * dim;
     for (int64 c = 0; c < dim; ++c) {
@@ -113,8 +120,11 @@ Results Problem::by_formula() const {
                               {&r.dk, &at.dk},
                               {&r.dv, &at.dv},
                               {&r.dbias, &at.dbias},
-                              {&r.dsinks, &at.dsinks}})
+                              {&r.dsinks, &at.dsinks},
+                              {&r.entropy, &at.lse},
+                              {&r.largest_logit, &at.lse}})
     values->assign(like->count, {});
+  r.key_sum.assign(keys(), {});
   for (int64 b = 0; b < p.batch; ++b)
     for (int64 h = 0; h < p.heads_q; ++h)
       for (int64 i = 0; i < s_q(b); ++i) row_by_formula(b, h, i, r);

@@ -34,8 +34,8 @@ static double tolerance(int64 dtype) {
                                       : 4e-2;
 }
 
-static bool is_right(char const* name, Tensor const& found, std::vector<Dual> const& exact, double Dual::* part,
-                     double limit) {
+bool fa::check::is_right(char const* name, Tensor const& found, std::vector<Dual> const& exact, double Dual::* part,
+                         double limit) {
   double largest = 1, error = 0;
   for (Dual const& x : exact)
     if (std::isfinite(x.*part)) largest = std::max(largest, std::abs(x.*part));
@@ -72,7 +72,7 @@ static bool run(Problem& problem) {
     ok &= is_right((std::string(name) + "'").c_str(), problem.tangent.*x, *values, &Dual::moved,
                    4 * limit);  // out' was rounded, too
   }
-  return ok;
+  return check_statistics(problem, exact, limit) && ok;
 }
 
 int main(int count, char** words) {

@@ -34,7 +34,7 @@ struct Dual {
 };
 
 struct Results {
-  std::vector<Dual> out, lse, dq, dk, dv, dbias, dsinks;
+  std::vector<Dual> out, lse, dq, dk, dv, dbias, dsinks, entropy, largest_logit, key_sum;
 };
 
 // Differentiable inputs of the passes, and results.
@@ -51,6 +51,7 @@ struct Problem {
   std::vector<int64> rng_state;
 
   Problem(std::uint64_t seed, int64 machine, int64 threads);
+  Tensor normal(int64 dtype, int64 count);
   std::string describe() const;
   Results by_formula() const;
 
@@ -61,12 +62,15 @@ struct Problem {
   int64 lse_at(int64 b, int64 h, int64 i) const {
     return p.cu_seqlens_q ? h * p.rows_q + first_q(b) + i : (b * p.heads_q + h) * p.rows_q + i;
   }
+  int64 key_at(int64 b, int64 h, int64 j) const {
+    return p.cu_seqlens_kv ? h * p.rows_kv + first_kv(b) + j : (b * p.heads_q + h) * p.rows_kv + j;
+  }
+  int64 keys() const { return (p.cu_seqlens_kv ? 1 : p.batch) * p.heads_q * p.rows_kv; }
 
  private:
   std::mt19937_64 random_;
   int64 below(int64 n) { return int64(random_() % std::uint64_t(n)); }
   bool chance(int percent) { return below(100) < percent; }
-  Tensor normal(int64 dtype, int64 count);
   void draw_sizes();
   void draw_terms();
   void draw_intervals();
@@ -77,5 +81,11 @@ struct Problem {
   Dual score(int64 b, int64 h, int64 i, int64 j, Dual& slope) const;
   void row_by_formula(int64 b, int64 h, int64 i, Results& r) const;
 };
+
+// Whether results are near those of the formula; says so where they are not.
+bool is_right(char const* name, Tensor const& found, std::vector<Dual> const& exact, double Dual::* part, double limit);
+
+// Statistics of the weights, and their gradients along the tangents.
+bool check_statistics(Problem& problem, Results const& exact, double limit);
 
 }  // namespace fa::check

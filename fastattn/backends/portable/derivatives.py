@@ -122,7 +122,7 @@ def _moved_rows(moving: _Moving, lses: Sequence[Tensor], block: Block) -> tuple[
     out, total = moving.q.new_zeros((*rows, inputs.v.shape[-1])), moving.q.new_zeros((*rows, 1))
     for tile, kept in tiles.walk(inputs, spec, block):
         scores = moving.scores(lses, tile, kept)
-        weights, folded = dropped(scores.p, inputs, spec, tile), tiles.fold_kept(kept, inputs)
+        weights, folded = dropped(scores.p, inputs, spec, tile), tiles.fold_kept(kept, inputs, tile)
         sides = [(weights, tangents.v)] if tangents.v is not None else []
         if scores.moved is not None:
             total += (scores.p * scores.moved).sum(-1, keepdim=True)
@@ -203,7 +203,7 @@ def _accumulate(sums: dict[str, Tensor], rows: _Gradients, moving: _Moving, bloc
     """Add to ``sums`` what a block's query rows contribute to the tangents of the gradients."""
     inputs, spec = moving.inputs, moving.spec
     for tile, kept in tiles.walk(inputs, spec, block):
-        scores, folded = moving.scores(rows.lses, tile, kept), tiles.fold_kept(kept, inputs)
+        scores, folded = moving.scores(rows.lses, tile, kept), tiles.fold_kept(kept, inputs, tile)
         p = scores.p
         p_moved = p * (-rows.lse_moved if scores.moved is None else scores.moved - rows.lse_moved)
         dp, dp_moved = _weight_gradients(rows, moving, tile)

@@ -70,7 +70,7 @@ def _online(inputs: Inputs, spec: AttentionSpec, block: Block) -> tuple[Tensor, 
         if spec.dropout_p > 0:
             p = torch.where(terms.survives(inputs, spec, tile), p, 0)
         v = computed(terms.keys(inputs.v, tile), inputs)
-        acc = acc * decay + unfolded(product(fold_heads(p, inputs), v, fold_kept(kept, inputs)), inputs)
+        acc = acc * decay + unfolded(product(fold_heads(p, inputs), v, fold_kept(kept, inputs, tile)), inputs)
         largest = new
     return acc, total, torch.where(largest == NEVER, 0, largest)
 
@@ -132,7 +132,7 @@ def _accumulate(sums: dict[str, Tensor], rows: _Rows, inputs: Inputs, spec: Atte
             dt = torch.where(alive, dt * spec.dropout_scale, 0)
         dt = dt.sub_(rows.shift).mul_(p)
         dt = dt if kept is None else torch.where(kept, dt, 0)
-        folded = fold_kept(kept, inputs)
+        folded = fold_kept(kept, inputs, tile)
         columns = None if folded is None else folded.mT
         if "v" in sums:
             dropped = p if alive is None else torch.where(alive, p * spec.dropout_scale, 0)
@@ -150,7 +150,7 @@ def add_score_gradient(
 ) -> None:
     """Add what the gradient of a tile's finished scores contributes; ``of_tile`` are q, capped scores, what is kept."""
     q, capped, kept = of_tile
-    folded = fold_kept(kept, inputs)
+    folded = fold_kept(kept, inputs, tile)
     if "bias" in sums:
         part = terms.window(sums["bias"], tile)
         part += dt.sum_to_size(part.shape)
@@ -249,9 +249,9 @@ def fold_heads(x: Tensor, inputs: Inputs) -> Tensor:
     return x.unflatten(1, (inputs.heads_kv, -1)).flatten(2, 3)
 
 
-def fold_kept(kept: Tensor | None, inputs: Inputs) -> Tensor | None:
-    """``[b, 1|H_q, M, N]`` -> ``[b, H_kv, G * M, N]``."""
-    return None if kept is None else fold_heads(kept.expand(-1, inputs.heads_q, -1, -1), inputs)
+def fold_kept(kept: Tensor | None, inputs: Inputs, tile: Block) -> Tensor | None:
+    """``[b, 1|H_q, 1|M, N]`` -> ``[b, H_kv, G * M, N]``."""
+    return None if kept is None else fold_heads(kept.expand(-1, inputs.heads_q, tile.size[1], -1), inputs)
 
 
 def product(weights: Tensor, x: Tensor, kept: Tensor | None) -> Tensor:

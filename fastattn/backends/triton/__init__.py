@@ -19,10 +19,23 @@ from torch import Tensor
 from fastattn import evidence
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
 from fastattn.kv_cache import CacheInputs
-from fastattn.problem import CACHE_FEATURES, FEATURES, Grads, Inputs, Problem
+from fastattn.problem import (
+    CACHE_FEATURES,
+    DERIVATIVE_FEATURES,
+    FEATURES,
+    STATISTICS_FEATURES,
+    Grads,
+    Inputs,
+    Problem,
+    Rows,
+    Statistics,
+    StatisticsGradient,
+    Tangents,
+)
 from fastattn.spec import AttentionSpec
 
 ALIGNMENT = 16  # bytes: kernels are compiled for multiples of it
+DERIVED_HEAD_DIM = 256  # the widest for which the kernels of tangents and statistics have tiles that do not spill
 
 
 class TritonBackend(Backend):
@@ -30,7 +43,7 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        features=frozenset(FEATURES + CACHE_FEATURES),
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES),
         max_head_dim=512,
         min_arch=80,
     )
@@ -48,7 +61,12 @@ class TritonBackend(Backend):
             return [missing]
         if problem.device == "cpu" and not is_interpreting():
             return ["device cpu (TRITON_INTERPRET=1 runs it there, slowly, for tests)"]
-        return capability_reasons(self.capabilities, problem)
+        reasons = capability_reasons(self.capabilities, problem)
+        derived = problem.features & {*DERIVATIVE_FEATURES, *STATISTICS_FEATURES}
+        if not reasons and derived and max(problem.head_dim_qk, problem.head_dim_v) > DERIVED_HEAD_DIM:
+            dims = f"{problem.head_dim_qk}/{problem.head_dim_v}"
+            reasons.append(f"{', '.join(sorted(derived))} at head dim {dims} (at most {DERIVED_HEAD_DIM})")
+        return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
         if is_interpreting():
@@ -74,6 +92,30 @@ class TritonBackend(Backend):
         from fastattn.backends.triton import launch
 
         return launch.backward(dout, dlse, out, lse, lse_low, inputs, spec, needs)
+
+    def jvp(self, tangents: Tangents, results: Rows, inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+        from fastattn.backends.triton import launch_derivatives
+
+        return launch_derivatives.jvp(tangents, results, inputs, spec)
+
+    def backward_jvp(
+        self, rows: Rows, moved: Rows, tangents: Tangents, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        from fastattn.backends.triton import launch_derivatives
+
+        return launch_derivatives.backward_jvp(rows, moved, tangents, inputs, spec, needs)
+
+    def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
+        from fastattn.backends.triton import launch_statistics
+
+        return launch_statistics.forward(inputs, spec)
+
+    def statistics_backward(
+        self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
+    ) -> Grads:
+        from fastattn.backends.triton import launch_statistics
+
+        return launch_statistics.backward(gradient, inputs, spec, needs)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton import launch_decode

@@ -253,6 +253,7 @@ class Flags:
         paged: they lie in pages of a block table.
         fp8: they are e4m3.
         tree: new tokens see each other by a tree mask.
+        chunked: products run over parts of the head dim, though whole rows would do.
         fixed: splits have so many tiles as ``Splits`` says, counted from position 0.
     """
 
@@ -282,6 +283,7 @@ class Flags:
     paged: bool = False
     fp8: bool = False
     tree: bool = False
+    chunked: bool = False
     fixed: bool = False
 
     @property
@@ -298,7 +300,7 @@ class Flags:
 
         Whole rows would not fit into registers without tensor cores, nor, at 1 KB for each row, into shared memory.
         """
-        return self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128)
+        return self.chunked or (self.precise and (self.precision == "ieee" or max(self.block_qk, self.block_v) > 128))
 
     @property
     def vector_out(self) -> int:

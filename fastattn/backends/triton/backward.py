@@ -83,16 +83,25 @@ def load_delta(stats, at, i, s_q):
 
 
 @triton.jit
+def log2_probabilities(
+    raw, lse, low_log2, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """``(log2 p, t)`` of one tile, from ``raw = q @ k^T`` or its transpose."""
+    scores, t = finish(raw, head, i, j, i0, j0, F)
+    scores = masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED, F)
+    # The product is not rounded: softmax_end does not round that of the largest score either.
+    scores = tl.fma(scores, head.scale, -lse) if F.plain else scores - lse
+    return scores * LOG2E - low_log2, t
+
+
+@triton.jit
 def probabilities(
     raw, lse, low_log2, head, i, j, i0, j0, is_full, TRANSPOSED: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """``(p, spared, t)`` of one tile, from ``raw = q @ k^T`` or its transpose; dropout keeps p where ``spared``."""
-    scores, t = finish(raw, head, i, j, i0, j0, F)
-    scores = masked(scores, head, i, j, i0, j0, is_full, TRANSPOSED, F)
-    # The product is not rounded: softmax_end does not round that of the largest score either.
-    scores = tl.fma(scores, head.scale, -lse) if F.plain else scores - lse
-    p = tl.exp2(scores * LOG2E - low_log2)
+    log2_p, t = log2_probabilities(raw, lse, low_log2, head, i, j, i0, j0, is_full, TRANSPOSED, F)
+    p = tl.exp2(log2_p)
     spared = p
     if F.dropout:
         spared = survivors(head, i0, j0, BLOCK_M, BLOCK_N, TRANSPOSED)

@@ -33,6 +33,7 @@ from fastattn.backends.triton.arguments import (
     coded,
 )
 from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
+from fastattn.backends.triton.bias_sums import BiasSums
 from fastattn.backends.triton.configs import ALWAYS, Config
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.plans import device_of, launched
@@ -274,20 +275,15 @@ class Backward:
         if 0 in (x.batch, x.q.shape[1], x.k.shape[1]):
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
         config = config or call.config("backward_dbias")
-        rows, columns = triton.cdiv(x.q.shape[1], config.block_m), triton.cdiv(x.k.shape[1], config.block_n)
-        sum_rows, sum_columns = x.bias.shape[2] == 1, x.bias.shape[3] == 1
-        shape = (rows if sum_rows else x.q.shape[1], columns if sum_columns else x.k.shape[1])
-        sums = torch.empty(*x.bias.shape[:2], *shape, dtype=torch.float32, device=x.bias.device)
+        sums = BiasSums.of(x, config)
         terms = scans.with_segments(call.terms, call.segments, "q")
-        launched(backward_dbias_kernel, (rows * columns * sums.shape[0], sums.shape[1]))(
-            call.q, call.k, call.v, self.dout, _scores(sums), self.stats, terms, call.sizes,
-            coded(x.batch // sums.shape[0]), coded(x.heads_q // sums.shape[1]), IN_CHUNKS=self._dbias_in_chunks(),
-            SUM_ROWS=sum_rows, SUM_COLUMNS=sum_columns, **compiled(call.inputs.q.device, call.flags, config),
+        launched(backward_dbias_kernel, sums.grid)(
+            call.q, call.k, call.v, self.dout, _scores(sums.sums), self.stats, terms, call.sizes, *sums.shared,
+            IN_CHUNKS=self.dbias_in_chunks(), **sums.options, **compiled(x.q.device, call.flags, config),
         )  # fmt: skip
-        dims = [d for d, is_summed in ((2, sum_rows), (3, sum_columns)) if is_summed]
-        return (sums.sum(dims, keepdim=True) if dims else sums).to(x.bias.dtype)
+        return sums.finished(x.bias)
 
-    def _dbias_in_chunks(self) -> bool:
+    def dbias_in_chunks(self) -> bool:
         """``Flags.in_chunks`` for dbias, which keeps only scores of its products, so long rows need no registers.
 
         AMD GPUs have registers for whole rows, but too few scalar registers for the loop over chunks.

@@ -22,6 +22,54 @@ from fastattn.backends.triton.tile import (
 
 
 @triton.jit
+def bias_tile(sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``(b, row block, column block)`` of this program's tile, tiles by columns."""
+    column_tiles = tl.cdiv(number(sizes.s_kv), BLOCK_N)
+    tiles_of_head = tl.cdiv(number(sizes.s_q), BLOCK_M) * column_tiles
+    first_b, tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
+    return first_b, tile // column_tiles, tile % column_tiles
+
+
+@triton.jit
+def visit_of_tile(
+    row_block, column_block, head, terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """``(low, high, is_visited, is_full)``: the columns that the band leaves, and whether the tile is visited."""
+    low, high, begin, full_begin, full_end, end = tiles(
+        row_block, head.b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
+    )
+    is_visited = (column_block >= begin) & (column_block < end)
+    is_full = (column_block >= full_begin) & (column_block < full_end)
+    if F.intervals:
+        i, j0 = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N
+        j1 = tl.minimum(j0 + BLOCK_N, head.band.s_kv)
+        meets, holds = class_of(head.ranges, i, head.band.s_q, j0, j1)
+        is_visited, is_full = is_visited & (meets != 0), is_full & (holds != 0)
+    return low, high, is_visited, is_full
+
+
+@triton.jit
+def store_bias_tile(
+    tile, dbias, b, row_block, column_block, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of ``dbias`` of this program's head, or its sums over rows or columns."""
+    s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
+    i, j = row_block * BLOCK_M + tl.arange(0, BLOCK_M), column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = b.to(tl.int64) * number(dbias.stride_b) + tl.program_id(1).to(tl.int64) * number(dbias.stride_h)
+    stride_q = number(dbias.stride_q)
+    if SUM_ROWS and SUM_COLUMNS:
+        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + column_block, tl.sum(tile))
+    elif SUM_ROWS:
+        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + j, tl.sum(tile, 0), mask=j < s_kv)
+    elif SUM_COLUMNS:
+        tl.store(dbias.ptr + at + i.to(tl.int64) * stride_q + column_block, tl.sum(tile, 1), mask=i < s_q)
+    else:
+        at = dbias.ptr + at + i[:, None].to(tl.int64) * stride_q + j[None, :]
+        tl.store(at, tile, mask=(i < s_q)[:, None] & (j < s_kv)[None, :])
+
+
+@triton.jit
 def backward_dbias_kernel(
     q, k, v, dout, dbias, stats, terms, sizes, sequences, heads, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, IN_CHUNKS: tl.constexpr, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
@@ -34,28 +82,16 @@ def backward_dbias_kernel(
     """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
-    column_tiles = tl.cdiv(number(sizes.s_kv), BLOCK_N)
-    tiles_of_head = tl.cdiv(number(sizes.s_q), BLOCK_M) * column_tiles
-    first_b, tile = tl.program_id(0) // tiles_of_head, tl.program_id(0) % tiles_of_head
-    first_h = tl.program_id(1)
-    row_block, column_block = tile // column_tiles, tile % column_tiles
+    first_b, row_block, column_block = bias_tile(sizes, BLOCK_M, BLOCK_N)
     i0, j0 = row_block * BLOCK_M, column_block * BLOCK_N
     sequences, heads = number(sequences), number(heads)
     i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     for n in tl.range(0, sequences * heads):
-        b, h = first_b + n // heads, first_h + n % heads
+        b, h = first_b + n // heads, tl.program_id(1) + n % heads
         head = open_head(b, h, terms, sizes, F)
-        low, high, begin, full_begin, full_end, end = tiles(
-            row_block, b, head.band, terms, BLOCK_M, BLOCK_N, F.left, F.right, F
-        )
-        is_visited = (column_block >= begin) & (column_block < end)
-        is_full = (column_block >= full_begin) & (column_block < full_end)
-        if F.intervals:
-            j1 = tl.minimum(j0 + BLOCK_N, head.band.s_kv)
-            meets, holds = class_of(head.ranges, i, head.band.s_q, j0, j1)
-            is_visited, is_full = is_visited & (meets != 0), is_full & (holds != 0)
+        low, high, is_visited, is_full = visit_of_tile(row_block, column_block, head, terms, BLOCK_M, BLOCK_N, F)
         if is_visited:
             q_rows = head_matrix(q, b, h, head.begin_q, F.vector, F.contiguous)
             k_rows = head_matrix(k, b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
@@ -84,18 +120,7 @@ def backward_dbias_kernel(
             dt, _ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
             acc += dt
 
-    s_q, s_kv = number(sizes.s_q), number(sizes.s_kv)
-    at = first_b.to(tl.int64) * number(dbias.stride_b) + first_h.to(tl.int64) * number(dbias.stride_h)
-    stride_q = number(dbias.stride_q)
-    if SUM_ROWS and SUM_COLUMNS:
-        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + column_block, tl.sum(acc))
-    elif SUM_ROWS:
-        tl.store(dbias.ptr + at + row_block.to(tl.int64) * stride_q + j, tl.sum(acc, 0), mask=j < s_kv)
-    elif SUM_COLUMNS:
-        tl.store(dbias.ptr + at + i.to(tl.int64) * stride_q + column_block, tl.sum(acc, 1), mask=i < s_q)
-    else:
-        at = dbias.ptr + at + i[:, None].to(tl.int64) * stride_q + j[None, :]
-        tl.store(at, acc, mask=(i < s_q)[:, None] & (j < s_kv)[None, :])
+    store_bias_tile(acc, dbias, first_b, row_block, column_block, sizes, BLOCK_M, BLOCK_N, SUM_ROWS, SUM_COLUMNS)
 
 
 @triton.jit

@@ -197,6 +197,7 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_dq several", 16, 64): (128, 64, 8, 2),
     ("sm_90", "backward_dq several", 16, 128): (128, 32, 8, 2),
     ("sm_90", "backward_dq several", 16, 256): (128, 16, 8, 2),
+    ("sm_90", "backward_dq several", 16, 512): (16, 32, 8, 2),
     ("sm_90", "decode", 16, 64): (64, 64, 8, 3),
     ("sm_90", "decode", 16, 128): (64, 64, 8, 3),
     ("sm_90", "decode", 16, 256): (32, 32, 8, 2),

@@ -24,6 +24,7 @@ _LABELS = ("label", "gold_label", "is_duplicate", "Quality", "sentiment")
 _SCORES = ("label", "score", "similarity_score")
 _TAGS = ("labels", "ner_tags", "pos_tags", "tags", "label")
 _SUMMARIES = (("article", "highlights"), ("document", "summary"), ("dialogue", "summary"), ("text", "summary"))
+_IMAGES = ("image", "file_name", "image_path", "path")
 _TURN = "\n\nAssistant:"  # before a response in Anthropic's HH-RLHF, whose texts are whole conversations
 UNLABELLED = {"-1", "-"}  # what test sets, and SNLI's files for examples without a majority, have in place of a label
 
@@ -58,6 +59,8 @@ def _inputs(record: Record, task: str, labelled: bool) -> Columns:
             if first in record and second in record:
                 return {"text": first, "text_pair": second}
         return _first("text", record, _TEXTS)
+    if task in ("image", "caption", "vqa"):
+        return _first("image", record, _IMAGES) | ({"question": "question"} if task == "vqa" else {})
     if task == "tag":
         return _first("words", record, ("words", "tokens") if labelled else ("words", "tokens", "text"))
     if task == "qa":
@@ -76,8 +79,12 @@ def _inputs(record: Record, task: str, labelled: bool) -> Columns:
 
 
 def _targets(record: Record, task: str) -> Columns:
-    if task == "classify":
+    if task in ("classify", "image"):
         return _first("label", record, _LABELS)
+    if task == "caption":
+        return _first("text", record, ("text", "caption"))
+    if task == "vqa":
+        return _first("answer", record, ("answer", "label"))
     if task == "regression":
         return _first("label", record, _SCORES)
     if task == "multilabel":

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastattn.errors import DataError, input_error
 from fastattn.lm.finetune.adapters import Lora, Method, check_method
+from fastattn.lm.finetune.augment import AUGMENTATIONS
 from fastattn.lm.finetune.tasks import TASKS
 from fastattn.lm.models import TransformerConfig, preset
 from fastattn.lm.train.checkpoint import Checkpoint
@@ -43,6 +44,9 @@ class FinetuneConfig(RunSettings):
         chat_template: file of a Jinja template, of "chat" and "dpo"; None is that of the model to start from, or for
             messages the default.
         dpo_beta: of "dpo": the larger, the closer the model stays to what it was; see ``tasks.prefer``.
+        image_size: height and width of images, of a model that starts from nothing; None is the preset's.
+        patch_size: likewise of the patches that become tokens.
+        augment: random changes of images in training: "none", "shift" or "flip", which also shifts.
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
@@ -66,6 +70,9 @@ class FinetuneConfig(RunSettings):
     held_out: float = 0.1
     chat_template: str | None = None
     dpo_beta: float = 0.1
+    image_size: int | None = None
+    patch_size: int | None = None
+    augment: str = "none"
     length: int | None = None
     dropout: float | None = None
     attention: str = "fastattn"
@@ -94,12 +101,33 @@ class FinetuneConfig(RunSettings):
         if self.length is not None and self.length < 8:
             raise input_error("length", self.length, "an int >= 8, or None", "None is the model's longest row.")
         task = TASKS[self.task]
+        self._check_images()
         check_held_out(self.held_out)
         check_vocabulary_size(self.vocab_size)
         check_method(self.method, has_head=task.answer_field is None)
         _ = self.lora  # checks its fields
-        sizes = preset(preset_for(task.kinds, self.preset or "tiny"), self.vocab_size)
-        self.adjusted(sizes)  # checks dropout and attention
+        self.fresh(self.vocab_size)  # checks the preset, sizes of images, dropout and attention
+
+    def _check_images(self) -> None:
+        task = TASKS[self.task]
+        if self.length is not None and not task.reads_text:
+            raise input_error("length", self.length, f"None for {self.task}", "Its rows are as long as an image.")
+        augment = None if self.augment == "none" else self.augment
+        given = {"image_size": self.image_size, "patch_size": self.patch_size, "augment": augment}
+        for name, value in given.items():
+            if value is not None and not task.reads_images:
+                raise input_error(name, value, f"its default for {self.task}", "It belongs to tasks with images.")
+            if value is not None and name != "augment" and self.preset is None:
+                raise input_error(name, value, "None without --preset", "The model to start from has one.")
+        if self.augment not in AUGMENTATIONS:
+            raise input_error("augment", repr(self.augment), ", ".join(AUGMENTATIONS), "none changes nothing.")
+
+    def fresh(self, vocab_size: int) -> TransformerConfig:
+        """The config of a model that starts from nothing."""
+        config = preset(preset_for(TASKS[self.task].kinds, self.preset or "tiny"), vocab_size)
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        return self.adjusted(dataclasses.replace(config, **given))  # type: ignore[arg-type]  # ints
 
     @property
     def lora(self) -> Lora:

@@ -10,8 +10,10 @@ from itertools import chain
 from pathlib import Path
 
 from fastattn.errors import DataError
+from fastattn.lm.data.images import is_image
 from fastattn.lm.finetune.columns import UNLABELLED, Columns, find_columns, taken
-from fastattn.lm.finetune.examples import FIELDS, Example, checked
+from fastattn.lm.finetune.examples import FIELDS, Example, checked, located
+from fastattn.lm.finetune.image_folders import is_image_set
 from fastattn.lm.finetune.records import Records, parallel_records, read_records
 
 _TRAIN, _EVAL = ("train",), ("dev", "validation", "valid", "val")  # what the names of splits begin with
@@ -39,7 +41,7 @@ class Dataset:
 
     def classes(self) -> Counter[str]:
         """How often each label occurs; empty for a task without labels."""
-        field_of = {"classify": "label", "multilabel": "labels", "tag": "labels"}.get(self.task)
+        field_of = {"classify": "label", "image": "label", "multilabel": "labels", "tag": "labels"}.get(self.task)
         if field_of is None:
             return Counter()
         values = (example.fields[field_of] for example in self.examples)
@@ -56,7 +58,7 @@ class Dataset:
             shown = ", ".join(f"{name} ({count:,})" for name, count in classes.most_common(10))
             more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
             lines.append(f"  {len(classes)} classes: {shown}{more}")
-        if self.task in ("classify", "tag"):
+        if self.task in ("classify", "image", "tag"):
             share = classes.most_common(1)[0][1] / classes.total()
             lines.append(f"  baseline: always {classes.most_common(1)[0][0]!r} has an accuracy of {share:.4f}")
         if self.task == "regression":
@@ -75,7 +77,8 @@ def read_dataset(
     """Read one file or folder, or the shards of one; for "seq2seq" two files, whose lines belong together.
 
     Args:
-        paths: a .jsonl, .json, .csv, .tsv, .parquet or CoNLL file, or a folder of ``datasets.Dataset.save_to_disk``.
+        paths: a .jsonl, .json, .csv, .tsv, .parquet or CoNLL file, or a folder of ``datasets.Dataset.save_to_disk`` or
+            of images (``image_folders``); or images.
         task: a key of ``FIELDS``.
         columns: the column of a field, where its name is not one of the usual.
         labelled: the examples must have the targets of the task.
@@ -93,9 +96,10 @@ def read_dataset(
         {'text': 'a good film', 'label': '1'}
     """
     given = [paths] if isinstance(paths, Path) else list(paths)
-    if len({_split_of(path) for path in given}) == 1:  # one file, or the shards of one split
+    is_one = len({_split_of(path) for path in given}) == 1  # a file, or the shards of a split
+    if is_one or all(map(is_image, given)):
         parts = [read_records(path) for path in given]
-        records = Records(chain.from_iterable(part.items for part in parts), parts[0].class_names)
+        records = Records(chain.from_iterable(part.items for part in parts), parts[0].class_names, parts[0].folder)
     elif len(given) == 2 and task == "seq2seq":
         records = parallel_records(*given)
     else:
@@ -108,7 +112,7 @@ def read_dataset(
         if labelled and str(example.fields.get("label")) in UNLABELLED and task == "classify":
             found.skipped += 1
             continue
-        found.examples.append(checked(example, task, labelled=labelled))
+        found.examples.append(checked(located(example, records.folder), task, labelled=labelled))
     if not found.examples:
         if found.skipped:
             raise DataError(f"{found.name} has no labels (all are -1 or -): it is a test set; take one with labels.")
@@ -126,8 +130,8 @@ def find_splits(path: Path) -> tuple[list[Path], list[list[Path]]]:
 
     Args:
         path: a file, which has no further splits; a folder with ``train.tsv``, ``dev.tsv`` and the like, or with shards
-            of each as on the Hugging Face hub (``train-00000-of-00002.parquet``), in it or in its folder ``data``; or
-            one of ``datasets.DatasetDict.save_to_disk``.
+            of each as on the Hugging Face hub (``train-00000-of-00002.parquet``), in it or in its folder ``data``; one
+            of ``datasets.DatasetDict.save_to_disk``; or one of images, with or without folders for the splits.
 
     Raises:
         DataError: the folder has no training split, or several that are no shards of one, or a shard is missing.
@@ -135,18 +139,25 @@ def find_splits(path: Path) -> tuple[list[Path], list[list[Path]]]:
     if not path.is_dir() or (path / "state.json").is_file():
         return [path], []
     inside = sorted(path.iterdir()) + (sorted((path / "data").iterdir()) if (path / "data").is_dir() else [])
-    inside = [x for x in inside if x.suffix.lower() in _SUFFIXES or (x / "state.json").is_file()]
+    inside = [x for x in inside if x.suffix.lower() in _SUFFIXES or (x / "state.json").is_file() or _is_split(x)]
     splits: dict[Path, list[Path]] = {}
     for file in inside:
         splits.setdefault(_split_of(file), []).append(file)
     train = [split for split in splits if split.name.lower().startswith(_TRAIN)]
     held_out = [files for split, files in splits.items() if split.name.lower().startswith(_EVAL)]
+    if not train and is_image_set(path):
+        return [path], []
     if len(train) != 1:
         names = ", ".join(split.name for split in train) or "none"
         raise DataError(f"{path} should hold one training file, train.tsv or the like; it holds {names}.")
     for files in (splits[train[0]], *held_out):
         _check_shards(files)
     return splits[train[0]], held_out
+
+
+def _is_split(path: Path) -> bool:
+    """Whether a folder holds the images of a split, and not those of a class that is called like one."""
+    return path.name.lower().startswith(_TRAIN + _EVAL) and is_image_set(path)
 
 
 def _split_of(path: Path) -> Path:

@@ -9,12 +9,17 @@ seq2seq     source, target
 instruct    prompt, response
 chat        messages, response          the messages before the last of the assistant, and its text
 dpo         prompt, chosen, rejected    the prompt a text or messages, and two responses to it
+image       image, label                the path of a file
+caption     image, text                 a text that says what the image shows
+vqa         image, question, answer     a question about it
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastattn.errors import DataError
@@ -53,6 +58,9 @@ FIELDS = {
     "instruct": Fields(("prompt",), ("response",)),
     "chat": Fields(("messages",), ("response",)),
     "dpo": Fields(("prompt",), ("chosen", "rejected")),
+    "image": Fields(("image",), ("label",)),
+    "caption": Fields(("image",), ("text",)),
+    "vqa": Fields(("image", "question"), ("answer",)),
 }
 _MAY_BE_EMPTY = {"text_pair", "target", "prompt", "answer"}
 
@@ -73,6 +81,14 @@ class Example:
     def error(self, field: str, problem: str) -> DataError:
         """A DataError that names file, line and field."""
         return DataError(f"{self.place}, field {field!r}: {problem}")
+
+
+def located(example: Example, folder: Path) -> Example:
+    """The example with the path of its image, which is relative to ``folder``."""
+    given = example.fields.get("image")
+    if not isinstance(given, str):
+        return example
+    return dataclasses.replace(example, fields=example.fields | {"image": str(folder / Path(given).expanduser())})
 
 
 def checked(example: Example, task: str, *, labelled: bool = True) -> Example:
@@ -123,6 +139,8 @@ def _typed(example: Example, task: str, name: str, value: Any) -> Any:
         return _number(example, name, value, float)
     if name == "label" and isinstance(value, bool | int | float):
         return str(value)
+    if name == "image" and not isinstance(value, str):
+        raise example.error(name, f"it must be the path of a file, not of type {type(value).__name__}.")
     if not isinstance(value, str):
         raise example.error(name, f"it must be a text, not {value!r}.")
     if not value.strip() and name not in _MAY_BE_EMPTY:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fastattn.errors import DataError, input_error
+from fastattn.lm.data.images import Pixels
 from fastattn.lm.finetune.adapters import add_adapters, merge_adapters
 from fastattn.lm.finetune.config import CONVERSATIONS, FinetuneConfig, saved_config
 from fastattn.lm.finetune.examples import FIELDS, Example, checked
@@ -109,9 +110,12 @@ def _of_folder(folder: HFFolder, device: torch.device | str, attention: str | No
     if folder.task is None:
         todo = "it has the head of no task: fine-tune it with fastattn finetune --pretrained"
         raise DataError(f"{folder.folder} is a model of text alone; {todo}.")
-    model, tokenizer = folder.load_pretrained(device, attention), folder.tokenizer()
+    kind, model = TASKS[folder.task], folder.load_pretrained(device, attention)
     labels = ("0.0", "1.0") if folder.task == "regression" else getattr(model, "labels", ())
-    task = TASKS[folder.task](tokenizer, model.config, labels)
+    if not kind.reads_text:
+        return Finetuned(model, kind(None, model.config, labels, pixels=folder.pixels))
+    tokenizer = folder.tokenizer()
+    task = kind(tokenizer, model.config, labels)
     task.special = folder.special_tokens(tokenizer)
     return Finetuned(model, task)
 
@@ -133,7 +137,10 @@ def build_without_weights(checkpoint: Checkpoint, attention: str | None = None) 
     if attention is not None:
         config = TransformerConfig.from_dict(config.to_dict() | {"attention": attention})
     settings, labels = saved_config(checkpoint), checkpoint.trainer_state()["settings"]["labels"]
-    task = make_task(settings, checkpoint.tokenizer(), config, labels, checkpoint.chat_template)
+    kind = task_class(settings)
+    tokenizer = checkpoint.tokenizer() if kind.reads_text else None
+    pixels = checkpoint.pixels if kind.reads_images else None
+    task = make_task(settings, tokenizer, config, labels, checkpoint.chat_template, pixels)
     return task, task.add_head(make_model(config))
 
 
@@ -144,14 +151,16 @@ def task_class(config: FinetuneConfig) -> type[Task]:
 
 def make_task(
     config: FinetuneConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     model: TransformerConfig,
     labels: Sequence[str],
     chat_template: str | None,
+    pixels: Pixels | None,
 ) -> Task:
     """The task of a run, for its model."""
     template = chat_template if config.task in CONVERSATIONS else None
-    task = task_class(config)(tokenizer, model, labels, config.length, template)
+    task = task_class(config)(tokenizer, model, labels, config.length, template, pixels)
+    task.augment = config.augment
     if isinstance(task, Prefer):
         task.beta = config.dpo_beta
     return task

@@ -1,4 +1,4 @@
-"""Records from files: JSON, JSON lines, CSV, TSV, Parquet, CoNLL, parallel texts, and folders of ``datasets``.
+"""Records from files: JSON, JSON lines, CSV, TSV, Parquet, CoNLL, parallel texts, images, and folders of ``datasets``.
 
 A record is a dict by column. ``columns.py`` maps columns to the fields of a task.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 from fastattn.errors import DataError
 from fastattn.files import read_limited, read_lines
+from fastattn.lm.data.images import is_image
+from fastattn.lm.finetune.image_folders import has_images, images_in, metadata_of
 
 Record = dict[str, Any]
 Located = Iterator[tuple[str, Record]]  # file and line of each record, and the record
@@ -29,26 +31,38 @@ class Records:
     Attributes:
         items: place and record, one after the other.
         class_names: of columns that hold numbers of classes.
+        folder: that paths in the records are relative to.
     """
 
     items: Located
     class_names: dict[str, list[str]] = field(default_factory=dict)
+    folder: Path = Path()
 
 
 def read_records(path: Path) -> Records:
-    """The records of a file, by the suffix of its name, or of a folder that ``datasets`` saved.
+    """The records of a file, by the suffix of its name, or of a folder of images or that ``datasets`` saved.
 
     Raises:
         DataError: the file is missing, damaged or of an unknown kind; at once, or when its records are read.
     """
     if path.is_dir():
-        return _saved_dataset(path)
+        return _of_folder(path)
+    if is_image(path):
+        return Records(iter([(str(path), {"image": str(path)})]))
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
     if suffix not in _READERS:
         raise DataError(f"{path} is not a file of examples by its name: use one of {', '.join(_READERS)}, .parquet.")
-    return Records(_telling(path, _READERS[suffix](path)))
+    return Records(_telling(path, _READERS[suffix](path)), folder=path.parent)
+
+
+def _of_folder(path: Path) -> Records:
+    if (metadata := metadata_of(path)) is not None:
+        return read_records(metadata)
+    if not (path / "state.json").is_file() and has_images(path):
+        return Records(images_in(path))
+    return _saved_dataset(path)
 
 
 def _telling(path: Path, items: Located) -> Located:
@@ -233,7 +247,7 @@ def _names_of(feature: Any) -> list[str] | None:
 def _saved_dataset(path: Path) -> Records:
     """A folder of ``datasets.Dataset.save_to_disk``: Arrow streams, and their names in ``state.json``."""
     if not (path / "state.json").is_file():
-        todo = "give a file, or a folder of datasets.Dataset.save_to_disk"
+        todo = "give a file, a folder of images, or one of datasets.Dataset.save_to_disk"
         raise DataError(f"{path} is a folder without a data set that can be read as one: {todo}.")
     arrow, _ = _arrow(path)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
 from fastattn.errors import DataError
@@ -23,10 +23,10 @@ from fastattn.lm.finetune.datasets import Dataset, find_splits, read_dataset
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import build_without_weights, load_finetuned, make_task, task_class
 from fastattn.lm.finetune.scoring import predict_all, score
-from fastattn.lm.finetune.start import check_start, load_start
+from fastattn.lm.finetune.start import Start, check_start, load_start
 from fastattn.lm.finetune.tasks import Task
 from fastattn.lm.generate.chat import DEFAULT_TEMPLATE
-from fastattn.lm.models import TransformerConfig, make_model, preset
+from fastattn.lm.models import TransformerConfig, make_model
 from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.data import IGNORED
 from fastattn.lm.train.example_rows import ExampleRows, Feature
@@ -35,7 +35,6 @@ from fastattn.lm.train.loop import Trainer
 from fastattn.lm.train.parallel import ranks
 from fastattn.lm.train.run import run_folder, start_or_resume
 from fastattn.lm.train.settings import Progress
-from fastattn.lm.train.tasks import preset_for
 from fastattn.lm.train.tokens import train_tokenizer
 
 
@@ -149,11 +148,16 @@ def _prepare(
     torch.manual_seed(config.train.seed)
     choose_trained(model, config.method, config.lora, has_head=task.answer_field is None)
     training = config.training(len(features))
-    rows = ExampleRows(features, training.batch, training.seed), ExampleRows(held_out_features, training.batch)
+    rows = (
+        ExampleRows(features, training.batch, training.seed, task.collate),
+        ExampleRows(held_out_features, training.batch, collate=task.collate),
+    )
     fingerprint = _fingerprint([*examples, *held_out])
     settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
     if task.chat_template is not None:
         settings["chat_template"] = task.chat_template
+    if task.reads_images:
+        settings["pixels"] = task.pixels.to_dict()
     sample = held_out[:: -(-len(held_out) // training.eval_rows)]  # evenly spaced
     trainer = Trainer(
         model.to(device), task.tokenizer, rows, training, out, loss=task.loss, settings=settings,
@@ -170,6 +174,8 @@ def _flops_per_label(model: Any, features: Sequence[Feature]) -> float:
     for feature in features:
         if "source" in feature:
             lengths[len(feature["target"]), len(feature["source"])] += 1
+        elif "image" in feature:
+            lengths[(model.config.image_tokens + len(feature.get("tokens", ())),)] += 1
         else:
             lengths.update((len(feature[name]),) for name in ("tokens", "chosen", "rejected") if name in feature)
     labels = sum(label != IGNORED for feature in features for label in feature["labels"])
@@ -206,12 +212,12 @@ def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     task = task_class(config)
     torch.manual_seed(config.train.seed)
     labels = task.label_names([*data.train, *data.all_held_out] if data.is_split else data.train)
-    tokenizer, backbone, template = _start(config, task, data.train)
+    tokenizer, backbone, template, pixels = _start(config, task, data.train)
     if config.chat_template is not None:
         template = read_limited(Path(config.chat_template))
     if template is None and (config.task == "chat" or (config.task == "dpo" and _has_messages(data))):
         template = DEFAULT_TEMPLATE
-    ready = make_task(config, tokenizer, backbone.config, labels, template)
+    ready = make_task(config, tokenizer, backbone.config, labels, template, pixels)
     return ready, ready.add_head(backbone)
 
 
@@ -219,13 +225,12 @@ def _has_messages(data: _Data) -> bool:
     return isinstance(data.train[0].fields["prompt"], list)
 
 
-def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> tuple[Tokenizer, Any, str | None]:
-    """Tokenizer, backbone and chat template: of a checkpoint, a folder in Hugging Face's format, or new ones."""
-    if config.preset is not None:
-        tokenizer = train_tokenizer(_texts(examples), config.vocab_size)
-        sizes = preset(preset_for(task.kinds, config.preset), tokenizer.get_vocab_size())
-        return tokenizer, make_model(config.adjusted(sizes)), None
-    return load_start(config)
+def _start(config: FinetuneConfig, task: type[Task], examples: Sequence[Example]) -> Start:
+    """A checkpoint, a folder in Hugging Face's format, or a new tokenizer and model."""
+    if config.preset is None:
+        return load_start(config)
+    tokenizer = train_tokenizer(_texts(examples), config.vocab_size) if task.reads_text else None
+    return Start(tokenizer, make_model(config.fresh(tokenizer.get_vocab_size() if tokenizer else 0)))
 
 
 def _config_of(model: Any) -> TransformerConfig:
@@ -236,6 +241,8 @@ def _texts(examples: Sequence[Example]) -> Iterator[str]:
     """All text of the examples, for a tokenizer to learn from."""
     for example in examples:
         for name, value in example.fields.items():
+            if name == "image":
+                continue
             if isinstance(value, str):
                 yield value
             elif name == "messages" or (name == "prompt" and isinstance(value, list)):
@@ -296,4 +303,5 @@ def _split(config: FinetuneConfig, examples: list[Example]) -> tuple[list[Exampl
 
 def _fingerprint(examples: Sequence[Example]) -> str:
     fields = json.dumps([example.fields for example in examples], sort_keys=True)
-    return hashlib.sha256(fields.encode()).hexdigest()
+    sizes = [os.path.getsize(example.fields["image"]) for example in examples if "image" in example.fields]
+    return hashlib.sha256((fields + (json.dumps(sizes) if sizes else "")).encode()).hexdigest()

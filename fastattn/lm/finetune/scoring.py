@@ -66,7 +66,7 @@ def score(
     nats, labels, sums = 0.0, 0, defaultdict[str, float](float)
     bar = tqdm(total=len(features), desc="loss", unit="row", disable=not show_progress)
     with torch.no_grad(), bar:
-        for batch in ExampleRows(features, _BATCH).sample(len(features), _BATCH):
+        for batch in ExampleRows(features, _BATCH, collate=task.collate).sample(len(features), _BATCH):
             on_device = batch.to(device)
             nats += float(task.loss(model, on_device))
             labels += batch.num_labels()

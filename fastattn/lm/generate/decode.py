@@ -45,7 +45,7 @@ def generate(
         tokens: prompts, ``(B, S)`` or rows of different lengths; of an encoder-decoder, the beginnings of the targets.
         max_new_tokens: most steps. The model's ``max_length`` ends a row too.
         sampling: how to choose; None is ``Sampling()``.
-        source: what an encoder-decoder reads, a row for each prompt.
+        source: what an encoder-decoder reads, a row for each prompt; of a model of text about images ``(B, C, H, W)``.
         stop_token: one or several that end a row; it is the last thing that the row yields.
         use_cache: keep keys and values of earlier tokens instead of computing them again: the same tokens, faster.
         page_size: keep them in pages of so many tokens; None keeps each row in one piece.

@@ -64,7 +64,17 @@ class EncoderDecoderModel(LanguageModel, Protocol):
     ) -> Tensor: ...
 
 
-Model = DecoderModel | EncoderDecoderModel
+class ImageTextModel(LanguageModel, Protocol):
+    """A model that continues text after an image."""
+
+    def read(self, images: Tensor) -> Tensor: ...
+    def begin(self, prefix: Tensor, caches: Sequence[Any]) -> None: ...
+    def hidden(
+        self, tokens: Tensor, *, prefix: Tensor | None = None, caches: Sequence[Any] | None = None
+    ) -> Tensor: ...
+
+
+Model = DecoderModel | EncoderDecoderModel | ImageTextModel
 
 
 def is_decoder(model: Any) -> TypeGuard[DecoderModel]:
@@ -75,6 +85,11 @@ def is_decoder(model: Any) -> TypeGuard[DecoderModel]:
 def is_encoder_decoder(model: Any) -> TypeGuard[EncoderDecoderModel]:
     """Whether the model answers a source."""
     return getattr(getattr(model, "config", None), "kind", None) == "encoder-decoder"
+
+
+def is_image_text(model: Any) -> TypeGuard[ImageTextModel]:
+    """Whether the model continues its prompt after an image."""
+    return getattr(getattr(model, "config", None), "kind", None) == "image-text"
 
 
 @contextlib.contextmanager

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from fastattn.errors import input_error
 from fastattn.lm.generate.draft_tree import DraftTree
-from fastattn.lm.generate.protocols import Model, is_decoder, is_encoder_decoder
+from fastattn.lm.generate.protocols import Model, is_decoder, is_encoder_decoder, is_image_text
 from fastattn.nn import PagedKVCache
 
 Tokens = Tensor | Sequence[Sequence[int]]
 
 
 class Source(NamedTuple):
-    """The encoder's states of all sources, and their padding mask."""
+    """The encoder's states of all sources, and their padding mask, which images do not have."""
 
     states: Tensor  # [R, S_s, C]
-    mask: Tensor  # [R, S_s]
+    mask: Tensor | None = None  # [R, S_s]
 
 
 class Uncached:
@@ -63,8 +63,11 @@ class Uncached:
         if is_decoder(self.model):
             hidden = self.model.hidden(rows)
         elif is_encoder_decoder(self.model):
-            states, of_source = (x[[self._rows[name] for name in names]] for x in _given(self.source))
+            states, of_source = _given(self.source, [self._rows[name] for name in names])
             hidden = self.model.hidden(None, rows, memory=states, source_mask=of_source)
+        elif is_image_text(self.model):
+            images = None if self.source is None else self.source.states[[self._rows[name] for name in names]]
+            hidden = self.model.hidden(rows, prefix=images)
         return self.model.logits(hidden[torch.arange(len(names), device=device), last])
 
 
@@ -93,6 +96,9 @@ class Cached:
         keeps_all: bool = False,
     ) -> None:
         self.model, self.source = model, source
+        self._images = source.states if source is not None and is_image_text(model) else None
+        if self._images is not None:
+            max_length += self._images.shape[1]
         size = max_length if page_size is None else page_size
         _, kv_heads, head_dim = model.config.head_shape
         weight = model.embedding.weight
@@ -108,6 +114,7 @@ class Cached:
             dtype=_dtype_of_keys(weight),
         )
         self._rows: dict[int, int] = {}
+        self._begun: set[int] = set()  # the sequences that hold their image
         self._rows_of_step: list[int] = []
 
     def add(self, row: int = 0) -> int:
@@ -120,14 +127,18 @@ class Cached:
         """Begin a sequence with the tokens of another."""
         new = self.cache.fork(name)
         self._rows[new] = self._rows[name]
+        if name in self._begun:
+            self._begun.add(new)
         return new
 
     def free(self, name: int) -> None:
         self.cache.free(name)
         del self._rows[name]
+        self._begun.discard(name)
 
     def feed(self, names: Sequence[int], tokens: Tokens) -> Tensor:
         """As ``Uncached.feed``; only the new tokens are computed."""
+        self._begin(names)
         new = [1] * len(names) if isinstance(tokens, Tensor) else [len(row) for row in tokens]
         if len(set(new)) > 1 and self._has_one_length:
             return torch.cat([self.feed([name], [row]) for name, row in zip(names, _as_lists(tokens), strict=True)])
@@ -141,10 +152,21 @@ class Cached:
         last = hidden[:, -1] if step.cu_seqlens_q is None else hidden[0, step.cu_seqlens_q[1:].long() - 1]
         return self.model.logits(last)
 
+    def _begin(self, names: Sequence[int]) -> None:
+        """Put the images of new sequences before their tokens."""
+        new = [name for name in names if name not in self._begun]
+        if self._images is None or not new:
+            return
+        assert is_image_text(self.model)
+        images = self._images[[self._rows[name] for name in new]]
+        self.model.begin(images, self.cache.step(new, [images.shape[1]] * len(new)).layers)
+        self._begun.update(new)
+
     @property
     def _has_one_length(self) -> bool:
         """A bias and a memory go with rows, not with packed tokens."""
-        return self.model.config.positions == "relative" or self.source is not None
+        has_memory = self.source is not None and self._images is None
+        return self.model.config.positions == "relative" or has_memory
 
     @property
     def can_branch(self) -> bool:
@@ -166,13 +188,13 @@ class Cached:
         return self.model.logits(self._hidden(names, tokens, step.layers).flatten(0, 1))
 
     def _hidden(self, names: Sequence[int], tokens: Tensor, layers: Any) -> Tensor:
-        if is_decoder(self.model):
+        if is_decoder(self.model) or is_image_text(self.model):
             return self.model.hidden(tokens, caches=layers)
         assert is_encoder_decoder(self.model)
         rows = [self._rows[name] for name in names]
         if rows != self._rows_of_step:  # the model computes the keys and values of these sources, and keeps them
             self.cache.sources, self._rows_of_step = [None] * len(self.cache.sources), rows
-        states, of_source = (x[rows] for x in _given(self.source))
+        states, of_source = _given(self.source, rows)
         return self.model.hidden(None, tokens, memory=states, source_mask=of_source, caches=layers)
 
 
@@ -189,11 +211,15 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 def encoded(model: Model, source: Tokens | None) -> Source | None:
-    """The sources, read by the encoder.
+    """The sources, read by the encoder; of a model of text about images those, or None for text alone.
 
     Raises:
         InputError: an encoder-decoder without sources, sources for a decoder, or an empty one.
     """
+    if is_image_text(model):
+        if source is not None and not isinstance(source, Tensor):
+            raise input_error("source", type(source).__name__, "a tensor of images (B, C, H, W)", "Read the files.")
+        return None if source is None else Source(model.read(source.to(model.embedding.weight.device)))
     if not is_encoder_decoder(model):
         if source is not None:
             raise input_error("source", "tokens", "None for a decoder", "Put them before the prompt.")
@@ -235,6 +261,7 @@ def _as_lists(tokens: Tokens) -> list[list[int]]:
     return [[token] for token in tokens.tolist()] if isinstance(tokens, Tensor) else [list(row) for row in tokens]
 
 
-def _given(source: Source | None) -> Source:
-    assert source is not None  # ``encoded`` sees to it
-    return source
+def _given(source: Source | None, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """States and masks of these sources of an encoder-decoder."""
+    assert source is not None and source.mask is not None  # ``encoded`` sees to it
+    return source.states[rows], source.mask[rows]

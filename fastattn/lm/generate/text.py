@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from fastattn.errors import DataError, input_error
 from fastattn.lm.generate.batching import complete
 from fastattn.lm.generate.beams import beam_search
 from fastattn.lm.generate.decode import ENDED, generate
-from fastattn.lm.generate.protocols import DecoderModel, Model, is_decoder
+from fastattn.lm.generate.protocols import DecoderModel, Model, is_decoder, is_encoder_decoder
 from fastattn.lm.generate.sampling import Sampling
 from fastattn.lm.generate.speculate import Acceptance
 
@@ -80,12 +81,12 @@ class Texts:
         begin, source = self._inputs(prompt)
         return len(source["source"][0]) if source else len(begin)
 
-    def _inputs(self, prompt: str | Sequence[int]) -> tuple[list[int], dict[str, Any]]:
-        """Tokens that the decoder continues, and the source of an encoder-decoder."""
+    def _inputs(self, prompt: str | Sequence[int], image: Tensor | None = None) -> tuple[list[int], dict[str, Any]]:
+        """Tokens that the decoder continues, and the source of an encoder-decoder, or the image before the text."""
         if not isinstance(prompt, str):
             return list(prompt), {}
-        if is_decoder(self.model):
-            return self.encode(prompt), {}
+        if not is_encoder_decoder(self.model):
+            return self.encode(prompt), {} if image is None else {"source": image}
         ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         return self.target, {"source": [[*self.opening, *ids, self.last]]}
 
@@ -100,9 +101,13 @@ class Texts:
         assistant: DecoderModel | None = None,
         prompt_lookup: int | None = None,
         acceptance: Acceptance | None = None,
+        image: Tensor | None = None,
     ) -> Iterator[str]:
-        """Yield the continuation of ``prompt``, a text or a decoder's tokens, piece by piece; see ``stream_text``."""
-        begin, source = self._inputs(prompt)
+        """Yield the continuation of ``prompt``, a text or a decoder's tokens, piece by piece; see ``stream_text``.
+
+        A model of text about images reads ``image`` first, ``(1, C, H, W)``.
+        """
+        begin, source = self._inputs(prompt, image)
         chosen = generate(
             self.model,
             [begin],
@@ -128,9 +133,10 @@ class Texts:
         repetition_penalty: float = 1.0,
         use_cache: bool = True,
         page_size: int | None = None,
+        image: Tensor | None = None,
     ) -> str:
-        """The best continuation that ``beam_search`` finds; a stop string ends a beam."""
-        begin, source = self._inputs(prompt)
+        """The best continuation that ``beam_search`` finds; a stop string ends a beam. For ``image`` see ``stream``."""
+        begin, source = self._inputs(prompt, image)
 
         def has_stopped(_: int, tokens: Sequence[int]) -> bool:
             return self._has_stopped(tokens, begin)

@@ -6,6 +6,7 @@ from fastattn.lm.models.decoder import Decoder
 from fastattn.lm.models.encoder import Encoder, VisionEncoder
 from fastattn.lm.models.encoder_decoder import EncoderDecoder
 from fastattn.lm.models.heads import MaskedLM, SequenceClassifier, SpanExtractor, TokenClassifier
+from fastattn.lm.models.image_text import ImageTextDecoder
 from fastattn.lm.models.make import make_model
 from fastattn.lm.models.presets import PRESETS, preset
 from fastattn.lm.models.recording import recorded_weights
@@ -16,6 +17,7 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "HeadShape",
+    "ImageTextDecoder",
     "MaskedLM",
     "SequenceClassifier",
     "SpanExtractor",

@@ -32,6 +32,8 @@ class Rows(NamedTuple):
     local_rotary: tuple[Tensor, Tensor] | None  # of the layers with a window
     alibi_slopes: Tensor | None
     bias: Tensor | None
+    sees_all: bool = False  # nothing is hidden from the tokens: those of an image
+    intervals: Tensor | None = None  # of the keys that each token sees, where an image stands before text
 
 
 class Memory(NamedTuple):
@@ -100,7 +102,7 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            causal=self.causal,
+            causal=self.causal and not rows.sees_all and rows.intervals is None,
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
@@ -108,6 +110,7 @@ class Attention(nn.Module):
             alibi_slopes=rows.alibi_slopes,
             sinks=self.sinks,
             segment_ids=rows.segment_ids,
+            intervals=rows.intervals,
             dropout_p=self.dropout if self.training else 0.0,
             return_weights=self.weights is not None,
             backend=self.backend,
@@ -119,7 +122,7 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            causal=self.causal,
+            causal=self.causal and not rows.sees_all,
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
@@ -271,7 +274,7 @@ class Stack(Model):
         if embedding is not None:
             self.embedding = embedding
         learned = config.positions == "learned"
-        places = config.longest + config.position_offset
+        places = config.prefix + config.longest + config.position_offset
         self.position_embedding = nn.Embedding(places, config.width) if learned else None
         self.relative = RelativeBias(config, causal) if config.positions == "relative" else None
         self.embedding_norm = make_norm(config, config.width) if config.embedding_norm else nn.Identity()
@@ -288,13 +291,21 @@ class Stack(Model):
         mask: Tensor | None = None,
         caches: Sequence[Cache] | None = None,
         memory: Memory | None = None,
+        prefix: int = 0,
     ) -> Tensor:
-        """Final states ``(B, S, C)`` of tokens with embeddings ``x`` ``(B, S, C)``; the rest as in the models."""
+        """Final states ``(B, S, C)`` of tokens with embeddings ``x`` ``(B, S, C)``; the rest as in the models.
+
+        The first ``prefix`` of them see each other in both directions; with caches there are no others.
+        """
         past, length, given = extent(x, caches)
         self._check(x.shape[0], length, segment_ids, mask, caches)
         if positions is None:
             positions = count_positions(mask, past, x.shape[1], x.device) if given is None else given
         rows = self._rows(x, (past, length, given), positions, segment_ids, mask)
+        if prefix:
+            some = prefix < x.shape[1]
+            intervals = fastattn.intervals.prefix_lm(x.shape[1], prefix, device=x.device) if some else None
+            rows = rows._replace(sees_all=not some, intervals=intervals)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         if self.position_embedding is not None:
@@ -341,8 +352,9 @@ class Stack(Model):
         mask: Tensor | None,
         caches: Sequence[Cache] | None,
     ) -> None:
-        if length > self.config.longest:
-            allowed = f"at most max_length = {self.config.longest}"
+        most = self.config.longest + self.config.prefix
+        if length > most:
+            allowed = f"at most max_length = {most}"
             raise input_error("tokens", f"{length} in a row", allowed, "Shorten the text, or train a longer model.")
         if caches and segment_ids is not None:
             todo = "A cache holds one document for each row; generate without segments."
@@ -357,7 +369,7 @@ class Stack(Model):
     def empty_caches(self, batch: int, max_length: int | None, like: Tensor) -> list[KVCache]:
         """A cache for each layer, on the device and in the dtype of ``like``."""
         _, kv_heads, head_dim = self.config.head_shape
-        sizes = (batch, max_length or self.config.longest, kv_heads, head_dim)
+        sizes = (batch, max_length or self.config.prefix + self.config.longest, kv_heads, head_dim)
         return [DecoderCache(*sizes, device=like.device, dtype=like.dtype) for _ in self.blocks]
 
     def flops_per_row(self, length: int, memory_length: int = 0) -> float:
@@ -385,7 +397,7 @@ def initialise(model: nn.Module, config: TransformerConfig) -> None:
     """GPT-2's scheme: normal of 0.02, and less where blocks add to the stream, so that its size stays even."""
     names = dict(model.named_parameters())
     added = [name for name in names if name.endswith(("attention.out.weight", "mlp.down.weight"))]
-    stacks = 2 if config.kind == "encoder-decoder" else 1
+    stacks = 2 if config.kind in ("encoder-decoder", "image-text") else 1
     for name, parameter in names.items():
         if parameter.dim() == 2:
             std = 0.02 / config.logit_scale if name == "embedding.weight" else 0.02

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from fastattn.errors import input_error
 from fastattn.nn.rotary import RotaryScaling
 
-Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
+Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "image-text"]
 Norm = Literal["rms", "rms-zero", "layer"]
 NormPlace = Literal["before", "after", "both"]
 Activation = Literal["swiglu", "geglu", "geglu-exact", "gelu", "gelu-exact", "relu"]
@@ -39,14 +39,14 @@ class HeadShape(NamedTuple):
 
 
 _LIMITS = {
-    "vocab_size": 1 << 24, "width": 1 << 17, "layers": 1024, "decoder_layers": 1024, "heads": 1 << 12,
-    "kv_heads": 1 << 12, "head_dim": 1 << 13, "mlp_width": 1 << 20, "image_size": 1 << 14,
+    "vocab_size": 1 << 24, "width": 1 << 17, "layers": 1024, "decoder_layers": 1024, "vision_layers": 1024,
+    "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 13, "mlp_width": 1 << 20, "image_size": 1 << 14,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A transformer of one of four kinds: decoder, encoder, encoder-decoder, or encoder of images.
+    """A transformer: decoder, encoder, encoder-decoder, encoder of images, or decoder of text about an image.
 
     Attributes:
         vocab_size: number of tokens; 0 for images.
@@ -57,7 +57,8 @@ class TransformerConfig:
         head_dim: D; None is ``width // heads``. See ``head_shape``.
         mlp_width: hidden size of the MLP; None is ``4 * width``, or two thirds of it for the gated activations, which
             have three matrices, rounded up to a multiple of 32. See ``hidden``.
-        max_length: most tokens in a row, in training and in generation. Of images it is ``image_tokens``.
+        max_length: most tokens in a row, in training and in generation, without those of an image. Of images it is
+            ``image_tokens``.
         norm: "rms" (RMSNorm), "rms-zero" (RMSNorm times 1 + weight, as Gemma has it) or "layer" (LayerNorm).
         activation: "swiglu" or "geglu" (gated by silu or gelu), "gelu", both with the tanh form of gelu unless their
             name ends in "-exact", or "relu".
@@ -75,7 +76,7 @@ class TransformerConfig:
         tie_embeddings: use the embedding as the output layer too.
         dropout: probability of dropping attention weights and the outputs of each part of a block, in training.
         attention: "fastattn" lets fastattn choose its backend; "eager" is the plain formula, for comparison.
-        kind: "decoder", "encoder", "encoder-decoder" or "vision". See ``make_model``.
+        kind: "decoder", "encoder", "encoder-decoder", "vision" or "image-text". See ``make_model``.
         decoder_layers: blocks of the decoder of an encoder-decoder; None is ``layers``.
         norm_place: "before" each part of a block (and once at the end), "after" it is added, as in 2017 and BERT, or
             "both" before each part and on its output, as in Gemma 2.
@@ -96,6 +97,7 @@ class TransformerConfig:
         image_size: height and width of an image.
         patch_size: height and width of a patch, which becomes a token.
         channels: of an image.
+        vision_layers: blocks of the encoder of images, of "image-text".
 
     Raises:
         InputError: a value is out of range or two of them do not fit.
@@ -149,6 +151,7 @@ class TransformerConfig:
     logit_softcap: float | None = None
     position_offset: int = 0
     pooler_activation: PoolerActivation = "tanh"
+    vision_layers: int | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -156,7 +159,9 @@ class TransformerConfig:
                 names = " or ".join(repr(x) for x in get_args(kind))
                 raise input_error(name, repr(getattr(self, name)), names, "Choose one of them.")
         sizes = ["width", "layers", "heads", "max_length", "relative_buckets", "relative_distance"]
-        sizes += ["image_size", "patch_size", "channels"] if self.kind == "vision" else ["vocab_size"]
+        sizes += [] if self.kind == "vision" else ["vocab_size"]
+        sizes += ["image_size", "patch_size", "channels"] if self.has_images else []
+        sizes += ["vision_layers"] if self.kind == "image-text" else []
         given = ("kv_heads", "head_dim", "mlp_width", "decoder_layers")
         for name in sizes + [name for name in given if getattr(self, name) is not None]:
             _positive_int(name, getattr(self, name))
@@ -213,12 +218,16 @@ class TransformerConfig:
             "decoder_layers": (self.decoder_layers is not None, ("encoder-decoder",)),
             "token_types": (bool(self.token_types), ("encoder",)),
             "pooler": (self.pooler, ("encoder", "vision")),
+            "vision_layers": (self.vision_layers is not None, ("image-text",)),
         }
         for name, (is_given, kinds) in belongs.items():
             if is_given and self.kind not in kinds:
                 allowed = f"its default, as kind is {self.kind!r}"
                 raise input_error(name, getattr(self, name), allowed, f"It belongs to kind {' or '.join(kinds)}.")
-        if self.kind == "vision" and self.image_size % self.patch_size:
+        if self.kind == "image-text" and (self.window is not None or self.positions == "relative"):
+            given = f"window {self.window}, positions {self.positions!r}"
+            raise input_error("kind", f"'image-text' with {given}", "no window, and other positions", "Leave them out.")
+        if self.has_images and self.image_size % self.patch_size:
             todo = "An image is cut into whole patches."
             raise input_error("patch_size", self.patch_size, f"a divisor of image_size {self.image_size}", todo)
         if self.positions == "sinusoidal" and self.width % 2:
@@ -241,13 +250,32 @@ class TransformerConfig:
         return -(-8 * self.width // 3 // 32) * 32
 
     @property
+    def has_images(self) -> bool:
+        """Whether the model reads images."""
+        return self.kind in ("vision", "image-text")
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before those of text: of an image that is read first."""
+        return self.image_tokens if self.kind == "image-text" else 0
+
+    @property
+    def vision(self) -> TransformerConfig:
+        """The config of the encoder of images in an "image-text" model: a ViT of its width."""
+        return TransformerConfig(
+            0, self.width, self.vision_layers or 0, self.heads, kind="vision", norm="layer", activation="gelu-exact",
+            positions="learned", bias=True, dropout=self.dropout, attention=self.attention, image_size=self.image_size,
+            patch_size=self.patch_size, channels=self.channels,
+        )  # fmt: skip
+
+    @property
     def image_tokens(self) -> int:
         """Tokens of an image: its patches, and one for the whole."""
         return 1 + (self.image_size // self.patch_size) ** 2
 
     @property
     def longest(self) -> int:
-        """Most tokens in a row."""
+        """Most tokens in a row, without those of an image before text."""
         return self.image_tokens if self.kind == "vision" else self.max_length
 
     @property

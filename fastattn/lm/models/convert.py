@@ -93,6 +93,7 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     special_tokens: Mapping[str, int] | None = None,
     chat_template: str | None = None,
+    image_processor: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a folder that ``transformers`` loads, and ``from_pretrained`` too.
@@ -105,6 +106,7 @@ def save_pretrained(
         tokenizer: is written too, as ``tokenizer.json``.
         special_tokens: ids of "bos", "eos", "pad" and "decoder_start" where the model has them, for their generation.
         chat_template: is written too, as ``chat_template.jinja``.
+        image_processor: is written too, as ``preprocessor_config.json``.
         max_shard_bytes: of a file of weights; a larger model is written in several, one after the other, so that memory
             holds the model and one of them.
 
@@ -140,6 +142,8 @@ def save_pretrained(
             _write_json(folder / "tokenizer_config.json", kind | names)
         if chat_template is not None:
             (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        if image_processor is not None:
+            _write_json(folder / "preprocessor_config.json", dict(image_processor))
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], most: int) -> None:
@@ -406,9 +410,9 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
         "rope_scaling": config.positions != "rope",
         "relative_buckets": config.positions != "relative",
         "relative_distance": config.positions != "relative",
-        "image_size": config.kind != "vision",
-        "patch_size": config.kind != "vision",
-        "channels": config.kind != "vision",
+        "image_size": not config.has_images,
+        "patch_size": not config.has_images,
+        "channels": not config.has_images,
         "max_length": config.kind == "vision",
         "tie_embeddings": config.kind in ("encoder", "vision"),
         "logit_scale": config.kind in ("encoder", "vision"),

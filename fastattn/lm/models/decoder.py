@@ -17,7 +17,33 @@ from fastattn.lm.models.recording import Weights, with_weights
 from fastattn.nn import KVCache
 
 
-class Decoder(Generates, Stack):
+class LanguageStack(Generates, Stack):
+    """A stack with an output layer: what decoders of text, and of text about an image, have in common."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        embedding = nn.Embedding(config.vocab_size, config.width)
+        super().__init__(config, causal=True, layers=config.layers, embedding=embedding)
+        # A tied output layer has no weight of its own, so that nothing is stored or decayed twice.
+        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``(..., V)`` of final states ``(..., C)``."""
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        return soft_capped(logits, self.config.logit_softcap)
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values of earlier tokens."""
+        return len(self.blocks)
+
+    def make_caches(self, batch: int, max_length: int | None = None) -> list[KVCache]:
+        """An empty key/value cache for each layer, with room for ``max_length`` tokens (None: the config's)."""
+        return self.empty_caches(batch, max_length, self.embedding.weight)
+
+
+class Decoder(LanguageStack):
     """A decoder language model: tokens in, logits of each next token out.
 
     Args:
@@ -36,10 +62,7 @@ class Decoder(Generates, Stack):
 
     def __init__(self, config: TransformerConfig) -> None:
         check_kind(self, config, "decoder")
-        embedding = nn.Embedding(config.vocab_size, config.width)
-        super().__init__(config, causal=True, layers=config.layers, embedding=embedding)
-        # A tied output layer has no weight of its own, so that nothing is stored or decayed twice.
-        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        super().__init__(config)
         initialise(self, config)
 
     def forward(
@@ -89,22 +112,6 @@ class Decoder(Generates, Stack):
         check_tokens("tokens", tokens)
         x = self.embedding(tokens)
         return self.run(x, positions=positions, segment_ids=segment_ids, mask=mask, caches=caches)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``(..., V)`` of final states ``(..., C)``."""
-        if self.config.logit_scale != 1:
-            hidden = hidden * self.config.logit_scale
-        logits = F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
-        return soft_capped(logits, self.config.logit_softcap)
-
-    @property
-    def cached_layers(self) -> int:
-        """Layers that keep keys and values of earlier tokens."""
-        return len(self.blocks)
-
-    def make_caches(self, batch: int, max_length: int | None = None) -> list[KVCache]:
-        """An empty key/value cache for each layer, with room for ``max_length`` tokens (None: the config's)."""
-        return self.empty_caches(batch, max_length, self.embedding.weight)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of training on one token, forward and backward, in rows of ``length`` tokens, one document to a row."""

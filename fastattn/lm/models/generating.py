@@ -12,7 +12,7 @@ from fastattn.lm.generate.sampling import Sampling
 
 
 class Generates:
-    """The method ``generate`` of ``Decoder`` and ``EncoderDecoder``."""
+    """The method ``generate`` of ``Decoder``, ``EncoderDecoder`` and ``ImageTextDecoder``."""
 
     def generate(
         self,
@@ -35,7 +35,7 @@ class Generates:
             tokens: prompts, ``(B, S)`` or rows of different lengths; of an encoder-decoder, beginnings of the targets.
             max_new_tokens: most tokens for each.
             sampling: how tokens are chosen; None is ``fastattn.lm.generate.Sampling()``.
-            source: what an encoder-decoder reads, a row for each prompt.
+            source: what an encoder-decoder reads, a row for each prompt; or images ``(B, C, H, W)``.
             beams: search for the likeliest text with so many beams instead of sampling; None samples. Of ``sampling``
                 they take the repetition penalty.
             length_penalty: of beams; above 1 favours long texts.

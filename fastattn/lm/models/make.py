@@ -6,13 +6,15 @@ from fastattn.lm.models.config import TransformerConfig
 from fastattn.lm.models.decoder import Decoder
 from fastattn.lm.models.encoder import Encoder, VisionEncoder
 from fastattn.lm.models.encoder_decoder import EncoderDecoder
+from fastattn.lm.models.image_text import ImageTextDecoder
 
-AnyModel = Decoder | Encoder | EncoderDecoder | VisionEncoder
+AnyModel = Decoder | Encoder | EncoderDecoder | VisionEncoder | ImageTextDecoder
 _CLASSES: dict[str, type[AnyModel]] = {
     "decoder": Decoder,
     "encoder": Encoder,
     "encoder-decoder": EncoderDecoder,
     "vision": VisionEncoder,
+    "image-text": ImageTextDecoder,
 }
 
 

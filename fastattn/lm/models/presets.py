@@ -28,6 +28,8 @@ _VIT: Fields = {
     "bias": True,
 }  # fmt: skip
 
+_IMAGE_TEXT: Fields = {"kind": "image-text"} | _MODERN
+
 PRESETS: dict[str, Fields] = {
     "tiny": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "max_length": 256} | _MODERN,
     "small": {"width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "max_length": 512} | _MODERN,
@@ -47,16 +49,22 @@ PRESETS: dict[str, Fields] = {
     "transformer-big": {"width": 1024, "layers": 6, "heads": 16, "embedding_scale": math.sqrt(1024)} | _ORIGINAL,
     "t5-small": {"width": 512, "layers": 6, "heads": 8, "logit_scale": 512**-0.5} | _T5,
     "t5-base": {"width": 768, "layers": 12, "heads": 12, "logit_scale": 768**-0.5} | _T5,
+    "vit-mini": {"width": 128, "layers": 4, "heads": 4, "image_size": 32, "patch_size": 4} | _VIT,
     "vit-tiny": {"width": 192, "layers": 12, "heads": 3} | _VIT,
     "vit-base": {"width": 768, "layers": 12, "heads": 12} | _VIT,
-}
+    "image-text-mini": {"width": 128, "layers": 2, "vision_layers": 2, "heads": 4, "max_length": 256, "image_size": 32,
+                        "patch_size": 8} | _IMAGE_TEXT,
+    "image-text-tiny": {"width": 192, "layers": 4, "vision_layers": 4, "heads": 3, "max_length": 256, "image_size": 96,
+                        "patch_size": 8} | _IMAGE_TEXT,
+    "image-text-small": {"width": 384, "layers": 6, "vision_layers": 6, "heads": 6, "max_length": 512} | _IMAGE_TEXT,
+}  # fmt: skip
 
 
 def preset(name: str, vocab_size: int = 0) -> TransformerConfig:
     """A named size of model.
 
-    "tiny", "small", "base", "large", and "encoder-*" and "seq2seq-*" have RMSNorm, SwiGLU and rotary positions, and the
-    decoders among them fewer key/value heads; the others have the form of the paper they are named after.
+    "tiny", "small", "base", "large", "encoder-*", "seq2seq-*" and "image-text-*" have RMSNorm, SwiGLU and rotary
+    positions, and the decoders of text fewer key/value heads; the others have the form of the paper that names them.
 
     Args:
         name: a key of ``PRESETS``. Change single fields with ``dataclasses.replace``.

@@ -22,7 +22,7 @@ def recorded_weights(model: nn.Module) -> Iterator[Weights]:
 
     Yields:
         a dict that each call of the model fills: a list with the weights ``(B, H_q, S_q, S_kv)`` of each layer, fp32,
-        by "self" or, of an encoder-decoder, "encoder", "decoder" and "cross".
+        by "self" or, of an encoder-decoder, "encoder", "decoder" and "cross"; "vision" is a part that reads an image.
 
     Example:
         >>> import torch
@@ -55,4 +55,4 @@ def _kind(name: str) -> str:
     if "cross_attention" in name:
         return "cross"
     stack = name.removeprefix("backbone.").partition(".")[0]
-    return stack if stack in ("encoder", "decoder") else "self"
+    return stack if stack in ("encoder", "decoder", "vision") else "self"

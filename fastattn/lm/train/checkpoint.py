@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastattn.errors import DataError, InputError
 from fastattn.files import new_folder, read_limited, remove_folder
+from fastattn.lm.data.images import Pixels
 from fastattn.lm.models import Encoder, MaskedLM, TransformerConfig, make_model
 from fastattn.lm.train.parallel import ALONE, Ranks, is_sharded, load_parts, save_parts
 from fastattn.lm.train.special_tokens import SpecialTokens
@@ -77,6 +78,15 @@ class Checkpoint:
     def chat_template(self) -> str | None:
         """The template of a run of fine-tuning for chat."""
         return self.trainer_state().get("settings", {}).get("chat_template")
+
+    @property
+    def pixels(self) -> Pixels:
+        """The way from an image to what the model reads."""
+        fields = self.trainer_state().get("settings", {}).get("pixels")
+        try:
+            return Pixels() if fields is None else Pixels.from_dict(fields)
+        except (InputError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder / 'trainer.json'} does not hold what fastattn writes there.") from error
 
     def special_tokens(self, tokenizer: Tokenizer) -> SpecialTokens:
         """The marks of its texts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,15 @@ _POOL = 32  # batches in which rows are sorted by length
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """Rows by name: what is in their features, ``(B, S)`` int64, and which of it is no padding, bool, if any is."""
+    """Rows by name: what is in their features, ``(B, S)`` int64, and which of it is no padding, bool, if any is.
+
+    Attributes:
+        tensors: of the rows.
+        image_tokens: that an image of the rows is read as; 0 if they have none.
+    """
 
     tensors: dict[str, Tensor]
+    image_tokens: int = 0
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -38,13 +45,16 @@ class ExampleBatch:
 
     def to(self, device: torch.device) -> ExampleBatch:
         if device.type != "cuda":
-            return ExampleBatch({name: x.to(device) for name, x in self.tensors.items()})
-        return ExampleBatch({name: x.pin_memory().to(device, non_blocking=True) for name, x in self.tensors.items()})
+            return self._with({name: x.to(device) for name, x in self.tensors.items()})
+        return self._with({name: x.pin_memory().to(device, non_blocking=True) for name, x in self.tensors.items()})
 
     def split(self, rows: int) -> Iterator[ExampleBatch]:
         """Parts of at most ``rows`` rows."""
         for parts in zip(*(x.split(rows) for x in self.tensors.values()), strict=True):
-            yield ExampleBatch(dict(zip(self.tensors, parts, strict=True)))
+            yield self._with(dict(zip(self.tensors, parts, strict=True)))
+
+    def _with(self, tensors: dict[str, Tensor]) -> ExampleBatch:
+        return dataclasses.replace(self, tensors=tensors)
 
     def num_labels(self) -> int:
         labels = self.tensors["labels"]
@@ -54,7 +64,8 @@ class ExampleBatch:
         """Tokens that the model reads, without padding."""
         read = ((name, self.tensors[name]) for name in _READ if name in self.tensors)
         masks = {name: self.tensors.get(mask) for name, mask in _MASKS.items()}
-        return sum(x.numel() if (mask := masks.get(name)) is None else int(mask.sum()) for name, x in read)
+        of_text = sum(x.numel() if (mask := masks.get(name)) is None else int(mask.sum()) for name, x in read)
+        return of_text + self.image_tokens * len(self.tensors["labels"])
 
 
 def padded(features: Sequence[Feature]) -> ExampleBatch:
@@ -81,12 +92,19 @@ class ExampleRows:
         features: at least one.
         batch: rows that are padded together.
         seed: of the order.
+        collate: makes a batch of features.
     """
 
-    def __init__(self, features: Sequence[Feature], batch: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        batch: int,
+        seed: int = 0,
+        collate: Callable[[Sequence[Feature]], ExampleBatch] = padded,
+    ) -> None:
         if not features:
             raise DataError("There are no examples to learn from.")
-        self.features, self.seed = features, seed
+        self.features, self.seed, self.collate = features, seed, collate
         self.group = min(batch, len(features))
         self._lengths = np.array([sum(map(len, feature.values())) for feature in features])
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -95,14 +113,14 @@ class ExampleRows:
         """Rows ``step * rows ... (step + 1) * rows`` of the endless sequence of epochs."""
         size = len(self.features) // self.group * self.group
         places = (divmod(index, size) for index in range(step * rows, (step + 1) * rows))
-        return padded([self.features[self._order(epoch)[place]] for epoch, place in places])
+        return self.collate([self.features[self._order(epoch)[place]] for epoch, place in places])
 
     def sample(self, rows: int, batch_rows: int) -> Iterator[ExampleBatch]:
         """At most ``rows`` rows, evenly spaced over the features, the shortest first."""
         count = min(rows, len(self.features))
         chosen = sorted((i * len(self.features) // count for i in range(count)), key=lambda i: (self._lengths[i], i))
         for start in range(0, count, batch_rows):
-            yield padded([self.features[i] for i in chosen[start : start + batch_rows]])
+            yield self.collate([self.features[i] for i in chosen[start : start + batch_rows]])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from fastattn.errors import DataError
 from fastattn.files import read_limited
+from fastattn.lm.data.images import Pixels
 from fastattn.lm.generate.chat import template_of, token_named
 from fastattn.lm.models import from_pretrained
 from fastattn.lm.models.config import AttentionKind
@@ -47,6 +48,8 @@ class HFFolder:
             return None
         if hf_format.kind == "encoder-decoder":
             return "seq2seq"
+        if hf_format.kind == "vision":
+            return "image" if head_class(hf_format, fields) else None
         task = _TASKS.get(head_class(hf_format, fields) or "")
         return _KINDS.get(fields.get("problem_type") or "", task) if task == "classify" else task
 
@@ -55,6 +58,11 @@ class HFFolder:
         """The template in ``chat_template.jinja`` or ``tokenizer_config.json``."""
         path = self.folder / "chat_template.jinja"
         return read_limited(path) if path.is_file() else template_of(self._read("tokenizer_config.json"))
+
+    @property
+    def pixels(self) -> Pixels:
+        """The way from an image to what the model reads, by ``preprocessor_config.json``."""
+        return Pixels.of_hugging_face(self._read("preprocessor_config.json"))
 
     def special_tokens(self, tokenizer: Tokenizer) -> SpecialTokens:
         """The marks that the folder's settings name, and for those that they do not, the usual ones."""

@@ -24,7 +24,9 @@ from fastattn.lm.train.objectives import corrupt_spans, mask_tokens, span_counts
 from fastattn.lm.train.special_tokens import SpecialTokens, mask_token, sentinel_tokens
 from fastattn.lm.train.tokens import vocabulary_size
 
-_FAMILIES = {"decoder": "", "encoder": "encoder-", "encoder-decoder": "seq2seq-"}  # of presets of one size
+_FAMILIES = {  # of presets of one size
+    "decoder": "", "encoder": "encoder-", "encoder-decoder": "seq2seq-", "vision": "vit-", "image-text": "image-text-",
+}  # fmt: skip
 _HELD_OUT = 1 << 31  # seeds what is hidden in held-out rows; those of training are smaller
 
 

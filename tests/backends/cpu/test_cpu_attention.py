@@ -87,6 +87,8 @@ def test_head_dims_from_1_to_512(dtype):
 LONG = {
     "blocks": {"S_q": 210, "S_kv": 1100},
     "window": {"S_q": 700, "S_kv": 700, "left": 130, "right": 3, "H_q": 4},
+    "parts that no row keeps": {"S_q": 100, "S_kv": 1700, "left": 90, "right": 0},
+    "rows that keep no part": {"S_q": 1500, "S_kv": 600, "left": 90, "right": 0},
     "segments": {"S_q": 700, "S_kv": 700, "segments": 4, "right": 0},
     "terms": {"S_q": 300, "S_kv": 640, "bias": (1, 2, 300, 640), "mask": "random", "alibi": True, "softcap": 5.0},
     "intervals": {"S_q": 150, "S_kv": 1300, "intervals": "random", "H_q": 4, "dlse": True, "right": 0},
@@ -277,7 +279,7 @@ def test_a_long_sequence_takes_little_more_than_its_results():
     )
     taken = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     results = 4 * 16384 * 2 * 64 * 4 + 2 * 16384 * 2 * 4  # out and three gradients, lse in two parts
-    assert int(taken.stdout) < results + (8 << 20)
+    assert int(taken.stdout) < results + (4 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

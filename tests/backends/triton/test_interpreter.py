@@ -15,8 +15,10 @@ from fastattn.backends import load  # noqa: E402
 from fastattn.backends.triton import configs, launch  # noqa: E402
 from fastattn.backends.triton.arguments import Flags, Sizes, Terms, coded  # noqa: E402
 from fastattn.backends.triton.tile import open_head, survivors, tanh  # noqa: E402
-from fastattn.problem import Inputs  # noqa: E402
+from fastattn.problem import Inputs, Problem, Tangents  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
+from fastattn.testing.derivatives import DerivativeYardstick, Motion, measure_derivatives  # noqa: E402
+from fastattn.testing.statistics import measure_statistics  # noqa: E402
 
 # bf16 is computed in fp32 here, so that what it adds is loads and stores
 WIDEST = load("triton").capabilities.max_head_dim
@@ -28,6 +30,26 @@ EVERYTHING = [case for case in GRID if case.id in ("everything [float32]", "ever
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.id)
 def test_grid(case: testing.Case) -> None:
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
+
+
+DERIVED = ("everything", "everything, packed", "intervals and the rest")
+
+
+@pytest.mark.parametrize("name", [*(f"{name} [float32]" for name in DERIVED), "gqa of three [float16]"])
+def test_derivatives_and_statistics(name: str) -> None:
+    sample = testing.make(next(case for case in GRID if case.id == name))
+    testing.assert_within(measure_derivatives("triton", sample))
+    testing.assert_within(measure_statistics("triton", sample))
+
+
+def test_what_stands_still() -> None:
+    """Each input alone along its tangent, as ``jvp`` with few arguments has it."""
+    sizes = {"B": 1, "S_q": 9, "S_kv": 7, "H_q": 2, "H_kv": 1, "D_qk": 8, "D_v": 4}
+    sample = testing.make(testing.Case("small", **sizes, softcap=2.0, bias=(1, 1, 9, 7), sinks=True))
+    full = Motion.of(sample)
+    for name in sample.needs:
+        motion = Motion(Tangents(**{name: getattr(full.tangents, name)}), torch.zeros_like(sample.dout), None)
+        testing.assert_within(measure_derivatives("triton", sample, yardstick=DerivativeYardstick(sample, motion)))
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (3, 2), (80, 80), (160, 160), (255, 256)], ids=str)
@@ -58,6 +80,16 @@ def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) ->
     configs.config_for.cache_clear()
 
 
+def test_wide_rows_are_served_but_not_their_derivatives_and_statistics() -> None:
+    q = torch.empty(1, 4, 1, 320)
+    inputs = Inputs(q, q, q, max_seqlen_q=4, max_seqlen_kv=4)
+    reasons = [
+        load("triton").unsupported_reasons(Problem.of(inputs, AttentionSpec(1.0), also=also))
+        for also in ((), ("jvp",), ("statistics",))
+    ]
+    assert reasons == [[], ["jvp at head dim 320/320 (at most 256)"], ["statistics at head dim 320/320 (at most 256)"]]
+
+
 def test_parts_of_a_group_fill_the_device_and_no_more() -> None:
     assert launch.parts_of(programs=32, group=16, on=132) == 8
     assert launch.parts_of(programs=32, group=3, on=132) == 3
@@ -66,7 +98,7 @@ def test_parts_of_a_group_fill_the_device_and_no_more() -> None:
 
 def test_dbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """As NVIDIA's GPUs compute it for long rows: the interpreter would only do so in fp32."""
-    monkeypatch.setattr(launch.Backward, "_dbias_in_chunks", lambda self: True)
+    monkeypatch.setattr(launch.Backward, "dbias_in_chunks", lambda self: True)
     case = next(case for case in GRID if case.id == "everything [float16]")
     assert case.bias
     testing.assert_within(testing.measure(load("triton"), testing.make(dataclasses.replace(case, D_qk=80, D_v=40))))

@@ -41,7 +41,7 @@ def untrained(name, labels=None):
     return Finetuned(task.add_head(make_model(config)).eval(), task)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.reads_images])
 def test_a_prediction_has_the_form_of_its_task_and_is_json(name):
     found = untrained(name).predict([INPUTS.get(name, "a b")] * 2, batch=1)
     assert sorted(found[0]) == sorted(found[1]) == KEYS[name]

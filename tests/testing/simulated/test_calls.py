@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastattn
 import fastattn.nn
+from fastattn.inspection import attention_statistics
 from fastattn.integrations.torch import override_sdpa
 from fastattn.lm.models import make_model, preset
 from fastattn.nn import tree_mask
@@ -149,6 +150,28 @@ def mapped() -> Callable[[], object]:
     return lambda: torch.vmap(lambda x: fastattn.attention(x, x, x, causal=True))(q)
 
 
+def derivatives() -> Callable[[], object]:
+    """Forward mode and double backward."""
+    q, k, v = normal(1, 20, 2, 16, grad=True), normal(1, 20, 1, 16), normal(1, 20, 1, 16)
+
+    def run() -> object:
+        moved = torch.func.jvp(lambda *x: fastattn.attention(*x, causal=True), (q.detach(), k, v), (q.detach(), v, k))
+        (once,) = torch.autograd.grad(fastattn.attention(q, k, v).square().sum(), q, create_graph=True)
+        return moved, torch.autograd.grad(once.square().sum(), q)
+
+    return run
+
+
+def statistics() -> Callable[[], object]:
+    q, k = normal(1, 20, 2, 16, grad=True), normal(1, 20, 1, 16)
+
+    def run() -> object:
+        found = attention_statistics(q, k, causal=True)
+        return torch.autograd.grad(found.entropy.sum() + found.largest_logit.sum(), q)
+
+    return run
+
+
 @pytest.mark.parametrize("prepare", CALLS.values(), ids=CALLS)
 def test_a_call_runs_kernels_and_never_waits(
     prepare: Callable[[], Callable[[], object]], machine: simulated.Machine
@@ -171,6 +194,24 @@ def test_it_runs_on_the_current_stream_of_its_own_device(
         run()
         assert torch.cuda.current_device() == 1
     assert {(launch.device, launch.stream) for launch in machine.launches} == {(0, side.cuda_stream)}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "kernels"),
+    [
+        (derivatives, {"jvp_kernel", "backward_jvp_dq_kernel"}),
+        (statistics, {"row_statistics_kernel", "key_statistics_kernel", "statistics_dq_kernel"}),
+    ],
+    ids=["derivatives", "statistics"],
+)
+def test_the_kernels_of_derivatives(
+    prepare: Callable[[], Callable[[], object]], kernels: set[str], machine: simulated.Machine
+) -> None:
+    run = prepare()
+    with no_wait(machine):
+        run()
+    assert kernels <= {launch.kernel for launch in machine.launches}
+    assert {launch.device for launch in machine.launches} == {0}
 
 
 def test_another_device(machine: simulated.Machine) -> None:

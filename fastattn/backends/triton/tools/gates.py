@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fastattn.backends.triton.tools import compiler
+from fastattn.backends.triton.tools import compiler, derived
 from fastattn.backends.triton.tools.builds import (
     DEFAULT_SHARED_LIMITS,
     TARGETS,
@@ -181,7 +181,7 @@ class _Unchanged(Exception):
 def _start_compiler(cache: str) -> None:
     """Turn launches in this process into compilations for ``_target``."""
     os.environ["TRITON_CACHE_DIR"] = cache
-    from fastattn.backends.triton import launch, launch_decode
+    from fastattn.backends.triton import launch, launch_decode, launch_derivatives, launch_statistics
 
     torch.set_num_threads(1)
 
@@ -190,8 +190,9 @@ def _start_compiler(cache: str) -> None:
         if _wanted and name != _wanted:
             return None
         if _wanted and not _launched:
-            kernels = {**vars(launch), **vars(launch_decode)}
-            _code = compiler.code_of(kernels[name], arguments)
+            modules = (launch, launch_decode, launch_derivatives, launch_statistics)
+            kernel = next(vars(module)[name] for module in modules if name in vars(module))
+            _code = compiler.code_of(kernel, arguments)
             if _code == _known:
                 raise _Unchanged
         begin = time.perf_counter()
@@ -216,7 +217,7 @@ def _compile(build: Build, known: str | None = None) -> Figures | None:
     _launched.clear()
     _wanted, _known = f"{build.kernel}_kernel", known
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    config = config_of(build)
+    config = derived.config_of(build) if build.kernel in derived.KERNELS else config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
@@ -224,6 +225,8 @@ def _compile(build: Build, known: str | None = None) -> Figures | None:
             prompt, spec = cache_problem_of(build)
             out, lse = (torch.empty(shape, device="meta") for shape in (prompt.out_shape(), prompt.lse_shape()))
             launch_decode.attend_as_prompt(prompt, spec, out.to(prompt.q.dtype), lse, config)
+        elif build.kernel in derived.KERNELS:
+            derived.launch(build)
         elif build.kernel == "forward":
             launch.forward(*problem_of(build), config)
         else:

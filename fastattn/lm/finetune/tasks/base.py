@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
+from fastattn.lm.data.images import ImageReader, Pixels, check_image
+from fastattn.lm.finetune.augment import augmented
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.models import TransformerConfig
 from fastattn.lm.train.example_rows import ExampleBatch, Feature, padded
@@ -22,11 +25,12 @@ class Task(ABC):
     """A task, for one model.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: of the model; None where the task has no text.
         config: of the model.
         labels: names of the labels, from ``label_names``.
         length: most tokens in a row; None is the model's.
         chat_template: of "chat", see ``fastattn.lm.generate.ChatTemplate``; None is the default one.
+        pixels: the way from an image to what the model reads.
 
     Raises:
         InputError: the model is of a kind that cannot serve the task, or ``length`` is more than it can read.
@@ -38,25 +42,43 @@ class Task(ABC):
     answer_field: ClassVar[str | None] = None  # of the tasks whose answer is generated text
     scores_text: ClassVar[bool] = True  # that text is compared with the expected one
     needs_reference: ClassVar[bool] = False  # its loss compares with the model before training
+    reads_text: ClassVar[bool] = True
+    reads_images: ClassVar[bool] = False
+    augment = "none"  # what training changes in the images, a key of ``fastattn.lm.finetune.augment.AUGMENTATIONS``
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         config: TransformerConfig,
         labels: Sequence[str] = (),
         length: int | None = None,
         chat_template: str | None = None,
+        pixels: Pixels | None = None,
     ) -> None:
-        if config.kind not in self.kinds:
-            todo = f"Take a checkpoint or a preset of that kind for {self.name}."
-            raise input_error("model", f"one of kind {config.kind}", " or ".join(self.kinds), todo)
+        self.check_kind(config)
         if length is not None and not 8 <= length <= config.max_length:
             allowed = f"8 ... {config.max_length}, the longest row of the model"
             raise input_error("length", length, allowed, "Leave it out for the longest.")
-        self.tokenizer, self.length, self.labels = tokenizer, length or config.max_length, tuple(labels)
+        self.tokenizer: Any = tokenizer
+        self.length, self.labels = length or config.max_length, tuple(labels)
         self.has_types = config.token_types > 1
-        self.special, self.chat_template = SpecialTokens.of(tokenizer), chat_template
+        self.chat_template, self.config, self.pixels = chat_template, config, pixels or Pixels()
         self.numbers = {label: number for number, label in enumerate(labels)}
+
+    @cached_property
+    def special(self) -> SpecialTokens:
+        return SpecialTokens.of(self.tokenizer)
+
+    @cached_property
+    def reader(self) -> ImageReader:
+        return ImageReader(self.config.image_size, self.config.channels, self.pixels.resample)
+
+    @classmethod
+    def check_kind(cls, config: TransformerConfig) -> None:
+        """Raise InputError unless a model of this config can serve the task."""
+        if config.kind not in cls.kinds:
+            todo = f"Take a checkpoint or a preset of that kind for {cls.name}."
+            raise input_error("model", f"one of kind {config.kind}", " or ".join(cls.kinds), todo)
 
     @classmethod
     def label_names(cls, examples: Sequence[Example]) -> tuple[str, ...]:
@@ -128,6 +150,24 @@ class Task(ABC):
         first, second = self.ids(example.fields["text"]), self.ids(example.fields.get("text_pair", ""))
         return self.pair(first, second[: self.length // 2])
 
+    def image(self, example: Example) -> Feature:
+        """The image of an example, which is decoded where its batch is made; raises DataError if it cannot be."""
+        check_image(example.fields["image"])
+        return {"image": [example.fields["image"]]}
+
+    def collate(self, features: Sequence[Feature]) -> ExampleBatch:
+        """Features as one batch."""
+        if not self.reads_images:
+            return padded(features)
+        batch = padded([{name: x for name, x in feature.items() if name != "image"} for feature in features])
+        images = self.reader.read([feature["image"][0] for feature in features])
+        return ExampleBatch(batch.tensors | {"images": images}, self.config.image_tokens)
+
+    def images(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+        """The images of a batch as the model reads them, in training augmented."""
+        images = self.pixels.normalised(batch["images"])
+        return augmented(images, self.augment) if model.training else images
+
     def is_longest(self, feature: Feature) -> bool:
         """Whether a row is as long as it can be, as it is where an example was cut."""
         return max(len(feature.get(name, ())) for name in ("tokens", "source", "target")) >= self.length
@@ -135,4 +175,4 @@ class Task(ABC):
     def batch(self, examples: Sequence[Example], model: nn.Module) -> ExampleBatch:
         """The first row of each example, on the device of the model."""
         device = next(model.parameters()).device
-        return padded([self.inputs(example)[0] for example in examples]).to(device)
+        return self.collate([self.inputs(example)[0] for example in examples]).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from fastattn.lm.train.tasks import cross_entropy
 class _OfText(Task):
     """A task with a ``SequenceClassifier``."""
 
-    kinds = ("encoder", "decoder")
+    kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
     def inputs(self, example: Example) -> list[Feature]:
         return [self.texts(example)]

@@ -35,7 +35,7 @@ class _Generates(Task):
         return backbone
 
     def write(
-        self, model: Any, begin: list[list[int]], most: int | None, source: list[list[int]] | None = None
+        self, model: Any, begin: list[list[int]], most: int | None, source: list[list[int]] | Tensor | None = None
     ) -> list[Prediction]:
         """The likeliest next tokens of each row, one after the other, up to its end, as text."""
         count = min(most or self.length, self.length)
@@ -76,7 +76,7 @@ class Seq2Seq(_Generates):
 class _Responds(_Generates):
     """A decoder that goes on after a prompt."""
 
-    kinds = ("decoder",)
+    kinds: ClassVar[tuple[str, ...]] = ("decoder",)
     answer_field = "response"
 
     @abstractmethod
@@ -100,7 +100,7 @@ class Instruct(_Responds):
     name = "instruct"
 
     def features(self, example: Example) -> list[Feature]:
-        response = self.ids(example.fields["response"])[: self.length - 1]
+        response = self.ids(example.fields[self.answer_field])[: self.length - 1]
         prompt = self.prompt(example)[-(self.length - len(response)) :]
         labels = [IGNORED] * (len(prompt) - 1) + [*response, self.special.end]
         return [{"tokens": prompt + response, "labels": labels}]

@@ -1,0 +1,78 @@
+"""The builds of the kernels of derivatives and statistics, and how each is launched."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastattn.backends.triton.tools.builds import EVERYTHING, Build, problem_of
+from fastattn.problem import Inputs, Rows, Tangents
+from fastattn.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.triton.configs import Config
+
+KERNELS = (
+    "jvp", "backward_jvp_dkdv", "backward_jvp_dq", "backward_jvp_dbias", "row_statistics", "key_statistics",
+    "statistics_dk", "statistics_dq", "statistics_dbias",
+)  # fmt: skip
+
+
+def all_builds() -> list[Build]:
+    """Every row of the table for two generations of GPUs, with little and with everything in use."""
+    from fastattn.backends.triton.derived_configs import TABLE
+
+    found = []
+    for (kernel, bits, head_dim), target in itertools.product(TABLE, ("sm_80", "sm_90")):
+        least = "bias causal" if kernel.endswith("dbias") else "causal"
+        found += [Build("default", target, kernel, what, bits, head_dim) for what in (least, EVERYTHING)]
+    return found
+
+
+def config_of(build: Build) -> Config:
+    """The configuration that a build is compiled with."""
+    from fastattn.backends.triton import derived_configs
+
+    return derived_configs.config_for(build.kernel, build.bits, build.head_dim)
+
+
+def launch(build: Build) -> None:
+    """Launch the kernel of a build on tensors without memory."""
+    inputs, spec = problem_of(build)
+    if build.kernel.startswith(("jvp", "backward_jvp")):
+        _launch_derivative(build.kernel, inputs, spec)
+    else:
+        _launch_statistics(build.kernel, inputs, spec)
+
+
+def _launch_derivative(kernel: str, inputs: Inputs, spec: AttentionSpec) -> None:
+    from fastattn.backends.triton import launch_derivatives
+
+    out, lse = inputs.q.new_empty(inputs.out_shape()), _of_rows(inputs)
+    tangents, rows = Tangents(inputs.q, inputs.k, inputs.v, inputs.bias, inputs.sinks), Rows(out, lse, out, lse, lse)
+    if kernel == "jvp":
+        launch_derivatives.jvp(tangents, rows, inputs, spec)
+    else:
+        pass_ = launch_derivatives.BackwardJvp.of(rows, rows, tangents, inputs, spec)
+        getattr(pass_, kernel.removeprefix("backward_jvp_"))()
+
+
+def _launch_statistics(kernel: str, inputs: Inputs, spec: AttentionSpec) -> None:
+    from fastattn.backends.triton import launch_statistics
+    from fastattn.backends.triton.statistics import OfRows
+
+    pass_ = launch_statistics.Pass.of(inputs, spec)
+    of_keys = launch_statistics.of_keys(*(inputs.q.new_empty(inputs.key_shape(), dtype=torch.float32),) * 2)
+    given = OfRows(_of_rows(inputs), _of_rows(inputs), None), of_keys._replace(key_max=None)
+    if kernel == "row_statistics":
+        pass_.rows(OfRows(None, None, pass_.largest_key), *given)
+    elif kernel == "key_statistics":
+        pass_.keys(of_keys)
+    else:
+        getattr(pass_, kernel.removeprefix("statistics_"))(*given)
+
+
+def _of_rows(inputs: Inputs) -> torch.Tensor:
+    return inputs.q.new_empty(inputs.lse_shape(), dtype=torch.float32)
