@@ -11,7 +11,7 @@ import torch
 
 from fastattn.backends.triton import table
 from fastattn.files import write_text
-from fastattn.kv_cache import CacheInputs
+from fastattn.kv_cache import FP8, CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -65,7 +65,8 @@ def features_of(kind: str) -> frozenset[str]:
     """The features that a kind of row is measured with, besides the causal mask."""
     kernel, _, count = kind.partition(" ")
     heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
-    return frozenset({"paged"} if count == "paged" else heavy[: {"": 0, "one": 1, "several": 2}[count]])
+    caches = {"paged": {"paged"}, "e4m3": {"paged", "e4m3", "softcap", "alibi"}}
+    return frozenset(caches.get(count) or heavy[: {"": 0, "one": 1, "several": 2}[count]])
 
 
 def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
@@ -150,6 +151,8 @@ def _decoding(
     pages = (TOKENS if device.type == "cuda" else 32) // page_size
     shape = (batch * pages, page_size, 4, d)
     k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    if "e4m3" in features:
+        k, v = k.to(FP8), v.to(FP8)
     table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
     lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
     rows = 1 if kernel == "decode" else 16 * pages // batch
