@@ -50,7 +50,8 @@ docs: install    ## build the documentation in site/, offline, with warnings as 
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs site
 
 tables: install  ## rewrite the tables of README.md and docs/ from benchmarks/results/ and the import rules
-	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md docs/guides/train_from_scratch.md
+	$(BIN)/python -m benchmarks report --pages README.md docs/performance.md docs/reference/testing.md \
+	  docs/guides/train_from_scratch.md
 	$(BIN)/python -m tests.project.test_house_rules
 
 bench: install   ## operator benchmarks on this machine's CPU
@@ -60,7 +61,7 @@ emulate: install ## run the CUDA kernels on an emulated GPU, and check that it r
 	$(BIN)/python csrc/emulator/emulate.py --faults --jobs $(JOBS)
 
 sanitize: install ## run the CPU kernels under the address, undefined behaviour and thread sanitizers
-	$(BIN)/python csrc/cpu/check/check.py --sanitize address,undefined
+	$(BIN)/python csrc/cpu/check/check.py --sanitize address,undefined --package
 	$(BIN)/python csrc/cpu/check/check.py --sanitize thread
 
 cross: install   ## compile the CPU kernels for arm64 and run them under qemu (Debian: g++-aarch64-linux-gnu qemu-user)

@@ -15,6 +15,7 @@ COMMANDS = {
     "ops": "speed and memory of attention itself",
     "model": "training and generation steps of a model",
     "train": "training a GPT-2 beside nanoGPT's recipe and Hugging Face's Trainer, and an LSTM",
+    "finetune": "a fine-tuned classifier beside the recipe of Hugging Face's example script, over several seeds",
     "decode": "attention to a key/value cache, generation with and without one",
     "derivatives": "forward mode, double backward and per-sample gradients, beside torch",
     "swap": "functions and modules that fastattn replaces, each beside its replacement",

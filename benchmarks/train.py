@@ -10,6 +10,7 @@ the settings of that project.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,7 +157,8 @@ class Ours:
         self.model = from_pretrained(gpt2).to(setting.device)
         self._batches = setting.batches()
         named = "bfloat16" if PRECISIONS[precision] else "float32"
-        config = TrainConfig(steps=setting.steps, batch=setting.batch, precision=named, optim=setting.optim)  # type: ignore[arg-type]
+        optim: dict[str, Any] = dataclasses.asdict(setting.optim)
+        config = TrainConfig(steps=setting.steps, batch=setting.batch, precision=named, **optim)  # type: ignore[arg-type]
         folder = setting.folder / f"fastattn-{precision}"
         data: Any = (self, self)
         self._trainer = Trainer(self.model, None, data, config, folder, loss=self._loss, show_progress=False)

@@ -98,7 +98,10 @@ def expected_products(instance: Instance) -> int:
     config = instance.config
     if isinstance(config, DkdvConfig):
         scores, dp, sums = config.d_qk // 16, config.d_v // 16, 2 * config.block_m // 16
-        return scores * (2 if config.is_split else 1) + dp + sums + (config.block_n // 16 if config.fused else 0)
+        of_dq = (
+            config.block_n + (64 if config.d_qk > 128 else 0)
+        ) // 16  # a third chunk of columns from half of the keys
+        return scores * (2 if config.is_split else 1) + dp + sums + (of_dq if config.fused else 0)
     assert isinstance(config, (ForwardConfig, DqConfig, DecodeConfig))
     if isinstance(config, DqConfig):
         return (config.d_qk + config.d_v + config.block_n) // 16

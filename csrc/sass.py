@@ -41,7 +41,10 @@ class Instruction:
     def touched(self) -> Registers:
         """All registers that it reads or writes, except those of a product itself."""
         pairs = (int(number) + 1 for number in re.findall(r"\bR(\d+)\.64\b", self.operands))  # 64-bit addresses
-        return frozenset([register + i for register in self.named() for i in range(self._width())]).union(pairs)
+        data = re.findall(
+            r"\bR(\d+)\b", re.sub(r"\[.*?\]", "", self.operands)
+        )  # as wide as the name says; not addresses
+        return frozenset(int(n) + i for n in data for i in range(self._width())).union(self.named(), pairs)
 
     def written(self) -> Registers:
         first = re.match(r"(?:U?P[T\d]+,\s*)*R(\d+)\b", self.operands)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastattn import ops, reference, vmap
 from fastattn.backends.base import Outputs
@@ -40,7 +41,7 @@ def attend(inputs: Inputs, spec: AttentionSpec, backend: str | None, with_lse: b
 
     Without ``with_lse`` nobody reads lse.
     """
-    compiling, transformed = torch.compiler.is_compiling(), is_transformed()
+    compiling, transformed = is_compiling(), is_transformed()
     # Dynamo refuses a Function with a jvp and drops its derivative inside func.grad: torch derives the formula.
     if compiling and (transformed or is_in_forward_mode()):
         with ops.without_autocast(inputs.q.device.type):

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -117,7 +118,7 @@ def attention(
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
     kind = None
-    if not (dropout_p or return_weights or return_stats or torch.compiler.is_compiling()):
+    if not (dropout_p or return_weights or return_stats or is_compiling()):
         more = _more(bias, mask, alibi_slopes, sinks, segment_ids, intervals)
         asked = requested_now(backend)
         options = ("attention", causal, type(causal), window, scale, softcap, layout, return_lse, asked)
@@ -236,7 +237,7 @@ def attention_varlen(
         torch.Size([7, 4, 32])
     """
     kind = None
-    given = None if torch.compiler.is_compiling() else _more(None, None, intervals=intervals)
+    given = None if is_compiling() else _more(None, None, intervals=intervals)
     is_plain = alibi_slopes is sinks is None and given is not None and not (dropout_p or return_stats)
     if is_plain and max_seqlen_q is not None and max_seqlen_kv is not None:
         options = ("varlen", causal, type(causal), window, scale, softcap, return_lse, max_seqlen_q, max_seqlen_kv)
@@ -315,7 +316,7 @@ def scaled_dot_product_attention(
         torch.Size([2, 8, 128, 64])
     """
     kind = None
-    if not (dropout_p or torch.compiler.is_compiling()):
+    if not (dropout_p or is_compiling()):
         is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
         more = _more(None, attn_mask) if is_boolean else _more(attn_mask, None)
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested_now(None))

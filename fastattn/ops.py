@@ -87,7 +87,7 @@ _INPUT_FIELDS = len(dataclasses.fields(Inputs))
 
 def flatten(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Flat:
     """The operators' common arguments."""
-    tensors = tuple(getattr(inputs, name) for name in TENSORS)
+    tensors = tuple(inputs.tensors().values())
     scalars = (spec.scale, spec.softcap, spec.left, spec.right, spec.anchor, spec.dropout_p)
     return (*tensors, inputs.max_seqlen_q, inputs.max_seqlen_kv, *scalars, backend)
 
@@ -315,7 +315,7 @@ def _plannable(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | 
 
 def _able_to_prepare(inputs: Inputs, spec: AttentionSpec, backend: str | None, *, needs_grad: bool) -> Backend | None:
     chosen = select(Problem.of(inputs, spec, needs_grad), requested(backend))
-    tensors = [getattr(inputs, name) for name in TENSORS]
+    tensors = list(inputs.tensors().values())
     is_able = chosen.prepares_more or not inputs.has_more_than_qkv
     return chosen if is_able and plan.is_plain(tensors) else None
 

@@ -80,6 +80,15 @@ class Inputs:
     def heads_kv(self) -> int:
         return self.k.shape[-2]
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The tensors by name, in the order of ``TENSORS``; written out, since Dynamo guards what is looked up."""
+        return {
+            "q": self.q, "k": self.k, "v": self.v, "bias": self.bias, "mask": self.mask,
+            "alibi_slopes": self.alibi_slopes, "sinks": self.sinks, "segment_ids_q": self.segment_ids_q,
+            "segment_ids_kv": self.segment_ids_kv, "intervals": self.intervals, "cu_seqlens_q": self.cu_seqlens_q,
+            "cu_seqlens_kv": self.cu_seqlens_kv, "rng_state": self.rng_state,
+        }  # fmt: skip
+
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
 
@@ -216,7 +225,7 @@ def check_inputs(inputs: Inputs, spec: AttentionSpec) -> None:
     _check_segments(inputs)
     _check_intervals(inputs)
     _check_rng_state(inputs.rng_state)
-    check_devices({name: getattr(inputs, name) for name in TENSORS}, inputs.q.device)
+    check_devices(inputs.tensors(), inputs.q.device)
 
 
 def broadcasts(shape: Sequence[int], full: Sequence[int]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
@@ -42,11 +43,14 @@ def serve(
     Stores a plan for the ``kind`` of the call. ``heads_first`` says that its tensors are ``(B, H, S, D)``, ``with_lse``
     that it returns lse.
     """
-    ops.refuse_context_parallel()
     check_name(backend)
-    backend = requested(backend)
     inputs = with_rng_state(inputs, spec)
+    if is_dynamo_compiling():  # what is asked for here Dynamo asks for at each call; the operator asks it anyway
+        check_inputs(inputs, spec)
+        return attend(inputs, spec, backend, with_lse)
+    ops.refuse_context_parallel()
     check_inputs(inputs, spec)
+    backend = requested(backend)
     if plain.is_wanted():
         return plain.attend(inputs, spec)
     if kind is not None and not plan.is_known(kind):

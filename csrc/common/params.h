@@ -14,7 +14,7 @@ using uint32 = unsigned int;
 using uint16 = unsigned short;
 using uint8 = unsigned char;
 
-constexpr int64 kForwardVersion = 3, kBackwardVersion = 2;
+constexpr int64 kForwardVersion = 3, kBackwardVersion = 3;
 
 // Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
 constexpr int32 kUnbounded = 1 << 29;
@@ -88,9 +88,14 @@ struct BackwardParams {
   //   row that keeps nothing or does not exist, so that its weights are 0;
   // - delta: rowsum(dout * out) - dlse;
   // - dq_sums: for the fused kernel, fp32 sums of dq with sum_columns columns for each padded row; else null.
+  // - dk_parts, dv_parts: where every query head has a block of its own, fp32 sums of dk and dv with the columns of the
+  //   kernel for each padded row of keys, (B, H_q, padded_kv) or packed (H_q, padded_kv); null where a block sums over
+  //   the heads that share its keys.
   float* lse_parts;
   float* delta;
   float* dq_sums;
+  float* dk_parts;
+  float* dv_parts;
   Strides q_strides, k_strides, v_strides, dout_strides;
   int64 sinks_batch_stride;
   int64 dtype;

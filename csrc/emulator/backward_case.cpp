@@ -15,7 +15,7 @@ std::vector<BackwardInstance>& backward_instances() {
 
 struct BackwardProblem : Problem {
   Tensor out, dout, dq, dk, dv;
-  std::vector<float> lse, lse_low, dlse, dsinks, lse_parts, delta, dq_sums;
+  std::vector<float> lse, lse_low, dlse, dsinks, lse_parts, delta, dq_sums, dk_parts, dv_parts;
   double whole_lse(int n, int h, int i) const { return double{lse[row(n, h, i)]} + lse_low[row(n, h, i)]; }
   int64 padded_q, padded_kv;
   size_t row(int n, int h, int i) const { return static_cast<size_t>((of(n) * q.heads + h) * q.rows + first_q(n) + i); }
@@ -149,6 +149,11 @@ static BackwardProblem make_backward(BackwardInstance const& instance, Case cons
   size_t const padded = static_cast<size_t>(p.batch() * heads * p.padded_q);
   p.lse_parts.assign(2 * padded + 4, NAN), p.delta.assign(padded, NAN);
   if (instance.is_fused) p.dq_sums.assign(padded * instance.shape.d_qk + 4, NAN);
+  if (!instance.of_queries && c.group > 1 && c.seed % 2) {
+    size_t const padded_keys = static_cast<size_t>(p.batch() * heads * p.padded_kv);
+    p.dk_parts.assign(padded_keys * instance.shape.d_qk + 4, NAN);
+    p.dv_parts.assign(padded_keys * instance.shape.d_v + 4, NAN);
+  }
   if (c.sinks) p.dsinks.assign(static_cast<size_t>(c.batch * heads), NAN);
   std::mt19937 engine(c.seed + 2);
   std::normal_distribution<double> normal;
@@ -183,6 +188,7 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
   f.lse_parts = aligned(p.lse_parts), f.delta = p.delta.data();
   f.padded_q = p.padded_q, f.padded_kv = p.padded_kv;
   if (instance.is_fused) f.dq_sums = aligned(p.dq_sums), f.sum_columns = instance.shape.d_qk;
+  if (!p.dk_parts.empty()) f.dk_parts = aligned(p.dk_parts), f.dv_parts = aligned(p.dv_parts);
   f.scale = p.c.scale;
   f.kv_heads_per_pass = p.c.heads_per_pass / p.c.group;
   sm90::BackwardArgs args;
@@ -194,7 +200,8 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
 static void allow_all(BackwardProblem& p) {
   forget_global();
   for (Tensor* t : {&p.out, &p.dout, &p.dq, &p.dk, &p.dv}) allow_global(t->storage.data(), t->storage.size() * 2);
-  for (auto* x : {&p.lse, &p.lse_low, &p.dlse, &p.sinks, &p.dsinks, &p.lse_parts, &p.delta, &p.dq_sums}) {
+  for (auto* x : {&p.lse, &p.lse_low, &p.dlse, &p.sinks, &p.dsinks, &p.lse_parts, &p.delta, &p.dq_sums, &p.dk_parts,
+                  &p.dv_parts}) {
     allow_global(x->data(), x->size() * sizeof(float));
   }
   for (auto const* x : {&p.cu_q, &p.cu_kv}) allow_global(x->data(), x->size() * sizeof(int));
@@ -230,10 +237,21 @@ static std::string compare_sinks(BackwardProblem const& p, Sums const& sums) {
   return "";
 }
 
+void BackwardInstance::run_after(BackwardParams const& p, uint32_t seed, Report& report) const {
+  if (report.error.empty() && is_fused) {
+    int64 const row_tiles = sm90::tile_count<kPaddedRows, sm90::Of::kQueries>(p);
+    run_grid(row_threads, row_tiles, seed, [&] { finish(p); }, report);
+  }
+  if (report.error.empty() && !of_queries && p.dk_parts) {
+    int64 const key_tiles = sm90::tile_count<kPaddedRows, sm90::Of::kSharedKeys>(p);
+    run_grid(row_threads, key_tiles, seed + 1, [&] { sum_heads(p); }, report);
+  }
+}
+
 std::string run_backward(BackwardInstance const& instance, sm90::BackwardArgs const& args, uint32_t seed,
                          Report& report) {
   BackwardParams const& p = args.p;
-  int64 const row_tiles = sm90::tile_count<kPaddedRows, false>(p);
+  int64 const row_tiles = sm90::tile_count<kPaddedRows, sm90::Of::kQueries>(p);
   run_grid(instance.row_threads, row_tiles, seed, [&] { instance.prepare(p); }, report);
   if (report.error.empty() && p.dsinks) {
     run_grid(instance.row_threads, p.batch * p.heads_q, seed + 1, [&] { instance.sinks(p); }, report);
@@ -241,9 +259,7 @@ std::string run_backward(BackwardInstance const& instance, sm90::BackwardArgs co
   if (report.error.empty()) {
     run_grid(instance.threads, instance.tiles(p), seed + 2, [&] { instance.kernel(args); }, report);
   }
-  if (report.error.empty() && instance.is_fused) {
-    run_grid(instance.row_threads, row_tiles, seed + 3, [&] { instance.finish(p); }, report);
-  }
+  instance.run_after(p, seed + 3, report);
   return report.error;
 }
 

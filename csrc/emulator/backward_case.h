@@ -16,6 +16,10 @@ struct BackwardInstance {
   void (*prepare)(BackwardParams);
   void (*sinks)(BackwardParams);
   void (*finish)(BackwardParams);  // where it is fused
+  void (*sum_heads)(BackwardParams);  // where it owns keys, and every query head has parts
+
+  // The kernels after the large one.
+  void run_after(BackwardParams const& p, uint32_t seed, Report& report) const;
 };
 std::vector<BackwardInstance>& backward_instances();
 

@@ -4,6 +4,7 @@
 #include "../sm90/backward_dq.cuh"
 #include "../sm90/backward_postprocess.cuh"
 #include "../sm90/backward_preprocess.cuh"
+#include "../sm90/backward_sum_heads.cuh"
 #include "backward_case.h"
 
 namespace {
@@ -21,8 +22,9 @@ emu::BackwardInstance instance_of() {
   emu::BackwardInstance made{};
   made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
   made.threads = C::THREADS, made.is_fused = C::FUSED;
-  made.kernel = sm90::backward_dkdv_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, true>;
+  made.kernel = sm90::backward_dkdv_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, sm90::Of::kKeys>;
   made.prepare = sm90::backward_preprocess_kernel<T>, made.sinks = sm90::backward_dsinks_kernel<T>;
+  made.sum_heads = sm90::backward_sum_heads_kernel<C>;
   if constexpr (C::FUSED) made.finish = sm90::backward_postprocess_kernel<C>;
   return made;
 }
@@ -35,7 +37,7 @@ emu::BackwardInstance instance_of() {
   emu::BackwardInstance made{};
   made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, C::SOFTCAP};
   made.threads = C::THREADS, made.of_queries = true;
-  made.kernel = sm90::backward_dq_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, false>;
+  made.kernel = sm90::backward_dq_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, sm90::Of::kQueries>;
   made.prepare = sm90::backward_preprocess_kernel<T>, made.sinks = sm90::backward_dsinks_kernel<T>;
   return made;
 }

@@ -89,7 +89,8 @@ def config_of(line: tuple[str | int, ...]) -> TableConfig:
 def emulated_kernels(csrc: Path) -> list[tuple[TableConfig, tuple[str, ...]]]:
     """Every line, and the variants that docs/measured.md compares with it: dq staged in shared memory."""
     lines = emulated_configs(csrc)
-    staged = [config for config in lines if isinstance(config, DkdvConfig) and config.fused and not config.softcap]
+    fused = [config for config in lines if isinstance(config, DkdvConfig) and config.fused and not config.softcap]
+    staged = [config for config in fused if config.d_qk <= 128]
     return [*((config, ()) for config in lines), *((config, ("-DFA_STAGED=1",)) for config in staged)]
 
 

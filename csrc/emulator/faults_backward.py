@@ -14,6 +14,8 @@ DQ_128, DQ_256 = ("BACKWARD_DQ", 128, 128, 0), ("BACKWARD_DQ", 256, 256, 0)
 
 DKDV, DQ = "sm90/backward_dkdv.cuh", "sm90/backward_dq.cuh"
 PREPROCESS, POSTPROCESS = "sm90/backward_preprocess.cuh", "sm90/backward_postprocess.cuh"
+WIDE_192 = ("BACKWARD_DKDV", 192, 128, 0, 64, 128, 2, 1)
+SUM_HEADS = "sm90/backward_sum_heads.cuh"
 BACKWARD, FRAGMENT, GRADIENT, MASK = "sm90/backward.h", "sm90/fragment.cuh", "common/gradient.h", "common/mask.h"
 
 BACKWARD_FAULTS = [
@@ -213,6 +215,22 @@ BACKWARD_FAULTS = [
         "add_product<T>(dk, ds, n_major(shared.q(q.stage), N));\n          wgmma",
         "add_product<T>(dk, p, n_major(shared.q(q.stage), N));\n          wgmma",
         FUSED_128,
+    ),
+    Fault(
+        "backward: the third chunk from the keys of one consumer",
+        DKDV,
+        "(2 * C::BLOCK_N + keys)",
+        "2 * C::BLOCK_N",
+        WIDE_192,
+    ),
+    Fault("backward: parts of the first head alone", SUM_HEADS, "from += head_step", "++head", FUSED_128, 1),
+    Fault(
+        "backward: parts of the wrong head",
+        BACKWARD,
+        "(tile.map_batch * p.heads_q + head_q) * p.padded_kv",
+        "0",
+        FUSED_128,
+        1,
     ),
     Fault("backward: dq is added before its product is done", DKDV, "wgmma_wait<1>(dq);", "", FUSED_128),
     Fault(

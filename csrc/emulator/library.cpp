@@ -38,10 +38,7 @@ static std::string run_kernel(BackwardInstance const& x, BackwardParams const& p
   if (char const* wrong = make_backward_maps(p, x.shape.block_m, x.shape.block_n, args)) return wrong;
   Report report;
   run_grid(x.threads, x.tiles(p), 2, [&] { x.kernel(args); }, report);
-  if (report.error.empty() && x.is_fused) {
-    int64 const row_tiles = sm90::tile_count<kPaddedRows, false>(p);
-    run_grid(x.row_threads, row_tiles, 3, [&] { x.finish(p); }, report);
-  }
+  x.run_after(p, 3, report);
   return report.error;
 }
 
@@ -54,7 +51,7 @@ static std::string run(BackwardParams const& p) {
   if (!keys || !queries) return "no kernel holds these head dims";
   if (p.sum_columns != (p.dq_sums ? keys->shape.d_qk : 0)) return "dq_sums is made for another kernel";
   Report report;
-  int64 const row_tiles = sm90::tile_count<kPaddedRows, false>(p);
+  int64 const row_tiles = sm90::tile_count<kPaddedRows, sm90::Of::kQueries>(p);
   run_grid(keys->row_threads, row_tiles, 4, [&] { keys->prepare(p); }, report);
   if (report.error.empty() && p.dsinks) {
     run_grid(keys->row_threads, p.batch * p.heads_q, 5, [&] { keys->sinks(p); }, report);

@@ -24,7 +24,7 @@ SECOND_FENCE = "after another fence and no wait, it orders nothing more; CUTLASS
 WITHOUT_EFFECT = {
     ("consumer.cuh", "named_sync(kPingPongBarrier + consumer, 2 * kWarpgroup);"): "ping-pong is there for speed",
     ("consumer.cuh", "consumer, k.stage); mbarrier_wait(v.full(), v.parity); wgmma_fence();"): SECOND_FENCE,
-    ("backward_dkdv.cuh", "if constexpr (OF_K) { wgmma_fence();"): SECOND_FENCE,
+    ("backward_dkdv.cuh", "auto const issue_dp = [&] { wgmma_fence();"): SECOND_FENCE,
     ("backward_dkdv.cuh", "issue_dq<C>(dq, shared, consumer, buffer); wgmma_fence();"): SECOND_FENCE,
     ("backward_dq.cuh", "k_major(shared.k(k.stage))); mbarrier_wait(v.full(), v.parity); wgmma_fence();"): SECOND_FENCE,
     ("decode.cuh", "C::BLOCK_N * CHUNKS * kRowBytes); warp_sync();"): "bytes may come before they are expected",

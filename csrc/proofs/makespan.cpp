@@ -1,8 +1,8 @@
 // How evenly the kernels' own schedulers (sm90/schedule.h, backward.h) share out work: makespan.py and
 // tests/backends/cuda/test_schedule.py build and run it.
 //
-// Reads problems: KERNEL BLOCKS ROWS KEYS PACKED BATCH HEADS_Q HEADS_KV LEFT RIGHT HEADS_PER_PASS OVERHEAD, then the
-// lengths of queries and keys: of each packed sequence, or one pair for all. For each it prints how many tiles there
+// Reads problems: KERNEL BLOCKS ROWS KEYS PACKED BATCH HEADS_Q HEADS_KV LEFT RIGHT HEADS_PER_PASS PARTS OVERHEAD,
+// then the lengths of queries and keys: of each packed sequence, or one pair for all. For each it prints how many tiles there
 // are, how often one is taken at most, the longest block's work, the mean, and the least that the longest could be. A
 // tile works on its blocks of the other side, and on as much as OVERHEAD more of them to begin and end; a block takes
 // its next tile when it is done with the one before.
@@ -32,6 +32,7 @@ namespace fa {
 struct Problem {
   int blocks = 0;
   long rows = 0, keys = 0, packed = 0, batch = 0, heads_q = 0, heads_kv = 0, left = 0, right = 0, per_pass = 0;
+  int parts = 0;  // of dk and dv: every query head has a block of its own
   double overhead = 0;
   std::vector<int32> cu_q = {0}, cu_kv = {0};
 };
@@ -39,7 +40,7 @@ struct Problem {
 static bool read(Problem& p) {
   if (std::scanf("%d %ld %ld %ld %ld", &p.blocks, &p.rows, &p.keys, &p.packed, &p.batch) != 5) return false;
   if (std::scanf("%ld %ld %ld %ld", &p.heads_q, &p.heads_kv, &p.left, &p.right) != 4) return false;
-  if (std::scanf("%ld %lf", &p.per_pass, &p.overhead) != 2) return false;
+  if (std::scanf("%ld %d %lf", &p.per_pass, &p.parts, &p.overhead) != 3) return false;
   for (long n = 0; n < (p.packed ? p.batch : 1); ++n) {
     int s_q = 0, s_kv = 0;
     if (std::scanf("%d %d", &s_q, &s_kv) != 2) return false;
@@ -116,9 +117,12 @@ static void forward(Problem const& of) {
 }
 
 // The hardware starts the blocks of a backward kernel in order, each when one before has ended.
-template <int BLOCK, bool OF_KEYS>
+template <int BLOCK, sm90::Of OF>
 static void backward(Problem const& of) {
+  constexpr bool OF_KEYS = OF == sm90::Of::kKeys;
   BackwardParams p = params_of<BackwardParams>(of);
+  float part = 0;
+  if (of.parts) p.dk_parts = &part;
   auto const padded = [&](int64 rows) {
     return (rows + (of.packed ? of.batch * kPaddedRows : 0) + kPaddedRows - 1) / kPaddedRows * kPaddedRows;
   };
@@ -127,16 +131,17 @@ static void backward(Problem const& of) {
   for (int block = 0; block < of.blocks; ++block) free.push({0, block});
   Account account;
   double makespan = 0;
-  for (int index = 0; index < sm90::tile_count<BLOCK, OF_KEYS>(p); ++index) {
-    sm90::Tile const tile = sm90::find_tile<BLOCK, OF_KEYS>(p, index);
+  for (int index = 0; index < sm90::tile_count<BLOCK, OF>(p); ++index) {
+    sm90::Tile const tile = sm90::find_tile<BLOCK, OF>(p, index);
     if (tile.row >= (OF_KEYS ? tile.s_kv : tile.s_q)) continue;
     Band const band = sm90::band_of(p, tile), turned = OF_KEYS ? transposed(band) : band;
     Range const range = tile_range(turned, tile.row, smaller(tile.row + BLOCK, turned.s_q));
-    double const heads = OF_KEYS ? static_cast<double>(p.heads_q / p.heads_kv) : 1;
+    sm90::Heads const heads = sm90::query_heads(p, tile);
+    double const times = OF_KEYS ? heads.end - heads.first : 1;
     auto const [now, block] = free.top();
     free.pop();
     double const end =
-        now + account.add(tile, heads * blocks_between(range, OF_KEYS ? of.rows : of.keys) + of.overhead);
+        now + account.add(tile, times * blocks_between(range, OF_KEYS ? of.rows : of.keys) + of.overhead);
     makespan = end > makespan ? end : makespan;
     free.push({end, block});
   }
@@ -146,9 +151,9 @@ static void backward(Problem const& of) {
 static bool run(std::string const& kernel, Problem const& p) {
   if (kernel == "forward" && p.rows == 128) forward<128>(p);
   else if (kernel == "forward" && p.rows == 192) forward<192>(p);
-  else if (kernel == "dkdv" && p.keys == 128) backward<128, true>(p);
-  else if (kernel == "dkdv" && p.keys == 64) backward<64, true>(p);
-  else if (kernel == "dq" && p.rows == 128) backward<128, false>(p);
+  else if (kernel == "dkdv" && p.keys == 128) backward<128, sm90::Of::kKeys>(p);
+  else if (kernel == "dkdv" && p.keys == 64) backward<64, sm90::Of::kKeys>(p);
+  else if (kernel == "dq" && p.rows == 128) backward<128, sm90::Of::kQueries>(p);
   else return false;
   return true;
 }

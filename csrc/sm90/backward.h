@@ -30,15 +30,25 @@ FA_DEVICE int sequence_at(int32 const* cu_seqlens, int sequences, int padded_row
   return low;
 }
 
-// Tile `index` of BLOCK query rows (of key rows, if OF_KEYS). Its row may lie past the end of its sequence, in the
-// padding. Under a causal mask the first keys and the last queries have the longest tiles: those come first.
-template <int BLOCK, bool OF_KEYS>
+// Whose heads the tiles are: of queries; of keys, with a tile for each query head if they have parts; of keys in any case.
+enum class Of { kQueries, kKeys, kSharedKeys };
+
+template <Of OF>
+FA_EVERYWHERE int64 heads_of(BackwardParams const& p) {
+  return OF == Of::kQueries || (OF == Of::kKeys && p.dk_parts) ? p.heads_q : p.heads_kv;
+}
+
+// Tile `index` of BLOCK query rows, or key rows. Its row may lie past the end of its sequence, in the padding. Under a
+// causal mask the first keys and the last queries have the longest tiles: those come first.
+template <int BLOCK, Of OF>
 FA_DEVICE Tile find_tile(BackwardParams const& p, int index) {
+  constexpr bool OF_KEYS = OF != Of::kQueries;
   bool const is_packed = p.cu_seqlens_q != nullptr;
-  int const heads = static_cast<int>(OF_KEYS ? p.heads_kv : p.heads_q);
+  int const heads = static_cast<int>(heads_of<OF>(p));
   int const pairs = is_packed ? heads : heads * static_cast<int>(p.batch);
   int const blocks = static_cast<int>(OF_KEYS ? p.padded_kv : p.padded_q) / BLOCK;
-  int const wanted = static_cast<int>(OF_KEYS ? p.kv_heads_per_pass : p.heads_per_pass);
+  int const wanted =
+      static_cast<int>(OF_KEYS ? p.kv_heads_per_pass * (heads_of<OF>(p) / p.heads_kv) : p.heads_per_pass);
   int const pass = index / (wanted * blocks), in_pass = index - pass * wanted * blocks;
   int const width = smaller(pairs - pass * wanted, wanted), block = in_pass / width;
   int const pair = pass * wanted + in_pass - block * width;
@@ -65,9 +75,25 @@ FA_DEVICE Tile find_tile(BackwardParams const& p, int index) {
 }
 
 // The number of tiles of `find_tile`.
-template <int BLOCK, bool OF_KEYS>
+template <int BLOCK, Of OF>
 FA_EVERYWHERE int64 tile_count(BackwardParams const& p) {
-  return (OF_KEYS ? p.padded_kv * p.heads_kv : p.padded_q * p.heads_q) / BLOCK * (p.cu_seqlens_q ? 1 : p.batch);
+  return (OF == Of::kQueries ? p.padded_q : p.padded_kv) / BLOCK * heads_of<OF>(p) * (p.cu_seqlens_q ? 1 : p.batch);
+}
+
+struct Heads {  // of a tile of keys: its K/V head, and the query heads that it works on
+  int kv, first, end;
+};
+
+FA_DEVICE Heads query_heads(BackwardParams const& p, Tile const& tile) {
+  int const group = static_cast<int>(p.heads_q / p.heads_kv);
+  if (p.dk_parts) return {tile.head / group, tile.head, tile.head + 1};
+  return {tile.head, tile.head * group, (tile.head + 1) * group};
+}
+
+// Row 0 of a tile of keys in dk_parts and dv_parts, for a query head.
+FA_DEVICE int64 part_row(BackwardParams const& p, Tile const& tile, int head_q) {
+  int const begin = p.cu_seqlens_q ? padded_begin(tile.first_kv, tile.batch) : 0;
+  return (tile.map_batch * p.heads_q + head_q) * p.padded_kv + begin + tile.row;
 }
 
 // Row 0 of a tile's sequence and query head in lse_parts and delta.

@@ -42,7 +42,7 @@ struct DkdvShared {  // addresses
 // Run by one thread before the others begin: chooses the tile and writes it to shared memory for all.
 template <class C>
 FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared) {
-  Tile tile = find_tile<C::BLOCK_N, true>(args.p, block_index());
+  Tile tile = find_tile<C::BLOCK_N, Of::kKeys>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_kv) {
     blocks = blocks_of<C::BLOCK_N, C::BLOCK_M>(transposed(band_of(args.p, tile)), tile.row);
@@ -66,11 +66,12 @@ FA_DEVICE void produce(BackwardArgs const& args, DkdvShared<C> const& shared) {
   Tile const tile = read_tile(shared.tile());
   Range const blocks = read_blocks(shared.tile()).all;
   if (blocks.begin == blocks.end) return;
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv), row = tile.first_kv + tile.row;
-  load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(), args.k, shared.k_full(), row, tile.head, tile.map_batch, kEvictFirst);
-  load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(), args.v, shared.v_full(), row, tile.head, tile.map_batch, kEvictFirst);
+  Heads const heads = query_heads(args.p, tile);
+  int const row = tile.first_kv + tile.row;
+  load_tile<C::BLOCK_N, C::CHUNKS_QK>(shared.k(), args.k, shared.k_full(), row, heads.kv, tile.map_batch, kEvictFirst);
+  load_tile<C::BLOCK_N, C::CHUNKS_V>(shared.v(), args.v, shared.v_full(), row, heads.kv, tile.map_batch, kEvictFirst);
   Ring<C::STAGES> q{shared.q_ring()};
-  for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+  for (int head = heads.first; head < heads.end; ++head) {
     int64 const statistics = padded_row(args.p, tile, head);
     for (int block = blocks.begin; block < blocks.end; ++block) {
       int const first = block * C::BLOCK_M;
@@ -172,53 +173,60 @@ FA_DEVICE void score_gradients(DkdvShared<C> const& shared, int stage, float con
   }
 }
 
-// This consumer's part of dS K for a block of queries, summed over the keys of both consumers.
-template <class C>
-FA_DEVICE void issue_dq(float (&dq)[32], DkdvShared<C> const& shared, int consumer, int buffer) {
-  uint32 const ds = n_major(shared.ds(buffer) + (C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0), 64);
-  uint32 const k = n_major(shared.k() + (C::DQ_BY_ROWS ? 0 : consumer * C::BLOCK_N * kRowBytes), C::BLOCK_N);
+// 64 columns of dS K for a block of queries, from those of a chunk of K: over KEYS keys. `ds` is where dS^T of the first
+// of them begins, `k` their row in the chunk.
+template <class C, int KEYS>
+FA_DEVICE void issue_columns(float (&dq)[32], uint32 ds, uint32 k) {
+  ds = n_major(ds, 64), k = n_major(k, C::BLOCK_N);
   FA_UNROLL
-  for (int key = 0; key < C::BLOCK_N; key += 16) {  // dS^T of each consumer: [64 keys, 64 queries], once or twice
+  for (int key = 0; key < KEYS; key += 16) {  // dS^T of each consumer: [64 keys, 64 queries], once or twice
     uint32 const step = (key / 64 * (C::BLOCK_M / 64) * 64 * kRowBytes >> 4) + n_major_step(key % 64);
     wgmma_ss<1, 1>(typename C::Element{}, dq, ds + step, k + n_major_step(key), key != 0);
   }
   wgmma_commit();
 }
 
-// Address of that part in dq_sums.
+// This consumer's part of dS K, summed over the keys of both consumers.
 template <class C>
-FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int consumer, int head, int block) {
-  int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;
-  return args.p.dq_sums + row * C::D_QK + consumer * 64 * 64;
+FA_DEVICE void issue_dq(float (&dq)[32], DkdvShared<C> const& shared, int consumer, int buffer) {
+  issue_columns<C, C::BLOCK_N>(dq, shared.ds(buffer) + (C::DQ_BY_ROWS ? consumer * 64 * kRowBytes : 0),
+                               shared.k() + (C::DQ_BY_ROWS ? 0 : consumer * C::BLOCK_N * kRowBytes));
 }
 
-// Adds the part to dq_sums, or stages it for the warp that does: four numbers of each thread, thread after thread.
+// Address in dq_sums of a part: the consumer's, or 2 for the third chunk.
 template <class C>
-FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer, int head, int block,
+FA_DEVICE float* part_of_sums(BackwardArgs const& args, Tile const& tile, int part, int head, int block) {
+  int64 const row = padded_row(args.p, tile, head) + block * C::BLOCK_M;
+  return args.p.dq_sums + row * C::D_QK + part * 64 * 64;
+}
+
+// Adds a part to dq_sums, or stages it for the warp that does: four numbers of each thread, thread after thread.
+template <class C>
+FA_DEVICE void add_dq(BackwardArgs const& args, DkdvShared<C> const& shared, int part, int head, int block,
                       float const (&dq)[32]) {
   int const first = this_place().thread % kWarpgroup * 4;
-  if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);
-  float* const to = part_of_sums<C>(args, read_tile(shared.tile()), consumer, head, block) + first;
+  if (C::STAGED) named_sync(kPartFreeBarrier + part, kWarpgroup + 32);
+  float* const to = part_of_sums<C>(args, read_tile(shared.tile()), part, head, block) + first;
   FA_UNROLL
   for (int j = 0; j < 8; ++j) {
-    if (C::D_QK % 64 && consumer * 64 + 8 * j >= C::D_QK) continue;
+    if (C::D_QK % 64 && part * 64 + 8 * j >= C::D_QK) continue;
     Float4 const four = {dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]};
-    if (C::STAGED) store_shared_floats(shared.part(consumer) + 4 * (first + j * 512), four);
+    if (C::STAGED) store_shared_floats(shared.part(part) + 4 * (first + j * 512), four);
     else add_global(to + j * 512, four);
   }
   if (!C::STAGED) return;
   fence_proxy_async();
-  named_arrive(kPartStagedBarrier + consumer, kWarpgroup + 32);
+  named_arrive(kPartStagedBarrier + part, kWarpgroup + 32);
 }
 
 // Adds staged parts of dq to their sums, by one warp beside the producer.
 template <class C>
 FA_DEVICE void add_staged(BackwardArgs const& args, DkdvShared<C> const& shared) {
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
-  for (int i = 0; i < group; ++i) {  // values are read again when needed: this warp has 24 registers
-    Tile const tile = read_tile(shared.tile());
+  int const end = query_heads(args.p, read_tile(shared.tile())).end;
+  for (int head = query_heads(args.p, read_tile(shared.tile())).first; head < end; ++head) {
+    Tile const tile = read_tile(shared.tile());  // values are read again when needed: this warp has 24 registers
     Range const blocks = read_blocks(shared.tile()).all;
-    float* to = part_of_sums<C>(args, tile, 0, tile.head * group + i, blocks.begin);
+    float* to = part_of_sums<C>(args, tile, 0, head, blocks.begin);
     for (int left = blocks.end - blocks.begin; left > 0; --left, to += C::BLOCK_M * C::D_QK) {
       FA_UNROLL
       for (int consumer = 0; consumer < C::CONSUMERS; ++consumer) {
@@ -244,15 +252,14 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
                                 float (&dk)[NK], float (&dv)[NV]) {
   using T = typename C::Element;
   constexpr int N = C::BLOCK_M;
-  int const group = static_cast<int>(args.p.heads_q / args.p.heads_kv);
   Range const blocks = read_blocks(shared.tile()).all;
-  int const first_head = read_tile(shared.tile()).head * group;
+  Heads const heads = query_heads(args.p, read_tile(shared.tile()));
   Ring<C::STAGES> q{shared.q_ring()};
   int buffer = 0;
   mbarrier_wait(shared.k_full(), 0);
   mbarrier_wait(shared.v_full(), 0);
   clear_unkept_keys<C>(args, shared);
-  for (int head = first_head; head < first_head + group; ++head) {
+  for (int head = heads.first; head < heads.end; ++head) {
     for (int block = blocks.begin; block < blocks.end; ++block) {
       float scores[N / 2], dp[N / 2];
       uint32 p[N / 4], sloped[N / 4];
@@ -261,16 +268,20 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
       wgmma_fence();
       multiply_by_rows<T, C::D_QK, C::BLOCK_N, N>(scores, k_major(shared.k() + keys * kRowBytes),
                                                   k_major(shared.q(q.stage)));
-      mbarrier_wait(shared.dout_full(q.stage), q.parity);
-      if constexpr (OF_K) {
+      auto const issue_dp = [&] {
         wgmma_fence();
         multiply_by_rows<T, C::D_V, C::BLOCK_N, N>(dp, k_major(shared.v() + keys * kRowBytes),
                                                    k_major(shared.dout(q.stage)));
+      };
+      mbarrier_wait(shared.dout_full(q.stage), q.parity);
+      if constexpr (OF_K && !C::LATE_DP) {
+        issue_dp();
         wgmma_wait<1>(scores);
       } else {
         wgmma_wait<0>(scores);
       }
       weigh_block<C>(args, shared, keys, block, q.stage, scores, p, sloped);
+      if constexpr (OF_K && C::LATE_DP) issue_dp();
       if constexpr (OF_V) {
         wgmma_fence();
         add_product<T>(dv, p, n_major(shared.dout(q.stage), N));
@@ -281,23 +292,37 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
         score_gradients<C>(shared, q.stage, scores, sloped, dp);
         pack_fragment<T>(ds, dp);
         if constexpr (C::FUSED) {
-          float dq[32];
           stage_fragment<64>(shared.ds(buffer) + consumer * (N / 64 * 64 * kRowBytes), ds);
           fence_proxy_async();
           named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // dS^T of both is there
+        }
+        if constexpr (C::FUSED && !C::HAS_THIRD_CHUNK) {
+          float dq[32];
           wgmma_fence();
           issue_dq<C>(dq, shared, consumer, buffer);
           wgmma_fence();
           add_product<T>(dk, ds, n_major(shared.q(q.stage), N));
           wgmma_wait<1>(dq);
           add_dq<C>(args, shared, consumer, head, block, dq);  // under the product for dk
-          buffer ^= 1;
         } else {
           wgmma_fence();
           add_product<T>(dk, ds, n_major(shared.q(q.stage), N));
         }
         wgmma_wait<0>(dk);
         release(q);
+        if constexpr (C::HAS_THIRD_CHUNK) {  // one after the other: dq and dk in flight together are too many registers
+          float dq[32];
+          wgmma_fence();
+          issue_dq<C>(dq, shared, consumer, buffer);
+          wgmma_wait<0>(dq);
+          add_dq<C>(args, shared, consumer, head, block, dq);
+          wgmma_fence();
+          issue_columns<C, 64>(dq, shared.ds(buffer) + consumer * 64 * kRowBytes,
+                               shared.k() + (2 * C::BLOCK_N + keys) * kRowBytes);
+          wgmma_wait<0>(dq);
+          add_dq<C>(args, shared, 2, head, block, dq);
+        }
+        if constexpr (C::FUSED) buffer ^= 1;
       } else {
         wgmma_wait<0>(dv);
         release(q);
@@ -333,6 +358,18 @@ FA_DEVICE void write_sum(BackwardArgs const& args, Tile const& tile, int keys, i
   }
 }
 
+// Stores one finished sum of 64 keys as a part, in the order of registers: four numbers of each thread, thread after
+// thread.
+template <int N>
+FA_DEVICE void write_part(float* part, float const (&sum)[N]) {
+  float* const to = part + this_place().thread % kWarpgroup * 4;
+  FA_UNROLL
+  for (int j = 0; j < N / 4; ++j) {
+    Float4 const four = {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
+    store_global(reinterpret_cast<Float4*>(to + j * 512), four);
+  }
+}
+
 template <class C, bool OF_K, bool OF_V>
 FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, int consumer) {
   int const keys = C::SPLIT ? 0 : consumer * 64;
@@ -346,15 +383,19 @@ FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, in
   if (blocks.begin < blocks.end) sum_over_queries<C, OF_K, OF_V>(args, shared, consumer, keys, dk, dv);
   named_sync(kConsumersBarrier, C::CONSUMERS * kWarpgroup);  // nobody reads K and V any more
   Tile const tile = read_tile(shared.tile());
-  if constexpr (OF_V) {
-    write_sum<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
-  }
   if constexpr (OF_K) {
     float const scale = static_cast<float>(args.p.scale);
     FA_UNROLL
     for (int i = 0; i < kSumsK; ++i) dk[i] *= scale;
-    write_sum<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
   }
+  if (args.p.dk_parts) {  // one branch around both: with one for each of them the kernel for head dim 64 spills
+    int64 const row = part_row(args.p, tile, tile.head) + keys;
+    if constexpr (OF_V) write_part(args.p.dv_parts + row * C::D_V, dv);
+    if constexpr (OF_K) write_part(args.p.dk_parts + row * C::D_QK, dk);
+    return;
+  }
+  if constexpr (OF_V) write_sum<C>(args, tile, keys, args.p.head_dim_v, args.dv, args.p.dv, shared.v(), dv);
+  if constexpr (OF_K) write_sum<C>(args, tile, keys, args.p.head_dim_qk, args.dk, args.p.dk, shared.k(), dk);
 }
 
 template <class C>

@@ -29,7 +29,7 @@ struct DqShared {  // addresses
 // Run by one thread before the others begin: chooses the tile and writes it to shared memory for all.
 template <class C>
 FA_DEVICE void begin_dq(BackwardArgs const& args, DqShared<C> const& shared) {
-  Tile tile = find_tile<C::BLOCK_M, false>(args.p, block_index());
+  Tile tile = find_tile<C::BLOCK_M, Of::kQueries>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_q) blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of(args.p, tile), tile.row);
   else tile.row = kNoTile;

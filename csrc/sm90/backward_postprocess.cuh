@@ -10,7 +10,7 @@ namespace fa::sm90 {
 // A lane takes eight columns of a row, from four threads of that kernel.
 template <class C>
 FA_DEVICE void backward_postprocess(BackwardParams const& p) {
-  Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
+  Tile const tile = find_tile<kPaddedRows, Of::kQueries>(p, block_index());
   int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
   int const columns = static_cast<int>(p.head_dim_qk);
   float const scale = static_cast<float>(p.scale);

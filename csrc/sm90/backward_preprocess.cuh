@@ -24,7 +24,7 @@ FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
 // lse_parts and delta of a tile, and zeros in dq_sums. Eight lanes share a row.
 template <class T>
 FA_DEVICE void backward_preprocess(BackwardParams const& p) {
-  Tile const tile = find_tile<kPaddedRows, false>(p, block_index());
+  Tile const tile = find_tile<kPaddedRows, Of::kQueries>(p, block_index());
   int64 const first_padded = padded_row(p, tile, tile.head) + tile.row;
   int const warp = thread_index() / 32, lane = thread_index() % 32, pieces = static_cast<int>(p.head_dim_v) / 8;
   for (int row = warp * 4 + lane / 8; row < kPaddedRows; row += 4 * kRowWarps) {

@@ -15,9 +15,9 @@ struct BackwardDkdvTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool SOFTCAP = SOFTCAP_, FUSED = FUSED_, SPLIT = BLOCK_N == 64;
-  // With 128 queries, registers do not suffice to hold the weights (times the slope of softcap) in fp32 until dp is
-  // done.
-  static constexpr bool SLOPED_IN_16_BITS = BLOCK_M == 128;
+  // Where dk and dv leave few registers, dp is computed after the weights, not beside the scores. There, and with 128
+  // queries, registers do not suffice to hold the weights (times the slope of softcap) in fp32 until dp is done.
+  static constexpr bool LATE_DP = !SPLIT && D_QK + D_V > 256, SLOPED_IN_16_BITS = BLOCK_M == 128 || LATE_DP;
 
   static constexpr int CONSUMERS = 2, THREADS = kWarpgroup * (CONSUMERS + 1);
   static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
@@ -28,9 +28,10 @@ struct BackwardDkdvTraits {
   static constexpr int DS_BYTES = FUSED ? BLOCK_N * BLOCK_M * 2 : 0, LSE_BYTES = BLOCK_M * 8, DELTA_BYTES = BLOCK_M * 4;
 
   // The sums of a block for dq, [BLOCK_M, D]: each consumer computes 64 rows x 64 columns of them, the second one the
-  // lower rows if there are 128, else the right columns. Columns past D_QK are those of zeros.
-  static constexpr bool DQ_BY_ROWS = BLOCK_M == 128;
-  static constexpr bool STAGED = FUSED && FA_STAGED;
+  // lower rows if there are 128, else the right columns. Columns past D_QK are those of zeros. A third chunk of 64
+  // columns both compute, each from its own keys.
+  static constexpr bool DQ_BY_ROWS = BLOCK_M == 128, HAS_THIRD_CHUNK = FUSED && CHUNKS_QK == 3;
+  static constexpr bool STAGED = FUSED && FA_STAGED && !HAS_THIRD_CHUNK;
   static constexpr int PART_BYTES = 64 * 64 * 4, PARTS_BYTES = STAGED ? CONSUMERS * PART_BYTES : 0;
 
   static constexpr int K = 0, V = K + K_BYTES;  // and dk, dv on their way to memory
@@ -44,7 +45,7 @@ struct BackwardDkdvTraits {
 
   static_assert(BLOCK_N == 128 || (BLOCK_N == 64 && !FUSED), "each consumer owns 64 keys, or half of the work on 64");
   static_assert(BLOCK_M == 64 || BLOCK_M == 128, "statistics are padded to 128 rows, swizzled chunks have 64 queries");
-  static_assert(!FUSED || D_QK <= (DQ_BY_ROWS ? 64 : 128), "the consumers' parts of dq have 64 columns");
+  static_assert(!FUSED || D_QK <= (DQ_BY_ROWS ? 64 : 192), "the consumers' parts of dq have 64 columns");
   static_assert(SHARED_BYTES <= kSharedLimit, "more shared memory than a block can have");
 };
 

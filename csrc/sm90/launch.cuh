@@ -9,6 +9,7 @@
 #include "backward_dq.cuh"
 #include "backward_postprocess.cuh"
 #include "backward_preprocess.cuh"
+#include "backward_sum_heads.cuh"
 
 namespace fa {
 
@@ -37,11 +38,15 @@ char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_
   sm90::BackwardArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
-  int64 const blocks = sm90::tile_count<C::BLOCK_N, true>(p);
+  int64 const blocks = sm90::tile_count<C::BLOCK_N, sm90::Of::kKeys>(p);
   char const* wrong = launch(sm90::backward_dkdv_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
   if constexpr (C::FUSED) {
-    int64 const row_blocks = sm90::tile_count<kPaddedRows, false>(p);
+    int64 const row_blocks = sm90::tile_count<kPaddedRows, sm90::Of::kQueries>(p);
     if (!wrong) wrong = launch(sm90::backward_postprocess_kernel<C>, p, row_blocks, sm90::kRowThreads, 0, stream);
+  }
+  if (!wrong && p.dk_parts) {
+    int64 const key_blocks = sm90::tile_count<kPaddedRows, sm90::Of::kSharedKeys>(p);
+    wrong = launch(sm90::backward_sum_heads_kernel<C>, p, key_blocks, sm90::kRowThreads, 0, stream);
   }
   return wrong;
 }
@@ -51,13 +56,13 @@ char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_ma
   sm90::BackwardArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, C::BLOCK_M, C::BLOCK_N, args)) return wrong;
-  int64 const blocks = sm90::tile_count<C::BLOCK_M, false>(p);
+  int64 const blocks = sm90::tile_count<C::BLOCK_M, sm90::Of::kQueries>(p);
   return launch(sm90::backward_dq_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream);
 }
 
 template <class T>
 char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream) {
-  int64 const blocks = sm90::tile_count<kPaddedRows, false>(p);
+  int64 const blocks = sm90::tile_count<kPaddedRows, sm90::Of::kQueries>(p);
   char const* wrong = launch(sm90::backward_preprocess_kernel<T>, p, blocks, sm90::kRowThreads, 0, stream);
   if (!wrong && p.dsinks) {
     int const bytes = sm90::kRowWarps * 16;

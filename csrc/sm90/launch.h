@@ -21,7 +21,8 @@ using MakeDecodeMaps = char const* (*)(DecodeParams const&, sm90::DecodeArgs&);
 template <class C>
 char const* launch_forward(ForwardParams const& p, MakeMaps make_maps, int blocks, cudaStream_t stream);
 
-// Launches backward_dkdv, and for a fused kernel backward_postprocess, which writes dq.
+// Launches backward_dkdv; then for a fused kernel backward_postprocess, which writes dq, and with parts of dk and dv
+// backward_sum_heads, which adds them up.
 template <class C>
 char const* launch_backward_dkdv(BackwardParams const& p, MakeBackwardMaps make_maps, cudaStream_t stream);
 

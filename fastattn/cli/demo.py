@@ -156,15 +156,15 @@ def _fitting_config(folder: Path, args: argparse.Namespace, target: torch.device
     from fastattn.lm.train import RunConfig, make_trainer
 
     # A small vocabulary and few rows make steps cheap; in a short training the number of steps matters most.
-    flags = {"train.batch": 4, "train.optim.lr": 4e-3, "train.log_every": 5, "train.eval_rows": 48}
+    flags = {"batch": 4, "lr": 4e-3, "log_every": 5, "eval_rows": 48}
     config = RunConfig(data=tuple(args.data), vocab_size=2048).changed(flags)
     trainer, _ = make_trainer(folder, config, device=target, show_progress=not args.quiet)
     threads, seconds = _fastest_threads(trainer)
     steps = max(20, int(60 * args.minutes / seconds))
     every = max(10, steps // 8)
     print(f"{args.minutes:g} minutes: {steps} steps of {seconds:.2f} s, CPU threads: {threads}", flush=True)
-    times = {"train.steps": steps, "train.max_minutes": 1.5 * args.minutes}
-    return config.changed(times | {"train.eval_every": every, "train.save_every": every})
+    times = {"steps": steps, "max_minutes": 1.5 * args.minutes}
+    return config.changed(times | {"eval_every": every, "save_every": every})
 
 
 def _fastest_threads(trainer: Trainer) -> tuple[int, float]:

@@ -68,7 +68,7 @@ FLAGS = (
     Flag("--steps", "steps", int, None, "updates of the weights, instead of --epochs"),
     *with_defaults(
         (flag for flag in TRAINING if flag.name != "--steps"),
-        {"train.optim.lr": 3e-4, "train.optim.weight_decay": 0.01, "train.eval_rows": 256},
+        {"lr": 3e-4, "weight_decay": 0.01, "eval_rows": 256},
     ),
 )  # fmt: skip
 TASKS = (

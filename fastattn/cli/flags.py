@@ -15,7 +15,7 @@ class Flag(NamedTuple):
 
     Attributes:
         name: the flag with its dashes.
-        field: its field of the config, like "preset" or "train.optim.lr".
+        field: its field of the config.
         kind: int, float, str or another type of argparse; bool makes a pair of switches, ``--name`` and ``--no-name``.
         default: the default of the field, repeated for the help text; for None ``help`` says what happens.
         help: the help text.
@@ -30,40 +30,40 @@ class Flag(NamedTuple):
     choices: tuple[str, ...] | None = None
 
 
-# The fields of ``fastattn.lm.train.TrainConfig``, which is the field ``train`` of a config.
+# The fields of ``fastattn.lm.train.TrainConfig``, which every config of a run has.
 TRAINING = (
-    Flag("--steps", "train.steps", int, 1000, "updates of the weights"),
-    Flag("--max-minutes", "train.max_minutes", float, None, "stop after this long, with a checkpoint"),
-    Flag("--batch", "train.batch", int, 16, "rows in each update"),
-    Flag("--micro-batch", "train.micro_batch", int, None, "rows computed at once; all if not given"),
-    Flag("--lr", "train.optim.lr", float, 3e-3, "highest learning rate"),
-    Flag("--final-lr", "train.optim.final_lr", float, 0.1, "learning rate at the end, as a part of --lr"),
-    Flag("--warmup", "train.optim.warmup", float, 0.05, "steps of warm-up, or a part of all steps if below 1"),
-    Flag("--weight-decay", "train.optim.weight_decay", float, 0.1, "of matrices"),
-    Flag("--clip", "train.optim.clip", float, 1.0, "largest norm of the gradient"),
-    Flag("--seed", "train.seed", int, 0, "of weights, data order and dropout"),
+    Flag("--steps", "steps", int, 1000, "updates of the weights"),
+    Flag("--max-minutes", "max_minutes", float, None, "stop after this long, with a checkpoint"),
+    Flag("--batch", "batch", int, 16, "rows in each update"),
+    Flag("--micro-batch", "micro_batch", int, None, "rows computed at once; all if not given"),
+    Flag("--lr", "lr", float, 3e-3, "highest learning rate"),
+    Flag("--final-lr", "final_lr", float, 0.1, "learning rate at the end, as a part of --lr"),
+    Flag("--warmup", "warmup", float, 0.05, "steps of warm-up, or a part of all steps if below 1"),
+    Flag("--weight-decay", "weight_decay", float, 0.1, "of matrices"),
+    Flag("--clip", "clip", float, 1.0, "largest norm of the gradient"),
+    Flag("--seed", "seed", int, 0, "of weights, data order and dropout"),
     Flag(
-        "--precision", "train.precision", str, "auto", "of matrix products; auto: bfloat16 on a GPU, else float32",
+        "--precision", "precision", str, "auto", "of matrix products; auto: bfloat16 on a GPU, else float32",
         ("auto", "float32", "bfloat16"),
     ),
-    Flag("--eval-every", "train.eval_every", int, 100, "steps between held-out losses"),
-    Flag("--eval-rows", "train.eval_rows", int, 64, "rows of a held-out loss"),
-    Flag("--patience", "train.patience", int, None, "stop after this many evaluations without a better one"),
-    Flag("--keep-best", "train.keep_best", bool, False, "keep the checkpoint of the best evaluation, too"),
-    Flag("--save-every", "train.save_every", int, 100, "steps between checkpoints"),
-    Flag("--keep", "train.keep", int, 2, "newest checkpoints kept"),
-    Flag("--compile", "train.compile", bool, False, "let torch.compile make kernels; the first step is slow"),
+    Flag("--eval-every", "eval_every", int, 100, "steps between held-out losses"),
+    Flag("--eval-rows", "eval_rows", int, 64, "rows of a held-out loss"),
+    Flag("--patience", "patience", int, None, "stop after this many evaluations without a better one"),
+    Flag("--keep-best", "keep_best", bool, False, "keep the checkpoint of the best evaluation, too"),
+    Flag("--save-every", "save_every", int, 100, "steps between checkpoints"),
+    Flag("--keep", "keep", int, 2, "newest checkpoints kept"),
+    Flag("--compile", "compile", bool, False, "let torch.compile make kernels; the first step is slow"),
     Flag(
-        "--checkpoint-activations", "train.recompute", bool, False,
+        "--checkpoint-activations", "recompute", bool, False,
         "save memory: compute activations again in the backward pass, but for those of attention",
     ),
     Flag(
-        "--parallel", "train.parallel", str, "auto", "how the processes of torchrun share the work",
+        "--parallel", "parallel", str, "auto", "how the processes of torchrun share the work",
         ("auto", "ddp", "fsdp"),
     ),
-    Flag("--tensorboard", "train.tensorboard", bool, False, "also log for TensorBoard, to OUT/tensorboard"),
-    Flag("--wandb", "train.wandb", bool, False, "also log for Weights & Biases; WANDB_MODE=offline: to OUT/wandb"),
-    Flag("--log-every", "train.log_every", int, 10, "steps between lines of the log"),
+    Flag("--tensorboard", "tensorboard", bool, False, "also log for TensorBoard, to OUT/tensorboard"),
+    Flag("--wandb", "wandb", bool, False, "also log for Weights & Biases; WANDB_MODE=offline: to OUT/wandb"),
+    Flag("--log-every", "log_every", int, 10, "steps between lines of the log"),
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ FLAGS = (
     Flag("--length", "length", int, None, "tokens in a row; the preset's if not given"),
     Flag("--window", "window", int, None, "keys a token sees before itself; all if not given"),
     Flag("--dropout", "dropout", float, 0.0, "probability of dropping"),
-    Flag("--context-parallel", "train.context_parallel", int, 1, "processes that share each row, some tokens each"),
+    Flag("--context-parallel", "context_parallel", int, 1, "processes that share each row, some tokens each"),
     Flag("--vocab-size", "vocab_size", int, 4096, "size of the tokenizer learned from the text"),
     Flag("--held-out", "held_out", float, 0.05, "part of the documents kept for the held-out loss"),
     *TRAINING,

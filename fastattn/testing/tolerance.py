@@ -3,7 +3,7 @@
 A result is right if its error against the fp64 reference is at most
 
     2 * (error of eager attention whose arithmetic is in the input's own dtype)
-      + eps(dtype) * (|exact result| + the smallest normal number of the dtype)
+      + eps(dtype) * (|exact result| + the smallest normal number of the dtype, in fp64 that with a normal square)
       + 4 * eps(fp32, or fp64) * condition
 
 in two norms: the largest error, which detects a single wrong element, and the root mean square, which detects a small
@@ -46,6 +46,7 @@ from fastattn.testing.inputs import Sample
 
 EAGER_FACTOR = 2.0
 CONDITION_FACTOR = 4.0
+LEAST_SQUARED = torch.finfo(torch.float64).smallest_normal ** 0.5  # conditions are squares until the last step
 Results = dict[str, Tensor]
 
 
@@ -264,7 +265,7 @@ class Limits:
     ) -> Limits:
         """For a result of dtype ``stored``, computed in the dtype ``arithmetic``."""
         stored_eps, arithmetic_eps = torch.finfo(stored).eps, torch.finfo(arithmetic).eps
-        least = stored_eps * torch.finfo(stored).smallest_normal  # the step between subnormal numbers
+        least = stored_eps * max(torch.finfo(stored).smallest_normal, LEAST_SQUARED)  # steps of subnormal numbers
         at_infinity = exact == float("-inf")
         exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (exact, eager, condition))
         overflowed = not bool(eager.isfinite().all())

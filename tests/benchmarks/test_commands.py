@@ -101,6 +101,15 @@ def test_train(tmp_path):
         assert all(abs(float(a) - float(b)) < 0.02 for a, b in zip(*losses, strict=True)), losses
 
 
+def test_finetune(tmp_path):
+    pytest.importorskip("accelerate", reason="Hugging Face's Trainer needs it")
+    path = tmp_path / "finetune.json"
+    assert main(["finetune", *QUICK, "--epochs", "1", "--out", str(path)]) == 0
+    baseline, *rows = read(path)["results"]
+    assert "the largest class" in baseline["trainer"] and len(rows) == 2
+    assert all(0 <= float(row["accuracy"]) <= 1 and row["training"].split()[1] for row in rows)
+
+
 def test_derivatives(tmp_path):
     path = tmp_path / "derivatives.json"
     assert main(["derivatives", *QUICK, "--out", str(path)]) == 0

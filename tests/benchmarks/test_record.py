@@ -195,7 +195,10 @@ def test_regions_are_rewritten_and_the_rest_is_left_alone(tmp_path):
     assert tampered != new and report.rendered(tampered, tmp_path / "results", tmp_path) == new
 
 
-PAGES = [ROOT / page for page in ("README.md", "docs/performance.md", "docs/guides/train_from_scratch.md")]
+PAGES = [
+    ROOT / page
+    for page in ("README.md", "docs/performance.md", "docs/reference/testing.md", "docs/guides/train_from_scratch.md")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

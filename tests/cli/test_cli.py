@@ -57,7 +57,7 @@ def test_version(capsys):
 
 def test_the_help_tells_the_true_defaults():
     config = RunConfig()
-    assert {flag.field: config.value(flag.field) for flag in train.FLAGS} == {
+    assert {flag.field: getattr(config, flag.field) for flag in train.FLAGS} == {
         flag.field: flag.default for flag in train.FLAGS
     }
 
@@ -93,7 +93,7 @@ def test_train_says_how_it_went(out, texts, capsys):
 
 def test_resuming_keeps_the_settings_and_refuses_others(out, capsys):
     state = find_checkpoint(out).trainer_state()["settings"]["run"]
-    assert state["length"] == 16 and state["train"]["batch"] == 2
+    assert state["length"] == 16 and state["batch"] == 2
     resume = ["train", "--out", out, "--resume", "--quiet"]
     fails(
         capsys, [*resume, "--batch", "3"], r"--batch: got 3; allowed: 2, as before\. Leave the flag out when resuming"

@@ -10,7 +10,7 @@ from fastattn.cli.flags import Flag, add_flags, given, with_defaults
 from fastattn.errors import DataError, InputError
 
 FLAGS = (
-    Flag("--steps", "train.steps", int, 10, "steps"),
+    Flag("--steps", "steps", int, 10, "steps"),
     Flag("--lr", "lr", float, 0.1, "rate"),
     Flag("--best", "best", bool, False, "switch"),
     Flag("--kind", "kind", str, "a", "kind", ("a", "b")),
@@ -43,7 +43,7 @@ def parse(tmp_path):
 def test_keys_are_flags(parse):
     text = 'steps = 5\nlr = 1\nbest = true\nkind = "b"\nout = "somewhere"\n'
     args = parse(text + 'data = ["x", "y"]\nname = ["n", "m"]\nquiet = true')
-    assert given(args, FLAGS) == {"train.steps": 5, "lr": 1.0, "best": True, "kind": "b"}
+    assert given(args, FLAGS) == {"steps": 5, "lr": 1.0, "best": True, "kind": "b"}
     assert isinstance(args.lr, float) and args.out == Path("somewhere")
     assert (args.data, args.name, args.quiet) == (["x", "y"], ["n", "m"], True)
 
@@ -51,7 +51,7 @@ def test_keys_are_flags(parse):
 def test_flags_win(parse):
     text = 'steps = 5\nbest = true\nout = "a"\ndata = ["x", "y"]\nname = ["n"]'
     args = parse(text, "--steps", "7", "--no-best", "--out=b", "--data", "z", "--name", "k")
-    assert given(args, FLAGS) == {"train.steps": 7, "best": False}
+    assert given(args, FLAGS) == {"steps": 7, "best": False}
     assert (str(args.out), args.data, args.name) == ("b", ["z"], ["k"])
 
 
@@ -64,7 +64,7 @@ def test_a_table_for_each_command_and_several_files(parse, tmp_path):
     second = tmp_path / "second.toml"
     second.write_text("steps = 9")
     args = parse('out = "a"\n[make]\nsteps = 6\nlr = 2\n[other]\nunknown = 1', files=[second])
-    assert given(args, FLAGS) == {"train.steps": 9, "lr": 2.0}
+    assert given(args, FLAGS) == {"steps": 9, "lr": 2.0}
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def short(monkeypatch):
 
 
 def few_steps(data):
-    flags = {"train.steps": 40, "train.batch": 4, "train.eval_every": 20, "train.log_every": 5}
+    flags = {"steps": 40, "batch": 4, "eval_every": 20, "log_every": 5}
     return RunConfig(tuple(data), vocab_size=300, length=32).changed(flags)
 
 

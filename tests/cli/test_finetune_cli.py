@@ -73,7 +73,7 @@ def test_help(capsys, command):
 def test_the_help_tells_the_true_defaults():
     config = FinetuneConfig(task="classify", data="x", checkpoint="y")
     for flag in finetune.FLAGS:
-        assert config.value(flag.field) == flag.default, flag.name
+        assert getattr(config, flag.field) == flag.default, flag.name
     assert set(TASKS) == set(FIELDS)
 
 

@@ -49,6 +49,26 @@ def test_torchs_function_again(long_ways):
     assert len(long_ways) == 1
 
 
+@needs_kernel
+@pytest.mark.parametrize("order", ["as out", "contiguous", "expanded", "a part"])
+def test_gradients_of_out_in_any_memory_order(long_ways, order):
+    q, k, v = (torch.randn(2, 5, 4, 16).transpose(1, 2).requires_grad_() for _ in range(3))
+    dout = {
+        "as out": torch.randn(2, 5, 4, 16).transpose(1, 2), "contiguous": torch.randn(2, 4, 5, 16),
+        "expanded": torch.randn(2, 1, 5, 1).expand(2, 4, 5, 16), "a part": torch.randn(2, 4, 5, 48)[..., 16:32],
+    }[order]  # fmt: skip
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), dout)
+    for _ in range(2):
+        found = torch.autograd.grad(fastattn.scaled_dot_product_attention(q, k, v), (q, k, v), dout)
+        torch.testing.assert_close(found, expected)
+    assert len(long_ways) == 1
+
+
+def test_the_tensors_of_a_problem_are_all_of_them():
+    inputs = fastattn.problem.Inputs(*range(len(TENSORS)))
+    assert list(inputs.tensors().items()) == list(zip(TENSORS, range(len(TENSORS)), strict=True))
+
+
 def test_attention_in_need_of_more(long_ways):
     q = torch.randn(1, 8, 2, 16)
     out = fastattn.attention(q, q, q)

@@ -106,7 +106,7 @@ def run_fastattn(words: list[str]) -> None:
 def run_benchmarks(words: list[str]) -> None:
     """In its quick form, apart from what needs a GPU or minutes, whose tests are elsewhere."""
     name, *arguments = words[3:]
-    if name in ("gpu", "gates", "swap", "derivatives", "train"):
+    if name in ("gpu", "gates", "swap", "derivatives", "train", "finetune"):
         return
     if name == "report":
         assert all(Path(ROOT, word).exists() for word in arguments if word.endswith(".json"))

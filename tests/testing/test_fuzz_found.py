@@ -38,6 +38,13 @@ FOUND = {
     "sinks far below the scores": (
         Case(id="found", S_q=7, S_kv=7, H_q=6, D_v=1, dtype=torch.float64, sinks=True, magnitude=300.0), 11056,
     ),
+    # A gradient of 1e-256 had no bound: its square is 0 in fp64.
+    "a gradient whose square underflows": (
+        Case(
+            id="found", S_q=16, S_kv=14, H_q=1, H_kv=1, D_qk=40, D_v=1, dtype=torch.float64, right=0, sinks=True,
+            magnitude=300.0,
+        ), 4007,
+    ),
     # The bound was NaN: the square of such a bias overflows in fp64.
     "padding in fp64": (
         Case(id="found", S_q=2, S_kv=1, D_qk=1, D_v=2, dtype=torch.float64, bias=(1, 1, 2, 1), bias_values="padding"),

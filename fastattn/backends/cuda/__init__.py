@@ -121,7 +121,7 @@ class CudaBackend(Backend):
         launch = functools.partial(_kernels().launch, abi.BACKWARD)
         problem = backward.BackwardProblem(dout, dlse, out, lse, lse_low, inputs, spec, tuple(needs))
         with _current_stream(inputs.q.device) as stream:
-            return backward.backward(problem, launch, stream)
+            return backward.backward(problem, launch, _multiprocessors(inputs.q.device), stream)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         launch, device = functools.partial(_kernels().launch, abi.DECODE), inputs.q.device
@@ -145,7 +145,8 @@ class CudaBackend(Backend):
         apart: bool = False,
     ) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.backward_pass(_kernels().prepared, inputs, spec, dout, heads_first=heads_first)
+            prepare, multiprocessors = _kernels().prepared, _multiprocessors(inputs.q.device)
+            return plans.backward_pass(prepare, inputs, spec, dout, multiprocessors, heads_first=heads_first)
 
     def prepared_for_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> Run | None:
         with _current_stream(inputs.q.device):

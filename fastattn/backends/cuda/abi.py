@@ -76,9 +76,9 @@ FORWARD = Abi("forward", 3, (
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
     "has_band", "has_softcap", "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
 ))  # fmt: skip
-BACKWARD = Abi("backward", 2, (
+BACKWARD = Abi("backward", 3, (
     "version", "q", "k", "v", "out", "dout", "lse", "lse_low", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
-    "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums",
+    "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums", "dk_parts", "dv_parts",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "dout_batch_stride", "dout_row_stride", "dout_head_stride",
     "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv",

@@ -146,9 +146,10 @@ class DqConfig:
 
 @dataclass(frozen=True)
 class RowwiseConfig:
-    """A kernel around the large ones that works row by row: backward_preprocess, backward_dsinks, backward_postprocess.
+    """A kernel around the large ones that works row by row.
 
-    backward_postprocess belongs to a fused kernel, which ``after`` names.
+    These are backward_preprocess and backward_dsinks before them; and after a kernel for dk and dv, which ``after``
+    names, backward_postprocess if it is fused, and backward_sum_heads.
     """
 
     function: str
@@ -162,7 +163,7 @@ class RowwiseConfig:
 
     @property
     def header(self) -> str:
-        return "sm90/backward_preprocess.cuh" if self.after is None else "sm90/backward_postprocess.cuh"
+        return "sm90/backward_preprocess.cuh" if self.after is None else f"sm90/{self.function}.cuh"
 
     @property
     def label(self) -> str:

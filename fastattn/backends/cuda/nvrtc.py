@@ -208,9 +208,12 @@ class NvrtcKernels:
             dkdv = select_dkdv(self._dkdv, *problem, fused=bool(given["dq_sums"]))
             assert dkdv is not None, "sums for dq are given only where a fused kernel holds the problem"
             views = backward_views(given, dkdv.block_m, dkdv.block_n)
-            steps.append(Step(dkdv, tiles_of(given, "kv", dkdv.block_n), views))
+            group = given["heads_q"] // given["heads_kv"] if given["dk_parts"] else 1
+            steps.append(Step(dkdv, tiles_of(given, "kv", dkdv.block_n) * group, views))
             if dkdv.fused:
                 steps.append(Step(RowwiseConfig("backward_postprocess", dkdv), row_blocks))
+            if given["dk_parts"]:
+                steps.append(Step(RowwiseConfig("backward_sum_heads", dkdv), tiles_of(given, "kv", PADDED_ROWS)))
         if given["dq"] and not given["dq_sums"]:
             dq = select_dq(self._dq, *problem)
             steps.append(Step(dq, tiles_of(given, "q", dq.block_m), backward_views(given, dq.block_m, dq.block_n)))

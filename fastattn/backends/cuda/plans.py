@@ -40,7 +40,7 @@ def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool
 
 
 def backward_pass(
-    prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: Tensor, *, heads_first: bool
+    prepare: Prepare, inputs: Inputs, spec: AttentionSpec, dout: Tensor, multiprocessors: int, *, heads_first: bool
 ) -> Run | None:
     """The run of a backward pass; None if a tensor has to be copied first, or there is no pair of a query and a key."""
     ready, (out, lse, lse_low) = abi.readable(inputs), abi.results(inputs)
@@ -49,7 +49,7 @@ def backward_pass(
     if not (is_ready and inputs.q.numel() and inputs.k.numel()) or abi.readable_rows(dout) is not dout:
         return None
     given: dict[str, Tensor | None] = {"dout": dout, "out": out, "lse": lse, "lse_low": lse_low}
-    made = backward.own_tensors(inputs, spec, QKV)
+    made = backward.own_tensors(inputs, spec, QKV, multiprocessors)
     launch = prepare(abi.BACKWARD, abi.backward_fields(inputs, spec, {**given, **made, "dlse": None}, stream=0))
     return _run(abi.BACKWARD, launch, (*given, *QKV), made, ("dq", "dk", "dv"), heads_first)
 

@@ -199,8 +199,8 @@ class Cache(NamedTuple):
     """Layout of the keys and values of a cache; all ints are coded.
 
     A sequence has ``lengths`` positions, to which ``new_rows`` are added, or ``new_queries`` (0 or 1) for each of its
-    query rows. Its pages are in ``block_table``, ``(B, max_pages)``; None: sequence ``b`` owns page ``b``. The scales
-    of e4m3 caches are None if they are 1.
+    query rows. Its pages, of the ``pages`` that there are, are in ``block_table``, ``(B, max_pages)``; None: sequence
+    ``b`` owns page ``b``. The scales of e4m3 caches are None if they are 1.
 
     ``tree`` are the words of a tree mask, of which a row has ``stride_s``; ``depths`` those of its tokens, None where
     no term counts positions. Both count packed rows over all sequences.
@@ -211,6 +211,7 @@ class Cache(NamedTuple):
     new_queries: Any
     capacity: Any
     page_size: Any
+    pages: Any
     block_table: Any = None
     k_scale: Any = None
     v_scale: Any = None

@@ -114,7 +114,7 @@ def backward_jvp_dkdv_kernel(
     q, k, v, dout, moved, dk, dv, stats, moving, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """``dk'`` and ``dv'`` of ``BLOCK_N`` key rows of one key/value head, summed over the heads that share it."""
+    """``dk'`` and ``dv'``, or one of them, of ``BLOCK_N`` key rows, summed over the query heads that share them."""
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
     MOVES_Q: tl.constexpr = moved.q is not None
@@ -178,24 +178,28 @@ def backward_jvp_dkdv_kernel(
             raw, raw_moved, dp, dp_moved, moved.bias, stats, moving, head, i[None, :], j[:, None], i0, j0, is_full,
             sizes.dropout_scale, True, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dout_tile = whole(dout_at, False, F.d_v, BLOCK_M, BLOCK_V, F)
-        dv_acc = tl.dot(p_moved.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-        if MOVES_DOUT:
-            dout_tile = whole(dout_moved, False, F.d_v, BLOCK_M, BLOCK_V, F)
-            dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-        q_tile = whole(q_at, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-        dk_acc = tl.dot(ds_moved.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
-        if MOVES_Q:
-            q_tile = whole(q_moved, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+        if dv is not None:
+            dout_tile = whole(dout_at, False, F.d_v, BLOCK_M, BLOCK_V, F)
+            dv_acc = tl.dot(p_moved.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+            if MOVES_DOUT:
+                dout_tile = whole(dout_moved, False, F.d_v, BLOCK_M, BLOCK_V, F)
+                dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+        if dk is not None:
+            q_tile = whole(q_at, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
+            dk_acc = tl.dot(ds_moved.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+            if MOVES_Q:
+                q_tile = whole(q_moved, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
+                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
-    if F.dropout:
-        dv_acc *= sizes.dropout_scale
-    dk_rows = head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True)
-    dv_rows = head_matrix(dv, b, h_kv, begin_kv, F.vector_out, True)
-    store_rows(dk_rows, j0, band.s_kv, dk_acc * sizes.scale, F.d_qk, BLOCK_N, BLOCK_QK)
-    store_rows(dv_rows, j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
+    if dk is not None:
+        dk_rows = head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True)
+        store_rows(dk_rows, j0, band.s_kv, dk_acc * sizes.scale, F.d_qk, BLOCK_N, BLOCK_QK)
+    if dv is not None:
+        if F.dropout:
+            dv_acc *= sizes.dropout_scale
+        dv_rows = head_matrix(dv, b, h_kv, begin_kv, F.vector_out, True)
+        store_rows(dv_rows, j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
 
 
 @triton.jit

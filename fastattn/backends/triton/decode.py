@@ -13,6 +13,7 @@ from fastattn.backends.triton.pages import (
     located,
     open_cache,
     row_pointers,
+    within,
 )
 from fastattn.backends.triton.tile import (
     LOG2E,
@@ -84,6 +85,7 @@ def decode_kernel(
         j = j0 + tl.arange(0, BLOCK_N)
         valid = (j >= low) & (j < high)
         page, row = located(b, j, valid, cache, F)
+        page = within(page, cache, F)
         k_tile = cached_rows(k, cache.k_scale, page, row, h_kv, valid, F.d_qk, BLOCK_QK, q_tile.dtype, F)
         raw = tl.dot(q_tile, tl.trans(k_tile), input_precision=F.precision)  # [BLOCK_M, BLOCK_N]
         if F.tree:

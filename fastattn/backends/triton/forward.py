@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.pages import cached_rows, located, open_rows
+from fastattn.backends.triton.pages import cached_rows, located, open_rows, within
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     dot_in_chunks,
@@ -65,6 +65,7 @@ def forward_kernel(
         if F.paged or F.fp8:
             valid = (j >= low) & (j < high)
             page, row = located(head.b, j, valid, terms.cache, F)
+            page = within(page, terms.cache, F)
         if F.in_chunks:
             s_q = head.band.s_q
             raw = dot_in_chunks(q_rows, i0, 0, s_q, k_rows, j0, low, high, F.d_qk, BLOCK_M, BLOCK_N, BLOCK_QK, F)

@@ -154,10 +154,13 @@ class BackwardJvp:
             config = config_of(call, "backward_jvp_dkdv")
             grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
             terms = call.with_tiles("kv", config.block_n, config.block_m)
-            launched(backward_jvp_dkdv_kernel, grid)(
-                call.q, call.k, call.v, self.dout, self.moved, _rows(dk), _rows(dv), self.stats, self.moving, terms,
-                call.sizes, schedule, **compiled(x.q.device, self._in_chunks(128), config),
-            )  # fmt: skip
+            flags, both = self._in_chunks(128), (_rows(dk), _rows(dv))
+            # without whole rows in shared memory, sums of both would take more registers than there are
+            for of_k, of_v in ((both[0], None), (None, both[1])) if flags.in_chunks else (both,):
+                launched(backward_jvp_dkdv_kernel, grid)(
+                    call.q, call.k, call.v, self.dout, self.moved, of_k, of_v, self.stats, self.moving, terms,
+                    call.sizes, schedule, **compiled(x.q.device, flags, config),
+                )  # fmt: skip
         return dk, dv
 
     def dq(self) -> Tensor:

@@ -55,6 +55,14 @@ def located(b, j, valid, cache, F: tl.constexpr):
 
 
 @triton.jit
+def within(page, cache, F: tl.constexpr):
+    """A page that the cache has: a table on a GPU is not checked before. A mask would cost more registers."""
+    if F.paged:
+        page = tl.maximum(tl.minimum(page, number(cache.pages) - 1), 0)
+    return page
+
+
+@triton.jit
 def place_of(b, begin_q, i, valid, before, cache):
     """The position of query row (or new token) ``i`` of a sequence: in a tree ``before`` and its depth."""
     if cache.depths is not None:  # Triton compiles what follows a return, so there is no early one
@@ -142,7 +150,7 @@ def append_kernel(
 ):  # fmt: skip
     """Append ``BLOCK`` new keys, rotated by their positions, and values to the cache of their sequence.
 
-    Rows beyond its capacity are dropped. Grid: ``(B * blocks, H_kv)``.
+    Rows beyond its capacity, or of a page that it does not have, are dropped. Grid: ``(B * blocks, H_kv)``.
     """
     most = number(sizes.s_q) if F.packed else number(cache.new_rows)
     blocks = tl.cdiv(most, BLOCK)
@@ -156,6 +164,7 @@ def append_kernel(
     position = before + i
     valid = (i < rows) & (position < number(cache.capacity))
     page, row = located(b, position, valid, cache, F)
+    valid = valid & (page == within(page, cache, F))
     place = place_of(b, begin, i, valid, before, cache)
     tile = turned_rows(k, b, begin + i, h, place, valid, cos, sin, F.d_qk, F.block_qk, ROTARY, INTERLEAVED)
     store_cached(k_cache, cache.k_scale, page, row, h, valid, tile, F.d_qk, F.block_qk, F)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,6 @@ from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.log import aligned
 from fastattn.lm.train.metrics import unigram_entropy
-from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.pretrain import RunConfig, pretrain
 from fastattn.lm.train.settings import TrainConfig
 
@@ -155,10 +155,10 @@ class _Place:
 
     def finetune(self, folder: str, config: FinetuneConfig) -> Outcome:
         """The outcome of a run in the folder; raises KeyboardInterrupt if it was stopped."""
-        train = self.training(config.train)
+        train = self.training(config.training(0))
         say = f"fastattn finetune --task {config.task} --data {config.data} ..."
         print(f"{folder}: {say} ({train.steps} steps)", flush=True)
-        config = dataclasses.replace(config, train=train, steps=train.steps)
+        config = dataclasses.replace(config, **dataclasses.asdict(train))
         outcome = finetune(self.out / folder, config, device=self.device, show_progress=self.show_progress)
         if outcome.progress.signal is not None:
             raise KeyboardInterrupt
@@ -169,10 +169,8 @@ class _Place:
         return {"seconds": time.perf_counter() - self.began, "cpu_seconds": time.process_time() - self.cpu_began}
 
 
-def _training(steps: int, batch: int, lr: float, final_lr: float = 0.05) -> TrainConfig:
-    """Settings for a short training from nothing."""
-    optim = OptimConfig(lr=lr, final_lr=final_lr, weight_decay=0.1)
-    return TrainConfig(steps=steps, batch=batch, eval_rows=128, log_every=20, keep=1, optim=optim)
+# Of short trainings from nothing.
+_SHORT: dict[str, Any] = {"eval_rows": 128, "log_every": 20, "keep": 1, "weight_decay": 0.1}
 
 
 def _classify(place: _Place) -> Result:
@@ -186,7 +184,7 @@ def _classify(place: _Place) -> Result:
         "run",
         FinetuneConfig(
             task="classify", data=data, eval=eval_data, preset="tiny", vocab_size=2048, length=64,
-            train=_training(480, 32, 1e-3),
+            steps=480, batch=32, lr=1e-3, final_lr=0.05, **_SHORT,
         ),
     )  # fmt: skip
     expected = [item.package for item in held_out]
@@ -235,7 +233,8 @@ def _seq2seq(
     """One of the runs of ``_summarise``; all of them read and write the same tokens."""
     return FinetuneConfig(
         task="seq2seq", data=data, vocab_size=2048, held_out=0.005, length=48,
-        preset=preset, checkpoint=checkpoint, eval=eval_data or (), train=_training(steps, 64, 3e-3, final_lr),
+        preset=preset, checkpoint=checkpoint, eval=eval_data or (), steps=steps, batch=64, lr=3e-3,
+        final_lr=final_lr, **_SHORT,
     )  # fmt: skip
 
 
@@ -261,9 +260,9 @@ def _code(place: _Place) -> Result:
         folders[split].mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folders[split] / f"{number:04d}-{path.name}")
         sizes[split] += 1
-    train = place.training(_training(600, 4, 4e-3))
+    train = place.training(TrainConfig(steps=600, batch=4, lr=4e-3, final_lr=0.05, **_SHORT))
     print(f"run: fastattn train --data {folders['train']} ... ({train.steps} steps)", flush=True)
-    config = RunConfig(data=(str(folders["train"]),), preset="tiny", vocab_size=2048, train=train)
+    config = RunConfig(data=(str(folders["train"]),), preset="tiny", vocab_size=2048, **dataclasses.asdict(train))
     outcome = pretrain(place.out / "run", config, device=place.device, show_progress=place.show_progress)
     if outcome.progress.signal is not None:
         raise KeyboardInterrupt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from fastattn.errors import DataError, input_error
@@ -13,13 +13,11 @@ from fastattn.lm.finetune.augment import AUGMENTATIONS
 from fastattn.lm.finetune.tasks import TASKS
 from fastattn.lm.models import TransformerConfig, preset
 from fastattn.lm.train.checkpoint import Checkpoint
-from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.settings import RunSettings, TrainConfig
 from fastattn.lm.train.tasks import preset_for
 from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size
 
 CONVERSATIONS = ("chat", "dpo")  # tasks with a chat template
-_TRAIN = TrainConfig(batch=16, eval_rows=256, optim=OptimConfig(lr=3e-4, weight_decay=0.01))
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class FinetuneConfig(RunSettings):
         length: most tokens in a row; None is the model's.
         dropout: probability of dropping; None is the model's.
         attention: "fastattn" or "eager".
-        epochs: passes over the examples.
-        steps: updates of the weights, instead of ``epochs``.
-        train: the training itself; its number of steps follows from the two above.
+        epochs: passes over the examples, where ``steps`` is None.
+
+    The others are those of ``TrainConfig`` and ``OptimConfig``, by keyword.
     """
 
     task: str
@@ -77,10 +75,14 @@ class FinetuneConfig(RunSettings):
     dropout: float | None = None
     attention: str = "fastattn"
     epochs: float = 3.0
-    steps: int | None = None
-    train: TrainConfig = field(default_factory=lambda: _TRAIN)
+    _: KW_ONLY
+    steps: int | None = None  # type: ignore[assignment]  # an int in the end, see ``training``
+    eval_rows: int = 256
+    lr: float = 3e-4
+    weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task not in TASKS:
             raise input_error("task", repr(self.task), ", ".join(TASKS), "See fastattn finetune --help.")
         starts = [f"--{name}" for name in ("checkpoint", "pretrained", "preset") if getattr(self, name) is not None]
@@ -128,6 +130,12 @@ class FinetuneConfig(RunSettings):
         sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
         given = {name: size for name, size in sizes.items() if size is not None}
         return self.adjusted(dataclasses.replace(config, **given))  # type: ignore[arg-type]  # ints
+
+    @property
+    def train(self) -> TrainConfig:
+        """The settings of the training loop; ``training`` has the number of steps, too."""
+        names = {field.name for field in dataclasses.fields(TrainConfig)} - {"steps"}
+        return TrainConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def lora(self) -> Lora:

@@ -63,7 +63,7 @@ PRESETS: dict[str, Fields] = {
 def preset(name: str, vocab_size: int = 0) -> TransformerConfig:
     """A named size of model.
 
-    "tiny", "small", "base", "large", "encoder-*", "seq2seq-*" and "image-text-*" have RMSNorm, SwiGLU and rotary
+    "tiny", "small", "base", "large" and those of encoders, "seq2seq" and "image-text" have RMSNorm, SwiGLU and rotary
     positions, and the decoders of text fewer key/value heads; the others have the form of the paper that names them.
 
     Args:

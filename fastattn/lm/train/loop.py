@@ -137,7 +137,7 @@ class Trainer:
         self._runner = wrap_parallel(model, config.parallel, self.ranks)  # what the loss of training calls
         if config.compile:
             model.compile()  # in place, so the names of weights stay; after FSDP has put its hooks there
-        self.optimizer = make_optimizer(model, config.optim)
+        self.optimizer = make_optimizer(model, config)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl", self.ranks.leads)
         self._curves: list[TensorBoard | WeightsAndBiases] = []
@@ -273,8 +273,8 @@ class Trainer:
                     loss = self.loss(self._runner, part.to(self.device)) * weight
                 (loss * size).backward()  # the mean over processes is taken of gradients, where we want the sum
             total += loss.detach()
-        rate = config.optim.rate(step, config.steps) if rate is None else rate
-        return total, update(self.optimizer, self.model, rate, config.optim.clip), labels
+        rate = config.rate(step, config.steps) if rate is None else rate
+        return total, update(self.optimizer, self.model, rate, config.clip), labels
 
     def _autocast(self) -> torch.autocast:
         precision = self.config.precision
@@ -295,7 +295,7 @@ class Trainer:
             )
         self.progress.loss = loss
         self.progress.tokens += labels
-        rate = self.config.optim.rate(step - 1, self.config.steps)
+        rate = self.config.rate(step - 1, self.config.steps)
         record = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm}
         record["tokens_per_second"] = speed * window.num_tokens(self.ranks) / max(labels, 1)
         self._record(record | self._hardware_use(speed))

@@ -12,7 +12,7 @@ from fastattn.errors import input_error
 from fastattn.lm.train.parallel import whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Settings of the optimizer.
 

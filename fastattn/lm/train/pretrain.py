@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastattn.lm.train.mixture import Mixture, of_folders, split_weights
 from fastattn.lm.train.parallel import ranks
 from fastattn.lm.train.prepare import prepare
 from fastattn.lm.train.run import run_folder, start_or_resume
-from fastattn.lm.train.settings import Progress, RunSettings, TrainConfig
+from fastattn.lm.train.settings import Progress, RunSettings
 from fastattn.lm.train.tasks import find_objective, preset_for
 from fastattn.lm.train.tokens import check_held_out, check_vocabulary_size, vocabulary_size
 
@@ -42,7 +42,8 @@ class RunConfig(RunSettings):
         window: as in ``TransformerConfig``, as are the next two.
         dropout: see there.
         attention: see there.
-        train: the training itself.
+
+    The others are those of ``TrainConfig`` and ``OptimConfig``, by keyword.
     """
 
     data: tuple[str, ...] = ()
@@ -55,9 +56,9 @@ class RunConfig(RunSettings):
     window: int | None = None
     dropout: float = 0.0
     attention: str = "fastattn"
-    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.length is not None and self.length < 1:
             raise input_error("length", self.length, "a positive int, or None", "None is the preset's.")
         split_weights(self.data, "data")

@@ -1,4 +1,4 @@
-"""Settings of a training run (``TrainConfig`` in a ``RunSettings``) and its ``Progress``."""
+"""Settings of a training run, all in one flat config by the names of the command line's flags, and its ``Progress``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastattn.lm.train.parallel import Parallel
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of the training loop.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(OptimConfig):
+    """Settings of the training loop, beside those of the optimizer.
 
     Attributes:
         steps: updates of the weights in all.
@@ -40,7 +40,6 @@ class TrainConfig:
         context_parallel: processes that share each row, of which each holds some tokens; 1 gives each rows of its own.
         tensorboard: also write the log for TensorBoard, into ``tensorboard/``.
         wandb: also write it for Weights & Biases, into ``wandb/`` or to its server; see ``WeightsAndBiases``.
-        optim: the optimizer.
     """
 
     steps: int = 1000
@@ -64,9 +63,9 @@ class TrainConfig:
     context_parallel: int = 1
     tensorboard: bool = False
     wandb: bool = False
-    optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = ("steps", "batch", "eval_every", "eval_rows", "save_every", "keep", "log_every", "context_parallel")
         for name in positive:
             if getattr(self, name) < 1:
@@ -93,53 +92,48 @@ class TrainConfig:
 
 # What may differ between a run and its continuation; the rest would make it another run.
 _MAY_CHANGE = {
-    f"train.{name}"
-    for name in (
-        "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
-        "save_every", "keep", "log_every", "micro_batch", "precision", "compile", "recompute", "parallel",
-        "tensorboard", "wandb",
-    )
-} | {"attention"}  # fmt: skip
+    "steps", "max_minutes", "eval_every", "eval_rows", "patience", "metric", "greater_is_better", "keep_best",
+    "save_every", "keep", "log_every", "micro_batch", "precision", "compile", "recompute", "parallel", "tensorboard",
+    "wandb", "attention",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Base of the configs of runs: a field ``train``, and conversion from flags and to and from JSON."""
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(TrainConfig):
+    """Base of the configs of runs, which have the fields of ``TrainConfig`` besides their own."""
+
+    def __post_init__(self) -> None:
+        _ = self.train  # checks its fields
+
+    @property
+    def train(self) -> TrainConfig:
+        """The settings of the training loop."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)})
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_dict``; raises KeyError or TypeError for fields that are not those of the class."""
-        train = dict(fields["train"])
-        optim = dict(train["optim"])
-        optim["betas"] = tuple(optim["betas"])
-        train["optim"] = OptimConfig(**optim)
-        own = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-        return cls(**(own | {"train": TrainConfig(**train)}))
+        """The inverse of ``to_dict``; raises KeyError or TypeError for fields that are not those of the class.
+
+        Runs of fastattn 0.1 have a field "train", and in it "optim", in place of their fields.
+        """
+        train = dict(fields.get("train", {}))
+        found = dict(train.pop("optim", {})) | train | {name: x for name, x in fields.items() if name != "train"}
+        _ = found["steps"]
+        typed: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        return cls(**typed)
 
     def changed(self, flags: Mapping[str, Any]) -> Self:
-        """A copy with fields replaced; ``flags`` has names like "preset", "train.steps", "train.optim.lr"."""
-        before: TrainConfig = self.value("train")
-        optim = {name.removeprefix("train.optim."): x for name, x in flags.items() if name.startswith("train.optim.")}
-        train = {name.removeprefix("train."): x for name, x in flags.items() if name.count(".") == 1}
-        own = {name: x for name, x in flags.items() if "." not in name}
-        train["optim"] = dataclasses.replace(before.optim, **optim)
-        return dataclasses.replace(self, **own, **{"train": dataclasses.replace(before, **train)})
-
-    def value(self, name: str) -> Any:
-        """The field of a name as in ``changed``."""
-        value: Any = self
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
+        """A copy with fields replaced."""
+        return dataclasses.replace(self, **flags)
 
     def continued(self, flags: Mapping[str, Any], may_change: set[str] | None = None) -> Self:
         """A copy for going on with the run: with those of ``flags`` that may change then.
 
         Args:
-            flags: as in ``changed``.
+            flags: fields and their values.
             may_change: names of fields that may change besides those of every run.
 
         Raises:
@@ -147,10 +141,10 @@ class RunSettings:
         """
         wanted = self.changed(flags)
         for name in flags.keys() - _MAY_CHANGE - (may_change or set()):
-            before, after = self.value(name), wanted.value(name)
+            before, after = getattr(self, name), getattr(wanted, name)
             if before != after:
                 todo = "Leave the flag out when resuming, or start a new --out."
-                raise input_error("--" + name.rpartition(".")[2].replace("_", "-"), after, f"{before}, as before", todo)
+                raise input_error("--" + name.replace("_", "-"), after, f"{before}, as before", todo)
         return wanted
 
 

@@ -17,7 +17,7 @@ except build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
-@pytest.mark.parametrize("which", ["address", pytest.param("thread", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
 def test_no_sanitizer_complains(which):
     command = [sys.executable, str(CHECK), "--baseline", "--sanitize", which, "--cases", "30"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastattn.backends import cuda, load
-from fastattn.backends.cuda import decode, library
+from fastattn.backends.cuda import backward, decode, library
 from fastattn.kv_cache import CacheInputs, facts_of
 from fastattn.problem import Problem
 from fastattn.spec import AttentionSpec
@@ -77,6 +77,16 @@ def test_without_atomics(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = served(case)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert_within(measure("eager", sample, cuda.BACKEND))
+
+
+@pytest.mark.parametrize("has_atomics", [True, False])
+def test_query_heads_apart(has_atomics: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where multiprocessors would be idle, every query head has blocks of its own for dk and dv."""
+    sample = served(Case("apart", B=2, S_q=400, S_kv=300, D_qk=64, D_v=40, H_q=4, H_kv=1, right=0, dtype=torch.float16))
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: not has_atomics)
+    assert backward.own_tensors(sample.inputs, sample.spec, ("q", "k", "v"), 132)["dk_parts"] is not None
+    assert_within(measure(cuda.BACKEND, sample))
 
 
 def test_same_bits_every_time_without_atomics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def hazards(*changes: tuple[int, str]) -> str:
 
 def test_sound_code_has_no_hazards() -> None:
     assert hazards() == ""
+    assert hazards((7, "LDS.64 R92, [R99+0x10]")) == "", "an address is one register, though the numbers loaded are two"
     assert sass.hazards(code_of(["FADD R1, R2, R3", "EXIT"])) == [], "a kernel without products"
 
 
@@ -57,6 +58,8 @@ def test_sound_code_has_no_hazards() -> None:
     [
         (6, "NOP", "FMUL touches an accumulator of a product in flight"),
         (7, "FMUL R92, R163, R93", "FMUL touches an accumulator of a product in flight"),
+        (7, "LDS.64 R99, [R93]", "LDS.64 touches an accumulator of a product in flight"),
+        (7, "LDS.64 R92, [R100]", "LDS.64 touches an accumulator of a product in flight"),
         (7, "LDS.128 R88, [R93]", "LDS.128 writes an operand of a product in flight"),
         (7, "STG.E.64 [R98.64], R162", "STG.E.64 touches an accumulator of a product in flight"),
         (8, "NOP", "FMUL touches an accumulator of a product in flight"),

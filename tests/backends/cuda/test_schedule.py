@@ -7,7 +7,9 @@ import shutil
 
 import pytest
 
+from fastattn.backends.cuda.backward import ends_earlier_with_parts
 from fastattn.backends.cuda.tools.makespan import Shape, Share, Work, shares
+from fastattn.spec import AttentionSpec
 
 # (length, heads, batch): the causal shapes of a language model
 CAUSAL = [
@@ -53,7 +55,7 @@ def all_right(works: list[Work]) -> list[Share]:
     found = shares(works)
     for work, share in zip(works, found, strict=True):
         size = work.keys if work.kernel == "dkdv" else work.rows
-        heads = work.shape.heads_kv if work.kernel == "dkdv" else work.shape.heads_q
+        heads = work.shape.heads_kv if work.kernel == "dkdv" and not work.parts else work.shape.heads_q
         rows = [pair[work.kernel == "dkdv"] for pair in work.shape.pairs]
         assert (share.tiles, share.most_taken) == (heads * sum(-(-n // size) for n in rows), 1), work
     return found
@@ -87,3 +89,14 @@ def test_every_tile_is_taken_once() -> None:
     all_right([dataclasses.replace(packed(lengths, 0), blocks=3) for lengths in ([0, 5, 0, 700], [1], [130, 0])])
     (even,) = all_right([Work("forward", Shape(1, 1280, 1280, 66, 66, 128, 128), 128, 128)])
     assert even.makespan == even.mean, "tiles of one length are shared out evenly"
+
+
+def test_backward_work_is_balanced_where_key_heads_are_few() -> None:
+    """By blocks that work on one query head each, where the choice by makespan asks for them."""
+    causal = AttentionSpec(1.0, right=0)
+    assert ends_earlier_with_parts(causal, (2048, 2048, 8, 4), 64, 128, 132)
+    assert not ends_earlier_with_parts(causal, (16384, 16384, 8, 4), 64, 128, 132), "there are blocks enough"
+    assert not ends_earlier_with_parts(AttentionSpec(1.0), (2048, 2048, 8, 4), 64, 128, 132), "one round in any case"
+    shape = Shape(1, 2048, 2048, 32, 8, 128, 128, right=0)
+    together, apart = all_right([Work("dkdv", shape, 64, 128, parts=parts) for parts in (False, True)])
+    assert apart.imbalance <= 1.1 and together.imbalance > 1.5

@@ -88,6 +88,26 @@ def test_new_rows_beyond_the_cache_are_dropped() -> None:
     assert torch.equal(inputs.k_cache.nan_to_num(7), before.nan_to_num(7))
 
 
+@pytest.mark.parametrize("page", [-1, 2**20, -(2**31)])
+def test_pages_that_the_cache_does_not_have_are_never_followed(page: int) -> None:
+    """A table on a GPU is not checked. The caches lie between NaN, which no read sees and no new row replaces."""
+    (case,) = (case for case in GRID if case.id == "some tokens [pages of 8, float32]")
+    sample = make_cache_sample(case)
+    inputs = sample.inputs
+    assert inputs.block_table is not None
+    around = [torch.full((x.shape[0] + 2, *x.shape[1:]), torch.nan) for x in (inputs.k_cache, inputs.v_cache)]
+    caches = [x[1:-1] for x in around]
+    for x in caches:
+        x.zero_()
+    table = torch.full_like(inputs.block_table, page)
+    if page > 0:
+        table[:, ::2] = inputs.k_cache.shape[0]  # the NaN right behind
+    hostile = inputs.replace(k_cache=caches[0], v_cache=caches[1], block_table=table)
+    out, _ = load("triton").attend_to_cache(hostile, sample.spec)
+    assert bool(out.isfinite().all())
+    assert all(bool(x[[0, -1]].isnan().all()) and not x[1:-1].any() for x in around)
+
+
 def test_one_tensor_may_be_queries_keys_and_values() -> None:
     """What is done to each follows from its place, not from which tensor it is: values are never turned."""
     (case,) = (case for case in GRID if case.id == "rotary [pages of 8, float32]")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.backends.triton.tools import builds, figures, gates
+from fastattn.backends.triton.tools import builds, derived, figures, gates
 
 triton = pytest.importorskip("triton")
 
@@ -25,6 +25,18 @@ def test_the_main_shapes_compile_clean() -> None:
     results = list(gates.compiled(todo))
     wrong = {build.name: gates.problems(build, figures, EXPECTED.get(build.name)) for build, figures in results}
     assert not any(wrong.values()), "\n".join([gates.table(results), *(f"{n}: {w}" for n, w in wrong.items() if w)])
+
+
+def test_kernels_of_derivatives_and_statistics_compile_clean() -> None:
+    from fastattn.backends.triton import derived_configs
+
+    assert {kernel for kernel, _, _ in derived_configs.TABLE} == set(derived.KERNELS)
+    wanted = {("jvp", "sm_90"), ("statistics_dk", "sm_80")}
+    todo = [b for b in derived.all_builds() if (b.kernel, b.target) in wanted and b.bits == 16 and b.head_dim == 128]
+    todo = [b for b in todo if b.combination == "causal"]
+    results = list(gates.compiled(todo))
+    wrong = {build.name: gates.problems(build, figures, None) for build, figures in results}
+    assert len(results) == 2 and not any(wrong.values()), wrong
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 
 from fastattn import reference, rng, testing  # noqa: E402
 from fastattn.backends import load  # noqa: E402
-from fastattn.backends.triton import configs, launch  # noqa: E402
+from fastattn.backends.triton import configs, launch, launch_derivatives  # noqa: E402
 from fastattn.backends.triton.arguments import Flags, Sizes, Terms, coded  # noqa: E402
 from fastattn.backends.triton.tile import open_head, survivors, tanh  # noqa: E402
 from fastattn.problem import Inputs, Problem, Tangents  # noqa: E402
@@ -50,6 +50,18 @@ def test_what_stands_still() -> None:
     for name in sample.needs:
         motion = Motion(Tangents(**{name: getattr(full.tangents, name)}), torch.zeros_like(sample.dout), None)
         testing.assert_within(measure_derivatives("triton", sample, yardstick=DerivativeYardstick(sample, motion)))
+
+
+def test_derivatives_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's GPUs compute long rows: the interpreter would only do so in fp32."""
+    monkeypatch.setattr(
+        launch_derivatives.BackwardJvp,
+        "_in_chunks",
+        lambda self, most: dataclasses.replace(self.call.flags, chunked=True),
+    )
+    sizes = {"B": 1, "S_q": 9, "S_kv": 7, "H_q": 2, "H_kv": 1, "D_qk": 40, "D_v": 20}
+    case = testing.Case("chunks", **sizes, dtype=torch.float16, softcap=2.0, bias=(1, 1, 9, 7))
+    testing.assert_within(measure_derivatives("triton", testing.make(case)))
 
 
 @pytest.mark.parametrize("dims", [(1, 1), (3, 2), (80, 80), (160, 160), (255, 256)], ids=str)

@@ -21,8 +21,6 @@ from fastattn.lm.finetune.tasks import Task
 from fastattn.lm.load import load_model
 from fastattn.lm.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
 from fastattn.lm.train import RunConfig, find_checkpoint, pretrain
-from fastattn.lm.train.optim import OptimConfig
-from fastattn.lm.train.settings import TrainConfig
 
 SIZES = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 32}
 RECORDS = [{"text": f"{word} {n}", "label": word} for word in ("up", "down", "left") for n in range(8)]
@@ -59,17 +57,17 @@ def pretrained(tmp_path_factory):
     source = random.Random(0)
     lines = (" ".join(source.choices(["up", "down", "left", "right", "and", "the", "it"], k=9)) for _ in range(200))
     (folder / "text.txt").write_text("\n".join(lines))
-    train = TrainConfig(steps=4, batch=2, eval_rows=2)
+    train = {"steps": 4, "batch": 2, "eval_rows": 2}
     for objective in ("causal", "masked", "span"):
-        config = RunConfig(data=(str(folder / "text.txt"),), objective=objective, vocab_size=300, train=train)
+        config = RunConfig(data=(str(folder / "text.txt"),), objective=objective, vocab_size=300, **train)
         pretrain(folder / objective, config, show_progress=False)
     return folder
 
 
 def settings(data, **changes):
-    train = TrainConfig(batch=4, eval_every=5, save_every=5, log_every=1, optim=OptimConfig(lr=1e-2))
+    train = {"steps": 10, "batch": 4, "eval_every": 5, "save_every": 5, "log_every": 1, "lr": 1e-2}
     starts = {} if "checkpoint" in changes else {"preset": "tiny"}
-    return FinetuneConfig(**({"task": "classify", "data": data, "steps": 10, "train": train} | starts | changes))
+    return FinetuneConfig(**({"task": "classify", "data": data} | train | starts | changes))
 
 
 def run(out, config, **options):
@@ -88,8 +86,8 @@ def test_it_starts_from_a_pre_trained_checkpoint(pretrained, tmp_path, objective
     pairs = [{"source": word, "target": word[::-1]} for word in ("up", "down", "left", "right")]
     path = written(tmp_path / "a.jsonl", {"classify": RECORDS, "instruct": WRITTEN, "seq2seq": pairs}[task])
     start = find_checkpoint(pretrained / objective)
-    frozen = TrainConfig(batch=2, optim=OptimConfig(lr=1e-12))  # so small that nothing changes
-    config = settings(path, task=task, checkpoint=str(pretrained / objective), eval=path, steps=1, train=frozen)
+    frozen = {"batch": 2, "lr": 1e-12}  # so small that nothing changes
+    config = settings(path, task=task, checkpoint=str(pretrained / objective), eval=path, steps=1, **frozen)
     found = model_of(run(tmp_path / "run", config))
     before = start.load_pretrained()
     before, after = (getattr(x, "backbone", x).state_dict() for x in (before, found))
@@ -206,9 +204,9 @@ def logged(folder):
 def test_objectives_train_alike_with_eager_attention(pretrained, tmp_path, objective):
     losses = []
     for attention in ("fastattn", "eager"):
-        train = TrainConfig(steps=12, batch=4, eval_rows=2, log_every=1)
+        train = {"steps": 12, "batch": 4, "eval_rows": 2, "log_every": 1}
         config = RunConfig(
-            data=(str(pretrained / "text.txt"),), objective=objective, vocab_size=300, attention=attention, train=train
+            data=(str(pretrained / "text.txt"),), objective=objective, vocab_size=300, attention=attention, **train
         )
         pretrain(tmp_path / attention, config, show_progress=False)
         losses.append(logged(tmp_path / attention))
@@ -254,8 +252,8 @@ def test_epochs_give_steps(data):
 
 
 def test_the_best_checkpoint_is_kept_and_scored(data, tmp_path):
-    train = dataclasses.replace(settings(data).train, metric="accuracy", greater_is_better=True, keep_best=True, keep=1)
-    outcome = run(tmp_path / "run", settings(data, train=train, steps=30))
+    kept = {"metric": "accuracy", "greater_is_better": True, "keep_best": True, "keep": 1}
+    outcome = run(tmp_path / "run", settings(data, steps=30, **kept))
     assert outcome.progress.best == max(
         record["accuracy"]
         for record in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())

@@ -14,8 +14,6 @@ from fastattn.lm.finetune.tasks import TASKS
 from fastattn.lm.models import PRESETS, make_model, preset
 from fastattn.lm.train.data import IGNORED
 from fastattn.lm.train.example_rows import ExampleRows, padded
-from fastattn.lm.train.optim import OptimConfig
-from fastattn.lm.train.settings import TrainConfig
 from fastattn.lm.train.tokens import train_tokenizer
 
 COLOURS = {"sun": "yellow", "grass": "green", "sky": "blue", "coal": "black", "snow": "white", "blood": "red"}
@@ -83,9 +81,9 @@ def written(folder, task, records=None):
 
 
 def config_for(task, path, **changes):
-    train = TrainConfig(batch=6, eval_every=60, save_every=1000, log_every=10, optim=OptimConfig(lr=1e-2))
+    train = {"batch": 6, "eval_every": 60, "save_every": 1000, "log_every": 10, "lr": 1e-2}
     starts = {} if {"checkpoint", "preset"} & set(changes) else {"preset": "tiny"}
-    options = {"vocab_size": 320, "eval": str(path), "steps": 60, "train": train}
+    options = {"vocab_size": 320, "eval": str(path), "steps": 60} | train
     return FinetuneConfig(task=task, data=str(path), **(options | starts | changes))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from fastattn.cli import main
 from fastattn.lm.models import Decoder, TransformerConfig
-from fastattn.lm.train import Log, OptimConfig, TrainConfig, Trainer, find_checkpoint
+from fastattn.lm.train import Log, TrainConfig, Trainer, find_checkpoint
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.parallel import joined, ranks
@@ -22,7 +22,7 @@ from fastattn.lm.train.tokens import Corpus
 # A rate that does not depend on the steps, so that runs of different lengths agree.
 TRAIN = TrainConfig(
     steps=6, batch=4, eval_every=3, eval_rows=5, save_every=3, keep=9, log_every=1,
-    optim=OptimConfig(warmup=0, final_lr=1),
+    warmup=0, final_lr=1,
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastattn.cli import main
 from fastattn.errors import DataError, InputError
-from fastattn.lm.train import OptimConfig, find_checkpoint
+from fastattn.lm.train import find_checkpoint
 from fastattn.lm.train.average import average_checkpoints, find_checkpoints
 from fastattn.lm.train.checkpoint import Checkpoint, sorted_steps
 from fastattn.lm.train.learning_rate import find_rate
@@ -53,7 +53,7 @@ def test_a_learning_rate_is_found_that_learns_and_a_larger_one_diverges(make_tra
     assert 1e-4 < found.suggestion <= found.highest < 10
     ends = []
     for rate in (found.suggestion / 100, found.suggestion, 100.0):
-        options = {"dropout": 0.0, "steps": 30, "eval_every": 30, "save_every": 30, "optim": OptimConfig(lr=rate)}
+        options = {"dropout": 0.0, "steps": 30, "eval_every": 30, "save_every": 30, "lr": rate}
         trainer = make_trainer(tmp_path / f"{rate}", **options)
         with contextlib.suppress(FloatingPointError):
             ends.append(trainer.run().held_out_loss)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fastattn.errors import DataError, InputError
 from fastattn.lm.train.checkpoint import find_checkpoint, sorted_steps
 from fastattn.lm.train.loop import Trainer
-from fastattn.lm.train.optim import OptimConfig
 from fastattn.lm.train.settings import TrainConfig
 
-OPTIM = OptimConfig(lr=0.03, warmup=0, final_lr=1.0, weight_decay=0.0)  # a rate that does not depend on the steps
+OPTIM = {"lr": 0.03, "warmup": 0, "final_lr": 1.0, "weight_decay": 0.0}  # a rate that does not depend on the steps
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def squared_error(model, batch):
 @pytest.fixture
 def make(tmp_path):
     def make(model=None, evaluate=None, folder=tmp_path, **changes):
-        config = TrainConfig(steps=20, batch=4, eval_every=2, eval_rows=7, save_every=10, log_every=1, optim=OPTIM)
+        config = TrainConfig(steps=20, batch=4, eval_every=2, eval_rows=7, save_every=10, log_every=1, **OPTIM)
         return Trainer(
             Net() if model is None else model, None, (Line(), Line()), dataclasses.replace(config, **changes), folder,
             loss=squared_error, evaluate=evaluate, model_config={"kind": "net"}, show_progress=False,

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastattn.errors import DataError, InputError
-from fastattn.lm.train import OptimConfig, TrainConfig, Trainer, find_checkpoint
+from fastattn.lm.train import TrainConfig, Trainer, find_checkpoint
 
 TRAIN = TrainConfig(steps=8, batch=4, eval_every=4, eval_rows=5, save_every=4, log_every=1)
-TRAIN = dataclasses.replace(TRAIN, optim=OptimConfig(lr=0.03, warmup=0, final_lr=1.0))
+TRAIN = dataclasses.replace(TRAIN, lr=0.03, warmup=0, final_lr=1.0)
 
 
 class Points(Dataset):

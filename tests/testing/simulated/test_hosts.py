@@ -113,6 +113,7 @@ CALLS: dict[str, Callable[[], None]] = {
     **{f"D {d}, everything": dense(d, softcap=4.0, window=(9, 3), sinks=True) for d in (64, 96, 128, 192, 256)},
     "D 192 and 128": dense(192, 128),
     "no mask": dense(128, h_kv=1),
+    "one head of keys for four": dense(256, h_kv=1, causal=True),
     "fp16": dense(64, dtype=torch.float16),
     "another device": dense(64, device="cuda:1"),
     "keys that nobody sees": dense(64, s_kv=300, window=(3, 3)),
@@ -134,6 +135,7 @@ CALLS: dict[str, Callable[[], None]] = {
 def names_of_kernels() -> dict[str, str]:
     """The name of each kernel in C++, by the name that the ctypes host gives it."""
     after = [RowwiseConfig("backward_postprocess", config) for config in dkdv_configs() if config.fused]
+    after += [RowwiseConfig("backward_sum_heads", config) for config in dkdv_configs()]
     more = [Instance(config, dtype) for config in (DSINKS, *after) for dtype in DTYPES]
     return {instance.name: signature(instance) for instance in [*library_instances(), *more]}
 

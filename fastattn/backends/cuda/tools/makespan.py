@@ -56,7 +56,10 @@ class Shape:
 class Work:
     """A kernel's tiles of a problem: ``kernel`` is forward, dkdv or dq, ``rows`` and ``keys`` are the sizes of a tile.
 
-    ``overhead`` is what a tile costs besides its blocks, in blocks.
+    Attributes:
+        blocks: thread blocks that run at a time.
+        overhead: what a tile costs besides its blocks of the other side, in such blocks.
+        parts: dkdv has a block for every query head.
     """
 
     kernel: str
@@ -65,6 +68,7 @@ class Work:
     keys: int
     blocks: int = MULTIPROCESSORS
     overhead: float = 1.0
+    parts: bool = False
 
     def line(self) -> str:
         """The problem as the program reads it."""
@@ -72,7 +76,7 @@ class Work:
         band = [-1 if side is None else side for side in (x.left, x.right)]
         lengths = x.lengths or ((x.s_q, x.s_kv),)
         numbers = [self.blocks, self.rows, self.keys, int(x.lengths is not None), len(x.pairs), x.heads_q, x.heads_kv]
-        numbers += [*band, x.heads_per_pass(self.kernel == "dkdv")]
+        numbers += [*band, x.heads_per_pass(self.kernel == "dkdv"), int(self.parts)]
         text = [self.kernel, *map(str, numbers), str(self.overhead), *(str(n) for pair in lengths for n in pair)]
         return " ".join(text)
 

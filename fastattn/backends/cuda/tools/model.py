@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastattn.backends.cuda.backward import STORED_PARTS, TILE_OVERHEAD, ends_earlier_with_parts
 from fastattn.backends.cuda.instances import (
     DkdvConfig,
     DqConfig,
@@ -25,6 +26,7 @@ from fastattn.backends.cuda.instances import (
     select_dq,
 )
 from fastattn.backends.cuda.tools.makespan import MULTIPROCESSORS, Shape, Share, Work, shares
+from fastattn.spec import AttentionSpec
 
 PRODUCT_FLOPS = 790e12  # of a large matrix product on this card: power, not the clock, limits it
 CLOCK = PRODUCT_FLOPS / (MULTIPROCESSORS * 4096)
@@ -85,8 +87,9 @@ def dkdv_clocks(x: DkdvConfig) -> Clocks:
     read = 2 * scores + dp + sums if x.is_split else 2 * (scores + dp + sums)
     written = 2 * x.block_m * (x.d_qk + x.d_v)
     if x.fused:
-        read += 2 * _by_rows(x.block_n, 64)
-        written += 2 * pairs + 4 * x.block_m * x.d_qk
+        parts = max(2, -(-x.d_qk // 64))  # of 64 columns; the third is added by both consumers
+        read += parts * _by_rows(x.block_n, 64)
+        written += 2 * pairs + 4 * x.block_m * (x.d_qk + (64 if parts == 3 else 0))
     per_score = PER_GRADIENT + CAP_INSTRUCTIONS * x.softcap
     return Clocks(
         tensor=2 * pairs * ((scores_computed + 1 + x.fused) * x.d_qk + 2 * x.d_v) / 4096,
@@ -151,10 +154,20 @@ def backward_kernels(shape: Shape, deterministic: bool = False) -> list[Kernel]:
     columns = shape.d_qk + shape.d_v
     kernels = [Kernel("preprocess", rows * (4.0 * shape.d_v + (4 * shape.d_qk if fused else 0)))]
     name = f"dkdv{', fused' if fused else ''} {dkdv.block_m} x {dkdv.block_n}"
-    work = Work("dkdv", shape, dkdv.block_m, dkdv.block_n)
+    band = AttentionSpec(1.0, left=shape.left, right=shape.right)
+    group = shape.heads_q // shape.heads_kv
+    sizes = (shape.s_q, shape.s_kv, shape.batch * shape.heads_kv, group)
+    parts = shape.lengths is None and group > 1
+    parts = parts and ends_earlier_with_parts(band, sizes, dkdv.block_m, dkdv.block_n, MULTIPROCESSORS)
+    overhead = TILE_OVERHEAD + (STORED_PARTS if parts else 0)
+    work = Work("dkdv", shape, dkdv.block_m, dkdv.block_n, overhead=overhead, parts=parts)
     kernels.append(Kernel(name, 2.0 * rows * columns + 4.0 * keys * columns, work, dkdv_clocks(dkdv)))
     if fused:
-        return [*kernels, Kernel("postprocess", 6.0 * rows * shape.d_qk)]
+        kernels.append(Kernel("postprocess", 6.0 * rows * shape.d_qk))
+    if parts:
+        kernels.append(Kernel("sum of heads", (4.0 * group + 2.0) * keys * columns))
+    if fused:
+        return kernels
     dq = select_dq(dq_configs(), shape.d_qk, shape.d_v, shape.softcap)
     work = Work("dq", shape, dq.block_m, dq.block_n)
     moved = 2.0 * (rows + keys) * columns + 2.0 * rows * shape.d_qk

@@ -92,8 +92,10 @@ class Build:
 
 def config_of(build: Build) -> Config:
     """The configuration that a build is compiled with."""
-    from fastattn.backends.triton import configs
+    from fastattn.backends.triton import configs, derived_configs
 
+    if (build.kernel, build.bits) in {row[:2] for row in derived_configs.TABLE}:
+        return derived_configs.config_for(build.kernel, build.bits, build.head_dim)
     features = frozenset(build.combination.replace("intervals", "segments mask").split())  # as Flags.features says
     return configs.Config(
         *build.config or configs.config_for(build.row, build.kernel, build.bits, build.head_dim, features)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastattn.backends.triton.tools.builds import EVERYTHING, Build, problem_of
 from fastattn.problem import Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
-
-if TYPE_CHECKING:
-    from fastattn.backends.triton.configs import Config
 
 KERNELS = (
     "jvp", "backward_jvp_dkdv", "backward_jvp_dq", "backward_jvp_dbias", "row_statistics", "key_statistics",
@@ -29,13 +25,6 @@ def all_builds() -> list[Build]:
         least = "bias causal" if kernel.endswith("dbias") else "causal"
         found += [Build("default", target, kernel, what, bits, head_dim) for what in (least, EVERYTHING)]
     return found
-
-
-def config_of(build: Build) -> Config:
-    """The configuration that a build is compiled with."""
-    from fastattn.backends.triton import derived_configs
-
-    return derived_configs.config_for(build.kernel, build.bits, build.head_dim)
 
 
 def launch(build: Build) -> None:

@@ -217,7 +217,7 @@ def _compile(build: Build, known: str | None = None) -> Figures | None:
     _launched.clear()
     _wanted, _known = f"{build.kernel}_kernel", known
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
-    config = derived.config_of(build) if build.kernel in derived.KERNELS else config_of(build)
+    config = config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
@@ -236,19 +236,22 @@ def _compile(build: Build, known: str | None = None) -> Figures | None:
             getattr(launch.Backward.of(out, None, out, lse, lse, inputs, spec), build.kernel.removeprefix("backward_"))(
                 config
             )
-        columns = max(getattr(kernel.metadata, "tmem_size", 0) for _, kernel, _ in _launched)
-        if columns > TENSOR_MEMORY:
-            raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
-        passes = [read(kernel, _target, tensor_core_of(build)) for _, kernel, _ in _launched]
-        worst = max(passes, key=lambda figures: (figures.stack, figures.registers))
-        seconds = sum(seconds for _, _, seconds in _launched)
-        return dataclasses.replace(worst, config=tuple(config), code=_code, seconds=round(seconds, 2))
+        found = [_figures(kernel, seconds, build) for _, kernel, seconds in _launched]
+        worst = max(found, key=lambda figures: (figures.stack, figures.registers))  # of a pass that launches it twice
+        return dataclasses.replace(worst, config=tuple(config), code=_code)
     except _Unchanged:
         return None
     except Exception as error:  # an error of the compiler is the result
         return Figures(
             config=tuple(config), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
         )
+
+
+def _figures(kernel: Any, seconds: float, build: Build) -> Figures:
+    columns = getattr(kernel.metadata, "tmem_size", 0)
+    if columns > TENSOR_MEMORY:
+        raise RuntimeError(f"{columns} columns of tensor memory, at most {TENSOR_MEMORY}")
+    return dataclasses.replace(read(kernel, _target, tensor_core_of(build)), seconds=round(seconds, 2))
 
 
 def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
