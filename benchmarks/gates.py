@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="instead, N builds with features drawn at random")
     parser.add_argument("--derived", action="store_true", help="instead, the kernels of derivatives and statistics")
     parser.add_argument(
+        "--changed", action="store_true", help="leave out builds whose code and arguments are those of the figures"
+    )
+    parser.add_argument(
         "--update", action="store_true", help="write the figures that pass as those to expect from now on"
     )
 
@@ -38,8 +41,11 @@ def run(args: argparse.Namespace) -> int:
     todo = [build for build in todo if args.only in build.name]
     there = {build.name for build in builds.all_builds()}
     figures_now = {name: figures for name, figures in expected.items() if name in there}
+    todo.sort(key=lambda build: build.name in expected)  # the new ones first
+    known = gates.codes(expected) if args.changed else {}
     results, failed = [], {}
-    for build, figures in tqdm(gates.compiled(todo, args.processes), total=len(todo), desc="gates", disable=None):
+    compiled = gates.compiled(todo, args.processes, known)
+    for build, figures in tqdm(compiled, total=len(todo), desc="gates", disable=None):
         results.append((build, figures))
         wrong = gates.problems(build, figures, None if args.update else expected.get(build.name))
         if wrong:
@@ -47,12 +53,16 @@ def run(args: argparse.Namespace) -> int:
         elif args.update and build.name in there:  # written after each build, so that a kill loses one
             figures_now |= gates.as_expected([(build, figures)])
             _write(expected_file, figures_now)
+    if not results:
+        print(f"None of {len(todo)} builds has changed.")
+        return 0
     print(gates.table(results))
     for name in sorted(failed):
         print(f"FAILED {name}: {'; '.join(failed[name])}")
     slowest, figures = max(results, key=lambda result: result[1].seconds)
     print(f"The slowest to compile: {slowest.name}, {figures.seconds:.1f} s.")
-    print(f"{len(results) - len(failed)} of {len(results)} builds pass, Triton {triton.__version__}")
+    unchanged = f", {len(todo) - len(results)} have not changed" if args.changed else ""
+    print(f"{len(results) - len(failed)} of {len(results)} builds pass{unchanged}, Triton {triton.__version__}")
     if not expected:
         print(f"There are no expected figures for this version; --update writes {expected_file.name}.")
     return 1 if failed else 0

@@ -35,6 +35,7 @@ from fastattn.problem import (
 from fastattn.spec import AttentionSpec
 
 ALIGNMENT = 16  # bytes: kernels are compiled for multiples of it
+DERIVED_HEAD_DIM = 256  # the widest for which the kernels of tangents and statistics have tiles that do not spill
 
 
 class TritonBackend(Backend):
@@ -43,7 +44,7 @@ class TritonBackend(Backend):
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES),
-        max_head_dim=256,
+        max_head_dim=512,
         min_arch=80,
     )
 
@@ -60,7 +61,12 @@ class TritonBackend(Backend):
             return [missing]
         if problem.device == "cpu" and not is_interpreting():
             return ["device cpu (TRITON_INTERPRET=1 runs it there, slowly, for tests)"]
-        return capability_reasons(self.capabilities, problem)
+        reasons = capability_reasons(self.capabilities, problem)
+        derived = problem.features & {*DERIVATIVE_FEATURES, *STATISTICS_FEATURES}
+        if not reasons and derived and max(problem.head_dim_qk, problem.head_dim_v) > DERIVED_HEAD_DIM:
+            dims = f"{problem.head_dim_qk}/{problem.head_dim_v}"
+            reasons.append(f"{', '.join(sorted(derived))} at head dim {dims} (at most {DERIVED_HEAD_DIM})")
+        return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:
         if is_interpreting():

@@ -39,12 +39,13 @@ class Bshd(NamedTuple):
         stride_b = x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 0
         return cls(x, coded(stride_b), coded(x.stride(-3)), coded(x.stride(-2)), coded(x.stride(-1)))
 
-    def vector(self) -> int:
-        """8 if all rows begin at a multiple of 8 elements, and of 16 bytes; else 1."""
+    def vector(self, most: int = 8) -> int:
+        """``most`` or 8, if all rows begin at a multiple of so many elements, and of 16 bytes; else 1."""
         x = self.ptr
         strides = x.stride()[1:-1] if x.dim() == 4 and x.shape[0] == 1 else x.stride()[:-1]
-        aligned = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
-        return 8 if aligned else 1
+        if x.stride(-1) != 1 or x.data_ptr() % 16 != 0:
+            return 1
+        return next((n for n in (most, 8) if all(stride % n == 0 for stride in strides)), 1)
 
 
 class Scores(NamedTuple):
@@ -147,7 +148,7 @@ class Visits(NamedTuple):
 class Terms(NamedTuple):
     """The optional tensors; None where not given.
 
-    ``segment_tiles`` holds, for each block of rows of the kernel at hand, the range of tiles that share a segment
+    ``segment_columns`` holds, for each block of rows of the kernel at hand, the range of columns that share a segment
     with it, and inside it the range of those that need no mask: ``(B, blocks, 4)`` int32, see ``prescan.py``.
     """
 
@@ -157,12 +158,13 @@ class Terms(NamedTuple):
     sinks: Any = None
     segment_ids_q: Any = None
     segment_ids_kv: Any = None
-    segment_tiles: Any = None
+    segment_columns: Any = None
     intervals: Any = None
     visits: Any = None
     cu_seqlens_q: Any = None
     cu_seqlens_kv: Any = None
     rng_state: Any = None
+    cache: Any = None
 
 
 class Sizes(NamedTuple):
@@ -182,11 +184,15 @@ class Sizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The work of a one-dimensional grid, divided by ``tile.scheduled``. Ints are coded."""
+    """The work of a one-dimensional grid, divided by ``tile.scheduled``. Ints are coded.
+
+    ``parts`` programs share a group of query heads; None: one has the whole group.
+    """
 
     blocks: Any
     heads: Any
     heads_together: Any
+    parts: Any = None
 
 
 class Cache(NamedTuple):
@@ -244,7 +250,8 @@ class Flags:
         precise: q, k and v are fp32.
         precision: of products of fp32 operands, "ieee" or "tf32".
         upcast: compute with fp32 operands: the interpreter has no bf16 arithmetic.
-        paged: keys and values lie in pages of a block table.
+        cached: keys and values lie in a cache; ``vector_cache`` is ``vector`` of its rows, 16 if possible in e4m3.
+        paged: they lie in pages of a block table.
         fp8: they are e4m3.
         tree: new tokens see each other by a tree mask.
         chunked: products run over parts of the head dim, though whole rows would do.
@@ -272,6 +279,8 @@ class Flags:
     precise: bool = False
     precision: str = "ieee"
     upcast: bool = False
+    cached: bool = False
+    vector_cache: int = 1
     paged: bool = False
     fp8: bool = False
     tree: bool = False

@@ -122,15 +122,23 @@ def score_gradients(p, spared, t, dp, of_delta, dropout_scale, F: tl.constexpr):
 @triton.jit
 def backward_dkdv_kernel(
     q, k, v, dout, dk, dv, stats, terms, sizes, schedule, F: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it."""
+    """``dk`` and ``dv`` of ``BLOCK_N`` key rows of one key/value head, summed over the query heads that share it.
+
+    With DK or DV alone it computes one of them, and leaves the memory of the other as it is.
+    With ``schedule.parts`` each program sums a part of these heads: ``sizes.group`` of them, as if they were a group.
+    ``dk`` and ``dv`` then have a head for each part.
+    """
     BLOCK_QK: tl.constexpr = F.block_qk
     BLOCK_V: tl.constexpr = F.block_v
     block, of = scheduled(schedule, LAST_FIRST=False)
     group = number(sizes.group)
     heads_kv = number(sizes.heads_q) // group
-    b, h_kv = of // heads_kv, of % heads_kv
+    b, part = of // heads_kv, of % heads_kv
+    h_kv = part
+    if schedule.parts is not None:
+        h_kv = part // number(schedule.parts)
     begin_q, begin_kv, band = open_band(b, terms, sizes, F)
     j0 = block * BLOCK_N
     if j0 >= band.s_kv:
@@ -143,18 +151,21 @@ def backward_dkdv_kernel(
     first, last = tile_range(j0 * 0, band.s_q, band, F.left, F.right)  # keys that no row keeps may hold NaN
     if not F.in_chunks:
         k_tile = load_rows(k_rows, j0, first, last, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F.upcast)
-        v_tile = load_rows(v_rows, j0, first, last, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
+        if DK:
+            v_tile = load_rows(v_rows, j0, first, last, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
     j = j0 + tl.arange(0, BLOCK_N)
-    dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
-    dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    if DK:
+        dk_acc = tl.zeros([BLOCK_N, BLOCK_QK], tl.float32)
+    if DV:
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     _low, _high, begin, full_begin, full_end, end = tiles(
         block, b, transposed(band), terms, BLOCK_N, BLOCK_M, F.right, F.left, F
     )  # fmt: skip
     # One loop, not one over heads around one over tiles: values of a head would occupy registers of the inner loop.
-    visits, begin, end = visits_of(block, b, h_kv, begin, end, terms, F)
+    visits, begin, end = visits_of(block, b, part, begin, end, terms, F)
     count = end - begin
     for n in tl.range(0, count * group):
-        head = head_in(b, h_kv * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
+        head = head_in(b, part * group + n // count, begin_q, begin_kv, band, terms, sizes, F)
         q_rows = head_matrix(q, b, head.h, head.begin_q, F.vector, F.contiguous)
         dout_rows = head_matrix(dout, b, head.h, head.begin_q, F.vector, F.contiguous)
         at = row_offset(stats, head)
@@ -171,27 +182,31 @@ def backward_dkdv_kernel(
             raw, lse[None, :], low_log2[None, :], head, i[None, :], j[:, None], i0, j0, is_full, True, F, BLOCK_M,
             BLOCK_N,
         )  # fmt: skip
-        if F.in_chunks:
+        if DK and F.in_chunks:
             dp = dot_in_chunks(v_rows, j0, first, last, dout_rows, i0, 0, band.s_q, F.d_v, BLOCK_N, BLOCK_M, BLOCK_V, F)
-        dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
-        p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
-        dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
-        if F.in_chunks:
-            q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
-        else:
-            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
-        of_delta = load_delta(stats, at, i, band.s_q)  # as late as possible: a thread holds many columns
-        _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
-        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+        if DV or not F.in_chunks:
+            dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
+        if DV:
+            p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
+            dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+        if DK:
+            if F.in_chunks:
+                q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
+            else:
+                dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
+            of_delta = load_delta(stats, at, i, band.s_q)  # as late as possible: a thread holds many columns
+            _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
+            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
-    dk_acc *= sizes.scale
-    if F.dropout:
-        dv_acc *= sizes.dropout_scale
-    store_rows(
-        head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dk_acc, F.d_qk, BLOCK_N, BLOCK_QK
-    )  # fmt: skip
-    store_rows(head_matrix(dv, b, h_kv, begin_kv, F.vector_out, True), j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
+    if DK:
+        rows = head_matrix(dk, b, part, begin_kv, F.vector_out, True)
+        store_rows(rows, j0, band.s_kv, dk_acc * sizes.scale, F.d_qk, BLOCK_N, BLOCK_QK)
+    if DV:
+        if F.dropout:
+            dv_acc *= sizes.dropout_scale
+        rows = head_matrix(dv, b, part, begin_kv, F.vector_out, True)
+        store_rows(rows, j0, band.s_kv, dv_acc, F.d_v, BLOCK_N, BLOCK_V)
 
 
 @triton.jit

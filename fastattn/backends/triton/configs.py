@@ -7,9 +7,9 @@ kernels of ``prescan.py``; rows with 1, 2, up to 4 and more intervals are compil
 for each height of its tile (16, 32 or 64 packed query rows), another one for several splits with the one that combines
 them, and one that stores new rows. Each takes 1 to 5 seconds, once per machine (Triton caches them on disk). Lengths,
 strides, batch and head counts, page sizes and the number of splits are run-time arguments and recompile nothing, as
-``tests/backends/triton/test_gates.py`` asserts. Two properties of memory
-double the count where they vary: whether rows of q, k and v begin at multiples of 8 elements, and whether those of
-bias or mask do.
+``tests/backends/triton/test_gates.py`` asserts. Two properties of memory double the count where they vary: whether rows
+of q, k and v begin at multiples of 8 elements, and whether those of bias or mask do. Programs that share a group of
+query heads add two kernels, head dims above 256 one, prompts against a cache one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fastattn.backends.triton.table import TABLE
 # "<kernel> several", if the table has such a row.
 REGISTER_HEAVY = frozenset({"mask", "bias", "softcap", "alibi", "segments", "dropout"})
 DEFAULT = "default"
+ALWAYS = {"enable_fp_fusion": True}  # compiler options; the default of this one changes between versions of Triton
 
 
 class Config(NamedTuple):
@@ -70,8 +71,10 @@ def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
     """The kinds of rows that serve a kernel with these features in use, in order of preference."""
     features = frozenset(features)
     count = len(REGISTER_HEAVY & features)
-    if kernel == "decode" and "paged" in features and "e4m3" not in features and not count:
+    if "paged" in features and "e4m3" not in features and not count:
         return [f"{kernel} paged", kernel]  # the look-up of pages takes a stage of the pipeline
+    if kernel == "forward" and "e4m3" in features and count:
+        return [f"{kernel} e4m3", *kinds_of(kernel, features - {"e4m3"})]  # decoding its bytes takes registers, too
     return [f"{kernel} several", f"{kernel} one", kernel][2 - min(count, 2) :]
 
 

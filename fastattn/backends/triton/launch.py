@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from fastattn.backends.base import Outputs
-from fastattn.backends.triton import arguments, configs
+from fastattn.backends.triton import arguments, configs, scans
 from fastattn.backends.triton.arguments import (
     Bshd,
     Flags,
@@ -30,16 +30,14 @@ from fastattn.backends.triton.arguments import (
     Sizes,
     Stats,
     Terms,
-    Visits,
     coded,
 )
 from fastattn.backends.triton.backward import backward_dkdv_kernel, backward_dq_kernel, backward_preprocess_kernel
 from fastattn.backends.triton.bias_sums import BiasSums
-from fastattn.backends.triton.configs import Config
+from fastattn.backends.triton.configs import ALWAYS, Config
 from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.plans import device_of, launched
-from fastattn.backends.triton.prescan import interval_tiles_kernel, segment_tiles_kernel, used_keys_kernel
-from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel
+from fastattn.backends.triton.reductions import backward_dbias_kernel, backward_dsinks_kernel, sum_parts_kernel
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs
@@ -47,10 +45,10 @@ from fastattn.spec import AttentionSpec
 
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
 MAX_ROW_STRIDE = 1 << 22
+ONE_PASS = 256  # wider rows of dk and dv do not fit into registers together; each has a pass, with the scores again
 # Tiles of the small kernels.
-PREPROCESS_ROWS, DSINKS_ROWS, SCAN_BLOCK = 64, 1024, 64
+PREPROCESS_ROWS, DSINKS_ROWS, SUMMED = 64, 1024, 1024
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-ALWAYS = {"enable_fp_fusion": True}  # compiler options; the default of this one changes between versions of Triton
 
 
 @dataclass(frozen=True)
@@ -64,98 +62,55 @@ class Call:
     terms: Terms
     sizes: Sizes
     flags: Flags
+    segments: dict[str, PerToken]
 
     @classmethod
     def of(cls, inputs: Inputs, spec: AttentionSpec) -> Call:
-        if max(inputs.max_seqlen_q, inputs.max_seqlen_kv) >= arguments.UNBOUNDED:
-            longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
-            raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
-        q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
-        sizes = sizes_of(spec, inputs.max_seqlen_q, inputs.max_seqlen_kv, inputs.heads_q, inputs.heads_kv)
-        call = cls(inputs, q, k, v, _terms(inputs), sizes, _flags(inputs, spec, (q, k, v)))
-        hides = inputs.mask is not None or call.flags.segments or call.flags.intervals
-        return call._without_unused_keys(spec) if hides else call
-
-    def _without_unused_keys(self, spec: AttentionSpec) -> Call:
         """The call with zeros for the keys and values that no query keeps: they may hold NaN, and ``0 * NaN`` is NaN.
 
         Kernels zero the keys outside the band while loading. For masks and segments, one pass that finds the unused
         keys and a copy of K and V, which are small, cost less than a search in the loops of the kernels.
         """
-        x = self.inputs
-        has_heads = any(t is not None and t.shape[1] > 1 for t in (x.mask, x.intervals))
-        heads = x.heads_kv if has_heads else 1
-        used = torch.empty(*x.k.shape[:-2], heads, dtype=torch.uint8, device=x.q.device)
-        if used.numel():
-            own = self.flags
-            flags = Flags(
-                1, 1, 16, 16, left=own.left, right=own.right, segments=own.segments, mask=own.mask,
-                intervals=own.intervals, packed=own.packed,
-            )  # fmt: skip
-            terms = self.with_segment_tiles("kv", SCAN_BLOCK, SCAN_BLOCK)
-            at = PerToken(used, coded(0 if x.is_packed else used.stride(0)), coded(used.stride(-2)))
-            grid = (x.batch * triton.cdiv(x.max_seqlen_kv, SCAN_BLOCK), heads)
-            looked_at = coded(x.heads_q // x.heads_kv if has_heads else 1)
-            launched(used_keys_kernel, grid)(
-                at, terms, self.sizes, looked_at, F=flags, BLOCK_M=SCAN_BLOCK, BLOCK_N=SCAN_BLOCK, **ALWAYS
-            )
-        k, v = (_rows(torch.where(used[..., None] != 0, t, 0)) for t in (x.k, x.v))
-        return dataclasses.replace(self, k=k, v=v, flags=_flags(x, spec, (self.q, k, v)))
+        if max(inputs.max_seqlen_q, inputs.max_seqlen_kv) >= arguments.UNBOUNDED:
+            longest = max(inputs.max_seqlen_q, inputs.max_seqlen_kv)
+            raise input_error("q, k, v", f"a sequence of {longest} rows", "less than 2^29", "Split the sequence.")
+        q, k, v = (_rows(x) for x in (inputs.q, inputs.k, inputs.v))
+        sizes = sizes_of(spec, inputs.max_seqlen_q, inputs.max_seqlen_kv, inputs.heads_q, inputs.heads_kv)
+        terms, flags = _terms(inputs), _flags(inputs, spec, (q, k, v))
+        segments = scans.segments_of(inputs, terms) if flags.segments else {}
+        if flags.mask or flags.segments or flags.intervals:
+            used = scans.used_keys(inputs, scans.with_segments(terms, segments, "kv"), sizes, flags)
+            k, v = (_rows(torch.where(used[..., None] != 0, x, 0)) for x in (inputs.k, inputs.v))
+            flags = _flags(inputs, spec, (q, k, v))
+        return cls(inputs, q, k, v, terms, sizes, flags, segments)
 
     def config(self, kernel: str) -> Config:
         return config_of(self.inputs.q.device, kernel, self.flags)
 
     def schedule(self, rows: int, block: int, heads: int) -> tuple[tuple[int], Schedule]:
         """``(grid, schedule)`` of a kernel whose programs each own ``block`` of ``rows`` rows of one of ``heads``."""
-        blocks = triton.cdiv(rows, block)
         x = self.inputs
-        of_head = max(1, x.max_seqlen_kv * (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size())
-        kv_heads_together = max(1, _l2_bytes(x.q.device) // 2 // of_head)
-        together = kv_heads_together * (1 if heads == x.batch * x.heads_kv else x.heads_q // x.heads_kv)
-        return (blocks * heads,), Schedule(coded(blocks), coded(heads), coded(min(together, heads)))
+        of_head = x.max_seqlen_kv * (x.k.shape[-1] + x.v.shape[-1]) * x.k.element_size()
+        sharing = max(1, heads // max(1, x.batch * x.heads_kv))
+        return schedule_of(triton.cdiv(rows, block), heads, sharing, of_head, x.q.device)
 
-    def with_tiles(self, rows: str, block: int, block_other: int) -> Terms:
-        """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv"), with their visits."""
-        terms, x = self.with_segment_tiles(rows, block, block_other), self.inputs
-        if x.intervals is None:
-            return terms
-        lengths = {"q": x.max_seqlen_q, "kv": x.max_seqlen_kv}
-        blocks, others = (
-            triton.cdiv(lengths[rows], block),
-            triton.cdiv(lengths["kv" if rows == "q" else "q"], block_other),
-        )
-        per_head = x.intervals.shape[1] > 1
-        heads = 1 if not per_head else x.heads_q if rows == "q" else x.heads_kv
-        ids = (x.segment_ids_q, x.segment_ids_kv)
-        differ = x.is_packed or x.intervals.shape[0] > 1 or any(t is not None and t.shape[0] > 1 for t in ids)
-        batch = x.batch if differ else 1
-        found = torch.empty(batch, heads, blocks, 1 + others, dtype=torch.int32, device=x.q.device)
-        stride_b, stride_h = (found.stride(n) if found.shape[n] > 1 else 0 for n in (0, 1))
-        terms = terms._replace(visits=Visits(found, coded(stride_b), coded(stride_h), coded(1 + others)))
-        sharing = x.heads_q // x.heads_kv if per_head and rows == "kv" else 1
-        flags = dataclasses.replace(self.flags, d_qk=1, d_v=1, block_qk=16, block_v=16, vector=1, bias=0, dropout=False)
-        launched(interval_tiles_kernel, (batch * blocks, heads))(
-            terms, self.sizes, coded(sharing), F=flags, BLOCK=block, BLOCK_OTHER=block_other, BY_KEYS=rows == "kv",
-            **ALWAYS,
-        )  # fmt: skip
-        return terms
+    def with_tiles(self, rows: str, block: int, block_other: int, sharing: int | None = None) -> Terms:
+        """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv"), with their visits.
 
-    def with_segment_tiles(self, rows: str, block: int, block_other: int) -> Terms:
-        """The terms for a kernel whose programs own ``block`` rows of ``rows`` ("q" or "kv")."""
-        if not self.flags.segments:
-            return self.terms
-        x, sides = self.inputs, {"q": self.terms.segment_ids_q, "kv": self.terms.segment_ids_kv}
-        lengths = {"q": x.q.shape[1], "kv": x.k.shape[1]}
-        other = "kv" if rows == "q" else "q"
-        blocks = triton.cdiv(lengths[rows], block)
-        batch = max(sides[side].ptr.shape[0] for side in sides)
-        found = torch.empty(batch, blocks, 4, dtype=torch.int32, device=x.q.device)
-        found_at = PerToken(found, coded(found.stride(0) if batch > 1 else 0), coded(4))
-        launched(segment_tiles_kernel, (batch * blocks,))(
-            sides[rows], sides[other], found_at, coded(lengths[rows]), coded(lengths[other]),
-            BLOCK=block, BLOCK_OTHER=block_other, **ALWAYS,
-        )  # fmt: skip
-        return self.terms._replace(segment_tiles=found_at)
+        With intervals for each head, ``sharing`` query heads share a list: by default the whole group if keys own.
+        """
+        group = self.inputs.heads_q // self.inputs.heads_kv
+        sharing = sharing or (group if rows == "kv" else 1)
+        terms = scans.with_segments(self.terms, self.segments, rows)
+        return scans.with_visits(self.inputs, terms, self.sizes, self.flags, rows, (block, block_other), sharing)
+
+
+def schedule_of(
+    blocks: int, heads: int, sharing: int, of_head: int, device: torch.device
+) -> tuple[tuple[int], Schedule]:
+    """``(grid, schedule)``: ``blocks`` for each of ``heads``, of which ``sharing`` read the same ``of_head`` bytes."""
+    together = max(1, _l2_bytes(device) // 2 // max(1, of_head)) * sharing
+    return (blocks * heads,), Schedule(coded(blocks), coded(heads), coded(min(together, heads)))
 
 
 def forward(
@@ -276,12 +231,29 @@ class Backward:
         config = config or call.config("backward_dkdv")
         dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x.k, x.v))
         if dk.numel():
-            grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, x.batch * x.heads_kv)
-            terms = call.with_tiles("kv", config.block_n, config.block_m)
-            launched(backward_dkdv_kernel, grid)(
-                call.q, call.k, call.v, self.dout, _rows(dk), _rows(dv), self.stats, terms, call.sizes,
-                schedule, **compiled(call.inputs.q.device, call.flags, config),
-            )  # fmt: skip
+            group, heads = x.heads_q // x.heads_kv, x.batch * x.heads_kv
+            parts = parts_of(triton.cdiv(x.max_seqlen_kv, config.block_n) * heads, group, processors(dk.device))
+            grid, schedule = call.schedule(x.max_seqlen_kv, config.block_n, heads * parts)
+            sizes, of_k, of_v = call.sizes, dk, dv
+            if parts > 1:
+                schedule = schedule._replace(parts=coded(parts))
+                sizes = sizes._replace(group=coded(group // parts))
+                shapes = ((*t.shape[:-2], x.heads_kv * parts, t.shape[-1]) for t in (dk, dv))
+                of_k, of_v = (torch.empty(shape, dtype=torch.float32, device=dk.device) for shape in shapes)
+            terms = call.with_tiles("kv", config.block_n, config.block_m, group // parts)
+            passes = [(True, True)]
+            if max(call.flags.block_qk, call.flags.block_v) > ONE_PASS:
+                passes = [(True, False), (False, True)]
+            for of_dk, of_dv in passes:
+                launched(backward_dkdv_kernel, grid)(
+                    call.q, call.k, call.v, self.dout, _rows(of_k), _rows(of_v), self.stats, terms, sizes, schedule,
+                    DK=of_dk, DV=of_dv, **compiled(dk.device, call.flags, config),
+                )  # fmt: skip
+            if parts > 1:
+                for partial, total in ((of_k, dk), (of_v, dv)):
+                    launched(sum_parts_kernel, (triton.cdiv(total.numel(), SUMMED),))(
+                        partial, total, coded(parts), coded(total.numel()), D=total.shape[-1], BLOCK=SUMMED, **ALWAYS
+                    )
         return dk, dv
 
     def dq(self, config: Config | None = None) -> Tensor:
@@ -304,7 +276,7 @@ class Backward:
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
         config = config or call.config("backward_dbias")
         sums = BiasSums.of(x, config)
-        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+        terms = scans.with_segments(call.terms, call.segments, "q")
         launched(backward_dbias_kernel, sums.grid)(
             call.q, call.k, call.v, self.dout, _scores(sums.sums), self.stats, terms, call.sizes, *sums.shared,
             IN_CHUNKS=self.dbias_in_chunks(), **sums.options, **compiled(x.q.device, call.flags, config),
@@ -459,6 +431,22 @@ def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, An
 
 
 # --- machine ------------------------------------------------------------------------------------------------------
+
+
+def parts_of(programs: int, group: int, on: int) -> int:
+    """The parts of a group of query heads, of equal size, that give each of ``on`` processors a program.
+
+    Args:
+        programs: the number of programs with one for each group.
+        group: query heads that share a key/value head.
+        on: processors of the device.
+    """
+    return next((parts for parts in range(1, group) if group % parts == 0 and programs * parts >= on), group)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
 def _tf32() -> bool:

@@ -7,7 +7,6 @@ graph and replayed at other lengths.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fastattn.backends.triton.arguments import (
     Cache,
     Flags,
     PerHead,
+    PerRow,
     PerToken,
     Scores,
     Sizes,
@@ -30,6 +30,7 @@ from fastattn.backends.triton.arguments import (
 )
 from fastattn.backends.triton.configs import Config
 from fastattn.backends.triton.decode import combine_kernel, decode_kernel
+from fastattn.backends.triton.forward import forward_kernel
 from fastattn.backends.triton.pages import append_kernel, turn_kernel
 from fastattn.backends.triton.plans import device_of, launched
 from fastattn.errors import input_error
@@ -39,11 +40,15 @@ from fastattn.spec import AttentionSpec
 BLOCK = 16  # rows that one program rotates or stores
 COMBINED_SPLITS = 32  # splits that one step of the combination reads
 FIXED_KEYS = 1024  # of a split of a batch-invariant call
+PROMPT_ROWS = 128  # of a head, from which the forward kernel serves: its tallest tile
 LEAST_TILES = 4  # tiles of keys in a split; with fewer, combining the splits is estimated to cost more than it saves
 
 
 def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """Append the new keys and values, if any, and return ``(out, lse)``. ``config`` overrides that of the table."""
+    """Append the new keys and values, if any, and return ``(out, lse)``.
+
+    ``config`` overrides that of the table for the decoding kernel, and chooses that.
+    """
     if inputs.capacity >= arguments.UNBOUNDED:
         todo = "Make the cache shorter."
         raise input_error("k_cache", f"a capacity of {inputs.capacity} positions", "less than 2^29", todo)
@@ -54,7 +59,10 @@ def attend_to_cache(inputs: CacheInputs, spec: AttentionSpec, config: Config | N
             _append(inputs, spec, inputs.k, inputs.v)
         if lse.numel():
             turned = inputs if inputs.rotary_cos is None else inputs.replace(q=_turned_queries(inputs, spec))
-            _decode(turned, spec, out, lse, config)
+            if config is None and is_prompt(inputs):
+                attend_as_prompt(turned, spec, out, lse)
+            else:
+                _decode(turned, spec, out, lse, config)
     return out, lse
 
 
@@ -99,13 +107,62 @@ def _placing(inputs: CacheInputs, spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
+def is_prompt(inputs: CacheInputs) -> bool:
+    """Whether the forward kernel serves: the rows of a head fill its tiles, and these fill the device without splits.
+
+    It has tensor cores to itself there, while decoding kernels are chosen for few rows and long caches.
+    """
+    if inputs.tree_mask is not None or inputs.batch_invariant or inputs.q.dtype == torch.float32:
+        return False
+    programs = inputs.batch * inputs.heads_q * (inputs.max_seqlen_q // PROMPT_ROWS)
+    return programs >= launch.processors(inputs.q.device)
+
+
+def attend_as_prompt(
+    inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, config: Config | None = None
+) -> None:
+    """Attend by the forward kernel, which reads the cache where it lies."""
+    rows = _cache_rows(inputs)
+    flags = dataclasses.replace(_flags(inputs, spec, rows), cached=True)
+    config = config or launch.config_of(out.device, "forward", flags)
+    cache = inputs.k_cache
+    of_head = inputs.capacity * (cache.shape[-1] + inputs.v_cache.shape[-1]) * cache.element_size()
+    grid, schedule = launch.schedule_of(
+        triton.cdiv(inputs.max_seqlen_q, config.block_m), inputs.batch * inputs.heads_q,
+        inputs.heads_q // inputs.heads_kv, of_head, out.device,
+    )  # fmt: skip
+    launched(forward_kernel, grid)(
+        *rows,
+        Bshd.of(out),
+        PerRow.of(lse),
+        PerRow.of(torch.empty(lse.shape, dtype=torch.float32, device=lse.device)),
+        _terms(inputs)._replace(cache=_cache(inputs, spec)),
+        _sizes(inputs, spec),
+        schedule,
+        **launch.compiled(out.device, flags, config),
+    )
+
+
+def _cache_rows(inputs: CacheInputs) -> tuple[Bshd, Bshd, Bshd]:
+    return Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
+
+
+def _flags(inputs: CacheInputs, spec: AttentionSpec, rows: tuple[Bshd, Bshd, Bshd]) -> Flags:
+    most = 16 if inputs.is_fp8 else 8  # elements of 16 bytes, the widest load
+    return dataclasses.replace(
+        launch.flags_of(inputs, spec, rows),
+        paged=inputs.block_table is not None,
+        fp8=inputs.is_fp8,
+        vector_cache=min(x.vector(most) for x in rows[1:]),
+    )
+
+
 def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, config: Config | None) -> None:
     """Attend, in as many splits as it takes to occupy the device, and combine them if there are several."""
-    q, k, v = Bshd.of(inputs.q), Bshd.of(_bytes(inputs.k_cache)), Bshd.of(_bytes(inputs.v_cache))
-    flags = launch.flags_of(inputs, spec, (q, k, v))
+    q, k, v = _cache_rows(inputs)
     is_tree, fixed = inputs.tree_mask is not None, inputs.batch_invariant
-    flags = dataclasses.replace(flags, fp8=inputs.is_fp8, tree=is_tree, fixed=fixed)
-    paged = dataclasses.replace(flags, paged=inputs.block_table is not None)
+    paged = dataclasses.replace(_flags(inputs, spec, (q, k, v)), tree=is_tree, fixed=fixed)
+    flags = dataclasses.replace(paged, paged=False)
     rows = inputs.max_seqlen_q * (inputs.heads_q // inputs.heads_kv)
     # a batch-invariant call has the same tiles whatever its rows and pages are
     config = config or launch.config_of(out.device, "decode", flags if inputs.batch_invariant else paged)
@@ -114,7 +171,7 @@ def _decode(inputs: CacheInputs, spec: AttentionSpec, out: Tensor, lse: Tensor, 
         block_m = min(block_m, max(16, triton.next_power_of_2(rows)))
     blocks = triton.cdiv(rows, block_m)
     programs = inputs.batch * inputs.heads_kv * blocks
-    tiles, count = 0, splits(programs, _reach(inputs, spec), config.block_n, processors(out.device))
+    tiles, count = 0, splits(programs, _reach(inputs, spec), config.block_n, launch.processors(out.device))
     if inputs.batch_invariant:
         tiles, count = FIXED_KEYS // config.block_n, triton.cdiv(inputs.capacity, FIXED_KEYS)
     is_split = count > 1 or inputs.batch_invariant
@@ -154,11 +211,6 @@ def splits(programs: int, reach: int, block_n: int, on: int) -> int:
         on: processors of the device.
     """
     return max(1, min(2 * on // programs, reach // (LEAST_TILES * block_n)))
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
 # --- description --------------------------------------------------------------------------------------------------

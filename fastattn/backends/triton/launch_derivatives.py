@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.backends.triton import scans
 from fastattn.backends.triton.arguments import Bshd, Flags, PerHead, PerRow, Stats
 from fastattn.backends.triton.backward_jvp import (
     backward_jvp_dbias_kernel,
@@ -182,7 +183,7 @@ class BackwardJvp:
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
         config = config_of(call, "backward_jvp_dbias")
         sums = BiasSums.of(x, config)
-        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+        terms = scans.with_segments(call.terms, call.segments, "q")
         launched(backward_jvp_dbias_kernel, sums.grid)(
             call.q, call.k, call.v, self.dout, self.moved, _scores(sums.sums), self.stats, self.moving, terms,
             call.sizes, *sums.shared, **sums.options, **compiled(x.q.device, self._in_chunks(64), config),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastattn.backends.triton import scans
 from fastattn.backends.triton.arguments import PerRow, Stats
 from fastattn.backends.triton.bias_sums import BiasSums
 from fastattn.backends.triton.derived_configs import config_of
@@ -140,7 +141,7 @@ class Pass:
             return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=x.bias.device)
         config = config_of(call, "statistics_dbias")
         sums = BiasSums.of(x, config)
-        terms = call.with_segment_tiles("q", config.block_m, config.block_n)
+        terms = scans.with_segments(call.terms, call.segments, "q")
         launched(statistics_dbias_kernel, sums.grid)(
             call.q, call.k, _scores(sums.sums), OfRows(None, None, self.largest_key), given, dkeys, self.stats, terms,
             call.sizes, *sums.shared, **sums.options, **compiled(x.q.device, call.flags, config),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.tile import Band, number, stride
+from fastattn.backends.triton.tile import Band, head_in, number, open_head, stride
 
 E4M3_MAX = tl.constexpr(448.0)
 E4M3_NAN = tl.constexpr(0x7F)
@@ -23,6 +23,17 @@ def open_cache(b, cache, terms, sizes, F: tl.constexpr):
     s_kv = tl.load(cache.lengths + b) + number(cache.new_rows) + number(cache.new_queries) * s_q
     s_kv = tl.minimum(s_kv, number(cache.capacity))
     return begin_q, Band(s_q, s_kv, s_kv - s_q, number(sizes.left), number(sizes.right))
+
+
+@triton.jit
+def open_rows(b, h, terms, sizes, F: tl.constexpr):
+    """``tile.open_head``, also for a sequence whose keys lie in the cache ``terms.cache``."""
+    if F.cached:
+        begin_q, band = open_cache(b, terms.cache, terms, sizes, F)
+        head = head_in(b, h, begin_q, b * 0, band, terms, sizes, F)
+    else:  # Triton compiles what follows a return
+        head = open_head(b, h, terms, sizes, F)
+    return head
 
 
 @triton.jit
@@ -91,7 +102,7 @@ def cached_rows(
 ):  # fmt: skip
     """The rows of head ``h`` as ``[BLOCK_N, BLOCK_D]`` in DTYPE, times their scale; zero where not ``valid``."""
     d = tl.arange(0, BLOCK_D)
-    at = row_pointers(x, page, row, h, F.vector)[:, None]
+    at = row_pointers(x, page, row, h, F.vector_cache)[:, None]
     at += d[None, :] if F.contiguous else d[None, :].to(tl.int64) * number(x.stride_d)
     tile = tl.load(at, mask=valid[:, None] & (d < D)[None, :], other=0)
     if F.fp8:

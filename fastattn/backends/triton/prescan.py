@@ -6,43 +6,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.ranges import class_of
+from fastattn.backends.triton.ranges import SEGMENT_BLOCK, SEGMENT_ROWS, class_of
 from fastattn.backends.triton.tile import head_in, kept_tile, number, open_band, open_head, tiles, transposed
+
+SCANNED = tl.constexpr(32)  # blocks of columns whose ids one step reads
 
 
 @triton.jit
-def segment_tiles_kernel(rows, columns, found, s_rows, s_columns, BLOCK: tl.constexpr, BLOCK_OTHER: tl.constexpr):
-    """For one block of rows the tiles of columns to visit, as ``(begin, full_begin, full_end, end)``.
+def segment_columns_kernel(ids_q, ids_kv, of_q, of_kv, s_q, s_kv):
+    """For blocks of ``SEGMENT_BLOCK`` query rows the columns to visit, and for blocks of keys the rows to visit.
 
-    Ids may come in any order. A tile is visited if the ranges of ids overlap, and is full if both hold one id only;
-    outside of ``begin .. end`` no tile is visited, and between ``full_begin`` and ``full_end`` every one is full.
-    For sorted ids, as packed documents have them, both ranges are exact. Grid: ``(B * blocks,)``.
+    Each block has ``(first, full_first, full_last, last)``, see ``columns_of_segments``. Grid: ``(B * blocks, 2)``,
+    where ``blocks`` are those of the longer side.
     """
-    blocks = tl.cdiv(number(s_rows), BLOCK)
+    s_q, s_kv = number(s_q), number(s_kv)
+    blocks = tl.cdiv(tl.maximum(s_q, s_kv), SEGMENT_ROWS) * (SEGMENT_ROWS // SEGMENT_BLOCK)
     b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    s_rows, s_columns = number(s_rows), number(s_columns)
-    i = tl.minimum(block * BLOCK + tl.arange(0, BLOCK), s_rows - 1)
-    ids = tl.load(rows.ptr + b * number(rows.stride_b) + i * number(rows.stride_s))
-    least, most = tl.min(ids), tl.max(ids)
-    n_tiles = tl.cdiv(s_columns, BLOCK_OTHER)
-    begin, end, full_begin, full_end, full = n_tiles, n_tiles * 0, n_tiles, n_tiles * 0, n_tiles * 0
-    for t in tl.range(0, n_tiles):
-        j = tl.minimum(t * BLOCK_OTHER + tl.arange(0, BLOCK_OTHER), s_columns - 1)
-        others = tl.load(columns.ptr + b * number(columns.stride_b) + j * number(columns.stride_s))
-        least_other, most_other = tl.min(others), tl.max(others)
-        overlaps = (least_other <= most) & (most_other >= least)
-        is_full = (least == most) & (least_other == least) & (most_other == least)
-        begin = tl.where(overlaps, tl.minimum(begin, t), begin)
-        end = tl.where(overlaps, t + 1, end)
-        full_begin = tl.where(is_full, tl.minimum(full_begin, t), full_begin)
-        full_end = tl.where(is_full, t + 1, full_end)
-        full += is_full.to(tl.int32)
-    has_gaps = full_end - full_begin != full
-    at = found.ptr + b * number(found.stride_b) + block * 4
-    tl.store(at, begin)
-    tl.store(at + 1, tl.where(has_gaps, n_tiles, full_begin))
-    tl.store(at + 2, tl.where(has_gaps, 0, full_end))
-    tl.store(at + 3, end)
+    if tl.program_id(1) == 0:
+        scan_segments(ids_q, ids_kv, of_q, b, block, s_q, s_kv)
+    else:
+        scan_segments(ids_kv, ids_q, of_kv, b, block, s_kv, s_q)
+
+
+@triton.jit
+def scan_segments(rows, columns, found, b, block, s_rows, s_columns):
+    """One block of rows against all columns, ``SCANNED`` blocks of them in a step.
+
+    Ids may come in any order. A block is visited if the ranges of ids overlap, and is full if both hold one id only;
+    outside of ``first .. last`` no column is visited, and between ``full_first`` and ``full_last`` every one is full.
+    For sorted ids, as packed documents have them, both ranges are exact to a block.
+    """
+    if block * SEGMENT_BLOCK < tl.cdiv(s_rows, SEGMENT_ROWS) * SEGMENT_ROWS:
+        i = tl.minimum(block * SEGMENT_BLOCK + tl.arange(0, SEGMENT_BLOCK), s_rows - 1)
+        ids = tl.load(rows.ptr + b * number(rows.stride_b) + i * number(rows.stride_s))
+        least, most = tl.min(ids), tl.max(ids)
+        n_tiles = tl.cdiv(s_columns, SEGMENT_BLOCK)
+        begin, end, full_begin, full_end, full = n_tiles, n_tiles * 0, n_tiles, n_tiles * 0, n_tiles * 0
+        for first in tl.range(0, n_tiles, SCANNED):
+            t = first + tl.arange(0, SCANNED)
+            j = tl.minimum(t[:, None] * SEGMENT_BLOCK + tl.arange(0, SEGMENT_BLOCK)[None, :], s_columns - 1)
+            others = tl.load(columns.ptr + b * number(columns.stride_b) + j * number(columns.stride_s))
+            least_other, most_other = tl.min(others, 1), tl.max(others, 1)
+            is_tile = t < n_tiles
+            overlaps = is_tile & (least_other <= most) & (most_other >= least)
+            is_full = is_tile & (least == most) & (least_other == least) & (most_other == least)
+            begin = tl.minimum(begin, tl.min(tl.where(overlaps, t, n_tiles)))
+            end = tl.maximum(end, tl.max(tl.where(overlaps, t + 1, 0)))
+            full_begin = tl.minimum(full_begin, tl.min(tl.where(is_full, t, n_tiles)))
+            full_end = tl.maximum(full_end, tl.max(tl.where(is_full, t + 1, 0)))
+            full += tl.sum(is_full.to(tl.int32))
+        has_gaps = full_end - full_begin != full
+        at = found.ptr + b * number(found.stride_b) + block * 4
+        tl.store(at, begin * SEGMENT_BLOCK)
+        tl.store(at + 1, tl.where(has_gaps, n_tiles, full_begin) * SEGMENT_BLOCK)
+        tl.store(at + 2, tl.where(has_gaps, 0, full_end) * SEGMENT_BLOCK)
+        tl.store(at + 3, end * SEGMENT_BLOCK)
 
 
 @triton.jit

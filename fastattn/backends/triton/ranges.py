@@ -1,4 +1,7 @@
-"""The intervals of query rows, and what they keep of a tile; ``in_intervals`` transcribes that of ``spec.py``."""
+"""The intervals of query rows, and what they keep of a tile; ``in_intervals`` transcribes that of ``spec.py``.
+
+Also what ``prescan.py`` found about segments, as a kernel with any tile reads it.
+"""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -9,6 +12,10 @@ import triton
 import triton.language as tl
 
 IN_A_LOOP = tl.constexpr(8)  # ``Flags.intervals`` of more ranges than are unrolled
+
+
+SEGMENT_BLOCK = tl.constexpr(64)  # rows, and columns, that prescan.py looks at together
+SEGMENT_ROWS = tl.constexpr(128)  # its rows are padded to a multiple of this; no tile has more
 
 
 class RowRanges(NamedTuple):
@@ -51,3 +58,19 @@ def class_of(ranges, i, s_q, j0, j1):
         meets = tl.maximum(meets, (tl.maximum(start, j0) < tl.minimum(stop, j1)).to(tl.int32))
         holds = tl.maximum(holds, ((start <= j0) & (stop >= j1)).to(tl.int32))
     return tl.max(meets), tl.min(holds)
+
+
+@triton.jit
+def columns_of_segments(found, block, BLOCK: tl.constexpr):
+    """``(first, full_first, full_last, last)`` of ``block``, from what ``segment_columns_kernel`` stored at ``found``.
+
+    Only columns from ``first`` to before ``last`` may share a segment with a row of the block; those from
+    ``full_first`` to before ``full_last`` share that of every row.
+    """
+    at = found + block * BLOCK // SEGMENT_BLOCK * 4
+    first, full_first, full_last, last = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    for n in tl.static_range(1, BLOCK // SEGMENT_BLOCK):
+        first, last = tl.minimum(first, tl.load(at + 4 * n)), tl.maximum(last, tl.load(at + 4 * n + 3))
+        full_first = tl.maximum(full_first, tl.load(at + 4 * n + 1))
+        full_last = tl.minimum(full_last, tl.load(at + 4 * n + 2))
+    return first, full_first, full_last, last

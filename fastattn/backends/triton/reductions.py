@@ -1,4 +1,4 @@
-"""The gradients that sum over heads and sequences, ``dbias`` and ``dsinks``, each sum by one program in one order."""
+"""Sums over heads and sequences, each by one program in one order: ``dbias``, ``dsinks``, the parts of dk and dv."""
 
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
@@ -135,3 +135,15 @@ def backward_dsinks_kernel(stats, dsinks, terms, sizes, F: tl.constexpr, BLOCK: 
         lse, low_log2 = load_lse(stats, at, i, s_q)
         total -= tl.exp2((sink - lse) * LOG2E - low_log2) * load_delta(stats, at, i, s_q)
     tl.store(dsinks.ptr + head.b * number(dsinks.stride_b) + head.h * number(dsinks.stride_h), tl.sum(total))
+
+
+@triton.jit
+def sum_parts_kernel(partial, total, parts, count, D: tl.constexpr, BLOCK: tl.constexpr):
+    """``total``, ``count`` numbers in rows of ``D``: the sums of ``partial``, ``parts`` rows for each, in order."""
+    parts, count = number(parts), number(count)
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = partial + n // D * D * parts + n % D
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in tl.range(0, parts):
+        acc += tl.load(at + part * D, mask=n < count, other=0.0)
+    tl.store(total + n, acc.to(total.dtype.element_ty), mask=n < count)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.backends.triton.ranges import RowRanges, in_intervals
+from fastattn.backends.triton.ranges import RowRanges, columns_of_segments, in_intervals
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PHILOX_ROUNDS = tl.constexpr(7)
@@ -220,10 +220,11 @@ def tiles(
     full_begin, full_end = full_range(i0, i1, band, LEFT, RIGHT)
     full_begin, full_end = tl.cdiv(full_begin, BLOCK_OTHER), full_end // BLOCK_OTHER
     if F.segments:
-        found = terms.segment_tiles.ptr + b.to(tl.int64) * number(terms.segment_tiles.stride_b) + block * 4
-        begin, end = tl.maximum(begin, tl.load(found)), tl.minimum(end, tl.load(found + 3))
-        full_begin = tl.maximum(full_begin, tl.load(found + 1))
-        full_end = tl.minimum(full_end, tl.load(found + 2))
+        found = terms.segment_columns.ptr + b.to(tl.int64) * number(terms.segment_columns.stride_b)
+        first, full_first, full_last, last = columns_of_segments(found, block, BLOCK)
+        begin, end = tl.maximum(begin, first // BLOCK_OTHER), tl.minimum(end, tl.cdiv(last, BLOCK_OTHER))
+        full_begin = tl.maximum(full_begin, tl.cdiv(full_first, BLOCK_OTHER))
+        full_end = tl.minimum(full_end, full_last // BLOCK_OTHER)
         end = tl.maximum(begin, end)
     full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)

@@ -16,6 +16,7 @@ RECORDING = RecordingDriver()
 launcher.use(RECORDING)
 
 import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from triton import JITFunction  # noqa: E402
 
 from fastattn.backends.triton import BACKEND, plans  # noqa: E402
@@ -53,10 +54,23 @@ def flat(values):
             yield x
 
 
+class Keeping(TorchFunctionMode):
+    """Keeps all tensors made inside, so that no result lies where one that was freed did."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.made.append(func(*args, **(kwargs or {})))
+        return self.made[-1]
+
+
 def launches(call):
     """(name, grid, block, numbers) of each launch."""
     RECORDING.clear()
-    results = call()
+    with Keeping():
+        results = call()
     found = [
         (x.kernel.decode(), [*x.grid], [*x.block], x.stream, [int.from_bytes(a, "little") for a in x.arguments])
         for x in RECORDING.copies()

@@ -11,7 +11,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fastattn.backends import load  # noqa: E402
-from fastattn.backends.triton import launch_decode  # noqa: E402
+from fastattn.backends.triton import launch, launch_decode  # noqa: E402
 from fastattn.backends.triton.pages import from_e4m3, to_e4m3  # noqa: E402
 from fastattn.decoding import explain_with_kv_cache  # noqa: E402
 from fastattn.kv_cache import FP8, CacheInputs  # noqa: E402
@@ -44,6 +44,32 @@ def test_more_parts_than_one_step_combines(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch_decode, "splits", lambda *_: 7)
     monkeypatch.setattr(launch_decode, "COMBINED_SPLITS", 4)
     assert_within(measure_cache(load("triton"), make_cache_sample(case)))
+
+
+PROMPTS = ("some tokens", "window of tokens", "odd head dims", "ragged, everything", "everything", "e4m3, ragged")
+LONG = [case for case in GRID if case.dtype == torch.float16 and case.id.startswith(PROMPTS)]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
+def test_prompts(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many new rows, which the forward kernel serves: it reads caches, pages and e4m3 as the decoding kernel does."""
+    taken = []
+    attend = launch_decode.attend_as_prompt
+    monkeypatch.setattr(launch_decode, "is_prompt", lambda inputs: True)
+    monkeypatch.setattr(launch_decode, "attend_as_prompt", lambda *args: taken.append(attend(*args)))
+    assert_within(measure_cache(load("triton"), make_cache_sample(case)))
+    assert taken
+
+
+def test_rows_that_fill_tiles_and_the_device_are_a_prompt() -> None:
+    def of(s_q: int, **terms: object) -> bool:
+        q = torch.empty(2, s_q, 16, 64, dtype=torch.bfloat16, device="meta")
+        cache = torch.empty(2, 4096, 4, 64, dtype=torch.bfloat16, device="meta")
+        lengths = torch.empty(2, dtype=torch.int32, device="meta")
+        return launch_decode.is_prompt(CacheInputs(q, cache, cache, lengths, max_seqlen_q=s_q).replace(**terms))
+
+    assert launch.processors(torch.device("meta")) == 128 and of(512) and not of(511) and not of(1)
+    assert not of(512, batch_invariant=True) and not of(512, tree_mask=torch.empty(1, 512, 16, device="meta"))
 
 
 def test_new_rows_beyond_the_cache_are_dropped() -> None:
@@ -139,9 +165,9 @@ def test_it_says_what_it_can() -> None:
     q, cache, lengths = torch.randn(1, 1, 2, 64), torch.randn(1, 8, 2, 64), torch.ones(1, dtype=torch.int32)
     found = explain_with_kv_cache(q, cache, cache, lengths)
     assert found.reasons["triton"] == [] and found.passed_over["triton"], "it is never chosen unasked without evidence"
-    wide = [x.repeat(1, 1, 1, 5) for x in (q, cache)]
+    wide = [x.repeat(1, 1, 1, 9) for x in (q, cache)]
     (reason,) = explain_with_kv_cache(wide[0], wide[1], wide[1], lengths).reasons["triton"]
-    assert reason == "head dim 320/320 (at most 256)"
+    assert reason == "head dim 576/576 (at most 512)"
 
 
 def test_a_sequence_has_the_same_bits_whatever_stands_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

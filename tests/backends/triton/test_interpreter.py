@@ -15,7 +15,7 @@ from fastattn.backends import load  # noqa: E402
 from fastattn.backends.triton import configs, launch, launch_derivatives  # noqa: E402
 from fastattn.backends.triton.arguments import Flags, Sizes, Terms, coded  # noqa: E402
 from fastattn.backends.triton.tile import open_head, survivors, tanh  # noqa: E402
-from fastattn.problem import Inputs, Tangents  # noqa: E402
+from fastattn.problem import Inputs, Problem, Tangents  # noqa: E402
 from fastattn.spec import AttentionSpec  # noqa: E402
 from fastattn.testing.derivatives import DerivativeYardstick, Motion, measure_derivatives  # noqa: E402
 from fastattn.testing.statistics import measure_statistics  # noqa: E402
@@ -83,15 +83,32 @@ SMALL_TILES = ("everything", "everything, packed", "segments, causal", "interval
 
 @pytest.mark.parametrize("name", [f"{name} [float32]" for name in SMALL_TILES])
 def test_the_tile_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest there is: many blocks of rows, and many of columns."""
+    """The smallest there is: many blocks of rows, and many of columns. One program sums dk and dv of a whole group."""
     monkeypatch.setattr(configs, "INTERPRETED", configs.Config(16, 16, 4, 1))
+    monkeypatch.setattr(launch, "parts_of", lambda *_: 1)
     configs.config_for.cache_clear()
     case = next(case for case in GRID if case.id == name)
     testing.assert_within(testing.measure(load("triton"), testing.make(case)))
     configs.config_for.cache_clear()
 
 
-def testdbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_rows_are_served_but_not_their_derivatives_and_statistics() -> None:
+    q = torch.empty(1, 4, 1, 320)
+    inputs = Inputs(q, q, q, max_seqlen_q=4, max_seqlen_kv=4)
+    reasons = [
+        load("triton").unsupported_reasons(Problem.of(inputs, AttentionSpec(1.0), also=also))
+        for also in ((), ("jvp",), ("statistics",))
+    ]
+    assert reasons == [[], ["jvp at head dim 320/320 (at most 256)"], ["statistics at head dim 320/320 (at most 256)"]]
+
+
+def test_parts_of_a_group_fill_the_device_and_no_more() -> None:
+    assert launch.parts_of(programs=32, group=16, on=132) == 8
+    assert launch.parts_of(programs=32, group=3, on=132) == 3
+    assert launch.parts_of(programs=132, group=16, on=132) == launch.parts_of(programs=1, group=1, on=132) == 1
+
+
+def test_dbias_in_chunks_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """As NVIDIA's GPUs compute it for long rows: the interpreter would only do so in fp32."""
     monkeypatch.setattr(launch.Backward, "dbias_in_chunks", lambda self: True)
     case = next(case for case in GRID if case.id == "everything [float16]")

@@ -35,7 +35,15 @@ TARGETS = {
     "sm_90": Target("cuda", 90, 32, 232448, "HGMMA"),
     "sm_100": Target("cuda", 100, 32, 232448, "UTCHMMA|HMMA"),
     "gfx942": Target("hip", "gfx942", 64, 65536, "mfma"),
+    "sm_86": Target("cuda", 86, 32, 101376, "HMMA", 48),
+    "sm_89": Target("cuda", 89, 32, 101376, "HMMA", 48),
+    "sm_120": Target("cuda", 120, 32, 101376, "HMMA", 48),
+    "gfx950": Target("hip", "gfx950", 64, 163840, "mfma"),
 }
+DATA_CENTRE = ("sm_80", "sm_90", "sm_100", "gfx942")
+# The others compile to nearly the same code as one of these, whose rows they take: with everything in use will do.
+SMALL_CHIPS = ((16, 128), (16, 256))  # bits and head dims for which they are compiled
+RELATIVES = {"default": ("sm_86", "sm_89", "sm_120"), "gfx942": ("gfx950",)}
 # The rows for GPUs without rows of their own must fit the smallest: consumer chips have 99 KiB, AMD's 64.
 DEFAULT_SHARED_LIMITS = {"cuda": 101376, "hip": 65536}
 KERNELS = ("forward", "backward_dkdv", "backward_dq", "backward_dbias", "decode")
@@ -50,10 +58,15 @@ DECODING = (
     "causal", "tokens causal", "paged causal", "paged e4m3 causal", "tokens paged e4m3 causal", "bias causal",
     "tokens paged packed softcap alibi sinks causal", "tokens paged e4m3 bias softcap alibi sinks window causal",
 )  # fmt: skip
+# Forward, for many new rows against a cache; dk and dv, where several programs share the heads of a group.
+PROMPTS = ("cached paged causal", "cached paged e4m3 bias softcap alibi sinks window causal")
+SHARED_KEYS = ("multi-query causal",)
 OF_DBIAS = ("bias causal", "bias dropout causal", EVERYTHING)
 # fp32 needs less: its products, without tensor cores, take most of the registers.
 IN_FP32 = ("causal", "dropout causal", EVERYTHING)
 DECODING_IN_FP32 = ("paged causal", "tokens paged bias softcap alibi sinks window causal")
+# Rows for head dims above 256 have small tiles for all features alike, so nothing and everything in use will do.
+WIDE = ("causal", EVERYTHING, PROMPTS[-1], OF_DBIAS[0], "tokens paged e4m3 causal", DECODING[-1], *DECODING_IN_FP32)
 # Head dims that are no power of two, or differ between q and v: they take the row of the next larger one.
 BETWEEN_ROWS = ((40, None), (80, None), (96, None), (160, None), (192, 128))
 
@@ -89,13 +102,21 @@ def config_of(build: Build) -> Config:
     )
 
 
-def combinations_of(kernel: str, bits: int) -> tuple[str, ...]:
-    """The problems for which a kernel is compiled, at every width."""
+def combinations_of(kernel: str, bits: int, head_dim: int = 0) -> tuple[str, ...]:
+    """The problems for which a kernel is compiled, at a width; without one those of any width."""
+    found = _combinations(kernel, bits)
+    return found if head_dim <= 256 else tuple(c for c in found if c in WIDE)
+
+
+def _combinations(kernel: str, bits: int) -> tuple[str, ...]:
     if kernel == "decode":
         return DECODING if bits == 16 else DECODING_IN_FP32
     if kernel == "backward_dbias":
         return OF_DBIAS
-    return COMBINATIONS if bits == 16 else IN_FP32
+    if bits == 32:
+        return IN_FP32
+    first, *others = COMBINATIONS
+    return (first, *{"forward": PROMPTS, "backward_dkdv": SHARED_KEYS}.get(kernel, ()), *others)
 
 
 def served_by(kind: str, bits: int) -> list[str]:
@@ -118,14 +139,19 @@ def all_builds(quick: bool = False) -> list[Build]:
     found = set()
     for row, kind, bits, head_dim in TABLE:
         kernel = kind.partition(" ")[0]
-        if row != "default":
-            targets = [row]
-        elif bits == 16:
-            targets = ["sm_80"]  # for chips without rows of their own: like this one, but smaller
-        else:
-            targets = [t for t in TARGETS if (t, kernel, bits, head_dim) not in TABLE]
-        for target, combination in itertools.product(targets, combinations_of(kernel, bits)):
-            found.add(Build(row, target, kernel, combination, bits, head_dim))
+        combinations, targets = combinations_of(kernel, bits, head_dim), [row]
+        if row == "default":
+            targets = [t for t in DATA_CENTRE if (t, kernel, bits, head_dim) not in TABLE]
+            if bits == 16 and "sm_80" not in targets:
+                targets.append("sm_80")  # for chips without rows of their own: like this one, but smaller
+            if bits == 32 and head_dim > 256:
+                targets = ["sm_80", "gfx942"]  # without tensor cores NVIDIA's GPUs compile alike
+        for target, combination in itertools.product(targets, combinations):
+            # at large head dims an architecture may have a row of its own for some of the problems
+            of = target if head_dim > 256 and target != "sm_80" else row
+            found.add(Build(of, target, kernel, combination, bits, head_dim))
+        for target in RELATIVES.get(row, ()) if (bits, head_dim) in SMALL_CHIPS else ():
+            found.add(Build(row, target, kernel, combinations[-1], bits, head_dim))
     tensor_core_targets = ("sm_80", "sm_90", "sm_100")
     for target, kernel, head_dim in itertools.product(tensor_core_targets, KERNELS[:4], (128, 256)):
         found.add(Build("default", target, kernel, f"tf32 {combinations_of(kernel, 32)[0]}", 32, head_dim))
@@ -179,6 +205,8 @@ def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
     """The problem of a build, with grouped heads and 16k tokens, on the meta device."""
     batch, s, heads_q, heads_kv, d, d_v = 2, 16384, 16, 4, build.head_dim, build.head_dim_v or build.head_dim
     features = build.combination.split()
+    if "multi-query" in features:
+        batch, s, heads_kv = 1, 4096, 1
     dtype = torch.bfloat16 if build.bits == 16 else torch.float32
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -216,11 +244,14 @@ def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
 
 
 def cache_problem_of(build: Build) -> tuple[CacheInputs, AttentionSpec]:
-    """The problem of a build on caches, with grouped heads and 32k tokens each, on the meta device."""
+    """The problem of a build on caches, with grouped heads and 32k tokens each, on the meta device.
+
+    A prompt ("cached") of 4096 tokens, 64 of them ("tokens") or one.
+    """
     batch, s, heads_q, heads_kv, page_size, d = 2, 32768, 32, 4, 16, build.head_dim
     features = build.combination.split()
     dtype = torch.bfloat16 if build.bits == 16 else torch.float32
-    s_q = 64 if "tokens" in features else 1
+    s_q = 4096 if "cached" in features else 64 if "tokens" in features else 1
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

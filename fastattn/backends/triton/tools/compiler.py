@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,6 +72,37 @@ def signature(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({' '.join(map(signature, value))})"
     return repr(value) if value is None else type(value).__name__
+
+
+def code_of(kernel: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """A digest of all that the machine code of a launch depends on, besides the target and the version of Triton.
+
+    That is the source of the kernel and of all functions and constants it uses, and the kind of each argument.
+    """
+    sources: dict[str, str] = {}
+    _collect(kernel, sources)
+    args, options = arguments
+    flags = {name: _changed_fields(value) for name, value in options.items()}
+    text = "\n".join([*(sources[name] for name in sorted(sources)), signature(args), signature(flags)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _collect(kernel: Any, sources: dict[str, str]) -> None:
+    """Into ``sources`` the source of ``kernel``, and what its global names stand for."""
+    sources[kernel.fn.__qualname__] = kernel.src
+    for name in kernel.fn.__code__.co_names:
+        value = kernel.fn.__globals__.get(name)
+        if hasattr(value, "src") and value.fn.__qualname__ not in sources:
+            _collect(value, sources)
+        elif type(value).__name__ == "constexpr" or isinstance(value, (int, float)):
+            sources[f"{kernel.fn.__module__}.{name}"] = f"{name} = {value}"
+
+
+def _changed_fields(value: Any) -> Any:
+    """Of a dataclass, what differs from its defaults, so that a field more changes nothing where it is not used."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
 
 
 def on_meta(x: Any) -> Any:

@@ -23,7 +23,8 @@ class Figures:
     ``repeats`` is how often tensor cores compute a product, on average: if a tile has too few rows or columns for all
     warps, some repeat the work of others. ``sync_loads`` counts loads in loops that are not pipelined, whose latency
     delays every step; ``conversions`` counts changes of layout in loops, which go through shared memory; ``programs``
-    is the number of programs that a multiprocessor holds at a time, 0 if unknown (AMD).
+    is the number of programs that a multiprocessor holds at a time, 0 if unknown (AMD). ``code`` is
+    ``compiler.code_of`` the launch.
     """
 
     registers: int = 0
@@ -35,6 +36,7 @@ class Figures:
     conversions: int = 0
     programs: int = 0
     config: tuple[int, ...] = ()
+    code: str = ""
     seconds: float = 0.0
     error: str | None = None
 

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
         wrong.append(f"{of_block} registers in a block, at most {CUDA_REGISTERS}: it does not start")
     if figures.shared > limit:
         wrong.append(f"{figures.shared} bytes of shared memory, at most {limit}")
+    if loads_a_mask_alone(build) and figures.sync_loads:
+        wrong.append(f"{figures.sync_loads} loads in the loop wait for memory: those of the mask are not pipelined")
     if build.bits == 16 and not figures.tensor_core:
         wrong.append(f"no {tensor_core_of(build)}: tensor cores are not used")
     if expected is None:
@@ -85,12 +87,34 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
     return wrong
 
 
-def compiled(todo: Sequence[Build], processes: int = 2) -> Iterator[tuple[Build, Figures]]:
-    """Compile in separate processes, in which Triton must not interpret, and yield results as they finish."""
+def loads_a_mask_alone(build: Build) -> bool:
+    """Whether the loop loads a mask and no bias or ids, whose loads need not be pipelined, on a GPU with a pipeline."""
+    from fastattn.backends.triton import configs
+
+    features = set(build.combination.split())
+    pipelined = TARGETS[build.target].backend == "cuda" and configs.Config(*config_of(build)).num_stages > 1
+    is_loop = build.bits == 16 and build.kernel in ("forward", "backward_dkdv", "backward_dq")
+    return is_loop and pipelined and "mask" in features and not features & {"bias", "segments"}
+
+
+def compiled(
+    todo: Sequence[Build], processes: int = 2, known: Mapping[str, str] | None = None
+) -> Iterator[tuple[Build, Figures]]:
+    """Compile in separate processes, in which Triton must not interpret, and yield results as they finish.
+
+    Builds whose ``Figures.code`` is that in ``known``, by name, are not compiled and left out.
+    """
     with _compilers(processes) as pool:
-        running = {pool.submit(_compile, build): build for build in todo}
+        running = {pool.submit(_compile, build, (known or {}).get(build.name)): build for build in todo}
         for done in concurrent.futures.as_completed(running):
-            yield running[done], done.result()
+            figures = done.result()
+            if figures is not None:
+                yield running[done], figures
+
+
+def codes(expected: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """``Figures.code`` by name of the build, from figures that lack none."""
+    return {name: known["code"] for name, known in expected.items() if {*FIGURES, "code"} <= known.keys()}
 
 
 def table(results: Iterable[tuple[Build, Figures]]) -> str:
@@ -114,7 +138,7 @@ def expected_figures(path: Path) -> dict[str, dict[str, Any]]:
 
 def as_expected(results: Iterable[tuple[Build, Figures]]) -> dict[str, dict[str, Any]]:
     """The figures in the form of ``expected_figures``."""
-    names = (*FIGURES, "config")
+    names = (*FIGURES, "config", "code")
     by_name = {build.name: {name: getattr(figures, name) for name in names} for build, figures in results}
     return {name: by_name[name] for name in sorted(by_name)}
 
@@ -145,14 +169,32 @@ def _compilers(processes: int) -> Iterator[concurrent.futures.Executor]:
 
 _launched: list[tuple[str, Any, float]] = []  # kernels in the order in which the launch code asked for them
 _target = TARGETS["sm_90"]
+_wanted = ""  # the only kernel to compile; all if empty
+_known: str | None = None  # its code, if its figures are known
+_code = ""
+
+
+class _Unchanged(Exception):
+    """A launch whose figures are known."""
 
 
 def _start_compiler(cache: str) -> None:
     """Turn launches in this process into compilations for ``_target``."""
     os.environ["TRITON_CACHE_DIR"] = cache
+    from fastattn.backends.triton import launch, launch_decode, launch_derivatives, launch_statistics
+
     torch.set_num_threads(1)
 
     def launched(name: str, arguments: Any, compile_kernel: compiler.Compile) -> Any:
+        global _code
+        if _wanted and name != _wanted:
+            return None
+        if _wanted and not _launched:
+            modules = (launch, launch_decode, launch_derivatives, launch_statistics)
+            kernel = next(vars(module)[name] for module in modules if name in vars(module))
+            _code = compiler.code_of(kernel, arguments)
+            if _code == _known:
+                raise _Unchanged
         begin = time.perf_counter()
         kernel = compile_kernel()
         _launched.append((name, kernel, time.perf_counter() - begin))
@@ -165,18 +207,24 @@ def _start_compiler(cache: str) -> None:
     )
 
 
-def _compile(build: Build) -> Figures:
-    global _target
+def _compile(build: Build, known: str | None = None) -> Figures | None:
+    """The figures of a build; None if its code is ``known``."""
+    global _target, _wanted, _known
     from fastattn.backends.triton import launch, launch_decode
 
     _target = TARGETS[build.target]
     launch.target.cache_clear()
     _launched.clear()
+    _wanted, _known = f"{build.kernel}_kernel", known
     torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
     config = config_of(build)
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)
+        elif "cached" in build.combination.split():
+            prompt, spec = cache_problem_of(build)
+            out, lse = (torch.empty(shape, device="meta") for shape in (prompt.out_shape(), prompt.lse_shape()))
+            launch_decode.attend_as_prompt(prompt, spec, out.to(prompt.q.dtype), lse, config)
         elif build.kernel in derived.KERNELS:
             derived.launch(build)
         elif build.kernel == "forward":
@@ -188,9 +236,11 @@ def _compile(build: Build) -> Figures:
             getattr(launch.Backward.of(out, None, out, lse, lse, inputs, spec), build.kernel.removeprefix("backward_"))(
                 config
             )
-        found = [_figures(k, seconds, build) for name, k, seconds in _launched if name == f"{build.kernel}_kernel"]
+        found = [_figures(kernel, seconds, build) for _, kernel, seconds in _launched]
         worst = max(found, key=lambda figures: (figures.stack, figures.registers))  # of a pass that launches it twice
-        return dataclasses.replace(worst, config=tuple(config))
+        return dataclasses.replace(worst, config=tuple(config), code=_code)
+    except _Unchanged:
+        return None
     except Exception as error:  # an error of the compiler is the result
         return Figures(
             config=tuple(config), error=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
@@ -205,8 +255,10 @@ def _figures(kernel: Any, seconds: float, build: Build) -> Figures:
 
 
 def _kernels_for_lengths(lengths: Sequence[int], head_dim: int, layout: str) -> dict[str, int]:
+    global _wanted
     from fastattn.backends.triton import launch, launch_decode
 
+    _wanted = ""
     for s in lengths:
         shape = (2, s, 4, head_dim) if layout == "BSHD" else (2, 4, s, head_dim)
         x = torch.empty(shape, device="meta", dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 
 from fastattn.backends.triton import table
 from fastattn.files import write_text
-from fastattn.kv_cache import CacheInputs
+from fastattn.kv_cache import FP8, CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
@@ -20,7 +20,7 @@ Config = tuple[int, int, int, int]
 Timer = Callable[[Callable[[], object]], float]
 TABLE_FILE = Path(table.__file__)
 KERNELS = tuple(sorted({kind for _, kind, _, _ in table.TABLE}))
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128, 256, 512)
 TOKENS, HEADS = 16384, 16
 
 
@@ -65,7 +65,8 @@ def features_of(kind: str) -> frozenset[str]:
     """The features that a kind of row is measured with, besides the causal mask."""
     kernel, _, count = kind.partition(" ")
     heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
-    return frozenset({"paged"} if count == "paged" else heavy[: {"": 0, "one": 1, "several": 2}[count]])
+    caches = {"paged": {"paged"}, "e4m3": {"paged", "e4m3", "softcap", "alibi"}}
+    return frozenset(caches.get(count) or heavy[: {"": 0, "one": 1, "several": 2}[count]])
 
 
 def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
@@ -85,7 +86,8 @@ def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
 def measured(key: Key, todo: Iterable[Config], timer: Timer, device: torch.device) -> Iterator[Measured]:
     """Time each of ``todo`` on a causal problem of 16k tokens with ``features_of`` its kind, and a bias for ``dbias``.
 
-    Decoding is timed on caches of 16k positions for four sequences, paged except for the rows "decode".
+    Decoding is timed on caches of 16k positions for four sequences, paged except for the rows "decode"; prompts of
+    rows "forward paged" on the same caches, with 4k rows in each sequence.
     """
     from fastattn.backends.triton import configs
 
@@ -123,8 +125,8 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     _, kind, bits, d = key
     kernel, features = kind.partition(" ")[0], features_of(kind)
     dtype = torch.bfloat16 if bits == 16 else torch.float32
-    if kernel == "decode":
-        return _decoding(d, dtype, device, features)
+    if kernel == "decode" or "paged" in features:
+        return _decoding(kernel, d, dtype, device, features)
     tokens, heads = (TOKENS, HEADS) if device.type == "cuda" else (32, 1)
     batch = 4 if device.type == "cuda" else 1
     q, k, v, dout = (torch.randn(batch, tokens // batch, heads, d, device=device, dtype=dtype) for _ in range(4))
@@ -141,7 +143,7 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
 
 
 def _decoding(
-    d: int, dtype: torch.dtype, device: torch.device, features: frozenset[str]
+    kernel: str, d: int, dtype: torch.dtype, device: torch.device, features: frozenset[str]
 ) -> Callable[[tuple[int, ...]], object]:
     from fastattn.backends.triton import launch_decode
 
@@ -149,12 +151,20 @@ def _decoding(
     pages = (TOKENS if device.type == "cuda" else 32) // page_size
     shape = (batch * pages, page_size, 4, d)
     k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    if "e4m3" in features:
+        k, v = k.to(FP8), v.to(FP8)
     table = torch.randperm(batch * pages, device=device).int().view(batch, pages)
     lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
-    q = torch.randn(batch, 1, HEADS, d, device=device, dtype=dtype)
+    rows = 1 if kernel == "decode" else 16 * pages // batch
+    q = torch.randn(batch, rows, HEADS, d, device=device, dtype=dtype)
     slopes = torch.rand(1, HEADS, device=device) if "alibi" in features else None
     if not features:  # one page for each sequence
         k, v = (x.view(batch, pages * page_size, 4, d) for x in (k, v))
-    inputs = CacheInputs(q, k, v, lengths, block_table=table if features else None, alibi_slopes=slopes, max_seqlen_q=1)
+    inputs = CacheInputs(
+        q, k, v, lengths, block_table=table if features else None, alibi_slopes=slopes, max_seqlen_q=rows
+    )
     spec = AttentionSpec(d**-0.5, softcap=30.0 if "softcap" in features else None, right=0)
+    if kernel == "forward":
+        out, lse = torch.empty_like(q), torch.empty(inputs.lse_shape(), device=device)
+        return lambda config: launch_decode.attend_as_prompt(inputs, spec, out, lse, config)  # type: ignore[arg-type]
     return lambda config: launch_decode.attend_to_cache(inputs, spec, config)  # type: ignore[arg-type]
