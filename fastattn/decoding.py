@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Never
+
 import torch
 from torch import Tensor
 
 from fastattn import plan
 from fastattn.arguments import Window, cache_problem
 from fastattn.dispatch import Explanation, check_name, requested, wants_batch_invariance
+from fastattn.errors import name_error
 from fastattn.kv_cache import check_cache_inputs, facts_of
 from fastattn.serving import cache_by_plan, serve_cache
 
@@ -39,6 +42,7 @@ def attention_with_kv_cache(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Append the keys and values of new tokens to a cache, in place, and attend to it: decoding.
 
@@ -55,9 +59,8 @@ def attention_with_kv_cache(
 
     Args:
         q: queries ``(B, S_q, H_q, D_qk)``, or packed ``(T_q, H_q, D_qk)`` with ``cu_seqlens_q``, so that one call
-        serves
-            sequences that decode one token and sequences with a whole prompt. The last query of a sequence is at its
-            last position.
+            serves sequences that decode one token and sequences with a whole prompt. The last query of a sequence is at
+            its last position.
         k_cache: contiguous ``(B, S_max, H_kv, D_qk)``, or paged ``(P, page_size, H_kv, D_qk)`` with ``block_table``. In
             the dtype of q, or ``torch.float8_e4m3fn``.
         v_cache: ``(B, S_max, H_kv, D_v)`` or ``(P, page_size, H_kv, D_v)``, likewise.
@@ -118,6 +121,8 @@ def attention_with_kv_cache(
         >>> out.shape, bool((k_cache[9, 1] == k[0, 0]).all())
         (torch.Size([2, 1, 8, 64]), True)
     """
+    if misnamed:
+        raise name_error(attention_with_kv_cache, misnamed)
     tensors, kind = (q, k_cache, v_cache, cache_lengths, k, v, block_table), None
     if not torch.compiler.is_compiling() and (
         cu_seqlens_q
@@ -188,6 +193,7 @@ def explain_with_kv_cache(
     batch_invariant: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Explanation:
     """Name the backend that would serve ``attention_with_kv_cache``, with the reasons against the others.
 
@@ -200,6 +206,8 @@ def explain_with_kv_cache(
         >>> fastattn.explain_with_kv_cache(torch.randn(2, 1, 8, 64), cache, cache, lengths).reasons["eager"]
         []
     """
+    if misnamed:
+        raise name_error(explain_with_kv_cache, misnamed)
     inputs, spec = cache_problem(
         q,
         k_cache,

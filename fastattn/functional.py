@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from fastattn import plan, reference, state
 from fastattn.arguments import Window, dense_problem, packed_problem, torch_problem, with_rng_state
 from fastattn.autograd import needs_gradient
 from fastattn.dispatch import Explanation, check_name, requested, requested_now
-from fastattn.errors import input_error
+from fastattn.errors import input_error, name_error
 from fastattn.layout import Layout, check_cu_seqlens_values, from_internal
 from fastattn.nested import Packed
 from fastattn.ops import without_autocast
@@ -46,6 +46,7 @@ def attention(
     return_weights: bool | Literal["mean"] = False,
     return_stats: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Tensor | tuple[Any, ...]:
     """Scaled dot-product attention with every option of the spec, fused and differentiable.
 
@@ -103,6 +104,7 @@ def attention(
     Raises:
         InputError: an argument is wrong; the message names it, what was given, what is allowed and what to do.
         UnsupportedError: the backend asked for cannot serve the call; the message gives its reasons.
+        TypeError: an argument has another name here; the message suggests it.
 
     Source:
         Vaswani et al., "Attention is all you need", 2017; Dao, "FlashAttention-2", 2023.
@@ -114,6 +116,8 @@ def attention(
         >>> fastattn.attention(q, k, v, causal=True, window=(32, 0)).shape
         torch.Size([2, 128, 8, 64])
     """
+    if misnamed:
+        raise name_error(attention, misnamed)
     if return_weights not in (False, True, "mean"):
         todo = '"mean" averages over the heads.'
         raise input_error("return_weights", repr(return_weights), 'True, False or "mean"', todo)
@@ -193,6 +197,7 @@ def attention_varlen(
     return_lse: bool = False,
     return_stats: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Tensor | tuple[Any, ...]:
     """Attention over sequences of different lengths, packed end to end without padding.
 
@@ -236,6 +241,8 @@ def attention_varlen(
         >>> fastattn.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, causal=True).shape
         torch.Size([7, 4, 32])
     """
+    if misnamed:
+        raise name_error(attention_varlen, misnamed)
     kind = None
     given = None if is_compiling() else _more(None, None, intervals=intervals)
     is_plain = alibi_slopes is sinks is None and given is not None and not (dropout_p or return_stats)
@@ -402,6 +409,7 @@ def explain(
     return_weights: bool | Literal["mean"] = False,
     return_stats: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention``, with the reasons against the others.
 
@@ -425,6 +433,8 @@ def explain(
         >>> fastattn.explain(q, q, q, causal=True).reasons["eager"]
         []
     """
+    if misnamed:
+        raise name_error(explain, misnamed)
     inputs, spec = dense_problem(
         q, k, v, causal=causal, window=window, scale=scale, softcap=softcap, bias=bias, mask=mask,
         alibi_slopes=alibi_slopes, sinks=sinks, segment_ids=segment_ids, intervals=intervals, dropout_p=dropout_p,
@@ -454,6 +464,7 @@ def explain_varlen(
     return_lse: bool = False,
     return_stats: bool = False,
     backend: str | None = None,
+    **misnamed: Never,
 ) -> Explanation:
     """Name the backend that would serve ``fastattn.attention_varlen``, with the reasons against the others.
 
@@ -465,6 +476,8 @@ def explain_varlen(
         >>> "packed" in fastattn.explain_varlen(q, q, q, cu_seqlens, cu_seqlens).problem.features
         True
     """
+    if misnamed:
+        raise name_error(explain_varlen, misnamed)
     inputs, spec = packed_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_kv, max_seqlen_q=max_seqlen_q, max_seqlen_kv=max_seqlen_kv, causal=causal,
         window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, intervals=intervals,

@@ -208,6 +208,30 @@ def test_every_message_is_tested():
     assert len(sites) > 30 and not missing
 
 
+@pytest.mark.parametrize(
+    ("function", "given", "meant"),
+    [
+        (attention, "is_causal", "causal="),
+        (fastattn.explain, "attn_mask", "mask= (True: attend) or bias= (added to the scores)"),
+        (attention_varlen, "cu_seqlens_k", "cu_seqlens_kv="),
+        (fastattn.explain_varlen, "windows", "window="),
+        (fastattn.attention_with_kv_cache, "cache_seqlens", "cache_lengths="),
+        (fastattn.explain_with_kv_cache, "softmax_scale", "scale="),
+    ],
+)
+def test_names_of_other_libraries_are_answered_with_ours(function, given, meant):
+    required = [Q, K, K, ints(1), ints(1)][
+        : 4 if "cache" in function.__name__ else 5 if "varlen" in function.__name__ else 3
+    ]
+    with pytest.raises(TypeError, match=re.escape(f"'{given}'. Did you mean {meant}? Allowed: q, k")):
+        function(*required, **{given: True})
+
+
+def test_a_name_like_none_of_ours():
+    with pytest.raises(TypeError, match=r"'zzz'\. Allowed: q, k, v, causal"):
+        attention(Q, K, K, zzz=1)
+
+
 def test_errors_are_what_a_caller_expects_to_catch():
     assert issubclass(fastattn.InputError, ValueError)
     assert issubclass(fastattn.UnsupportedError, NotImplementedError)
