@@ -29,7 +29,7 @@ def may_leave_masks_out(config: Any) -> bool:
     # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
     if _value(config, "is_causal", True) is False or _value(config, "use_bidirectional_attention", None):
         return False
-    inner = [_value(config, name, None) for name in getattr(type(config), "sub_configs", ())]
+    inner = [_value(config, name, None) for name in _value(config, "sub_configs", ())]
     return _says_what_is_causal(type(config)) and all(
         may_leave_masks_out(each) for each in inner if each is not None and not isinstance(each, dict)
     )

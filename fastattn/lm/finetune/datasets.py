@@ -97,8 +97,9 @@ def read_dataset(
     """
     given = [paths] if isinstance(paths, Path) else list(paths)
     is_one = len({_split_of(path) for path in given}) == 1  # a file, or the shards of a split
-    if is_one or all(map(is_image, given)):
-        parts = [read_records(path) for path in given]
+    of_images = "image" in FIELDS[task].inputs
+    if is_one or (of_images and all(map(is_image, given))):
+        parts = [read_records(path, of_images=of_images) for path in given]
         records = Records(chain.from_iterable(part.items for part in parts), parts[0].class_names, parts[0].folder)
     elif len(given) == 2 and task == "seq2seq":
         records = parallel_records(*given)

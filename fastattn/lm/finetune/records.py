@@ -39,15 +39,19 @@ class Records:
     folder: Path = Path()
 
 
-def read_records(path: Path) -> Records:
+def read_records(path: Path, *, of_images: bool = True) -> Records:
     """The records of a file, by the suffix of its name, or of a folder of images or that ``datasets`` saved.
+
+    Args:
+        path: the file or folder.
+        of_images: images may be read; other tasks must not take the plots of a run for their data.
 
     Raises:
         DataError: the file is missing, damaged or of an unknown kind; at once, or when its records are read.
     """
     if path.is_dir():
-        return _of_folder(path)
-    if is_image(path):
+        return _of_folder(path, of_images)
+    if of_images and is_image(path):
         return Records(iter([(str(path), {"image": str(path)})]))
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -57,10 +61,10 @@ def read_records(path: Path) -> Records:
     return Records(_telling(path, _READERS[suffix](path)), folder=path.parent)
 
 
-def _of_folder(path: Path) -> Records:
-    if (metadata := metadata_of(path)) is not None:
+def _of_folder(path: Path, of_images: bool) -> Records:
+    if of_images and (metadata := metadata_of(path)) is not None:
         return read_records(metadata)
-    if not (path / "state.json").is_file() and has_images(path):
+    if of_images and not (path / "state.json").is_file() and has_images(path):
         return Records(images_in(path))
     return _saved_dataset(path)
 

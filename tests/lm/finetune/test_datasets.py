@@ -129,8 +129,10 @@ def test_a_folder_that_datasets_saved(table, tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"")
     with pytest.raises(DataError, match="is not a whole data set"):
         read_dataset(tmp_path, "tag")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "loss.png").write_bytes(b"a plot, which is no data of this task")
     with pytest.raises(DataError, match="is a folder without a data set"):
-        read_dataset(tmp_path.parent, "tag")
+        read_dataset(tmp_path / "run", "tag")
 
 
 def test_columns_can_be_named(tmp_path):

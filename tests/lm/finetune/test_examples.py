@@ -18,6 +18,9 @@ GOOD = {
     "seq2seq": {"source": "eins", "target": "one"},
     "instruct": {"prompt": "Say hi.\n", "response": "hi"},
     "dpo": {"prompt": "Say hi.", "chosen": "hi", "rejected": "no"},
+    "image": {"image": "/of/a.png", "label": "cat"},
+    "caption": {"image": "/of/a.png", "text": "a cat"},
+    "vqa": {"image": "/of/a.png", "question": "what?", "answer": "a cat"},
 }
 
 

@@ -361,7 +361,7 @@ FAULTS = [
         "a plan without a device guard", "fastattn.backends.triton.plans:_run",
         "current_device() != index", "False", runs_plans_on_the_stream,
     ),
-    Fault("a program too few", L + "Call.schedule", "(blocks * heads,)", "(blocks * heads - 1,)", serves),
+    Fault("a program too few", L + "schedule_of", "(blocks * heads,)", "(blocks * heads - 1,)", serves),
     Fault("a gradient that nothing writes", L + "Backward.dq", "if dq.numel():", "if False:", trains),
     Fault(
         "statistics in parts of one allocation", "fastattn.backends.triton.arguments:Stats.like",
