@@ -64,9 +64,10 @@ def run_package(objects: Path, sanitize: str) -> int:
         kept = [str(path) for path in objects.glob("*.o") if path.stem not in DRIVER]
         build.run([[compiler, "-shared", *flags_of(sanitize), *kept, "-o", str(library)]])
         compiled.seal(library)
-        runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        # Python has no C++ runtime, and the sanitizer looks for that of the exceptions it watches when it starts.
+        runtimes = [path_of(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
         environment = os.environ | {
-            "LD_PRELOAD": runtime.stdout.strip(),
+            "LD_PRELOAD": ":".join(runtimes),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python leaves memory to the system when it ends
             "PYTHONPATH": str(folder),
             "FASTATTN_CACHE": str(folder / "cache"),
@@ -79,6 +80,12 @@ def run_package(objects: Path, sanitize: str) -> int:
             if code:
                 return code
     return 0
+
+
+def path_of(compiler: str, library: str) -> str:
+    """Where a compiler has a library of its own."""
+    command = [compiler, f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
