@@ -150,6 +150,15 @@ def mapped() -> Callable[[], object]:
     return lambda: torch.vmap(lambda x: fastattn.attention(x, x, x, causal=True))(q)
 
 
+def test_prompts_against_a_cache_run_the_forward_kernel(machine: simulated.Machine) -> None:
+    """Their rows fill the device."""
+    cache = normal(1, 136, 1, 16)
+    q, new, lengths = normal(1, 128, 132, 16), normal(1, 128, 1, 16), ints(3)
+    with no_wait(machine):
+        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new)
+    assert any("forward" in str(launch) for launch in machine.launches), machine.launches
+
+
 def derivatives() -> Callable[[], object]:
     """Forward mode and double backward."""
     q, k, v = normal(1, 20, 2, 16, grad=True), normal(1, 20, 1, 16), normal(1, 20, 1, 16)
