@@ -50,9 +50,11 @@ inline Word largest_in_band(Range columns, Range kept, Word* scores) {
 }
 
 // Weights 2^(factor * (score - shift)) of whole vectors of scores, as left operand of the product with values; their sum.
+// flatten: GCC 12 leaves the exponential of narrow vectors a function, and a call spills every register.
 template <class Op, bool DROPS>
-inline typename Op::Word weigh(typename Op::Word const* scores, int count, typename Op::Word shift,
-                               typename Op::Word factor, Dropped const& dropped, typename Op::Word* weights) {
+__attribute__((flatten)) inline typename Op::Word weigh(typename Op::Word const* scores, int count,
+                                                        typename Op::Word shift, typename Op::Word factor,
+                                                        Dropped const& dropped, typename Op::Word* weights) {
   using Word = typename Op::Word;
   using V = Vector<Word>;
   constexpr int kStep = kCount<Word>;
