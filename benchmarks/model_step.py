@@ -153,6 +153,7 @@ def _gathering(attention: Attention) -> Attention:
         q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, *, causal: bool,
         block_table: Tensor, **_: Any,
     ) -> Tensor:  # fmt: skip
+        q, k, v = (x.to(k_cache.dtype) for x in (q, k, v))  # autocast leaves some of them in fp32
         begin = int(lengths[0])
         end, rows = begin + k.shape[1], block_table[:, 0].long()
         k_cache[rows, begin:end], v_cache[rows, begin:end] = k, v
