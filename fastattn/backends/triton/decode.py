@@ -22,6 +22,7 @@ from fastattn.backends.triton.tile import (
     full_range,
     head_in,
     kept_tile,
+    left_operand,
     load_per_head,
     logarithm_of,
     number,
@@ -100,7 +101,7 @@ def decode_kernel(
                 scores = tl.where(kept_tile(head, i[:, None], j[None, :], i0, j0, False, F), scores, float("-inf"))
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         v_tile = cached_rows(v, cache.v_scale, page, row, h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
+        acc = tl.dot(left_operand(p, v_tile.dtype, F), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     sink = 0.0
     if F.sinks:  # the first split counts it

@@ -14,6 +14,7 @@ from fastattn.backends.triton.tile import (
     factor_of,
     finish,
     head_matrix,
+    left_operand,
     load_per_head,
     load_rows,
     masked,
@@ -110,7 +111,7 @@ def forward_fp8_kernel(
             weights = to_e4m3(p * WEIGHTS).to(tl.float8e4nv, bitcast=True)
         else:
             weights = (p * WEIGHTS).to(tl.float8e4nv)
-        acc = acc * alpha[:, None] + tl.dot(weights, tl.trans(columns)) * of_v
+        acc = acc * alpha[:, None] + tl.dot(left_operand(weights, tl.float8e4nv, F), tl.trans(columns)) * of_v
 
     head = open_head(head.b, head.h, terms, sizes, F)  # recomputed, so that it occupies no registers in the loop
     sink = load_per_head(terms.sinks, head.b, head.h) if F.sinks else 0.0

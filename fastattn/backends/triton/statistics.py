@@ -27,6 +27,7 @@ from fastattn.backends.triton.tile import (
     finish,
     head_in,
     head_matrix,
+    left_operand,
     load_per_head,
     masked,
     number,
@@ -256,7 +257,7 @@ def statistics_dk_kernel(
             raw, rows, given, dkeys, stats, head, i[None, :], j[:, None], i0, j0, is_full, True, F
         )
         q_tile = whole(q_at, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-        acc = tl.dot(ds.to(q_tile.dtype), q_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(ds, q_tile.dtype, F), q_tile, acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
     dk_rows = head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True)
@@ -296,7 +297,7 @@ def statistics_dq_kernel(
             raw, rows, given, dkeys, stats, head, i[:, None], j[None, :], i0, j0, is_full, False, F
         )
         k_tile = whole(k_at, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(ds, k_tile.dtype, F), k_tile, acc, input_precision=F.precision)
 
     dq_rows = head_matrix(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, head.band.s_q, acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)
