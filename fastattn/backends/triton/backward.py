@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     LOG2E,
@@ -25,7 +26,6 @@ from fastattn.backends.triton.tile import (
     finish,
     head_in,
     head_matrix,
-    left_operand,
     load_rows,
     masked,
     number,

@@ -20,14 +20,13 @@ import triton.language as tl
 
 from fastattn.backends.triton.backward import load_delta, load_lse, probabilities
 from fastattn.backends.triton.jvp import moved_products, moved_scores
-from fastattn.backends.triton.operands import operand, product, whole
+from fastattn.backends.triton.operands import left_operand, operand, product, whole
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.reductions import bias_tile, store_bias_tile, visit_of_tile
 from fastattn.backends.triton.tile import (
     LOG2E,
     head_in,
     head_matrix,
-    left_operand,
     load_per_head,
     load_rows,
     number,

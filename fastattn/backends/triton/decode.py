@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.pages import (
     away_in_tree,
     cached_rows,
@@ -22,7 +23,6 @@ from fastattn.backends.triton.tile import (
     full_range,
     head_in,
     kept_tile,
-    left_operand,
     load_per_head,
     logarithm_of,
     number,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.pages import cached_rows, located, open_rows, within
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
@@ -13,7 +14,6 @@ from fastattn.backends.triton.tile import (
     factor_of,
     finish,
     head_matrix,
-    left_operand,
     load_per_head,
     load_rows,
     masked,

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.pages import to_e4m3
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     factor_of,
     finish,
     head_matrix,
-    left_operand,
     load_per_head,
     load_rows,
     masked,

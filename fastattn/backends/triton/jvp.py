@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.backward import probabilities
-from fastattn.backends.triton.operands import operand, product
+from fastattn.backends.triton.operands import left_operand, operand, product
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     LOG2E,
     head_matrix,
-    left_operand,
     load_per_head,
     load_rows,
     load_scores,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.backward import load_delta, load_lse, log2_probabilities
-from fastattn.backends.triton.operands import operand, product, whole
+from fastattn.backends.triton.operands import left_operand, operand, product, whole
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.reductions import bias_tile, store_bias_tile, visit_of_tile
 from fastattn.backends.triton.tile import (
@@ -27,7 +27,6 @@ from fastattn.backends.triton.tile import (
     finish,
     head_in,
     head_matrix,
-    left_operand,
     load_per_head,
     masked,
     number,

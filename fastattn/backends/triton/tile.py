@@ -298,22 +298,6 @@ def dot_in_chunks(
 
 
 @triton.jit
-def left_operand(x, DTYPE: tl.constexpr, F: tl.constexpr):
-    """``x`` rounded to DTYPE, to be the left operand of a product.
-
-    Triton spreads such an operand over threads by the narrowest elements that it was computed from, which are bytes and
-    bits where there is a mask or dropout. It then moves the operand through shared memory, and multiplies wrongly over
-    16 elements (3.6 and 3.7, for ``mma.sync``). It does not look behind an instruction that it does not know.
-    """
-    x = x.to(DTYPE)
-    if F.opaque:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
-        )
-    return x
-
-
-@triton.jit
 def store_rows(rows, i0, high, tile, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Store the rows of ``tile`` before ``high``."""
     i, d = i0 + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)

@@ -99,7 +99,7 @@ def loops_in(ttgir: str) -> list[str]:
 
 def narrow_products_in(ttgir: str) -> list[str]:
     """Left operands of ``mma.sync`` with fewer than four times ``kWidth`` elements along the sum: Triton 3.6 and 3.7
-    count some of them twice and others not at all. ``tile.left_operand`` avoids them."""
+    count some of them twice and others not at all. ``operands.left_operand`` avoids them."""
     found = re.findall(r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0, parent = \S+, kWidth = (\d+)\}>>", ttgir)
     return [f"{size} elements, kWidth {width}" for size, width in found if int(size) < 4 * int(width)]
 
