@@ -30,8 +30,8 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command that is there; ``run`` is the command's function."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastattn.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
@@ -41,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"benchmarks.{_module(name)}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(arguments)
     args.command_line = shlex.join(["python", "-m", "benchmarks", *arguments])
     try:
         return args.run(args)
