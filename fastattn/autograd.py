@@ -30,7 +30,7 @@ from fastattn.backends.base import Outputs
 from fastattn.plan import ALIGNMENT, Plan
 from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
+from fastattn.torch_internals import is_deterministic, is_in_forward_mode, is_transformed, is_watched
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -204,7 +204,7 @@ class PlannedAttention(torch.autograd.Function):
             and type(dout) is Tensor
             and dout.dtype is saved[0].dtype
             and not (torch.is_grad_enabled() or dout.is_neg() or is_watched())
-            and plan.deterministic == torch.are_deterministic_algorithms_enabled()
+            and plan.deterministic == is_deterministic()
         ):
             grads = plan.backward(dout if dout.is_cpu else _aligned(dout.contiguous()), *saved)
             if not plan.places:

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import functional
 
 from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
@@ -24,7 +25,7 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()) -> Result:
     """``out``, or ``(out, lse)``, in the layout of the call; differentiable like ``attend`` in reverse mode."""
-    if torch.nn.functional.scaled_dot_product_attention is not ops.last_plain:
+    if functional.scaled_dot_product_attention is not ops.last_plain:
         ops.refuse_context_parallel()
     if found.backward is not None:
         return apply_planned(q, k, v, found, with_lse, *more)
