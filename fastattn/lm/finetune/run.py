@@ -234,7 +234,7 @@ def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     if template is None and (config.task == "chat" or (config.task == "dpo" and _has_messages(data))):
         template = DEFAULT_TEMPLATE
     ready = make_task(config, tokenizer, backbone.config, labels, template, pixels)
-    return ready, ready.add_head(backbone)
+    return ready, ready.add_head(ready.prepared(backbone))
 
 
 def _has_messages(data: _Data) -> bool:

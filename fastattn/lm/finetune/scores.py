@@ -198,7 +198,8 @@ def text_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, 
     rouge = rouge_score(list(predicted), references, rouge_keys=("rouge1", "rouge2", "rougeL"))
     return {
         "exact match": hits / max(len(references), 1),
-        "BLEU": corpus_bleu(list(predicted), [references]).score,
+        # Without "effective order" answers that are all shorter than 4 words have a BLEU of 0, even if all are right.
+        "BLEU": corpus_bleu(list(predicted), [references], use_effective_order=True).score,
         "chrF": corpus_chrf(list(predicted), [references]).score,
         **{f"ROUGE-{kind}": 100 * float(rouge[f"rouge{kind}_fmeasure"]) for kind in ("1", "2", "L")},
     }

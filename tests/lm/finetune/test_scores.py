@@ -75,6 +75,7 @@ def test_scores_of_text_by_hand():
     # n-gram precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert text_scores(["a b c d e"], ["a b c d f"])["BLEU"] == pytest.approx(expected, abs=1e-6)
+    assert text_scores(["a b"], ["a b"])["BLEU"] == pytest.approx(100.0)
     assert text_scores(["abc"], ["abc"])["chrF"] == pytest.approx(100.0)
     assert text_scores([""], ["abc"])["chrF"] == 0.0
 

@@ -93,6 +93,10 @@ class Task(ABC):
         """The text that is learned, of the tasks whose answer is generated text."""
         return example.fields[str(self.answer_field)]
 
+    def prepared(self, backbone: Any) -> Any:
+        """The backbone of a new run, with what the head needs of it."""
+        return backbone
+
     @abstractmethod
     def add_head(self, backbone: Any) -> nn.Module:
         """The model of the task."""
