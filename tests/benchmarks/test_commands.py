@@ -95,7 +95,7 @@ def test_train(tmp_path):
     path = tmp_path / "train.json"
     assert main(["train", *QUICK, "--out", str(path)]) == 0
     rows = {(row["trainer"].split(",")[0], row["precision"]): row for row in read(path)["results"]}
-    assert len(rows) == 4 * 2
+    assert len(rows) == 5 * 2
     for precision in ("fp32", "bf16"):
         losses = [rows[name, precision]["loss"].split(" to ") for name in ("fastattn", "nanoGPT's recipe")]
         assert all(abs(float(a) - float(b)) < 0.02 for a, b in zip(*losses, strict=True)), losses
