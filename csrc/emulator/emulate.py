@@ -30,15 +30,18 @@ from fastattn.backends.cuda.instances import (
     DkdvConfig,
     DqConfig,
     ForwardConfig,
+    GatheredConfig,
     decode_configs,
     dkdv_configs,
     dq_configs,
     forward_configs,
+    gathered_configs,
 )
 
 CSRC = Path(__file__).parents[1]
 COMMON = (
     "machine",
+    "copies",
     "races",
     "sites",
     "tma",
@@ -53,13 +56,15 @@ DIRECTIONS = {
     DkdvConfig: "backward",
     DqConfig: "backward",
     DecodeConfig: "decode",
+    GatheredConfig: "decode",
 }
 PLANTABLE, SOURCES = ("common", "sm90", "emulator", "proofs"), {".h", ".cuh", ".cpp", ".inc"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
+SHARED = ("-O2", "-fPIC", "-fvisibility=hidden")  # of what programs and libraries have in common
 ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
 SITE_CASES = 12  # problems that come to every call that orders something
-TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig
+TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig | GatheredConfig
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -77,7 +82,13 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
 
 def emulated_configs(csrc: Path) -> list[TableConfig]:
     """Every line of the table."""
-    return [*forward_configs(csrc), *dkdv_configs(csrc), *dq_configs(csrc), *decode_configs(csrc)]
+    return [
+        *forward_configs(csrc),
+        *dkdv_configs(csrc),
+        *dq_configs(csrc),
+        *decode_configs(csrc),
+        *gathered_configs(csrc),
+    ]
 
 
 def config_of(line: tuple[str | int, ...]) -> TableConfig:
@@ -189,12 +200,12 @@ def kept_common(jobs: int) -> Path:
 
     def write(target: Path) -> None:
         with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
-            folder, options = Path(name), ("-O2", "-fPIC", "-fvisibility=hidden")
+            folder = Path(name)
             sources = [CSRC / "emulator" / f"{part}.cpp" for part in COMMON]
-            objects = list(pool.map(lambda path: compile_object(path, folder / f"{path.stem}.o", *options), sources))
+            objects = list(pool.map(lambda path: compile_object(path, folder / f"{path.stem}.o", *SHARED), sources))
             link(objects, target, "-r", "-nostdlib")
 
-    return compiled.kept(f"machine-{digest_of(COMMON)}.o", write)
+    return compiled.kept(f"machine-{digest_of((COMMON, SHARED))}.o", write)
 
 
 def digest_of(what: object) -> str:

@@ -29,11 +29,11 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec",
-    "state", "storage", "torch_internals", "trees", "version",
+    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "quantized", "rng", "rotary",
+    "spec", "state", "storage", "torch_internals", "trees", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "intervals", "ops",
+    "arguments", "autograd", "decoding", "dispatch", "flops", "fp8", "functional", "inspection", "intervals", "ops",
     "plain", "plan", "reference", "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
     "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec", "trees"},
-    "reference": {"kv_cache", "numerics", "problem", "rng", "spec", "trees"},
+    "quantized": {"errors", "kv_cache", "layout"},
+    "reference": {"kv_cache", "numerics", "problem", "quantized", "rng", "spec", "trees"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"compiled", "files", "problem", "state", "version"},
     "plan": {"backends", "state", "storage", "torch_internals"},
@@ -69,6 +70,7 @@ MAY_IMPORT = {
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
+    "fp8": VOCABULARY | {"arguments", "dispatch", "functional", "ops"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
     "intervals": {"errors", "problem", "spec"},
@@ -94,11 +96,13 @@ MAY_IMPORT = {
         "dispatch",
         "errors",
         "flops",
+        "fp8",
         "functional",
         "inspection",
         "intervals",
         "nn",
         "ops",
+        "quantized",
         "version",
     },
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "nn", "reference"},
