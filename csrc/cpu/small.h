@@ -106,8 +106,8 @@ class Small {
   // Products of rows with all keys, or with all values.
   void multiply_packed(int count, Matrix<Word const> rows, int64 dim, Word const* packed, Matrix<Word> to) const {
     for (int c = 0; c < columns_; c += kPanel<Word>)
-      multiply<Op, kSet>(count, fa::smaller(columns_ - c, kPanel<Word>) / kCount<Word>, dim, rows,
-                         {packed + c * dim, kPanel<Word>}, {to.at + c, to.stride});
+      multiply<Op>(kSet, count, fa::smaller(columns_ - c, kPanel<Word>) / kCount<Word>, dim, rows,
+                   {packed + c * dim, kPanel<Word>}, {to.at + c, to.stride});
   }
 
   // Rows of words, times rows of a tensor, into rows of a result.
@@ -115,9 +115,9 @@ class Small {
                      Matrix<Word> to) const {
     Matrix<Word const> const rows = as_words<Op>(from_row(right, keys.begin));
     for (int n = 0; n < panels.count; ++n)
-      multiply<Op, kSet>(count, panels.width(n), keys.end - keys.begin, {left.at + keys.begin, left.stride},
-                         {rows.at + panels.begin(n) * kCount<Word>, rows.stride},
-                         {to.at + panels.begin(n) * kCount<Word>, to.stride});
+      multiply<Op>(kSet, count, panels.width(n), keys.end - keys.begin, {left.at + keys.begin, left.stride},
+                   {rows.at + panels.begin(n) * kCount<Word>, rows.stride},
+                   {to.at + panels.begin(n) * kCount<Word>, to.stride});
   }
 
   static void scale_rows(Matrix<Word> rows, int count, int64 dim, Word factor) {
@@ -190,10 +190,10 @@ class Small {
       int const end = fa::smaller(j + kTileRows, band_.s_kv);
       Range const some = fa::tile_range(fa::transposed(band_), j, end);
       for (int n = 0; n < panels.count && !is_empty(some); ++n)
-        multiply<Op, kAddTurned>(end - j, panels.width(n), some.end - some.begin,
-                                 {left + some.begin * line_ + j, line_},
-                                 {rows.at + some.begin * rows.stride + panels.begin(n) * kCount<Word>, rows.stride},
-                                 {sums.at + j * sums.stride + panels.begin(n) * kCount<Word>, sums.stride});
+        multiply<Op, true>(kAdd, end - j, panels.width(n), some.end - some.begin,
+                           {left + some.begin * line_ + j, line_},
+                           {rows.at + some.begin * rows.stride + panels.begin(n) * kCount<Word>, rows.stride},
+                           {sums.at + j * sums.stride + panels.begin(n) * kCount<Word>, sums.stride});
     }
   }
 
