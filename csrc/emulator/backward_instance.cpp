@@ -20,7 +20,7 @@ template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_M, int BLOCK_N, int
 emu::BackwardInstance instance_of() {
   using C = sm90::BackwardDkdvTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_M, BLOCK_N, STAGES, FUSED != 0, TERMS != 0>;
   emu::BackwardInstance made{};
-  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, SOFTCAP != 0, C::TERMS};
+  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, SOFTCAP != 0, false, false, C::TERMS};
   made.threads = C::THREADS, made.is_fused = C::FUSED;
   made.kernel = sm90::backward_dkdv_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_N, sm90::Of::kKeys>;
   made.prepare_keys = sm90::prepare_terms_kernel<sm90::PrepareTraits<T, BackwardParams>>;
@@ -36,7 +36,7 @@ template <class T, int D_QK, int D_V, int SOFTCAP, int BLOCK_N, int K_STAGES, in
 emu::BackwardInstance instance_of() {
   using C = sm90::BackwardDqTraits<T, D_QK, D_V, SOFTCAP != 0, BLOCK_N, K_STAGES, V_STAGES, TERMS != 0>;
   emu::BackwardInstance made{};
-  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, SOFTCAP != 0, C::TERMS};
+  made.shape = {D_QK, D_V, C::BLOCK_M, C::BLOCK_N, false, true, SOFTCAP != 0, false, false, C::TERMS};
   made.threads = C::THREADS, made.of_queries = true;
   made.kernel = sm90::backward_dq_kernel<C>, made.tiles = sm90::tile_count<C::BLOCK_M, sm90::Of::kQueries>;
   made.prepare_keys = sm90::prepare_terms_kernel<sm90::PrepareTraits<T, BackwardParams>>;

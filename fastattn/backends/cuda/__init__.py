@@ -76,7 +76,7 @@ class CudaBackend(Backend):
         dtypes=(torch.float16, torch.bfloat16),
         features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
         | {"alibi", "segments", "dropout", "mask", "bias"}
-        | {"cache", "append", "paged cache", "rotary", "prompt", "batch invariant"},
+        | {"cache", "append", "paged cache", "fp8 cache", "tree", "rotary", "prompt", "batch invariant"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
         deterministic_by_flag=True,
@@ -95,8 +95,9 @@ class CudaBackend(Backend):
         if "cache" in problem.features:
             reasons += [f"no {name} with a cache" for name in NOT_WITH_CACHE if name in problem.features]
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
-            if size % 8:
-                reasons.append(f"head dim {name} = {size} (multiples of 8)")
+            step = 16 if "fp8 cache" in problem.features else 8  # elements of 16 bytes of the cache or of q
+            if size % step:
+                reasons.append(f"head dim {name} = {size} (multiples of {step})")
         return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:

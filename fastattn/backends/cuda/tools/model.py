@@ -37,7 +37,7 @@ SHARPNESS = (4.0, 3.0)  # p of the faster and of the slower end
 # Instructions of a lane, from the machine code of nvcc 13.0: for a score, for a number of out that is scaled again, for
 # a score and its gradient, for a number of dq that is added to its sum.
 PER_SCORE, PER_OUT, PER_GRADIENT, PER_SUM = 6.0, 1.7, 9.6, 7.0
-# What each term adds to a score, by the same machine code for 32 of them; ids are compared only where segments end. Where
+# What each term adds to a score, by machine code for 32 of them; ids are compared only where segments end. Where
 # rows are keys, a thread uses two of the eight numbers that a call of Philox gives. SCALED: the product with the scale.
 PER_TERM = {"alibi": 3.6, "segments": 0.0, "mask": 10.2, "bias": 11.4, "dropout": 9.4}
 TURNED_DROPOUT, SCALED = 26.5, 1.0
