@@ -22,6 +22,7 @@ from fault import Fault
 from faults import FAULTS
 from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
+from faults_terms import TERM_FAULTS
 from sites import KERNELS, is_without_effect
 
 from fastattn import compiled
@@ -61,7 +62,7 @@ DIRECTIONS = {
 PLANTABLE, SOURCES = ("common", "sm90", "emulator", "proofs"), {".h", ".cuh", ".cpp", ".inc"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
 SHARED = ("-O2", "-fPIC", "-fvisibility=hidden")  # of what programs and libraries have in common
-ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS, *TERM_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
 SITE_CASES = 12  # problems that come to every call that orders something
 TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig | GatheredConfig
