@@ -88,6 +88,7 @@ static void start_fibers(int threads) {
     fiber.stack = std::move(stack);
     fiber.stack.resize(64 * 1024);
     fiber.thread = thread;
+    fiber.is_ahead = m.follows;
     fiber.clock.assign(agent_count(), 0);
     fiber.clock[thread] = 1;
     getcontext(&fiber.context);
@@ -208,6 +209,7 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   m.fibers = std::move(before.fibers);  // whose stacks are used again
   m.global = std::move(before.global);
   m.is_trusting = before.is_trusting;
+  m.follows = before.follows;
   m.is_traced = before.is_traced;
   m.trace = std::move(before.trace);
   m.runs = before.runs + 1;
@@ -237,7 +239,9 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   }
 }
 
-void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report) {
+void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report,
+              bool follows) {
+  machine().follows = follows;
   std::vector<int> order(static_cast<size_t>(blocks));
   for (size_t block = 0; block < order.size(); ++block) order[block] = static_cast<int>(block);
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
@@ -351,18 +355,32 @@ static Region* region_of(void const* address, size_t bytes) {
   return nullptr;
 }
 
+static bool is_stored(Region const& region, void const* address, size_t bytes) {
+  auto const first = region.is_stored.begin() + (static_cast<char const*>(address) - region.begin);
+  return std::find(first, first + static_cast<std::ptrdiff_t>(bytes), true) !=
+         first + static_cast<std::ptrdiff_t>(bytes);
+}
+
+void wait_for_kernel_before() { machine().running->is_ahead = false; }
+
+void check_is_not_ahead(char const* what) {
+  if (machine().running->is_ahead)
+    error(std::string(what) + " what the kernel before writes, and has not waited for it");
+}
+
 bool may_load(void const* address, size_t bytes) {
-  return machine().is_trusting || region_of(address, bytes) != nullptr;
+  if (machine().is_trusting) return true;
+  Region const* const region = region_of(address, bytes);
+  if (region && is_stored(*region, address, bytes)) check_is_not_ahead("a thread reads");
+  return region != nullptr;
 }
 
 bool may_store(void const* address, size_t bytes) {
   if (machine().is_trusting) return true;
   Region* const region = region_of(address, bytes);
   if (!region) return false;
-  auto const first = region->is_stored.begin() + (static_cast<char const*>(address) - region->begin);
-  auto const end = first + static_cast<std::ptrdiff_t>(bytes);
-  if (std::find(first, end, true) != end) error("an output is stored twice");
-  std::fill(first, end, true);
+  if (is_stored(*region, address, bytes)) error("an output is stored twice");
+  std::fill_n(region->is_stored.begin() + (static_cast<char const*>(address) - region->begin), bytes, true);
   return true;
 }
 

@@ -39,6 +39,7 @@ def trace_of(emulator: Emulator, line: tuple[str | int, ...], seed: int) -> str:
 
 def build_explorer(folder: Path) -> Path:
     program = folder / "protocol"
+    folder.mkdir(parents=True, exist_ok=True)
     options = ("-std=c++17", "-O2", "-Wall", "-Wextra")
     subprocess.run(["g++", *options, str(CSRC / "proofs" / "protocol.cpp"), "-o", str(program)], check=True)
     return program
