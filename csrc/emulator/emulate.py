@@ -41,6 +41,7 @@ from fastattn.backends.cuda.instances import (
 CSRC = Path(__file__).parents[1]
 COMMON = (
     "machine",
+    "global",
     "copies",
     "races",
     "sites",
