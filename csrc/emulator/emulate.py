@@ -42,6 +42,7 @@ from fastattn.backends.cuda.instances import (
 CSRC = Path(__file__).parents[1]
 COMMON = (
     "machine",
+    "global",
     "copies",
     "races",
     "sites",

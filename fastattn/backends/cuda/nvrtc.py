@@ -230,18 +230,20 @@ class NvrtcKernels:
         return steps
 
     def _decode_steps(self, given: dict[str, int]) -> list[Step]:
+        config: AnyConfig
         dims, blocks = (given["head_dim_qk"], given["head_dim_v"]), given["tiles"] * given["splits"] * given["heads_kv"]
         if given["is_gathered"]:
-            steps = [Step(select_gathered(self._gathered, *dims, bool(given["is_e4m3"])), blocks)]
+            config, views = select_gathered(self._gathered, *dims, bool(given["is_e4m3"])), []
         else:
+            config = select_decode(self._decode, *dims, bool(given["has_softcap"]))
             views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
-            steps = [Step(select_decode(self._decode, *dims, bool(given["has_softcap"])), blocks, views)]
+        steps = [Step(config, blocks, views, follows=bool(given["new_k"]))]
         if given["new_k"]:
             rows = given["seqlen_q"] if given["new_keys"] < 0 else given["batch"] * given["new_keys"]
             steps.insert(0, Step(APPEND, -(-rows * given["heads_kv"] // (APPEND.threads // 32))))
         if given["splits"] > 1:
             outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
-            steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32))))
+            steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32)), follows=True))
         return steps
 
     def _kernel(self, struct: abi.Abi, step: Step, given: dict[str, int]) -> Kernel:
@@ -253,7 +255,8 @@ class NvrtcKernels:
         encoded = ctypes.string_at(address, len(step.views) * driver.MAP_BYTES)
         places = tuple((struct.addresses.index(view.name), view.skipped) for view in step.views)
         del maps
-        return Kernel(function, encoded, places, step.blocks, step.config.threads, shared_bytes(step.config))
+        shape = step.blocks, step.config.threads, shared_bytes(step.config)
+        return Kernel(function, encoded, places, *shape, step.follows)
 
     def _function(self, device: int, instance: Instance) -> int:
         key = (device, instance)
@@ -278,11 +281,12 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """A kernel of a pass, the number of its blocks, and what its tensor maps show."""
+    """A kernel of a pass, the number of its blocks, what its tensor maps show, and ``driver.Placed.follows``."""
 
     config: AnyConfig
     blocks: int
     views: Sequence[View] = ()
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,7 @@ class Kernel:
     blocks: int
     threads: int
     shared_bytes: int
+    follows: bool
 
 
 def _launcher(struct: abi.Abi, packed: bytes, device: int, kernels: Sequence[Kernel]) -> driver.Launch:
@@ -318,7 +323,7 @@ def _launcher(struct: abi.Abi, packed: bytes, device: int, kernels: Sequence[Ker
                 driver.move_map(block.at + at, addresses[which] + skipped)
 
     placed = [
-        driver.Placed(x.function, (x.blocks, 1, 1), x.threads, x.shared_bytes, (begins[x.maps, x.places],))
+        driver.Placed(x.function, (x.blocks, 1, 1), x.threads, x.shared_bytes, (begins[x.maps, x.places],), x.follows)
         for x in kernels
     ]
     return driver.launcher(device, image, placed, write, [at - 16 + len(packed) for at in structs])

@@ -42,7 +42,7 @@ class RecordedLaunch(ctypes.Structure):
         ("kernel", ctypes.c_char * NAME_BYTES), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("param_count", ctypes.c_uint),
         ("sizes", ctypes.c_uint * 256), ("stream", ctypes.c_uint64),
-        ("device", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
+        ("device", ctypes.c_int), ("follows", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
     )  # fmt: skip
 
     @property
