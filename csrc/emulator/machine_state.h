@@ -30,17 +30,28 @@ struct Accumulator {  // of one thread, while products on it are in flight
   int in_flight = 0;
 };
 
+struct Copy {  // by a thread, which has not waited for it yet
+  uint32_t to;
+  void const* from;  // null: zeros
+  int bytes;
+  bool is_there;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   int thread = 0;
   bool done = false;
+  bool is_ahead = false;  // of the end of the kernel before
   Clock clock;
   std::function<bool()> condition;  // null: it can run
   std::string waiting_for;
   std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
   std::vector<size_t> open_stores, stores;  // TMA stores before and after commit
   std::vector<size_t> store_groups;         // how many were committed at each commit
+  std::deque<Copy> copies;
+  size_t open_copies = 0;           // of these, not committed
+  std::deque<size_t> copy_groups;   // the sizes of the groups
   uint64_t resume_at = 0;  // round, where it paused
   bool is_wgmma_fenced = false;
   size_t issued = 0, retired = 0;    // wgmmas
@@ -122,6 +133,7 @@ struct Machine {
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
   std::vector<Region> global;  // memory that kernels may access, except by TMA loads
+  bool follows = false;  // the kernel may begin before the one before has ended
   bool is_trusting = false;    // kernels may access all memory
   bool is_traced = false;
   int runs = 0;  // blocks run so far
@@ -136,6 +148,7 @@ void pause();
 uint8_t* shared_bytes(uint32_t address, int bytes);
 void check_write(uint32_t from, uint32_t bytes, char const* who);
 void complete_bytes(uint32_t mbarrier, int64_t bytes);
+void check_is_not_ahead(char const* what);
 void check_async_read(uint32_t from, uint32_t bytes, char const* who);
 uint32_t swizzled(uint32_t address);
 Mbarrier& mbarrier_at(uint32_t address);

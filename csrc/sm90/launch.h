@@ -7,6 +7,11 @@
 #include "backward.h"
 #include "decode.h"
 
+namespace fa::sm90 {
+template <class T, class Params>
+struct PrepareTraits;  // prepare_terms.cuh
+}
+
 namespace fa {
 
 static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands for CUtensorMap");
@@ -34,9 +39,17 @@ char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_ma
 template <class T>
 char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream);
 
+// Launches prepare_terms, if the problem needs it.
+template <class Traits>
+char const* launch_prepare(typename Traits::Params const& p, cudaStream_t stream);
+
 // Launches decode: out and lse of each split.
 template <class C>
 char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream);
+
+// The same by a kernel whose threads copy the rows.
+template <class C>
+char const* launch_decode_gathered(DecodeParams const& p, cudaStream_t stream);
 
 // Launches append: new keys and values into the caches.
 template <class T>

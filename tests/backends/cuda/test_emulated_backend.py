@@ -28,9 +28,7 @@ MAX_HEAD_DIM = 64  # of the emulated library: its lines are those for 64
 CASES = [
     case
     for case in grid([torch.bfloat16])
-    if case.group not in ("bias", "mask", "alibi", "segments", "dropout", "together")
-    and max(case.D_qk, case.D_v) <= MAX_HEAD_DIM
-    and not case.D_qk % 8
+    if case.intervals is None and max(case.D_qk, case.D_v) <= MAX_HEAD_DIM and not case.D_qk % 8
 ]
 MORE = [
     Case("negative scale", scale=-0.3, dtype=torch.float16, right=0),
@@ -42,6 +40,48 @@ MORE = [
     Case("only dq", needs=("q",), dtype=torch.bfloat16),
     Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
     Case("strided", memory="strided", dtype=torch.float16, right=0),
+    Case(
+        "every term",
+        S_q=70,
+        S_kv=150,
+        segments=3,
+        alibi=True,
+        mask="padding",
+        bias=(1, 4, 1, 150),
+        softcap=9.0,
+        right=0,
+        dropout_p=0.3,
+        nan_rows=True,
+        dlse=True,
+        sinks=True,
+        H_q=4,
+        H_kv=2,
+        dtype=torch.bfloat16,
+    ),
+    Case(
+        "window, mask, infinite bias",
+        S_q=130,
+        S_kv=200,
+        left=40,
+        right=10,
+        mask="random",
+        bias=(2, 1, 130, 1),
+        bias_values="infinity",
+        nan_rows=True,
+        D_v=40,
+        dtype=torch.float16,
+    ),
+    Case(
+        "packed, alibi, dropout",
+        lengths=((70, 70), (0, 9), (33, 80)),
+        alibi=True,
+        per_sequence=True,
+        dropout_p=0.2,
+        right=0,
+        H_q=4,
+        H_kv=2,
+        dtype=torch.bfloat16,
+    ),
     Case("several tiles", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
 ]
 
@@ -109,14 +149,21 @@ def test_the_other_pass_elsewhere(direction: str, others: str) -> None:
 
 
 def cache_cases() -> list[tuple[CacheCase, int]]:
-    """What the kernels take of the grid, in 16 bits, some with one split and some with several; and longer caches."""
+    """What the kernels take of the grid with a q of 16 bits, with one split or several; and longer caches."""
     cases = [
         case
         for case in cache_grid((torch.float32,))
-        if not (case.fp8 or case.alibi or case.bias or case.tree or case.D_qk % 8 or case.D_v % 8)
+        if not (case.alibi or case.bias or any(size % (16 if case.fp8 else 8) for size in (case.D_qk, case.D_v)))
     ]
     long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
-    changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
+    changes = (
+        {"page_size": 1, "softcap": 3.0},
+        {"page_size": 24, "softcap": 3.0},
+        {"left": 300},
+        {"packed": True, "s_q": (1, 7, 0)},
+        {"page_size": 16, "fp8": "page", "new": 0},
+        {"page_size": 2, "tree": "each", "s_q": (40, 40, 40), "left": 300},
+    )
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
     wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
     cases.append(CacheCase("more heads in a group than rows in a tile", **wide))
