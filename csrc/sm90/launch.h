@@ -7,11 +7,6 @@
 #include "backward.h"
 #include "decode.h"
 
-namespace fa::sm90 {
-template <class T, class Params>
-struct PrepareTraits;  // prepare_terms.cuh
-}
-
 namespace fa {
 
 static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands for CUtensorMap");

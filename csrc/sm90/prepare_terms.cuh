@@ -9,12 +9,6 @@ namespace fa::sm90 {
 
 constexpr int kPrepareThreads = 256, kPrepareBytes = 16 * kPrepareThreads;  // of shared memory
 
-template <class T, class Params_>
-struct PrepareTraits {
-  using Element = T;
-  using Params = Params_;
-};
-
 FA_EVERYWHERE int64 entries_of(int64 rows) { return (rows + kSegmentRows - 1) / kSegmentRows; }
 
 template <class Params>

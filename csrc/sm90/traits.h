@@ -44,4 +44,11 @@ struct ForwardTraits {
   static_assert(SHARED_BYTES <= kSharedLimit, "more shared memory than a block can have");
 };
 
+// Of the kernel before the large ones of a pass with terms (prepare_terms.cuh), which takes Params.
+template <class T, class Params_>
+struct PrepareTraits {
+  using Element = T;
+  using Params = Params_;
+};
+
 }  // namespace fa::sm90

@@ -204,7 +204,7 @@ class PrepareConfig:
         return self.of
 
     def traits(self, tag: str) -> str:
-        """The C++ type that stands for it: csrc/sm90/prepare_terms.cuh."""
+        """The C++ type that stands for it: csrc/sm90/traits.h."""
         return f"fa::sm90::PrepareTraits<fa::sm90::{tag}, fa::{self.arguments}>"
 
 
