@@ -11,6 +11,7 @@
 #include "backward_postprocess.cuh"
 #include "backward_preprocess.cuh"
 #include "backward_sum_heads.cuh"
+#include "prepare_terms.cuh"
 
 namespace fa {
 
@@ -77,6 +78,14 @@ char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t str
     wrong = launch(sm90::backward_dsinks_kernel<T>, p, p.batch * p.heads_q, sm90::kRowThreads, bytes, stream);
   }
   return wrong;
+}
+
+template <class Traits>
+char const* launch_prepare(typename Traits::Params const& p, cudaStream_t stream) {
+  int64 const blocks = sm90::prepare_blocks(p);
+  return blocks
+             ? launch(sm90::prepare_terms_kernel<Traits>, p, blocks, sm90::kPrepareThreads, sm90::kPrepareBytes, stream)
+             : nullptr;
 }
 
 template <class C>

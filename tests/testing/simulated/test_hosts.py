@@ -20,6 +20,7 @@ from fastattn.backends.cuda.instances import (
     DTYPES,
     AnyConfig,
     Instance,
+    PrepareConfig,
     RowwiseConfig,
     dkdv_configs,
     library_instances,
@@ -88,6 +89,19 @@ def packed() -> None:
     fastattn.attention_varlen(q, q, q, bounds, bounds, backend="cuda", **options).sum().backward()
 
 
+def with_terms(d: int, needs: str = "qkv", **options: Any) -> Callable[[], None]:
+    """Every term at once, in broadcastings that differ."""
+
+    def run() -> None:
+        ids = torch.arange(70, device="cuda").repeat(2, 1) // 30
+        mask = torch.ones(1, 4, 1, 70, dtype=torch.bool, device="cuda")
+        bias = normal(70, 1, dtype=torch.float32).requires_grad_("b" in needs)
+        terms = {"segment_ids": ids, "mask": mask, "bias": bias, "alibi_slopes": normal(4).float(), "dropout_p": 0.2}
+        dense(d, s_kv=70, needs=needs, **terms, **options)()
+
+    return run
+
+
 def without_atomics() -> None:
     torch.use_deterministic_algorithms(True)
     try:
@@ -126,6 +140,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "only dv": dense(128, needs="v"),
     "no gradient": dense(128, needs=""),
     "packed": packed,
+    **{f"D {d}, with terms": with_terms(d, causal=True) for d in (64, 128, 192, 256)},
+    "terms, softcap, gradient of a bias": with_terms(128, "qb", softcap=4.0, dtype=torch.float16),
     "without atomics": without_atomics,
     **{f"cache, D {d}": cache(d) for d in (64, 128, 192, 256)},
     "cache, one split": cache(pages=2),
@@ -149,7 +165,8 @@ def names_of_kernels() -> dict[str, str]:
 def signature(instance: Instance) -> str:
     config: AnyConfig = instance.config
     space = "fa::" if config.arguments.endswith("Params") else "fa::sm90::"
-    return f"void fa::sm90::{config.function}_kernel<{instance.traits}>({space}{config.arguments})"
+    given = f"{instance.traits}::Params" if isinstance(config, PrepareConfig) else f"{space}{config.arguments}"
+    return f"void fa::sm90::{config.function}_kernel<{instance.traits}>({given})"
 
 
 def demangled(names: list[str]) -> list[str]:
