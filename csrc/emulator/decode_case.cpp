@@ -31,13 +31,13 @@ static int random_keys(Random& random, int page_size) {
   return random.between(1, random.one_in(4) ? 1100 : 400);
 }
 
-// Each new key follows one before it, or none.
+// Each new key follows one of the three before it, or none: deep trees.
 static void add_trees(Random& random, DecodeCase& c) {
   c.right = 0;
   c.shares_tree = !c.is_packed && random.one_in(2);
   for (int n = 0; n < c.batch; ++n) {
     std::vector<int> parents;
-    for (int i = 0; i < c.s_q[n]; ++i) parents.push_back(random.between(-1, i - 1));
+    for (int i = 0; i < c.s_q[n]; ++i) parents.push_back(random.between(std::max(-1, i - 3), i - 1));
     c.parents.push_back(c.shares_tree && n > 0 ? c.parents[0] : parents);
   }
 }

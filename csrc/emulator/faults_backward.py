@@ -58,7 +58,7 @@ BACKWARD_FAULTS = [
         "backward: statistics of the first head of the group",
         DKDV,
         "padded_row(args.p, tile, head);\n    for",
-        "padded_row(args.p, tile, tile.head * group);\n    for",
+        "padded_row(args.p, tile, heads.first);\n    for",
         FUSED_128,
     ),
     Fault(
