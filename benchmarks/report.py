@@ -131,7 +131,10 @@ def body(name: str, results: Path, root: Path) -> str:
     if name == "examples":
         found = sorted((results / "examples").glob("*.json"))
         return highlights.examples([json.loads(path.read_text(encoding="utf-8")) for path in found]) + "\n"
-    record = read(results / f"{name}.json")
+    path = results / f"{name}.json"
+    if not path.exists():
+        return f"Not measured yet; `python -m benchmarks {name} --out benchmarks/results/{name}.json` does.\n"
+    record = read(path)
     return "\n\n".join([tables.conditions(record), tables.summary(record), *_links(results, name, root)]) + "\n"
 
 
