@@ -8,7 +8,7 @@ JOBS   ?= 2
 GPU_JOBS ?= 6
 CPP    := $(wildcard $(foreach kind,h cuh cpp cu,csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
-.PHONY: help install quick lint format test demo docs tables bench emulate gates sanitize cross \
+.PHONY: help install quick lint format test demo docs tables bench emulate gates ptx sanitize cross \
         proofs hub-kernel sweep test-versions test-gpu test-gpu-cuda test-gpu-triton gpu rehearse fuzz wheel clean
 
 help:            ## list the targets
@@ -75,6 +75,9 @@ proofs: install  ## the CUDA kernels' layouts beside CuTe's, their barrier proto
 gates: install   ## compile every kernel, Triton's for four GPU architectures and CUDA's, and check the machine code
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
+
+ptx: install     ## run what Triton compiles for sm_80 and sm_90 on this CPU, and judge the results
+	$(BIN)/python -m benchmarks ptx
 
 sweep: install   ## compare every family of transformers with eager, and rewrite its page in docs/
 	PYTHONPATH=. $(BIN)/python tests/integrations/families.py --jobs $(JOBS) --table docs/guides/transformers_families.md

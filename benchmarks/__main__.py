@@ -26,11 +26,12 @@ COMMANDS = {
     "tune": "tile sizes of the Triton kernels",
     "predict": "the time of the CUDA kernels on an H200 by a model, without a GPU",
     "gates": "compile gates of the Triton kernels, without a GPU",
+    "ptx": "what Triton compiles, run on this CPU by an interpreter of PTX, and judged",
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command that is there; ``run`` is the command's function."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of fastattn.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
@@ -40,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"benchmarks.{_module(name)}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser().parse_args(arguments)
     args.command_line = shlex.join(["python", "-m", "benchmarks", *arguments])
     try:
         return args.run(args)

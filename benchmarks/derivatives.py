@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 import fastattn
 from benchmarks import command_line, tables
-from fastattn import intervals
 from fastattn.inspection import attention_statistics
 from fastattn.measure.memory import cannot_measure_process, cuda_peak, process_peak
 from fastattn.measure.timing import Timing, compare, stopwatch
@@ -219,13 +218,13 @@ def _masks(length: int, device: torch.device) -> dict[str, Tensor | None]:
     chosen = torch.rand(blocks, blocks, device=device).argsort(-1)[:, : blocks // 4].sort(-1).values
     return {
         "all pairs": None,
-        "8 documents": intervals.documents([length // 8] * 8, device=device),
-        f"{WINDOW} keys before each": intervals.sliding_window(length, WINDOW, device=device),
-        "a quarter of all blocks of 64*": intervals.selected_blocks(chosen, 64, length, rows=64),
-        "3 x 3 tiles of 8 x 8*": intervals.sliding_tiles(grid, (8, 8), (3, 3), device=device),
-        _named("neighbourhood of 7", grid): intervals.neighbourhood(grid, 7, device=device),
-        _named("neighbourhood of 13", grid): intervals.neighbourhood(grid, 13, device=device),
-        _named("neighbourhood of 5", cube): intervals.neighbourhood(cube, 5, device=device),
+        "8 documents": fastattn.intervals.documents([length // 8] * 8, device=device),
+        f"{WINDOW} keys before each": fastattn.intervals.sliding_window(length, WINDOW, device=device),
+        "a quarter of all blocks of 64*": fastattn.intervals.selected_blocks(chosen, 64, length, rows=64),
+        "3 x 3 tiles of 8 x 8*": fastattn.intervals.sliding_tiles(grid, (8, 8), (3, 3), device=device),
+        _named("neighbourhood of 7", grid): fastattn.intervals.neighbourhood(grid, 7, device=device),
+        _named("neighbourhood of 13", grid): fastattn.intervals.neighbourhood(grid, 13, device=device),
+        _named("neighbourhood of 5", cube): fastattn.intervals.neighbourhood(cube, 5, device=device),
     }
 
 
@@ -238,7 +237,9 @@ def _flex(ranges: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Callable[[]
     from torch.nn.attention.flex_attention import create_block_mask
 
     length = q.shape[1]
-    kept = torch.ones(length, length, dtype=torch.bool) if ranges is None else intervals.to_mask(ranges, length)
+    kept = (
+        torch.ones(length, length, dtype=torch.bool) if ranges is None else fastattn.intervals.to_mask(ranges, length)
+    )
     kept = kept.to(q.device)
 
     def keeps(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -298,7 +299,9 @@ class Measure:
                 peers[FLEX][f"{name}: forward"] = _flex(ranges, *qkv)
         times = _split(self.times(_joined(peers)))
         length = qkv[0].shape[1]
-        pairs = {n: length**2 if r is None else int(intervals.to_mask(r, length).sum()) for n, r in masks.items()}
+        pairs = {
+            n: length**2 if r is None else int(fastattn.intervals.to_mask(r, length).sum()) for n, r in masks.items()
+        }
         for name, ours in times[OURS].items():
             mask, pass_name = name.rsplit(": ", 1)
             row = {"what": f"{problem}, {name}", OURS: _time(ours), "memory": _size(self._peak(peers[OURS][name]))}

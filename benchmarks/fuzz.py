@@ -1,8 +1,8 @@
 """``python -m benchmarks fuzz``: random problems by the hundred thousand, and a record of what was judged.
 
 The problems are judged in blocks, by several processes. Each finished block is a line of the log, so a killed run loses
-the blocks in work alone, and the same command goes on where it stopped. A block that failed is judged again when the
-code has changed.
+the blocks in work alone, and the same command goes on where it stopped. A block in which a result missed its bound, by
+chance or not, is judged again when the code has changed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Log:
     Args:
         path: the file, a line of JSON for each block.
         about: what all blocks have in common.
-        source: the code that judges; blocks that failed under other code are left out.
+        source: the code that judges; blocks in which a result missed its bound under other code are left out.
 
     Raises:
         InputError: the file is of a run with other options.
@@ -95,7 +95,8 @@ class Log:
                 f"--log: {path} is of other problems or backends: {head}. Choose another file, or remove it."
             )
         for block in lines:
-            if block["source"] == source or not block["failures"]:
+            by_chance = any(count[3] for count in block["counts"].values())
+            if block["source"] == source or not (block["failures"] or by_chance):
                 self.blocks[block["first"], block["end"]] = block
         # whole lines alone: what a killed run wrote last may end anywhere
         write_text(path, "".join(json.dumps(line) + "\n" for line in (about, *self.blocks.values())))

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="builds whose name contains this")
     parser.add_argument("--sample", type=int, metavar="N", help="instead, N builds with features drawn at random")
-    parser.add_argument("--derived", action="store_true", help="instead, the kernels of derivatives and statistics")
+    parser.add_argument(
+        "--derived", action="store_true", help="instead, the kernels of derivatives, statistics and e4m3"
+    )
     parser.add_argument(
         "--changed", action="store_true", help="leave out builds whose code and arguments are those of the figures"
     )
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     todo = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
     todo = derived.all_builds() if args.derived else todo
     todo = [build for build in todo if args.only in build.name]
-    there = {build.name for build in builds.all_builds()}
+    there = {build.name for build in (*builds.all_builds(), *derived.all_builds())}
     figures_now = {name: figures for name, figures in expected.items() if name in there}
     todo.sort(key=lambda build: build.name in expected)  # the new ones first
     known = gates.codes(expected) if args.changed else {}

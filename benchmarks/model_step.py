@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,11 @@ from fastattn.measure.timing import compare, stopwatch
 from fastattn.measure.workload import Operands, Workload
 from fastattn.nn import layer_cache
 
-COLUMNS = ["variant", "what", "tokens/s", "step", "vs eager", "MFU", "of matmul", "peak memory", "agreement"]
+COLUMNS = [
+    "variant", "dtype", "what", "tokens/s", "step", "vs eager", "vs sdpa", "MFU", "of matmul", "peak memory",
+    "agreement",
+]  # fmt: skip
+DTYPES = ("fp32", "bf16")  # bf16: matrix products and attention under autocast, weights in fp32
 VOCABULARY = 256  # bytes
 DECODERS = [name for name, fields in PRESETS.items() if fields.get("kind", "decoder") == "decoder"]
 Attention = Callable[..., Tensor]
@@ -47,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="rows (default: 8)")
     parser.add_argument("--length", type=int, help="tokens in a row (default: the preset's longest)")
     parser.add_argument("--steps", type=int, help="training steps (default: 50)")
+    parser.add_argument("--no-generation", action="store_true", help="training steps alone")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES, help="of matrix products and attention (default: both; bf16 on a GPU)"
+    )
     parser.add_argument("--compile", choices=("no", "yes", "both"), help="(default: no on a CPU, both on a GPU)")
 
 
@@ -60,6 +69,7 @@ class Setting:
     steps: int
     new_tokens: int
     device: torch.device
+    dtype: str = "fp32"
 
     @classmethod
     def of(cls, args: argparse.Namespace, device: torch.device) -> Setting:
@@ -83,7 +93,7 @@ class Setting:
         return list(tokens.view(self.steps + 1, self.batch, self.length + 1))
 
     def autocast(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
 
 
 def source_bytes(count: int) -> Tensor:
@@ -100,12 +110,14 @@ class Variant:
     """A model with one kind of attention, trained in step with the others.
 
     Attributes:
-        name: the kind of attention, and "compiled" if it is.
+        kind: the kind of attention.
+        name: the same, and "compiled" if it is.
         losses: the loss of each step so far.
     """
 
     def __init__(self, setting: Setting, kind: str, compiled: bool, batches: list[Tensor]) -> None:
         torch.manual_seed(0)
+        self.kind = kind
         self.name = f"{kind}, compiled" if compiled else kind
         self.losses: list[Tensor] = []
         self._setting = setting
@@ -181,8 +193,8 @@ def run(args: argparse.Namespace) -> int:
     compiling = args.compile or ("both" if device.type == "cuda" else "no")
     modes = {"no": (False,), "yes": (True,), "both": (False, True)}[compiling]
     record = command_line.record(args, device.type, device)
-    dtype = "bf16" if device.type == "cuda" else "fp32"
-    ceiling = ceilings.measure(device, {dtype}, args.quick)
+    dtypes = args.dtype or (("bf16",) if device.type == "cuda" else DTYPES)
+    ceiling = ceilings.measure(device, set(dtypes), args.quick)
     shape = {
         "config": setting.config.to_dict(),
         "batch": setting.batch,
@@ -191,12 +203,12 @@ def run(args: argparse.Namespace) -> int:
     }
     record.set(columns=COLUMNS, ceilings=ceiling, setting=shape)
     batches = setting.batches()
-    for compiled in modes:
+    for dtype, compiled in tqdm(list(itertools.product(dtypes, modes)), desc="model", disable=args.quiet):
+        setting = dataclasses.replace(setting, dtype=dtype)
         variants = list(_built(setting, compiled, batches, record))
-        steps = (_train, _generate) if not compiled else (_train,)
-        for step in tqdm(steps, desc="model", disable=args.quiet):
+        for step in (_train,) if compiled or args.no_generation else (_train, _generate):
             for row in step(setting, variants, ceiling[f"matmul_{dtype}_tflops"]):
-                record.add(row)
+                record.add(row | {"dtype": dtype})
     record.finish(device)
     print(tables.table(record.data))
     return 0
@@ -209,7 +221,14 @@ def _built(setting: Setting, compiled: bool, batches: list[Tensor], record: Reco
         try:
             variant.train_step()
         except Exception as error:
-            record.add({"variant": variant.name, "what": "training", "agreement": f"failed: {str(error)[:150]}"})
+            record.add(
+                {
+                    "variant": variant.name,
+                    "dtype": setting.dtype,
+                    "what": "training",
+                    "agreement": f"failed: {str(error)[:150]}",
+                }
+            )
             continue
         yield variant
 
@@ -229,7 +248,8 @@ def _train(setting: Setting, variants: list[Variant], ceiling: float) -> Iterato
             "what": "training step",
             "tokens/s": f"{rate:,.0f}",
             "step": f"{tables.seconds(timing.median)} ±{timing.spread:.0%}",
-            "vs eager": _beside(variants, times, variant),
+            "vs eager": _beside("eager", times, variant),
+            "vs sdpa": _beside("sdpa", times, variant),
             "MFU": f"{flops / peak:.1%}" if peak else "–",
             "of matmul": f"{flops / 1e12 / ceiling:.0%}",
             "peak memory": _peak(variant, setting.device),
@@ -252,13 +272,15 @@ def _generate(setting: Setting, variants: list[Variant], ceiling: float) -> Iter
             "what": f"generation, {len(text)} tokens",
             "tokens/s": f"{setting.batch * len(text) / timing.median:,.0f}",
             "step": f"{tables.seconds(timing.median / len(text))} ±{timing.spread:.0%}",
-            "vs eager": _beside(variants, times, variant),
+            "vs eager": _beside("eager", times, variant),
+            "vs sdpa": _beside("sdpa", times, variant),
             "agreement": f"{same:.0%} of the tokens of {variants[0].name}",
         }
 
 
-def _beside(variants: list[Variant], times: dict[str, Any], variant: Variant) -> str:
-    return f"{times[variant.name].times_faster_than(times[variants[0].name]):.2f}×"
+def _beside(kind: str, times: dict[str, Any], variant: Variant) -> str:
+    other = times.get(variant.name.replace(variant.kind, kind))
+    return f"{times[variant.name].times_faster_than(other):.2f}×" if other else "–"
 
 
 def _peak(variant: Variant, device: torch.device) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -18,6 +21,23 @@ from fastattn.errors import InputError
 from fastattn.measure.comparison import Effort, compare_peers
 from fastattn.measure.workload import Workload
 
+# Environment variables that limit instruction sets, by the one that is allowed: of fastattn, of torch, and of the
+# libraries of matrix products that torch calls.
+LIMITS = {
+    "avx2": {
+        "FASTATTN_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "avx512": {
+        "FASTATTN_CPU_ISA": "avx512",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     command_line.add_common(parser)
@@ -28,10 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases whose line contains TEXT")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
     parser.add_argument("--effort", type=float, metavar="S", help="seconds of timing for each pass of each case")
+    parser.add_argument(
+        "--isa", choices=list(LIMITS), help="the best instruction set of a CPU, for fastattn and torch alike"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave memory out")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.isa and any(os.environ.get(name) != wish for name, wish in LIMITS[args.isa].items()):
+        command = shlex.split(args.command_line)[1:]  # again from the start: these are read when torch is imported
+        os.execve(sys.executable, [sys.executable, *command], os.environ | LIMITS[args.isa])
     device = command_line.device(args)
     suites = [_suite(name, args.quick) for name in args.suite or ["paper" if device.type == "cuda" else "cpu"]]
     peers = chosen(args.peers, device.type)

@@ -4,7 +4,8 @@ The transformers begin with the same weights and see the same batches of the sta
 optimizer and schedule are the same, but Hugging Face's warm-up begins at a rate of 0, a step later than the others'.
 Steps run in turn: Hugging Face's Trainer owns its loop, and lets the others do a step after each of its own.
 ``nanoGPT's recipe`` is a model of torch's own modules around ``scaled_dot_product_attention`` with a loop by hand, and
-the settings of that project.
+the settings of that project. Its row without attention, whose loss is no result, takes the values as they are: what any
+attention is added to, and so the limit of what a faster one can gain.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ COLUMNS = ["trainer", "precision", "tokens/s", "step", "fastattn is", "peak memo
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 VOCABULARY = 256  # bytes
 OURS, HUGGING_FACE = "fastattn", "Hugging Face"
+RECIPE = "nanoGPT's recipe"
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+CAUSAL: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,11 +181,11 @@ class Ours:
 class PlainGPT2(nn.Module):
     """GPT-2 in torch's own modules."""
 
-    def __init__(self, width: int, layers: int, heads: int, length: int) -> None:
+    def __init__(self, setting: Setting, attend: Attend = CAUSAL) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.tokens, self.positions = (nn.Embedding(count, setting.width) for count in (VOCABULARY, setting.length))
+        self.blocks = nn.ModuleList(PlainBlock(setting.width, setting.heads, attend) for _ in range(setting.layers))
+        self.norm = nn.LayerNorm(setting.width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
@@ -204,9 +208,9 @@ class PlainGPT2(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, attend: Attend) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attend = heads, attend
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -215,8 +219,7 @@ class PlainBlock(nn.Module):
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.first(x)).chunk(3, -1)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.second(x)), approximate="tanh"))
 
 
@@ -344,12 +347,14 @@ def _rows(setting: Setting, precision: str) -> Iterator[dict[str, str]]:
     gpt2 = new_gpt2(setting)
     stored = setting.folder / "gpt2"
     gpt2.save_pretrained(stored)
-    plain = PlainGPT2(setting.width, setting.layers, setting.heads, setting.length)
-    plain.load(gpt2.state_dict())
+    plain, bare = PlainGPT2(setting), PlainGPT2(setting, attend=lambda q, k, v: v)
+    for model in (plain, bare):
+        model.load(gpt2.state_dict())
     lstm = LSTM(setting.width, _lstm_layers(setting))
     others = [
         Ours(setting, stored, precision),
-        Loop("nanoGPT's recipe", plain, setting, precision),
+        Loop(RECIPE, plain, setting, precision),
+        Loop(f"{RECIPE} without attention", bare, setting, precision),
         Loop("LSTM", lstm, setting, precision),
     ]
     found = train_in_turn(setting, gpt2, others, precision)

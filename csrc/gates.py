@@ -29,6 +29,7 @@ from fastattn.backends.cuda.instances import (
     DkdvConfig,
     DqConfig,
     ForwardConfig,
+    GatheredConfig,
     Instance,
     backward_instances,
     decode_instances,
@@ -102,7 +103,7 @@ def expected_products(instance: Instance) -> int:
             config.block_n + (64 if config.d_qk > 128 else 0)
         ) // 16  # a third chunk of columns from half of the keys
         return scores * (2 if config.is_split else 1) + dp + sums + (of_dq if config.fused else 0)
-    assert isinstance(config, (ForwardConfig, DqConfig, DecodeConfig))
+    assert isinstance(config, (ForwardConfig, DqConfig, DecodeConfig, GatheredConfig))
     if isinstance(config, DqConfig):
         return (config.d_qk + config.d_v + config.block_n) // 16
     return 2 * (config.d_qk // 16 + config.block_n // 16)
@@ -111,7 +112,7 @@ def expected_products(instance: Instance) -> int:
 def expected_exponentials(instance: Instance) -> int:
     """The least number a thread computes under a product: one for each score, not counting softcap's tanh."""
     config = instance.config
-    if isinstance(config, (ForwardConfig, DecodeConfig)):
+    if isinstance(config, (ForwardConfig, DecodeConfig, GatheredConfig)):
         return config.block_n // 2
     # dk/dv needs no exp/PV overlap barrier, since its next product waits for the weights; dq with softcap has none.
     return config.block_n // 2 if isinstance(config, DqConfig) and not config.softcap else 0

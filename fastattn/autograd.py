@@ -30,7 +30,7 @@ from fastattn.backends.base import Outputs
 from fastattn.plan import ALIGNMENT, Plan
 from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import is_in_forward_mode, is_transformed, is_watched
+from fastattn.torch_internals import is_deterministic, is_in_forward_mode, is_transformed, is_watched
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,17 +71,7 @@ def needs_gradient(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tracked)
 
 
-def attend_as_planned(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``out``, or ``(out, lse)``, of a call whose kind has a plan; differentiable like ``attend`` in reverse mode."""
-    if plan.backward is not None:
-        return _apply_planned(q, k, v, plan, with_lse, *more)
-    results = plan.forward(q, k, v, *more)
-    return (results[0], _lses(results[1:])[0]) if with_lse else results[0]
-
-
-def _lses(kept: Sequence[Tensor]) -> Sequence[Tensor]:
+def lses(kept: Sequence[Tensor]) -> Sequence[Tensor]:
     """``lse`` and ``lse_low`` of what a planned forward pass kept."""
     return kept if len(kept) == 2 else kept[0].unbind()
 
@@ -202,16 +192,20 @@ class PlannedAttention(torch.autograd.Function):
         ctx.save_for_backward(*results, q, k, v, *more)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        return (results[0], _lses(results[1:])[0]) if with_lse else results[0]
+        return (results[0], lses(results[1:])[0]) if with_lse else results[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:  # a double backward comes by, which has nothing for out and lse
             return (None,) * len(ctx.needs_input_grad)
         plan, saved = ctx.plan, ctx.saved_tensors
-        is_final = dlse is None and not (torch.is_grad_enabled() or is_watched())
-        is_final = is_final and plan.deterministic == torch.are_deterministic_algorithms_enabled()
-        if is_final and dout is not None and _is_plain(dout, saved[0].dtype):
+        if (
+            dlse is None
+            and type(dout) is Tensor
+            and dout.dtype is saved[0].dtype
+            and not (torch.is_grad_enabled() or dout.is_neg() or is_watched())
+            and plan.deterministic == is_deterministic()
+        ):
             grads = plan.backward(dout if dout.is_cpu else _aligned(dout.contiguous()), *saved)
             if not plan.places:
                 return (*grads, None, None)
@@ -227,11 +221,7 @@ class PlannedAttention(torch.autograd.Function):
 
 
 # Function.apply without what it does first for torch.func, which plans do not serve (docs/decisions/plans.md).
-_apply_planned = super(torch.autograd.Function, PlannedAttention).apply
-
-
-def _is_plain(dout: Tensor, dtype: torch.dtype) -> bool:
-    return type(dout) is Tensor and dout.dtype is dtype and not dout.is_neg()
+apply_planned = super(torch.autograd.Function, PlannedAttention).apply
 
 
 def _by_operator(
@@ -252,7 +242,7 @@ def _by_operator(
     flat = (*operands, *(more or (None,) * len(MORE)), None, *plan.scalars)
     needs = dict(zip(MORE, needs_more, strict=False))  # a call without more has none
     needed = [True, True, True, needs.get("bias", False), needs.get("sinks", False)]
-    grads = _derivative(AttentionBackward)(dout, dlse, out, *_lses(kept), *flat, needed)
+    grads = _derivative(AttentionBackward)(dout, dlse, out, *lses(kept), *flat, needed)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     return [*grads[:3], *(by_name[name] if is_needed else None for name, is_needed in needs.items())]
 

@@ -324,8 +324,10 @@ def scaled_dot_product_attention(
     """
     kind = None
     if not (dropout_p or is_compiling()):
-        is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
-        more = _more(None, attn_mask) if is_boolean else _more(attn_mask, None)
+        more: tuple[Tensor | None, ...] | None = ()
+        if attn_mask is not None:
+            is_boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+            more = _more(None, attn_mask) if is_boolean else _more(attn_mask, None)
         options = ("torch", is_causal, type(is_causal), scale, enable_gqa, requested_now(None))
         kind, planned = (None, None) if more is None else plan.look_up((query, key, value, *more), options)
         if planned is not None:

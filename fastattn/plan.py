@@ -22,10 +22,10 @@ from torch import Tensor
 from fastattn import state
 from fastattn.backends.base import Run
 from fastattn.storage import extent, holds
-from fastattn.torch_internals import is_observed, is_watched, tensor_check
+from fastattn.torch_internals import is_deterministic, is_observed, is_watched, tensor_check
 
 LIMIT = 1024  # plans that are kept
-MOST_CHECKS = 8  # of the kinds with equal options that are recognised at once; others are looked up by their kind
+MOST_CHECKS = 16  # of the kinds with equal options that are recognised at once; others are looked up by their kind
 ALIGNMENT = 16  # bytes that kernels on an accelerator are compiled for
 _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 _recent: dict[Hashable, list[_Recognised]] = {}
@@ -42,13 +42,16 @@ class _Recognised(NamedTuple):
     """A kind with a plan, for which torch has a check of all tensors at once.
 
     Attributes:
+        settings: ``_settings`` of its calls.
         agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and need
-            gradients alike. Autocast, tracers, dispatch modes and transforms change the dispatch keys of the thread.
+            gradients alike, which none does under ``no_grad``. Autocast, tracers, dispatch modes and transforms change
+            the dispatch keys of the thread.
         plan: the plan.
         held: of each tensor, the bytes from its first element to the end of its last, and those of an element.
         offsets: of each address from a multiple of ``ALIGNMENT``; None in host memory, where it makes no difference.
     """
 
+    settings: tuple[Any, ...]
     agrees: Callable[..., bool]
     plan: Any
     held: tuple[tuple[int, int], ...]
@@ -89,9 +92,9 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
         return None, None
     given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
-        shared = (options, len(given), torch.are_deterministic_algorithms_enabled(), _precision(given[0]))
-        for seen in _recent.get((shared, torch.is_grad_enabled()), ()):
-            if not seen.agrees(*given):
+        settings = len(given), is_deterministic(), None if given[0].is_cpu else _precision(given[0])
+        for seen in _recent.get(options, ()):
+            if seen.settings != settings or not seen.agrees(*given):
                 continue
             if seen.offsets is not None and seen.offsets != _offsets(given):
                 continue
@@ -99,17 +102,17 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 if x.storage_offset() * item + size > x.untyped_storage().nbytes():
                     return None, None  # a storage was shrunk since; the general path raises
             return None, seen.plan
-        return (None, None) if is_watched() else _look_up_kind(tensors, shared, given)
+        return (None, None) if is_watched() else _look_up_kind(tensors, options, settings, given)
     except (AttributeError, RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
 
 
 def _look_up_kind(
-    tensors: Sequence[Tensor | None], shared: tuple[Any, ...], given: Sequence[Tensor]
+    tensors: Sequence[Tensor | None], options: tuple[Any, ...], settings: tuple[Any, ...], given: Sequence[Tensor]
 ) -> tuple[Hashable | None, Any]:
     """``look_up`` by the kind itself, which takes longer; a kind with a plan is recognised at once from then on."""
     grad = torch.is_grad_enabled()
-    kind: list[Any] = [shared]
+    kind: list[Any] = [options, settings]
     for x in tensors:
         if x is None:
             kind.append(None)
@@ -125,17 +128,17 @@ def _look_up_kind(
         return found, None
     if not all(x is None or holds(x, size) for x, size in zip(tensors, extents, strict=False)):
         return None, None
-    recent = _recent.setdefault((shared, grad), [])
+    recent = _recent.setdefault(options, [])
     if tensor_check is not None and len(recent) < MOST_CHECKS:
         held = tuple((size, x.element_size()) for x, size in zip(given, extents, strict=False))
         offsets = None if given[0].is_cpu else _offsets(given)
-        recent.append(_Recognised(tensor_check(given), known, held, offsets))
+        recent.append(_Recognised(settings, tensor_check(given), known, held, offsets))
     return found, known
 
 
 def _precision(q: Tensor) -> str | None:
     """torch's switch for products of fp32 on an accelerator, on which kernels depend."""
-    return None if q.is_cpu or q.dtype is not torch.float32 else torch.backends.cuda.matmul.fp32_precision
+    return torch.backends.cuda.matmul.fp32_precision if q.dtype is torch.float32 else None
 
 
 def _offsets(given: Sequence[Tensor]) -> list[int]:

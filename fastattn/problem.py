@@ -437,6 +437,8 @@ FEATURES = (
 # gradients (``Backend.statistics``).
 DERIVATIVE_FEATURES = ("jvp",)
 STATISTICS_FEATURES = ("statistics",)
+# A further feature: operands in e4m3 (``Backend.forward_fp8``).
+FP8_FEATURES = ("fp8",)
 # Further features of attention_with_kv_cache. A sequence with more than PROMPT_ROWS query rows is a "prompt": its time
 # goes into computing rather than reading the cache.
 CACHE_FEATURES = ("cache", "append", "paged cache", "rotary", "fp8 cache", "prompt", "tree", "batch invariant")

@@ -7,10 +7,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.nn import functional
 
 from fastattn import ops, plain, plan
 from fastattn.arguments import with_rng_state
-from fastattn.autograd import attend, attend_as_planned, needs_gradient
+from fastattn.autograd import apply_planned, attend, lses, needs_gradient
 from fastattn.backends.base import Run
 from fastattn.dispatch import check_name, requested
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, check_cache_inputs
@@ -23,10 +24,13 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 def by_plan(found: Plan, q: Tensor, k: Tensor, v: Tensor, with_lse: bool, more: Sequence[Tensor | None] = ()) -> Result:
-    """``out``, or ``(out, lse)``, in the layout of the call."""
-    if torch.nn.functional.scaled_dot_product_attention is not ops.last_plain:
+    """``out``, or ``(out, lse)``, in the layout of the call; differentiable like ``attend`` in reverse mode."""
+    if functional.scaled_dot_product_attention is not ops.last_plain:
         ops.refuse_context_parallel()
-    return attend_as_planned(found, q, k, v, with_lse, more)
+    if found.backward is not None:
+        return apply_planned(q, k, v, found, with_lse, *more)
+    results = found.forward(q, k, v, *more)
+    return (results[0], lses(results[1:])[0]) if with_lse else results[0]
 
 
 def serve(

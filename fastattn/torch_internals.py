@@ -27,6 +27,10 @@ is_transformed = _found(torch._C, "_are_functorch_transforms_active")
 is_traced = _found(torch._C, "_is_tracing")
 _dispatch_modes = _found(torch._C, "_len_torch_dispatch_stack")
 _is_autocast = _found(torch._C, "_is_any_autocast_enabled")
+# torch.are_deterministic_algorithms_enabled, of which it is all. Without it: that function.
+is_deterministic: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
 _forward_mode: Any = torch.autograd.forward_ad
 _profiler: Any = torch.autograd.profiler
 

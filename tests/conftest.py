@@ -1,5 +1,6 @@
 """Fixtures of all tests: the interpreter without a GPU, skips with reasons, seeds, a header with the environment."""
 
+import importlib.util
 import os
 import time
 from collections.abc import Iterator
@@ -54,14 +55,36 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU the tests that need one are skipped; of those that differ in parameters alone, the first."""
     if torch.cuda.is_available():
         return
     without_gpu = pytest.mark.skip(reason="needs a GPU, and torch.cuda.is_available() is False")
     runs_simulated = simulated.unavailable_reason() is None
+    kept, repeated, skipped = [], [], set()
     for item in items:
         if "gpu" in item.keywords and not (runs_simulated and "simulated" in item.keywords):
             item.add_marker(without_gpu)
+            function = item.nodeid.partition("[")[0]
+            if function in skipped:
+                repeated.append(item)
+                continue
+            skipped.add(function)
+        kept.append(item)
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_quickly() -> Iterator[None]:
+    """Triton's interpreter without its checks of overflow, for which some tests ask (``overflow_is_an_error``)."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from fastattn.testing.simulated.kernels import fast_interpreter
+
+    with fast_interpreter():
+        yield
 
 
 @pytest.fixture(autouse=True)

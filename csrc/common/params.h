@@ -118,7 +118,7 @@ struct BackwardParams {
   void* stream;
 };
 
-constexpr int64 kDecodeVersion = 3;
+constexpr int64 kDecodeVersion = 4;
 
 // Attention to a cache. Position j of a sequence lies in row j % page_size of page block_table[j / page_size].
 struct DecodeParams {
@@ -136,11 +136,21 @@ struct DecodeParams {
   const int32* cu_seqlens_q;  // if q is packed, else null
   const void* new_k;  // (B, new_keys, H_kv, D) or packed like q: to be stored first; null if they are there already
   const void* new_v;
+  const float* k_scale;  // (1|pages, H_kv): factors of an e4m3 cache; null: 1
+  const float* v_scale;
+  const int32*
+      tree;  // (1|B, S_q, tree_words) or packed (T_q, tree_words): bits of the new keys that a query sees, or null
+  const int32* depths;  // (B, S_q) or packed (T_q,): of the new keys in their tree; null where left has no limit
   Strides q_strides;
   Strides k_strides, v_strides;  // with the stride of a page in place of the batch stride
   Strides new_k_strides, new_v_strides;
   int64 sinks_batch_stride, table_stride;
+  int64 k_scale_stride, v_scale_stride;  // H_kv, or 0 if all pages share them
+  int64 tree_words;  // of a row
+  int64 shares_tree;  // 1 if all sequences have the same
   int64 dtype;
+  int64 is_e4m3;  // the caches; else they have the dtype of q
+  int64 is_gathered;  // selects the kernels that copy rows one by one: for e4m3, or boxes of fewer than 8 rows
   int64 batch;
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;
@@ -148,7 +158,7 @@ struct DecodeParams {
   int64 new_keys;  // positions of each sequence past cache_lengths; negative: as many as it has queries
   int64 pages, page_size;
   int64 capacity;  // positions that a sequence may have
-  int64 box_rows;  // rows of a box: box_rows rows from any multiple of it lie in one page; at most 64
+  int64 box_rows;  // rows of a box: box_rows rows from any multiple of it lie in one page; 8 to 64, unless is_gathered
   int64 left, right;  // the anchor is the lower right
   int64 has_softcap;
   double score_scale, cap_scale;

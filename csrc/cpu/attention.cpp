@@ -4,15 +4,42 @@
 #define FA_EVERYWHERE static inline
 #include "backward_jvp.h"
 #include "jvp.h"
+#include "small.h"
 #include "statistics.h"
 
 namespace {
 
+// Memory for a unit that is served as a small one, 0 if it is not.
+template <class Op>
+int64 small_bytes(AttentionParams const& p, Unit const& unit) {
+  if constexpr (Op::kPerWord == 1)
+    if (Small<Op>::takes(p, unit)) return Small<Op>(p, unit, nullptr).bytes();
+  return 0;
+}
+
+template <class Op>
+bool run_small(AttentionParams const& p, ForwardItem const& item, void* memory) {
+  bool const is_whole = item.rows.begin == 0 && item.rows.end == item.unit.band.s_q;
+  if constexpr (Op::kPerWord == 1)
+    if (is_whole && Small<Op>::takes(p, item.unit)) return Small<Op>(p, item.unit, memory).forward();
+  return false;
+}
+
+template <class Op>
+bool run_small(AttentionParams const& p, BackwardItem const& item, void* memory) {
+  bool const are_wanted = p.dq && p.dk && p.dv && !item.dq_shares;
+  if constexpr (Op::kPerWord == 1)
+    if (are_wanted && Small<Op>::takes(p, item.unit)) return Small<Op>(p, item.unit, memory).backward();
+  return false;
+}
+
 int64 forward_bytes(AttentionParams const& p, ForwardItem const& item) {
-  return Forward<FA_OPERAND>(p, item, nullptr).bytes();
+  int64 const small = small_bytes<FA_OPERAND>(p, item.unit), all = Forward<FA_OPERAND>(p, item, nullptr).bytes();
+  return small > all ? small : all;
 }
 
 void forward(AttentionParams const& p, ForwardItem const& item, ForwardItem const* next, void* memory) {
+  if (run_small<FA_OPERAND>(p, item, memory)) return;
   Prefetch prefetch;
   if (next && next->rows.begin == 0 && next->unit.band.s_kv <= 2048) {
     Tensors const tensors{p, next->unit};
@@ -25,7 +52,8 @@ void forward(AttentionParams const& p, ForwardItem const& item, ForwardItem cons
 }
 
 int64 backward_bytes(AttentionParams const& p, BackwardItem const& item) {
-  return Backward<FA_OPERAND>(p, item, nullptr).bytes();
+  int64 const small = small_bytes<FA_OPERAND>(p, item.unit), all = Backward<FA_OPERAND>(p, item, nullptr).bytes();
+  return small > all ? small : all;
 }
 
 int64 share_bytes(AttentionParams const& p, Unit const& unit) {
@@ -34,6 +62,7 @@ int64 share_bytes(AttentionParams const& p, Unit const& unit) {
 }
 
 void backward(AttentionParams const& p, BackwardItem const& item, BackwardItem const* next, void* memory) {
+  if (run_small<FA_OPERAND>(p, item, memory)) return;
   Prefetch prefetch;
   if (next && next->parts.begin == 0 && next->unit.band.s_kv <= 1024) {
     Tensors const tensors{p, next->unit};

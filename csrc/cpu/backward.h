@@ -26,7 +26,7 @@ class Backward {
   static constexpr int64 kStrip = Filled<Op, kKeys>::kStride;  // words from row to row of a strip
 
  public:
-  Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
+  __attribute__((noinline)) Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
       : p_(p),
         item_(item),
         tensors_{p, item.unit},
@@ -299,18 +299,19 @@ class Backward {
     fill(keys, seen, r, count);
     multiply_keys(count, queries.rows_of(queries.q, row), dim_qk_, k_, keys, columns, strip_.scores);
     multiply_keys(count, queries.rows_of(queries.dout, row), dim_v_, v_, keys, columns, strip_.dweights);
-    with_terms(terms_of(scores_, seen_keys), [&](auto terms) {
+    auto const weigh = [&](auto terms, auto drops) {
       for (int n = 0; n < count; n += 2) {
         PairTerms<Word> pair;
-        bool const is_band = terms == kBand && !p_.dropout_threshold;
         for (int x = 0; x < 2; ++x)
-          if (is_band) read_ends(queries, int(row) + n + x, keys, seen, x, pair);
+          if (terms == kBand) read_ends(queries, int(row) + n + x, keys, seen, x, pair);
           else read_terms(head, queries, int(row) + n + x, keys, seen, columns, x, pair);
-        if (p_.dropout_threshold)
-          weigh_pair<Op, terms == kBand ? kHidden : terms, true>(strip_, n, columns, pair, target(r, n));
-        else weigh_pair<Op, terms, false>(strip_, n, columns, pair, target(r, n));
+        weigh_pair<Op, terms, drops>(strip_, n, columns, pair, target(r, n));
       }
-    });
+    };
+    Terms const found = terms_of(scores_, seen_keys);
+    if (!p_.dropout_threshold) with_terms(found, [&](auto terms) { weigh(terms, std::false_type()); });
+    else if (found <= kHidden) weigh(std::integral_constant<Terms, kHidden>(), std::true_type());
+    else weigh(std::integral_constant<Terms, kAll>(), std::true_type());
     prefetch_->step(rows_at_once_);
     add_to_queries(head, row, count, keys, columns, seen);
   }
@@ -338,15 +339,14 @@ class Backward {
     return {{gradient_rows_.at + n * kStrip, kStrip}, filled_.weights + line, filled_.gradients + line, kStrip};
   }
 
-  template <Form FORM = kSet>
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
-                     Matrix<Word> to) const {
+                     Matrix<Word> to, Form form = kSet) const {
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const right = packed + (keys.begin - begin_ + panel) * depth + (c - panel);
-      multiply_in_chains<Op, FORM>(count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
-                                   {to.at + c, to.stride});
+      multiply_in_chains<Op>(form, count, (end - c) / kCount<Word>, depth, rows, {right, kPanel<Word>},
+                             {to.at + c, to.stride});
     }
   }
 
@@ -387,8 +387,8 @@ class Backward {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const right =
           k_stacked_ + column * (packed_keys_ / Op::kPerWord) + (key - begin_) / Op::kPerWord * width;
-      multiply<Op, kAdd>(count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
-                         {block_dq_.at + (row - first_) * block_dq_.stride + column, block_dq_.stride});
+      multiply<Op>(kAdd, count, panels_.width(n), depth, {gradient_rows_.at + word, kStrip}, {right, width},
+                   {block_dq_.at + (row - first_) * block_dq_.stride + column, block_dq_.stride});
     }
   }
 
@@ -399,9 +399,9 @@ class Backward {
     for (int n = 0; n < panels.count; ++n)
       filled_.each([&](Range tile, Range rows) {
         int64 const line = rows.begin / Op::kPerWord, depth = rows.end / Op::kPerWord - line;
-        multiply<Op, kAddTurned>(tile.end - tile.begin, panels.width(n), depth,
-                                 {left + line * kStrip + tile.begin, kStrip}, lines.panel(panels, n, line),
-                                 {to + tile.begin * sums.stride + panels.begin(n) * kCount<Word>, sums.stride});
+        multiply<Op, true>(kAdd, tile.end - tile.begin, panels.width(n), depth,
+                           {left + line * kStrip + tile.begin, kStrip}, lines.panel(panels, n, line),
+                           {to + tile.begin * sums.stride + panels.begin(n) * kCount<Word>, sums.stride});
       });
   }
 

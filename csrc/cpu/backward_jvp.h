@@ -223,7 +223,7 @@ class BackwardJvp {
   void add_products(Operands const& x, int64 depth, int count, Range keys, Range columns, Matrix<Word> to) {
     if (x.left_moves) given_.multiply_keys(count, x.left_moved, depth, x.right, keys, columns, to);
     if (x.left_moves && x.right_moves)
-      given_.template multiply_keys<kAdd>(count, x.left, depth, x.right_moved, keys, columns, to);
+      given_.multiply_keys(count, x.left, depth, x.right_moved, keys, columns, to, kAdd);
     else if (x.right_moves) given_.multiply_keys(count, x.left, depth, x.right_moved, keys, columns, to);
     else if (!x.left_moves) clear(to.at, count * to.stride);
   }

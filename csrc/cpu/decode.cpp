@@ -335,17 +335,25 @@ inline Q const* query_at(Params const& p, Sequence const& s, int row) {
   return static_cast<Q const*>(p.q) + first + row % s.band.s_q * p.q_strides.row + row / s.band.s_q * p.q_strides.head;
 }
 
-// Rows of queries times `scale`, in the order in which keys of type T are read.
-template <class T, class Q>
+template <class Q>
+inline void read_query(Q const* from, int dim, float scale, float* to) {
+  for (int c = 0; c < dim; c += kLanes)
+    store(to + c, (c + kLanes <= dim ? load(from + c) : load_some(from + c, dim - c)) * scale);
+}
+
+// Rows of queries times `scale`, in the order in which keys are read.
 void read_queries(Params const& p, Sequence const& s, float* queries) {
   int const dim = int(p.head_dim_qk);
   int64 const width = padded(dim);
-  for (int row = 0; row < s.rows; ++row) {
-    Q const* const from = query_at<Q>(p, s, row);
+  for (int row = 0; row < s.rows; ++row, queries += width) {
     float in_order[kMaxDim] = {};
-    for (int c = 0; c < dim; c += kLanes)
-      store(in_order + c, (c + kLanes <= dim ? load(from + c) : load_some(from + c, dim - c)) * float(p.scale));
-    put_as_read<Spread<T>>(in_order, width, queries + row * width);
+    switch (p.dtype) {
+      case kFloat32: read_query(query_at<float>(p, s, row), dim, float(p.scale), in_order); break;
+      case kBfloat16: read_query(query_at<Bfloat16>(p, s, row), dim, float(p.scale), in_order); break;
+      default: read_query(query_at<Float16>(p, s, row), dim, float(p.scale), in_order);
+    }
+    if (p.cache_dtype == kBfloat16) put_as_read<Spread<Bfloat16>>(in_order, width, queries);
+    else __builtin_memcpy(queries, in_order, width * sizeof(float));
   }
 }
 
@@ -381,11 +389,7 @@ void attend_to(Params const& p, Sequence const& s, Range keys, Scratch const& sc
     return attend_with<Paired>(p, s, keys, scratch, part);
   }
 #endif
-  switch (p.dtype) {
-    case kFloat32: read_queries<T, float>(p, s, scratch.queries); break;
-    case kBfloat16: read_queries<T, Bfloat16>(p, s, scratch.queries); break;
-    default: read_queries<T, Float16>(p, s, scratch.queries);
-  }
+  read_queries(p, s, scratch.queries);
   attend_with<Spread<T>>(p, s, keys, scratch, part);
 }
 

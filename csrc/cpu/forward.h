@@ -19,7 +19,7 @@ class Forward {
   static constexpr int64 kStrip = kMostKeys + kAlignWords;  // words from row to row of a strip, no power of two
 
  public:
-  Forward(AttentionParams const& p, ForwardItem const& item, void* memory)
+  __attribute__((noinline)) Forward(AttentionParams const& p, ForwardItem const& item, void* memory)
       : p_(p),
         item_(item),
         tensors_{p, item.unit},
@@ -248,8 +248,7 @@ class Forward {
       int64 const depth = (piece.keys.end - piece.first() + Op::kPerWord - 1) / Op::kPerWord - skipped;
       int const key = piece.first() + int(skipped) * Op::kPerWord;
       int64 const word = piece.column / Op::kPerWord + skipped;
-      if (is_first && m == 0) multiply_values<kSet>(r, count, key, word, depth);
-      else multiply_values<kAdd>(r, count, key, word, depth);
+      multiply_values(is_first && m == 0 ? kSet : kAdd, r, count, key, word, depth);
       if (has_extremes_) add_nonfinite_values(r, count, piece.origin(), piece.keys);
     }
     return true;
@@ -289,10 +288,7 @@ class Forward {
       Ranges const ranges = those_in(row.ranges, piece.keys);
       if (scores_.terms == kHidden && !p_.mask && !p_.segments_q && ranges.count <= 1)
         most = larger(lanes_in_range(piece.all(), piece.columns_of(ranges), scores), most);
-      else
-        with_terms(scores_.terms, [&](auto terms) {
-          most = larger(broadcast(finish_piece<terms>(row, piece, ranges, scores)), most);
-        });
+      else most = larger(broadcast(finish_piece(row, piece, ranges, scores)), most);
     }
     drop_before(piece_[pieces_ - 1].keys.end, row.ranges);
     Word const shrink = soften<Op>(scores, columns, largest(most), scores_.to_exponent, dropped_in_pieces(row), state_,
@@ -300,11 +296,10 @@ class Forward {
     if (!is_first) shrink_sums(n, shrink);
   }
 
-  template <Terms TERMS>
   Word finish_piece(Row const& row, Piece const& piece, Ranges ranges, Word* scores) {
     auto described = scores_.row(row.head, row.i, piece.origin(), piece.columns_of(ranges));
     if (ranges.count > 1) scores_.hide_gaps(described, ranges, piece.origin());
-    return Scores<Word>::template finish<TERMS>(described, piece.all(), scores);
+    return Scores<Word>::finish(scores_.terms, described, piece.all(), scores);
   }
 
   // Where results of these rows go, and the queries that follow.
@@ -332,8 +327,7 @@ class Forward {
     Range const columns = columns_of<Word>(keys, begin);
     multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, strip_);
     bool const is_first = start(r, count);
-    with_terms(terms_of(scores_, seen),
-               [&](auto terms) { weigh_rows<terms>(r, count, begin, columns, keys, is_first); });
+    weigh_rows(terms_of(scores_, seen), r, count, begin, columns, keys, is_first);
     upcoming_.step(3 * kTileRows);
     prefetch_->step(rows_at_once_);
     add_values(r, count, begin, columns, keys, is_first);
@@ -361,34 +355,32 @@ class Forward {
     int64 const skipped = (keys.begin - begin - columns.begin) / Op::kPerWord;  // words whose weights are zero
     int64 const depth = (end - columns.begin + Op::kPerWord - 1) / Op::kPerWord - skipped;
     int const first = begin + columns.begin + int(skipped) * Op::kPerWord;
-    if (is_first) multiply_values<kSet>(r, count, first, skipped, depth);
-    else multiply_values<kAdd>(r, count, first, skipped, depth);
+    multiply_values(is_first ? kSet : kAdd, r, count, first, skipped, depth);
     if (has_extremes_) add_nonfinite_values(r, count, begin + columns.begin, keys);
   }
 
-  template <Form FORM = kSet>
-  void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Word* to) const {
+  void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Word* to,
+                     Form form = kSet) const {
     Matrix<Word const> const queries{rows, row_words_};
     for (int c = columns.begin, end; c < columns.end; c = end) {
       int const panel = c / kPanel<Word> * kPanel<Word>;
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const keys = packed + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
-      multiply_in_chains<Op, FORM>(count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
-                                   {to + c, kStrip});
+      multiply_in_chains<Op>(form, count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
+                             {to + c, kStrip});
     }
   }
 
   // Products become weights, which begin at the first of `columns`; earlier sums are rescaled.
-  template <Terms TERMS>
-  void weigh_rows(int r, int count, int begin, Range columns, Range keys, bool is_first) {
+  void weigh_rows(Terms terms, int r, int count, int begin, Range columns, Range keys, bool is_first) {
     Word most[kTileRows];
     for (int n = 0; n < count; ++n) {  // a loop of its own: all weights depend on it
       Row const& row = row_[r + n];
       Word* const scores = strip_ + n * kStrip;
       Range const both = common(row.kept, keys);
       Range const kept = is_empty(both) ? Range{0, 0} : Range{both.begin - begin, both.end - begin};
-      if constexpr (TERMS == kBand) most[n] = largest_in_band(columns, kept, scores);
-      else most[n] = Scores<Word>::template finish<TERMS>(scores_.row(row.head, row.i, begin, kept), columns, scores);
+      if (terms == kBand) most[n] = largest_in_band(columns, kept, scores);
+      else most[n] = Scores<Word>::finish(terms, scores_.row(row.head, row.i, begin, kept), columns, scores);
     }
     for (int n = 0; n < count; ++n) {
       Row const& row = row_[r + n];
@@ -425,13 +417,12 @@ class Forward {
     return {bits_, int(p_.dropout_threshold)};
   }
 
-  template <Form FORM>
-  void multiply_values(int r, int count, int key, int64 word, int64 depth) {
+  void multiply_values(Form form, int r, int count, int key, int64 word, int64 depth) {
     for (int n = 0; n < panels_.count; ++n) {
       int64 const width = panels_.width(n) * kCount<Word>, column = panels_.begin(n) * kCount<Word>;
       Word const* const values = v_ + column * (packed_ / Op::kPerWord) + (key - keys_.begin) / Op::kPerWord * width;
-      multiply<Op, FORM>(count, panels_.width(n), depth, {weights_ + word, kStrip}, {values, width},
-                         {sums_ + r * columns_ + column, columns_});
+      multiply<Op>(form, count, panels_.width(n), depth, {weights_ + word, kStrip}, {values, width},
+                   {sums_ + r * columns_ + column, columns_});
     }
   }
 

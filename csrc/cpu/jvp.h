@@ -77,7 +77,7 @@ class ForwardJvp {
     Word* const to = along_.strip_;
     given_.multiply_keys(count, q, given_.k_, begin, columns, given_.strip_);
     if (moved_.q) given_.multiply_keys(count, q_moved, given_.k_, begin, columns, to);
-    if (moved_.q && moved_.k) given_.template multiply_keys<kAdd>(count, q, along_.k_, begin, columns, to);
+    if (moved_.q && moved_.k) given_.multiply_keys(count, q, along_.k_, begin, columns, to, kAdd);
     else if (moved_.k) given_.multiply_keys(count, q, along_.k_, begin, columns, to);
     else if (!moved_.q) __builtin_memset(to, 0, count * given_.kStrip * sizeof(Word));
   }

@@ -46,9 +46,9 @@ inline void random_bits(int64 const* seed_and_offset, int64 head, int row, int b
   for (int j = begin; j < end; j += kBitsAtOnce, bits += kBitsAtOnce) {
     uint32 words[4][kCallsAtOnce];
     for (int half = 0; half < 2; ++half) {
-      Wides counter[4] = {Wides{} + uint64(row), Wides{}, Wides{} + uint64(uint32(head)),
+      Wides const calls = (Wides)(lane_numbers<double>() + int64(j / 32 * 4 + half * (kLanes / 2)));
+      Wides counter[4] = {Wides{} + uint64(row), calls, Wides{} + uint64(uint32(head)),
                           Wides{} + uint64(uint32(seed_and_offset[1]))};
-      for (int n = 0; n < kLanes / 2; ++n) counter[1][n] = uint64(j / 32 * 4 + half * (kLanes / 2) + n);
       philox(counter, uint32(seed), uint32(seed >> 32));
       for (int w = 0; w < 4; ++w) {
         HalfWords const narrow = __builtin_convertvector(counter[w], HalfWords);

@@ -181,6 +181,16 @@ class Scores {
     return largest(most);
   }
 
+  // The same for terms that are known when it runs.
+  static __attribute__((noinline)) Word finish(Terms terms, Row const& row, Range columns, Word* scores) {
+    switch (terms) {
+      case kBand:
+      case kHidden: return finish<kHidden>(row, columns, scores);
+      case kBiased: return finish<kBiased>(row, columns, scores);
+      default: return finish<kAll>(row, columns, scores);
+    }
+  }
+
   // Whether a pair is kept, for the rare cases that go pair by pair. A bias of -inf is a mask.
   bool keeps(int head, int i, int j) const {
     if (!fa::keep(unit.band, i, j)) return false;
@@ -286,6 +296,13 @@ inline auto with_terms(Terms terms, Step const& step) {
     case kBiased: return step(std::integral_constant<Terms, kBiased>{});
     default: return step(std::integral_constant<Terms, kAll>{});
   }
+}
+
+// The same where code for hidden pairs and for bias alone would gain little: kAll serves them, too.
+template <class Step>
+inline auto with_few_terms(Terms terms, Step const& step) {
+  if (terms == kBand) return step(std::integral_constant<Terms, kBand>{});
+  return step(std::integral_constant<Terms, kAll>{});
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ class RowStatistics {
       Range const columns = columns_of<Word>(seen.keys, begin);
       pass_.multiply_keys(count, pass_.queries_ + r * pass_.row_words_, pass_.k_, begin, columns, pass_.strip_);
       pass_.upcoming_.step(3 * kTileRows);
-      with_terms(pass_.has_gaps_ ? pass_.scores_.terms : terms_of(pass_.scores_, seen), [&](auto terms) {
+      with_few_terms(pass_.has_gaps_ ? pass_.scores_.terms : terms_of(pass_.scores_, seen), [&](auto terms) {
         for (int n = 0; n < count; ++n) {
           Row const row = pass_.described(r + n, begin, seen.keys);
           step(terms, r + n, row, columns, pass_.strip_ + n * pass_.kStrip, begin);
@@ -114,7 +114,7 @@ class RowStatistics {
   template <Terms TERMS>
   void find_largest(int r, Row const& row, Range columns, Word* scores, int begin) {
     Word const most = TERMS == kBand ? largest_in_band(columns, row.kept, scores)
-                                     : Scores<Word>::template finish<TERMS>(row, columns, scores);
+                                     : Scores<Word>::finish(pass_.scores_.terms, row, columns, scores);
     if (most > pass_.state_.most[r]) {
       int c = columns.begin;
       while (scores[c] != most) ++c;
@@ -265,7 +265,7 @@ class StatisticsBackward {
     pass_.fill(keys, seen.keys, r, count);
     Matrix<Word> const scores = pass_.strip_.scores;
     pass_.multiply_keys(count, queries.rows_of(queries.q, row), pass_.dim_qk_, pass_.k_, keys, columns, scores);
-    with_terms(terms_of(pass_.scores_, seen), [&](auto terms) {
+    with_few_terms(terms_of(pass_.scores_, seen), [&](auto terms) {
       for (int n = 0; n < count; n += 2) {
         PairTerms<Word> pair;
         for (int x = 0; x < 2; ++x) pass_.read_terms(head, queries, row + n + x, keys, seen.keys, columns, x, pair);

@@ -25,12 +25,13 @@ struct Matrix {
   int64 stride;  // from row to row
 };
 
-// The forms of a product. kAddTurned: A is stored transposed.
-enum Form { kSet, kAdd, kAddTurned };
+// C = A B, or C += A B.
+enum Form { kSet, kAdd };
 
-template <class Op, int ROWS, int VECTORS, Form FORM>
+template <class Op, int ROWS, int VECTORS, bool IS_TURNED>
 __attribute__((noinline)) void multiply_tile(int64 depth, Matrix<typename Op::Word const> a,
-                                             Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
+                                             Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c,
+                                             Form form) {
   using Word = typename Op::Word;
   Vector<Word> sums[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -39,7 +40,7 @@ __attribute__((noinline)) void multiply_tile(int64 depth, Matrix<typename Op::Wo
     for (int j = 0; j < VECTORS; ++j) sums[i][j] = Vector<Word>{};
   Word const* rows[ROWS];
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i) rows[i] = a.at + i * (FORM == kAddTurned ? 1 : a.stride);
+  for (int i = 0; i < ROWS; ++i) rows[i] = a.at + i * (IS_TURNED ? 1 : a.stride);
 #pragma GCC unroll 2
   for (int64 p = 0; p < depth; ++p, b.at += b.stride) {
     Vector<Word> right[VECTORS];
@@ -47,54 +48,63 @@ __attribute__((noinline)) void multiply_tile(int64 depth, Matrix<typename Op::Wo
     for (int j = 0; j < VECTORS; ++j) right[j] = load(b.at + j * kCount<Word>);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      Vector<Word> const left = broadcast(rows[i][FORM == kAddTurned ? p * a.stride : p]);
+      Vector<Word> const left = broadcast(rows[i][IS_TURNED ? p * a.stride : p]);
 #pragma GCC unroll 16
       for (int j = 0; j < VECTORS; ++j) sums[i][j] = Op::multiply_add(left, right[j], sums[i][j]);
     }
   }
+  Word* to = c.at;
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < ROWS; ++i, to += c.stride) {
+    if (form == kAdd) {
 #pragma GCC unroll 16
-    for (int j = 0; j < VECTORS; ++j) {
-      Word* const at = c.at + i * c.stride + j * kCount<Word>;
-      store(at, FORM == kSet ? sums[i][j] : load(at) + sums[i][j]);
+      for (int j = 0; j < VECTORS; ++j) sums[i][j] += load(to + j * kCount<Word>);
     }
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTORS; ++j) store(to + j * kCount<Word>, sums[i][j]);
+  }
 }
 
 template <class Op>
 using Tile = void (*)(int64, Matrix<typename Op::Word const>, Matrix<typename Op::Word const>,
-                      Matrix<typename Op::Word>);
+                      Matrix<typename Op::Word>, Form);
 
-template <class Op, Form FORM>
+template <class Op, bool IS_TURNED>
 struct Tiles {
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 #define FA_ROW(m) \
-  {multiply_tile<Op, m, 1, FORM>, multiply_tile<Op, m, 2, FORM>, multiply_tile<Op, m, 3, FORM>, \
-   multiply_tile<Op, m, 4, FORM>}
+  {multiply_tile<Op, m, 1, IS_TURNED>, multiply_tile<Op, m, 2, IS_TURNED>, multiply_tile<Op, m, 3, IS_TURNED>, \
+   multiply_tile<Op, m, 4, IS_TURNED>}
 #else
-#define FA_ROW(m) {multiply_tile<Op, m, 1, FORM>, multiply_tile<Op, m, 2, FORM>}
+#define FA_ROW(m) {multiply_tile<Op, m, 1, IS_TURNED>, multiply_tile<Op, m, 2, IS_TURNED>}
 #endif
-  static constexpr Tile<Op> kTable[kTileRows][kTileVectors] = {FA_ROW(1), FA_ROW(2), FA_ROW(3),
-                                                               FA_ROW(4), FA_ROW(5), FA_ROW(6)};
+  static constexpr Tile<Op> kTable[][kTileVectors] = {FA_ROW(1), FA_ROW(2), FA_ROW(4), FA_ROW(6)};
 #undef FA_ROW
 };
 
-// `rows` at most kTileRows, `vectors` of columns at most kTileVectors.
-template <class Op, Form FORM>
-inline void multiply(int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
+// `rows` at most kTileRows, `vectors` of columns at most kTileVectors. IS_TURNED: A is stored transposed. Odd numbers of
+// rows are rare: they take two tiles.
+template <class Op, bool IS_TURNED = false>
+inline void multiply(Form form, int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
                      Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
-  Tiles<Op, FORM>::kTable[rows - 1][vectors - 1](depth, a, b, c);
+  auto const& tiles = Tiles<Op, IS_TURNED>::kTable;
+  if (int const even = rows & ~1) {
+    tiles[even / 2][vectors - 1](depth, a, b, c, form);
+    a.at += even * (IS_TURNED ? 1 : a.stride);
+    c.at += even * c.stride;
+  }
+  if (rows & 1) tiles[0][vectors - 1](depth, a, b, c, form);
 }
 
 // C = A B or C += A B, the contraction cut into chains.
-template <class Op, Form FORM = kSet>
-inline void multiply_in_chains(int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
+template <class Op>
+inline void multiply_in_chains(Form form, int rows, int vectors, int64 depth, Matrix<typename Op::Word const> a,
                                Matrix<typename Op::Word const> b, Matrix<typename Op::Word> c) {
   int64 done = depth < Op::kChain ? depth : Op::kChain;
-  multiply<Op, FORM>(rows, vectors, done, a, b, c);
+  multiply<Op>(form, rows, vectors, done, a, b, c);
   for (; done < depth; done += Op::kChain) {
     int64 const more = depth - done < Op::kChain ? depth - done : Op::kChain;
-    multiply<Op, kAdd>(rows, vectors, more, {a.at + done, a.stride}, {b.at + done * b.stride, b.stride}, c);
+    multiply<Op>(kAdd, rows, vectors, more, {a.at + done, a.stride}, {b.at + done * b.stride, b.stride}, c);
   }
 }
 

@@ -31,8 +31,19 @@ static int random_keys(Random& random, int page_size) {
   return random.between(1, random.one_in(4) ? 1100 : 400);
 }
 
+// Each new key follows one before it, or none.
+static void add_trees(Random& random, DecodeCase& c) {
+  c.right = 0;
+  c.shares_tree = !c.is_packed && random.one_in(2);
+  for (int n = 0; n < c.batch; ++n) {
+    std::vector<int> parents;
+    for (int i = 0; i < c.s_q[n]; ++i) parents.push_back(random.between(-1, i - 1));
+    c.parents.push_back(c.shares_tree && n > 0 ? c.parents[0] : parents);
+  }
+}
+
 DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
-  static int const kPageSizes[] = {1, 2, 4, 8, 16, 24, 64, 72, 100, 128, 256};
+  static int const kPageSizes[] = {8, 16, 24, 64, 72, 128, 256, 1, 2, 4, 100};  // TMA loads the first seven alone
   Random random{std::mt19937(seed)};
   DecodeCase c{};
   c.seed = seed;
@@ -44,7 +55,7 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   c.is_packed = random.one_in(2);
   bool const is_contiguous = random.one_in(3);
   c.has_table = !is_contiguous || random.one_in(3);
-  c.page_size = kPageSizes[random.between(0, 10)];
+  c.page_size = kPageSizes[random.between(0, shape.is_gathered ? 10 : 6)];
   int const s_q = random_queries(random, c.group);
   for (int n = 0; n < c.batch; ++n) {
     c.s_q.push_back(!c.is_packed ? s_q : random.one_in(5) ? 0 : random_queries(random, c.group));
@@ -62,14 +73,21 @@ DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
   c.max_pages = is_contiguous ? 1 : (longest + c.page_size - 1) / c.page_size + random.between(0, 2);
   c.spare = random.between(0, 2);
   c.heads_first = random.one_in(2);
-  c.padding = random.between(0, 2);
+  c.padding = shape.is_e4m3 ? 2 * random.between(0, 1) : random.between(0, 2);
   c.left = random.one_in(3) ? random.between(0, random.one_in(2) ? 4 : 500) : -1;
   c.right = random.one_in(4) ? -1 : random.one_in(4) ? random.between(1, 100) : 0;
   c.scale = float(random.between(1, 4) / std::sqrt(c.d_qk));
-  c.softcap = shape.has_softcap ? random.between(1, 8) : 0;
+  c.softcap = shape.has_softcap && !(shape.is_gathered && random.one_in(2)) ? random.between(1, 8) : 0;
   c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
   c.splits = has_many_splits ? random.between(33, kMostSplits) : random.one_in(3) ? 1 : random.between(2, 9);
   c.has_equal_keys = random.one_in(5);
+  bool const are_queries = c.new_keys < 0 || (c.new_keys > 0 && c.new_keys == s_q);
+  if (are_queries && random.one_in(2)) add_trees(random, c);
+  if (shape.is_e4m3) {
+    c.d_qk = (c.d_qk + 8) / 16 * 16, c.d_v = (c.d_v + 8) / 16 * 16;
+    c.scales = random.between(0, 2);
+    c.stores = c.has_equal_keys = false;
+  }
   return c;
 }
 
@@ -82,27 +100,57 @@ std::string describe(DecodeCase const& c) {
          std::to_string(c.max_pages) + " pages of " + std::to_string(c.page_size) +
          (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) + ", " + std::to_string(c.right) +
          "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) +
-         ", splits " + std::to_string(c.splits) + (c.has_equal_keys ? ", equal keys" : "");
+         ", splits " + std::to_string(c.splits) +
+         (c.parents.empty() ? ""
+          : c.shares_tree   ? ", one tree"
+                            : ", trees") +
+         (c.has_equal_keys ? ", equal keys" : "");
 }
 
 // ---- the problem -----------------------------------------------------------------------------------------------------
+struct Bytes {  // of a tensor in e4m3, with the strides of the one in 16 bits
+  std::vector<uint8_t> storage;
+  uint8_t* data;
+  std::vector<float> scale;
+};
+
 struct DecodeProblem {
   Shape shape;
   DecodeCase const& c;
   Tensor q, k, v, out;  // q and out: all sequences one after the other, dense ones too
   Tensor new_k, new_v;  // likewise
   std::vector<float> lse, partial_out, partial_lse, sinks;
-  std::vector<int> first_q, lengths, table;
+  std::vector<int> first_q, lengths, table, tree, depths;
   std::vector<bool> is_kept;  // entries of the table
 
   float const* value;  // of a 16-bit number
+  Bytes k_bytes{}, v_bytes{};  // an e4m3 cache; k and v are then what its numbers stand for
   uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
   bool is_new(int n, int j) const { return c.stores && j >= lengths[n] && j < c.s_kv[n]; }
   int first_new(int n) const { return c.is_packed ? first_q[n] : n * c.new_keys; }  // among all new rows
   int page_of(int n, int j) const { return table[n * c.max_pages + j / c.page_size]; }
 };
 
+static int depth_of(DecodeCase const& c, int n, int i) {
+  int depth = 0;
+  while ((i = c.parents[n][i]) >= 0) ++depth;
+  return depth;
+}
+
+static bool follows(DecodeCase const& c, int n, int i, int j) {  // or is the same
+  while (i > j) i = c.parents[n][i];
+  return i == j;
+}
+
+static bool sees_in_tree(DecodeCase const& c, int n, int i, int j) {
+  int const added = j - (c.s_kv[n] - c.s_q[n]);
+  if (added >= 0 && !follows(c, n, i, added)) return false;
+  int const beyond = (added < 0 ? added : depth_of(c, n, added)) - depth_of(c, n, i);
+  return c.left < 0 || beyond >= -c.left;
+}
+
 static bool sees(DecodeCase const& c, int n, int i, int j) {
+  if (!c.parents.empty()) return sees_in_tree(c, n, i, j);
   int const beyond = j - (i + c.s_kv[n] - c.s_q[n]);
   return (c.left < 0 || beyond >= -c.left) && (c.right < 0 || beyond <= c.right);
 }
@@ -133,6 +181,26 @@ static void fill_table(DecodeProblem& p, std::mt19937& engine) {
   }
 }
 
+static int tree_words(DecodeCase const& c) { return (*std::max_element(c.s_q.begin(), c.s_q.end()) + 31) / 32; }
+
+// Bits of keys that a sequence does not have are junk.
+static void fill_trees(DecodeProblem& p) {
+  DecodeCase const& c = p.c;
+  for (int n = 0; n < static_cast<int>(c.parents.size()); ++n) {
+    for (int i = 0; i < c.s_q[n]; ++i) {
+      if (c.left >= 0) p.depths.push_back(depth_of(c, n, i));
+      for (int word = 0; word < tree_words(c) && !(c.shares_tree && n > 0); ++word) {
+        uint32_t bits = 0;
+        for (int bit = 0; bit < 32; ++bit) {
+          int const j = 32 * word + bit;
+          bits |= static_cast<uint32_t>(j >= c.s_q[n] || follows(c, n, i, j)) << bit;
+        }
+        p.tree.push_back(static_cast<int>(bits));
+      }
+    }
+  }
+}
+
 // What is to be stored, out of the caches: NaN takes its place there.
 static void move_new_rows(DecodeProblem& p, uint16_t nan) {
   for (int n = 0; n < p.c.batch; ++n) {
@@ -150,8 +218,39 @@ static void move_new_rows(DecodeProblem& p, uint16_t nan) {
   }
 }
 
+static uint8_t to_e4m3(double x) {
+  uint8_t best = 0;
+  for (int byte = 0; byte < 256; ++byte) {
+    if (std::fabs(e4m3_value(byte) - x) < std::fabs(e4m3_value(best) - x)) best = static_cast<uint8_t>(byte);
+  }
+  return best;
+}
+
+// The cache in e4m3, and in its 16-bit counterpart what it stands for: numbers times their scale, rounded.
+static Bytes in_e4m3(DecodeProblem& p, Tensor& cache, std::mt19937& engine) {
+  Bytes bytes{std::vector<uint8_t>(cache.storage.size() + 16), nullptr, {}};
+  bytes.data = bytes.storage.data() + (16 - reinterpret_cast<uintptr_t>(bytes.storage.data()) % 16) % 16;
+  for (int i = 0; i < (p.c.scales == 0 ? 0 : p.c.scales == 1 ? 1 : cache.batch) * cache.heads; ++i)
+    bytes.scale.push_back(std::ldexp(1.f + float(engine() % 1000) / 1000.f, int(engine() % 5) - 4));
+  for (int page = 0; page < cache.batch; ++page) {
+    for (int row = 0; row < cache.rows; ++row) {
+      for (int h = 0; h < cache.heads; ++h) {
+        float const scale = p.c.scales ? bytes.scale[(p.c.scales == 2 ? page * cache.heads : 0) + h] : 1.f;
+        for (int d = 0; d < cache.columns; ++d) {
+          uint16_t& x = cache.at(page, row, h, d);
+          float const value = p.value[x];
+          uint8_t const byte = std::isnan(value) ? 0x7f : to_e4m3(value / scale);
+          bytes.data[&x - cache.data] = byte;
+          x = p.encode(e4m3_value(byte) * scale);
+        }
+      }
+    }
+  }
+  return bytes;
+}
+
 static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
-  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, decoder(shape.is_half)};
+  DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, {}, {}, decoder(shape.is_half)};
   for (int n = 0; n < c.batch; ++n) {
     p.first_q.push_back(p.first_q[n] + c.s_q[n]);
     p.lengths.push_back(c.s_kv[n] - (c.new_keys < 0 ? c.s_q[n] : c.new_keys));
@@ -195,6 +294,8 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
     }
   }
   move_new_rows(p, nan);
+  fill_trees(p);
+  if (shape.is_e4m3) p.k_bytes = in_e4m3(p, p.k, engine), p.v_bytes = in_e4m3(p, p.v, engine);
   for (int i = 0; c.sinks && i < (c.sinks == 2 ? c.batch : 1) * heads_q; ++i)
     p.sinks.push_back(float(2 * normal(engine)));
   return p;
@@ -253,6 +354,16 @@ static DecodeParams params_of(DecodeProblem& p) {
   f.partial_lse = c.splits > 1 ? p.partial_lse.data() : nullptr;
   f.sinks = c.sinks ? p.sinks.data() : nullptr;
   f.cache_lengths = p.lengths.data();
+  f.is_gathered = p.shape.is_gathered, f.is_e4m3 = p.shape.is_e4m3;
+  if (!c.parents.empty()) {
+    f.tree = p.tree.data(), f.depths = c.left < 0 ? nullptr : p.depths.data();
+    f.tree_words = tree_words(c), f.shares_tree = c.shares_tree;
+  }
+  if (p.shape.is_e4m3) {
+    f.k_cache = p.k_bytes.data, f.v_cache = p.v_bytes.data;
+    f.k_scale = c.scales ? p.k_bytes.scale.data() : nullptr, f.v_scale = c.scales ? p.v_bytes.scale.data() : nullptr;
+    f.k_scale_stride = f.v_scale_stride = c.scales == 2 ? c.heads_kv : 0;
+  }
   f.block_table = c.has_table ? p.table.data() : nullptr;
   f.cu_seqlens_q = c.is_packed ? p.first_q.data() : nullptr;
   f.new_k = c.stores ? p.new_k.data : nullptr, f.new_v = c.stores ? p.new_v.data : nullptr;
@@ -332,7 +443,7 @@ static void allow_tensors(DecodeProblem& p) {
   auto const allow = [](auto const& x) { allow_global(x.data(), x.size() * sizeof(x[0])); };
   forget_global();
   allow(p.q.storage), allow(p.out.storage), allow(p.lse), allow(p.partial_out), allow(p.partial_lse), allow(p.sinks);
-  allow(p.lengths), allow(p.first_q), allow(p.new_k.storage), allow(p.new_v.storage);
+  allow(p.lengths), allow(p.first_q), allow(p.tree), allow(p.depths), allow(p.new_k.storage), allow(p.new_v.storage);
   for (int n = 0; n < p.c.batch; ++n) {
     for (int j = p.lengths[n]; j < p.c.s_kv[n]; ++j) {
       for (int h = 0; p.is_new(n, j) && h < p.k.heads; ++h) {
@@ -341,6 +452,10 @@ static void allow_tensors(DecodeProblem& p) {
         allow_global(&p.v.at(page, row, h, 0), p.c.d_v * sizeof(uint16_t));
       }
     }
+  }
+  if (p.shape.is_gathered) {
+    allow(p.k.storage), allow(p.v.storage), allow(p.k_bytes.storage), allow(p.v_bytes.storage);
+    allow(p.k_bytes.scale), allow(p.v_bytes.scale);
   }
   for (size_t i = 0, end; i < p.table.size(); i = end + 1) {
     for (end = i; end < p.table.size() && p.is_kept[end];) ++end;
@@ -351,7 +466,8 @@ static void allow_tensors(DecodeProblem& p) {
 std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, uint32_t seed, Report& report) {
   sm90::DecodeArgs args;
   args.p = p;
-  if (char const* wrong = make_decode_maps(p, args)) return wrong;
+  char const* const wrong = instance.gathered ? nullptr : make_decode_maps(p, args);
+  if (wrong) return wrong;
   if (p.new_k) {
     int const rows = instance.append_threads / 32;  // of a block
     int64 const new_rows = p.new_keys < 0 ? p.seqlen_q : p.batch * p.new_keys;
@@ -359,7 +475,8 @@ std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, ui
         instance.append_threads, (new_rows * p.heads_kv + rows - 1) / rows, seed, [&] { instance.append(p); }, report);
     if (!report.error.empty()) return report.error;
   }
-  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, [&] { instance.kernel(args); }, report);
+  auto const kernel = [&] { instance.gathered ? instance.gathered(p) : instance.kernel(args); };
+  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, kernel, report);
   if (p.splits > 1 && report.error.empty()) {
     int const outputs = instance.combine_threads / 32;  // of a block
     int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;

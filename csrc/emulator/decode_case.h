@@ -16,6 +16,7 @@ struct DecodeInstance {
   void (*append)(DecodeParams);
   void (*kernel)(sm90::DecodeArgs);
   void (*combine)(DecodeParams);
+  void (*gathered)(DecodeParams) = nullptr;  // in place of `kernel`
 };
 std::vector<DecodeInstance>& decode_instances();
 
@@ -34,6 +35,9 @@ struct DecodeCase {
   int sinks;  // 0 none, 1 shared by the batch, 2 for each sequence
   int splits;
   bool has_equal_keys;  // as in Case
+  std::vector<std::vector<int>> parents;  // of the new keys of each sequence in its tree, -1: none; empty: no tree
+  bool shares_tree;
+  int scales;  // of e4m3: 0 none, 1 shared by the pages, 2 for each page
   uint32_t seed;
 };
 

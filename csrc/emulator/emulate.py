@@ -30,15 +30,18 @@ from fastattn.backends.cuda.instances import (
     DkdvConfig,
     DqConfig,
     ForwardConfig,
+    GatheredConfig,
     decode_configs,
     dkdv_configs,
     dq_configs,
     forward_configs,
+    gathered_configs,
 )
 
 CSRC = Path(__file__).parents[1]
 COMMON = (
     "machine",
+    "copies",
     "races",
     "sites",
     "tma",
@@ -54,13 +57,14 @@ DIRECTIONS = {
     DkdvConfig: "backward",
     DqConfig: "backward",
     DecodeConfig: "decode",
+    GatheredConfig: "decode",
 }
 PLANTABLE, SOURCES = ("common", "sm90", "emulator", "proofs"), {".h", ".cuh", ".cpp", ".inc"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
 ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
 SITE_CASES = 12  # problems that come to every call that orders something
-TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig
+TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig | GatheredConfig
 TIMEOUT = 600  # seconds for one program; the machine reports deadlocks itself
 
 
@@ -78,7 +82,13 @@ def compile_object(source: Path, target: Path, *options: str) -> Path:
 
 def emulated_configs(csrc: Path) -> list[TableConfig]:
     """Every line of the table."""
-    return [*forward_configs(csrc), *dkdv_configs(csrc), *dq_configs(csrc), *decode_configs(csrc)]
+    return [
+        *forward_configs(csrc),
+        *dkdv_configs(csrc),
+        *dq_configs(csrc),
+        *decode_configs(csrc),
+        *gathered_configs(csrc),
+    ]
 
 
 def config_of(line: tuple[str | int, ...]) -> TableConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fault import Fault
 
 DECODE_128 = ("DECODE", 128, 128, 0)
-KERNEL, WORK, COMBINE = "sm90/decode.cuh", "sm90/decode.h", "sm90/combine.cuh"
+E4M3_128, ROWS_128 = ("DECODE_GATHERED", 128, 128, 2, 8), ("DECODE_GATHERED", 128, 128, 4, 0)
+KERNEL, WORK, COMBINE, GATHERED = "sm90/decode.cuh", "sm90/decode.h", "sm90/combine.cuh", "sm90/decode_gathered.cuh"
 APPEND = "sm90/append.cuh"
 
 OWN_BARRIER = "named_sync(kOwnBarrier, kWarpgroup);"
@@ -13,8 +14,12 @@ QUERIES_STORED = "row % 8 * 16), x);\n  }\n  "
 VALUES_CLEARED = "kept.end - keys.begin});\n  "
 
 
-def fault(what: str, file: str, old: str, new: str, seed: int = 0) -> Fault:
-    return Fault(f"decoding: {what}", file, old, new, DECODE_128, seed)
+def fault(what: str, file: str, old: str, new: str, seed: int = 0, kernel: tuple[str | int, ...] = DECODE_128) -> Fault:
+    return Fault(f"decoding: {what}", file, old, new, kernel, seed)
+
+
+def of_rows(what: str, old: str, new: str, kernel: tuple[str | int, ...] = ROWS_128, seed: int = 0) -> Fault:
+    return fault(what, GATHERED, old, new, seed, kernel)
 
 
 DECODE_FAULTS = [
@@ -34,7 +39,6 @@ DECODE_FAULTS = [
         "smaller(first + blocks, end)",
     ),
     # What it loads, and where
-    fault("small boxes past the first 32 are left out", KERNEL, "at += 32 * rows", "at += C::BLOCK_N"),
     fault(
         "pages that nobody keeps are looked up", KERNEL, "if (key < kept.end && key + rows > kept.begin)", "if (true)"
     ),
@@ -143,4 +147,48 @@ DECODE_FAULTS = [
     fault("a stage counts one warp", KERNEL, "(C::STAGES + stage), 4)", "(C::STAGES + stage), 1)"),
     fault("the barriers' initialisation is not fenced", KERNEL, "mbarrier_fence_init();", ""),
     fault("roles begin before the barriers are there", KERNEL, "block_sync();", ""),
+    # Trees
+    fault("rows of a tree end where their position does", WORK, "p.tree ? Positions{0, work.s_q} :", ""),
+    fault("new keys of a tree go without mask", WORK, "if (p.tree) full.end", "if (false) full.end"),
+    fault("every sequence has the first one's tree", KERNEL, "(p.shares_tree ? 0 : work.first_q)", "0"),
+    fault("a shared tree is looked for in each sequence", KERNEL, "(p.shares_tree ? 0 : work.first_q)", "work.first_q"),
+    fault("bits of a tree are read from the end", KERNEL, ">> key % 32 & 1", ">> (31 - key % 32) & 1"),
+    fault(
+        "both rows of a thread have the upper one's bits",
+        KERNEL,
+        "scores, lower, 1, column",
+        "scores, upper, 1, column",
+    ),
+    fault(
+        "a window counts new keys instead of depths", KERNEL, "load_global(depths + key) < least", "key < least", 200
+    ),
+    fault("a window begins at the row's position", KERNEL, "+ depth - band.left", "+ position - band.left", 200),
+    # Rows that threads copy
+    of_rows("the last values come in turn", "number == last || (number > 0", "(number > 0"),
+    of_rows("rows that the tile does not keep are looked up", "if (!contains(kept, key))", "if (false)"),
+    of_rows("every row begins its page", "key - entry * page_size", "0"),
+    of_rows("every sequence has the first one's pages", "work.sequence * p.table_stride + entry", "entry"),
+    of_rows(
+        "K and V have the first head",
+        "row, work.head_kv, C::E4M3 ? slot(number) : shared.v",
+        "row, 0, C::E4M3 ? slot(number) : shared.v",
+    ),
+    of_rows("rows are not swizzled", "(piece % 8 * 16 ^ row % 8 * 16)", "piece % 8 * 16"),
+    of_rows("columns past the head dim are copied", "at.exists && piece * kColumns < cache.columns", "at.exists"),
+    of_rows("copies run ahead of free stages", "mbarrier_wait(ring.empty(), ring.parity ^ 1);", ""),
+    of_rows("copies are not fenced", "fence_proxy_async();\n  warp_sync();", "warp_sync();"),
+    of_rows("a stage is handed over before all lanes have their copies", "warp_sync();", ""),
+    of_rows("one group too few is waited for", "copies_wait<C::AHEAD>()", "copies_wait<C::AHEAD + 1>()"),
+    of_rows("a stage counts one arrival", "if (thread_index() % 32 == 0) mbarrier_arrive", "mbarrier_arrive"),
+    fault("more copies than stages are begun", WORK, "2 * STAGES_ - 2;", "2 * STAGES_ - 1;", 0, ROWS_128),
+    fault("softcap is left out", KERNEL, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
+    fault("blocks without mask are not capped", WORK, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
+    of_rows("scales are left out", "pack(T{}, low(F16{}, halves) * scale,", "pack(T{}, low(F16{}, halves),", E4M3_128),
+    of_rows("all pages have the first one's scales", "at.page * cache.scale_stride", "0", E4M3_128),
+    of_rows("all heads have the first one's scale", ": 0) + head;", ": 0);", E4M3_128),
+    of_rows(
+        "slots are used again too early", "number % (C::E4M3 ? C::SLOTS", "number % (C::E4M3 ? C::SLOTS - 1", E4M3_128
+    ),
+    of_rows("halves of a row change places", "2 * (2 * i + half)", "2 * (2 * i + 1 - half)", E4M3_128),
+    of_rows("numbers of a word change places", "word(x.x, 0), word(x.x, 16)", "word(x.x, 16), word(x.x, 0)", E4M3_128),
 ]

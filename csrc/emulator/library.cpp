@@ -64,8 +64,11 @@ static std::string run(BackwardParams const& p) {
 
 static std::string run(DecodeParams const& p) {
   bool const has_softcap = p.has_softcap != 0;
-  auto const* x = find(decode_instances(), p.dtype, p.head_dim_qk, p.head_dim_v, has_softcap,
-                       [&](DecodeInstance const& one) { return one.shape.has_softcap == has_softcap; });
+  auto const* x =
+      find(decode_instances(), p.dtype, p.head_dim_qk, p.head_dim_v, has_softcap, [&](DecodeInstance const& one) {
+        if (one.shape.is_gathered != p.is_gathered || one.shape.is_e4m3 != p.is_e4m3) return false;
+        return one.shape.is_gathered || one.shape.has_softcap == has_softcap;
+      });
   Report report;
   return x ? run_decode(*x, p, 6, report) : "no kernel holds these head dims";
 }

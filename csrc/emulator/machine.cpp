@@ -229,6 +229,9 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   schedule(threads);
   bool const is_finished = std::all_of(m.fibers.begin(), m.fibers.end(), [](Fiber const& f) { return f.done; });
   if (is_finished && !m.loads.empty()) error("the block ended with a TMA load in flight");
+  for (Fiber const& fiber : m.fibers) {
+    if (is_finished && !fiber.copies.empty()) error("a thread ended with a copy in flight");
+  }
   for (Store const& store : m.stores) {
     if (is_finished && !store.is_written) error("the block ended with a TMA store in flight");
   }

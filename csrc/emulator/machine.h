@@ -2,7 +2,7 @@
 // FA_EMULATE.
 //
 // Every thread of a block is a fiber. Warps are scheduled at random; a warp or a warpgroup is held back at random.
-// Everything asynchronous happens at a random later time: TMA loads and stores, and each wgmma, of which every warp
+// Everything asynchronous happens at a random later time: copies by threads, TMA loads and stores, and each wgmma, of which every warp
 // computes its own 16 rows between issue and wait, reading its operands through descriptor and swizzle only then.
 // Shared memory begins as NaN, the target of a TMA load is NaN until it arrives, and accumulators are NaN until their
 // wait. Beyond wrong results this reports, with block, thread and reason:
@@ -30,7 +30,7 @@ constexpr uint32_t kSharedBase = 1024, kSharedBytes = 232448;
 
 struct Report {
   std::string error;  // empty: none. The block stops at the first
-  uint64_t products = 0, loads = 0, stores = 0;
+  uint64_t products = 0, loads = 0, stores = 0, copies = 0;
 };
 
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
@@ -95,6 +95,9 @@ void tma_store(Map const* map, uint32_t from, int const (&at)[4]);
 void tma_store_commit();
 void tma_store_wait(bool only_read, int groups_left);
 void bulk_add(float* to, uint32_t from, uint32_t bytes);
+void copy_async(uint32_t to, void const* from, int bytes, bool exists);
+void copies_commit();
+void copies_wait(int groups_left);
 void fence_proxy_async();
 
 struct Wgmma {
@@ -117,6 +120,7 @@ bool may_add(void const* address, size_t bytes);
 
 uint16_t to_bf16(float x);
 uint16_t to_half(float x);
+float e4m3_value(uint32_t byte);
 float const* decoder(bool is_half);  // the value of each of the 65536 numbers
 
 }  // namespace fa::emu

@@ -30,6 +30,13 @@ struct Accumulator {  // of one thread, while products on it are in flight
   int in_flight = 0;
 };
 
+struct Copy {  // by a thread, which has not waited for it yet
+  uint32_t to;
+  void const* from;  // null: zeros
+  int bytes;
+  bool is_there;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
@@ -41,6 +48,9 @@ struct Fiber {
   std::vector<uint32_t> unfenced;           // granules of 16 bytes it wrote since its last proxy fence
   std::vector<size_t> open_stores, stores;  // TMA stores before and after commit
   std::vector<size_t> store_groups;         // how many were committed at each commit
+  std::deque<Copy> copies;
+  size_t open_copies = 0;           // of these, not committed
+  std::deque<size_t> copy_groups;   // the sizes of the groups
   uint64_t resume_at = 0;  // round, where it paused
   bool is_wgmma_fenced = false;
   size_t issued = 0, retired = 0;    // wgmmas

@@ -18,6 +18,7 @@ struct Random {
 struct Shape {  // what a kernel is made for
   int d_qk, d_v, block_m, block_n;
   bool is_half, has_band, has_softcap;
+  bool is_gathered = false, is_e4m3 = false;  // of decoding: threads copy the rows of the cache, which is in e4m3
 };
 
 struct Case {

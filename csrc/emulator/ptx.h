@@ -85,6 +85,18 @@ inline void fence_proxy_async(Site site = Site::here("fence_proxy_async")) {
   if (!site.is_left_out()) emu::fence_proxy_async();
 }
 
+template <int BYTES>
+void copy_async(uint32 to, void const* from, bool exists) {
+  emu::copy_async(to, from, BYTES, exists);
+}
+inline void copies_commit(Site site = Site::here("copies_commit")) {
+  if (!site.is_left_out()) emu::copies_commit();
+}
+template <int GROUPS>
+void copies_wait(Site site = Site::here("copies_wait")) {
+  if (!site.is_left_out()) emu::copies_wait(GROUPS);
+}
+
 inline bool is_half(Bf16) { return false; }
 inline bool is_half(F16) { return true; }
 inline void wgmma_fence(Site site = Site::here("wgmma_fence")) {
@@ -153,6 +165,9 @@ inline float low(Bf16, uint32 packed) { return emu::decoder(false)[packed & 0xff
 inline float high(Bf16, uint32 packed) { return emu::decoder(false)[packed >> 16]; }
 inline float low(F16, uint32 packed) { return emu::decoder(true)[packed & 0xffff]; }
 inline float high(F16, uint32 packed) { return emu::decoder(true)[packed >> 16]; }
+inline uint32 pair_of_e4m3(uint32 bytes) {
+  return pack(F16{}, emu::e4m3_value(bytes & 0xff), emu::e4m3_value(bytes >> 8 & 0xff));
+}
 
 inline void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {
   emu::Collected const& all = emu::meet("stmatrix", row, m0, m1, m2, m3);

@@ -42,6 +42,13 @@ uint16_t to_half(float x) {
   return static_cast<uint16_t>(sign | (units + (step + 24) * 1024));  // a carry moves into the exponent by itself
 }
 
+float e4m3_value(uint32_t byte) {
+  int const exponent = byte >> 3 & 15, mantissa = byte & 7;
+  float const sign = byte & 0x80 ? -1.f : 1.f;
+  if ((byte & 0x7f) == 0x7f) return NAN;
+  return sign * (exponent ? std::ldexp(8.f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9));
+}
+
 static std::vector<float> table_of(float (*convert)(uint16_t)) {
   std::vector<float> table(65536);
   for (int i = 0; i < 65536; ++i) table[i] = convert(static_cast<uint16_t>(i));

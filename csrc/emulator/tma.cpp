@@ -30,9 +30,8 @@ static void visit_box(Map const& map, int const (&at)[4], Visit visit) {
 static uint32_t box_bytes(Map const& map) { return 2u * map.box[0] * map.box[1] * map.box[2] * map.box[3]; }
 
 static void check_map(Map const& map, uint32_t shared) {
-  // The swizzle goes by address and repeats after 8 rows (CUDA C++ Programming Guide, "The Swizzle Modes"): smaller
-  // boxes may begin at any of them.
-  if (shared % (map.box[1] < 8 ? 128 * map.box[1] : 1024)) error("a TMA box begins off the rows of its swizzle");
+  // The swizzle goes by address and repeats after 8 rows (CUDA C++ Programming Guide, "The Swizzle Modes").
+  if (shared % 1024) error("a TMA box begins off the rows of its swizzle");
   if (map.stride[0] != 2 || map.box[0] * 2 > 128) error("a box is wider than the swizzle");
   for (int d = 0; d < 4; ++d) {
     if (map.size[d] < 1 || map.box[d] < 1 || map.box[d] > 256) error("a tensor map with an impossible size");

@@ -1,4 +1,5 @@
-// The decode kernel for Hopper: a few queries against a long cache of keys and values, contiguous or in pages.
+// The decode kernel for Hopper: a few queries against a long cache of keys and values, contiguous or in pages of whole
+// multiples of 8 rows. decode_gathered.cuh serves smaller ones.
 //
 // One warp loads K and V by TMA, through as many stages as shared memory holds, since the kernel is bound by memory.
 // One consumer warpgroup computes as in the forward kernel, with rows that are query heads of one K/V head times
@@ -22,7 +23,7 @@ FA_DEVICE void load_block(DecodeParams const& p, TensorMap const& map, Work cons
   mbarrier_wait(ring.empty(), ring.parity ^ 1);
   if (lane == 0) mbarrier_expect(ring.full(), C::BLOCK_N * CHUNKS * kRowBytes);
   warp_sync();
-  for (int at = lane * rows; at < C::BLOCK_N; at += 32 * rows) {
+  if (int const at = lane * rows; at < C::BLOCK_N) {
     int const key = block * C::BLOCK_N + at;
     int page = static_cast<int>(p.pages), row = 0;
     if (key < kept.end && key + rows > kept.begin) {
@@ -102,20 +103,51 @@ FA_DEVICE void clear_unkept_values(Shared<C> const& shared, Range const& kept, i
   named_sync(kOwnBarrier, kWarpgroup);
 }
 
+// The keys that a row keeps; in a tree as far as its depth decides, which is that of its place on a path.
+FA_DEVICE Range keys_of_row(DecodeParams const& p, Work const& work, int position) {
+  Band const band = band_of(p, work);
+  if (!p.tree || position >= work.s_q) return tile_range(band, position, position + 1);
+  int const depth = p.depths ? load_global(p.depths + work.first_q + position) : 0;
+  return {p.depths ? larger(0, band.diagonal + depth - band.left) : 0, work.s_kv};
+}
+
+// Sets the scores of new keys to -inf whose bit is not set in this row of the tree, or that a window excludes.
+template <int N>
+FA_DEVICE void mask_by_tree(DecodeParams const& p, Work const& work, float (&scores)[N], int position, int lower,
+                            int column) {
+  if (position >= work.s_q) return;
+  int32 const* const words = p.tree + ((p.shares_tree ? 0 : work.first_q) + position) * p.tree_words;
+  int32 const* const depths = p.depths ? p.depths + work.first_q : nullptr;
+  int const least = depths ? load_global(depths + position) - static_cast<int>(p.left) : 0;
+  int const first = column - (work.s_kv - work.s_q);  // among the new keys
+  FA_UNROLL
+  for (int i = 0; i < N / 2; ++i) {
+    int const key = first + i / 2 * 8 + i % 2;
+    if (key < 0 || key >= work.s_q) continue;
+    bool const is_seen = load_global(words + key / 32) >> key % 32 & 1;
+    if (!is_seen || (depths && load_global(depths + key) < least)) {
+      scores[i / 2 * 4 + 2 * lower + i % 2] = negative_infinity();
+    }
+  }
+}
+
 template <class C>
 FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, Work const& work,
                                TileBlocks const& blocks, float (&out)[C::D_V / 2], RowState& state) {
   Ring<C::STAGES> k{shared.k_ring()}, v{shared.v_ring()};
   auto const mask = [&](float (&scores)[C::BLOCK_N / 2], int block) {
-    Band const band = band_of(p, work);
+    if (C::GATHERED && p.has_softcap) cap_scores(scores, static_cast<float>(p.cap_scale));
     Place const at = this_place();
     int const upper = query_of(p, work, at.first_row()).position,
-              lower = query_of(p, work, at.first_row() + 8).position;
-    Range const kept[2] = {tile_range(band, upper, upper + 1), tile_range(band, lower, lower + 1)};
-    mask_scores(scores, kept, block * C::BLOCK_N + at.first_column());
+              lower = query_of(p, work, at.first_row() + 8).position, column = block * C::BLOCK_N + at.first_column();
+    Range const kept[2] = {keys_of_row(p, work, upper), keys_of_row(p, work, lower)};
+    mask_scores(scores, kept, column);
+    if (!p.tree) return;
+    mask_by_tree(p, work, scores, upper, 0, column);
+    mask_by_tree(p, work, scores, lower, 1, column);
   };
   auto const clear = [&](int block, Ring<C::STAGES> const& of) {
-    clear_unkept_values<C>(shared, kept_keys(p, work), block, of);
+    if (!C::GATHERED) clear_unkept_values<C>(shared, kept_keys(p, work), block, of);
   };
   attend<C>(shared, blocks, scale_log2_of(p), static_cast<float>(p.cap_scale), 0, k, v, out, state, mask, clear);
 }
@@ -165,32 +197,30 @@ FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys
 }
 
 template <class C>
-FA_DEVICE void consume(DecodeArgs const& args, Shared<C> const& shared, Work const& work) {
+FA_DEVICE void consume(DecodeParams const& p, Shared<C> const& shared, Work const& work) {
   float out[C::D_V / 2];
   RowState state{{negative_infinity(), negative_infinity()}, {0.f, 0.f}};
   FA_UNROLL
   for (int i = 0; i < C::D_V / 2; ++i) out[i] = 0.f;
-  TileBlocks const blocks = blocks_of<C>(args.p, work);
+  TileBlocks const blocks = blocks_of<C>(p, work);
   bool const any_keys = blocks.all.begin < blocks.all.end;
   if (any_keys) {
-    load_queries<C>(args.p, shared, work);
-    attend_to_cache<C>(args.p, shared, work, blocks, out, state);
+    load_queries<C>(p, shared, work);
+    attend_to_cache<C>(p, shared, work, blocks, out, state);
   }
-  write_tile<C>(args.p, work, any_keys, state, out);
+  write_tile<C>(p, work, any_keys, state, out);
 }
 
 // ---- the kernel --------------------------------------------------------------------------------------------------------
 template <class C>
-FA_DEVICE void init_barriers(DecodeArgs const& args, Shared<C> const& shared) {
+FA_DEVICE void init_barriers(Shared<C> const& shared) {
   for (int stage = 0; stage < C::STAGES; ++stage) {
     for (uint32 ring : {shared.k_ring(), shared.v_ring()}) {
-      mbarrier_init(ring + 8 * stage, 1);
+      mbarrier_init(ring + 8 * stage, C::GATHERED ? 4 : 1);
       mbarrier_init(ring + 8 * (C::STAGES + stage), 4);  // one lane of each warp
     }
   }
   mbarrier_fence_init();
-  tma_prefetch(&args.k);
-  tma_prefetch(&args.v);
 }
 
 template <class C>
@@ -198,10 +228,14 @@ FA_DEVICE void decode(DecodeArgs const& args) {
   Shared<C> const shared{shared_base()};
   Work const work = find_work(args.p, block_index());
   if (work.position >= work.s_q) return;
-  if (thread_index() == 0) init_barriers<C>(args, shared);
+  if (thread_index() == 0) {
+    init_barriers<C>(shared);
+    tma_prefetch(&args.k);
+    tma_prefetch(&args.v);
+  }
   block_sync();
   int const warp = warp_uniform(thread_index() / 32);
-  if (warp >= 4) consume<C>(args, shared, work);
+  if (warp >= 4) consume<C>(args.p, shared, work);
   else if (warp == 0) produce<C>(args, shared, work);
 }
 

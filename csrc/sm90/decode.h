@@ -15,6 +15,7 @@ struct DecodeTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = 64, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr bool SOFTCAP = SOFTCAP_, BAND = true, PINGPONG = false, EXP_OVERLAP = FA_EXP_OVERLAP;
+  static constexpr bool GATHERED = false;
   static constexpr int CONSUMERS = 1, THREADS = 2 * kWarpgroup;  // few enough that every thread has 255 registers
 
   static constexpr int CHUNKS_QK = (D_QK + 63) / 64, CHUNKS_V = (D_V + 63) / 64;  // of 64 columns
@@ -24,6 +25,20 @@ struct DecodeTraits {
   static constexpr int SHARED_BYTES = BARRIERS + 8 * (2 + 4 * STAGES);  // the first two as in Shared, not used here
 
   static_assert(BLOCK_N % 64 == 0 && D_QK % 16 == 0 && D_V % 16 == 0, "boxes have up to 64 rows, wgmma steps of 16");
+  static_assert(SHARED_BYTES <= kSharedLimit, "more shared memory than a block can have");
+};
+
+// A kernel whose producers, a warpgroup, copy the rows one by one: 16-bit ones where they belong, or with SLOTS e4m3
+// ones into slots, from which they convert them. It caps scores where it masks them, if the problem asks for it.
+template <class T, int D_QK_, int D_V_, int STAGES_, int SLOTS_>
+struct GatheredTraits : DecodeTraits<T, D_QK_, D_V_, false, 64, STAGES_> {
+  using Base = DecodeTraits<T, D_QK_, D_V_, false, 64, STAGES_>;
+  static constexpr bool GATHERED = true, E4M3 = SLOTS_ > 0;
+  static constexpr int SLOTS = SLOTS_, AHEAD = E4M3 ? SLOTS - 1 : 2 * STAGES_ - 2;  // copies in flight; see gather()
+  static constexpr int SCALES = Base::BLOCK_N * (D_QK_ > D_V_ ? D_QK_ : D_V_);  // in a slot, behind its rows
+  static constexpr int SLOT_BYTES = SCALES + kWarpgroup * 16;
+  static constexpr int SLOT = (Base::SHARED_BYTES + 15) / 16 * 16, SHARED_BYTES = SLOT + SLOTS * SLOT_BYTES;
+
   static_assert(SHARED_BYTES <= kSharedLimit, "more shared memory than a block can have");
 };
 
@@ -90,7 +105,7 @@ FA_DEVICE Work find_work(DecodeParams const& p, int index) {
     work.first_q = work.sequence * work.s_q;
   }
   int const new_keys = p.new_keys < 0 ? work.s_q : static_cast<int>(p.new_keys);
-  work.s_kv = load_global(p.cache_lengths + work.sequence) + new_keys;
+  work.s_kv = smaller(load_global(p.cache_lengths + work.sequence) + new_keys, static_cast<int>(p.capacity));
   return work;
 }
 
@@ -106,9 +121,14 @@ FA_DEVICE Positions positions_of(DecodeParams const& p, Work const& work) {
   return {work.position, smaller(work.position + static_cast<int>(p.positions_per_tile), work.s_q)};
 }
 
+// The rows that bound the keys of the tile. In a tree a row may stand anywhere between its first row and its last.
+FA_DEVICE Positions bounds_of(DecodeParams const& p, Work const& work) {
+  return p.tree ? Positions{0, work.s_q} : positions_of(p, work);
+}
+
 // The keys that some row of the tile keeps, in all splits together.
 FA_DEVICE Range kept_keys(DecodeParams const& p, Work const& work) {
-  Positions const rows = positions_of(p, work);
+  Positions const rows = bounds_of(p, work);
   return tile_range(band_of(p, work), rows.begin, rows.end);
 }
 
@@ -120,12 +140,16 @@ constexpr int kLeastKeys = FA_LEAST_KEYS;
 template <class C>
 FA_DEVICE TileBlocks blocks_of(DecodeParams const& p, Work const& work) {
   constexpr int N = C::BLOCK_N;
-  Positions const rows = positions_of(p, work);
-  Range const kept = kept_keys(p, work), full = full_range(band_of(p, work), rows.begin, rows.end);
+  Positions const rows = bounds_of(p, work);
+  Range const kept = kept_keys(p, work);
+  Range full = full_range(band_of(p, work), rows.begin, rows.end);
+  if (p.tree) full.end = smaller(full.end, work.s_kv - work.s_q);
   int const begin = kept.begin / N, end = (kept.end + N - 1) / N, splits = static_cast<int>(p.splits);
   int const blocks = larger((end - begin + splits - 1) / splits, kLeastKeys / N), first = begin + work.split * blocks;
+  Range const of_split = {first, larger(first, smaller(first + blocks, end))};
+  if (C::GATHERED && p.has_softcap) return {of_split, {0, 0}};  // scores are capped where they are masked
   int const first_full = (full.begin + N - 1) / N;
-  return {{first, larger(first, smaller(first + blocks, end))}, {first_full, larger(first_full, full.end / N)}};
+  return {of_split, {first_full, larger(first_full, full.end / N)}};
 }
 
 }  // namespace fa::sm90

@@ -135,7 +135,26 @@ extern template char const* launch_combine<sm90::F16>(DecodeParams const&, cudaS
   FA_EXTERN_DECODE(FA_DECODE_TRAITS(F16, __VA_ARGS__))
 #include "instances.inc"
 
+#define FA_GATHERED_TRAITS(T, QK, V, STAGES, SLOTS) sm90::GatheredTraits<sm90::T, QK, V, STAGES, SLOTS>
+#define FA_EXTERN_GATHERED(TRAITS) \
+  extern template char const* launch_decode_gathered<TRAITS>(DecodeParams const&, cudaStream_t);
+#define DECODE_GATHERED(...) \
+  FA_EXTERN_GATHERED(FA_GATHERED_TRAITS(Bf16, __VA_ARGS__)) \
+  FA_EXTERN_GATHERED(FA_GATHERED_TRAITS(F16, __VA_ARGS__))
+#include "instances.inc"
+
+static char const* launch_gathered(DecodeParams const& p, cudaStream_t stream) {
+#define DECODE_GATHERED(QK, V, STAGES, SLOTS) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.is_e4m3 == (SLOTS > 0)) { \
+    return p.dtype == kFloat16 ? launch_decode_gathered<FA_GATHERED_TRAITS(F16, QK, V, STAGES, SLOTS)>(p, stream) \
+                               : launch_decode_gathered<FA_GATHERED_TRAITS(Bf16, QK, V, STAGES, SLOTS)>(p, stream); \
+  }
+#include "instances.inc"
+  return "no kernel holds these head dims";
+}
+
 static char const* launch_splits(DecodeParams const& p, cudaStream_t stream) {
+  if (p.is_gathered) return launch_gathered(p, stream);
 #define DECODE(QK, V, SOFTCAP, N, STAGES) \
   if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) { \
     return p.dtype == kFloat16 \

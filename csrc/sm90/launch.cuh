@@ -4,6 +4,7 @@
 #include "append.cuh"
 #include "combine.cuh"
 #include "decode.cuh"
+#include "decode_gathered.cuh"
 #include "forward.cuh"
 #include "backward_dkdv.cuh"
 #include "backward_dq.cuh"
@@ -77,6 +78,12 @@ char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaS
   args.p = p;
   if (char const* wrong = make_maps(p, args)) return wrong;
   return launch(sm90::decode_kernel<C>, args, p.tiles * p.splits * p.heads_kv, C::THREADS, C::SHARED_BYTES, stream);
+}
+
+template <class C>
+char const* launch_decode_gathered(DecodeParams const& p, cudaStream_t stream) {
+  int64 const blocks = p.tiles * p.splits * p.heads_kv;
+  return launch(sm90::decode_gathered_kernel<C>, p, blocks, C::THREADS, C::SHARED_BYTES, stream);
 }
 
 template <class T>

@@ -38,6 +38,10 @@ char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t str
 template <class C>
 char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream);
 
+// The same by a kernel whose threads copy the rows.
+template <class C>
+char const* launch_decode_gathered(DecodeParams const& p, cudaStream_t stream);
+
 // Launches append: new keys and values into the caches.
 template <class T>
 char const* launch_append(DecodeParams const& p, cudaStream_t stream);

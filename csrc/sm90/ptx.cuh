@@ -140,6 +140,25 @@ FA_DEVICE void bulk_add(float* to, uint32 from, uint32 bytes) {
 // Shared memory written by ordinary stores is visible to wgmma and TMA only after this.
 FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- copies by threads -----------------------------------------------------------------------------------------------
+// Copies BYTES bytes, 16 or 4, some time before this thread has waited for their group; zeros where nothing exists.
+template <int BYTES>
+FA_DEVICE void copy_async(uint32 to, void const* from, bool exists) {
+  uint32 const source_bytes = exists ? BYTES : 0;
+  if (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(source_bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(source_bytes) : "memory");
+  }
+}
+FA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups of this thread have arrived, except for the GROUPS committed last.
+template <int GROUPS>
+FA_DEVICE void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
 FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -215,6 +234,12 @@ FA_DEVICE float high(F16, uint32 packed) {
   float x;
   asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(packed));
   return x;
+}
+// Two e4m3 numbers as a pair of fp16, which holds them exactly.
+FA_DEVICE uint32 pair_of_e4m3(uint32 bytes) {
+  uint32 packed;
+  asm("{.reg .b16 b; cvt.u16.u32 b, %1; cvt.rn.f16x2.e4m3x2 %0, b;}" : "=r"(packed) : "r"(bytes));
+  return packed;
 }
 // Stores four 8 x 8 matrices of 16-bit elements; lanes 8 m .. 8 m + 7 give the addresses of the rows of matrix m.
 FA_DEVICE void store_matrices(uint32 row, uint32 m0, uint32 m1, uint32 m2, uint32 m3) {

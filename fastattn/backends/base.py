@@ -18,6 +18,7 @@ from fastattn.problem import (
     DERIVATIVE_FEATURES,
     FEATURES,
     FLOATS,
+    FP8_FEATURES,
     STATISTICS_FEATURES,
     Grads,
     Inputs,
@@ -27,6 +28,7 @@ from fastattn.problem import (
     StatisticsGradient,
     Tangents,
 )
+from fastattn.quantized import Quantized
 from fastattn.spec import AttentionSpec
 
 QKV = ("q", "k", "v")
@@ -44,7 +46,8 @@ class Capabilities:
         devices: device types; empty means any.
         dtypes: dtypes of q, k and v.
         features: members of ``problem.FEATURES``; ``DERIVATIVE_FEATURES`` for a backend with ``jvp``,
-        ``STATISTICS_FEATURES`` for one with ``statistics``, and ``CACHE_FEATURES`` for one with ``attend_to_cache``.
+        ``STATISTICS_FEATURES`` for one with ``statistics``, ``FP8_FEATURES`` with ``forward_fp8``, ``CACHE_FEATURES``
+        with ``attend_to_cache``.
         max_head_dim: largest ``D_qk`` and ``D_v``; None means any.
         min_arch: least CUDA compute capability (major * 10 + minor), on CUDA devices.
         deterministic: repeated runs give the same bits under ``torch.use_deterministic_algorithms(True)``.
@@ -60,7 +63,7 @@ class Capabilities:
     deterministic_by_flag: bool = False
 
     def __post_init__(self) -> None:
-        known = (*FEATURES, *DERIVATIVE_FEATURES, *STATISTICS_FEATURES, *CACHE_FEATURES)
+        known = (*FEATURES, *DERIVATIVE_FEATURES, *STATISTICS_FEATURES, *FP8_FEATURES, *CACHE_FEATURES)
         unknown = self.features - set(known)
         if unknown:
             raise ValueError(f"capabilities name unknown features {sorted(unknown)}; known: {known}")
@@ -136,6 +139,15 @@ class Backend:
     def statistics(self, inputs: Inputs, spec: AttentionSpec) -> Statistics:
         """The statistics of the weights. Only a backend that declares "statistics" is asked, here and below."""
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
+
+    def forward_fp8(
+        self, q: Quantized, k: Quantized, v: Quantized, inputs: Inputs, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """``(out, lse)`` of operands in e4m3. Only a backend that declares "fp8" is asked.
+
+        ``inputs`` has the other tensors; its q, k and v have only the shapes, and the dtype of ``out``.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not declare the feature 'fp8'")
 
     def statistics_backward(
         self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]

@@ -9,11 +9,12 @@ from fastattn.cli import device
 
 TEXT = """\
 Three tasks on the source of Python's standard library, with no download. Each writes its data, trains a model, and
-compares it on held-out modules with a stated baseline. --out then holds data/ and run/, in the formats of fastattn
+compares it on held-out modules with stated baselines. --out then holds data/ and run/, in the formats of fastattn
 train and finetune, and result.json with all figures.
 
   classify    which package a docstring comes from; baseline: always the largest one
-  summarise   the first line of a function's docstring from its code; baseline: the function's first words
+  summarise   the first line of a function's docstring from its code; baselines: the
+              function's first line, and its first words, by ROUGE-1, -2 and -L and BLEU
   code        the next token of Python code; baseline: how often each token occurs
 """
 
@@ -49,6 +50,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{result.table()}")
     if args.json:
         write_text(args.json, result.to_json())
-    verdict = "better" if result.beats_baseline else "NOT better"
-    print(f"\n{verdict} than the baseline by {result.metric}; all figures: {out / 'result.json'}")
+    print(f"\n{result.verdict()}; all figures: {out / 'result.json'}")
     return 0

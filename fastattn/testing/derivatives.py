@@ -2,7 +2,8 @@
 
 Every differentiable input moves, and so do ``dout`` and ``dlse``. The condition of a result is, as there, its formula
 with each sum replaced by the root of the sum of its squared terms; a product of two rounded numbers has a term for the
-rounding of each. The formulas are those at the top of ``backends/portable/derivatives.py``.
+rounding of each. The formulas are those at the top of ``backends/portable/derivatives.py``. The weights of a row share
+the rounding of the lse that they were given, which moves the tangents of out and lse by their own relative size.
 
 The factors are half of those there. A term moves with each of its factors, so every rounding of the first order is
 counted twice in the condition; and eager, whose tangents torch derives, rounds in as many more places.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +34,14 @@ from fastattn.testing.tolerance import (
     check_contract,
     heads_first,
     in_float64,
+    largest,
     like_input,
     offset_of,
     poisoned,
     roundings,
     score_gradient,
+    stored_roundings,
+    unseen_roundings,
 )
 
 FACTORS = (EAGER_FACTOR / 2, CONDITION_FACTOR / 2)
@@ -167,9 +170,12 @@ class _Condition:
         self.p = score_gradient(sample, at, torch.zeros_like(sample.dout), torch.ones_like(self.lse))
         self.dt = score_gradient(sample, at, sample.dout, sample.dlse)
         self.row_shape = self.p.shape[:-1]
-        of_scores, self.of_products = (1 + math.log2(x.shape[-1]) for x in (inputs.q, inputs.v))
+        dtype = sample.case.dtype
+        of_scores, self.of_products = (roundings(x.shape[-1], dtype) for x in (inputs.q, inputs.v))
         t = motion.tangents
         group = inputs.heads_q // inputs.heads_kv
+        sums = self.p.shape[-1], group * self.p.shape[-2], self.p.numel()
+        self.over_keys, self.over_rows, self.over_all = (unseen_roundings(n, dtype) for n in sums)
         self.q2, self.tq2 = self._square(inputs.q), self._square(t.q, inputs.q)
         self.g2, self.tg2 = self._square(sample.dout), self._square(motion.dout)
         pairs = ((inputs.k, None), (t.k, inputs.k), (inputs.v, None), (t.v, inputs.v))
@@ -178,20 +184,19 @@ class _Condition:
         raw2 = spec.scale**2 * of_scores * (self.q2 @ self.k2.mT)
         self.moved2 = spec.scale**2 * of_scores * (self.tq2 @ self.k2.mT + self.q2 @ self.tk2.mT)
         lse = self.lse.abs().nan_to_num(posinf=0).view(self.row_shape)
-        self.magnified = (1 + raw2.sqrt() + offset_of(lse[..., None], raw2.sqrt(), sample.case.dtype)).square()
+        self.magnified = (1 + raw2.sqrt() + offset_of(lse[..., None], raw2.sqrt(), dtype)).square()
+        of_row = 1 + offset_of(lse, largest(raw2, -1).sqrt(), dtype)
         self.bend2 = self.p.new_zeros(())
         if spec.softcap is not None:
             self.bend2 = (2 / spec.softcap) ** 2 * (raw2 + self.moved2)
             self.moved2 = self.moved2 * (1 + (2 / spec.softcap) ** 2 * raw2)
         if t.bias is not None:
             self.moved2 = self.moved2 + t.bias.square()
-        offset = offset_of(lse, torch.zeros_like(lse), sample.case.dtype)
+        offset = offset_of(lse, torch.zeros_like(lse), dtype)
         self.sink_weight = (reference.sink_weights(inputs, self.lse, self.low) * (1 + offset)).square()
         self.weight = self.p.square() * self.magnified
         self.dropped = max(1.0, spec.dropout_scale) ** 2
-        # what is stored is rounded in its own dtype, here in units of the arithmetic's
-        ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
-        self.stored = (ratio / FACTORS[1]) ** 2
+        self.stored, self.shared = stored_roundings(dtype, FACTORS[1]) ** 2, of_row.square()
 
     def _square(self, x: Tensor | None, like: Tensor | None = None) -> Tensor:
         """Heads first; what does not move has zeros ``like`` what could."""
@@ -207,14 +212,16 @@ class _Condition:
         t = self._scores_moved()
         p2 = self.p.square()
         of_sink2 = self.sink_weight * _largest_square(self.motion.tangents.sinks)
-        lse2 = (self.weight * t.square() + p2 * self.moved2).sum(-1) + of_sink2
-        out2 = self.dropped * (self.weight @ self.v2) + self.stored * self._of_rows(self.out).square()
-        lse_moved = self.exact["lse"].view(self.row_shape)
-        moved_out2 = self.dropped * ((self.weight * t.square() + p2 * self.moved2) @ self.v2 + self.weight @ self.tv2)
+        lse_moved, moved_weight2 = self.exact["lse"].view(self.row_shape), self.weight * t.square() + p2 * self.moved2
+        lse2 = self.over_keys * moved_weight2.sum(-1) + of_sink2 + self.shared * lse_moved.square()
+        out2 = self.dropped * self.over_keys * (self.weight @ self.v2) + self.stored * self._of_rows(self.out).square()
+        moved_out2 = self.dropped * self.over_keys * (moved_weight2 @ self.v2 + self.weight @ self.tv2)
+        moved_out2 = moved_out2 + self.shared[..., None] * self._of_rows(self.exact["out"]).square()
         moved_out2 = (
             moved_out2 + lse2[..., None] * self._of_rows(self.out).square() + lse_moved.square()[..., None] * out2
         )
-        found = {"out": like_input(moved_out2, self.exact["out"]), "lse": lse2.view(self.exact["lse"].shape)}
+        of_lse2 = lse2 + self.stored / 4 * lse_moved.square()  # half an eps of the exponentials, as in lse itself
+        found = {"out": like_input(moved_out2, self.exact["out"]), "lse": of_lse2.view(self.exact["lse"].shape)}
         found |= self._gradients(t, lse2, out2, moved_out2)
         names = ("out", "lse", *(f"d{name}" for name in sample.needs))
         return {name: found[name].sqrt() for name in names}
@@ -253,14 +260,16 @@ class _Condition:
         ds2 = moved_dt2 + self.bend2 * (dt2 + moved_dt.square())
         sink2 = self.sink_weight * (self._sink_apart2(lse2) * shift2 + moved_shift2)
         makers: dict[str, Any] = {
-            "dq": lambda: spec.scale**2 * like_input(ds2 @ self.k2 + dt2 @ self.tk2, exact["dq"]),
-            "dk": lambda: spec.scale**2 * like_input(ds2.mT @ self.q2 + dt2.mT @ self.tq2, exact["dk"]),
+            "dq": lambda: self.over_keys * spec.scale**2 * like_input(ds2 @ self.k2 + dt2 @ self.tk2, exact["dq"]),
+            "dk": lambda: (
+                self.over_rows * spec.scale**2 * like_input(ds2.mT @ self.q2 + dt2.mT @ self.tq2, exact["dk"])
+            ),
             "dv": lambda: (
-                roundings(moved_p2)
+                roundings(moved_p2.shape[-2], sample.case.dtype)
                 * like_input(moved_p2.mT @ self.g2 + self.dropped * self.weight.mT @ self.tg2, exact["dv"])
             ),
-            "dbias": lambda: moved_dt2.sum_to_size(exact["dbias"].shape),
-            "dsinks": lambda: sink2.sum((0, 2)).max().expand(exact["dsinks"].shape),
+            "dbias": lambda: self.over_all * moved_dt2.sum_to_size(exact["dbias"].shape),
+            "dsinks": lambda: self.over_all * sink2.sum((0, 2)).max().expand(exact["dsinks"].shape),
         }
         return {name: make() for name, make in makers.items() if name in exact}
 

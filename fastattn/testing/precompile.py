@@ -18,6 +18,7 @@ import torch
 
 from fastattn.backends import load
 from fastattn.problem import Rows, StatisticsGradient, Tangents
+from fastattn.quantized import quantize
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample
 from fastattn.testing.cases import Case, grid
 from fastattn.testing.check_cases import CACHE_CASES, CASES, DERIVED
@@ -116,6 +117,8 @@ def _run_on_meta(case: Case | CacheCase) -> None:
         found = backend.statistics(inputs, spec)
         gradient = StatisticsGradient(found.entropy, found.largest_logit, found.key_sum)
         backend.statistics_backward(gradient, inputs, spec, [name for name in needs if name != "v"])
+        operands = quantize(inputs.q), quantize(inputs.k), quantize(inputs.v, role="value")
+        backend.forward_fp8(*operands, inputs, spec)
 
 
 def nvrtc_commands(parts: int) -> list[list[str]]:

@@ -17,9 +17,11 @@ import torch
 from fastattn.backends import load
 from fastattn.backends.base import Backend
 from fastattn.evidence import AHEAD, COMPILED, STARTED, WRONG_RESULT
+from fastattn.problem import Problem
 from fastattn.testing.caches import make_cache_sample, measure_cache
 from fastattn.testing.check_cases import CACHE_CASES, CASES, DERIVED
 from fastattn.testing.derivatives import measure_derivatives
+from fastattn.testing.fp8 import measure_fp8
 from fastattn.testing.inputs import make
 from fastattn.testing.precompile import CHECK, compile_ahead
 from fastattn.testing.statistics import measure_statistics
@@ -48,8 +50,9 @@ def _judged(backend: Backend, device: str, dtype: torch.dtype) -> Iterator[tuple
     for case in CASES:
         yield case.id, measure(backend, make(dataclasses.replace(case, dtype=dtype), device=device))
     of_derived = make(dataclasses.replace(DERIVED, dtype=dtype), device=device)
-    for feature, judged in (("jvp", measure_derivatives), ("statistics", measure_statistics)):
-        if feature in backend.capabilities.features:
+    judges = {"jvp": measure_derivatives, "statistics": measure_statistics, "fp8": measure_fp8}
+    for feature, judged in judges.items():
+        if not backend.unsupported_reasons(Problem.of(of_derived.inputs, of_derived.spec, also=(feature,))):
             yield f"{feature}, {DERIVED.id}", judged(backend, of_derived)
     if "cache" in backend.capabilities.features:
         for of_cache in CACHE_CASES:

@@ -1,8 +1,9 @@
 """Statistics of the weights and their gradients, judged by the rule of ``tolerance``.
 
 The condition of a result is, as there, its formula with each sum replaced by the root of the sum of its squared terms.
-Sums over the keys of a row, or over query rows, count ``1 + log2(n)`` roundings of each term: no rounding of eager's in
-fp64 is left to compare with.
+Sums over the keys of a row, or over query rows, count the roundings of each term, too. Weights are positive: an error
+that those of a row share moves the entropy by its own relative size, and where all rows are alike, so are their errors,
+and ``key_sum`` moves by the sum of them.
 The position of the largest logit is judged by the exact logit that stands there: of two that rounding cannot tell
 apart, either is right.
 
@@ -14,7 +15,6 @@ second one.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fastattn.testing.tolerance import (
     check_contract,
     heads_first,
     in_float64,
+    largest,
     like_input,
     offset_of,
     poisoned,
@@ -129,14 +130,15 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     inputs, spec = sample.inputs, sample.spec
     q2, k2 = (heads_first(x, inputs).square() for x in (inputs.q, inputs.k))
     k2 = k2.nan_to_num(0).repeat_interleave(inputs.heads_q // inputs.heads_kv, dim=1)
-    raw2 = spec.scale**2 * (1 + math.log2(inputs.q.shape[-1])) * (q2 @ k2.mT)
+    dtype = sample.case.dtype
+    raw2 = spec.scale**2 * roundings(inputs.q.shape[-1], dtype) * (q2 @ k2.mT)
     finite = torch.where(scores == float("-inf"), 0, scores)
     p = reference.weights(inputs.replace(rng_state=None), dataclasses.replace(spec, dropout_p=0.0))
     log_p = torch.where(p > 0, p, 1).log()
-    offset = offset_of(finite.abs(), raw2.sqrt(), sample.case.dtype)
+    offset = offset_of(finite.abs(), raw2.sqrt(), dtype)
     magnified = (1 + raw2.sqrt() + offset + log_p.abs()).square()
     weight, rows, columns = p.square() * magnified, scores.shape[:-1], (*scores.shape[:2], scores.shape[-1])
-    over_rows, over_keys = roundings(scores), roundings(scores.mT)
+    over_rows, over_keys = (roundings(n, dtype) for n in scores.shape[-2:])
     of_entropy, of_largest = (x.view(rows)[..., None] for x in (gradient.entropy, gradient.largest_logit))  # type: ignore[union-attr]
     assert gradient.key_sum is not None
     of_weights = gradient.key_sum.view(columns)[:, :, None] - of_entropy * (log_p + 1)
@@ -148,22 +150,20 @@ def _condition(sample: Sample, gradient: StatisticsGradient, scores: Tensor, exa
     dt2 = dt2 + is_largest * of_largest.square()
     ds2 = dt2 if spec.softcap is None else dt2 * (1 + (2 / spec.softcap) ** 2 * raw2)
     _, lse, lse_low = reference.forward(inputs, spec)
+    offset = offset_of(lse.abs().nan_to_num(posinf=0).view(rows), largest(raw2, -1).sqrt(), dtype)
+    shared = (1 + offset) * (1 + exact["entropy"].view(rows))
     of_sinks = reference.sink_weights(inputs, lse, lse_low).square() * magnified.sum(-1)
     sink2 = (of_sinks * (shift2 + shift.square())[..., 0]).sum((0, 2))
-    of_logit = _largest(magnified, -1).view(exact["largest_logit"].shape)
+    of_logit = largest(magnified, -1)
     found = {
-        "entropy": over_keys * (weight * (1 + log_p.abs()).square()).sum(-1).view(exact["entropy"].shape),
+        "entropy": over_keys * (weight * (1 + log_p.abs()).square()).sum(-1) + shared.square(),
         "largest_logit": of_logit,
         "logit at largest_key": of_logit,
-        "key_sum": over_rows * weight.sum(-2).view(exact["key_sum"].shape),
-        "key_max": _largest(weight, -2).view(exact["key_max"].shape),
+        "key_sum": over_rows * weight.sum(-2) + weight.sqrt().sum(-2).square(),
+        "key_max": largest(weight, -2),
         "dq": over_keys * spec.scale**2 * like_input(ds2 @ k2, exact["dq"]) if "dq" in exact else None,
         "dk": over_rows * spec.scale**2 * like_input(ds2.mT @ q2, exact["dk"]) if "dk" in exact else None,
         "dbias": dt2.sum_to_size(exact["dbias"].shape) if "dbias" in exact else None,
         "dsinks": sink2.max().expand(exact["dsinks"].shape) if "dsinks" in exact else None,
     }
-    return {name: x.sqrt() for name, x in found.items() if x is not None}
-
-
-def _largest(x: Tensor, dim: int) -> Tensor:
-    return x.amax(dim) if x.shape[dim] else x.sum(dim)
+    return {name: x.sqrt().view(exact[name].shape) for name, x in found.items() if x is not None}

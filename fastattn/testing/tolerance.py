@@ -17,12 +17,23 @@ root of the sum of its squared terms (roundings are independent: Higham and Mary
 rounding error analysis", 2019) and each weight ``p`` by ``p * (1 + |scores| + |lse|)``, since ``exp`` magnifies a
 relative error of its argument by the argument; ``|lse|`` counts for no more than what a large bias may absorb of the
 products (``offset_of``). Sums over a head dim, and those of dv over query rows, count ``1 + log2(n)`` roundings of each
-of their n terms, those of a pairwise sum: backward sums in another order than forward, and with one key, or in fp64,
-eager's error does not include that.
+of their n terms, those of a pairwise sum: backward sums in another order than forward, and with one key eager's error
+does not include that.
 ``delta`` is computed from an ``out`` that was rounded to its dtype. The condition stays above zero even if the exact
 result cancels to zero, as ``dp - delta`` does with one key.
 
-Eager in fp16 may overflow. Its error is then replaced by the condition times eps(dtype).
+Some roundings are not independent, but equal, and equal errors do not average out:
+
+- The weights of a row share the rounding of its lse, so they move ``out`` by ``out * (1 + |lse|)``.
+- Equal scores have equal exponentials, errors included, and lse is the logarithm of their sum: a relative error that
+  all share is an absolute error of lse, however small lse is. A kernel may round exponentials to the dtype of the
+  inputs, as it does before it multiplies them by v, so half an eps(dtype) of them counts.
+
+In fp64 eager is the exact result itself, which rounds as often as what it judges: its error is 0 and says nothing, the
+roundings of both count, so the condition counts twice, and every sum counts the roundings of a sum in order.
+
+Eager in fp16 may overflow. Its error is then replaced by the condition times eps(dtype). A result that its dtype cannot
+hold is stored as infinity: found and exact results are compared as the nearest finite numbers of that dtype.
 """
 
 from __future__ import annotations
@@ -46,7 +57,9 @@ from fastattn.testing.inputs import Sample
 
 EAGER_FACTOR = 2.0
 CONDITION_FACTOR = 4.0
-LEAST_SQUARED = torch.finfo(torch.float64).smallest_normal ** 0.5  # conditions are squares until the last step
+# Conditions are squares until the last step: below this number, in fp64 alone, they are 0. What the floor lets pass is
+# an error below 4e-170, an eps of it.
+LEAST_SQUARED = torch.finfo(torch.float64).smallest_normal ** 0.5
 Results = dict[str, Tensor]
 
 
@@ -60,6 +73,7 @@ class Row:
         eager_error: of same-dtype eager attention against fp64.
         bound: the most that ``error`` may be.
         ok: whether it is.
+        factor: of ``eager_error`` in the bound.
         strain: the ratio of error to bound; infinity for NaN.
     """
 
@@ -68,6 +82,11 @@ class Row:
     eager_error: float
     bound: float
     ok: bool
+    factor: float = EAGER_FACTOR
+
+    def is_within(self, eager_error: float) -> bool:
+        """Whether the result were right, had eager erred by so much."""
+        return self.error <= self.bound + self.factor * (eager_error - self.eager_error)
 
     @property
     def strain(self) -> float:
@@ -252,6 +271,7 @@ class Limits:
     exact: Tensor
     at_infinity: Tensor
     by_norm: dict[str, tuple[float, float]]
+    factor: float
 
     @classmethod
     def of(
@@ -268,24 +288,35 @@ class Limits:
         least = stored_eps * max(torch.finfo(stored).smallest_normal, LEAST_SQUARED)  # steps of subnormal numbers
         at_infinity = exact == float("-inf")
         exact, eager, condition = (x.double().where(~at_infinity, 0) for x in (exact, eager, condition))
-        overflowed = not bool(eager.isfinite().all())
+        is_held = exact.abs() <= torch.finfo(stored).max
+        overflowed = bool((eager.isnan() | (eager.isinf() & is_held)).any())
+        exact, eager = _as_stored(exact, stored), _as_stored(eager, stored)
+        computations = 2 if arithmetic == torch.float64 else 1  # that of the exact result rounds as much
+        counted = computations * factors[1] * arithmetic_eps
         by_norm = {}
         for name, norm in _NORMS.items():
             eager_error = norm(eager - exact)
             yardstick = stored_eps * norm(condition) if overflowed else eager_error
-            rounding = stored_eps * norm(exact) + least + factors[1] * arithmetic_eps * norm(condition)
+            rounding = stored_eps * norm(exact) + least + counted * norm(condition)
             by_norm[name] = (eager_error, factors[0] * yardstick + rounding)
-        return cls(exact, at_infinity, by_norm)
+        return cls(exact, at_infinity, by_norm, factors[0])
 
     def judge(self, name: str, found: Tensor) -> list[Row]:
         """A row for each norm."""
-        agrees = bool(((found == float("-inf")) == self.at_infinity).all())
-        off = found.double().where(~self.at_infinity, 0) - self.exact
+        agrees = bool((found == float("-inf"))[self.at_infinity].all())
+        off = _as_stored(found.double().where(~self.at_infinity, 0), found.dtype) - self.exact
         rows = []
         for norm, (eager_error, bound) in self.by_norm.items():
             error = _NORMS[norm](off) if agrees else float("nan")
-            rows.append(Row(f"{name} {norm}", error, eager_error, bound, error <= bound))  # NaN <= bound is False
+            ok = error <= bound  # False for NaN
+            rows.append(Row(f"{name} {norm}", error, eager_error, bound, ok, self.factor))
         return rows
+
+
+def _as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` without what ``dtype`` has no number for: the nearest that is finite. NaN stays."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest)
 
 
 def _largest(x: Tensor) -> float:
@@ -294,7 +325,7 @@ def _largest(x: Tensor) -> float:
 
 def _root_mean_square(x: Tensor) -> float:
     largest = _largest(x)
-    scale = largest if largest > 1e100 else 1.0  # squares would overflow
+    scale = largest if largest > 1e100 or 0 < largest < 1e-100 else 1.0  # squares would overflow, or be 0
     return scale * float((x / scale).square().mean().sqrt()) if x.numel() else 0.0
 
 
@@ -311,40 +342,61 @@ def _condition(sample: Sample, exact: Results) -> Results:
     p = score_gradient(sample, exact, zeros, ones)  # the derivative of lse with respect to the scores
     lse = exact["lse"].abs().nan_to_num(posinf=0).view(p.shape[:-1])
     dlse = torch.zeros_like(lse) if sample.dlse is None else sample.dlse.square().view(lse.shape)
-    of_scores, of_products = (1 + math.log2(x.shape[-1]) for x in (q, v))  # roundings of each term
+    dtype = sample.case.dtype
+    of_scores, of_products, of_rows = (roundings(n, dtype) for n in (q.shape[-1], v.shape[-1], p.shape[-2]))
+    over_keys, over_rows, over_all = (unseen_roundings(n, dtype) for n in (p.shape[-1], group * p.shape[-2], p.numel()))
     products = of_products * dout @ v.transpose(-1, -2)
     raw = abs(spec.scale) * (of_scores * q @ k.transpose(-1, -2)).sqrt()
-    magnified = (1 + raw + offset_of(lse[..., None], raw, sample.case.dtype)).square()
+    magnified = (1 + raw + offset_of(lse[..., None], raw, dtype)).square()
+    shared = (1 + offset_of(lse, largest(raw, -1), dtype)).square()
     weight = p.square() * magnified
     sink_weight = reference.sink_weights(inputs, exact["lse"], exact["lse_low"]).square()
-    sink_weight = sink_weight * (1 + offset_of(lse, torch.zeros_like(lse), sample.case.dtype)).square()
+    sink_weight = sink_weight * (1 + offset_of(lse, torch.zeros_like(lse), dtype)).square()
     dropped_weight = weight * max(1.0, spec.dropout_scale) ** 2
-    out = dropped_weight @ v
+    exact_out = heads_first(exact["out"], inputs).square()
+    out = over_keys * (dropped_weight @ v) + exact_out * shared[..., None]
     # delta reads out as it was stored: a rounding in its own dtype, here in units of the arithmetic's
-    ratio = torch.finfo(sample.case.dtype).eps / torch.finfo(reference.lse_dtype(sample.case.dtype)).eps
-    stored_out = heads_first(exact["out"], inputs).square() * (ratio / CONDITION_FACTOR) ** 2
+    of_storing = stored_roundings(dtype, CONDITION_FACTOR)
+    stored_out = exact_out * of_storing**2
+    of_exponentials = p.sum(-1) * max(1.0, of_storing / 2)
     shift = of_products * (dout * (out + stored_out)).sum(-1) + dlse
     dt = score_gradient(sample, exact, sample.dout, sample.dlse).square() * magnified
     dt = dt + dropped_weight * products + p.square() * shift[..., None]
     gradients = {
-        "dq": lambda: spec.scale**2 * like_input(dt @ k, exact["dq"]),
-        "dk": lambda: spec.scale**2 * like_input(dt.transpose(-1, -2) @ q, exact["dk"]),
-        "dv": lambda: roundings(dropped_weight) * like_input(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
-        "dbias": lambda: dt.sum_to_size(exact["dbias"].shape),
+        "dq": lambda: over_keys * spec.scale**2 * like_input(dt @ k, exact["dq"]),
+        "dk": lambda: over_rows * spec.scale**2 * like_input(dt.transpose(-1, -2) @ q, exact["dk"]),
+        "dv": lambda: of_rows * like_input(dropped_weight.transpose(-1, -2) @ dout, exact["dv"]),
+        "dbias": lambda: over_all * dt.sum_to_size(exact["dbias"].shape),
         # one bound serves all heads and sequences
-        "dsinks": lambda: (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
+        "dsinks": lambda: over_all * (sink_weight * shift).sum((0, 2)).max().expand(exact["dsinks"].shape),
     }
     results = {
         "out": like_input(out, exact["out"]),
-        "lse": (lse.clamp(max=1e150).square() + weight.sum(-1)).view(exact["lse"].shape),
+        "lse": lse.clamp(max=1e150).square() + over_keys * weight.sum(-1) + of_exponentials.square(),
     }
     results |= {name: gradient() for name, gradient in gradients.items() if name in exact}
-    return {name: x.sqrt() for name, x in results.items()}
+    return {name: x.sqrt().view(exact[name].shape) for name, x in results.items()}
 
 
-def roundings(weights: Tensor) -> float:
-    """The roundings of each term of a sum over the rows of ``(..., S_q, S_kv)``."""
-    return 1 + math.log2(max(1, weights.shape[-2]))
+def roundings(terms: int, dtype: torch.dtype) -> float:
+    """The roundings of each term of a sum: of a pairwise sum, or in fp64, on average, of a sum in order if greater."""
+    pairwise = 1 + math.log2(max(1, terms))
+    return max(pairwise, (terms + 1) / 2) if dtype == torch.float64 else pairwise
+
+
+def unseen_roundings(terms: int, dtype: torch.dtype) -> float:
+    """The roundings of each term of a sum that eager's error shows but in fp64."""
+    return roundings(terms, dtype) if dtype == torch.float64 else 1.0
+
+
+def stored_roundings(dtype: torch.dtype, factor: float) -> float:
+    """The condition of a number stored in the dtype of the inputs: an eps of that, in units of the arithmetic's."""
+    return torch.finfo(dtype).eps / torch.finfo(reference.lse_dtype(dtype)).eps / factor
+
+
+def largest(x: Tensor, dim: int) -> Tensor:
+    """The largest along a dimension; 0 where that is empty."""
+    return x.amax(dim) if x.shape[dim] else x.sum(dim)
 
 
 def offset_of(lse: Tensor, raw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Each command in its quick form on a CPU, and its errors for wrong arguments."""
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import peers, suites
+from benchmarks import ops, peers, suites
 from benchmarks.__main__ import main
 from benchmarks.gpu_plan import KERNELS, Plan, timetable, undone
 from benchmarks.record import read
@@ -62,6 +63,17 @@ def test_memory_on_a_cpu_is_part_of_the_table(tmp_path, capsys):
     assert "MB" in capsys.readouterr().out
 
 
+def test_an_instruction_set_is_a_limit_for_all_peers(monkeypatch):
+    begun = []
+    monkeypatch.setattr("os.execve", lambda *given: begun.append(given))
+    monkeypatch.setattr(ops.command_line, "device", lambda args: 1 / 0)  # the process that begins again stops here
+    with pytest.raises(ZeroDivisionError):
+        main(["ops", *QUICK, "--isa", "avx2"])
+    (_, command, environment), *_ = begun
+    assert command[1:3] == ["-m", "benchmarks"] and command[-2:] == ["--isa", "avx2"]
+    assert {environment[name] for name in ("FASTATTN_CPU_ISA", "ATEN_CPU_CAPABILITY")} == {"avx2"}
+
+
 def test_a_spent_budget_is_said(tmp_path):
     path = tmp_path / "ops.json"
     assert main(["ops", *QUICK, "--suite", "small", "--budget", "0", "--out", str(path)]) == 0
@@ -71,8 +83,11 @@ def test_a_spent_budget_is_said(tmp_path):
 def test_model(tmp_path, capsys):
     path = tmp_path / "model.json"
     assert main(["model", *QUICK, "--out", str(path)]) == 0
-    rows = {(row["variant"], row["what"].split()[0]): row for row in read(path)["results"]}
-    assert set(rows) == {(kind, what) for kind in ("eager", "sdpa", "fastattn") for what in ("training", "generation,")}
+    results = read(path)["results"]
+    rows = {(row["variant"], row["what"].split()[0]): row for row in results if row["dtype"] == "fp32"}
+    kinds, whats = ("eager", "sdpa", "fastattn"), ("training", "generation,")
+    assert set(rows) == set(itertools.product(kinds, whats)) and len(results) == 2 * len(rows)  # in bf16, too
+    assert all(row["vs sdpa"].endswith("×") for row in results)
     apart = re.search(r"at most (\S+) from eager in (\d+) steps", rows["fastattn", "training"]["agreement"])
     assert float(apart[1]) < 1e-4 and int(apart[2]) >= 4
     assert rows["fastattn", "generation,"]["agreement"].startswith("100%")
@@ -95,7 +110,7 @@ def test_train(tmp_path):
     path = tmp_path / "train.json"
     assert main(["train", *QUICK, "--out", str(path)]) == 0
     rows = {(row["trainer"].split(",")[0], row["precision"]): row for row in read(path)["results"]}
-    assert len(rows) == 4 * 2
+    assert len(rows) == 5 * 2
     for precision in ("fp32", "bf16"):
         losses = [rows[name, precision]["loss"].split(" to ") for name in ("fastattn", "nanoGPT's recipe")]
         assert all(abs(float(a) - float(b)) < 0.02 for a, b in zip(*losses, strict=True)), losses
@@ -167,20 +182,18 @@ def test_gpu_rehearsed(tmp_path, capsys, monkeypatch):
     phases = Plan.phases
 
     def each_kind(plan, unsafe=()):
-        left_out = ("ops, llm", "ops, features", "ops, small, flex")
+        left_out = ("ops, cells", "ops, llm", "ops, features", "ops, small, flex")  # as the first numbers
         return (phase for phase in phases(plan, unsafe) if not any(step.name in left_out for step in phase))
 
     monkeypatch.setattr(Plan, "phases", each_kind)
     out = tmp_path / "out"
     assert main(["gpu", "--rehearse", "--quiet", "--out", str(out)]) == 0
     rows = {row["step"]: row for row in read(out / "gpu.json")["results"]}
-    for step in ("first numbers, triton", "compile", "tests, triton", "ops, cells"):
+    for step in ("first numbers, triton", "compile", "tests, triton"):
         assert rows[step]["result"] == "ok", rows[step]
     assert "green" in rows["first numbers, triton"]["note"] and "1 passed" in rows["tests, triton"]["note"]
     assert rows["tune D 128"]["result"] == "not rehearsed"
-    assert {"gpu.json", "first-numbers-triton.json", "ops-cells.json", "report.md"} <= {
-        path.name for path in out.iterdir()
-    }
+    assert {"gpu.json", "first-numbers-triton.json", "report.md"} <= {path.name for path in out.iterdir()}
     said = capsys.readouterr().out
     assert "fastattn-triton" in said and "| minute 1 |" in said and len(said.splitlines()) < 100
 

@@ -16,8 +16,9 @@ from fastattn.testing.verify import Result
 ABOUT = {"seed": 0, "device": "cpu", "backends": ["eager"]}
 
 
-def block(first, source="a", failures=()):
-    counts = {"passes/eager/float32": [50, 0, len(failures), 0, 0.25], "module/eager/float64": [1, 2, 0, 3, 0.5]}
+def block(first, source="a", failures=(), by_chance=0):
+    counts = {"passes/eager/float32": [50, 0, len(failures), 0, 0.25]}
+    counts |= {"module/eager/float64": [1, 2, 0, by_chance, 0.5]}
     more = {"seconds": 1.0, "counts": counts, "failures": list(failures)}
     return {"first": first, "end": first + fuzz.BLOCK, "source": source, **more}
 
@@ -27,22 +28,23 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     log = fuzz.Log(path, ABOUT, "a")
     log.add(block(0))
     log.add(block(50, failures=["import torch"]))
+    log.add(block(150, by_chance=1))
     path.write_text(path.read_text() + '{"first": 100, "end"')  # killed while it wrote
     again = fuzz.Log(path, ABOUT, "a")
-    assert set(again.blocks) == {(0, 50), (50, 100)}
+    assert set(again.blocks) == {(0, 50), (50, 100), (150, 200)}
     again.add(block(100))
     mended = fuzz.Log(path, ABOUT, "b")
-    assert set(mended.blocks) == {(0, 50), (100, 150)}, "what failed is judged again with other code, nothing else"
+    assert set(mended.blocks) == {(0, 50), (100, 150)}, "what missed a bound is judged again with other code"
     with pytest.raises(InputError, match="is of other problems or backends"):
         fuzz.Log(path, ABOUT | {"seed": 1}, "b")
 
 
 def test_blocks_add_up_to_a_table():
-    first, second = fuzz.rows([block(0), block(50, failures=["x"])])
+    first, second = fuzz.rows([block(0), block(50, failures=["x"], by_chance=3)])
     assert first["judged"] == "passes, eager" and first["float32"] == 100 and first["failed"] == 1
     assert second == {
         "judged": "module", "float32": 0, "bfloat16": 0, "float16": 0, "float64": 2, "refused": 4, "failed": 0,
-        "by chance": 6, "closest to its bound": 0.5,
+        "by chance": 3, "closest to its bound": 0.5,
     }  # fmt: skip
     assert fuzz.summary([block(0), block(50, "b")])["sources"] == {"a": 50, "b": 50}
 

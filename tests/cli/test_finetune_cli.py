@@ -231,15 +231,20 @@ def small_library(monkeypatch, tmp_path):
 def test_examples(name, tmp_path, monkeypatch, capsys):
     small_library(monkeypatch, tmp_path)
     figures = tmp_path / "figures.json"
+    shown_metrics = {"summarise": ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"], "classify": ["accuracy"], "code": ["loss"]}
     command = ["example", name, "--out", str(tmp_path / "out"), "--steps", "2", "--device", "cpu", "--quiet"]
     assert main([*command, "--json", str(figures)]) == 0
     text, found = capsys.readouterr().out, json.loads(figures.read_text())
     assert found == json.loads((tmp_path / "out" / "result.json").read_text())
-    assert found["metric"] in found["baseline"] and found["metric"] in found["model"]
     assert all(count > 0 for count in found["examples"].values())
     verdict = "better" if found["beats baseline"] else "NOT better"
-    assert f"\n{verdict} than the baseline by {found['metric']}" in text
-    assert re.search(rf"{re.escape(found['metric'])} +{found['baseline'][found['metric']]:.4f} ", text)
+    assert f"\n{verdict} than {'every' if name == 'summarise' else 'the'} baseline: {found['metrics'][0]} " in text
+    assert found["metrics"] == shown_metrics[name]
+    for metric in found["metrics"]:
+        row = [*(baseline["scores"][metric] for baseline in found["baselines"]), found["model"][metric]]
+        cells = " +".join(f"{x:.4f}" for x in row)
+        assert re.search(rf"^{re.escape(metric)} +{cells}  <- counts$", text, re.M)
+    assert all(baseline["what"] in text for baseline in found["baselines"])
     if name != "code":
         field = "text" if name == "classify" else "target"
         train, held_out = (

@@ -135,6 +135,24 @@ def test_what_is_not_finite_reaches_the_rows_that_keep_it(backend, options, valu
             assert not results[1][0][:, rows].isfinite().all(-1).any()
 
 
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 7), (3, 33), (20, 33)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_in_a_cache_reaches_the_rows_that_keep_it(backend, rows, length):
+    """One row and one key too, where torch's CPU kernel takes scores that are all NaN for those of an empty row."""
+    hidden = torch.zeros(1, 1, rows, length)
+    hidden[:, :, :-1, -1] = -torch.inf
+    lengths, clean = torch.tensor([length, length], dtype=torch.int32), [x.detach() for x in tensors()]
+    for options, name in itertools.product(({"causal": True}, {"causal": False, "bias": hidden}), "qkv"):
+        found = []
+        for value in (None, float("nan")):
+            q, k, v = given = [x.clone() for x in clean]
+            if value is not None:
+                given["qkv".index(name)][:, (rows if name == "q" else length) - 1] = value
+            found.append(fastattn.attention_with_kv_cache(q[:, :rows], k, v, lengths, **options, backend=backend))
+        torch.testing.assert_close(found[1][:, :-1], found[0][:, :-1])
+        assert found[1][:, -1].isnan().all(), (options, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_at_the_limit_of_their_dtype_do_not_overflow(backend, dtype):

@@ -28,11 +28,13 @@ from fastattn.backends.cuda.instances import (
     dkdv_configs,
     dq_configs,
     forward_configs,
+    gathered_configs,
     library_instances,
     select,
     select_decode,
     select_dkdv,
     select_dq,
+    select_gathered,
 )
 from fastattn.errors import InputError
 from fastattn.kv_cache import CacheInputs
@@ -213,6 +215,7 @@ def test_every_head_dim_has_the_smallest_kernel_that_holds_it() -> None:
 
 def test_every_head_dim_has_a_kernel_for_each_gradient_and_for_decoding() -> None:
     keys, queries, of_cache = dkdv_configs(CSRC), dq_configs(CSRC), decode_configs(CSRC)
+    gathered = gathered_configs(CSRC)
     for d_qk in range(8, 257, 8):
         for d_v in range(8, 257, 8):
             for softcap in (False, True):
@@ -224,7 +227,12 @@ def test_every_head_dim_has_a_kernel_for_each_gradient_and_for_decoding() -> Non
                 assert (alone.d_qk, alone.d_v) == (of_queries.d_qk, of_queries.d_v)
                 fused = select_dkdv(keys, d_qk, d_v, softcap, True)
                 assert (fused is not None) == (d_qk <= 192 and d_v <= 128)
-                assert select_decode(of_cache, d_qk, d_v, softcap).softcap == softcap
+                by_tma, by_rows = (
+                    select_decode(of_cache, d_qk, d_v, softcap),
+                    select_gathered(gathered, d_qk, d_v, softcap),
+                )
+                assert by_tma.softcap == softcap and (by_rows.slots > 0) == softcap
+                assert (by_tma.d_qk, by_tma.d_v) == (by_rows.d_qk, by_rows.d_v)
     names = [instance.name for instance in library_instances(CSRC)]
     assert len(set(names)) == len(names)
 

@@ -29,11 +29,11 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".c", ".h", ".hpp"}
 
 # The parts of the package and what each may import of it, "" being the public names. docs/architecture.md shows it.
 VOCABULARY = {
-    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "rng", "rotary", "spec",
-    "state", "storage", "torch_internals", "trees", "version",
+    "compiled", "errors", "files", "kv_cache", "layout", "nested", "numerics", "problem", "quantized", "rng", "rotary",
+    "spec", "state", "storage", "torch_internals", "trees", "version",
 }  # fmt: skip
 CORE = VOCABULARY | {
-    "arguments", "autograd", "decoding", "dispatch", "flops", "functional", "inspection", "intervals", "ops",
+    "arguments", "autograd", "decoding", "dispatch", "flops", "fp8", "functional", "inspection", "intervals", "ops",
     "plain", "plan", "reference", "serving", "statistics", "vmap",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "rng": {"spec"},
     "problem": {"errors", "layout", "spec"},
     "kv_cache": {"errors", "layout", "numerics", "problem", "rotary", "spec", "trees"},
-    "reference": {"kv_cache", "numerics", "problem", "rng", "spec", "trees"},
+    "quantized": {"errors", "kv_cache", "layout"},
+    "reference": {"kv_cache", "numerics", "problem", "quantized", "rng", "spec", "trees"},
     "backends": VOCABULARY | {"evidence", "reference"},  # the reference for eager alone, as another test holds
     "evidence": {"compiled", "files", "problem", "state", "version"},
     "plan": {"backends", "state", "storage", "torch_internals"},
@@ -69,6 +70,7 @@ MAY_IMPORT = {
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
+    "fp8": VOCABULARY | {"arguments", "dispatch", "functional", "ops"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
     "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
     "intervals": {"errors", "problem", "spec"},
@@ -94,11 +96,13 @@ MAY_IMPORT = {
         "dispatch",
         "errors",
         "flops",
+        "fp8",
         "functional",
         "inspection",
         "intervals",
         "nn",
         "ops",
+        "quantized",
         "version",
     },
     "testing": VOCABULARY | {"backends", "decoding", "dispatch", "evidence", "functional", "nn", "reference"},
@@ -246,20 +250,24 @@ def test_importing_the_package_imports_no_kernel():
     assert not any(name.startswith("backends") for name in imported)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE
+def test_files_are_short():
+    lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert {name: count for name, count in lines.items() if count > MAX_FILE} == {}
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name_of)
-def test_functions_are_short(path):
-    for node in functions_of(path):
-        is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-        lines = body_lines(node)
-        assert lines <= (MAX_KERNEL if is_kernel else MAX_FUNCTION), f"{node.name} has {lines} lines"
-        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-        count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
-        assert is_kernel or count <= MAX_POSITIONAL or is_stand_in(path, node), f"{node.name} has {count} parameters"
+def test_functions_are_short():
+    assert [fault for path in PYTHON for node in functions_of(path) for fault in faults_of(path, node)] == []
+
+
+def faults_of(path, node):
+    """What is too long in a function, its body or its signature."""
+    is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    if (lines := body_lines(node)) > (MAX_KERNEL if is_kernel else MAX_FUNCTION):
+        yield f"{name_of(path)}: {node.name} has {lines} lines"
+    names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+    count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+    if not is_kernel and count > MAX_POSITIONAL and not is_stand_in(path, node):
+        yield f"{name_of(path)}: {node.name} has {count} parameters"
 
 
 def is_stand_in(path, function):
@@ -276,13 +284,14 @@ def body_lines(node):
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if path != HERE], ids=name_of)
-def test_nothing_banned(path):
-    text = path.read_text(encoding="utf-8")
-    assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py")
-    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
-    assert "make_block_ptr" not in text, "gone in Triton 3.9: use tensor descriptors or pointers"
-    assert not re.search(r"[\"'](/home/|/root/|/Users/|/work/|/opt/|/mnt/|[A-Z]:\\\\)", text), "an absolute path"
+def test_nothing_banned():
+    for path in (path for path in PYTHON if path != HERE):
+        text, name = path.read_text(encoding="utf-8"), name_of(path)
+        assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py"), name
+        assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text), name
+        assert "make_block_ptr" not in text, f"{name}: gone in Triton 3.9: use tensor descriptors or pointers"
+        has_path = re.search(r"[\"'](/home/|/root/|/Users/|/work/|/opt/|/mnt/|[A-Z]:\\\\)", text)
+        assert not has_path, f"{name}: an absolute path"
 
 
 def test_nothing_banned_in_kernels():
@@ -306,17 +315,17 @@ def public_callables():
                 yield f"{module_name}.{name}", value
 
 
-@pytest.mark.parametrize(("name", "value"), [pytest.param(*pair, id=pair[0]) for pair in public_callables()])
-def test_public_names_are_documented_and_have_no_kwargs(name, value):
+def test_public_names_are_documented_and_have_no_kwargs():
     """``**misnamed: Never`` takes nothing: it is there to answer in words."""
-    assert inspect.getdoc(value), f"{name} has no docstring"
-    any_names = [it for it in inspect.signature(value).parameters.values() if it.kind is it.VAR_KEYWORD]
-    assert all(it.annotation == "Never" for it in any_names), f"{name} takes **kwargs"
+    for name, value in public_callables():
+        assert inspect.getdoc(value), f"{name} has no docstring"
+        any_names = [it for it in inspect.signature(value).parameters.values() if it.kind is it.VAR_KEYWORD]
+        assert all(it.annotation == "Never" for it in any_names), f"{name} takes **kwargs"
 
 
-@pytest.mark.parametrize("path", [path for path in PYTHON if path.is_relative_to(PACKAGE)], ids=name_of)
-def test_modules_say_what_lives_in_them(path):
-    assert not path.read_text(encoding="utf-8").strip() or ast.get_docstring(tree_of(path)), "no module docstring"
+def test_modules_say_what_lives_in_them():
+    modules = [path for path in PYTHON if path.is_relative_to(PACKAGE) and path.read_text(encoding="utf-8").strip()]
+    assert [name_of(path) for path in modules if not ast.get_docstring(tree_of(path))] == []
 
 
 def test_tests_mirror_the_package():

@@ -7,10 +7,12 @@ import torch
 
 import fastattn
 from fastattn import dispatch
-from fastattn.testing import Case
+from fastattn.backends.eager import EagerBackend
+from fastattn.testing import Case, assert_within, make
 from fastattn.testing.fuzz import Trial
-from fastattn.testing.tolerance import Row
+from fastattn.testing.tolerance import Limits, Row
 from fastattn.testing.verify import judge
+from fastattn.testing.ways import measure_way
 
 USABLE = [name for name, why in dispatch.backends().items() if why is None]
 FOUND = {
@@ -50,6 +52,49 @@ FOUND = {
         Case(id="found", S_q=2, S_kv=1, D_qk=1, D_v=2, dtype=torch.float64, bias=(1, 1, 2, 1), bias_values="padding"),
         1079,
     ),
+    # All rows of fifty are alike, and so are their roundings: the sums of their weights move by fifty times one.
+    "rows that are alike": (Case(id="found", B=1, S_q=50, S_kv=3, H_q=1, H_kv=1, D_qk=1, D_v=1, magnitude=1e-3), 39800),
+    # The exact result, in fp64 too, was taken for free of rounding: its products of 512 numbers are summed in order.
+    "products of 512 numbers in fp64": (
+        Case(
+            id="found", H_q=1, H_kv=1, D_qk=512, D_v=1, dtype=torch.float64, lengths=((15, 4), (31, 1), (16, 7)),
+            magnitude=300.0,
+        ), 62974,
+    ),
+    # The weights of a row share the rounding of its lse, which does not average out over the keys.
+    "weights that share an error": (
+        Case(
+            id="found", S_q=15, S_kv=128, H_q=1, H_kv=1, D_qk=512, D_v=512, dtype=torch.float64, anchor="upper_left",
+            alibi=True, magnitude=1e-3,
+        ), 67508,
+    ),
+    # torch's kernel rounds exponentials to some 14 bits in fp16; lse is their logarithm, near 0 with one key.
+    "one key in fp16": (
+        Case(
+            id="found", B=1, S_q=16, S_kv=16, H_q=1, H_kv=1, D_qk=1, D_v=1, dtype=torch.float16, left=0, right=0,
+            magnitude=1e-3,
+        ), 85665,
+    ),
+}  # fmt: skip
+FOUND_IN_WAYS = {
+    # A tangent of a bias that all pairs share moves lse by itself, but for what rounding took from the sum of weights.
+    "double backward of equal scores": (
+        Case(
+            id="found", B=1, S_q=7, S_kv=48, H_q=3, H_kv=1, D_qk=6, D_v=24, dtype=torch.float64, bias=(1, 1, 1, 1),
+            magnitude=0.0,
+        ), 87259, "double backward",
+    ),
+    # A tangent of 186,000 is stored as infinity in fp16, and was called wrong.
+    "double backward beyond fp16": (
+        Case(id="found", S_q=32, S_kv=48, H_q=4, D_qk=8, D_v=8, dtype=torch.float16, magnitude=300.0), 90119,
+        "double backward",
+    ),
+    # A key of NaN that a bias of -inf hides made the row NaN.
+    "a cache with NaN behind a bias": (
+        Case(id="found", B=1, S_q=1, S_kv=1, H_q=1, H_kv=1, D_qk=8, bias=(1, 1, 1, 1), bias_values="infinity",
+             nan_rows=True),
+        41066, "cache",
+    ),
 }  # fmt: skip
 
 
@@ -58,6 +103,12 @@ FOUND = {
 def test_it_stays_right(backend, case, seed):
     result = judge(backend, case, seed=seed)
     assert result.ok, result
+
+
+@pytest.mark.parametrize("backend", sorted({*USABLE} & {"cpu", "portable", "eager"}))
+@pytest.mark.parametrize(("case", "seed", "way"), FOUND_IN_WAYS.values(), ids=FOUND_IN_WAYS)
+def test_it_stays_right_in_this_way(backend, case, seed, way):
+    assert_within(measure_way(way, make(case, seed=seed), backend))
 
 
 @pytest.mark.parametrize("backend", USABLE)
@@ -86,6 +137,48 @@ def test_eager_is_exact_by_chance():
     assert not trial.result.ok and trial.is_by_chance and not trial.failed
     off = dataclasses.replace(trial.result, rows=(Row("out max", 3.0, 0.1, 0.2, ok=False),))
     assert dataclasses.replace(trial, result=off).failed
+
+
+def test_a_fault_that_few_values_show_is_none_of_chance(monkeypatch):
+    """Other values are right, but the result is also outside of the bound that they have."""
+
+    class Rare(EagerBackend):
+        """Wrong by a little where one of a dozen queries begins with a large number."""
+
+        def forward(self, inputs, spec):
+            out, lse, low = super().forward(inputs, spec)
+            return out * (1.05 if float(inputs.q.flatten()[0]) > 1.3 else 1.0), lse, low
+
+    monkeypatch.setattr("fastattn.testing.tolerance.load", lambda name: Rare())
+    case, found = Case(id="found", dtype=torch.bfloat16, S_q=9, S_kv=9, H_q=1, H_kv=1, D_qk=8), []
+    for seed in range(20):
+        result = judge("eager", case, seed=seed, parts=("passes",))
+        if not result.ok:
+            found.append(Trial(result, "cpu", seed, "passes"))
+    assert found and all(trial.result.worst.strain < 10 and trial.failed for trial in found)
+
+
+def test_a_small_result_in_fp64_has_a_bound():
+    """The floor below which squares underflow lets nothing pass that is larger than itself."""
+    for size in (1e-100, 1e-150, 1e-165):
+        exact = torch.tensor([size], dtype=torch.float64)
+        condition = exact.square().sqrt()
+        limits = Limits.of(exact, exact, condition, torch.float64, torch.float64, (2.0, 4.0))
+        assert all(row.ok for row in limits.judge("dq", exact * (1 + 2.0**-52)))
+        assert not any(row.ok for row in limits.judge("dq", exact * 1.001))
+        assert not any(row.ok for row in limits.judge("dq", exact * 0))
+
+
+def test_what_a_dtype_cannot_hold_is_infinite():
+    exact = torch.tensor([1e5, -2e5, 10.0], dtype=torch.float64)
+    limits = Limits.of(exact, exact, exact.abs() * 1e-3, torch.float16, torch.float32, (2.0, 4.0))
+    inf, nan = float("inf"), float("nan")
+
+    def judged(*found):
+        return all(row.ok for row in limits.judge("dq", torch.tensor(found, dtype=torch.float16)))
+
+    assert judged(inf, -inf, 10)
+    assert not any(judged(*found) for found in ((inf, inf, 10), (nan, -inf, 10), (inf, -inf, inf), (100, -inf, 10)))
 
 
 @pytest.mark.parametrize("backend", USABLE)

@@ -39,7 +39,7 @@ def build_driver(folder: Path, sanitize: str | None = None, *, cross: bool = Fal
     compiler = CROSS_COMPILER if cross else build.find_compiler()
     more = flags_of(sanitize)
     if baseline:
-        more += ["-DFA_BASELINE_ALONE", "-O1"]
+        more += ["-DFA_BASELINE_ALONE", "-O0"]
     kind = "aarch64" if cross else "any" if baseline else None
     commands = build.compile_commands(compiler, CSRC, folder, kind=kind, more=tuple(more))
     for name in DRIVER:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-import torch
+from torch import get_num_threads
 
 log = logging.getLogger("fastattn")
 _is_forked = _has_warned = False
@@ -17,12 +17,12 @@ _is_forked = _has_warned = False
 
 def count() -> int:
     """The number of threads that a call may use."""
-    return _one() if _is_forked else torch.get_num_threads()
+    return _one() if _is_forked else get_num_threads()
 
 
 def _one() -> int:
     global _has_warned
-    if not _has_warned and torch.get_num_threads() > 1:
+    if not _has_warned and get_num_threads() > 1:
         log.warning(
             "fastattn: in a forked process attention on CPUs takes one thread, and torch's operations may hang; "
             "start processes by spawn, or call torch.set_num_threads(1) in them"

@@ -73,7 +73,7 @@ class CudaBackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
         features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
-        | {"cache", "append", "paged cache", "rotary", "prompt", "batch invariant"},
+        | {"cache", "append", "paged cache", "fp8 cache", "tree", "rotary", "prompt", "batch invariant"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
         deterministic_by_flag=True,
@@ -90,8 +90,9 @@ class CudaBackend(Backend):
         if problem.arch > ARCH:
             reasons.append(f"compute capability {problem.arch / 10:.1f} (made for {ARCH / 10:.1f} alone)")
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
-            if size % 8:
-                reasons.append(f"head dim {name} = {size} (multiples of 8)")
+            step = 16 if "fp8 cache" in problem.features else 8  # elements of 16 bytes of the cache or of q
+            if size % step:
+                reasons.append(f"head dim {name} = {size} (multiples of {step})")
         return reasons
 
     def automatic_reasons(self, problem: Problem) -> list[str]:

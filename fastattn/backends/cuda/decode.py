@@ -21,6 +21,7 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
+ATOM_ROWS = 8  # of TMA's swizzle: boxes that are smaller are copied by threads instead
 MOST_SPLITS = 128  # kMostSplits of csrc/common/params.h
 FIXED_SPLITS = 16  # of batch-invariant calls: a sequence is cut by its own length, into splits of LEAST_KEYS or more
 LEAST_KEYS = 256  # of a split: kLeastKeys of csrc/sm90/decode.h
@@ -48,12 +49,12 @@ def is_stored_by_kernel(inputs: CacheInputs) -> bool:
     """Whether there are new rows that a kernel can store: unchanged, and in the caches themselves."""
     caches = inputs.k_cache, inputs.v_cache
     is_plain = inputs.k is not None and inputs.k.numel() > 0 and inputs.q.numel() > 0 and inputs.rotary_cos is None
-    return is_plain and all(abi.readable_rows(x) is x for x in caches)
+    return is_plain and not inputs.is_fp8 and all(abi.readable_rows(x) is x for x in caches)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Attention to a cache: tensors that kernels can read, and ``tensors`` that they write.
+    """Attention to a cache: tensors that kernels can read, and ``tensors`` that are made for them.
 
     ``stores`` says that a kernel stores the new keys and values first; else they are there already.
     """
@@ -83,6 +84,7 @@ class Step:
             "lse": new(*inputs.lse_shape()),
             "partial_out": new(*rows, columns) if splits > 1 else None,
             "partial_lse": new(*rows, 2) if splits > 1 else None,
+            "depths": depths(inputs, spec),
         }
         return cls(inputs, spec, tensors, tiling, splits, stores)
 
@@ -136,6 +138,13 @@ def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
     return min(inputs.capacity, spec.left + spec.right + tiling.positions)
 
 
+def depths(inputs: CacheInputs, spec: AttentionSpec) -> Tensor | None:
+    """The depths of new tokens in their tree, where a window counts positions along its paths."""
+    if inputs.tree_mask is None or spec.left is None:
+        return None
+    return kv_cache.tree_depths(inputs).int().contiguous()
+
+
 def readable(inputs: CacheInputs) -> CacheInputs:
     """The tensors that kernels can read, which include the usual layouts of caches, and copies of the others.
 
@@ -154,6 +163,9 @@ def readable(inputs: CacheInputs) -> CacheInputs:
         block_table=None if inputs.block_table is None else inputs.block_table.contiguous(),
         cu_seqlens_q=cu_seqlens_q,
         sinks=None if inputs.sinks is None else inputs.sinks.float().contiguous(),
+        k_scale=None if inputs.k_scale is None else inputs.k_scale.contiguous(),
+        v_scale=None if inputs.v_scale is None else inputs.v_scale.contiguous(),
+        tree_mask=None if inputs.tree_mask is None else inputs.tree_mask.contiguous(),
     )
 
 
@@ -172,6 +184,7 @@ def decode_fields(
         todo = "Positions in the CUDA kernels have 32 bits."
         raise input_error("k_cache", given, f"fewer than {abi.UNBOUNDED}", todo)
     has_one_page = table is None or table.shape[1] == 1
+    box_rows = TILE_ROWS if has_one_page else math.gcd(inputs.page_size, TILE_ROWS)
     return {
         **abi.spec_fields(spec),
         **{name: abi.address(x) for name, x in tensors.items()},
@@ -182,7 +195,12 @@ def decode_fields(
         "version": abi.DECODE.version,
         "sinks_batch_stride": inputs.heads_q if inputs.sinks is not None and inputs.sinks.shape[0] > 1 else 0,
         "table_stride": 0 if table is None else table.stride(0),
+        **_scale_strides(inputs),
+        **_tree(inputs),
         "dtype": int(q.dtype == torch.float16),
+        "is_e4m3": int(inputs.is_fp8),
+        # The blocks of a batch-invariant call are the same whatever its pages are.
+        "is_gathered": int(inputs.is_fp8 or inputs.batch_invariant or box_rows < ATOM_ROWS),
         "batch": inputs.batch,
         "heads_q": inputs.heads_q,
         "heads_kv": inputs.heads_kv,
@@ -193,7 +211,7 @@ def decode_fields(
         "pages": inputs.k_cache.shape[0],
         "page_size": inputs.page_size,
         "capacity": inputs.capacity,
-        "box_rows": TILE_ROWS if has_one_page else math.gcd(inputs.page_size, TILE_ROWS),
+        "box_rows": box_rows,
         "heads_per_tile": tiling.heads,
         "positions_per_tile": tiling.positions,
         "tiles": tiling.tiles,
@@ -213,7 +231,21 @@ def _new_rows(inputs: CacheInputs, stores: bool) -> abi.Fields:
     return found
 
 
-_READ = ("q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q")
+def _scale_strides(inputs: CacheInputs) -> abi.Fields:
+    scales = {"k_scale_stride": inputs.k_scale, "v_scale_stride": inputs.v_scale}
+    return {name: 0 if x is None or x.shape[0] == 1 else inputs.heads_kv for name, x in scales.items()}
+
+
+def _tree(inputs: CacheInputs) -> abi.Fields:
+    """The fields of a tree of new tokens but for the depths, which are tensors of their own."""
+    tree = inputs.tree_mask
+    if tree is None:
+        return {"tree": 0, "tree_words": 0, "shares_tree": 0}
+    is_shared = not inputs.is_packed and tree.shape[0] == 1
+    return {"tree": tree.data_ptr(), "tree_words": tree.shape[-1], "shares_tree": int(is_shared)}
+
+
+_READ = ("q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q", "k_scale", "v_scale")
 
 
 def _strides(name: str, x: Tensor, is_packed: bool = False) -> abi.Fields:

@@ -211,6 +211,41 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class GatheredConfig:
+    """A DECODE_GATHERED line: the same where threads copy the rows of the cache; with ``slots`` it is in e4m3."""
+
+    d_qk: int
+    d_v: int
+    stages: int
+    slots: int
+
+    macro: ClassVar[str] = "DECODE_GATHERED"
+    header: ClassVar[str] = "sm90/decode_gathered.cuh"
+    arguments: ClassVar[str] = "DecodeParams"
+    function: ClassVar[str] = "decode_gathered"
+    launcher: ClassVar[str] = "launch_decode_gathered"
+    launcher_arguments: ClassVar[str] = "fa::DecodeParams const&, cudaStream_t"
+    threads: ClassVar[int] = 256
+    block_m: ClassVar[int] = 64
+    block_n: ClassVar[int] = 64
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return astuple(self)
+
+    @property
+    def label(self) -> str:
+        return f"{self.d_qk}_{self.d_v}_{'e4m3' if self.slots else 'rows'}_{self.block_m}x{self.block_n}"
+
+    def traits(self, tag: str) -> str:
+        """The C++ type that stands for it: csrc/sm90/decode.h."""
+        return f"fa::sm90::GatheredTraits<fa::sm90::{tag}, {', '.join(map(str, self.numbers))}>"
+
+    def serves(self, d_qk: int, d_v: int, is_e4m3: bool) -> bool:
+        return d_qk <= self.d_qk and d_v <= self.d_v and is_e4m3 == (self.slots > 0)
+
+
+@dataclass(frozen=True)
 class CombineConfig:
     """The kernel that combines splits."""
 
@@ -238,8 +273,8 @@ class AppendConfig(CombineConfig):
     launcher: ClassVar[str] = "launch_append"
 
 
-AnyConfig = ForwardConfig | DkdvConfig | DqConfig | RowwiseConfig | DecodeConfig | CombineConfig
-TABLED = TypeVar("TABLED", ForwardConfig, DkdvConfig, DqConfig, DecodeConfig)
+AnyConfig = ForwardConfig | DkdvConfig | DqConfig | RowwiseConfig | DecodeConfig | GatheredConfig | CombineConfig
+TABLED = TypeVar("TABLED", ForwardConfig, DkdvConfig, DqConfig, DecodeConfig, GatheredConfig)
 PREPROCESS, DSINKS = RowwiseConfig("backward_preprocess"), RowwiseConfig("backward_dsinks")
 COMBINE, APPEND = CombineConfig(), AppendConfig()
 
@@ -291,6 +326,10 @@ def decode_configs(folder: Path | None = None) -> list[DecodeConfig]:
     return _lines(DecodeConfig, folder)
 
 
+def gathered_configs(folder: Path | None = None) -> list[GatheredConfig]:
+    return _lines(GatheredConfig, folder)
+
+
 def forward_instances(folder: Path | None = None) -> list[Instance]:
     return [Instance(config, dtype) for config in forward_configs(folder) for dtype in DTYPES]
 
@@ -302,7 +341,8 @@ def backward_instances(folder: Path | None = None) -> list[Instance]:
 
 
 def decode_instances(folder: Path | None = None) -> list[Instance]:
-    return [Instance(config, dtype) for config in decode_configs(folder) for dtype in DTYPES]
+    configs: Sequence[AnyConfig] = [*decode_configs(folder), *gathered_configs(folder)]
+    return [Instance(config, dtype) for config in configs for dtype in DTYPES]
 
 
 def library_instances(folder: Path | None = None) -> list[Instance]:
@@ -327,3 +367,7 @@ def select_dq(configs: list[DqConfig], d_qk: int, d_v: int, softcap: bool) -> Dq
 
 def select_decode(configs: list[DecodeConfig], d_qk: int, d_v: int, softcap: bool) -> DecodeConfig:
     return next(config for config in configs if config.serves(d_qk, d_v, softcap))
+
+
+def select_gathered(configs: list[GatheredConfig], d_qk: int, d_v: int, is_e4m3: bool) -> GatheredConfig:
+    return next(config for config in configs if config.serves(d_qk, d_v, is_e4m3))

@@ -34,10 +34,12 @@ from fastattn.backends.cuda.instances import (
     dkdv_configs,
     dq_configs,
     forward_configs,
+    gathered_configs,
     select,
     select_decode,
     select_dkdv,
     select_dq,
+    select_gathered,
 )
 
 ARCHITECTURE = "sm_90a"
@@ -170,7 +172,7 @@ class NvrtcKernels:
     def __init__(self) -> None:
         load()
         self._forward, self._dkdv, self._dq = forward_configs(), dkdv_configs(), dq_configs()
-        self._decode = decode_configs()
+        self._decode, self._gathered = decode_configs(), gathered_configs()
         self._functions: dict[tuple[int, Instance], int] = {}
 
     def launch(self, struct: abi.Abi, fields: abi.Fields) -> None:
@@ -220,9 +222,12 @@ class NvrtcKernels:
         return steps
 
     def _decode_steps(self, given: dict[str, int]) -> list[Step]:
-        config = select_decode(self._decode, given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"]))
-        views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
-        steps = [Step(config, given["tiles"] * given["splits"] * given["heads_kv"], views)]
+        dims, blocks = (given["head_dim_qk"], given["head_dim_v"]), given["tiles"] * given["splits"] * given["heads_kv"]
+        if given["is_gathered"]:
+            steps = [Step(select_gathered(self._gathered, *dims, bool(given["is_e4m3"])), blocks)]
+        else:
+            views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
+            steps = [Step(select_decode(self._decode, *dims, bool(given["has_softcap"])), blocks, views)]
         if given["new_k"]:
             rows = given["seqlen_q"] if given["new_keys"] < 0 else given["batch"] * given["new_keys"]
             steps.insert(0, Step(APPEND, -(-rows * given["heads_kv"] // (APPEND.threads // 32))))

@@ -36,6 +36,7 @@ from fastattn.spec import AttentionSpec, distance, full_range, page_and_row, til
 Part = tuple[Tensor, Tensor, Tensor]  # out [p, n, H_kv, R, D], lse and lse_low [p, n, H_kv, R] of p parts of the keys
 Dense = Callable[[Inputs, AttentionSpec], Outputs]
 
+FEW_KEYS = 16  # torch's kernel takes a row of fewer keys for empty if all its scores are NaN
 MANY_ROWS = 16  # query rows from which on a sequence is computed by ``forward``
 PIECE = 1 << 20  # elements of the keys of a piece that is copied
 SMALL = 1 << 17  # elements of the keys up to which sequences of different lengths share a group
@@ -182,7 +183,21 @@ def _group(
 
 
 def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``."""
+    """``out`` ``[n, rows, H_q, D_v]`` and ``lse`` ``[n, rows, H_q]`` of ``q`` ``[n, rows, H_q, D]``.
+
+    A weight of 0 does not keep NaN out. On a CPU a result that is not finite tells of that, and is computed again.
+    """
+    if q.device.type != "cpu":
+        return _attend_pieces(inputs, spec, group, q, is_careful=True)
+    out, lse = _attend_pieces(inputs, spec, group, q, is_careful=False)
+    is_finite = bool((out.sum() + lse.sum()).isfinite())
+    return (out, lse) if is_finite else _attend_pieces(inputs, spec, group, q, is_careful=True)
+
+
+def _attend_pieces(
+    inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Tensor, *, is_careful: bool
+) -> tuple[Tensor, Tensor]:
+    """As ``_attend_group``; carefully, no key or value reaches a row that does not keep it, whatever it holds."""
     dtype = _compute_dtype(inputs)
     n, rows = q.shape[:2]
     q = _grouped(q.to(dtype), inputs.heads_kv)
@@ -190,7 +205,7 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
     spans = list(_pieces(inputs, group))
     k_room, v_room = (_room(name, inputs, n, spans, dtype) for name in ("k_cache", "v_cache"))
     for span in spans:
-        piece = _piece(inputs, group.index, span)
+        piece, sizes = _piece(inputs, group.index, span), (n, rows, span[1] - span[0])
         k = _read(inputs.k_cache, inputs.k_scale, piece, k_room)
         v = _read(inputs.v_cache, inputs.v_scale, piece, v_room)
         kept = None
@@ -198,8 +213,12 @@ def _attend_group(inputs: CacheInputs, spec: AttentionSpec, group: Group, q: Ten
             kept = group.kept(spec, span, q.device)
             unused = ~kept.any(2)[:, 0, :, None, None]  # may hold NaN, and 0 * NaN is NaN
             k, v = k.masked_fill(unused, 0), v.masked_fill(unused, 0)
-        mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, (n, rows, span[1] - span[0]))
-        parts.append(_attend_piece(q, k.transpose(1, 2), v.transpose(1, 2), mask, spec, inputs.bias is not None))
+        mask = _as_rows(_mask(inputs, spec, group, span, kept, dtype), inputs, sizes)
+        operands = q, k.transpose(1, 2), v.transpose(1, 2), mask
+        if is_careful:
+            parts.append(_attend_by_pairs(*operands, spec, kept=None if mask is None else mask != NEVER))
+        else:
+            parts.append(_attend_piece(*operands, spec, inputs.bias is not None))
     if inputs.sinks is not None:
         parts.append(_sink(inputs.sinks, group, parts[0]))
     out, lse = _joined(parts)
@@ -400,22 +419,32 @@ def _attend_piece(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: At
 
     torch's kernel gives lse as one number, which is enough where no bias may move all scores of a row far away.
     """
-    if q.device.type == "cpu" and spec.softcap is None and not has_bias:
+    if q.device.type == "cpu" and spec.softcap is None and not has_bias and k.shape[2] >= FEW_KEYS:
         if mask is None and k[0].numel() >= LONG and k.shape[2] >= 2 * FOLD:
             return _attend_folded(q, k, v, spec)
         out, lse = flash.attend(q, k, v, mask, spec.scale)
         return out[None], lse[None], torch.zeros_like(lse)[None]
+    return _attend_by_pairs(q, k, v, mask, spec, kept=None)
+
+
+def _attend_by_pairs(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, *, kept: Tensor | None
+) -> Part:
+    """By the formula, all scores at once. Where ``kept`` is False, neither key nor value is looked at."""
     scores = spec.scale * (q @ k.transpose(-1, -2))
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     if mask is not None:
         scores = scores + mask
+    if kept is not None:
+        scores = torch.where(kept, scores, NEVER)
     largest = scores.amax(-1, keepdim=True)
     base = torch.where(largest == NEVER, 0, largest)
     p = torch.exp(scores - base)
     total = p.sum(-1, keepdim=True)
     lse, low = numerics.split_lse(base[..., 0], total[..., 0])
-    return ((p @ v) / torch.where(total == 0, 1, total))[None], lse[None], low[None]
+    product = p @ v if kept is None else numerics.kept_product(p, v, kept)
+    return (product / torch.where(total == 0, 1, total))[None], lse[None], low[None]
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part:
@@ -426,10 +455,10 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Part
         k_parts, v_parts = (x[n, :, :whole].unflatten(1, (-1, FOLD)).transpose(0, 1) for x in (k, v))
         sequences.append(flash.attend(q[n].expand(k_parts.shape[0], -1, -1, -1), k_parts, v_parts, None, spec.scale))
     out, lse = (torch.stack(x, 1) for x in zip(*sequences, strict=True))
+    parts = [(out, lse, torch.zeros_like(lse))]
     if whole < k.shape[2]:
-        last = flash.attend(q, k[:, :, whole:], v[:, :, whole:], None, spec.scale)
-        out, lse = torch.cat([out, last[0][None]]), torch.cat([lse, last[1][None]])
-    return out, lse, torch.zeros_like(lse)
+        parts.append(_attend_piece(q, k[:, :, whole:], v[:, :, whole:], None, spec, has_bias=False))
+    return tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def _sink(sinks: Tensor, group: Group, like: Part) -> Part:

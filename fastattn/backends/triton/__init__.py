@@ -23,6 +23,7 @@ from fastattn.problem import (
     CACHE_FEATURES,
     DERIVATIVE_FEATURES,
     FEATURES,
+    FP8_FEATURES,
     STATISTICS_FEATURES,
     Grads,
     Inputs,
@@ -32,10 +33,12 @@ from fastattn.problem import (
     StatisticsGradient,
     Tangents,
 )
+from fastattn.quantized import Quantized
 from fastattn.spec import AttentionSpec
 
 ALIGNMENT = 16  # bytes: kernels are compiled for multiples of it
-DERIVED_HEAD_DIM = 256  # the widest for which the kernels of tangents and statistics have tiles that do not spill
+DERIVED_HEAD_DIM = 256  # the widest for which kernels of tangents, statistics and e4m3 have tiles that do not spill
+FP8_ARCH = 89  # the first compute capability with products of e4m3
 
 
 class TritonBackend(Backend):
@@ -43,7 +46,7 @@ class TritonBackend(Backend):
     capabilities = Capabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
-        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + CACHE_FEATURES),
+        features=frozenset(FEATURES + DERIVATIVE_FEATURES + STATISTICS_FEATURES + FP8_FEATURES + CACHE_FEATURES),
         max_head_dim=512,
         min_arch=80,
     )
@@ -62,7 +65,9 @@ class TritonBackend(Backend):
         if problem.device == "cpu" and not is_interpreting():
             return ["device cpu (TRITON_INTERPRET=1 runs it there, slowly, for tests)"]
         reasons = capability_reasons(self.capabilities, problem)
-        derived = problem.features & {*DERIVATIVE_FEATURES, *STATISTICS_FEATURES}
+        if not reasons and "fp8" in problem.features and problem.device == "cuda":
+            reasons = _reasons_against_e4m3(problem.arch)
+        derived = problem.features & {*DERIVATIVE_FEATURES, *STATISTICS_FEATURES, *FP8_FEATURES}
         if not reasons and derived and max(problem.head_dim_qk, problem.head_dim_v) > DERIVED_HEAD_DIM:
             dims = f"{problem.head_dim_qk}/{problem.head_dim_v}"
             reasons.append(f"{', '.join(sorted(derived))} at head dim {dims} (at most {DERIVED_HEAD_DIM})")
@@ -116,6 +121,13 @@ class TritonBackend(Backend):
         from fastattn.backends.triton import launch_statistics
 
         return launch_statistics.backward(gradient, inputs, spec, needs)
+
+    def forward_fp8(
+        self, q: Quantized, k: Quantized, v: Quantized, inputs: Inputs, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        from fastattn.backends.triton import launch_fp8
+
+        return launch_fp8.forward(q, k, v, inputs, spec)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         from fastattn.backends.triton import launch_decode
@@ -182,6 +194,14 @@ def _rows_to_keep(inputs: Inputs, apart: bool) -> tuple[Tensor, ...]:
 def _apart(kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     lse, lse_low = kept if len(kept) == 2 else kept[0].unbind()
     return lse, lse_low
+
+
+def _reasons_against_e4m3(arch: int) -> list[str]:
+    if torch.version.hip is not None:
+        return ["products of e4m3 on an AMD GPU, whose e4m3 differs between generations"]
+    if arch < FP8_ARCH:
+        return [f"products of e4m3 on compute capability {arch / 10:.1f} (at least {FP8_ARCH / 10:.1f})"]
+    return []
 
 
 @functools.cache

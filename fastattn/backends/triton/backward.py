@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     LOG2E,
@@ -188,7 +189,7 @@ def backward_dkdv_kernel(
             dout_tile = load_rows(dout_rows, i0, 0, band.s_q, False, F.d_v, BLOCK_M, BLOCK_V, F.upcast)
         if DV:
             p_dropped = tl.where(spared, p, 0.0) if F.dropout else p
-            dv_acc = tl.dot(p_dropped.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+            dv_acc = tl.dot(left_operand(p_dropped, dout_tile.dtype, F), dout_tile, dv_acc, input_precision=F.precision)
         if DK:
             if F.in_chunks:
                 q_tile = load_rows(q_rows, i0, 0, band.s_q, False, F.d_qk, BLOCK_M, BLOCK_QK, F.upcast)
@@ -196,7 +197,7 @@ def backward_dkdv_kernel(
                 dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=F.precision)
             of_delta = load_delta(stats, at, i, band.s_q)  # as late as possible: a thread holds many columns
             _dt, ds = score_gradients(p, spared, t, dp, of_delta[None, :], sizes.dropout_scale, F)
-            dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+            dk_acc = tl.dot(left_operand(ds, q_tile.dtype, F), q_tile, dk_acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
     if DK:
@@ -261,7 +262,7 @@ def backward_dq_kernel(
             v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=F.precision)
         _dt, ds = score_gradients(p, spared, t, dp, of_delta[:, None], sizes.dropout_scale, F)
-        dq_acc = tl.dot(ds.to(k_tile.dtype), k_tile, dq_acc, input_precision=F.precision)
+        dq_acc = tl.dot(left_operand(ds, k_tile.dtype, F), k_tile, dq_acc, input_precision=F.precision)
 
     dq_rows = head_matrix(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, s_q, dq_acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

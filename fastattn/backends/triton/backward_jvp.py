@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastattn.backends.triton.backward import load_delta, load_lse, probabilities
 from fastattn.backends.triton.jvp import moved_products, moved_scores
-from fastattn.backends.triton.operands import operand, product, whole
+from fastattn.backends.triton.operands import left_operand, operand, product, whole
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.reductions import bias_tile, store_bias_tile, visit_of_tile
 from fastattn.backends.triton.tile import (
@@ -180,16 +180,16 @@ def backward_jvp_dkdv_kernel(
         )  # fmt: skip
         if dv is not None:
             dout_tile = whole(dout_at, False, F.d_v, BLOCK_M, BLOCK_V, F)
-            dv_acc = tl.dot(p_moved.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+            dv_acc = tl.dot(left_operand(p_moved, dout_tile.dtype, F), dout_tile, dv_acc, input_precision=F.precision)
             if MOVES_DOUT:
                 dout_tile = whole(dout_moved, False, F.d_v, BLOCK_M, BLOCK_V, F)
-                dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=F.precision)
+                dv_acc = tl.dot(left_operand(p, dout_tile.dtype, F), dout_tile, dv_acc, input_precision=F.precision)
         if dk is not None:
             q_tile = whole(q_at, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-            dk_acc = tl.dot(ds_moved.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+            dk_acc = tl.dot(left_operand(ds_moved, q_tile.dtype, F), q_tile, dk_acc, input_precision=F.precision)
             if MOVES_Q:
                 q_tile = whole(q_moved, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-                dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=F.precision)
+                dk_acc = tl.dot(left_operand(ds, q_tile.dtype, F), q_tile, dk_acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
     if dk is not None:
@@ -276,10 +276,10 @@ def backward_jvp_dq_kernel(
             sizes.dropout_scale, False, F, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         k_tile = whole(k_at, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F)
-        acc = tl.dot(ds_moved.to(k_tile.dtype), k_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(ds_moved, k_tile.dtype, F), k_tile, acc, input_precision=F.precision)
         if moved.k is not None:
             k_tile = whole(k_moved, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F)
-            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=F.precision)
+            acc = tl.dot(left_operand(ds, k_tile.dtype, F), k_tile, acc, input_precision=F.precision)
 
     dq_rows = head_matrix(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, head.band.s_q, acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.pages import (
     away_in_tree,
     cached_rows,
@@ -100,7 +101,7 @@ def decode_kernel(
                 scores = tl.where(kept_tile(head, i[:, None], j[None, :], i0, j0, False, F), scores, float("-inf"))
         p, m, total, alpha = softmax_step(scores, factor, m, total)
         v_tile = cached_rows(v, cache.v_scale, page, row, h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
+        acc = tl.dot(left_operand(p, v_tile.dtype, F), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     sink = 0.0
     if F.sinks:  # the first split counts it

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastattn.backends.triton.operands import left_operand
 from fastattn.backends.triton.pages import cached_rows, located, open_rows, within
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
@@ -85,7 +86,7 @@ def forward_kernel(
             v_tile = cached_rows(v, terms.cache.v_scale, page, row, head.h_kv, valid, F.d_v, BLOCK_V, q_tile.dtype, F)
         else:
             v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=F.precision)
+        acc = tl.dot(left_operand(p, v_tile.dtype, F), v_tile, acc * alpha[:, None], input_precision=F.precision)
 
     head = open_rows(head.b, head.h, terms, sizes, F)  # recomputed, so that it occupies no registers in the loop
     sink = load_per_head(terms.sinks, head.b, head.h) if F.sinks else 0.0

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.backward import probabilities
-from fastattn.backends.triton.operands import operand, product
+from fastattn.backends.triton.operands import left_operand, operand, product
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.tile import (
     LOG2E,
@@ -134,11 +134,11 @@ def jvp_kernel(
         if F.dropout:
             w, p = tl.where(spared, w, 0.0), tl.where(spared, p, 0.0)
         v_tile = load_rows(v_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
-        acc = tl.dot(w.to(v_tile.dtype), v_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(w, v_tile.dtype, F), v_tile, acc, input_precision=F.precision)
         if moved.v is not None:
             v_moved_rows = head_matrix(moved.v, head.b, head.h_kv, head.begin_kv, F.vector, F.contiguous)
             v_moved_tile = load_rows(v_moved_rows, j0, low, high, F.left, F.d_v, BLOCK_N, BLOCK_V, F.upcast)
-            acc = tl.dot(p.to(v_moved_tile.dtype), v_moved_tile, acc, input_precision=F.precision)
+            acc = tl.dot(left_operand(p, v_moved_tile.dtype, F), v_moved_tile, acc, input_precision=F.precision)
 
     if moved.sinks is not None:
         sink = load_per_head(terms.sinks, head.b, head.h)

@@ -396,6 +396,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd
         precise=inputs.q.dtype == torch.float32,
         precision="tf32" if inputs.q.dtype == torch.float32 and _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
+        opaque=target(inputs.q.device)[0] == "cuda",
     )
 
 

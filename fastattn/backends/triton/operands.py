@@ -55,3 +55,19 @@ def whole(
         return load_rows(x.rows, x.first, x.low, x.high, HAS_LOW, D, BLOCK, BLOCK_D, F.upcast)
     else:
         return x.tile
+
+
+@triton.jit
+def left_operand(x, DTYPE: tl.constexpr, F: tl.constexpr):
+    """``x`` rounded to DTYPE, to be the left operand of a product.
+
+    Triton spreads such an operand over threads by the narrowest elements that it was computed from, which are bytes and
+    bits where there is a mask or dropout. It then moves the operand through shared memory, and multiplies wrongly over
+    16 elements (3.6 and 3.7, for ``mma.sync``). It does not look behind an instruction that it does not know.
+    """
+    x = x.to(DTYPE)
+    if F.opaque:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )
+    return x

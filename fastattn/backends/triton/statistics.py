@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastattn.backends.triton.backward import load_delta, load_lse, log2_probabilities
-from fastattn.backends.triton.operands import operand, product, whole
+from fastattn.backends.triton.operands import left_operand, operand, product, whole
 from fastattn.backends.triton.prescan import visited, visits_of
 from fastattn.backends.triton.reductions import bias_tile, store_bias_tile, visit_of_tile
 from fastattn.backends.triton.tile import (
@@ -256,7 +256,7 @@ def statistics_dk_kernel(
             raw, rows, given, dkeys, stats, head, i[None, :], j[:, None], i0, j0, is_full, True, F
         )
         q_tile = whole(q_at, False, F.d_qk, BLOCK_M, BLOCK_QK, F)
-        acc = tl.dot(ds.to(q_tile.dtype), q_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(ds, q_tile.dtype, F), q_tile, acc, input_precision=F.precision)
 
     _, begin_kv, _ = open_band(b, terms, sizes, F)  # recomputed, so that it occupies no register in the loop
     dk_rows = head_matrix(dk, b, h_kv, begin_kv, F.vector_out, True)
@@ -296,7 +296,7 @@ def statistics_dq_kernel(
             raw, rows, given, dkeys, stats, head, i[:, None], j[None, :], i0, j0, is_full, False, F
         )
         k_tile = whole(k_at, F.left, F.d_qk, BLOCK_N, BLOCK_QK, F)
-        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=F.precision)
+        acc = tl.dot(left_operand(ds, k_tile.dtype, F), k_tile, acc, input_precision=F.precision)
 
     dq_rows = head_matrix(dq, head.b, head.h, head.begin_q, F.vector_out, True)
     store_rows(dq_rows, i0, head.band.s_q, acc * sizes.scale, F.d_qk, BLOCK_M, BLOCK_QK)

@@ -32,12 +32,12 @@ from fastattn.lm.examples.stdlib import (
     summaries,
     words,
 )
-from fastattn.lm.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.lm.examples.summary_rows import copied_rows, first_line, first_words, sentence_rows, summary_rows
 from fastattn.lm.finetune import FinetuneConfig, finetune, load_finetuned
 from fastattn.lm.finetune.datasets import read_examples
 from fastattn.lm.finetune.evaluate import evaluate
 from fastattn.lm.finetune.run import Outcome
-from fastattn.lm.finetune.scores import label_scores, text_scores
+from fastattn.lm.finetune.scores import Baseline, label_scores, score_table, text_scores
 from fastattn.lm.finetune.scoring import predict_all
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.log import aligned
@@ -55,10 +55,9 @@ class Result:
     Attributes:
         name: of the example.
         question: what it is about.
-        baseline_is: what the baseline does.
-        metric: the score that counts, a key of the next two.
+        baselines: what the model has to be better than.
+        metrics: the scores that count, by the names that they have there and in ``model``.
         greater_is_better: whether a greater one is better.
-        baseline: scores of the baseline.
         model: scores of the model.
         examples: how many there are, "train" and "held out".
         seconds: that all of it took.
@@ -69,10 +68,9 @@ class Result:
 
     name: str
     question: str
-    baseline_is: str
-    metric: str
+    baselines: list[Baseline]
+    metrics: list[str]
     greater_is_better: bool
-    baseline: dict[str, float]
     model: dict[str, float]
     examples: dict[str, int]
     seconds: float
@@ -82,18 +80,27 @@ class Result:
 
     @property
     def beats_baseline(self) -> bool:
-        """Whether the model is better than the baseline."""
-        ours, theirs = self.model[self.metric], self.baseline[self.metric]
-        return ours > theirs if self.greater_is_better else ours < theirs
+        """Whether the model is better than every baseline, by every score that counts."""
+        sign = 1 if self.greater_is_better else -1
+        return all(
+            sign * self.model[metric] > sign * baseline.scores[metric]
+            for metric in self.metrics
+            for baseline in self.baselines
+        )
+
+    def verdict(self) -> str:
+        """The model beside the best of the baselines, by each score that counts."""
+        best = max if self.greater_is_better else min
+        pairs = (
+            f"{metric} {self.model[metric]:.3g} against {best(x.scores[metric] for x in self.baselines):.3g}"
+            for metric in self.metrics
+        )
+        which = "the baseline" if len(self.baselines) == 1 else "every baseline"
+        return f"{'better' if self.beats_baseline else 'NOT better'} than {which}: {', '.join(pairs)}"
 
     def table(self) -> str:
         """Everything as text to read."""
-        lines = [self.question, f"baseline: {self.baseline_is}", ""]
-        width = max(map(len, self.model))
-        lines.append(f"{'held-out score':<{width}}  {'baseline':>9}  {'model':>9}")
-        for name, value in self.model.items():
-            theirs = f"{self.baseline[name]:9.4f}" if name in self.baseline else f"{'':>9}"
-            lines.append(f"{name:<{width}}  {theirs}  {value:9.4f}" + ("  <- counts" if name == self.metric else ""))
+        lines = [self.question, "", "held out", score_table(self.model, self.baselines, self.metrics)]
         facts: dict[str, object] = {f"examples, {name}": count for name, count in self.examples.items()}
         facts |= {"seconds": round(self.seconds, 1), "seconds of CPU": round(self.cpu_seconds, 1)}
         facts["checkpoint"] = self.checkpoint
@@ -192,10 +199,10 @@ def _classify(place: _Place) -> Result:
     numbers = {package: number for number, package in enumerate(packages)}
     baseline = label_scores([numbers[usual]] * len(expected), [numbers[x] for x in expected], len(packages))
     return _judged(
-        place, outcome.checkpoint, "classify", outcome.scores, baseline,
+        place, outcome.checkpoint, "classify", outcome.scores,
+        [Baseline(f"always the package with the most docstrings, {usual}", baseline)], ["accuracy"],
         question=f"Which of {len(packages)} packages of the standard library does a docstring come from?",
-        baseline_is=f"always the package with the most docstrings, {usual}",
-        metric="accuracy", examples={"train": len(train), "held out": len(held_out)},
+        examples={"train": len(train), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "label", place),
     )  # fmt: skip
 
@@ -215,13 +222,18 @@ def _summarise(place: _Place) -> Result:
     outcome = place.finetune(
         "run", _seq2seq(data, 300, 0.05, checkpoint=str(writing.checkpoint.folder), eval_data=eval_data)
     )
-    count = _best_count(train)
-    baseline = text_scores([first_words(item, count) for item in held_out], [item.summary for item in held_out])
+    count, expected = _best_count(train), [item.summary for item in held_out]
+    easy = {
+        "the first line of the function, its name and arguments": [first_line(item) for item in held_out],
+        f"the first {count} words of the function, the number that is best on the training functions": [
+            first_words(item, count) for item in held_out
+        ],
+    }
+    baselines = [Baseline(what, text_scores(answers, expected)) for what, answers in easy.items()]
     return _judged(
-        place, outcome.checkpoint, "summarise", outcome.scores, baseline,
+        place, outcome.checkpoint, "summarise", outcome.scores, baselines, ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"],
         question="What is the first line of a function's docstring?",
-        baseline_is=f"the first {count} words of the function, the number that is best on the training functions",
-        metric="ROUGE-L", examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
+        examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "target", place),
     )  # fmt: skip
 
@@ -269,12 +281,11 @@ def _code(place: _Place) -> Result:
     found = evaluate(
         outcome.checkpoint, [str(folders["held_out"])], device=place.device, show_progress=place.show_progress
     )
-    baseline = {"loss": _entropy_of(outcome.checkpoint, folders["held_out"])}
+    usual = "how often each token occurs in those very modules: the best loss that ignores all context"
+    baseline = Baseline(usual, {"loss": _entropy_of(outcome.checkpoint, folders["held_out"])})
     return _judged(
-        place, outcome.checkpoint, "code", found.scores, baseline,
+        place, outcome.checkpoint, "code", found.scores, [baseline], ["loss"], greater_is_better=False,
         question="What is the next token in the source of modules that were never seen?",
-        baseline_is="how often each token occurs in those very modules: the best loss that ignores all context",
-        metric="loss", greater_is_better=False,
         examples={"train": sizes["train"], "held out": sizes["held_out"]}, samples=[],
     )  # fmt: skip
 
@@ -290,13 +301,13 @@ def _entropy_of(checkpoint: Checkpoint, folder: Path) -> float:
 
 
 def _judged(
-    place: _Place, checkpoint: Checkpoint, name: str, scores: dict[str, float], baseline: dict[str, float], *,
-    question: str, baseline_is: str, metric: str, examples: dict[str, int], samples: list[dict[str, str]],
+    place: _Place, checkpoint: Checkpoint, name: str, scores: dict[str, float], baselines: list[Baseline],
+    metrics: list[str], *, question: str, examples: dict[str, int], samples: list[dict[str, str]],
     greater_is_better: bool = True,
 ) -> Result:  # fmt: skip
     return Result(
-        name=name, question=question, baseline_is=baseline_is, metric=metric, greater_is_better=greater_is_better,
-        baseline=baseline, model=scores, examples=examples, samples=samples,
+        name=name, question=question, baselines=baselines, metrics=metrics, greater_is_better=greater_is_better,
+        model=scores, examples=examples, samples=samples,
         checkpoint=str(checkpoint.folder), **place.seconds(),
     )  # fmt: skip
 

@@ -19,8 +19,14 @@ _GIVEN = 9  # words of a sentence, at most
 
 
 def first_words(item: Summary, count: int) -> str:
-    """The first words of a function from its name on: the answer to beat."""
+    """The first words of a function from its name on."""
     return " ".join(_body(item)[:count])
+
+
+def first_line(item: Summary) -> str:
+    """The words of a function's name and arguments: the sentence that it begins with."""
+    every = words(item.source.partition("\n")[0])
+    return " ".join(every[every.index("def") + 1 :])
 
 
 def summary_rows(items: Iterable[Summary], variants: int = 1, seed: int = 0) -> list[Record]:

@@ -63,7 +63,12 @@ def choose_trained(model: nn.Module, method: Method, lora: Lora, has_head: bool)
     check_method(method, has_head)
     if method == "full":
         return
-    head = {name for name, _ in model.named_parameters() if has_head and not name.startswith("backbone.")}
+    head = {
+        name
+        for name, parameter in model.named_parameters()
+        # A pooler is a part of the heads that use it; the others have frozen it.
+        if has_head and (not name.startswith("backbone.") or ("pooler." in name and parameter.requires_grad))
+    }
     if method == "lora":
         add_adapters(model, lora)
     for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fastattn.lm.finetune.config import saved_config
 from fastattn.lm.finetune.datasets import Dataset, read_dataset
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import Finetuned, is_finetuned, load_finetuned
+from fastattn.lm.finetune.scores import Baseline, score_table
 from fastattn.lm.finetune.scoring import score
 from fastattn.lm.finetune.start import load_start
 from fastattn.lm.finetune.tasks import Prediction
@@ -47,6 +49,7 @@ class Evaluation:
         data: what it was evaluated on.
         sizes: how much that was, by name.
         scores: by name. Losses are in nats per label.
+        baseline: scores without a model, for the tasks that have such answers.
     """
 
     task: str
@@ -54,14 +57,17 @@ class Evaluation:
     data: str
     sizes: dict[str, int]
     scores: dict[str, float]
+    baseline: Baseline | None = None
 
     def table(self) -> str:
         """Everything as aligned lines."""
-        rounded = {name: f"{value:.4f}" for name, value in self.scores.items()}
-        return aligned({"task": self.task, "checkpoint": self.checkpoint, **self.sizes, **rounded})
+        facts: dict[str, object] = {"task": self.task, "checkpoint": self.checkpoint, **self.sizes}
+        if self.baseline is not None:
+            return f"{aligned(facts)}\n{score_table(self.scores, [self.baseline])}"
+        return aligned(facts | {name: f"{value:.4f}" for name, value in self.scores.items()})
 
     def to_json(self) -> str:
-        return json.dumps(self.__dict__, indent=1) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 
 def evaluate(
@@ -122,7 +128,8 @@ def _of_task(
     scores = score(found.task, found.model, examples, show_progress, each, reference)
     if predictions is not None:
         write_text(predictions, "".join(lines))
-    return Evaluation(found.task.name, str(checkpoint.folder), dataset.name, {"examples": len(examples)}, scores)
+    sizes, baseline = {"examples": len(examples)}, found.task.baseline(examples)
+    return Evaluation(found.task.name, str(checkpoint.folder), dataset.name, sizes, scores, baseline)
 
 
 def _of_text(

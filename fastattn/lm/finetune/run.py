@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from fastattn.lm.finetune.config import FinetuneConfig
 from fastattn.lm.finetune.datasets import Dataset, find_splits, read_dataset
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.load import build_without_weights, load_finetuned, make_task, task_class
+from fastattn.lm.finetune.scores import Baseline, score_table
 from fastattn.lm.finetune.scoring import predict_all, score
 from fastattn.lm.finetune.start import Start, check_start, load_start
 from fastattn.lm.finetune.tasks import Task
@@ -49,6 +51,7 @@ class Outcome:
             be, most of them because the example was cut.
         parameters: their numbers, "all" and "trained".
         checkpoint: the newest, or the best if the run keeps it.
+        baseline: of the held-out examples, for tasks that have answers without a model; None while ``scores`` is empty.
     """
 
     progress: Progress
@@ -56,6 +59,7 @@ class Outcome:
     examples: dict[str, int]
     parameters: dict[str, int]
     checkpoint: Checkpoint
+    baseline: Baseline | None = None
 
     def facts(self) -> dict[str, float | int | str]:
         """The figures of the run by name."""
@@ -72,8 +76,11 @@ class Outcome:
         }
 
     def summary(self) -> str:
-        """The figures as aligned lines."""
-        return aligned(self.facts())
+        """The figures as aligned lines, and the held-out scores beside those of the baseline."""
+        if self.baseline is None:
+            return aligned(self.facts())
+        facts = {name: value for name, value in self.facts().items() if not name.startswith("held-out ")}
+        return f"{aligned(facts)}\n\nheld out\n{score_table(self.scores, [self.baseline])}"
 
 
 def finetune(
@@ -191,20 +198,29 @@ def _outcome(
     task, data = prepared.task, prepared.data
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in prepared.trainer.model.parameters()]
     scores: dict[str, float] = {}
+    baseline: Baseline | None = None
     if progress.signal is None and ranks().leads:
         best = load_finetuned(checkpoint, device)
         reference = load_start(prepared.config)[1].to(device) if task.needs_reference else None
         for name, examples in data.held_out.items():
             found = score(best.task, best.model, examples, show_progress, reference=reference)
-            scores |= {f"{key} ({name})" if name else key: value for key, value in found.items()}
+            scores |= _named(found, name)
+            if (easy := best.task.baseline(examples)) is not None:
+                before = {} if baseline is None else baseline.scores
+                baseline = dataclasses.replace(easy, scores=before | _named(easy.scores, name))
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
     return Outcome(
         progress, scores,
         {"train": len(data.train), "held out": len(data.all_held_out),
          "longest": sum(map(task.is_longest, prepared.features))},
         {"all": sum(size for size, _ in sizes), "trained": sum(size for size, is_trained in sizes if is_trained)},
-        checkpoint,
+        checkpoint, baseline,
     )  # fmt: skip
+
+
+def _named(scores: dict[str, float], name: str) -> dict[str, float]:
+    """Scores of one file of several, by names that tell which."""
+    return {f"{key} ({name})" if name else key: value for key, value in scores.items()}
 
 
 def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
@@ -218,7 +234,7 @@ def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     if template is None and (config.task == "chat" or (config.task == "dpo" and _has_messages(data))):
         template = DEFAULT_TEMPLATE
     ready = make_task(config, tokenizer, backbone.config, labels, template, pixels)
-    return ready, ready.add_head(backbone)
+    return ready, ready.add_head(ready.prepared(backbone))
 
 
 def _has_messages(data: _Data) -> bool:

@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+# To a full stop and the like before a space, to one of Chinese or Japanese, or to the end of a line.
+_SENTENCE = re.compile(r".*?(?:[.!?…][\"'”’)\]]*(?=\s|$)|[。！？]|$)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Scores of answers that no model is needed for.
+
+    Attributes:
+        what: it does.
+        scores: of its answers, by name.
+    """
+
+    what: str
+    scores: dict[str, float]
+
+
+def score_table(model: Mapping[str, float], baselines: Sequence[Baseline] = (), counts: Collection[str] = ()) -> str:
+    """The scores of a model beside those of baselines, as text to read; those that ``counts`` names are marked."""
+    names = ["baseline"] if len(baselines) == 1 else [f"baseline {n}" for n in range(1, len(baselines) + 1)]
+    width = max(map(len, model))
+    lines = [f"{name}: {baseline.what}" for name, baseline in zip(names, baselines, strict=True)]
+    lines += [""] * bool(lines) + [f"{'score':<{width}}" + "".join(f"  {name:>10}" for name in (*names, "model"))]
+    for name, value in model.items():
+        row = [*(baseline.scores.get(name) for baseline in baselines), value]
+        cells = "".join(f"  {'' if x is None else f'{x:.4f}':>10}" for x in row)
+        lines.append(f"{name:<{width}}{cells}" + ("  <- counts" if name in counts else ""))
+    return "\n".join(lines)
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence, or line if that ends earlier: the summary to beat, since many texts begin with their point.
+
+    Source:
+        The lead baseline of See et al., "Get To The Point: Summarization with Pointer-Generator Networks", 2017.
+
+    Example:
+        >>> from fastattn.lm.finetune.scores import first_sentence
+        >>> first_sentence("It fell 3.5 % today. Nobody knows why.")
+        'It fell 3.5 % today.'
+    """
+    found = _SENTENCE.match(text.strip())
+    return found[0].strip() if found else ""
 
 
 def label_scores(predicted: Sequence[int], expected: Sequence[int], num_labels: int) -> dict[str, float]:
@@ -152,7 +198,8 @@ def text_scores(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, 
     rouge = rouge_score(list(predicted), references, rouge_keys=("rouge1", "rouge2", "rougeL"))
     return {
         "exact match": hits / max(len(references), 1),
-        "BLEU": corpus_bleu(list(predicted), [references]).score,
+        # Without "effective order" answers that are all shorter than 4 words have a BLEU of 0, even if all are right.
+        "BLEU": corpus_bleu(list(predicted), [references], use_effective_order=True).score,
         "chrF": corpus_chrf(list(predicted), [references]).score,
         **{f"ROUGE-{kind}": 100 * float(rouge[f"rouge{kind}_fmeasure"]) for kind in ("1", "2", "L")},
     }

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch import Tensor
 from fastattn.errors import DataError, InputError, input_error
 from fastattn.files import new_folder, read_limited
 from fastattn.lm.models import heads
-from fastattn.lm.models.config import AttentionKind, TransformerConfig
+from fastattn.lm.models.config import AttentionKind, PoolerActivation, TransformerConfig
+from fastattn.lm.models.encoder import Encoder
 from fastattn.lm.models.hf_formats import HF_FORMATS, HFFormat, Json, Tensors
 from fastattn.lm.models.make import AnyModel, make_model
 
@@ -324,7 +325,7 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
     """Config and tensors of ``model`` in the format that represents them exactly; InputError if none does."""
     config = _explicit(model.config)
     head = type(model).__name__ if isinstance(model, AnyHead) else None
-    reasons = []
+    reasons, unsaid = list[str](), list[str]()
     read_from = getattr(model, "hf_model_type", None)
     for hf_format in sorted(HF_FORMATS.values(), key=lambda x: x.model_type != read_from):  # stable: else in order
         if hf_format.kind == config.kind:
@@ -333,7 +334,7 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
             try:
                 known = _explicit(hf_format.read(fields, tensors))
             except (DataError, InputError, ArithmeticError, TypeError) as error:  # it cannot even say what differs
-                reasons.append(f"for {hf_format.model_type}, {error}")
+                unsaid.append(f"for {hf_format.model_type}, {error}")
                 continue
             reason = _differences(config, known) or _head_reason(hf_format, model, head) or unplaced
             if not reason:
@@ -341,9 +342,22 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
                     tensors = {name.removeprefix(hf_format.prefix): tensor for name, tensor in tensors.items()}
                 return _with_facts(fields, hf_format, model, head), tensors
             reasons.append(f"for {hf_format.model_type}, {reason}")
-    todo = "The checkpoints of fastattn train hold any model."
-    given = "; ".join(sorted(reasons, key=len)[:2]) or f"a model of kind {config.kind!r}"  # the nearest
+    todo = "Checkpoints of fastattn hold any model; of its presets, decoders, bert-*, t5-* and vit-* can be exported."
+    nearest = "; ".join([*sorted(reasons, key=len), *unsaid][:2])
+    given = f"a model of kind {config.kind!r}" + (f" that differs: {nearest}" if nearest else "")
     raise input_error("model", given, "the format of one of " + ", ".join(HF_FORMATS), todo)
+
+
+def pooler_of_classifiers(encoder: Encoder) -> PoolerActivation | None:
+    """The activation after the pooler that Hugging Face's classifiers have on such an encoder; None without one."""
+    for activation in get_args(PoolerActivation):
+        with torch.device("meta"):
+            config = dataclasses.replace(encoder.config, pooler=True, pooler_activation=activation)
+            trial = heads.SequenceClassifier(Encoder(config), 2)
+        with contextlib.suppress(InputError):
+            _describe(trial)
+            return activation
+    return None
 
 
 def _differences(config: TransformerConfig, known: TransformerConfig) -> str:

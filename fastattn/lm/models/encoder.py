@@ -5,13 +5,15 @@ Shapes: B batch, S tokens in a row, C width.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.errors import input_error
 from fastattn.lm.models.blocks import Stack, check_kind, check_tokens, initialise
-from fastattn.lm.models.config import TransformerConfig
+from fastattn.lm.models.config import PoolerActivation, TransformerConfig
 from fastattn.lm.models.recording import Weights, with_weights
 
 
@@ -76,6 +78,15 @@ class Encoder(Stack):
         return self.run(x, positions=positions, segment_ids=segment_ids, mask=mask)
 
     hidden = forward
+
+    def add_pooler(self, activation: PoolerActivation = "tanh") -> None:
+        """Add a fresh ``pooler`` to the model and its config, for classifiers in the form of Hugging Face."""
+        self.config = dataclasses.replace(self.config, pooler=True, pooler_activation=activation)
+        like, width = self.embedding.weight, self.config.width
+        self.pooler = nn.Linear(width, width, bias=self.config.bias, device=like.device, dtype=like.dtype)
+        nn.init.normal_(self.pooler.weight, std=0.02)
+        if self.config.bias:
+            nn.init.zeros_(self.pooler.bias)
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of training on one token, forward and backward, in rows of ``length`` tokens, one document to a row."""

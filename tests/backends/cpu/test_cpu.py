@@ -190,7 +190,9 @@ def not_built(tmp_path, monkeypatch):
     """As in a checkout that was never built: an empty cache folder, and nothing beside the backend."""
     monkeypatch.setattr(library, "PATH", tmp_path / "nothing.so")
     monkeypatch.setenv("FASTATTN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "ARITHMETIC", ("-O0",))  # what is compiled here need not be fast
+    monkeypatch.setattr(build, "UNITS", {})  # the baseline alone, unoptimised: what is compiled here need not be fast
+    monkeypatch.setattr(build, "ARITHMETIC", ("-O0",))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DFA_BASELINE_ALONE"))
     library.delivered.cache_clear()
     yield tmp_path / "cache"
     library.delivered.cache_clear()

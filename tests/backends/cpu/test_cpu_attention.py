@@ -182,6 +182,34 @@ def test_the_number_of_threads_changes_no_bit(name, dtype):
         assert [name for name, x in other.items() if not torch.equal(x, found[0][name])] == []
 
 
+SHORT = {  # queries, keys, heads of both, head dim; the first ones are served on tensors as they lie
+    "as they lie": (32, 32, (4, 4), 32),
+    "parts of vectors and of strips": (13, 61, (4, 2), 16),
+    "the longest": (96, 128, (2, 1), 64),
+    "one row": (1, 17, (4, 4), 48),
+    "more queries than keys": (95, 3, (2, 2), 128),
+    "longer than the longest": (97, 129, (2, 1), 64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", SHORT)
+def test_short_sequences_take_another_way_to_the_same_bits(name, dtype):
+    s_q, s_kv, heads, dim = SHORT[name]
+    for band in ({}, {"right": 0}, {"left": 5, "right": 2}):
+        for special in (None, 1e35 if dtype == torch.float32 else 1e305, NAN):
+            dout, inputs, spec = problem(2, s_q, heads, dim, dtype=dtype, **band)
+            k, v = torch.randn(2, 2, s_kv, heads[1], dim, dtype=dtype)
+            inputs = inputs.replace(k=k, v=v, max_seqlen_kv=s_kv)
+            if special is not None:
+                inputs.v[0, -1, 0, 0] = inputs.k[-1, 0, -1, -1] = inputs.q[0, s_q // 2, 0, 0] = special
+            masked = inputs.replace(mask=torch.ones(1, 1, 1, s_kv, dtype=torch.bool))  # takes the way of long ones
+            for backend in BACKENDS:
+                found, expected = (results(dout, x, spec, backend) for x in (inputs, masked))
+                for result, x in expected.items():
+                    assert torch.equal(found[result].nan_to_num(), x.nan_to_num()), result
+
+
 # --- numbers that are not finite, and very large ones ---------------------------------------------------------------
 
 

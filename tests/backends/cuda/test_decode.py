@@ -80,7 +80,23 @@ def test_fields_say_what_the_call_says() -> None:
 @pytest.mark.parametrize(("page_size", "rows"), [(1, 1), (6, 2), (8, 8), (24, 8), (64, 64), (100, 4), (256, 64)])
 def test_boxes_never_leave_a_page(page_size: int, rows: int) -> None:
     cache = torch.zeros(8, page_size, 2, 64, dtype=torch.bfloat16)
-    assert launched(inputs_of(k_cache=cache, v_cache=cache))["box_rows"] == rows
+    fields = launched(inputs_of(k_cache=cache, v_cache=cache))
+    assert (fields["box_rows"], fields["is_gathered"]) == (rows, int(rows < 8)), "TMA loads whole atoms of its swizzle"
+    assert launched(inputs_of(k_cache=cache, v_cache=cache, batch_invariant=True))["is_gathered"]
+
+
+def test_fields_of_e4m3_and_of_a_tree() -> None:
+    cache = torch.zeros(8, 16, 2, 64, dtype=torch.float8_e4m3fn)
+    inputs = inputs_of(k_cache=cache, v_cache=cache, k_scale=torch.ones(1, 2), v_scale=torch.ones(8, 2))
+    fields = launched(inputs)
+    assert fields["is_e4m3"] and fields["is_gathered"] and fields["k_scale"] == inputs.k_scale.data_ptr()
+    assert (fields["k_scale_stride"], fields["v_scale_stride"], fields["tree"]) == (0, 2, 0)
+    new = torch.zeros(2, 40, 2, 64, dtype=torch.bfloat16)
+    tree = torch.full((1, 40, 2), 1, dtype=torch.int32)
+    inputs = inputs_of(s_q=40, k=new, v=new, tree_mask=tree)
+    fields = launched(inputs, right=0)
+    assert (fields["tree"], fields["tree_words"], fields["shares_tree"]) == (tree.data_ptr(), 2, 1)
+    assert not fields["depths"] and launched(inputs, right=0, left=5)["depths"]
 
 
 def test_caches_are_not_copied_unless_tma_cannot_read_them() -> None:

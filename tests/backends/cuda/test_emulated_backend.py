@@ -109,14 +109,21 @@ def test_the_other_pass_elsewhere(direction: str, others: str) -> None:
 
 
 def cache_cases() -> list[tuple[CacheCase, int]]:
-    """What the kernels take of the grid, in 16 bits, some with one split and some with several; and longer caches."""
+    """What the kernels take of the grid with a q of 16 bits, with one split or several; and longer caches."""
     cases = [
         case
         for case in cache_grid((torch.float32,))
-        if not (case.fp8 or case.alibi or case.bias or case.tree or case.D_qk % 8 or case.D_v % 8)
+        if not (case.alibi or case.bias or any(size % (16 if case.fp8 else 8) for size in (case.D_qk, case.D_v)))
     ]
     long = CacheCase("long", before=(700, 0, 400), s_q=(2, 2, 2), sinks=True, D_qk=64, D_v=64)
-    changes = ({"page_size": 1}, {"page_size": 24, "softcap": 3.0}, {"left": 300}, {"packed": True, "s_q": (1, 7, 0)})
+    changes = (
+        {"page_size": 1, "softcap": 3.0},
+        {"page_size": 24, "softcap": 3.0},
+        {"left": 300},
+        {"packed": True, "s_q": (1, 7, 0)},
+        {"page_size": 16, "fp8": "page", "new": 0},
+        {"page_size": 2, "tree": "each", "s_q": (40, 40, 40), "left": 300},
+    )
     cases += [dataclasses.replace(long, id=f"long, {change}", **change) for change in changes]
     wide = {"H_q": 140, "H_kv": 2, "D_qk": 64, "D_v": 40, "page_size": 16}
     cases.append(CacheCase("more heads in a group than rows in a tile", **wide))

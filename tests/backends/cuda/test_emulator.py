@@ -10,7 +10,7 @@ import emulate
 import pytest
 from fault import Fault
 
-from fastattn.backends.cuda.instances import DecodeConfig, ForwardConfig
+from fastattn.backends.cuda.instances import DecodeConfig, DkdvConfig, DqConfig, ForwardConfig, GatheredConfig
 
 CSRC = Path(__file__).parents[3] / "csrc"
 CASES = 2  # for each kernel and dtype; `make emulate` runs more
@@ -21,7 +21,12 @@ CONFIGS = [
     config
     for config in emulate.emulated_configs(CSRC)
     if isinstance(config, (ForwardConfig, DecodeConfig))
-    or (config.softcap == (config.d_qk != 96) and (config.d_qk, config.d_v) in BACKWARD_DIMS)
+    or (isinstance(config, GatheredConfig) and config.d_qk in (128, 256))
+    or (
+        isinstance(config, (DkdvConfig, DqConfig))
+        and config.softcap == (config.d_qk != 96)
+        and (config.d_qk, config.d_v) in BACKWARD_DIMS
+    )
 ]
 PLANTED = emulate.ALL_FAULTS[::6]
 
@@ -48,7 +53,7 @@ def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> 
     assert is_reported, printed
 
 
-@pytest.mark.parametrize(("line", "options"), emulate.KERNELS[::3], ids=str)
+@pytest.mark.parametrize(("line", "options"), emulate.KERNELS[:4:3], ids=str)
 def test_every_call_that_orders_something_is_missed(
     emulator: emulate.Emulator, line: tuple[str | int, ...], options: tuple[str, ...]
 ) -> None:

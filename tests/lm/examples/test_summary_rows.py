@@ -1,7 +1,7 @@
 """The rows that the example ``summarise`` learns from."""
 
 from fastattn.lm.examples.stdlib import Sentence, Summary
-from fastattn.lm.examples.summary_rows import copied_rows, first_words, sentence_rows, summary_rows
+from fastattn.lm.examples.summary_rows import copied_rows, first_line, first_words, sentence_rows, summary_rows
 
 SOURCE = "async def get_rowCount(self, deep=False):\n    return len(self.rows)"
 ITEM = Summary("pack/table.py", "pack", "TableReader", SOURCE, "Return the number of rows.")
@@ -10,7 +10,7 @@ ITEM = Summary("pack/table.py", "pack", "TableReader", SOURCE, "Return the numbe
 def test_a_function_is_its_first_words_and_its_place():
     words = "get row count self deep false return len self rows"
     assert summary_rows([ITEM]) == [{"source": f"{words} in table reader pack table", "target": ITEM.summary}]
-    assert first_words(ITEM, 3) == "get row count"
+    assert first_words(ITEM, 3) == "get row count" and first_line(ITEM) == "get row count self deep false"
     long = Summary("a.py", "a", "", f"def f(): {'x ' * 50}", "Do it.")
     assert summary_rows([long])[0]["source"] == "f" + " x" * 15 + " in a"
 

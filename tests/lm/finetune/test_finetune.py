@@ -19,7 +19,16 @@ from fastattn.lm.finetune.evaluate import evaluate
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.tasks import Task
 from fastattn.lm.load import load_model
-from fastattn.lm.models import PRESETS, Decoder, Encoder, SequenceClassifier, make_model, preset, save_pretrained
+from fastattn.lm.models import (
+    PRESETS,
+    Decoder,
+    Encoder,
+    SequenceClassifier,
+    from_pretrained,
+    make_model,
+    preset,
+    save_pretrained,
+)
 from fastattn.lm.train import RunConfig, find_checkpoint, pretrain
 
 SIZES = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 32}
@@ -96,19 +105,37 @@ def test_it_starts_from_a_pre_trained_checkpoint(pretrained, tmp_path, objective
         torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
 
 
-def test_it_starts_from_a_folder_in_the_format_of_hugging_face(data, tmp_path):
+def bert(folder, **changes):
+    """A small BERT as a folder in Hugging Face's format."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "up", "down", "left", *map(str, range(8))]
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     torch.manual_seed(3)
-    model = Encoder(dataclasses.replace(preset("bert-tiny", len(words)), width=32, layers=1, pooler=True))
-    save_pretrained(model, tmp_path / "bert", tokenizer=tokenizer)
+    model = Encoder(dataclasses.replace(preset("bert-tiny", len(words)), width=32, layers=1, **changes))
+    save_pretrained(model, folder, tokenizer=tokenizer)
+    return model
+
+
+def test_it_starts_from_a_folder_in_the_format_of_hugging_face(data, tmp_path):
+    model = bert(tmp_path / "bert", pooler=True)
     config = settings(data, preset=None, pretrained=str(tmp_path / "bert"), method="frozen")
     outcome = run(tmp_path / "run", config)
     after = model_of(outcome).backbone.state_dict()
-    assert all(torch.equal(weight, after[name]) for name, weight in model.state_dict().items())
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, after[name])}
+    assert changed == {"pooler.weight", "pooler.bias"}  # they are a part of the head that uses them
     tokens = load_finetuned(outcome.checkpoint).task.features(Example("", {"text": "up 3", "label": "up"}))[0]["tokens"]
     assert tokens == [2, 5, 11, 3]
+
+
+@pytest.mark.parametrize("method", ["full", "frozen"])
+def test_a_classifier_gets_the_pooler_that_hugging_face_has(method, data, tmp_path):
+    bert(tmp_path / "bert")
+    config = settings(data, preset=None, pretrained=str(tmp_path / "bert"), method=method)
+    model = model_of(run(tmp_path / "run", config))
+    assert model.config.pooler and model.backbone.pooler.bias.any()  # which was zero before it was trained
+    save_pretrained(model, tmp_path / "out")
+    again, tokens = from_pretrained(tmp_path / "out"), torch.randint(5, 16, (2, 5))
+    assert type(again) is SequenceClassifier and torch.equal(again(tokens), model(tokens))
 
 
 def test_a_fine_tuned_model_can_be_fine_tuned_for_another_task(data, prompts, pretrained, tmp_path):

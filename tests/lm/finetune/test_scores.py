@@ -1,8 +1,20 @@
 """Scores of predictions against values known by hand."""
 
+import re
+
 import pytest
 
-from fastattn.lm.finetune.scores import answer_scores, entities, entity_scores, is_bio, label_scores, text_scores
+from fastattn.lm.finetune.scores import (
+    Baseline,
+    answer_scores,
+    entities,
+    entity_scores,
+    first_sentence,
+    is_bio,
+    label_scores,
+    score_table,
+    text_scores,
+)
 
 
 def test_scores_of_labels_by_hand():
@@ -63,6 +75,7 @@ def test_scores_of_text_by_hand():
     # n-gram precisions 4/5, 3/4, 2/3, 1/2 and no brevity penalty
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert text_scores(["a b c d e"], ["a b c d f"])["BLEU"] == pytest.approx(expected, abs=1e-6)
+    assert text_scores(["a b"], ["a b"])["BLEU"] == pytest.approx(100.0)
     assert text_scores(["abc"], ["abc"])["chrF"] == pytest.approx(100.0)
     assert text_scores([""], ["abc"])["chrF"] == 0.0
 
@@ -70,3 +83,27 @@ def test_scores_of_text_by_hand():
 def test_scores_of_answers_by_hand():
     scores = answer_scores(["The cat!", "two big dogs"], [["dog", "cat"], ["dogs"]])
     assert scores == {"exact match": 0.5, "F1": pytest.approx((1 + 2 * (1 / 3) / (4 / 3)) / 2)}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("  It fell 3.5 % today.  Nobody knows why.", "It fell 3.5 % today."),
+        ('He said "Stop!" Then he left.', 'He said "Stop!"'),
+        ("今天下雨。明天也是。", "今天下雨。"),
+        ("a title\nand a text. more", "a title"),
+        ("no end", "no end"),
+        ("", ""),
+    ],
+)
+def test_first_sentences(text, first):
+    assert first_sentence(text) == first
+
+
+def test_a_model_stands_beside_baselines():
+    easy, harder = Baseline("the first word", {"BLEU": 1.0}), Baseline("the second", {"BLEU": 2.0, "chrF": 3.0})
+    lines = score_table({"loss": 0.5, "BLEU": 4.0}, [easy, harder], ["BLEU"]).splitlines()
+    assert lines[:2] == ["baseline 1: the first word", "baseline 2: the second"]
+    rows = [re.split(" {2,}", line) for line in lines[3:]]
+    assert rows[0] == ["score", "baseline 1", "baseline 2", "model"]
+    assert rows[1:] == [["loss", "0.5000"], ["BLEU", "1.0000", "2.0000", "4.0000", "<- counts"]]

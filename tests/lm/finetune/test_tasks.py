@@ -103,6 +103,9 @@ def test_each_task_learns_a_few_examples_by_heart(name, tmp_path):
     assert all(line["tokens_per_second"] > line["tflops"] > 0 for line in speeds if "loss" in line)
     again = evaluate(outcome.checkpoint, [str(path)], show_progress=False)
     assert again.scores == outcome.scores == json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert (again.baseline == outcome.baseline) and (outcome.baseline is not None) == (name == "seq2seq")
+    if outcome.baseline is not None:
+        assert outcome.baseline.scores["exact match"] < 1 and outcome.baseline.what in outcome.summary() + again.table()
     eager = evaluate(outcome.checkpoint, [str(path)], attention="eager", show_progress=False)
     assert eager.scores["loss"] == pytest.approx(again.scores["loss"], abs=1e-4)
 

@@ -159,6 +159,13 @@ def test_prompts_against_a_cache_run_the_forward_kernel(machine: simulated.Machi
     assert any("forward" in str(launch) for launch in machine.launches), machine.launches
 
 
+def test_operands_in_e4m3_run_their_kernel(machine: simulated.Machine) -> None:
+    q, k, v = normal(1, 20, 2, 16), normal(1, 20, 1, 16), normal(1, 20, 1, 16)
+    with no_wait(machine):
+        fastattn.attention_fp8(q, k, v, causal=True)
+    assert any("forward_fp8" in str(launch) for launch in machine.launches), machine.launches
+
+
 def derivatives() -> Callable[[], object]:
     """Forward mode and double backward."""
     q, k, v = normal(1, 20, 2, 16, grad=True), normal(1, 20, 1, 16), normal(1, 20, 1, 16)

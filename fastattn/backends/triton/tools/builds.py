@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def config_of(build: Build) -> Config:
     from fastattn.backends.triton import configs, derived_configs
 
     if (build.kernel, build.bits) in {row[:2] for row in derived_configs.TABLE}:
-        return derived_configs.config_for(build.kernel, build.bits, build.head_dim)
+        return derived_configs.config_for(build.kernel, build.bits, build.head_dim, build.target)
     features = frozenset(build.combination.replace("intervals", "segments mask").split())  # as Flags.features says
     return configs.Config(
         *build.config or configs.config_for(build.row, build.kernel, build.bits, build.head_dim, features)
@@ -193,12 +194,16 @@ def _quick() -> set[Build]:
 
 
 def tensor_core_of(build: Build) -> str:
-    """A pattern of the tensor-core instructions of a build. HGMMA needs 64 rows, so smaller tiles use HMMA."""
+    """A pattern of the tensor-core instructions of a build.
+
+    HGMMA needs 64 rows, so smaller tiles use HMMA. Those of e4m3 have a Q in place of the H.
+    """
     wanted = TARGETS[build.target].tensor_core
     config = config_of(build)
     rows = config.block_n if build.kernel == "backward_dkdv" else config.block_m
     is_small = build.kernel == "decode" or rows < 64
-    return f"{wanted}|HMMA" if is_small and wanted == "HGMMA" else wanted
+    wanted = f"{wanted}|HMMA" if is_small and wanted == "HGMMA" else wanted
+    return re.sub("H(G?MMA)", r"Q\1", wanted) if build.bits == 8 else wanted
 
 
 def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
@@ -207,7 +212,7 @@ def problem_of(build: Build) -> tuple[Inputs, AttentionSpec]:
     features = build.combination.split()
     if "multi-query" in features:
         batch, s, heads_kv = 1, 4096, 1
-    dtype = torch.bfloat16 if build.bits == 16 else torch.float32
+    dtype = torch.bfloat16 if build.bits <= 16 else torch.float32
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -42,6 +42,8 @@ class Figures:
 
 
 def read(kernel: Any, target: Target, tensor_core: str) -> Figures:
+    if target.backend == "cuda" and (narrow := narrow_products_in(kernel.asm["ttgir"])):
+        raise RuntimeError(f"a product over fewer elements than a row of threads holds is wrong: {narrow[0]}")
     loops = loops_in(kernel.asm["ttgir"])
     of_ttgir: dict[str, Any] = {
         "repeats": repeats_in(kernel.asm["ttgir"]),
@@ -93,6 +95,13 @@ def loops_in(ttgir: str) -> list[str]:
         if re.search(r"\bscf\.(for|while)\b", line):
             open_loops.append((indent, []))
     return innermost
+
+
+def narrow_products_in(ttgir: str) -> list[str]:
+    """Left operands of ``mma.sync`` with fewer than four times ``kWidth`` elements along the sum: Triton 3.6 and 3.7
+    count some of them twice and others not at all. ``operands.left_operand`` avoids them."""
+    found = re.findall(r"tensor<\d+x(\d+)x\w+, #ttg\.dot_op<\{opIdx = 0, parent = \S+, kWidth = (\d+)\}>>", ttgir)
+    return [f"{size} elements, kWidth {width}" for size, width in found if int(size) < 4 * int(width)]
 
 
 def repeats_in(ttgir: str) -> float:

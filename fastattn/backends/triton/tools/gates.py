@@ -76,7 +76,7 @@ def problems(build: Build, figures: Figures, expected: dict[str, Any] | None) ->
         wrong.append(f"{figures.shared} bytes of shared memory, at most {limit}")
     if loads_a_mask_alone(build) and figures.sync_loads:
         wrong.append(f"{figures.sync_loads} loads in the loop wait for memory: those of the mask are not pipelined")
-    if build.bits == 16 and not figures.tensor_core:
+    if build.bits <= 16 and not figures.tensor_core:
         wrong.append(f"no {tensor_core_of(build)}: tensor cores are not used")
     if expected is None:
         return wrong
@@ -181,7 +181,7 @@ class _Unchanged(Exception):
 def _start_compiler(cache: str) -> None:
     """Turn launches in this process into compilations for ``_target``."""
     os.environ["TRITON_CACHE_DIR"] = cache
-    from fastattn.backends.triton import launch, launch_decode, launch_derivatives, launch_statistics
+    from fastattn.backends.triton import launch, launch_decode, launch_derivatives, launch_fp8, launch_statistics
 
     torch.set_num_threads(1)
 
@@ -190,7 +190,7 @@ def _start_compiler(cache: str) -> None:
         if _wanted and name != _wanted:
             return None
         if _wanted and not _launched:
-            modules = (launch, launch_decode, launch_derivatives, launch_statistics)
+            modules = (launch, launch_decode, launch_derivatives, launch_fp8, launch_statistics)
             kernel = next(vars(module)[name] for module in modules if name in vars(module))
             _code = compiler.code_of(kernel, arguments)
             if _code == _known:

@@ -14,6 +14,7 @@ from fastattn.errors import input_error
 from fastattn.lm.data.images import ImageReader, Pixels, check_image
 from fastattn.lm.finetune.augment import augmented
 from fastattn.lm.finetune.examples import Example
+from fastattn.lm.finetune.scores import Baseline
 from fastattn.lm.models import TransformerConfig
 from fastattn.lm.train.example_rows import ExampleBatch, Feature, padded
 from fastattn.lm.train.special_tokens import SpecialTokens
@@ -92,6 +93,10 @@ class Task(ABC):
         """The text that is learned, of the tasks whose answer is generated text."""
         return example.fields[str(self.answer_field)]
 
+    def prepared(self, backbone: Any) -> Any:
+        """The backbone of a new run, with what the head needs of it."""
+        return backbone
+
     @abstractmethod
     def add_head(self, backbone: Any) -> nn.Module:
         """The model of the task."""
@@ -115,6 +120,10 @@ class Task(ABC):
     @abstractmethod
     def scores(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, float]:
         """Scores of the predictions, by name."""
+
+    def baseline(self, examples: Sequence[Example]) -> Baseline | None:
+        """Answers without a model, if the task knows some that are usual to compare with."""
+        return None
 
     def with_reference(self, model: nn.Module, features: Sequence[Feature], show_progress: bool) -> list[Feature]:
         """The features with what the loss needs of the model before training: nothing."""

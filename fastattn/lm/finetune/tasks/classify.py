@@ -14,7 +14,8 @@ from fastattn.errors import DataError
 from fastattn.lm.finetune.examples import Example
 from fastattn.lm.finetune.scores import label_scores, multilabel_scores, regression_scores
 from fastattn.lm.finetune.tasks.base import Prediction, Task
-from fastattn.lm.models import SequenceClassifier
+from fastattn.lm.models import Encoder, SequenceClassifier
+from fastattn.lm.models.convert import pooler_of_classifiers
 from fastattn.lm.train.example_rows import ExampleBatch, Feature
 from fastattn.lm.train.tasks import cross_entropy
 
@@ -26,6 +27,14 @@ class _OfText(Task):
 
     def inputs(self, example: Example) -> list[Feature]:
         return [self.texts(example)]
+
+    def prepared(self, backbone: Any) -> Any:
+        """The backbone with a pooler where the classifiers of Hugging Face have one, so that the model can go there."""
+        if isinstance(backbone, Encoder) and not backbone.config.pooler:
+            activation = pooler_of_classifiers(backbone)
+            if activation is not None:
+                backbone.add_pooler(activation)
+        return backbone
 
     def outputs(self, model: nn.Module, examples: Sequence[Example]) -> Tensor:
         """The model's outputs ``(B, L)`` in fp32, on the host."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastattn.errors import DataError
 from fastattn.lm.finetune.examples import Example
-from fastattn.lm.finetune.scores import text_scores
+from fastattn.lm.finetune.scores import Baseline, first_sentence, text_scores
 from fastattn.lm.finetune.tasks.base import Prediction, Task
 from fastattn.lm.generate import ChatTemplate, Sampling, generate
 from fastattn.lm.generate.decode import ENDED
@@ -71,6 +71,11 @@ class Seq2Seq(_Generates):
         """The "target"."""
         sources = [self.inputs(example)[0]["source"] for example in examples]
         return self.write(model, [[self.special.target] for _ in sources], most, sources)
+
+    def baseline(self, examples: Sequence[Example]) -> Baseline:
+        """The lead of a text, which summaries have to beat; of a single sentence, a copy of it."""
+        first = [{"target": first_sentence(example.fields["source"])} for example in examples]
+        return Baseline("the first sentence of the source", self.scores(first, examples))
 
 
 class _Responds(_Generates):
