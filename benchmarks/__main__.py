@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "training a GPT-2 beside nanoGPT's recipe and Hugging Face's Trainer, and an LSTM",
     "finetune": "a fine-tuned classifier beside the recipe of Hugging Face's example script, over several seeds",
     "decode": "attention to a key/value cache, generation with and without one",
-    "derivatives": "forward mode, double backward and per-sample gradients, beside torch",
+    "derivatives": "forward mode, double backward, statistics, intervals and per-sample gradients, beside torch",
     "swap": "functions and modules that fastattn replaces, each beside its replacement",
     "fuzz": "random problems, judged on every backend that runs here; no measurement",
     "overhead": "host time for each call, import time, installation time and size",

@@ -132,8 +132,9 @@ def body(name: str, results: Path, root: Path) -> str:
         found = sorted((results / "examples").glob("*.json"))
         return highlights.examples([json.loads(path.read_text(encoding="utf-8")) for path in found]) + "\n"
     path = results / f"{name}.json"
-    if name == "swap" and not path.exists():
-        return "Not measured yet: `python -m benchmarks swap --threads 2 --quiet --out benchmarks/results/swap.json`.\n"
+    if not path.exists():
+        return f"Not measured yet: `python -m benchmarks {name} --threads 2 --quiet --out benchmarks/results/{name}.json`.
+"
     record = read(path)
     return "\n\n".join([tables.conditions(record), tables.summary(record), *_links(results, name, root)]) + "\n"
 

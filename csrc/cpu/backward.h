@@ -23,7 +23,7 @@ class Backward {
   friend class StatisticsBackward;
   using Word = typename Op::Word;
   static constexpr int kKeys = kBackwardKeys;
-  static constexpr int64 kStrip = kKeys + 16;  // words from row to row of a strip, no power of two
+  static constexpr int64 kStrip = Filled<Op, kKeys>::kStride;  // words from row to row of a strip
 
  public:
   __attribute__((noinline)) Backward(AttentionParams const& p, BackwardItem const& item, void* memory)
@@ -33,7 +33,7 @@ class Backward {
         scores_(p, item.unit),
         band_(item.unit.band),
         group_(scores_.group()),
-        block_rows_(rows_of_block(band_.s_q)),
+        block_rows_(rows_of_block(band_.s_q, p.intervals != nullptr)),
         parts_(band_, block_rows_),
         words_(block_rows_ / Op::kPerWord),
         padded_rows_(rounded_up(band_.s_q, block_rows_)),
@@ -124,8 +124,8 @@ class Backward {
     strip_.scores = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     strip_.dweights = {arena_.take<Word>(kTileRows * kStrip), kStrip};
     gradient_rows_ = {arena_.take<Word>(kTileRows * kStrip), kStrip};
-    weights_ = arena_.take<Word>(words_ * kStrip);
-    gradients_ = arena_.take<Word>(words_ * kStrip);
+    filled_.weights = arena_.take<Word>(words_ * kStrip);
+    filled_.gradients = arena_.take<Word>(words_ * kStrip);
   }
 
   // --- one part
@@ -254,49 +254,57 @@ class Backward {
   template <class Strip>
   void run_keys(int head, Queries<Op> const& queries, int count, Range keys, Strip const& run_strip) {
     filled_.reset();
-    for (int r = 0; r < count; r += kTileRows)
-      run_strip(head, queries, first_, r, fa::smaller(kTileRows, count - r), keys);
+    for_each_piece(head, count, keys,
+                   [&](int r, int rows, Seen const& seen) { run_strip(head, queries, r, rows, keys, seen); });
+    filled_.finish(keys.end - keys.begin);
     add_to_keys(head, queries, first_, keys);
+  }
+
+  // Calls step with the strips of a block that look at some keys: their first row, how many there are, and what they see.
+  template <class Step>
+  void for_each_piece(int head, int count, Range keys, Step const& step) {
+    auto const visit = [&](int r, int rows, Range piece, bool is_whole) {
+      int const i = first_ + r, there = fa::smaller(rows, band_.s_q - i);
+      Seen seen = seen_by(scores_, segments_, piece, there, [head](int) { return head; }, [i](int n) { return i + n; });
+      seen.is_whole &= is_whole;
+      if (!is_empty(seen.keys)) step(r, rows, seen);
+    };
+    for (int r = 0, end; r < count; r = end) {
+      int const last = fa::smaller(r + kTileRows, count);
+      end = p_.intervals ? kept_.strip_end(first_ + r, first_ + last) - first_ : last;
+      Range const rows{first_ + r, fa::smaller(first_ + end, band_.s_q)};
+      if (!p_.intervals) visit(r, end - r, common(fa::tile_range(band_, rows.begin, rows.end), keys), true);
+      else kept_.each_piece(rows, keys, kCount<Word>, [&](auto... piece) { visit(r, end - r, piece...); });
+    }
   }
 
   // What a block of queries adds to the gradients of a block of keys.
   void add_to_keys(int head, Queries<Op> const& queries, int first, Range keys) const {
-    if (p_.dv) multiply_rows(weights_, packer_.dout_lines(queries, first), panels_v_, keys, dv_);
-    if (p_.dk) multiply_rows(gradients_, packer_.q_lines(queries, first), panels_, keys, dk_);
+    if (p_.dv) multiply_rows(filled_.weights, packer_.dout_lines(queries, first), panels_v_, keys, dv_);
+    if (p_.dk) multiply_rows(filled_.gradients, packer_.q_lines(queries, first), panels_, keys, dk_);
     add_nonfinite_rows(head, queries, first, keys);
   }
 
-  Seen seen_by_strip(int head, int i, int count, Range keys) const {
-    int const end = fa::smaller(i + count, band_.s_q);
-    Range found = common(fa::tile_range(band_, i, end), keys);
-    bool is_whole = true;
-    if (p_.intervals) found = kept_.hull_of(i, end, keys, is_whole);
-    Seen const seen =
-        seen_by(scores_, segments_, found, end - i, [head](int) { return head; }, [i](int n) { return i + n; });
-    return {seen.keys, seen.is_whole && is_whole};
-  }
-
-  // What the band keeps of a row, counted from the first key of the block.
+  // What the band or ranges keep of a row, counted from the first key of the block.
   Range kept(int i, Range keys, Range seen) const {
-    Range const whole = i >= band_.s_q ? Range{0, 0} : p_.intervals ? kept_.in(i, keys).hull() : scores_.kept(i);
+    Range const whole = i >= band_.s_q ? Range{0, 0} : p_.intervals ? kept_.in(i, seen).hull() : scores_.kept(i);
     Range const found = common(whole, seen);
     return is_empty(found) ? Range{0, 0} : Range{found.begin - keys.begin, found.end - keys.begin};
   }
 
-  void run_strip(int head, Queries<Op> const& queries, int first, int r, int count, Range keys) {
-    Seen const seen_keys = seen_by_strip(head, first + r, count, keys);
-    Range const seen = seen_keys.keys;
-    if (is_empty(seen)) return;
-    Range const columns = columns_of<Word>(seen, keys.begin);
-    int64 const row = first + r;
-    prefetch_terms(head, first + r, count, seen);
-    fill(columns, keys, seen, r, count);
+  void run_strip(int head, Queries<Op> const& queries, int r, int count, Range keys, Seen const& seen_keys) {
+    Range const seen = seen_keys.keys, columns = columns_of<Word>(seen, keys.begin);
+    int64 const row = first_ + r;
+    prefetch_terms(head, int(row), count, seen);
+    fill(keys, seen, r, count);
     multiply_keys(count, queries.rows_of(queries.q, row), dim_qk_, k_, keys, columns, strip_.scores);
     multiply_keys(count, queries.rows_of(queries.dout, row), dim_v_, v_, keys, columns, strip_.dweights);
     auto const weigh = [&](auto terms, auto drops) {
       for (int n = 0; n < count; n += 2) {
         PairTerms<Word> pair;
-        for (int x = 0; x < 2; ++x) read_terms(head, queries, int(row) + n + x, keys, seen, columns, x, pair);
+        for (int x = 0; x < 2; ++x)
+          if (terms == kBand) read_ends(queries, int(row) + n + x, keys, seen, x, pair);
+          else read_terms(head, queries, int(row) + n + x, keys, seen, columns, x, pair);
         weigh_pair<Op, terms, drops>(strip_, n, columns, pair, target(r, n));
       }
     };
@@ -322,24 +330,13 @@ class Backward {
     if (has_extreme_keys_) add_nonfinite_keys(head, int(row), count, keys, columns, seen);
   }
 
-  void fill(Range columns, Range keys, Range seen, int r, int count) {
-    filled_.add(columns, {seen.begin - keys.begin, seen.end - keys.begin}, {r, r + count}, keys.end - keys.begin,
-                [&](Range rows, Range columns) { clear_lines(rows, columns); });
-  }
-
-  void clear_lines(Range rows, Range columns) {
-    int64 const count = columns.end - columns.begin;
-    if (count <= 0) return;
-    for (int r = rows.begin; r < rows.end; r += Op::kPerWord) {
-      int64 const at = r / Op::kPerWord * kStrip + columns.begin;
-      clear(weights_ + at, count);
-      clear(gradients_ + at, count);
-    }
+  void fill(Range keys, Range seen, int r, int count) {
+    filled_.add({seen.begin - keys.begin, seen.end - keys.begin}, {r, r + count});
   }
 
   PairTarget<Word> target(int r, int n) const {
     int64 const line = (r + n) / Op::kPerWord * kStrip;
-    return {{gradient_rows_.at + n * kStrip, kStrip}, weights_ + line, gradients_ + line, kStrip};
+    return {{gradient_rows_.at + n * kStrip, kStrip}, filled_.weights + line, filled_.gradients + line, kStrip};
   }
 
   void multiply_keys(int count, Matrix<Word const> rows, int64 depth, Word const* packed, Range keys, Range columns,
@@ -353,18 +350,24 @@ class Backward {
     }
   }
 
+  // The terms of row i where nothing but what is kept stands between products and scores.
+  void read_ends(Queries<Op> const& queries, int i, Range keys, Range seen, int n, PairTerms<Word>& to) const {
+    to.row[n].kept = kept(i, keys, seen);
+    to.end[n] = {queries.lse[i], queries.low[i], queries.delta[i]};
+    to.to_score = scores_.to_score;
+  }
+
   // The terms of row i, which is the first or the second of a pair.
   void read_terms(int head, Queries<Op> const& queries, int i, Range keys, Range seen, Range columns, int n,
                   PairTerms<Word>& to) {
-    Range const kept = this->kept(i, keys, seen);
+    read_ends(queries, i, keys, seen, n, to);
+    Range const kept = to.row[n].kept;
     int const row = i < band_.s_q ? i : 0;
     to.row[n] = scores_.row(head, row, keys.begin, kept, n);
     if (p_.intervals && !is_empty(kept)) {
-      Ranges const ranges = kept_.in(i, keys);
+      Ranges const ranges = kept_.in(i, seen);
       if (ranges.count > 1) scores_.hide_gaps(to.row[n], ranges, keys.begin, n);
     }
-    to.end[n] = {queries.lse[i], queries.low[i], queries.delta[i]};
-    to.to_score = scores_.to_score;
     to.survivor = Word(p_.dropout_scale);
     to.dropped[n] = {nullptr, int(p_.dropout_threshold)};
     to.dbias[n] = {nullptr, p_.dbias_dtype, !p_.dbias_key, p_.dbias_adds != 0};
@@ -394,7 +397,7 @@ class Backward {
                      Matrix<Word> sums) const {
     Word* const to = sums.at + (keys.begin - begin_) * sums.stride;
     for (int n = 0; n < panels.count; ++n)
-      filled_.each(keys.end - keys.begin, [&](Range tile, Range rows) {
+      filled_.each([&](Range tile, Range rows) {
         int64 const line = rows.begin / Op::kPerWord, depth = rows.end / Op::kPerWord - line;
         multiply<Op, true>(kAdd, tile.end - tile.begin, panels.width(n), depth,
                            {left + line * kStrip + tile.begin, kStrip}, lines.panel(panels, n, line),
@@ -425,10 +428,10 @@ class Backward {
         int64 const at = (i - first) / Op::kPerWord * kStrip + c;
         int const part = (i - first) % Op::kPerWord;
         if (is_extreme_dout)
-          add_nonfinite(element<Op>(weights_ + at, part), tensors_.dout(head), i, p_.head_dim_v,
+          add_nonfinite(element<Op>(filled_.weights + at, part), tensors_.dout(head), i, p_.head_dim_v,
                         dv_.at + (j - begin_) * dv_.stride);
         if (is_extreme_q)
-          add_nonfinite(element<Op>(gradients_ + at, part), tensors_.q(head), i, p_.head_dim_qk,
+          add_nonfinite(element<Op>(filled_.gradients + at, part), tensors_.q(head), i, p_.head_dim_qk,
                         dk_.at + (j - begin_) * dk_.stride);
       }
   }
@@ -487,8 +490,7 @@ class Backward {
   bool has_extreme_keys_;
   Strip<Word> strip_;
   Matrix<Word> block_dq_, gradient_rows_;
-  Word *weights_, *gradients_;  // [words_][kStrip]
-  Filled<kKeys> filled_;
+  Filled<Op, kKeys> filled_;  // [words_][kStrip]
   Prefetch* prefetch_ = nullptr;
   int64 rows_at_once_ = 0, bytes_;
   int begin_ = 0, first_ = 0, step_ = 0;  // first key of the part, first row of the block; blocks of keys done

@@ -178,18 +178,18 @@ class BackwardJvp {
 
   void run_keys(int g, int first, int count, Range keys) {
     for (auto* pass : {&given_, &along_}) pass->filled_.reset();
-    for (int r = 0; r < count; r += kTileRows) run_strip(g, first, r, fa::smaller(kTileRows, count - r), keys);
+    given_.for_each_piece(head(g), count, keys,
+                          [&](int r, int rows, Seen const& seen) { run_strip(g, first, r, rows, keys, seen); });
+    for (auto* pass : {&given_, &along_}) pass->filled_.finish(keys.end - keys.begin);
     given_.add_to_keys(head(g), given_.queries_of(g), first, keys);
     along_.add_to_keys(head(g), along_.queries_of(g), first, keys);
   }
 
-  void run_strip(int g, int first, int r, int count, Range keys) {
-    Seen const seen = given_.seen_by_strip(head(g), first + r, count, keys);
-    if (is_empty(seen.keys)) return;
+  void run_strip(int g, int first, int r, int count, Range keys, Seen const& seen) {
     Range const columns = columns_of<Word>(seen.keys, keys.begin);
     given_.prefetch_terms(head(g), first + r, count, seen.keys);
-    given_.fill(columns, keys, seen.keys, r, count);
-    along_.fill(columns, keys, seen.keys, r, count);
+    given_.fill(keys, seen.keys, r, count);
+    along_.fill(keys, seen.keys, r, count);
     multiply(g, first + r, count, keys, columns);
     for (int n = 0; n < count; n += 2) {
       if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias)

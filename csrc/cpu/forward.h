@@ -81,8 +81,28 @@ class Forward {
     for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += width) {
       Range const there{begin, begin + width};
       for (int r = 0; r < count && has_gaps_; ++r) row_[r].kept = common(those_in(row_[r].ranges, there).hull(), there);
-      for (int r = 0; r < count; r += kTileRows) step(r, fa::smaller(kTileRows, count - r), begin);
+      for (int r = 0; r < count; r += rows_from(r)) step(r, rows_from(r), begin);
     }
+  }
+
+  // How many rows the strip has that begins at row r.
+  int rows_from(int r) const { return strip_end_[r] - r; }
+
+  // Cuts a tile in strips: of kTileRows rows, and where ranges change.
+  void cut_strips(int count) {
+    for (int r = 0; r < count; r = strip_end_[r]) {
+      int end = fa::smaller(r + kTileRows, count);
+      for (int n = r + 1; n < end && p_.intervals; ++n)
+        if (are_apart(row_[n - 1].ranges, row_[n].ranges)) end = n;
+      strip_end_[r] = end;
+    }
+  }
+
+  // Whether nothing has been added to the sums of a strip so far.
+  bool start(int r, int count) {
+    bool const is_first = !started_[r];
+    for (int n = r; n < r + count; ++n) started_[n] = true;
+    return is_first;
   }
 
   struct Row {
@@ -162,7 +182,7 @@ class Forward {
     Range const keys = begin_tile(head, first, count);
     if (has_gaps_) return run_pieces(count);
     for (int begin = keys.begin / kPanel<Word> * kPanel<Word>; begin < keys.end; begin += kMostKeys)
-      for (int r = 0; r < count; r += kTileRows) run_strip(r, fa::smaller(kTileRows, count - r), begin);
+      for (int r = 0; r < count; r += rows_from(r)) run_strip(r, rows_from(r), begin);
     write(count);
   }
 
@@ -185,6 +205,7 @@ class Forward {
       sinks_[r] = scores_.sink(row_[r].head);
       keys = hull(keys, row_[r].kept);
     }
+    cut_strips(count);
     upcoming_ = Prefetch();
     pack_to(keys.end);
     for (int r = 0, end; r < count; r = end) {
@@ -203,7 +224,7 @@ class Forward {
     for (int& next : next_) next = 0;
     for (bool is_left = true; is_left;) {
       is_left = false;
-      for (int r = 0; r < count; r += kTileRows) is_left |= run_pieces_of(r, fa::smaller(kTileRows, count - r));
+      for (int r = 0; r < count; r += rows_from(r)) is_left |= run_pieces_of(r, rows_from(r));
     }
     write(count);
   }
@@ -212,8 +233,7 @@ class Forward {
   bool run_pieces_of(int r, int count) {
     int const columns = take_pieces(r, count);
     if (!columns) return false;
-    bool const is_first = !started_[r / kTileRows];
-    started_[r / kTileRows] = true;
+    bool const is_first = start(r, count);
     for (int m = 0; m < pieces_; ++m) {
       int const first = piece_[m].first(), begin = first / kPanel<Word> * kPanel<Word>;
       multiply_keys(count, queries_ + r * row_words_, k_, begin, {first - begin, first - begin + piece_[m].columns()},
@@ -242,7 +262,7 @@ class Forward {
       if (!are_equal(row_[n].ranges, row_[n - 1].ranges)) left[different++] = row_[n].ranges;
     count = different;
     int columns = 0;
-    int& done = next_[r / kTileRows];
+    int& done = next_[r];
     for (pieces_ = 0; columns < kMostKeys; ++pieces_) {
       int begin = item_.unit.band.s_kv;
       for (int n = 0; n < count; ++n) {
@@ -251,29 +271,11 @@ class Forward {
       }
       if (begin == item_.unit.band.s_kv) break;
       Piece& piece = piece_[pieces_] = {{begin, begin}, columns};
-      piece.keys.end = grown(begin, left, count, piece.first() + kMostKeys - columns);
+      piece.keys.end = grown(begin, left, count, piece.first() + kMostKeys - columns, kCount<Word>);
       columns += piece.columns();
       done = piece.keys.end;
     }
     return columns;
-  }
-
-  static void drop_before(int key, Ranges& ranges) {
-    for (; ranges.count && ranges.at[0].end <= key; --ranges.count) ++ranges.at;
-  }
-
-  // Where a piece ends that takes in what rows keep, at most up to `limit`, and skips no whole vector.
-  static int grown(int end, Ranges const* rows, int count, int limit) {
-    for (int before = -1; before != end;) {
-      before = end;
-      for (int n = 0; n < count; ++n)
-        for (int m = 0; m < rows[n].count; ++m) {
-          Range const range = rows[n].at[m];
-          if (range.begin >= fa::smaller(limit, int(rounded_up(end, kCount<Word>)) + kCount<Word>)) break;
-          end = fa::smaller(limit, fa::larger(end, range.end));
-        }
-    }
-    return end;
   }
 
   // Products of row n with all pieces become weights; its ranges before the end of the last one are done.
@@ -324,8 +326,7 @@ class Forward {
     prefetch_terms(r, count, keys);
     Range const columns = columns_of<Word>(keys, begin);
     multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, strip_);
-    bool const is_first = !started_[r / kTileRows];
-    started_[r / kTileRows] = true;
+    bool const is_first = start(r, count);
     weigh_rows(terms_of(scores_, seen), r, count, begin, columns, keys, is_first);
     upcoming_.step(3 * kTileRows);
     prefetch_->step(rows_at_once_);
@@ -441,7 +442,7 @@ class Forward {
     for (int r = 0; r < count; ++r) {
       Row const& row = row_[r];
       Word* const sums = sums_ + r * columns_;
-      if (!started_[r / kTileRows])
+      if (!started_[r])
         for (int64 c = 0; c < columns_; c += kCount<Word>) store(sums + c, Vector<Word>{});
       write_row(sums, p_.head_dim_v, finished_.factor[r] * factor, p_.dtype, written(tensors_.out(row.head), row.i));
       int64 const at = tensors_.lse(row.head) + row.i;
@@ -476,8 +477,9 @@ class Forward {
   Range* ranges_;
   Piece piece_[kMostKeys / kCount<Word>];
   int pieces_ = 0;
-  bool started_[kForwardRows / kTileRows];
-  int next_[kForwardRows / kTileRows];  // the key that a strip's pieces go on with
+  bool started_[kForwardRows];
+  int strip_end_[kForwardRows];  // of the strip that begins at a row
+  int next_[kForwardRows];       // the key that its pieces go on with
   RowState<Word, kForwardRows> state_;
   FinishedRows<Word, kForwardRows> finished_;
   alignas(64) Word sinks_[kForwardRows];

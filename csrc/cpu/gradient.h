@@ -59,36 +59,71 @@ struct Strip {
   Matrix<Word> scores, dweights;
 };
 
-// Query rows of which each tile of keys of a block meets some: what lies outside adds nothing to their gradients.
-template <int KEYS>
+// Query rows of which a few keys of a block meet some, and tiles of keys made of them: what lies outside adds nothing to
+// the gradients of these keys. Where a tile needs numbers that nothing was stored to, they become zero.
+template <class Op, int KEYS>
 class Filled {
+  using Word = typename Op::Word;
+  static constexpr int kKeys = 2, kCount = KEYS / kKeys;
+
  public:
+  static constexpr int64 kStride = KEYS + 16;  // words from row to row, no power of two
+  Word *weights, *gradients;                   // lines of rows
+
   void reset() {
-    lines_ = {0, 0};
-    for (Range& rows : of_tile_) rows = {0, 0};
+    for (Range& rows : rows_) rows = {0, 0};
   }
 
-  // A strip of rows r .. stores the columns of `stored`, of which `seen` may be kept. `clear` makes the rest of its rows
-  // zero, up to the column `limit`, and those before it.
-  template <class Clear>
-  void add(Range stored, Range seen, Range rows, int limit, Clear const& clear) {
-    if (!is_empty(lines_)) clear({lines_.end, rows.begin}, {0, limit});
-    clear(rows, {0, stored.begin});
-    clear(rows, {stored.end, limit});
-    lines_ = rows;
-    for (int n = seen.begin / kTileRows; n * kTileRows < seen.end; ++n)
-      of_tile_[n] = {is_empty(of_tile_[n]) ? rows.begin : of_tile_[n].begin, rows.end};
+  // A strip stores the columns of `seen`; or a piece of it. Rows come in order.
+  void add(Range seen, Range rows) {
+    int const end = (seen.end + kKeys - 1) / kKeys;
+    for (int n = seen.begin / kKeys, next; n < end; n = next) {
+      Range const before = rows_[n];
+      for (next = n + 1; next < end && rows_[next].begin == before.begin && rows_[next].end == before.end;) ++next;
+      Range const all{is_empty(before) ? rows.begin : before.begin, rows.end};
+      if (before.end < rows.begin && !is_empty(before)) clear({before.end, rows.begin}, {n * kKeys, next * kKeys});
+      for (int m = n; m < next; ++m) rows_[m] = all;
+    }
   }
 
-  // Calls step with the keys of each tile, of `count` in all, and the rows.
+  // Makes tiles of the keys, of which there are `count`.
+  void finish(int count) {
+    tiles_ = 0;
+    for (int n = 0, end; n * kKeys < count; n = end) {
+      Range rows = rows_[n];
+      end = n + 1;
+      if (is_empty(rows)) continue;
+      for (; end < n + kTileRows / kKeys && end * kKeys < count && !is_empty(common(rows, rows_[end])); ++end)
+        rows = hull(rows, rows_[end]);
+      for (int m = n; m < end; ++m) {
+        Range const columns{m * kKeys, (m + 1) * kKeys};
+        if (rows_[m].begin > rows.begin) clear({rows.begin, rows_[m].begin}, columns);
+        if (rows_[m].end < rows.end) clear({rows_[m].end, rows.end}, columns);
+      }
+      tile_[tiles_++] = {{n * kKeys, fa::smaller(end * kKeys, count)}, rows};
+    }
+  }
+
+  // Calls step with the keys of each tile, and its rows.
   template <class Step>
-  void each(int count, Step const& step) const {
-    for (int n = 0; n * kTileRows < count; ++n)
-      if (!is_empty(of_tile_[n])) step(Range{n * kTileRows, fa::smaller((n + 1) * kTileRows, count)}, of_tile_[n]);
+  void each(Step const& step) const {
+    for (int n = 0; n < tiles_; ++n) step(tile_[n].keys, tile_[n].rows);
   }
 
  private:
-  Range lines_, of_tile_[(KEYS + kTileRows - 1) / kTileRows];
+  void clear(Range rows, Range columns) const {
+    for (int r = rows.begin; r < rows.end; r += Op::kPerWord)
+      for (Word* const lines : {weights, gradients})
+        __builtin_memset(lines + r / Op::kPerWord * kStride + columns.begin, 0,
+                         (columns.end - columns.begin) * sizeof(Word));
+  }
+
+  struct OfKeys {
+    Range keys, rows;
+  };
+  Range rows_[kCount];
+  OfKeys tile_[kCount];
+  int tiles_ = 0;
 };
 
 // Where gradients of a row's scores go that are those of a bias.

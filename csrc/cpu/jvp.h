@@ -65,10 +65,9 @@ class ForwardJvp {
     else weigh_rows<kAll>(r, count, begin, columns, keys);
     given_.upcoming_.step(3 * kTileRows);
     along_.upcoming_.step(3 * kTileRows);
-    bool& is_started = given_.started_[r / kTileRows];
-    given_.add_values(r, count, begin, columns, keys, !is_started);
-    if (moved_.v) along_.add_values(r, count, begin, columns, keys, !is_started);
-    is_started = true;
+    bool const is_first = given_.start(r, count);
+    given_.add_values(r, count, begin, columns, keys, is_first);
+    if (moved_.v) along_.add_values(r, count, begin, columns, keys, is_first);
   }
 
   // Products of queries and keys, and their tangents.
@@ -134,7 +133,7 @@ class ForwardJvp {
     auto const& row = given_.row_[r];
     Word *const of_values = given_.sums_ + r * given_.columns_, *const of_tangents = along_.sums_ + r * given_.columns_;
     Word* const out = along_.rows_;
-    bool const is_started = given_.started_[r / kTileRows];
+    bool const is_started = given_.started_[r];
     V const a = broadcast(Word(is_started ? p_.dropout_scale / given_.v_factor_ : 0));
     V const b = broadcast(Word(is_started && moved_.v ? p_.dropout_scale / along_.v_factor_ : 0));
     read_row(from_row(given_.tensors_.out(row.head), row.i).at, p_.head_dim_v, p_.dtype, out);

@@ -6,10 +6,12 @@
 namespace {
 
 constexpr int kMostRows = 96, kLeastRows = 32;  // query rows of a block: whole vectors of words along the rows
+constexpr int kMostIntervalRows = 64;           // of a call with intervals, which often change at multiples of it
 
 // As many blocks as it takes, about equally long.
-inline int rows_of_block(int s_q) {
-  int const blocks = fa::larger(1, (s_q + kMostRows - 1) / kMostRows);
+inline int rows_of_block(int s_q, bool has_intervals) {
+  int const most = has_intervals ? kMostIntervalRows : kMostRows;
+  int const blocks = fa::larger(1, (s_q + most - 1) / most);
   return int(rounded_up(fa::larger(1, (s_q + blocks - 1) / blocks), kLeastRows));
 }
 

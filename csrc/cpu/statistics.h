@@ -254,19 +254,15 @@ class StatisticsBackward {
 
   void run() {
     Prefetch none;
-    pass_.run_with(none, [this](int head, Queries<Op> const& queries, int first, int r, int count, Range keys) {
-      run_strip(head, queries, first, r, count, keys);
-    });
+    pass_.run_with(none, [this](auto const&... strip) { run_strip(strip...); });
   }
 
  private:
-  void run_strip(int head, Queries<Op> const& queries, int first, int r, int count, Range keys) {
-    Seen const seen = pass_.seen_by_strip(head, first + r, count, keys);
-    if (is_empty(seen.keys)) return;
+  void run_strip(int head, Queries<Op> const& queries, int r, int count, Range keys, Seen const& seen) {
     Range const columns = columns_of<Word>(seen.keys, keys.begin);
-    int const row = first + r;
+    int const row = pass_.first_ + r;
     pass_.prefetch_terms(head, row, count, seen.keys);
-    pass_.fill(columns, keys, seen.keys, r, count);
+    pass_.fill(keys, seen.keys, r, count);
     Matrix<Word> const scores = pass_.strip_.scores;
     pass_.multiply_keys(count, queries.rows_of(queries.q, row), pass_.dim_qk_, pass_.k_, keys, columns, scores);
     with_few_terms(terms_of(pass_.scores_, seen), [&](auto terms) {

@@ -127,11 +127,13 @@ def test_finetune(tmp_path):
 
 def test_derivatives(tmp_path):
     path = tmp_path / "derivatives.json"
-    assert main(["derivatives", *QUICK, "--out", str(path)]) == 0
+    assert main(["derivatives", *QUICK, "--no-flex", "--out", str(path)]) == 0
     found = {result["what"]: result for result in read(path)["results"]}
-    assert "128 tokens: double backward, torch math" in found
-    windowed = found["128 tokens, window of 256: gradients of each sample, fastattn"]
-    assert windowed["beside"].endswith("gradients of the batch")
+    assert "× ours" in found["fp32 128 tokens: double backward"]["torch math"]
+    assert found["bf16 128 tokens, window of 256: jvp"]["beside"].endswith("× forward")
+    assert found["fp32 16 samples of 16 tokens: vmap(grad)"]["target"] == "1.5×"
+    blocks = found["bf16 1024 tokens, a quarter of all blocks of 64*: backward"]
+    assert blocks["target"] == "80%" and blocks["beside"].endswith("of all pairs' speed, 25.0% kept")
 
 
 def test_overhead(tmp_path, capsys):
