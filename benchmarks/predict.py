@@ -19,7 +19,8 @@ from fastattn.files import write_text
 from fastattn.measure.workload import Workload
 
 SUITES_OF_A_GPU = ("paper", "llm", "features", "small", "telling")
-REFUSED = ("alibi", "bias", "mask", "intervals", "dropout_p", "grid")  # by the cuda backend, in words of Workload
+REFUSED = ("intervals", "grid")  # by the cuda backend, in words of Workload
+TERMS = {"alibi": "alibi", "bias": "bias", "mask": "mask", "dropout_p": "dropout"}  # words of Workload, of the model
 COLUMNS = ["case", "pass", "longest kernel", "limit", "longest block", "ms", "TFLOP/s"]
 MARKS = ("<!-- predictions -->\n", "<!-- /predictions -->")
 
@@ -60,17 +61,20 @@ def table(cases: Sequence[Workload]) -> str:
 
 def refusals(case: Workload) -> list[str]:
     """The features for which the cuda backend does not serve a case."""
-    found = [name.removesuffix("_p") for name in REFUSED if getattr(case, name)]
-    found += ["documents as segments"] if case.documents > 1 and not case.packed and not case.intervals else []
+    found = [name for name in REFUSED if getattr(case, name)]
     return found + ([case.dtype] if case.dtype == "fp32" else [])
 
 
 def shape_of(case: Workload) -> Shape:
     """Its sizes, as the model knows them."""
     spec = case.spec
-    lengths = tuple((n, n) for n in case.lengths) if case.packed else None
+    # Blocks of other documents are left out, so that segments have the work of as many packed sequences.
+    has_segments = case.documents > 1 and not case.packed
+    lengths = tuple((n, n) for n in case.lengths) if case.packed or has_segments else None
+    terms = [term for name, term in TERMS.items() if getattr(case, name)] + ["segments"] * has_segments
+    terms += ["bias gradient"] if case.bias and case.bias_grad else []
     sizes = (case.batch, case.s_q, case.s_kv, case.heads_q, case.heads_kv, case.d_qk, case.d_v)
-    return Shape(*sizes, spec.left, spec.right, spec.softcap is not None, lengths)
+    return Shape(*sizes, spec.left, spec.right, spec.softcap is not None, lengths, tuple(terms))
 
 
 def _kernels(case: Workload, name: str) -> list[model.Kernel]:
@@ -93,6 +97,14 @@ def _page_cases() -> Iterator[Workload]:
         yield Workload(s, s, 2048 // d_v, 2048 // d_v, d_qk, d_v, batch=max(1, 16384 // s), causal=causal)
     yield Workload(16384, 16384, 16, 16, 128, 128, causal=True, documents=8, packed=True)
     yield Workload(2048, 2048, 32, 8, 128, 128, causal=True)
+    for terms in (
+        {"alibi": True},
+        {"documents": 8},
+        {"dropout_p": 0.1},
+        {"mask": True},
+        {"bias": True, "bias_grad": False},
+    ):
+        yield Workload(16384, 16384, 16, 16, 128, 128, causal=True, **terms)
 
 
 def with_predictions(page: str) -> str:

@@ -44,10 +44,11 @@ def conditions(record: Record) -> str:
 
 
 def _problems(record: Record) -> str:
-    failed, versions = len(record["failures"]), len(record["sources"])
-    judged = f"{record['problems']:,} problems of seed {record['seed']}, {failed} failures"
-    by = f", by {versions} versions of the code, this one the last" if versions > 1 else ""
-    return f"{judged}{by}; {record['cpu_ms_per_problem']} ms of CPU time for a problem."
+    failed, sources, problems = len(record["failures"]), record["sources"], record["problems"]
+    judged = f"{problems:,} problems of seed {record['seed']}, {failed} failures"
+    by_this, earlier = sources.get(record["environment"]["source"], 0), len(sources) - 1
+    by = f"; {by_this:,} of the problems judged by this code, the others by {earlier} earlier versions of it"
+    return f"{judged}{by if earlier else ''}; {record['cpu_ms_per_problem']} ms of CPU time for a problem."
 
 
 def code(record: Record) -> str:

@@ -115,7 +115,9 @@ def expected_exponentials(instance: Instance) -> int:
     if isinstance(config, (ForwardConfig, DecodeConfig, GatheredConfig)):
         return config.block_n // 2
     # dk/dv needs no exp/PV overlap barrier, since its next product waits for the weights; dq with softcap has none.
-    return config.block_n // 2 if isinstance(config, DqConfig) and not config.softcap else 0
+    return (
+        config.block_n // 2 if isinstance(config, DqConfig) and not config.softcap else 0
+    )  # kernels with terms have it
 
 
 def faults(instance: Instance, facts: Facts) -> list[str]:

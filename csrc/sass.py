@@ -41,9 +41,11 @@ class Instruction:
     def touched(self) -> Registers:
         """All registers that it reads or writes, except those of a product itself."""
         pairs = (int(number) + 1 for number in re.findall(r"\bR(\d+)\.64\b", self.operands))  # 64-bit addresses
-        data = re.findall(
-            r"\bR(\d+)\b", re.sub(r"\[.*?\]", "", self.operands)
-        )  # as wide as the name says; not addresses
+        operands = re.sub(r"\[.*?\]", "", self.operands).split(",")  # as wide as the name says; not addresses
+        if self.name.startswith("IMAD.WIDE"):  # the factors, the last but one and the one before, have 32 bits
+            operands = [operand for operand in operands if not re.match(r"\s*!?U?P", operand)]
+            operands = [*operands[:-3], operands[-1]]
+        data = re.findall(r"\bR(\d+)\b", ",".join(operands))
         return frozenset(int(n) + i for n in data for i in range(self._width())).union(self.named(), pairs)
 
     def written(self) -> Registers:

@@ -25,7 +25,7 @@ SETS = {
 CORE, LAYERS, INTEGRATIONS = "tests/core/test_{}.py", "tests/nn/test_{}.py", "tests/integrations/test_{}.py"
 PARTS = {
     "torch's contracts": tuple(map(CORE.format, ("torch_integration", "compile_corners", "plan"))),
-    "derivatives": (CORE.format("derivatives"),),
+    "derivatives": tuple(map(CORE.format, ("derivatives", "inspection"))),
     "layers": tuple(map(LAYERS.format, ("module", "layers", "transformer", "replace", "lazy", "nested"))),
     "context parallel": (INTEGRATIONS.format("parallel"),),
     "integrations": tuple(map(INTEGRATIONS.format, ("torch", "flash_attn", "export", "transformers"))),

@@ -14,7 +14,7 @@ using uint32 = unsigned int;
 using uint16 = unsigned short;
 using uint8 = unsigned char;
 
-constexpr int64 kForwardVersion = 3, kBackwardVersion = 3;
+constexpr int64 kForwardVersion = 4, kBackwardVersion = 4;
 
 // Positions are 32-bit. A side of the band that is unbounded, or wider, is kUnbounded: more than any length.
 constexpr int32 kUnbounded = 1 << 29;
@@ -23,6 +23,39 @@ enum Dtype : int64 { kBfloat16 = 0, kFloat16 = 1 };
 
 struct Strides {  // in elements; the head dim is contiguous. A packed tensor has no batch: its stride is unused
   int64 batch, row, head;
+};
+
+// Of a tensor with a number for each pair, in elements; 0 where it is shared. Those of queries and keys have 32 bits.
+struct PairStrides {
+  int64 batch, head, query, key;
+};
+
+// What changes scores or weights pair by pair, besides the band and softcap; null where there is none.
+struct TermTensors {
+  const float* alibi_slopes;  // (1|B, H_q); packed: of each sequence
+  const int64* segment_ids_q;  // (1|B, S_q)
+  const int64* segment_ids_kv;
+  const uint8* mask;  // not 0: attend
+  const void* bias;  // fp32, or the dtype of q
+  const int64* rng_state;  // the seed and the offset of dropout
+  // Written before the large kernels (prepare_terms.cuh). For each 64 queries, and each 64 keys, the rows of the other
+  // side that may share a segment with them, and those that all do: [first, full_first, full_end, end).
+  int32* ranges_q;
+  int32* ranges_kv;
+  // Where a term may leave a key to no query: k and v as given. Those of the struct are contiguous copies, written
+  // before the large kernels, with zeros in rows that no query keeps, since they may hold NaN, and 0 times NaN is NaN.
+  const void* given_k;
+  const void* given_v;
+};
+
+struct TermNumbers {
+  int64 has_terms;  // 1 selects a kernel with terms
+  int64 slopes_batch_stride, ids_q_batch_stride, ids_kv_batch_stride;  // 0 if all sequences share them
+  PairStrides mask_strides, bias_strides;
+  int64 bias_is_float;
+  Strides given_k_strides, given_v_strides;
+  int64 dropout_threshold;  // a weight is dropped where its 16 random bits are below; 0: no dropout
+  double dropout_scale;  // of the weights that are left
 };
 
 struct ForwardParams {
@@ -38,6 +71,7 @@ struct ForwardParams {
   const int32* cu_seqlens_q;  // (B + 1) boundaries if packed, else null
   const int32* cu_seqlens_kv;
   int32* counter;  // 0, and 0 again after the kernel: of tiles that blocks draw; null if each block has its own
+  TermTensors terms;
   Strides q_strides, k_strides, v_strides;
   int64 sinks_batch_stride;  // H_q, or 0 if all sequences share them
   int64 dtype;  // Dtype of q, k, v and out
@@ -52,6 +86,7 @@ struct ForwardParams {
   int64 lower_right;  // 1: the diagonal ends in the lower right corner; 0: it begins in the upper left
   int64 has_band;  // 0 selects a kernel without masks inside its loop
   int64 has_softcap;
+  TermNumbers numbers;
   double score_scale;  // scores are score_scale * q k^T, or with softcap score_scale * tanh(...): scale, or softcap
   double cap_scale;  // with softcap: x = tanh(cap_scale * q k^T), cap_scale = scale / softcap
   int64 heads_per_pass;  // query heads worked on together, so that their keys and values stay in L2
@@ -84,7 +119,7 @@ struct BackwardParams {
   void* dv;
   float* dsinks;
   // Workspace, (B, H_q, padded_q) or packed (H_q, padded_q):
-  // - lse_parts: pairs of lse and lse_low in base 2; with softcap pairs of their sum in base 2 and 0. lse is +inf for a
+  // - lse_parts: pairs of lse and lse_low in base 2; with softcap and no terms pairs of their sum in base 2 and 0. lse is +inf for a
   //   row that keeps nothing or does not exist, so that its weights are 0;
   // - delta: rowsum(dout * out) - dlse;
   // - dq_sums: for the fused kernel, fp32 sums of dq with sum_columns columns for each padded row; else null.
@@ -96,6 +131,8 @@ struct BackwardParams {
   float* dq_sums;
   float* dk_parts;
   float* dv_parts;
+  float* dbias;  // (B, H_q, S_q, S_kv), zeros: of every pair, before it is summed where the bias is shared; or null
+  TermTensors terms;
   Strides q_strides, k_strides, v_strides, dout_strides;
   int64 sinks_batch_stride;
   int64 dtype;
@@ -109,6 +146,7 @@ struct BackwardParams {
   int64 left, right;
   int64 lower_right;
   int64 has_softcap;
+  TermNumbers numbers;
   double scale;  // of q k^T
   double score_scale;
   double cap_scale;

@@ -15,7 +15,7 @@ std::vector<BackwardInstance>& backward_instances() {
 
 struct BackwardProblem : Problem {
   Tensor out, dout, dq, dk, dv;
-  std::vector<float> lse, lse_low, dlse, dsinks, lse_parts, delta, dq_sums, dk_parts, dv_parts;
+  std::vector<float> lse, lse_low, dlse, dsinks, dbias, lse_parts, delta, dq_sums, dk_parts, dv_parts;
   double whole_lse(int n, int h, int i) const { return double{lse[row(n, h, i)]} + lse_low[row(n, h, i)]; }
   int64 padded_q, padded_kv;
   size_t row(int n, int h, int i) const { return static_cast<size_t>((of(n) * q.heads + h) * q.rows + first_q(n) + i); }
@@ -28,7 +28,7 @@ struct Sums {  // an exact result and how far a kernel may be from it, element b
 };
 
 struct Reference {
-  Sums dq, dk, dv, dsinks;
+  Sums dq, dk, dv, dsinks, dbias;
 };
 
 static size_t place(Tensor const& t, int b, int row, int head) {
@@ -43,7 +43,7 @@ static double raw_score(BackwardProblem& p, int n, int h, int i, int j) {
   return s;
 }
 
-static double finished_score(Case const& c, double raw) {
+static double capped_score(Case const& c, double raw) {
   return c.softcap > 0 ? c.softcap * std::tanh(c.scale * raw / c.softcap) : c.scale * raw;
 }
 
@@ -53,7 +53,9 @@ static void attend(BackwardProblem& p, int n, int h, int i) {
   std::vector<double> weights(c.s_kv[n], -INFINITY), out(c.d_v);
   double top = c.sinks ? p.sink(n, h) : -INFINITY, sum = 0;
   for (int j = 0; j < c.s_kv[n]; ++j) {
-    if (sees(c, n, i, j)) top = std::max(top, weights[j] = finished_score(c, raw_score(p, n, h, i, j)));
+    if (!p.keeps(n, h, i, j)) continue;
+    weights[j] = capped_score(c, raw_score(p, n, h, i, j)) + p.added(n, h, i, j);
+    top = std::max(top, weights[j]);
   }
   if (c.sinks) sum = std::exp(p.sink(n, h) - top);
   for (int j = 0; j < c.s_kv[n]; ++j) {
@@ -61,7 +63,7 @@ static void attend(BackwardProblem& p, int n, int h, int i) {
     double const weight = std::exp(weights[j] - top);
     sum += weight;
     uint16_t const* v = &p.v.at(p.of(n), p.first_kv(n) + j, h / c.group, 0);
-    for (int d = 0; d < c.d_v; ++d) out[d] += weight * p.value[v[d]];
+    for (int d = 0; d < c.d_v; ++d) out[d] += weight * p.factor(n, h, i, j) * p.value[v[d]];
   }
   float const lse = sum > 0 ? float(top + std::log(sum)) : -INFINITY;
   p.lse[p.row(n, h, i)] = lse;
@@ -91,22 +93,28 @@ static void differentiate(BackwardProblem& p, int n, int h, int i, Reference& to
   }
   size_t const at_q = place(p.dq, b, p.first_q(n) + i, h);
   for (int j = 0; j < c.s_kv[n]; ++j) {
-    if (!sees(c, n, i, j)) continue;
-    double const score = finished_score(c, raw_score(p, n, h, i, j)), weight = std::exp(score - lse);
+    if (!p.keeps(n, h, i, j)) continue;
+    double const score = capped_score(c, raw_score(p, n, h, i, j)), factor = p.factor(n, h, i, j);
+    double const weight = std::exp(score + p.added(n, h, i, j) - lse);
     double const slope = c.softcap > 0 ? 1 - (score / c.softcap) * (score / c.softcap) : 1;
     uint16_t const* v = &p.v.at(b, p.first_kv(n) + j, head_kv, 0);
     uint16_t const* k = &p.k.at(b, p.first_kv(n) + j, head_kv, 0);
     double dp = 0, size_dp = size;
     for (int d = 0; d < c.d_v; ++d) {
-      double const term = double{p.value[dout[d]]} * p.value[v[d]];
+      double const term = factor * p.value[dout[d]] * p.value[v[d]];
       dp += term, size_dp += std::fabs(term);
     }
     double const ds = weight * slope * (dp - delta);
     double const ds_error = 2 * half_ulp * std::fabs(ds) + 2e-5 * weight * size_dp + smallest * (1 + size_dp);
-    double const p_error = (half_ulp + 2e-5) * weight + smallest;
+    double const p_error = factor * ((half_ulp + 2e-5) * weight + smallest);
+    if (!p.dbias.empty()) {
+      size_t const at = static_cast<size_t>(((int64{n} * p.q.heads + h) * c.s_q[n] + i) * c.s_kv[n] + j);
+      to.dbias.exact[at] = weight * (dp - delta);
+      to.dbias.tolerance[at] = 2e-5 * weight * size_dp;
+    }
     size_t const at_v = place(p.dv, b, p.first_kv(n) + j, head_kv), at_k = place(p.dk, b, p.first_kv(n) + j, head_kv);
     for (int d = 0; d < c.d_v; ++d) {
-      to.dv.exact[at_v + d] += weight * p.value[dout[d]];
+      to.dv.exact[at_v + d] += weight * factor * p.value[dout[d]];
       to.dv.tolerance[at_v + d] += p_error * std::fabs(p.value[dout[d]]);
     }
     for (int d = 0; d < c.d_qk; ++d) {
@@ -120,7 +128,7 @@ static void differentiate(BackwardProblem& p, int n, int h, int i, Reference& to
 
 static Reference reference(BackwardProblem& p) {
   auto const size = [](Tensor const& t) { return static_cast<size_t>(t.batch * t.rows * t.heads * t.columns); };
-  Reference to{Sums(size(p.dq)), Sums(size(p.dk)), Sums(size(p.dv)), Sums(p.dsinks.size())};
+  Reference to{Sums(size(p.dq)), Sums(size(p.dk)), Sums(size(p.dv)), Sums(p.dsinks.size()), Sums(p.dbias.size())};
   for (int n = 0; n < p.c.batch; ++n) {
     for (int h = 0; h < p.q.heads; ++h) {
       for (int i = 0; i < p.c.s_q[n]; ++i) differentiate(p, n, h, i, to);
@@ -154,6 +162,7 @@ static BackwardProblem make_backward(BackwardInstance const& instance, Case cons
     p.dk_parts.assign(padded_keys * instance.shape.d_qk + 4, NAN);
     p.dv_parts.assign(padded_keys * instance.shape.d_v + 4, NAN);
   }
+  if (c.bias && instance.of_queries) p.dbias.assign(static_cast<size_t>(c.batch * heads * rows_q * rows_kv), 0.f);
   if (c.sinks) p.dsinks.assign(static_cast<size_t>(c.batch * heads), NAN);
   std::mt19937 engine(c.seed + 2);
   std::normal_distribution<double> normal;
@@ -188,6 +197,7 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
   f.lse_parts = aligned(p.lse_parts), f.delta = p.delta.data();
   f.padded_q = p.padded_q, f.padded_kv = p.padded_kv;
   if (instance.is_fused) f.dq_sums = aligned(p.dq_sums), f.sum_columns = instance.shape.d_qk;
+  f.dbias = p.dbias.empty() ? nullptr : p.dbias.data();
   if (!p.dk_parts.empty()) f.dk_parts = aligned(p.dk_parts), f.dv_parts = aligned(p.dv_parts);
   f.scale = p.c.scale;
   f.kv_heads_per_pass = p.c.heads_per_pass / p.c.group;
@@ -200,11 +210,12 @@ static sm90::BackwardArgs arguments(BackwardInstance const& instance, BackwardPr
 static void allow_all(BackwardProblem& p) {
   forget_global();
   for (Tensor* t : {&p.out, &p.dout, &p.dq, &p.dk, &p.dv}) allow_global(t->storage.data(), t->storage.size() * 2);
-  for (auto* x : {&p.lse, &p.lse_low, &p.dlse, &p.sinks, &p.dsinks, &p.lse_parts, &p.delta, &p.dq_sums, &p.dk_parts,
-                  &p.dv_parts}) {
+  for (auto* x : {&p.lse, &p.lse_low, &p.dlse, &p.sinks, &p.dsinks, &p.dbias, &p.lse_parts, &p.delta, &p.dq_sums,
+                  &p.dk_parts, &p.dv_parts}) {
     allow_global(x->data(), x->size() * sizeof(float));
   }
   for (auto const* x : {&p.cu_q, &p.cu_kv}) allow_global(x->data(), x->size() * sizeof(int));
+  allow_terms(p);
 }
 
 // ---- the run ---------------------------------------------------------------------------------------------------------
@@ -228,10 +239,10 @@ static std::string compare(char const* name, Tensor& t, Sums const& sums, Proble
   return "";
 }
 
-static std::string compare_sinks(BackwardProblem const& p, Sums const& sums) {
-  for (size_t i = 0; i < p.dsinks.size(); ++i) {
-    if (std::fabs(p.dsinks[i] - sums.exact[i]) <= sums.tolerance[i] + 1e-6) continue;
-    return "dsinks " + std::to_string(i) + ": " + std::to_string(p.dsinks[i]) + ", should be " +
+static std::string compare_floats(char const* name, std::vector<float> const& found, Sums const& sums) {
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (std::fabs(found[i] - sums.exact[i]) <= sums.tolerance[i] + 1e-6) continue;
+    return std::string(name) + " " + std::to_string(i) + ": " + std::to_string(found[i]) + ", should be " +
            std::to_string(sums.exact[i]);
   }
   return "";
@@ -256,6 +267,9 @@ std::string run_backward(BackwardInstance const& instance, sm90::BackwardArgs co
   if (report.error.empty() && p.dsinks) {
     run_grid(instance.row_threads, p.batch * p.heads_q, seed + 1, [&] { instance.sinks(p); }, report);
   }
+  if (int64 const blocks = instance.shape.has_terms && report.error.empty() ? sm90::prepare_blocks(p) : 0) {
+    run_grid(sm90::kPrepareThreads, blocks, seed, [&] { instance.prepare_keys(p); }, report);
+  }
   if (report.error.empty()) {
     run_grid(instance.threads, instance.tiles(p), seed + 2, [&] { instance.kernel(args); }, report);
   }
@@ -271,7 +285,8 @@ std::string check_backward(BackwardInstance const& instance, Case const& c, Repo
   std::string const wrong_run = run_backward(instance, args, c.seed, report);
   if (!wrong_run.empty()) return wrong_run;
   Reference const exact = reference(p);
-  std::string wrong = compare_sinks(p, exact.dsinks);
+  std::string wrong = compare_floats("dsinks", p.dsinks, exact.dsinks);
+  if (wrong.empty()) wrong = compare_floats("dbias", p.dbias, exact.dbias);
   if (wrong.empty() && (instance.of_queries || instance.is_fused)) wrong = compare("dq", p.dq, exact.dq, p);
   if (wrong.empty() && !instance.of_queries) wrong = compare("dk", p.dk, exact.dk, p);
   if (wrong.empty() && !instance.of_queries) wrong = compare("dv", p.dv, exact.dv, p);

@@ -1,6 +1,7 @@
 // One backward problem for the emulator: the runs of all its kernels, and the comparison with the closed form.
 #pragma once
 #include "../sm90/backward.h"
+#include "../sm90/prepare_terms.cuh"
 #include "problem.h"
 
 namespace fa::emu {
@@ -14,6 +15,7 @@ struct BackwardInstance {
   void (*kernel)(sm90::BackwardArgs);
   int64 (*tiles)(BackwardParams const&);
   void (*prepare)(BackwardParams);
+  void (*prepare_keys)(BackwardParams);  // with terms
   void (*sinks)(BackwardParams);
   void (*finish)(BackwardParams);  // where it is fused
   void (*sum_heads)(BackwardParams);  // where it owns keys, and every query head has parts

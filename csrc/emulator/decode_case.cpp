@@ -476,11 +476,11 @@ std::string run_decode(DecodeInstance const& instance, DecodeParams const& p, ui
     if (!report.error.empty()) return report.error;
   }
   auto const kernel = [&] { instance.gathered ? instance.gathered(p) : instance.kernel(args); };
-  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, kernel, report);
+  run_grid(instance.threads, p.tiles * p.splits * p.heads_kv, seed, kernel, report, p.new_k != nullptr);
   if (p.splits > 1 && report.error.empty()) {
     int const outputs = instance.combine_threads / 32;  // of a block
     int64 const blocks = (sm90::rows_of(p) * p.heads_q + outputs - 1) / outputs;
-    run_grid(instance.combine_threads, blocks, seed, [&] { instance.combine(p); }, report);
+    run_grid(instance.combine_threads, blocks, seed, [&] { instance.combine(p); }, report, true);
   }
   return report.error;
 }

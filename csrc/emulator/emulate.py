@@ -22,6 +22,7 @@ from fault import Fault
 from faults import FAULTS
 from faults_backward import BACKWARD_FAULTS
 from faults_decode import DECODE_FAULTS
+from faults_terms import TERM_FAULTS
 from sites import KERNELS, is_without_effect
 
 from fastattn import compiled
@@ -41,6 +42,7 @@ from fastattn.backends.cuda.instances import (
 CSRC = Path(__file__).parents[1]
 COMMON = (
     "machine",
+    "global",
     "copies",
     "races",
     "sites",
@@ -50,7 +52,6 @@ COMMON = (
     "forward_case",
     "backward_case",
     "decode_case",
-    "main",
 )
 DIRECTIONS = {
     ForwardConfig: "forward",
@@ -61,7 +62,8 @@ DIRECTIONS = {
 }
 PLANTABLE, SOURCES = ("common", "sm90", "emulator", "proofs"), {".h", ".cuh", ".cpp", ".inc"}
 COMPILE = ("g++", "-std=c++17", "-DFA_EMULATE", "-DFA_LEAST_KEYS=64", "-Wall", "-Wextra", "-c")
-ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS]
+SHARED = ("-O2", "-fPIC", "-fvisibility=hidden")  # of what programs and libraries have in common
+ALL_FAULTS = [*FAULTS, *BACKWARD_FAULTS, *DECODE_FAULTS, *TERM_FAULTS]
 FAULT_CASES = 40  # at most: the first that goes wrong reports the fault
 SITE_CASES = 12  # problems that come to every call that orders something
 TableConfig = ForwardConfig | DkdvConfig | DqConfig | DecodeConfig | GatheredConfig
@@ -133,8 +135,7 @@ class Emulator:
     @functools.cached_property
     def common(self) -> list[Path]:
         """What every program is linked with."""
-        folder, build = CSRC / "emulator", self.build
-        return list(self.map(lambda name: compile_object(folder / f"{name}.cpp", build / f"{name}.o", "-O2"), COMMON))
+        return [compile_object(CSRC / "emulator" / "main.cpp", self.build / "main.o", "-O2"), kept_common(self.jobs)]
 
     def map(self, function: Callable, items: Sequence) -> Iterator:
         """The results in order, each as soon as it is there."""
@@ -167,11 +168,8 @@ class Emulator:
             compile_instance(config, CSRC, folder / f"{number}.o", "-O1", "-fPIC")
             for number, config in enumerate(configs)
         ]
-        parts = [
-            compile_object(CSRC / "emulator" / f"{name}.cpp", folder / f"{name}.o", "-O2", "-fPIC")
-            for name in (*COMMON[:-1], "library")
-        ]
-        return link([*lines, *parts], target, "-shared")
+        interface = compile_object(CSRC / "emulator" / "library.cpp", folder / "library.o", "-O2", "-fPIC")
+        return link([*lines, interface, kept_common(self.jobs)], target, "-shared")
 
     def check_fault(self, fault: Fault) -> tuple[bool, str]:
         """Whether the machine reports ``fault``, and how."""
@@ -191,15 +189,33 @@ class Emulator:
 def kept_library(head_dim: int = 64) -> Path:
     """The library of the lines for a head dim, which hold every mask: built once, for all tests and processes."""
     lines = [config for config in emulated_configs(CSRC) if config.d_qk == head_dim and getattr(config, "band", True)]
-    digest = hashlib.sha256(repr((lines, COMPILE)).encode())
-    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp")):
-        digest.update(path.name.encode() + path.read_bytes())
 
     def write(target: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             Emulator(Path(folder), jobs=1).build_library(lines, target)
 
-    return compiled.kept(f"emulated-{digest.hexdigest()[:24]}.so", write)
+    return compiled.kept(f"emulated-{digest_of(lines)}.so", write)
+
+
+def kept_common(jobs: int) -> Path:
+    """The machine and the problems as one object, for programs and libraries: built once, as ``kept_library`` is."""
+
+    def write(target: Path) -> None:
+        with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+            folder = Path(name)
+            sources = [CSRC / "emulator" / f"{part}.cpp" for part in COMMON]
+            objects = list(pool.map(lambda path: compile_object(path, folder / f"{path.stem}.o", *SHARED), sources))
+            link(objects, target, "-r", "-nostdlib")
+
+    return compiled.kept(f"machine-{digest_of((COMMON, SHARED))}.o", write)
+
+
+def digest_of(what: object) -> str:
+    """A hash of the sources and of ``what`` is built from them, 24 digits."""
+    digest = hashlib.sha256(repr((what, COMPILE)).encode())
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cpp")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:24]
 
 
 def plant(fault: Fault, folder: Path, csrc: Path = CSRC) -> None:

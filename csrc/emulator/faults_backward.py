@@ -171,7 +171,7 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: both consumers add to the same sums",
         DKDV,
-        "row * C::D_QK + consumer * 64 * 64;",
+        "row * C::D_QK + part * 64 * 64;",
         "row * C::D_QK;",
         FUSED_128,
     ),
@@ -185,7 +185,7 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: columns that dq does not have are added",
         DKDV,
-        "if (C::D_QK % 64 && consumer * 64 + 8 * j >= C::D_QK) continue;",
+        "if (C::D_QK % 64 && part * 64 + 8 * j >= C::D_QK) continue;",
         "",
         FUSED_96,
     ),
@@ -448,8 +448,8 @@ BACKWARD_FAULTS = [
     Fault(
         "backward: dq is staged before there is room",
         DKDV,
-        "if (C::STAGED) named_sync(kPartFreeBarrier + consumer, kWarpgroup + 32);",
-        "if (C::STAGED) named_arrive(kPartFreeBarrier + consumer, kWarpgroup + 32);",
+        "if (C::STAGED) named_sync(kPartFreeBarrier + part, kWarpgroup + 32);",
+        "if (C::STAGED) named_arrive(kPartFreeBarrier + part, kWarpgroup + 32);",
         FUSED_128,
         options=STAGED,
     ),

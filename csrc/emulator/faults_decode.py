@@ -149,7 +149,6 @@ DECODE_FAULTS = [
     fault("roles begin before the barriers are there", KERNEL, "block_sync();", ""),
     # Trees
     fault("rows of a tree end where their position does", WORK, "p.tree ? Positions{0, work.s_q} :", ""),
-    fault("new keys of a tree go without mask", WORK, "if (p.tree) full.end", "if (false) full.end"),
     fault("every sequence has the first one's tree", KERNEL, "(p.shares_tree ? 0 : work.first_q)", "0"),
     fault("a shared tree is looked for in each sequence", KERNEL, "(p.shares_tree ? 0 : work.first_q)", "work.first_q"),
     fault("bits of a tree are read from the end", KERNEL, ">> key % 32 & 1", ">> (31 - key % 32) & 1"),

@@ -32,11 +32,12 @@ static Row reference_row(ForwardProblem& p, int n, int h, int i) {
   std::vector<double> weights(c.s_kv[n], -INFINITY);  // first scores
   double top = sink, sum = 0;
   for (int j = 0; j < c.s_kv[n]; ++j) {
-    if (!sees(c, n, i, j)) continue;
+    if (!p.keeps(n, h, i, j)) continue;
     double s = 0;
     uint16_t const *q = &p.q.at(b, q0 + i, h, 0), *k = &p.k.at(b, kv0 + j, h / c.group, 0);
     for (int d = 0; d < c.d_qk; ++d) s += double{p.value[q[d]]} * p.value[k[d]];
     weights[j] = c.softcap > 0 ? c.softcap * std::tanh(c.scale * s / c.softcap) : c.scale * s;
+    weights[j] += p.added(n, h, i, j);
     top = std::max(top, weights[j]);
   }
   for (double& weight : weights) sum += weight = weight > -INFINITY ? std::exp(weight - top) : 0;
@@ -44,10 +45,10 @@ static Row reference_row(ForwardProblem& p, int n, int h, int i) {
   Row row{std::vector<double>(c.d_v), std::vector<double>(c.d_v), sum > 0 ? top + std::log(sum) : -INFINITY};
   std::vector<double> spread(c.d_v), total(c.d_v);  // sums of weight |v| and |v|
   for (int j = 0; j < c.s_kv[n]; ++j) {
-    if (!sees(c, n, i, j)) continue;
+    if (!p.keeps(n, h, i, j)) continue;
     uint16_t const* v = &p.v.at(b, kv0 + j, h / c.group, 0);
     for (int d = 0; d < c.d_v; ++d) {
-      double const x = p.value[v[d]], weight = weights[j] / sum;
+      double const x = p.value[v[d]], weight = weights[j] / sum * p.factor(n, h, i, j);
       row.out[d] += weight * x;
       spread[d] += weight * std::fabs(x);
       total[d] += std::fabs(x);
@@ -115,7 +116,11 @@ std::string check_forward(ForwardInstance const& instance, Case const& c, Report
   allow_global(p.sinks.data(), p.sinks.size() * sizeof(float));
   allow_global(&p.counter, sizeof(p.counter));
   for (auto const* cu_seqlens : {&p.cu_q, &p.cu_kv}) allow_global(cu_seqlens->data(), cu_seqlens->size() * sizeof(int));
-  run_grid(instance.threads, c.blocks, c.seed, [&] { instance.kernel(args); }, report);
+  allow_terms(p);
+  if (int64 const blocks = instance.shape.has_terms ? sm90::prepare_blocks(args.p) : 0) {
+    run_grid(sm90::kPrepareThreads, blocks, c.seed, [&] { instance.prepare(args.p); }, report);
+  }
+  if (report.error.empty()) run_grid(instance.threads, c.blocks, c.seed, [&] { instance.kernel(args); }, report);
   if (!report.error.empty()) return report.error;
   return p.counter ? "the counter is left at " + std::to_string(p.counter) : compare(p);
 }

@@ -1,6 +1,6 @@
 // One forward problem for the emulator: the run, and the comparison with plain attention.
 #pragma once
-#include "../sm90/shared.h"
+#include "../sm90/prepare_terms.cuh"
 #include "problem.h"
 
 namespace fa::emu {
@@ -11,6 +11,7 @@ struct ForwardInstance {
   Shape shape;
   int threads;
   void (*kernel)(sm90::ForwardArgs);
+  void (*prepare)(ForwardParams);  // before it, with terms
 };
 std::vector<ForwardInstance>& forward_instances();
 

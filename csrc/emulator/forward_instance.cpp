@@ -7,13 +7,15 @@ namespace {
 
 using namespace fa;
 
-template <class T, int D_QK, int D_V, int BAND, int SOFTCAP, int BLOCK_M, int BLOCK_N, int STAGES, int PINGPONG>
+template <class T, int D_QK, int D_V, int BAND, int SOFTCAP, int BLOCK_M, int BLOCK_N, int STAGES, int PINGPONG,
+          int TERMS>
 struct Register {
   Register(bool is_half, char const* type, char const* line) {
-    using Traits = sm90::ForwardTraits<T, D_QK, D_V, BLOCK_M, BLOCK_N, STAGES, PINGPONG, BAND, SOFTCAP>;
-    emu::Shape const shape = {D_QK, D_V, BLOCK_M, BLOCK_N, is_half, BAND != 0, SOFTCAP != 0};
-    emu::forward_instances().push_back(
-        {std::string("forward<") + type + "," + line + ">", shape, Traits::THREADS, sm90::forward_kernel<Traits>});
+    using Traits = sm90::ForwardTraits<T, D_QK, D_V, BLOCK_M, BLOCK_N, STAGES, PINGPONG, BAND, SOFTCAP, TERMS != 0>;
+    emu::Shape const shape = {D_QK, D_V, BLOCK_M, BLOCK_N, is_half, BAND != 0, SOFTCAP != 0, false, false, TERMS != 0};
+    emu::forward_instances().push_back({std::string("forward<") + type + "," + line + ">", shape, Traits::THREADS,
+                                        sm90::forward_kernel<Traits>,
+                                        sm90::prepare_terms_kernel<sm90::PrepareTraits<T, ForwardParams>>});
   }
 };
 

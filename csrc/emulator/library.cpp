@@ -22,13 +22,18 @@ static Instance const* find(std::vector<Instance> const& instances, int64 dtype,
 
 static std::string run(ForwardParams const& p) {
   auto const* x = find(forward_instances(), p.dtype, p.head_dim_qk, p.head_dim_v, p.has_softcap != 0,
-                       [&](ForwardInstance const& one) { return p.has_band <= one.shape.has_band; });
+                       [&](ForwardInstance const& one) {
+                         return p.has_band <= one.shape.has_band && one.shape.has_terms == (p.numbers.has_terms != 0);
+                       });
   if (!x) return "no kernel holds these head dims";
   sm90::ForwardArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, x->shape.block_m, x->shape.block_n, args)) return wrong;
   Report report;
-  run_grid(x->threads, p.blocks ? p.blocks : 2, 1, [&] { x->kernel(args); }, report);
+  if (int64 const blocks = p.numbers.has_terms ? sm90::prepare_blocks(p) : 0) {
+    run_grid(sm90::kPrepareThreads, blocks, 7, [&] { x->prepare(p); }, report);
+  }
+  if (report.error.empty()) run_grid(x->threads, p.blocks ? p.blocks : 2, 1, [&] { x->kernel(args); }, report);
   return report.error;
 }
 
@@ -45,7 +50,10 @@ static std::string run_kernel(BackwardInstance const& x, BackwardParams const& p
 static std::string run(BackwardParams const& p) {
   auto const kernel_for = [&](bool of_queries, bool is_fused) {
     return find(backward_instances(), p.dtype, p.head_dim_qk, p.head_dim_v, p.has_softcap != 0,
-                [=](BackwardInstance const& x) { return x.of_queries == of_queries && x.is_fused == is_fused; });
+                [=](BackwardInstance const& x) {
+                  bool const has_terms = p.numbers.has_terms != 0;
+                  return x.of_queries == of_queries && x.is_fused == is_fused && x.shape.has_terms == has_terms;
+                });
   };
   BackwardInstance const *keys = kernel_for(false, p.dq_sums != nullptr), *queries = kernel_for(true, false);
   if (!keys || !queries) return "no kernel holds these head dims";
@@ -55,6 +63,9 @@ static std::string run(BackwardParams const& p) {
   run_grid(keys->row_threads, row_tiles, 4, [&] { keys->prepare(p); }, report);
   if (report.error.empty() && p.dsinks) {
     run_grid(keys->row_threads, p.batch * p.heads_q, 5, [&] { keys->sinks(p); }, report);
+  }
+  if (int64 const blocks = p.numbers.has_terms && report.error.empty() ? sm90::prepare_blocks(p) : 0) {
+    run_grid(sm90::kPrepareThreads, blocks, 8, [&] { keys->prepare_keys(p); }, report);
   }
   std::string wrong = report.error;
   if (wrong.empty() && p.dk) wrong = run_kernel(*keys, p);

@@ -88,6 +88,7 @@ static void start_fibers(int threads) {
     fiber.stack = std::move(stack);
     fiber.stack.resize(64 * 1024);
     fiber.thread = thread;
+    fiber.is_ahead = m.follows;
     fiber.clock.assign(agent_count(), 0);
     fiber.clock[thread] = 1;
     getcontext(&fiber.context);
@@ -208,6 +209,7 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   m.fibers = std::move(before.fibers);  // whose stacks are used again
   m.global = std::move(before.global);
   m.is_trusting = before.is_trusting;
+  m.follows = before.follows;
   m.is_traced = before.is_traced;
   m.trace = std::move(before.trace);
   m.runs = before.runs + 1;
@@ -237,7 +239,9 @@ void run_block(int threads, int block, int blocks, uint32_t seed, std::function<
   }
 }
 
-void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report) {
+void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report,
+              bool follows) {
+  machine().follows = follows;
   std::vector<int> order(static_cast<size_t>(blocks));
   for (size_t block = 0; block < order.size(); ++block) order[block] = static_cast<int>(block);
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
@@ -266,9 +270,6 @@ std::string take_trace() {
   machine().trace.clear();
   return lines;
 }
-
-void forget_global() { machine().global.clear(); }
-void trust_kernels() { machine().is_trusting = true; }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
 uint8_t* shared_bytes(uint32_t address, int bytes) {
@@ -335,40 +336,6 @@ void check_async_read(uint32_t from, uint32_t bytes, char const* who) {
       return;
     }
   }
-}
-
-// ---- global memory ---------------------------------------------------------------------------------------------------
-void allow_global(void const* begin, size_t bytes) {
-  machine().global.push_back({static_cast<char const*>(begin), std::vector<bool>(bytes)});
-}
-
-static Region* region_of(void const* address, size_t bytes) {
-  auto const* from = static_cast<char const*>(address);
-  for (Region& region : machine().global) {
-    if (from >= region.begin && from + bytes <= region.begin + region.is_stored.size()) return &region;
-  }
-  error("an address outside of the tensors");
-  return nullptr;
-}
-
-bool may_load(void const* address, size_t bytes) {
-  return machine().is_trusting || region_of(address, bytes) != nullptr;
-}
-
-bool may_store(void const* address, size_t bytes) {
-  if (machine().is_trusting) return true;
-  Region* const region = region_of(address, bytes);
-  if (!region) return false;
-  auto const first = region->is_stored.begin() + (static_cast<char const*>(address) - region->begin);
-  auto const end = first + static_cast<std::ptrdiff_t>(bytes);
-  if (std::find(first, end, true) != end) error("an output is stored twice");
-  std::fill(first, end, true);
-  return true;
-}
-
-bool may_add(void const* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes) error("a misaligned addition to global memory");
-  return may_load(address, bytes);
 }
 
 // ---- mbarriers and named barriers ------------------------------------------------------------------------------------

@@ -36,8 +36,10 @@ struct Report {
 // Runs `kernel` as block `block` of `blocks`, and adds to `report`. The same seed gives the same run.
 void run_block(int threads, int block, int blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
 
-// A whole grid, block after block in any order, until the first error.
-void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report);
+// A whole grid, block after block in any order, until the first error. If it `follows`, it may have begun before the grid
+// before has ended, and may not read what that wrote until it has waited for it.
+void run_grid(int threads, int64_t blocks, uint32_t seed, std::function<void()> const& kernel, Report& report,
+              bool follows = false);
 
 void trace_blocks();  // from now on
 std::string take_trace();  // a line for each step: which block in the order of their runs, warp, what, and its numbers
@@ -95,6 +97,7 @@ void tma_store(Map const* map, uint32_t from, int const (&at)[4]);
 void tma_store_commit();
 void tma_store_wait(bool only_read, int groups_left);
 void bulk_add(float* to, uint32_t from, uint32_t bytes);
+void wait_for_kernel_before();
 void copy_async(uint32_t to, void const* from, int bytes, bool exists);
 void copies_commit();
 void copies_wait(int groups_left);

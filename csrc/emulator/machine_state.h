@@ -42,6 +42,7 @@ struct Fiber {
   std::vector<char> stack;
   int thread = 0;
   bool done = false;
+  bool is_ahead = false;  // of the end of the kernel before
   Clock clock;
   std::function<bool()> condition;  // null: it can run
   std::string waiting_for;
@@ -132,6 +133,7 @@ struct Machine {
   std::vector<std::function<void()>> loads;
   std::vector<Store> stores;
   std::vector<Region> global;  // memory that kernels may access, except by TMA loads
+  bool follows = false;  // the kernel may begin before the one before has ended
   bool is_trusting = false;    // kernels may access all memory
   bool is_traced = false;
   int runs = 0;  // blocks run so far
@@ -146,6 +148,7 @@ void pause();
 uint8_t* shared_bytes(uint32_t address, int bytes);
 void check_write(uint32_t from, uint32_t bytes, char const* who);
 void complete_bytes(uint32_t mbarrier, int64_t bytes);
+void check_is_not_ahead(char const* what);
 void check_async_read(uint32_t from, uint32_t bytes, char const* who);
 uint32_t swizzled(uint32_t address);
 Mbarrier& mbarrier_at(uint32_t address);

@@ -19,6 +19,7 @@ struct Shape {  // what a kernel is made for
   int d_qk, d_v, block_m, block_n;
   bool is_half, has_band, has_softcap;
   bool is_gathered = false, is_e4m3 = false;  // of decoding: threads copy the rows of the cache, which is in e4m3
+  bool has_terms = false;
 };
 
 struct Case {
@@ -33,6 +34,12 @@ struct Case {
   int padding;                 // elements between rows, times 8
   int blocks, heads_per_pass;
   bool has_equal_keys;         // all keys of a head are the same, and scores reach 1e7
+  int slopes;                  // of ALiBi: 0 none, 1 shared by the batch, 2 for each sequence
+  int documents;               // segments of a row of the batch; 0: none
+  bool shares_ids;             // all rows of the batch have the same segments
+  int mask, bias;  // 0: none; else 1 + the dimensions that are shared, a bit each: batch, head, query, key
+  bool bias_is_float;
+  int dropout;  // its threshold; 0: none
   uint32_t seed;
 };
 
@@ -54,8 +61,17 @@ struct Tensor {  // 16-bit, (batch, row, head, column) with strides in elements
 
 Tensor make_tensor(int batch, int rows, int heads, int columns, bool heads_first, int padding, uint16_t fill);
 
-// Whether query i of sequence n sees key j, by the definition in fastattn/spec.py.
+// Whether the band lets query i of sequence n see key j, by the definition in fastattn/spec.py.
 bool sees(Case const& c, int n, int i, int j);
+
+struct PerPair {  // a number for each pair, shared along some dimensions
+  std::vector<float> values;
+  int64 sizes[4];
+  PairStrides strides;
+  float at(int n, int h, int i, int j) const {
+    return values[static_cast<size_t>(n * strides.batch + h * strides.head + i * strides.query + j * strides.key)];
+  }
+};
 
 struct Problem {
   Shape shape;
@@ -64,13 +80,26 @@ struct Problem {
   std::vector<float> sinks;
   std::vector<int> cu_q, cu_kv;
   float const* value;  // of a 16-bit number
+  // Terms; mask and bias once more as the kernels read them, and what they write about terms.
+  std::vector<float> slopes;
+  std::vector<int64> ids_q, ids_kv;
+  PerPair mask, bias;
+  std::vector<uint8> mask_bytes;
+  std::vector<uint16_t> bias_words;
+  std::vector<int64> rng_state;
+  std::vector<int32> ranges_q, ranges_kv;
+  Tensor k_copy, v_copy;  // where terms may leave out keys
 
   uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
   int batch() const { return c.is_packed ? 1 : c.batch; }  // of the tensors
-  int of(int n) const { return c.is_packed ? 0 : n; }      // sequence n is in this part of the batch,
+  int of(int n) const { return c.is_packed ? 0 : n; }  // sequence n is in this part of the batch,
   int first_q(int n) const { return c.is_packed ? cu_q[n] : 0; }  // and begins at these rows
   int first_kv(int n) const { return c.is_packed ? cu_kv[n] : 0; }
   double sink(int n, int h) const { return sinks[(c.sinks == 2 ? n * q.heads : 0) + h]; }
+  // The definition, pair by pair: whether a pair is kept, what is added to its score, and the factor of dropout.
+  bool keeps(int n, int h, int i, int j) const;
+  double added(int n, int h, int i, int j) const;
+  double factor(int n, int h, int i, int j) const;
 };
 
 // Rows of k and v that no query sees are NaN.
@@ -78,6 +107,12 @@ Problem make_problem(Shape const& shape, Case const& c);
 
 // The keys of a dense batch that some query sees.
 void find_kept_keys(Problem const& p, int64& begin, int64& end);
+
+// The fields of terms. `f` has its own k and v.
+void fill_terms(Problem& p, TermTensors& tensors, TermNumbers& numbers);
+
+// Makes what terms point to known to the machine.
+void allow_terms(Problem& p);
 
 template <class Params>
 void fill_common(Problem& p, Params& f) {
@@ -99,6 +134,10 @@ void fill_common(Problem& p, Params& f) {
   f.score_scale = c.softcap > 0 ? c.softcap : c.scale;
   f.cap_scale = c.softcap > 0 ? c.scale / c.softcap : 0;
   f.heads_per_pass = c.heads_per_pass;
+  fill_terms(p, f.terms, f.numbers);
+  if (!f.terms.given_k) return;
+  f.k = p.k_copy.data, f.v = p.v_copy.data;
+  f.k_strides = p.k_copy.strides, f.v_strides = p.v_copy.strides;
 }
 
 }  // namespace fa::emu

@@ -85,6 +85,10 @@ inline void fence_proxy_async(Site site = Site::here("fence_proxy_async")) {
   if (!site.is_left_out()) emu::fence_proxy_async();
 }
 
+inline void let_next_begin() {}
+inline void wait_for_kernel_before(Site site = Site::here("wait_for_kernel_before")) {
+  if (!site.is_left_out()) emu::wait_for_kernel_before();
+}
 template <int BYTES>
 void copy_async(uint32 to, void const* from, bool exists) {
   emu::copy_async(to, from, BYTES, exists);

@@ -17,7 +17,7 @@ KERNELS = (
     (("BACKWARD_DKDV", 192, 128, 0), ()),
     (("BACKWARD_DQ", 256, 256, 0), ()),  # with one stage of V: with two, its producer waits for K long enough
     (("DECODE", 128, 128, 0), ()),
-    (("DECODE_GATHERED", 128, 128, 2, 8), ()),
+    (("DECODE_GATHERED", 128, 128, 4, 0), ()),
 )
 
 # Calls that may be left out without a wrong result: file, the source that ends with the call, and why it is there.

@@ -66,6 +66,7 @@ static void begin_store(uint32_t from, uint32_t bytes, std::function<void(std::v
 void tma_load(uint32_t to, Map const* map, uint32_t barrier, int const (&at)[4]) {
   Machine& m = machine();
   check_map(*map, to);
+  check_is_not_ahead("a TMA load reads");
   uint32_t const bytes = box_bytes(*map);
   begin_write(to, bytes, barrier, "a TMA load writes over");
   m.loads.push_back([=, x = std::vector<int>(at, at + 4)] {

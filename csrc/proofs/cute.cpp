@@ -230,15 +230,15 @@ void check_dq(std::string const& name) {
 }  // namespace
 
 int main() {
-#define FORWARD(D_QK, D_V, BAND, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, PINGPONG) \
-  check_attention<ForwardTraits<Bf16, D_QK, D_V, BLOCK_M, BLOCK_N, STAGES, PINGPONG, BAND, SOFTCAP>>( \
+#define FORWARD(D_QK, D_V, BAND, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, PINGPONG, TERMS) \
+  check_attention<ForwardTraits<Bf16, D_QK, D_V, BLOCK_M, BLOCK_N, STAGES, PINGPONG, BAND, SOFTCAP, TERMS>>( \
       "forward " #D_QK "/" #D_V " " #BLOCK_M "x" #BLOCK_N);
-#define BACKWARD_DKDV(D_QK, D_V, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, FUSED) \
-  check_dkdv<BackwardDkdvTraits<Bf16, D_QK, D_V, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, FUSED>>( \
+#define BACKWARD_DKDV(D_QK, D_V, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, FUSED, TERMS) \
+  check_dkdv<BackwardDkdvTraits<Bf16, D_QK, D_V, SOFTCAP, BLOCK_M, BLOCK_N, STAGES, FUSED, TERMS>>( \
       "backward_dkdv " #D_QK "/" #D_V " " #BLOCK_M "x" #BLOCK_N);
-#define BACKWARD_DQ(D_QK, D_V, SOFTCAP, BLOCK_N, K_STAGES, V_STAGES) \
-  check_dq<BackwardDqTraits<Bf16, D_QK, D_V, SOFTCAP, BLOCK_N, K_STAGES, V_STAGES>>("backward_dq " #D_QK "/" #D_V \
-                                                                                    " 128x" #BLOCK_N);
+#define BACKWARD_DQ(D_QK, D_V, SOFTCAP, BLOCK_N, K_STAGES, V_STAGES, TERMS) \
+  check_dq<BackwardDqTraits<Bf16, D_QK, D_V, SOFTCAP, BLOCK_N, K_STAGES, V_STAGES, TERMS>>("backward_dq " #D_QK \
+                                                                                           "/" #D_V " 128x" #BLOCK_N);
 #define DECODE(D_QK, D_V, SOFTCAP, BLOCK_N, STAGES) \
   check_attention<DecodeTraits<Bf16, D_QK, D_V, SOFTCAP, BLOCK_N, STAGES>>("decode " #D_QK "/" #D_V " 64x" #BLOCK_N);
 #include "../sm90/instances.inc"

@@ -39,7 +39,7 @@ def _locations(spec: object) -> list[str]:
 def build(headers: Path, folder: Path, csrc: Path = CSRC, *options: str) -> Path:
     """The witness as a program in ``folder``; ``csrc`` may be a changed copy of the sources."""
     folder.mkdir(parents=True, exist_ok=True)
-    machine = (csrc / "emulator" / f"{name}.cpp" for name in ("machine", "races", "sites", "tma"))
+    machine = (csrc / "emulator" / f"{name}.cpp" for name in ("machine", "global", "races", "sites", "tma"))
     program = folder / "cute"  # nvcc hands C++ to the host's compiler, with the toolkit's folders
     command = [
         find_nvcc(),

@@ -19,7 +19,7 @@ KERNELS = {
     ("FORWARD", 128, 128, 1, 0): (10, 18),
     ("BACKWARD_DKDV", 128, 128, 0, 64, 128, 2, 1): (3,),
     ("BACKWARD_DQ", 256, 256, 0): (0, 2),
-    ("DECODE", 128, 128, 0): (9,),
+    ("DECODE", 128, 128, 0): (12,),
 }
 # Rows are cleared by other warps than the one that stands for its consumer: for the clocks of the emulator (sites.py).
 OF_OTHER_WARPS = {("FORWARD", "consumers without meet at 7")}
@@ -39,6 +39,7 @@ def trace_of(emulator: Emulator, line: tuple[str | int, ...], seed: int) -> str:
 
 def build_explorer(folder: Path) -> Path:
     program = folder / "protocol"
+    folder.mkdir(parents=True, exist_ok=True)
     options = ("-std=c++17", "-O2", "-Wall", "-Wextra")
     subprocess.run(["g++", *options, str(CSRC / "proofs" / "protocol.cpp"), "-o", str(program)], check=True)
     return program

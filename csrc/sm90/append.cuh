@@ -1,4 +1,4 @@
-// The kernel that runs before decode and stores new keys and values in the caches. Bound by memory.
+// The kernel that runs before decode, or beside its first instructions, and stores new keys and values in the caches.
 //
 // One warp for each new row and K/V head copies its key and its value, in pieces of 16 bytes. A row beyond the capacity
 // of its sequence, or whose page does not exist, is dropped.
@@ -35,6 +35,7 @@ FA_DEVICE void copy_row(void const* from, int64 at, void* to, int64 to_at, int64
 template <class T>
 FA_DEVICE void append(DecodeParams const& p) {
   static_assert(sizeof(T{}) > 0 && sizeof(Int4) == 8 * sizeof(uint16), "elements of 16 bits");
+  let_next_begin();
   int64 const index = int64{block_index()} * (kAppendThreads / 32) + warp_uniform(thread_index() / 32);
   int64 const row = index / p.heads_kv, head = index - row * p.heads_kv;
   if (row >= new_rows_of(p)) return;

@@ -14,6 +14,7 @@
 #include "backward.h"
 #include "backward_traits.h"
 #include "fragment.cuh"
+#include "terms.cuh"
 
 namespace fa::sm90 {
 
@@ -45,7 +46,13 @@ FA_DEVICE void begin_dkdv(BackwardArgs const& args, DkdvShared<C> const& shared)
   Tile tile = find_tile<C::BLOCK_N, Of::kKeys>(args.p, block_index());
   TileBlocks blocks{};
   if (tile.row < tile.s_kv) {
-    blocks = blocks_of<C::BLOCK_N, C::BLOCK_M>(transposed(band_of(args.p, tile)), tile.row);
+    Band const of_keys = transposed(band_of(args.p, tile));
+    if constexpr (C::TERMS) {
+      int32 const* const ranges = ranges_of(args.p, args.p.terms.ranges_kv, tile.s_kv, tile.batch);
+      blocks = blocks_of<C::BLOCK_N, C::BLOCK_M>(of_keys, tile.row, ranges);
+    } else {
+      blocks = blocks_of<C::BLOCK_N, C::BLOCK_M>(of_keys, tile.row);
+    }
     if (tile.row + C::BLOCK_N > tile.s_kv) blocks.unmasked = {0, 0};  // rows past the end are masked everywhere
   } else {
     tile.row = kNoTile;
@@ -151,6 +158,45 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, DkdvShared<C> const& shared
   mask_packed(p, band, row, column);
   if (C::SLOPED_IN_16_BITS) mask_packed(sloped, band, row, column);
   else mask_weights(scores, band, row, column);
+}
+
+// The same with terms. Returns a bit for each weight, 1 where dropout leaves it; p is 0 where it does not.
+template <class C>
+FA_DEVICE uint32 weigh_block_with_terms(BackwardArgs const& args, DkdvShared<C> const& shared, int keys, int head,
+                                        int block, int stage, float (&scores)[C::BLOCK_M / 2],
+                                        uint32 (&p)[C::BLOCK_M / 4]) {
+  using T = typename C::Element;
+  Tile const tile = read_tile(shared.tile());
+  Place const at = this_place();
+  Pairs<true> const pairs = {tile.row + keys + at.first_row() % 64, block * C::BLOCK_M + at.first_column()};
+  uint32 slopes[C::BLOCK_M / 4];
+  scale_scores<T, true>(scores, slopes, args.p);
+  add_terms<T>(scores, args.p, tile, head, band_of(args.p, tile), pairs,
+               contains(read_blocks(shared.tile()).unmasked, block));
+  uint32 left = 0xffffffff;
+  if (args.p.numbers.dropout_threshold) {
+    left = bits_left(dropout_of(args.p, tile, head), pairs.first_row, pairs.first_column);
+  }
+  uint32 const statistics = of_columns(shared.lse(stage), 8);
+  FA_UNROLL
+  for (int j = 0; j < C::BLOCK_M / 8; ++j) {
+    Float4 const lse = load_shared_floats(statistics + 64 * j);
+    FA_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      int const e = 4 * j + 2 * r;
+      float const first = weight_of(scores[e], 1.f, lse.x, lse.y), second = weight_of(scores[e + 1], 1.f, lse.z, lse.w);
+      p[e / 2] = pack(T{}, left >> e & 1 ? first : 0.f, left >> (e + 1) & 1 ? second : 0.f);
+      scores[e] = first * low(T{}, slopes[e / 2]), scores[e + 1] = second * high(T{}, slopes[e / 2]);
+    }
+  }
+  return left;
+}
+
+// Gradients of the weights before dropout, from those after it.
+template <int N>
+FA_DEVICE void undo_dropout(float (&dp)[N], uint32 left, float scale) {
+  FA_UNROLL
+  for (int e = 0; e < N; ++e) dp[e] = left >> e & 1 ? dp[e] * scale : 0.f;
 }
 
 // dp becomes the gradient of the scores.
@@ -280,7 +326,12 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
       } else {
         wgmma_wait<0>(scores);
       }
-      weigh_block<C>(args, shared, keys, block, q.stage, scores, p, sloped);
+      [[maybe_unused]] uint32 left = 0;
+      if constexpr (C::TERMS) {
+        left = weigh_block_with_terms<C>(args, shared, keys, head, block, q.stage, scores, p);
+      } else {
+        weigh_block<C>(args, shared, keys, block, q.stage, scores, p, sloped);
+      }
       if constexpr (OF_K && C::LATE_DP) issue_dp();
       if constexpr (OF_V) {
         wgmma_fence();
@@ -289,6 +340,7 @@ FA_DEVICE void sum_over_queries(BackwardArgs const& args, DkdvShared<C> const& s
       if constexpr (OF_K) {
         uint32 ds[N / 4];
         wgmma_wait<OF_V ? 1 : 0>(dp);
+        if constexpr (C::TERMS) undo_dropout(dp, left, static_cast<float>(args.p.numbers.dropout_scale));
         score_gradients<C>(shared, q.stage, scores, sloped, dp);
         pack_fragment<T>(ds, dp);
         if constexpr (C::FUSED) {
@@ -387,6 +439,11 @@ FA_DEVICE void consume(BackwardArgs const& args, DkdvShared<C> const& shared, in
     float const scale = static_cast<float>(args.p.scale);
     FA_UNROLL
     for (int i = 0; i < kSumsK; ++i) dk[i] *= scale;
+  }
+  if constexpr (C::TERMS && OF_V) {
+    float const scale = static_cast<float>(args.p.numbers.dropout_scale);
+    FA_UNROLL
+    for (int i = 0; i < kSumsV; ++i) dv[i] *= scale;
   }
   if (args.p.dk_parts) {  // one branch around both: with one for each of them the kernel for head dim 64 spills
     int64 const row = part_row(args.p, tile, tile.head) + keys;

@@ -9,6 +9,7 @@
 #include "backward.h"
 #include "backward_traits.h"
 #include "fragment.cuh"
+#include "terms.cuh"
 
 namespace fa::sm90 {
 
@@ -31,8 +32,14 @@ template <class C>
 FA_DEVICE void begin_dq(BackwardArgs const& args, DqShared<C> const& shared) {
   Tile tile = find_tile<C::BLOCK_M, Of::kQueries>(args.p, block_index());
   TileBlocks blocks{};
-  if (tile.row < tile.s_q) blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of(args.p, tile), tile.row);
-  else tile.row = kNoTile;
+  if (tile.row >= tile.s_q) {
+    tile.row = kNoTile;
+  } else if constexpr (C::TERMS) {
+    int32 const* const ranges = ranges_of(args.p, args.p.terms.ranges_q, tile.s_q, tile.batch);
+    blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of(args.p, tile), tile.row, ranges);
+  } else {
+    blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of(args.p, tile), tile.row);
+  }
   write_tile(shared.tile(), tile, blocks);
   mbarrier_init(shared.q_full(), 1);
   mbarrier_init(shared.dout_full(), 1);
@@ -97,6 +104,57 @@ FA_DEVICE void weigh_block(BackwardArgs const& args, DqShared<C> const& shared, 
   mask_weights(scores, band_of(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
 }
 
+// The same with terms; the slopes of softcap are apart, in pairs of 16-bit numbers.
+template <class C>
+FA_DEVICE void weigh_block_with_terms(BackwardArgs const& args, DqShared<C> const& shared, int block,
+                                      Float2 const (&lse)[2], float (&scores)[C::BLOCK_N / 2],
+                                      uint32 (&slopes)[C::BLOCK_N / 4]) {
+  using T = typename C::Element;
+  Tile const tile = read_tile(shared.tile());
+  Place const at = this_place();
+  Pairs<false> const pairs = {tile.row + at.first_row(), block * C::BLOCK_N + at.first_column()};
+  scale_scores<T, true>(scores, slopes, args.p);
+  add_terms<T>(scores, args.p, tile, tile.head, band_of(args.p, tile), pairs,
+               contains(read_blocks(shared.tile()).unmasked, block));
+  FA_UNROLL
+  for (int i = 0; i < C::BLOCK_N / 2; ++i) {
+    scores[i] = weight_of(scores[i], 1.f, lse[i / 2 % 2].x, lse[i / 2 % 2].y);
+  }
+}
+
+// Gradients of finished scores are those of the bias.
+template <class C>
+FA_DEVICE void write_dbias(BackwardArgs const& args, DqShared<C> const& shared, int block,
+                           float const (&ds)[C::BLOCK_N / 2]) {
+  Tile const tile = read_tile(shared.tile());
+  Place const at = this_place();
+  int const row = tile.row + at.first_row(), column = block * C::BLOCK_N + at.first_column();
+  int64 const head_rows = (tile.batch * args.p.heads_q + tile.head) * tile.s_q;
+  FA_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= tile.s_q) continue;
+    float* const to = args.p.dbias + (head_rows + row + 8 * r) * tile.s_kv;
+    FA_UNROLL
+    for (int i = 2 * r; i < C::BLOCK_N / 2; i += i % 2 ? 3 : 1) {
+      int const j = column + i / 4 * 8 + i % 2;
+      if (j < tile.s_kv) store_global(to + j, ds[i]);
+    }
+  }
+}
+
+// Gradients of the weights before dropout, from those after it.
+template <class C>
+FA_DEVICE void undo_dropout(BackwardArgs const& args, DqShared<C> const& shared, int block,
+                            float (&dp)[C::BLOCK_N / 2]) {
+  if (!args.p.numbers.dropout_threshold) return;
+  Tile const tile = read_tile(shared.tile());
+  Place const at = this_place();
+  float const scale = static_cast<float>(args.p.numbers.dropout_scale);
+  FA_UNROLL
+  for (int i = 0; i < C::BLOCK_N / 2; ++i) dp[i] *= scale;
+  drop(dp, dropout_of(args.p, tile, tile.head), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
+}
+
 template <class C>
 FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared, int consumer,
                              float (&dq)[C::D_QK / 2]) {
@@ -120,6 +178,7 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     float scores[N / 2], dp[N / 2];
     uint32 ds[N / 4];
+    [[maybe_unused]] uint32 slopes[N / 4];
     mbarrier_wait(k.full(), k.parity);
     clear_unkept_keys<C>(args, shared, block, k, v);
     wgmma_fence();
@@ -128,7 +187,8 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
     wgmma_fence();
     multiply_by_rows<T, C::D_V, C::BLOCK_M, N>(dp, k_major(shared.dout() + rows), k_major(shared.v(v.stage)));
     wgmma_wait<1>(scores);
-    weigh_block<C>(args, shared, block, lse, scores);
+    if constexpr (C::TERMS) weigh_block_with_terms<C>(args, shared, block, lse, scores, slopes);
+    else weigh_block<C>(args, shared, block, lse, scores);
     if (C::EXP_OVERLAP) {
       float all = scores[0];
       FA_UNROLL
@@ -137,8 +197,14 @@ FA_DEVICE void sum_over_keys(BackwardArgs const& args, DqShared<C> const& shared
     }
     wgmma_wait<0>(dp);
     release(v);
+    if constexpr (C::TERMS) undo_dropout<C>(args, shared, block, dp);
     FA_UNROLL
     for (int i = 0; i < N / 2; ++i) dp[i] = scores[i] * (dp[i] - delta[i / 2 % 2]);
+    if constexpr (C::TERMS) {
+      if (args.p.dbias) write_dbias<C>(args, shared, block, dp);
+      FA_UNROLL
+      for (int i = 0; i < N / 2; ++i) dp[i] *= i % 2 ? high(T{}, slopes[i / 2]) : low(T{}, slopes[i / 2]);
+    }
     pack_fragment<T>(ds, dp);
     wgmma_fence();
     add_product<T>(dq, ds, n_major(shared.k(k.stage), N));

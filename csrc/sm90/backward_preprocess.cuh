@@ -10,6 +10,9 @@ namespace fa::sm90 {
 
 constexpr int kRowWarps = kRowThreads / 32;
 
+// Whether the large kernels read both parts of lse as one number (weigh in gradient.h).
+FA_DEVICE bool has_joined_lse(BackwardParams const& p) { return p.has_softcap && !p.numbers.has_terms; }
+
 template <class T>
 FA_DEVICE float dot(Packed8 const& a, Packed8 const& b) {
   float sum = 0.f;
@@ -48,7 +51,7 @@ FA_DEVICE void backward_preprocess(BackwardParams const& p) {
       float const lse = load_global(p.lse + of_row);
       float const low_log2 = load_global(p.lse_low + of_row) * kLog2E;
       if (lse != negative_infinity()) parts = {lse, low_log2};
-      if (p.has_softcap) parts = {multiply_add(parts.x, kLog2E, parts.y), 0.f};
+      if (has_joined_lse(p)) parts = {multiply_add(parts.x, kLog2E, parts.y), 0.f};
       if (p.dlse) sum -= load_global(p.dlse + of_row);
     }
     store_global(reinterpret_cast<Float2*>(p.lse_parts) + first_padded + row, parts);
@@ -79,7 +82,7 @@ FA_DEVICE void backward_dsinks(BackwardParams const& p) {
   for (int row = thread_index(); row < tile.s_q; row += kRowThreads) {
     Float2 const lse = load_global(reinterpret_cast<Float2 const*>(p.lse_parts) + first + row);
     float const weight =
-        p.has_softcap ? exp2_approx(multiply_add(sink, kLog2E, -lse.x)) : weight_of(sink, 1.f, lse.x, lse.y);
+        has_joined_lse(p) ? exp2_approx(multiply_add(sink, kLog2E, -lse.x)) : weight_of(sink, 1.f, lse.x, lse.y);
     sum -= weight * load_global(p.delta + first + row);
   }
   FA_UNROLL

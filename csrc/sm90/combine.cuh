@@ -80,6 +80,7 @@ FA_DEVICE void combine(DecodeParams const& p) {
   int64 const outputs = rows_of(p) * p.heads_q;
   int64 const output = int64{block_index()} * (kCombineThreads / 32) + warp_uniform(thread_index() / 32);
   if (output >= outputs) return;
+  wait_for_kernel_before();
   Weights const weights = weigh_splits(p, output, outputs);
   int const lane = thread_index() % 32;
   for (int first = 0; 4 * first < p.head_dim_v; first += 32) {

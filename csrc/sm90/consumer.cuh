@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/softmax.h"
 #include "fragment.cuh"
+#include "terms.cuh"
 
 namespace fa::sm90 {
 
@@ -37,11 +38,12 @@ FA_DEVICE void clear_unkept_values(ForwardArgs const& args, Shared<C> const& sha
 
 // Computes the sums of a tile with at least one block of keys, from the arrival of Q on. `mask(scores, block)` puts
 // -inf where a row does not keep a key; `clear(block, v)` zeroes the rows of v that no row of the tile keeps, in its
-// full stage. Both are called for the blocks that may need it.
-template <class C, class Mask, class Clear>
+// full stage. Both are called for the blocks that may need it. With terms, `mask` finishes the scores of every block,
+// and `drop(weights, block)` zeroes those that dropout drops.
+template <class C, class Mask, class Clear, class Drop = NoDropout>
 FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float scale_log2, float cap_scale,
                       int consumer, Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state,
-                      Mask const& mask, Clear const& clear) {
+                      Mask const& mask, Clear const& clear, Drop const& drop = {}) {
   float scores[C::BLOCK_N / 2], rescale[2];
   uint32 p[C::BLOCK_N / 4];
 
@@ -58,6 +60,7 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
   release(k);
   finish_scores(block, true);
   softmax_step<true>(scores, state, rescale, scale_log2);
+  drop(scores, block);
   pack_fragment<typename C::Element>(p, scores);
   clear(block, v);
 
@@ -72,8 +75,9 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
     if (C::PINGPONG) named_arrive(kPingPongBarrier + (consumer + 1) % C::CONSUMERS, 2 * kWarpgroup);
     wgmma_wait<1>(scores);
     release(k);
-    finish_scores(block, C::BAND && !contains(blocks.unmasked, block));
+    finish_scores(block, Drop::HAS_TERMS || (C::BAND && !contains(blocks.unmasked, block)));
     softmax_step<false>(scores, state, rescale, scale_log2);
+    drop(scores, block);
     if (C::EXP_OVERLAP) {
       pin_above_wait(shared.base, state.sum[0]);
       pin_above_wait(shared.base, state.sum[1]);
@@ -98,6 +102,36 @@ FA_DEVICE void attend(Shared<C> const& shared, TileBlocks const& blocks, float s
   release(v);
 }
 
+// The terms of a tile, as attend calls them.
+template <class C>
+struct TileTerms {
+  static constexpr bool HAS_TERMS = true;
+  ForwardArgs const& args;
+  Shared<C> const& shared;
+
+  FA_DEVICE void finish(float (&scores)[C::BLOCK_N / 2], int block) const {
+    Tile const tile = read_tile(shared.tile());
+    Pairs<false> const at = pairs(tile, block);
+    uint32 no_slopes[1];
+    scale_scores<typename C::Element, false>(scores, no_slopes, args.p);
+    add_terms<typename C::Element>(scores, args.p, tile, tile.head, band_of<C>(args.p, tile), at,
+                                   contains(read_blocks(shared.tile()).unmasked, block));
+  }
+
+  FA_DEVICE void operator()(float (&weights)[C::BLOCK_N / 2], int block) const {
+    if (!args.p.numbers.dropout_threshold) return;
+    Tile const tile = read_tile(shared.tile());
+    Pairs<false> const at = pairs(tile, block);
+    drop(weights, dropout_of(args.p, tile, tile.head), at.first_row, at.first_column);
+  }
+
+ private:
+  FA_DEVICE static Pairs<false> pairs(Tile const& tile, int block) {
+    Place const at = this_place();
+    return {tile.row + at.first_row(), block * C::BLOCK_N + at.first_column()};
+  }
+};
+
 template <class C>
 FA_DEVICE void attend_to_tile(ForwardArgs const& args, Shared<C> const& shared, TileBlocks const& blocks, int consumer,
                               Ring<C::STAGES>& k, Ring<C::STAGES>& v, float (&out)[C::D_V / 2], RowState& state) {
@@ -107,8 +141,14 @@ FA_DEVICE void attend_to_tile(ForwardArgs const& args, Shared<C> const& shared, 
     mask_scores(scores, band_of<C>(args.p, tile), tile.row + at.first_row(), block * C::BLOCK_N + at.first_column());
   };
   auto const clear = [&](int block, Ring<C::STAGES> const& of) { clear_unkept_values<C>(args, shared, block, of); };
-  attend<C>(shared, blocks, scale_log2_of(args.p), static_cast<float>(args.p.cap_scale), consumer, k, v, out, state,
-            mask, clear);
+  if constexpr (C::TERMS) {
+    TileTerms<C> const terms{args, shared};
+    auto const finish = [&](float (&scores)[C::BLOCK_N / 2], int block) { terms.finish(scores, block); };
+    attend<C>(shared, blocks, kLog2E, 0.f, consumer, k, v, out, state, finish, clear, terms);
+  } else {
+    attend<C>(shared, blocks, scale_log2_of(args.p), static_cast<float>(args.p.cap_scale), consumer, k, v, out, state,
+              mask, clear);
+  }
 }
 
 // Normalises out and writes lse. A tile without keys passes state.max = -inf and out = 0.
@@ -120,7 +160,8 @@ FA_DEVICE void finish_rows(ForwardArgs const& args, Tile const& tile, RowState c
       p.sinks ? load_global(p.sinks + tile.batch * p.sinks_batch_stride + tile.head) : negative_infinity();
   FA_UNROLL
   for (int r = 0; r < 2; ++r) {
-    FinishedRow const row = finish_row(state.max[r], state.sum[r], static_cast<float>(p.score_scale), sink);
+    FinishedRow row = finish_row(state.max[r], state.sum[r], C::TERMS ? 1.f : static_cast<float>(p.score_scale), sink);
+    if (C::TERMS) row.factor *= static_cast<float>(p.numbers.dropout_scale);
     int const i = tile.row + at.first_row() + 8 * r;
     if (at.lane() % 4 == 0 && i < tile.s_q) {
       int64 const at_row = (tile.map_batch * p.heads_q + tile.head) * p.seqlen_q + tile.first_q + i;

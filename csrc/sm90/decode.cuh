@@ -50,6 +50,7 @@ FA_DEVICE void produce(DecodeArgs const& args, Shared<C> const& shared, Work con
     load_block<C, C::CHUNKS_V>(args.p, args.v, work, kept, block, shared.v(v.stage), v);
   };
   if (blocks.begin == blocks.end) return;
+  wait_for_kernel_before();
   load_k(blocks.end - 1);
   for (int block = blocks.end - 2; block >= blocks.begin; --block) {
     load_k(block);
@@ -225,6 +226,7 @@ FA_DEVICE void init_barriers(Shared<C> const& shared) {
 
 template <class C>
 FA_DEVICE void decode(DecodeArgs const& args) {
+  let_next_begin();
   Shared<C> const shared{shared_base()};
   Work const work = find_work(args.p, block_index());
   if (work.position >= work.s_q) return;

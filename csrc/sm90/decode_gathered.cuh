@@ -141,6 +141,7 @@ FA_DEVICE void gather(DecodeParams const& p, Shared<C> const& shared, Work const
       hand_over(full_k);
     }
   };
+  wait_for_kernel_before();
   for (int number = 0; number < items + C::AHEAD; ++number) {
     if (number < items) begin(number);
     copies_commit();  // a group without copies, too: groups are counted
@@ -152,6 +153,7 @@ FA_DEVICE void gather(DecodeParams const& p, Shared<C> const& shared, Work const
 
 template <class C>
 FA_DEVICE void decode_gathered(DecodeParams const& p) {
+  let_next_begin();
   Shared<C> const shared{shared_base()};
   Work const work = find_work(p, block_index());
   if (work.position >= work.s_q) return;

@@ -46,8 +46,8 @@ bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_rows) {
 }
 
 // ---- the choice of a kernel ------------------------------------------------------------------------------------------
-#define FA_TRAITS(T, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG) \
-  sm90::ForwardTraits<sm90::T, QK, V, M, N, STAGES, PINGPONG != 0, BAND != 0, SOFTCAP != 0>
+#define FA_TRAITS(T, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG, TERMS) \
+  sm90::ForwardTraits<sm90::T, QK, V, M, N, STAGES, PINGPONG != 0, BAND != 0, SOFTCAP != 0, TERMS != 0>
 
 #define FORWARD(...) \
   extern template char const* launch_forward<FA_TRAITS(Bf16, __VA_ARGS__)>(ForwardParams const&, MakeMaps, int, \
@@ -56,23 +56,40 @@ bool encode(sm90::TensorMap& map, View const& x, int64 dtype, int box_rows) {
                                                                           cudaStream_t);
 #include "instances.inc"
 
+#define FA_EXTERN_PREPARE(T, PARAMS) \
+  extern template char const* launch_prepare<sm90::PrepareTraits<sm90::T, PARAMS>>(PARAMS const&, cudaStream_t);
+FA_EXTERN_PREPARE(Bf16, ForwardParams)
+FA_EXTERN_PREPARE(F16, ForwardParams)
+FA_EXTERN_PREPARE(Bf16, BackwardParams)
+FA_EXTERN_PREPARE(F16, BackwardParams)
+
+// What the large kernels of a pass with terms read besides the inputs.
+template <class Params>
+static char const* prepare(Params const& p, cudaStream_t stream) {
+  if (!p.numbers.has_terms) return nullptr;
+  return p.dtype == kFloat16 ? launch_prepare<sm90::PrepareTraits<sm90::F16, Params>>(p, stream)
+                             : launch_prepare<sm90::PrepareTraits<sm90::Bf16, Params>>(p, stream);
+}
+
 static char const* launch(ForwardParams const& p, int blocks) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
-#define FORWARD(QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG) \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_band <= BAND && p.has_softcap <= SOFTCAP) { \
-    return p.dtype == kFloat16 ? launch_forward<FA_TRAITS(F16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>( \
+  if (char const* wrong = prepare(p, stream)) return wrong;
+#define FORWARD(QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG, TERMS) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_band <= BAND && p.has_softcap <= SOFTCAP && \
+      p.numbers.has_terms == TERMS) { \
+    return p.dtype == kFloat16 ? launch_forward<FA_TRAITS(F16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG, TERMS)>( \
                                      p, make_maps, blocks, stream) \
-                               : launch_forward<FA_TRAITS(Bf16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG)>( \
+                               : launch_forward<FA_TRAITS(Bf16, QK, V, BAND, SOFTCAP, M, N, STAGES, PINGPONG, TERMS)>( \
                                      p, make_maps, blocks, stream); \
   }
 #include "instances.inc"
   return "no kernel holds these head dims";
 }
 
-#define FA_BACKWARD_DKDV_TRAITS(T, QK, V, SOFTCAP, M, N, STAGES, FUSED) \
-  sm90::BackwardDkdvTraits<sm90::T, QK, V, SOFTCAP != 0, M, N, STAGES, FUSED != 0>
-#define FA_BACKWARD_DQ_TRAITS(T, QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
-  sm90::BackwardDqTraits<sm90::T, QK, V, SOFTCAP != 0, N, K_STAGES, V_STAGES>
+#define FA_BACKWARD_DKDV_TRAITS(T, QK, V, SOFTCAP, M, N, STAGES, FUSED, TERMS) \
+  sm90::BackwardDkdvTraits<sm90::T, QK, V, SOFTCAP != 0, M, N, STAGES, FUSED != 0, TERMS != 0>
+#define FA_BACKWARD_DQ_TRAITS(T, QK, V, SOFTCAP, N, K_STAGES, V_STAGES, TERMS) \
+  sm90::BackwardDqTraits<sm90::T, QK, V, SOFTCAP != 0, N, K_STAGES, V_STAGES, TERMS != 0>
 #define FA_EXTERN(LAUNCH, TRAITS) \
   extern template char const* LAUNCH<TRAITS>(BackwardParams const&, MakeBackwardMaps, cudaStream_t);
 
@@ -88,12 +105,13 @@ extern template char const* launch_backward_preprocess<sm90::F16>(BackwardParams
 
 // dk and dv; with dq_sums also dq, by the fused kernel whose head dim is sum_columns.
 static char const* launch_dkdv(BackwardParams const& p, cudaStream_t stream) {
-#define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED) \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0)) { \
+#define BACKWARD_DKDV(QK, V, SOFTCAP, M, N, STAGES, FUSED, TERMS) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.sum_columns == (FUSED ? QK : 0) && \
+      p.numbers.has_terms == TERMS) { \
     return p.dtype == kFloat16 \
-               ? launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>( \
+               ? launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(F16, QK, V, SOFTCAP, M, N, STAGES, FUSED, TERMS)>( \
                      p, make_backward_maps, stream) \
-               : launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED)>( \
+               : launch_backward_dkdv<FA_BACKWARD_DKDV_TRAITS(Bf16, QK, V, SOFTCAP, M, N, STAGES, FUSED, TERMS)>( \
                      p, make_backward_maps, stream); \
   }
 #include "instances.inc"
@@ -101,12 +119,12 @@ static char const* launch_dkdv(BackwardParams const& p, cudaStream_t stream) {
 }
 
 static char const* launch_dq(BackwardParams const& p, cudaStream_t stream) {
-#define BACKWARD_DQ(QK, V, SOFTCAP, N, K_STAGES, V_STAGES) \
-  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP) { \
+#define BACKWARD_DQ(QK, V, SOFTCAP, N, K_STAGES, V_STAGES, TERMS) \
+  if (p.head_dim_qk <= QK && p.head_dim_v <= V && p.has_softcap <= SOFTCAP && p.numbers.has_terms == TERMS) { \
     return p.dtype == kFloat16 \
-               ? launch_backward_dq<FA_BACKWARD_DQ_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>( \
+               ? launch_backward_dq<FA_BACKWARD_DQ_TRAITS(F16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES, TERMS)>( \
                      p, make_backward_maps, stream) \
-               : launch_backward_dq<FA_BACKWARD_DQ_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES)>( \
+               : launch_backward_dq<FA_BACKWARD_DQ_TRAITS(Bf16, QK, V, SOFTCAP, N, K_STAGES, V_STAGES, TERMS)>( \
                      p, make_backward_maps, stream); \
   }
 #include "instances.inc"
@@ -117,6 +135,7 @@ static char const* launch(BackwardParams const& p) {
   auto const stream = static_cast<cudaStream_t>(p.stream);
   char const* wrong = p.dtype == kFloat16 ? launch_backward_preprocess<sm90::F16>(p, stream)
                                           : launch_backward_preprocess<sm90::Bf16>(p, stream);
+  if (!wrong) wrong = prepare(p, stream);
   if (!wrong && p.dk) wrong = launch_dkdv(p, stream);
   if (!wrong && p.dq && !p.dq_sums) wrong = launch_dq(p, stream);
   return wrong;

@@ -11,18 +11,26 @@
 #include "backward_postprocess.cuh"
 #include "backward_preprocess.cuh"
 #include "backward_sum_heads.cuh"
+#include "prepare_terms.cuh"
 
 namespace fa {
 
-// Null, or what went wrong.
+// Null, or what went wrong. A kernel that `follows` may begin before the one before it in the stream has ended.
 template <class Args>
 char const* launch(void (*kernel)(Args), Args const& args, int64 blocks, int threads, int shared_bytes,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, bool follows = false) {
+  cudaLaunchAttribute overlaps{};
+  overlaps.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlaps.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &overlaps;
+  config.numAttrs = follows;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
-    error = cudaGetLastError();
-  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -72,18 +80,28 @@ char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t str
   return wrong;
 }
 
+template <class Traits>
+char const* launch_prepare(typename Traits::Params const& p, cudaStream_t stream) {
+  int64 const blocks = sm90::prepare_blocks(p);
+  return blocks
+             ? launch(sm90::prepare_terms_kernel<Traits>, p, blocks, sm90::kPrepareThreads, sm90::kPrepareBytes, stream)
+             : nullptr;
+}
+
 template <class C>
 char const* launch_decode(DecodeParams const& p, MakeDecodeMaps make_maps, cudaStream_t stream) {
   sm90::DecodeArgs args;
   args.p = p;
   if (char const* wrong = make_maps(p, args)) return wrong;
-  return launch(sm90::decode_kernel<C>, args, p.tiles * p.splits * p.heads_kv, C::THREADS, C::SHARED_BYTES, stream);
+  int64 const blocks = p.tiles * p.splits * p.heads_kv;
+  return launch(sm90::decode_kernel<C>, args, blocks, C::THREADS, C::SHARED_BYTES, stream, p.new_k != nullptr);
 }
 
 template <class C>
 char const* launch_decode_gathered(DecodeParams const& p, cudaStream_t stream) {
   int64 const blocks = p.tiles * p.splits * p.heads_kv;
-  return launch(sm90::decode_gathered_kernel<C>, p, blocks, C::THREADS, C::SHARED_BYTES, stream);
+  bool const follows = p.new_k != nullptr;
+  return launch(sm90::decode_gathered_kernel<C>, p, blocks, C::THREADS, C::SHARED_BYTES, stream, follows);
 }
 
 template <class T>
@@ -97,7 +115,7 @@ template <class T>
 char const* launch_combine(DecodeParams const& p, cudaStream_t stream) {
   constexpr int kOutputs = sm90::kCombineThreads / 32;  // of a block
   int64 const blocks = (sm90::rows_of(p) * p.heads_q + kOutputs - 1) / kOutputs;
-  return launch(sm90::combine_kernel<T>, p, blocks, sm90::kCombineThreads, 0, stream);
+  return launch(sm90::combine_kernel<T>, p, blocks, sm90::kCombineThreads, 0, stream, true);
 }
 
 }  // namespace fa

@@ -7,6 +7,11 @@
 #include "backward.h"
 #include "decode.h"
 
+namespace fa::sm90 {
+template <class T, class Params>
+struct PrepareTraits;  // prepare_terms.cuh
+}
+
 namespace fa {
 
 static_assert(sizeof(sm90::TensorMap) == sizeof(CUtensorMap), "TensorMap stands for CUtensorMap");
@@ -33,6 +38,10 @@ char const* launch_backward_dq(BackwardParams const& p, MakeBackwardMaps make_ma
 // Launches backward_preprocess (lse_parts, delta, zeros in dq_sums), which must come first, and backward_dsinks.
 template <class T>
 char const* launch_backward_preprocess(BackwardParams const& p, cudaStream_t stream);
+
+// Launches prepare_terms, if the problem needs it.
+template <class Traits>
+char const* launch_prepare(typename Traits::Params const& p, cudaStream_t stream);
 
 // Launches decode: out and lse of each split.
 template <class C>

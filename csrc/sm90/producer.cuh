@@ -1,6 +1,7 @@
 // The producer: one thread that loads Q, K and V of every tile into shared memory by TMA, as buffers become free.
 #pragma once
 #include "fragment.cuh"
+#include "terms.cuh"
 
 namespace fa::sm90 {
 
@@ -16,7 +17,14 @@ FA_DEVICE void produce(ForwardArgs const& args, Shared<C> const& shared) {
     more = schedule.next(tile);
     if (!more) tile.row = kNoTile;
     TileBlocks blocks{};
-    if (more) blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of<C>(args.p, tile), tile.row);
+    if (more) {
+      if constexpr (C::TERMS) {
+        int32 const* const ranges = ranges_of(args.p, args.p.terms.ranges_q, tile.s_q, tile.batch);
+        blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of<C>(args.p, tile), tile.row, ranges);
+      } else {
+        blocks = blocks_of<C::BLOCK_M, C::BLOCK_N>(band_of<C>(args.p, tile), tile.row);
+      }
+    }
     int const head_kv = tile.head / group;
     auto const load_k = [&](int block) {
       mbarrier_wait(k.empty(), k.parity ^ 1);

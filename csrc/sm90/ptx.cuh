@@ -140,6 +140,12 @@ FA_DEVICE void bulk_add(float* to, uint32 from, uint32 bytes) {
 // Shared memory written by ordinary stores is visible to wgmma and TMA only after this.
 FA_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- kernels that overlap --------------------------------------------------------------------------------------------
+// The next kernel of the stream, if it was launched to follow, may begin blocks where there is room.
+FA_DEVICE void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// The kernel before, if this one was launched to follow it, has ended, and what it wrote can be read.
+FA_DEVICE void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // ---- copies by threads -----------------------------------------------------------------------------------------------
 // Copies BYTES bytes, 16 or 4, some time before this thread has waited for their group; zeros where nothing exists.
 template <int BYTES>

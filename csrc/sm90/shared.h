@@ -55,14 +55,19 @@ FA_DEVICE float scale_log2_of(Params const& p) {
   return static_cast<float>(p.score_scale) * kLog2E;
 }
 
+// In blocks of COLUMNS columns: those with a column that is kept, and those with none that is not.
+template <int COLUMNS>
+FA_DEVICE TileBlocks blocks_in(Range kept, Range full) {
+  int const first_full = (full.begin + COLUMNS - 1) / COLUMNS;
+  return {{kept.begin / COLUMNS, (kept.end + COLUMNS - 1) / COLUMNS},
+          {first_full, larger(first_full, full.end / COLUMNS)}};
+}
+
 // For the ROWS rows from `row` on, in blocks of COLUMNS columns.
 template <int ROWS, int COLUMNS>
 FA_DEVICE TileBlocks blocks_of(Band const& band, int row) {
   int const end_row = smaller(row + ROWS, band.s_q);
-  Range const kept = tile_range(band, row, end_row), full = full_range(band, row, end_row);
-  int const first_full = (full.begin + COLUMNS - 1) / COLUMNS;
-  return {{kept.begin / COLUMNS, (kept.end + COLUMNS - 1) / COLUMNS},
-          {first_full, larger(first_full, full.end / COLUMNS)}};
+  return blocks_in<COLUMNS>(tile_range(band, row, end_row), full_range(band, row, end_row));
 }
 
 template <class C>

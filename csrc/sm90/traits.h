@@ -14,11 +14,13 @@ constexpr int kSharedLimit = 232448;  // bytes of shared memory that a block can
 constexpr int kWarpgroup = 128;       // threads
 
 template <class T, int D_QK_, int D_V_, int BLOCK_M_, int BLOCK_N_, int STAGES_, bool PINGPONG_, bool BAND_,
-          bool SOFTCAP_>
+          bool SOFTCAP_, bool TERMS_ = false>
 struct ForwardTraits {
   using Element = T;
   static constexpr int D_QK = D_QK_, D_V = D_V_, BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-  static constexpr bool PINGPONG = PINGPONG_, BAND = BAND_, SOFTCAP = SOFTCAP_, EXP_OVERLAP = FA_EXP_OVERLAP;
+  // With terms (terms.cuh) the kernel asks at run time whether there is a softcap.
+  static constexpr bool PINGPONG = PINGPONG_, BAND = BAND_, SOFTCAP = SOFTCAP_ && !TERMS_, TERMS = TERMS_;
+  static constexpr bool EXP_OVERLAP = FA_EXP_OVERLAP;
 
   // Warpgroup 0 is the producer; the others own 64 query rows each. They share the 65536 registers unevenly.
   static constexpr int CONSUMERS = BLOCK_M / 64, THREADS = kWarpgroup * (CONSUMERS + 1);
@@ -38,6 +40,7 @@ struct ForwardTraits {
 
   static_assert(CONSUMERS == 2 || CONSUMERS == 3, "registers are shared out for 2 or 3 consumer warpgroups");
   static_assert(BLOCK_N % 16 == 0 && D_QK % 16 == 0 && D_V % 16 == 0, "wgmma works in steps of 16");
+  static_assert(!TERMS || (BAND && BLOCK_N % 32 == 0), "dropout draws the numbers of 32 keys at a time");
   static_assert(SHARED_BYTES <= kSharedLimit, "more shared memory than a block can have");
 };
 

@@ -87,6 +87,7 @@ struct F16 {};
     asm volatile("wgmma.wait_group.sync.aligned %" #I0 ";" : FA_DLIST##EIGHTS(d) : "n"(GROUPS) : "memory"); \
   }
 
+FA_WGMMA(32, 2, 16, 17, 18, 19, 20, 21, 22)
 FA_WGMMA(64, 4, 32, 33, 34, 35, 36, 37, 38)
 FA_WGMMA(80, 5, 40, 41, 42, 43, 44, 45, 46)
 FA_WGMMA(96, 6, 48, 49, 50, 51, 52, 53, 54)

@@ -24,6 +24,8 @@ NO_DRIVER = 999
 CONFIG = struct.Struct("<7I4xQQI4x")
 POINTER = struct.Struct("<Q")
 CONFIG_STREAM = 32  # of the stream in CONFIG
+# A CUlaunchAttribute of 72 bytes: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed.
+OVERLAPS = ctypes.create_string_buffer(struct.pack("<I4xi60x", 6, 1), 72)
 
 Launch = Callable[[tuple[int, ...], int], None]  # on tensors at addresses, on a stream
 
@@ -144,6 +146,7 @@ class Placed(NamedTuple):
         threads: of a block.
         shared_bytes: of a block.
         params: the offset of each parameter.
+        follows: whether it may begin before the kernel before it in the stream has ended, for which it waits itself.
     """
 
     function: int
@@ -151,6 +154,7 @@ class Placed(NamedTuple):
     threads: int
     shared_bytes: int
     params: tuple[int, ...]
+    follows: bool = False
 
 
 class Block:
@@ -180,9 +184,9 @@ class Block:
         self.calls = []
         for kernel in kernels:
             of_params = size + CONFIG.size
-            CONFIG.pack_into(
-                self.buffer, self.begin + size, *kernel.grid, kernel.threads, 1, 1, kernel.shared_bytes, 0, 0, 0
-            )
+            attributes = (ctypes.addressof(OVERLAPS), 1) if kernel.follows else (0, 0)
+            shape = *kernel.grid, kernel.threads, 1, 1, kernel.shared_bytes
+            CONFIG.pack_into(self.buffer, self.begin + size, *shape, 0, *attributes)
             for n, offset in enumerate(kernel.params):
                 POINTER.pack_into(self.buffer, self.begin + of_params + 8 * n, self.at + offset)
             pointers = (ctypes.c_void_p(self.at + n) for n in (size, of_params))

@@ -99,9 +99,9 @@ class _Sampled(MultiHeadAttention):
     def in_proj_bias(self) -> Any:  # type: ignore[override]
         return self._in_projection.bias
 
-    def _in_proj(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-        projected = self._in_projection(x)
-        return projected if rows is None else projected.narrow(-1, *rows)
+    def _in_proj(self, inputs: tuple[Tensor, ...], rows: tuple[int, ...]) -> list[Tensor]:
+        projected = (self._in_projection(x) for x in inputs)
+        return [x.split(rows, -1)[n] for n, x in enumerate(projected)]
 
 
 def _name_as_before(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

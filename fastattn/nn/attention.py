@@ -325,34 +325,40 @@ class MultiHeadAttention(nn.MultiheadAttention):
             return None
         if self.num_kv_heads != self.num_heads:
             return None
-        q, k, v = self._of_product(x, 3)
+        (projected,) = self._in_proj((x,), (3 * self.embed_dim,))
+        q, k, v = self._heads_of_product(projected, 3)
         return q, k, v
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor, is_batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as ``(B, S, H, D)``."""
         e_q, e_kv, _ = self._widths()
         if self.in_proj_weight is not None and is_batched and key is value:
-            (q,), (k, v) = self._of_product(query, 1, (0, e_q)), self._of_product(key, 2, (e_q, 2 * e_kv))
+            of_q, of_kv = self._in_proj((query, key), (e_q, 2 * e_kv))
+            (q,), (k, v) = self._heads_of_product(of_q, 1), self._heads_of_product(of_kv, 2)
             return q, k, v
         if self.in_proj_weight is not None and is_batched and query is key and e_q == e_kv:
-            (q, k), (v,) = self._of_product(query, 2, (0, 2 * e_q)), self._of_product(value, 1, (2 * e_q, e_kv))
+            of_qk, of_v = self._in_proj((query, value), (2 * e_q, e_kv))
+            (q, k), (v,) = self._heads_of_product(of_qk, 2), self._heads_of_product(of_v, 1)
             return q, k, v
         projected = self._project(query, key, value)
         q, k, v = (self._as_batch(x, is_batched).unflatten(-1, (-1, self.head_dim)) for x in projected)
         return q, k, v
 
-    def _of_product(self, x: Tensor, count: int, rows: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
-        """``count`` of q, k and v as ``(B, S, H, D)`` by one product of a batch ``x``."""
-        x = self._in_proj(x, rows)
+    def _heads_of_product(self, x: Tensor, count: int) -> tuple[Tensor, ...]:
+        """``count`` of q, k and v as ``(B, S, H, D)``, of a batch that was projected at once."""
         x = x.view(*x.shape[:2], count, -1, self.head_dim)
         return (x if self.batch_first else x.transpose(0, 1)).unbind(2)
 
-    def _in_proj(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
-        """``x`` projected by ``in_proj_weight``, or by ``rows`` of it, ``(first, count)``."""
+    def _in_proj(self, inputs: tuple[Tensor, ...], rows: tuple[int, ...]) -> list[Tensor]:
+        """Each input projected by its part of ``in_proj_weight``, which has so many ``rows``.
+
+        The parts are cut by one split, whose gradient is one copy; each slice would have one as large as the whole.
+        """
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if rows is None:
-            return F.linear(x, weight, bias)
-        return F.linear(x, weight.narrow(0, *rows), None if bias is None else bias.narrow(0, *rows))
+        if len(rows) == 1:
+            return [F.linear(inputs[0], weight, bias)]
+        biases = (None,) * len(rows) if bias is None else bias.split(rows)
+        return [F.linear(*given) for given in zip(inputs, weight.split(rows), biases, strict=True)]
 
     def _rotated(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | int | None
@@ -366,12 +372,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         inputs, widths = (query, key, value), self._widths()
         if self.in_proj_weight is not None and query is key and key is value:
-            return self._in_proj(query).split(widths, dim=-1)
-        starts = (0, widths[0], widths[0] + widths[1])
+            return self._in_proj((query,), (sum(widths),))[0].split(widths, dim=-1)
         if self.in_proj_weight is not None:
-            return tuple(
-                self._in_proj(x, rows) for x, rows in zip(inputs, zip(starts, widths, strict=True), strict=True)
-            )
+            return tuple(self._in_proj(inputs, widths))
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(widths)
         return tuple(F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))

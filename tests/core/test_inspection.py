@@ -110,8 +110,7 @@ def test_entropy_and_rollout():
 
 
 def test_plot_draws_a_png_with_labels(tmp_path):
-    from matplotlib.image import imread
-
+    imread = pytest.importorskip("matplotlib.image").imread
     layers = [torch.rand(heads, 5, 5).softmax(-1) for heads in (3, 2)]
     tokens = ["the", "cat", "$at", "on", "_"]
     path = fastattn.plot_attention(layers, tmp_path / "new" / "maps.png", tokens=tokens)

@@ -54,6 +54,7 @@ def cases_of(instance: Instance) -> list[Case]:
     needs = ("q",) if isinstance(config, DqConfig) else ("q", "k", "v", "sinks") if config.fused else ("k", "v")
     sizes = {"D_qk": config.d_qk, "D_v": config.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
     common: dict[str, Any] = {**sizes, "needs": needs, **({"softcap": 8.0} if config.softcap else {})}
+    common |= {"alibi": True, "dropout_p": 0.2} if config.terms else {}
     bands: dict[str, dict[str, Any]] = {
         "full": {},
         "causal": {"right": 0},

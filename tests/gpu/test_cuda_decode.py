@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastattn.backends import cuda
 from fastattn.backends.cuda import decode
-from fastattn.backends.cuda.instances import DecodeConfig, Instance, decode_instances
+from fastattn.backends.cuda.instances import DecodeConfig, GatheredConfig, Instance, decode_instances
 from fastattn.kv_cache import CACHE_TENSORS, CacheInputs, facts_of
 from fastattn.spec import AttentionSpec
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
@@ -67,9 +67,11 @@ def check(case: CacheCase) -> None:
 def cases_of(instance: Instance) -> list[CacheCase]:
     """Problems that the kernel serves: short and long caches, one split and many, every way to hold pages."""
     config = instance.config
-    assert isinstance(config, DecodeConfig)
+    assert isinstance(config, (DecodeConfig, GatheredConfig))
     more: dict[str, Any] = {"D_qk": config.d_qk, "D_v": config.d_v, "dtype": getattr(torch, instance.dtype)}
-    more |= {"softcap": 8.0} if config.softcap else {}
+    more |= {"softcap": 8.0} if isinstance(config, DecodeConfig) and config.softcap else {}
+    if isinstance(config, GatheredConfig):
+        return gathered_cases(config, more)
     long: dict[str, Any] = {**more, "before": (5000, 0, 3111), "sinks": True}
     cases = [
         CacheCase("one token", **more),
@@ -83,6 +85,22 @@ def cases_of(instance: Instance) -> list[CacheCase]:
     cases += [CacheCase(f"pages of {size}", page_size=size, **long) for size in (1, 2, 8, 24, 100, 128, 256)]
     smaller = {**long, "D_qk": config.d_qk - 8, "D_v": config.d_v - 8}
     return [*cases, CacheCase("smaller head dims", page_size=32, **smaller)]
+
+
+def gathered_cases(config: GatheredConfig, more: dict[str, Any]) -> list[CacheCase]:
+    """Small pages or e4m3, trees and softcap, in kernels whose threads copy the rows."""
+    more = {**more, "fp8": "page"} if config.slots else {**more, "page_size": 2}
+    long: dict[str, Any] = {**more, "before": (5000, 0, 3111), "sinks": True}
+    step = 16 if config.slots else 8
+    return [
+        CacheCase("one token", **more),
+        CacheCase("long", **long),
+        CacheCase("long, window, softcap", **{**long, "left": 1000, "softcap": 8.0, "page_size": 1}),
+        CacheCase("long, reads only", new=0, **{**long, "page_size": 4}),
+        CacheCase("packed", packed=True, **{**long, "s_q": (1, 70, 0)}),
+        CacheCase("trees", tree="each", **{**long, "s_q": (40, 40, 40), "left": 300}),
+        CacheCase("smaller head dims", **{**long, "D_qk": config.d_qk - step, "D_v": config.d_v - step}),
+    ]
 
 
 @pytest.mark.parametrize("instance", KERNELS, ids=lambda instance: instance.name)

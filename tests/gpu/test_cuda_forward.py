@@ -40,7 +40,8 @@ def cases_of(instance: Instance) -> list[Case]:
     """Problems that the kernel serves: several configs of rows and keys, with neither a multiple of a block."""
     config = instance.config
     sizes = {"D_qk": config.d_qk, "D_v": config.d_v, "H_q": 4, "H_kv": 2, "dtype": getattr(torch, instance.dtype)}
-    softcap = {"softcap": 8.0} if config.softcap else {}
+    terms: dict[str, Any] = {"softcap": 8.0} if config.softcap else {}
+    terms |= {"alibi": True, "dropout_p": 0.2} if config.terms else {}
     bands: dict[str, dict[str, Any]] = {"no band": {}}
     if config.band:
         bands = {
@@ -50,7 +51,7 @@ def cases_of(instance: Instance) -> list[Case]:
         }
     cases = []
     for name, band in bands.items():
-        more = {**sizes, **softcap, **band, "needs": ()}
+        more = {**sizes, **terms, **band, "needs": ()}
         some_unkept = "left" in band or "anchor" in band  # with fewer queries than keys
         cases += [
             Case(f"{name}, fewer queries", S_q=333, S_kv=700, nan_rows=some_unkept, **more),
@@ -61,7 +62,7 @@ def cases_of(instance: Instance) -> list[Case]:
             Case(f"{name}, packed", lengths=((300, 300), (0, 5), (1, 400), (130, 7), (64, 0)), nan_rows=True, **more),
         ]
     smaller = {**sizes, "D_qk": config.d_qk - 8, "D_v": config.d_v - 8}
-    cases.append(Case("smaller head dims", S_q=200, S_kv=200, needs=(), **{**smaller, **softcap, **band}))
+    cases.append(Case("smaller head dims", S_q=200, S_kv=200, needs=(), **{**smaller, **terms, **band}))
     return cases
 
 

@@ -87,6 +87,19 @@ def test_call_errors_where_torch_raises_too(inputs, options, message):
             build()(*inputs, need_weights=need_weights, **options)
 
 
+@pytest.mark.parametrize("places", [(0, 1, 1), (0, 0, 1), (0, 1, 2)])
+def test_the_gradient_of_the_packed_projection_is_one_copy(places):
+    inputs = [tokens() for _ in range(3)]
+    out, _ = build()(*(inputs[n] for n in places), need_weights=False)
+    names, seen = [], [out.grad_fn]
+    while seen:
+        node = seen.pop()
+        names.append(node.name())
+        seen += [following for following, _ in node.next_functions if following is not None]
+    assert any("Split" in name for name in names)
+    assert not any("Slice" in name or "Narrow" in name for name in names), "each makes a gradient as large as the whole"
+
+
 def test_what_is_no_tensor_is_named():
     with pytest.raises(InputError, match="key: got ndarray; allowed: a torch"):
         build()(tokens(), tokens().numpy(), tokens())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run
 from fastattn.backends.cuda import abi, backward, counters, decode, library, nvrtc, plans
+from fastattn.backends.cuda.terms import Terms
 from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Grads, Inputs, Problem
 from fastattn.spec import AttentionSpec
@@ -21,6 +22,7 @@ from fastattn.torch_internals import current_raw_stream
 
 ARCH = 90  # wgmma and setmaxnreg exist on sm_90a alone
 MAX_HEAD_DIM = 256
+NOT_WITH_CACHE = ("alibi", "bias")  # the decode kernel lacks them
 
 
 @functools.cache
@@ -73,6 +75,7 @@ class CudaBackend(Backend):
         devices=frozenset({"cuda"}),
         dtypes=(torch.float16, torch.bfloat16),
         features=frozenset({"band", "softcap", "sinks", "packed", "gqa", "mixed head dims"})
+        | {"alibi", "segments", "dropout", "mask", "bias"}
         | {"cache", "append", "paged cache", "fp8 cache", "tree", "rotary", "prompt", "batch invariant"},
         max_head_dim=MAX_HEAD_DIM,
         min_arch=ARCH,
@@ -89,6 +92,8 @@ class CudaBackend(Backend):
         reasons = super().unsupported_reasons(problem)
         if problem.arch > ARCH:
             reasons.append(f"compute capability {problem.arch / 10:.1f} (made for {ARCH / 10:.1f} alone)")
+        if "cache" in problem.features:
+            reasons += [f"no {name} with a cache" for name in NOT_WITH_CACHE if name in problem.features]
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
             step = 16 if "fp8 cache" in problem.features else 8  # elements of 16 bytes of the cache or of q
             if size % step:
@@ -102,10 +107,10 @@ class CudaBackend(Backend):
     def forward(self, inputs: Inputs, spec: AttentionSpec) -> Outputs:
         kernels = _kernels()
         inputs, spec = abi.prepared(inputs, spec)
-        results = abi.results(inputs)
+        results, terms = abi.results(inputs), Terms.of(inputs, spec)
         with _current_stream(inputs.q.device) as stream:
             counter = counters.of_stream(inputs.q.device, stream) if counters.draws(inputs, spec) else None
-            kernels.launch(abi.FORWARD, abi.forward_fields(inputs, spec, results, stream, counter))
+            kernels.launch(abi.FORWARD, abi.forward_fields(terms, spec, results, stream, counter))
         return results
 
     def backward(

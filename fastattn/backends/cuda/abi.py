@@ -7,6 +7,7 @@ some query keeps, the padding of the workspace of the backward pass.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fastattn.backends.base import Outputs
+from fastattn.backends.cuda import terms
 from fastattn.backends.cuda.instances import PADDED_ROWS
+from fastattn.backends.cuda.terms import Terms
 from fastattn.errors import input_error
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec, tile_range
@@ -25,9 +28,10 @@ UNBOUNDED = 1 << 29  # kUnbounded: more than any length
 MOST_SOFTCAP = 4096  # with softcap the backward kernels read lse as one float: its rounding stays below that of fp16
 # Keys and values of the heads worked on together should stay in the 50 MB of L2 beside everything else.
 L2_BYTES = 32 << 20
-DOUBLES = ("scale", "score_scale", "cap_scale")
+DOUBLES = ("scale", "score_scale", "cap_scale", "numbers.dropout_scale")
 
 Fields = dict[str, int | float]
+NO_TERMS: Fields = {**terms.NO_ADDRESSES, **terms.NO_NUMBERS}
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,23 @@ class Abi:
         return lambda addresses, on: head.pack(self.version, *addresses) + between + stream.pack(on)
 
 
-FORWARD = Abi("forward", 3, (
+_TERMS, _NUMBERS = tuple(terms.NO_ADDRESSES), tuple(terms.NO_NUMBERS)
+FORWARD = Abi("forward", 4, (
     "version", "q", "k", "v", "out", "lse", "lse_low", "sinks", "cu_seqlens_q", "cu_seqlens_kv", "counter",
-    "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
+    *_TERMS, "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv",
     "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv", "key_begin", "key_end", "left", "right", "lower_right",
-    "has_band", "has_softcap", "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
+    "has_band", "has_softcap", *_NUMBERS, "score_scale", "cap_scale", "heads_per_pass", "device", "blocks", "stream",
 ))  # fmt: skip
-BACKWARD = Abi("backward", 3, (
+BACKWARD = Abi("backward", 4, (
     "version", "q", "k", "v", "out", "dout", "lse", "lse_low", "dlse", "sinks", "cu_seqlens_q", "cu_seqlens_kv",
-    "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums", "dk_parts", "dv_parts",
+    "dq", "dk", "dv", "dsinks", "lse_parts", "delta", "dq_sums", "dk_parts", "dv_parts", "dbias",
+    *_TERMS,
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "dout_batch_stride", "dout_row_stride", "dout_head_stride",
     "sinks_batch_stride", "dtype", "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "seqlen_q", "seqlen_kv",
     "padded_q", "padded_kv", "sum_columns", "key_begin", "key_end", "left", "right", "lower_right", "has_softcap",
-    "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
+    *_NUMBERS, "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
 DECODE = Abi("decode", 4, (
@@ -107,9 +113,12 @@ def results(inputs: Inputs) -> Outputs:
 
 
 def forward_fields(
-    inputs: Inputs, spec: AttentionSpec, results: Outputs, stream: int, counter: Tensor | None = None
+    inputs: Inputs | Terms, spec: AttentionSpec, results: Outputs, stream: int, counter: Tensor | None = None
 ) -> Fields:
-    """The fields of a forward pass. ``inputs`` must be as ``prepared`` leaves them, ``counter`` as in ``counters``."""
+    """The fields of a forward pass. ``inputs`` must be as ``prepared`` leaves them, ``counter`` as in ``counters``.
+
+    They are ``Terms`` where there may be terms: these hold memory that has to outlive the launch.
+    """
     return {
         **_common_fields(inputs, spec, stream),
         "version": FORWARD.version,
@@ -120,11 +129,13 @@ def forward_fields(
     }
 
 
-def backward_fields(inputs: Inputs, spec: AttentionSpec, tensors: dict[str, Tensor | None], stream: int) -> Fields:
+def backward_fields(
+    given: Inputs | Terms, spec: AttentionSpec, tensors: dict[str, Tensor | None], stream: int
+) -> Fields:
     """The fields of one backward pass.
 
     Args:
-        inputs: as ``readable`` leaves them.
+        given: inputs as ``readable`` leaves them, or their terms.
         spec: the scalars.
         tensors: the other tensors by the names of their fields, None where not wanted; ``dout`` is readable by TMA,
             what is read or written besides is contiguous. ``dq_sums`` ends in the columns of the fused kernel.
@@ -132,9 +143,10 @@ def backward_fields(inputs: Inputs, spec: AttentionSpec, tensors: dict[str, Tens
     """
     dout, sums = tensors["dout"], tensors["dq_sums"]
     assert dout is not None
+    inputs = given.inputs if isinstance(given, Terms) else given
     is_dense = not inputs.is_packed
     return {
-        **_common_fields(inputs, spec, stream),
+        **_common_fields(given, spec, stream),
         **{name: address(x) for name, x in tensors.items()},
         "version": BACKWARD.version,
         "sinks": address(inputs.sinks if tensors["dsinks"] is not None else None),
@@ -149,12 +161,13 @@ def backward_fields(inputs: Inputs, spec: AttentionSpec, tensors: dict[str, Tens
     }
 
 
-def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
+def _common_fields(given: Inputs | Terms, spec: AttentionSpec, stream: int) -> Fields:
+    inputs, of_terms = (given.inputs, given.fields()) if isinstance(given, Terms) else (given, NO_TERMS)
     q, k, v = inputs.q, inputs.k, inputs.v
     seqlen_q, seqlen_kv = q.shape[-3], k.shape[-3]
     if max(seqlen_q, seqlen_kv) >= UNBOUNDED:
-        given = f"{max(seqlen_q, seqlen_kv)} rows"
-        raise input_error("q", given, f"fewer than {UNBOUNDED} rows", "Positions in the CUDA kernels have 32 bits.")
+        rows = f"{max(seqlen_q, seqlen_kv)} rows"
+        raise input_error("q", rows, f"fewer than {UNBOUNDED} rows", "Positions in the CUDA kernels have 32 bits.")
     is_dense = not inputs.is_packed
     key_begin, key_end = tile_range(spec, 0, seqlen_q, seqlen_q, seqlen_kv) if is_dense else (0, seqlen_kv)
     fields: Fields = {
@@ -177,6 +190,7 @@ def _common_fields(inputs: Inputs, spec: AttentionSpec, stream: int) -> Fields:
         "key_end": key_end,
         "lower_right": int(spec.anchor == "lower_right"),
         **spec_fields(spec),
+        **of_terms,
         "heads_per_pass": heads_per_pass(inputs),
         "device": q.device.index or 0,
         "stream": stream,
@@ -239,7 +253,7 @@ def prepared(inputs: Inputs, spec: AttentionSpec) -> tuple[Inputs, AttentionSpec
     """
     inputs = readable(inputs)
     q, scale = with_positive_scale(inputs.q, spec)
-    return inputs.replace(q=q), AttentionSpec(scale, spec.softcap, spec.left, spec.right, spec.anchor)
+    return inputs.replace(q=q), dataclasses.replace(spec, scale=scale)
 
 
 def with_positive_scale(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, float]:

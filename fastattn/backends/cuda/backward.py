@@ -7,6 +7,9 @@ head dims without a fused kernel.
 
 A block sums dk and dv of some keys over all query heads that share them. Where K/V heads are few, that leaves
 multiprocessors idle: then every query head has a block of its own, and a small kernel adds up their parts.
+
+With terms (bias, ALiBi, mask, segments, dropout) the two kernels without atomics serve. The gradient of a bias takes
+an fp32 number for each pair of every query head, which are added up where the bias is shared.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from fastattn.backends.cuda import abi
 from fastattn.backends.cuda.instances import DkdvConfig, dkdv_configs, select_dkdv
+from fastattn.backends.cuda.terms import Terms, has_terms
 from fastattn.problem import Grads, Inputs
 from fastattn.spec import AttentionSpec, tile_range
 
@@ -57,7 +61,8 @@ def backward(
         **own_tensors(inputs, spec, needs, multiprocessors),
     }
     if inputs.q.numel():
-        launch(abi.backward_fields(inputs, spec, tensors, stream))
+        terms = Terms.of(inputs, spec)
+        launch(abi.backward_fields(terms, spec, tensors, stream))
     return _as_grads(problem.inputs, tensors, needs)
 
 
@@ -65,7 +70,8 @@ def fused_columns(inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> 
     """The columns of the sums for dq if one kernel computes everything; None if two do."""
     if not {"q", "k", "v"} <= set(needs) or torch.are_deterministic_algorithms_enabled():
         return None
-    config = select_dkdv(_configs(), inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None, fused=True)
+    problem = inputs.q.shape[-1], inputs.v.shape[-1], spec.softcap is not None
+    config = select_dkdv(_configs(), *problem, fused=True, terms=has_terms(inputs, spec))
     return None if config is None else config.d_qk
 
 
@@ -117,12 +123,14 @@ def _results(inputs: Inputs, needs: Sequence[str]) -> dict[str, Tensor | None]:
     def like(x: Tensor) -> Tensor | None:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device) if has_pairs else None
 
-    of_keys = "k" in needs or "v" in needs
+    of_keys, wants_bias = "k" in needs or "v" in needs, inputs.bias is not None and "bias" in needs
+    of_pairs = (inputs.batch, inputs.heads_q, q.shape[-3], k.shape[-3])
     return {
-        "dq": like(q) if "q" in needs else None,
+        "dq": like(q) if "q" in needs or wants_bias else None,  # the kernel for dq computes that of the bias, too
         "dk": like(k) if of_keys else None,
         "dv": like(v) if of_keys else None,
         "dsinks": dsinks,
+        "dbias": torch.zeros(of_pairs, dtype=torch.float32, device=q.device) if wants_bias and has_pairs else None,
     }
 
 
@@ -145,7 +153,8 @@ def _parts(
 ) -> dict[str, Tensor | None]:
     """Sums of dk and dv for every query head and padded row of keys; None where a block sums over a group."""
     d_qk, d_v = inputs.q.shape[-1], inputs.v.shape[-1]
-    config = select_dkdv(_configs(), d_qk, d_v, spec.softcap is not None, is_fused) if has_keys else None
+    problem = d_qk, d_v, spec.softcap is not None, is_fused, has_terms(inputs, spec)
+    config = select_dkdv(_configs(), *problem) if has_keys else None
     if config is None or not has_parts(inputs, spec, config, multiprocessors):
         return {"dk_parts": None, "dv_parts": None}
     rows = (inputs.batch, inputs.heads_q, abi.padded_rows(inputs, inputs.k.shape[-3]))
@@ -165,4 +174,9 @@ def _as_grads(inputs: Inputs, tensors: dict[str, Tensor | None], needs: Sequence
     dsinks = tensors["dsinks"]
     if dsinks is not None and inputs.sinks is not None:
         dsinks = (dsinks.sum(0, keepdim=True) if inputs.sinks.shape[0] == 1 else dsinks).to(inputs.sinks.dtype)
-    return Grads(dq=of("q"), dk=of("k"), dv=of("v"), dsinks=dsinks)
+    dbias, bias = tensors["dbias"], inputs.bias
+    if bias is not None and "bias" in needs:
+        shared = [n for n, size in enumerate(bias.shape) if size == 1]
+        summed = torch.zeros_like(bias) if dbias is None else dbias.sum(shared, keepdim=True) if shared else dbias
+        dbias = summed.to(bias.dtype)
+    return Grads(dq=of("q"), dk=of("k"), dv=of("v"), dbias=dbias, dsinks=dsinks)

@@ -17,7 +17,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 def draws(inputs: Inputs, spec: AttentionSpec) -> bool:
     """Whether the tiles of a problem differ in length."""
-    return spec.has_band or inputs.is_packed
+    return spec.has_band or inputs.is_packed or inputs.segment_ids_q is not None
 
 
 def of_stream(device: torch.device, stream: int) -> Tensor:

@@ -29,6 +29,7 @@ class ForwardConfig:
     block_n: int
     stages: int
     pingpong: int
+    terms: int
 
     macro: ClassVar[str] = "FORWARD"
     header: ClassVar[str] = "sm90/forward.cuh"
@@ -49,16 +50,18 @@ class ForwardConfig:
     @property
     def label(self) -> str:
         """A name that differs from all others of the same macro and dtype."""
-        form = "softcap" if self.softcap else "band" if self.band else "full"
+        form = "terms" if self.terms else "softcap" if self.softcap else "band" if self.band else "full"
         return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
 
     def traits(self, tag: str) -> str:
         """The C++ type that stands for it: csrc/sm90/traits.h."""
         sizes = f"{self.d_qk}, {self.d_v}, {self.block_m}, {self.block_n}, {self.stages}"
-        return f"fa::sm90::ForwardTraits<fa::sm90::{tag}, {sizes}, {_flags(self.pingpong, self.band, self.softcap)}>"
+        flags = _flags(self.pingpong, self.band, self.softcap, self.terms)
+        return f"fa::sm90::ForwardTraits<fa::sm90::{tag}, {sizes}, {flags}>"
 
-    def serves(self, d_qk: int, d_v: int, band: bool, softcap: bool) -> bool:
-        return d_qk <= self.d_qk and d_v <= self.d_v and band <= self.band and softcap <= self.softcap
+    def serves(self, d_qk: int, d_v: int, band: bool, softcap: bool, terms: bool = False) -> bool:
+        is_held = d_qk <= self.d_qk and d_v <= self.d_v and band <= self.band and softcap <= self.softcap
+        return is_held and terms == self.terms
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class DkdvConfig:
     block_n: int
     stages: int
     fused: int
+    terms: int
 
     macro: ClassVar[str] = "BACKWARD_DKDV"
     header: ClassVar[str] = "sm90/backward_dkdv.cuh"
@@ -92,18 +96,19 @@ class DkdvConfig:
 
     @property
     def label(self) -> str:
-        form = ("fused" if self.fused else "alone") + ("_softcap" if self.softcap else "")
+        form = ("fused" if self.fused else "alone") + _form(self.softcap, self.terms)
         return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
 
     def traits(self, tag: str) -> str:
         """The C++ type that stands for it: csrc/sm90/backward_traits.h."""
-        sizes = f"{self.block_m}, {self.block_n}, {self.stages}, {_flags(self.fused)}"
+        sizes = f"{self.block_m}, {self.block_n}, {self.stages}, {_flags(self.fused, self.terms)}"
         return (
             f"fa::sm90::BackwardDkdvTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
         )
 
-    def serves(self, d_qk: int, d_v: int, softcap: bool, fused: bool) -> bool:
-        return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap and fused == self.fused
+    def serves(self, d_qk: int, d_v: int, softcap: bool, fused: bool, terms: bool = False) -> bool:
+        is_held = d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap
+        return is_held and fused == self.fused and terms == self.terms
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class DqConfig:
     block_n: int
     k_stages: int
     v_stages: int
+    terms: int
 
     macro: ClassVar[str] = "BACKWARD_DQ"
     header: ClassVar[str] = "sm90/backward_dq.cuh"
@@ -132,16 +138,16 @@ class DqConfig:
 
     @property
     def label(self) -> str:
-        form = "softcap" if self.softcap else "plain"
-        return f"{self.d_qk}_{self.d_v}_{form}_{self.block_m}x{self.block_n}"
+        form = _form(self.softcap, self.terms) or "_plain"
+        return f"{self.d_qk}_{self.d_v}{form}_{self.block_m}x{self.block_n}"
 
     def traits(self, tag: str) -> str:
         """The C++ type that stands for it: csrc/sm90/backward_traits.h."""
-        sizes = f"{self.block_n}, {self.k_stages}, {self.v_stages}"
+        sizes = f"{self.block_n}, {self.k_stages}, {self.v_stages}, {_flags(self.terms)}"
         return f"fa::sm90::BackwardDqTraits<fa::sm90::{tag}, {self.d_qk}, {self.d_v}, {_flags(self.softcap)}, {sizes}>"
 
-    def serves(self, d_qk: int, d_v: int, softcap: bool) -> bool:
-        return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap
+    def serves(self, d_qk: int, d_v: int, softcap: bool, terms: bool = False) -> bool:
+        return d_qk <= self.d_qk and d_v <= self.d_v and softcap <= self.softcap and terms == self.terms
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,35 @@ class RowwiseConfig:
 
     def traits(self, tag: str) -> str:
         return f"fa::sm90::{tag}" if self.after is None else self.after.traits(tag)
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """The kernel before the large ones of a pass with terms: "forward" or "backward"."""
+
+    of: str
+
+    header: ClassVar[str] = "sm90/prepare_terms.cuh"
+    macro: ClassVar[str] = "PREPARE"
+    function: ClassVar[str] = "prepare_terms"
+    launcher: ClassVar[str] = "launch_prepare"
+    threads: ClassVar[int] = 256
+
+    @property
+    def arguments(self) -> str:
+        return f"{self.of.capitalize()}Params"
+
+    @property
+    def launcher_arguments(self) -> str:
+        return f"fa::{self.arguments} const&, cudaStream_t"
+
+    @property
+    def label(self) -> str:
+        return self.of
+
+    def traits(self, tag: str) -> str:
+        """The C++ type that stands for it: csrc/sm90/prepare_terms.cuh."""
+        return f"fa::sm90::PrepareTraits<fa::sm90::{tag}, fa::{self.arguments}>"
 
 
 @dataclass(frozen=True)
@@ -273,10 +308,20 @@ class AppendConfig(CombineConfig):
     launcher: ClassVar[str] = "launch_append"
 
 
-AnyConfig = ForwardConfig | DkdvConfig | DqConfig | RowwiseConfig | DecodeConfig | GatheredConfig | CombineConfig
+AnyConfig = (
+    ForwardConfig
+    | DkdvConfig
+    | DqConfig
+    | RowwiseConfig
+    | DecodeConfig
+    | GatheredConfig
+    | CombineConfig
+    | PrepareConfig
+)
 TABLED = TypeVar("TABLED", ForwardConfig, DkdvConfig, DqConfig, DecodeConfig, GatheredConfig)
 PREPROCESS, DSINKS = RowwiseConfig("backward_preprocess"), RowwiseConfig("backward_dsinks")
 COMBINE, APPEND = CombineConfig(), AppendConfig()
+PREPARE_FORWARD, PREPARE_BACKWARD = PrepareConfig("forward"), PrepareConfig("backward")
 
 
 @dataclass(frozen=True)
@@ -293,6 +338,11 @@ class Instance:
     @property
     def traits(self) -> str:
         return self.config.traits(TAGS[self.dtype])
+
+
+def _form(softcap: int, terms: int) -> str:
+    """The part of a label that names what a kernel serves besides plain attention."""
+    return "_terms" if terms else "_softcap" if softcap else ""
 
 
 def _flags(*flags: int) -> str:
@@ -347,22 +397,27 @@ def decode_instances(folder: Path | None = None) -> list[Instance]:
 
 def library_instances(folder: Path | None = None) -> list[Instance]:
     """One for each file of the library: what ``launcher`` is instantiated for."""
-    small = [Instance(config, dtype) for config in (PREPROCESS, APPEND, COMBINE) for dtype in DTYPES]
+    others: Sequence[AnyConfig] = (PREPROCESS, PREPARE_FORWARD, PREPARE_BACKWARD, APPEND, COMBINE)
+    small = [Instance(config, dtype) for config in others for dtype in DTYPES]
     return [*forward_instances(folder), *backward_instances(folder), *decode_instances(folder), *small]
 
 
-def select(configs: list[ForwardConfig], d_qk: int, d_v: int, band: bool, softcap: bool) -> ForwardConfig:
+def select(
+    configs: list[ForwardConfig], d_qk: int, d_v: int, band: bool, softcap: bool, terms: bool = False
+) -> ForwardConfig:
     """The first line that holds the problem; the host code of the library chooses in the same way."""
-    return next(config for config in configs if config.serves(d_qk, d_v, band, softcap))
+    return next(config for config in configs if config.serves(d_qk, d_v, band, softcap, terms))
 
 
-def select_dkdv(configs: list[DkdvConfig], d_qk: int, d_v: int, softcap: bool, fused: bool) -> DkdvConfig | None:
+def select_dkdv(
+    configs: list[DkdvConfig], d_qk: int, d_v: int, softcap: bool, fused: bool, terms: bool = False
+) -> DkdvConfig | None:
     """The first line that holds the problem; None if there is no fused kernel for it."""
-    return next((config for config in configs if config.serves(d_qk, d_v, softcap, fused)), None)
+    return next((config for config in configs if config.serves(d_qk, d_v, softcap, fused, terms)), None)
 
 
-def select_dq(configs: list[DqConfig], d_qk: int, d_v: int, softcap: bool) -> DqConfig:
-    return next(config for config in configs if config.serves(d_qk, d_v, softcap))
+def select_dq(configs: list[DqConfig], d_qk: int, d_v: int, softcap: bool, terms: bool = False) -> DqConfig:
+    return next(config for config in configs if config.serves(d_qk, d_v, softcap, terms))
 
 
 def select_decode(configs: list[DecodeConfig], d_qk: int, d_v: int, softcap: bool) -> DecodeConfig:

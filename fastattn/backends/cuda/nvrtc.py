@@ -25,10 +25,13 @@ from fastattn.backends.cuda.instances import (
     DSINKS,
     DTYPES,
     PADDED_ROWS,
+    PREPARE_BACKWARD,
+    PREPARE_FORWARD,
     PREPROCESS,
     AnyConfig,
     CombineConfig,
     Instance,
+    PrepareConfig,
     RowwiseConfig,
     decode_configs,
     dkdv_configs,
@@ -41,6 +44,7 @@ from fastattn.backends.cuda.instances import (
     select_dq,
     select_gathered,
 )
+from fastattn.backends.cuda.terms import SEGMENT_ROWS
 
 ARCHITECTURE = "sm_90a"
 OPTIONS = ("--std=c++17", f"--gpu-architecture={ARCHITECTURE}")
@@ -50,6 +54,7 @@ WATCHDOG_MS = 2000
 KERNEL = "fastattn_kernel"
 # All that a block can have: one block runs on each multiprocessor in any case.
 SHARED_BYTES = 232448
+PREPARE_SHARED_BYTES = 16 * PREPARE_FORWARD.threads  # kPrepareBytes
 ROW_SHARED_BYTES = 128  # of the small kernels: 16 for each of their warps
 MAJORS: tuple[int, ...] = (13, 12)  # of NVRTC
 
@@ -102,7 +107,7 @@ def version() -> str:
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
     config = instance.config
-    namespace = "fa" if isinstance(config, (RowwiseConfig, CombineConfig)) else "fa::sm90"
+    namespace = "fa" if isinstance(config, (RowwiseConfig, CombineConfig, PrepareConfig)) else "fa::sm90"
     call = "fa::sm90::backward_dsinks" if config == DSINKS else f"fa::sm90::{config.function}<Traits>"
     return (
         f'#include "{config.header}"\n'
@@ -195,19 +200,22 @@ class NvrtcKernels:
 
     def _forward_steps(self, given: dict[str, int]) -> list[Step]:
         dims = given["head_dim_qk"], given["head_dim_v"]
-        config = select(self._forward, *dims, bool(given["has_band"]), bool(given["has_softcap"]))
+        flags = bool(given["has_band"]), bool(given["has_softcap"]), bool(given["numbers.has_terms"])
+        config = select(self._forward, *dims, *flags)
         blocks = given["blocks"] or driver.multiprocessors(given["device"])
         views = [*input_views(given, config.block_m, config.block_n), result_view(given, "out", "q", "head_dim_v")]
-        return [Step(config, blocks, views)]
+        return [*prepare_steps(given, PREPARE_FORWARD), Step(config, blocks, views)]
 
     def _backward_steps(self, given: dict[str, int]) -> list[Step]:
         problem = given["head_dim_qk"], given["head_dim_v"], bool(given["has_softcap"])
         row_blocks = tiles_of(given, "q", PADDED_ROWS)
+        terms = bool(given["numbers.has_terms"])
         steps = [Step(PREPROCESS, row_blocks)]
         if given["dsinks"]:
             steps.append(Step(DSINKS, given["batch"] * given["heads_q"]))
+        steps += prepare_steps(given, PREPARE_BACKWARD)
         if given["dk"]:
-            dkdv = select_dkdv(self._dkdv, *problem, fused=bool(given["dq_sums"]))
+            dkdv = select_dkdv(self._dkdv, *problem, fused=bool(given["dq_sums"]), terms=terms)
             assert dkdv is not None, "sums for dq are given only where a fused kernel holds the problem"
             views = backward_views(given, dkdv.block_m, dkdv.block_n)
             group = given["heads_q"] // given["heads_kv"] if given["dk_parts"] else 1
@@ -217,23 +225,25 @@ class NvrtcKernels:
             if given["dk_parts"]:
                 steps.append(Step(RowwiseConfig("backward_sum_heads", dkdv), tiles_of(given, "kv", PADDED_ROWS)))
         if given["dq"] and not given["dq_sums"]:
-            dq = select_dq(self._dq, *problem)
+            dq = select_dq(self._dq, *problem, terms=terms)
             steps.append(Step(dq, tiles_of(given, "q", dq.block_m), backward_views(given, dq.block_m, dq.block_n)))
         return steps
 
     def _decode_steps(self, given: dict[str, int]) -> list[Step]:
+        config: AnyConfig
         dims, blocks = (given["head_dim_qk"], given["head_dim_v"]), given["tiles"] * given["splits"] * given["heads_kv"]
         if given["is_gathered"]:
-            steps = [Step(select_gathered(self._gathered, *dims, bool(given["is_e4m3"])), blocks)]
+            config, views = select_gathered(self._gathered, *dims, bool(given["is_e4m3"])), []
         else:
+            config = select_decode(self._decode, *dims, bool(given["has_softcap"]))
             views = [cache_view(given, "k", "head_dim_qk"), cache_view(given, "v", "head_dim_v")]
-            steps = [Step(select_decode(self._decode, *dims, bool(given["has_softcap"])), blocks, views)]
+        steps = [Step(config, blocks, views, follows=bool(given["new_k"]))]
         if given["new_k"]:
             rows = given["seqlen_q"] if given["new_keys"] < 0 else given["batch"] * given["new_keys"]
             steps.insert(0, Step(APPEND, -(-rows * given["heads_kv"] // (APPEND.threads // 32))))
         if given["splits"] > 1:
             outputs = given["seqlen_q"] * _batch(given) * given["heads_q"]  # one for each warp
-            steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32))))
+            steps.append(Step(COMBINE, -(-outputs // (COMBINE.threads // 32)), follows=True))
         return steps
 
     def _kernel(self, struct: abi.Abi, step: Step, given: dict[str, int]) -> Kernel:
@@ -245,7 +255,8 @@ class NvrtcKernels:
         encoded = ctypes.string_at(address, len(step.views) * driver.MAP_BYTES)
         places = tuple((struct.addresses.index(view.name), view.skipped) for view in step.views)
         del maps
-        return Kernel(function, encoded, places, step.blocks, step.config.threads, shared_bytes(step.config))
+        shape = step.blocks, step.config.threads, shared_bytes(step.config)
+        return Kernel(function, encoded, places, *shape, step.follows)
 
     def _function(self, device: int, instance: Instance) -> int:
         key = (device, instance)
@@ -270,11 +281,12 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """A kernel of a pass, the number of its blocks, and what its tensor maps show."""
+    """A kernel of a pass, the number of its blocks, what its tensor maps show, and ``driver.Placed.follows``."""
 
     config: AnyConfig
     blocks: int
     views: Sequence[View] = ()
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -287,6 +299,7 @@ class Kernel:
     blocks: int
     threads: int
     shared_bytes: int
+    follows: bool
 
 
 def _launcher(struct: abi.Abi, packed: bytes, device: int, kernels: Sequence[Kernel]) -> driver.Launch:
@@ -310,7 +323,7 @@ def _launcher(struct: abi.Abi, packed: bytes, device: int, kernels: Sequence[Ker
                 driver.move_map(block.at + at, addresses[which] + skipped)
 
     placed = [
-        driver.Placed(x.function, (x.blocks, 1, 1), x.threads, x.shared_bytes, (begins[x.maps, x.places],))
+        driver.Placed(x.function, (x.blocks, 1, 1), x.threads, x.shared_bytes, (begins[x.maps, x.places],), x.follows)
         for x in kernels
     ]
     return driver.launcher(device, image, placed, write, [at - 16 + len(packed) for at in structs])
@@ -320,7 +333,19 @@ def shared_bytes(config: AnyConfig) -> int:
     """Shared memory of a block. Large kernels get all of it, since one block runs on each multiprocessor anyway."""
     if isinstance(config, CombineConfig):
         return 0
+    if isinstance(config, PrepareConfig):
+        return PREPARE_SHARED_BYTES
     return ROW_SHARED_BYTES if isinstance(config, RowwiseConfig) else SHARED_BYTES
+
+
+def prepare_steps(given: dict[str, int], config: PrepareConfig) -> list[Step]:
+    """The kernel before the large ones, if terms need it: prepare_blocks of csrc/sm90/prepare_terms.cuh."""
+    entries = {side: -(-given[f"seqlen_{side}"] // SEGMENT_ROWS) for side in ("q", "kv")}
+    blocks = given["batch"] * given["heads_kv"] * entries["kv"] if given["terms.given_k"] else 0
+    if given["terms.ranges_q"]:
+        strides = (given[f"numbers.ids_{side}_batch_stride"] for side in entries)
+        blocks += sum(entries.values()) * (given["batch"] if any(strides) else 1)
+    return [Step(config, blocks)] if blocks else []
 
 
 def tiles_of(given: dict[str, int], side: str, block: int) -> int:

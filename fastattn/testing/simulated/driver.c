@@ -13,7 +13,7 @@ typedef struct Launch {
   char kernel[NAME_BYTES];
   unsigned grid[3], block[3], shared, param_bytes, param_count, sizes[MOST_PARAMS];
   uint64_t stream;
-  int device;
+  int device, follows;
   unsigned char params[PARAM_BYTES];
 } Launch;
 // A tensor map as it lies in the argument of a kernel; the driver's own form is secret.
@@ -152,9 +152,15 @@ int cuLaunchKernel(Function* f, unsigned gx, unsigned gy, unsigned gz, unsigned 
   unsigned const grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
   return launch(f, grid, block, shared, (uint64_t)stream, params);
 }
-typedef struct Config { unsigned grid[3], block[3], shared; void* stream; void* attributes; unsigned count; } Config;
+typedef struct Attribute { unsigned id, padding; int value, rest[15]; } Attribute;
+typedef struct Config { unsigned grid[3], block[3], shared; void* stream; Attribute const* attributes; unsigned count; } Config;
 int cuLaunchKernelEx(Config const* c, Function* f, void** params, void** extra) {
-  return launch(f, c->grid, c->block, c->shared, (uint64_t)c->stream, params);
+  for (unsigned i = 0; i < c->count; ++i) {
+    if (c->attributes[i].id != 6) return refuse(INVALID_VALUE, "an attribute other than programmatic serialization");
+  }
+  int const code = launch(f, c->grid, c->block, c->shared, (uint64_t)c->stream, params);
+  if (!code) launches[(launch_count - 1) % MOST].follows = c->count && c->attributes[0].value;
+  return code;
 }
 
 // CUDA driver API, "Tensor Map Object Management". A rule that it states and no driver enforces is left out: that each

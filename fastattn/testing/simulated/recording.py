@@ -42,7 +42,7 @@ class RecordedLaunch(ctypes.Structure):
         ("kernel", ctypes.c_char * NAME_BYTES), ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint), ("param_bytes", ctypes.c_uint), ("param_count", ctypes.c_uint),
         ("sizes", ctypes.c_uint * 256), ("stream", ctypes.c_uint64),
-        ("device", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
+        ("device", ctypes.c_int), ("follows", ctypes.c_int), ("params", ctypes.c_ubyte * 4096),
     )  # fmt: skip
 
     @property
@@ -157,13 +157,14 @@ def built_host(recording: RecordingDriver) -> library.Library:
     return host
 
 
-_BODY = re.compile(r"(FA_GLOBAL\([^\n]*\)\n\w+\(FA_KERNEL_ARGUMENT \w+ \w+\)) \{\n[^}]*\}")
+_BODY = re.compile(r"(FA_GLOBAL\([^\n]*\)\n\w+\(FA_KERNEL_ARGUMENT (?:typename )?[\w:]+ \w+\)) \{\n[^}]*\}")
 _SIZES = """
 extern "C" __attribute__((visibility("default"))) unsigned recorded_argument_bytes(char const* kernel) {
   auto const takes = [&](char const* type) { return __builtin_strstr(kernel, type) != nullptr; };
   if (takes("11ForwardArgs")) return sizeof(fa::sm90::ForwardArgs);
   if (takes("12BackwardArgs")) return sizeof(fa::sm90::BackwardArgs);
   if (takes("10DecodeArgs")) return sizeof(fa::sm90::DecodeArgs);
+  if (takes("13ForwardParams")) return sizeof(fa::ForwardParams);
   return takes("14BackwardParams") ? sizeof(fa::BackwardParams) : sizeof(fa::DecodeParams);
 }
 """

@@ -56,6 +56,13 @@ int cudaLaunchKernel(void const* host, Dim3 grid, Dim3 block, void** arguments, 
   Function* const f = function_of(host);
   return noted(f ? launch(f, blocks, threads, (unsigned)shared, (uint64_t)stream, arguments) : INVALID_FUNCTION);
 }
+typedef struct LaunchConfig { Dim3 grid, block; size_t shared; void* stream; Attribute const* attributes; unsigned count; } LaunchConfig;
+int cudaLaunchKernelExC(LaunchConfig const* c, void const* host, void** arguments) {
+  Config const config = {{c->grid.x, c->grid.y, c->grid.z}, {c->block.x, c->block.y, c->block.z}, (unsigned)c->shared,
+                         c->stream, c->attributes, c->count};
+  Function* const f = function_of(host);
+  return noted(f ? cuLaunchKernelEx(&config, f, arguments, 0) : INVALID_FUNCTION);
+}
 // As nvcc 13 has it: the kernel is looked up first.
 int __cudaGetKernel(void** kernel, void const* host) { *kernel = (void*)host; return OK; }
 int __cudaLaunchKernel(void* kernel, Dim3 grid, Dim3 block, void** arguments, size_t shared, void* stream) {

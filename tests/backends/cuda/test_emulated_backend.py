@@ -28,9 +28,7 @@ MAX_HEAD_DIM = 64  # of the emulated library: its lines are those for 64
 CASES = [
     case
     for case in grid([torch.bfloat16])
-    if case.group not in ("bias", "mask", "alibi", "segments", "dropout", "together")
-    and max(case.D_qk, case.D_v) <= MAX_HEAD_DIM
-    and not case.D_qk % 8
+    if case.intervals is None and max(case.D_qk, case.D_v) <= MAX_HEAD_DIM and not case.D_qk % 8
 ]
 MORE = [
     Case("negative scale", scale=-0.3, dtype=torch.float16, right=0),
@@ -42,6 +40,48 @@ MORE = [
     Case("only dq", needs=("q",), dtype=torch.bfloat16),
     Case("only dv", needs=("v",), dtype=torch.bfloat16, right=0),
     Case("strided", memory="strided", dtype=torch.float16, right=0),
+    Case(
+        "every term",
+        S_q=70,
+        S_kv=150,
+        segments=3,
+        alibi=True,
+        mask="padding",
+        bias=(1, 4, 1, 150),
+        softcap=9.0,
+        right=0,
+        dropout_p=0.3,
+        nan_rows=True,
+        dlse=True,
+        sinks=True,
+        H_q=4,
+        H_kv=2,
+        dtype=torch.bfloat16,
+    ),
+    Case(
+        "window, mask, infinite bias",
+        S_q=130,
+        S_kv=200,
+        left=40,
+        right=10,
+        mask="random",
+        bias=(2, 1, 130, 1),
+        bias_values="infinity",
+        nan_rows=True,
+        D_v=40,
+        dtype=torch.float16,
+    ),
+    Case(
+        "packed, alibi, dropout",
+        lengths=((70, 70), (0, 9), (33, 80)),
+        alibi=True,
+        per_sequence=True,
+        dropout_p=0.2,
+        right=0,
+        H_q=4,
+        H_kv=2,
+        dtype=torch.bfloat16,
+    ),
     Case("several tiles", B=1, S_q=200, S_kv=330, D_qk=64, D_v=64, H_q=2, H_kv=1, right=0, dtype=torch.bfloat16),
 ]
 

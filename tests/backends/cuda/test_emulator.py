@@ -14,8 +14,8 @@ from fastattn.backends.cuda.instances import DecodeConfig, DkdvConfig, DqConfig,
 
 CSRC = Path(__file__).parents[3] / "csrc"
 CASES = 2  # for each kernel and dtype; `make emulate` runs more
-# One line of each form of the backward pass, every sixth fault, and two of the kernels without each of their barriers:
-# `make emulate` runs and plants all.
+# One line of each form of the backward pass, every sixth fault, and one of the kernels without each of its barriers:
+# `make emulate` runs and plants all. test_proofs.py leaves out those of the forward pass.
 BACKWARD_DIMS = ((64, 64), (96, 96), (192, 128), (256, 256))
 CONFIGS = [
     config
@@ -53,7 +53,7 @@ def test_planted_fault_is_reported(emulator: emulate.Emulator, fault: Fault) -> 
     assert is_reported, printed
 
 
-@pytest.mark.parametrize(("line", "options"), emulate.KERNELS[:4:3], ids=str)
+@pytest.mark.parametrize(("line", "options"), emulate.KERNELS[3:4], ids=str)
 def test_every_call_that_orders_something_is_missed(
     emulator: emulate.Emulator, line: tuple[str | int, ...], options: tuple[str, ...]
 ) -> None:

@@ -50,6 +50,8 @@ def hazards(*changes: tuple[int, str]) -> str:
 def test_sound_code_has_no_hazards() -> None:
     assert hazards() == ""
     assert hazards((7, "LDS.64 R92, [R99+0x10]")) == "", "an address is one register, though the numbers loaded are two"
+    factor = (7, "IMAD.WIDE.U32 R92, R99, UR14, R94")
+    assert hazards(factor) == "", "a factor is one register, though the product has two"
     assert sass.hazards(code_of(["FADD R1, R2, R3", "EXIT"])) == [], "a kernel without products"
 
 
@@ -58,6 +60,7 @@ def test_sound_code_has_no_hazards() -> None:
     [
         (6, "NOP", "FMUL touches an accumulator of a product in flight"),
         (7, "FMUL R92, R163, R93", "FMUL touches an accumulator of a product in flight"),
+        (7, "IMAD.WIDE.U32 R92, P1, R90, UR14, R99", "IMAD.WIDE.U32 touches an accumulator of a product in flight"),
         (7, "LDS.64 R99, [R93]", "LDS.64 touches an accumulator of a product in flight"),
         (7, "LDS.64 R92, [R100]", "LDS.64 touches an accumulator of a product in flight"),
         (7, "LDS.128 R88, [R93]", "LDS.128 writes an operand of a product in flight"),

@@ -102,8 +102,7 @@ def pairs(tmp_path):
 QUICK = ["--device", "cpu", "--quiet", "--batch", "4", "--length", "32", "--eval-rows", "4", "--save-every", "9"]
 
 
-def test_commands_with_all_weights_and_with_adapters(pairs, task, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastattn.lm.train.loop.plot_losses", lambda *_: None)
+def test_commands_with_all_weights_and_with_adapters(pairs, task, tmp_path, capsys):
     special = {"bos": 0, "eos": 1}
     save_pretrained(made(0), tmp_path / "start", tokenizer=task.tokenizer, special_tokens=special)
     prefer = ["finetune", "--task", "dpo", "--data", pairs, "--eval", pairs, "--pretrained", str(tmp_path / "start")]

@@ -55,9 +55,3 @@ def make_trainer(corpus):
         )  # fmt: skip
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def no_loss_curves(monkeypatch):
-    """Drawing takes longer than these runs do; what draws is tested by itself."""
-    monkeypatch.setattr("fastattn.lm.train.loop.plot_losses", lambda *_: None)

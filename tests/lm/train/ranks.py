@@ -12,7 +12,7 @@ import torch
 
 from fastattn.cli import main
 from fastattn.lm.models import Decoder, TransformerConfig
-from fastattn.lm.train import Log, TrainConfig, Trainer, find_checkpoint
+from fastattn.lm.train import Log, TrainConfig, Trainer, find_checkpoint, loop
 from fastattn.lm.train.checkpoint import Checkpoint
 from fastattn.lm.train.data import PackedRows
 from fastattn.lm.train.parallel import joined, ranks
@@ -80,6 +80,7 @@ def finetune(folder):
 
 
 def run_all(corpus, folder):
+    loop.plot_losses = lambda *_: None  # which takes longer than these runs
     flags = [
         "--steps",
         "4",

@@ -10,7 +10,7 @@ import torch
 from fastattn.lm.train.checkpoint import find_checkpoint
 from fastattn.lm.train.log import Log
 
-KILLS, STEPS = 20, 200
+KILLS, STEPS = 12, 120
 
 
 def test_kill_9_loses_nothing(texts, tmp_path):

@@ -20,6 +20,7 @@ from fastattn.backends.cuda.instances import (
     DTYPES,
     AnyConfig,
     Instance,
+    PrepareConfig,
     RowwiseConfig,
     dkdv_configs,
     library_instances,
@@ -88,6 +89,19 @@ def packed() -> None:
     fastattn.attention_varlen(q, q, q, bounds, bounds, backend="cuda", **options).sum().backward()
 
 
+def with_terms(d: int, needs: str = "qkv", **options: Any) -> Callable[[], None]:
+    """Every term at once, in broadcastings that differ."""
+
+    def run() -> None:
+        ids = torch.arange(70, device="cuda").repeat(2, 1) // 30
+        mask = torch.ones(1, 4, 1, 70, dtype=torch.bool, device="cuda")
+        bias = normal(70, 1, dtype=torch.float32).requires_grad_("b" in needs)
+        terms = {"segment_ids": ids, "mask": mask, "bias": bias, "alibi_slopes": normal(4).float(), "dropout_p": 0.2}
+        dense(d, s_kv=70, needs=needs, **terms, **options)()
+
+    return run
+
+
 def without_atomics() -> None:
     torch.use_deterministic_algorithms(True)
     try:
@@ -96,13 +110,17 @@ def without_atomics() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def cache(d: int = 64, page_size: int = 16, pages: int = 8, new: int = 0, **options: Any) -> Callable[[], None]:
+def cache(
+    d: int = 64, page_size: int = 16, pages: int = 8, new: int = 0, fp8: bool = False, **options: Any
+) -> Callable[[], None]:
     def run() -> None:
         rows = [normal(2, new, 2, d) for _ in range(2)] if new else []
         store, table = normal(pages, page_size, 2, d), torch.arange(pages, device="cuda").int().view(2, -1)
         lengths = torch.tensor([3, 9], dtype=torch.int32, device="cuda")
         q = normal(2, 1, 8, d)
         caches = store, normal(*store.shape) if new else store
+        if fp8:
+            caches = tuple(x.to(torch.float8_e4m3fn) for x in caches)
         fastattn.attention_with_kv_cache(q, *caches, lengths, *rows, block_table=table, backend="cuda", **options)
 
     return run
@@ -122,6 +140,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "only dv": dense(128, needs="v"),
     "no gradient": dense(128, needs=""),
     "packed": packed,
+    **{f"D {d}, with terms": with_terms(d, causal=True) for d in (64, 128, 192, 256)},
+    "terms, softcap, gradient of a bias": with_terms(128, "qb", softcap=4.0, dtype=torch.float16),
     "without atomics": without_atomics,
     **{f"cache, D {d}": cache(d) for d in (64, 128, 192, 256)},
     "cache, one split": cache(pages=2),
@@ -129,6 +149,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "cache, splits": cache(page_size=64, pages=64),
     "cache, softcap": cache(softcap=3.0, page_size=24),
     "cache, window": cache(window=(5, 0), page_size=1, pages=64),
+    **{f"cache, e4m3, D {d}": cache(d, fp8=True) for d in (64, 256)},
+    "cache, pages of 2, new rows": cache(d=128, page_size=2, pages=16, new=3, softcap=3.0),
 }
 
 
@@ -143,7 +165,8 @@ def names_of_kernels() -> dict[str, str]:
 def signature(instance: Instance) -> str:
     config: AnyConfig = instance.config
     space = "fa::" if config.arguments.endswith("Params") else "fa::sm90::"
-    return f"void fa::sm90::{config.function}_kernel<{instance.traits}>({space}{config.arguments})"
+    given = f"{instance.traits}::Params" if isinstance(config, PrepareConfig) else f"{space}{config.arguments}"
+    return f"void fa::sm90::{config.function}_kernel<{instance.traits}>({given})"
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -154,7 +177,8 @@ def demangled(names: list[str]) -> list[str]:
 def facts(launch: RecordedLaunch) -> dict[str, Any]:
     return {
         "grid": list(launch.grid), "block": list(launch.block), "stream": launch.stream, "device": launch.device,
-        "maps": [bytes(x) for x in launch.maps], "struct": launch.argument[len(launch.maps) * MAP_BYTES :],
+        "follows": launch.follows, "maps": [bytes(x) for x in launch.maps],
+        "struct": launch.argument[len(launch.maps) * MAP_BYTES :],
     }  # fmt: skip
 
 
@@ -173,6 +197,9 @@ def compare(call: Callable[[], None], recorded: RecordingDriver, host: library.L
     ours, theirs = found
     names = names_of_kernels()
     assert [names[x.kernel.decode()] for x in ours] == demangled([x.kernel.decode() for x in theirs])
+    after_append = [False, *("append" in x.kernel.decode() for x in ours)]
+    follows = [bool(before or b"combine" in x.kernel) for before, x in zip(after_append, ours, strict=False)]
+    assert [bool(x.follows) for x in ours] == follows, "only kernels that wait for the one before may begin ahead of it"
     for one, other in zip(ours, theirs, strict=True):
         expected, seen = facts(one), facts(other)
         padding = -len(one.argument) % 64 if one.maps else 0  # maps are aligned to 64 bytes, and so is what holds them

@@ -25,6 +25,7 @@ class Shape:
 
     Attributes:
         lengths: of queries and keys of each packed sequence; None for a dense batch.
+        terms: names of terms that the kernels look up pair by pair, as in ``problem.FEATURES``.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Shape:
     right: int | None = None
     softcap: bool = False
     lengths: tuple[tuple[int, int], ...] | None = None
+    terms: tuple[str, ...] = ()
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
