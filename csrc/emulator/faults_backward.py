@@ -143,7 +143,7 @@ BACKWARD_FAULTS = [
         FUSED_128,
     ),
     Fault("backward: no proxy fence after dS", DKDV, "ds);\n          fence_proxy_async();", "ds);", FUSED_128),
-    Fault("backward: dS has one buffer", DKDV, "buffer ^= 1;", "", FUSED_128),
+    Fault("backward: dS has one buffer", DKDV, "buffer ^= 1;", ";", FUSED_128),
     Fault("backward: dS is staged without swizzle", FRAGMENT, " ^ swizzle;", ";", FUSED_128),
     Fault("backward: dS is read as K-major", DKDV, "wgmma_ss<1, 1>", "wgmma_ss<0, 1>", FUSED_128),
     Fault("backward: K is read as K-major for dq", DKDV, "wgmma_ss<1, 1>", "wgmma_ss<1, 0>", FUSED_128),

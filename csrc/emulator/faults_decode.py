@@ -158,9 +158,6 @@ DECODE_FAULTS = [
         "scores, lower, 1, column",
         "scores, upper, 1, column",
     ),
-    fault(
-        "a window counts new keys instead of depths", KERNEL, "load_global(depths + key) < least", "key < least", 200
-    ),
     fault("a window begins at the row's position", KERNEL, "+ depth - band.left", "+ position - band.left", 200),
     # Rows that threads copy
     of_rows("the last values come in turn", "number == last || (number > 0", "(number > 0"),
