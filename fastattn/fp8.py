@@ -22,7 +22,6 @@ from fastattn.state import remembered
 Operands = tuple[Quantized, Quantized, Quantized]
 
 
-@torch.compiler.disable
 def attention_fp8(
     q: Tensor | Quantized,
     k: Tensor | Quantized,
@@ -45,9 +44,9 @@ def attention_fp8(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``attention`` of operands rounded to e4m3, for inference: it has no backward pass.
 
-    ``out = softmax(cap(scale * q8 @ k8^T) + bias + alibi, where kept) @ v8``, where ``x8 = quantize(x).dequantize()``.
-    Kernels round the weights ``p <= 1`` before the second product, too: by at most ``p / 16``, or ``2^-18`` below
-    ``2^-14``. docs/guides/fp8.md states the error of the whole.
+    ``out`` is that of ``attention`` for ``quantize(x).dequantize()`` in place of q, k and v, without dropout. Kernels
+    round the weights ``p <= 1`` before the second product, too: by at most ``p / 16``, or ``2^-18`` below ``2^-14``.
+    docs/guides/fp8.md states the error of the whole.
 
     Args:
         q: queries ``(B, S_q, H_q, D_qk)``, rounded here, or ``quantize(q)``.

@@ -42,10 +42,10 @@ class _Recognised(NamedTuple):
     """A kind with a plan, for which torch has a check of all tensors at once.
 
     Attributes:
-        settings: ``_settings`` of its calls.
-        agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and need
-            gradients alike, which none does under ``no_grad``. Autocast, tracers, dispatch modes and transforms change
-            the dispatch keys of the thread.
+        settings: what its calls have in common besides: the number of tensors, and modes of torch.
+        agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and ask
+            for gradients alike; whether these are enabled is among the settings. Autocast, tracers, dispatch modes and
+            transforms change the dispatch keys of the thread.
         plan: the plan.
         held: of each tensor, the bytes from its first element to the end of its last, and those of an element.
         offsets: of each address from a multiple of ``ALIGNMENT``; None in host memory, where it makes no difference.
@@ -92,7 +92,8 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
         return None, None
     given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
     try:
-        settings = len(given), is_deterministic(), None if given[0].is_cpu else _precision(given[0])
+        precision = None if given[0].is_cpu else _precision(given[0])
+        settings = len(given), is_deterministic(), torch.is_grad_enabled(), precision
         for seen in _recent.get(options, ()):
             if seen.settings != settings or not seen.agrees(*given):
                 continue
@@ -111,7 +112,6 @@ def _look_up_kind(
     tensors: Sequence[Tensor | None], options: tuple[Any, ...], settings: tuple[Any, ...], given: Sequence[Tensor]
 ) -> tuple[Hashable | None, Any]:
     """``look_up`` by the kind itself, which takes longer; a kind with a plan is recognised at once from then on."""
-    grad = torch.is_grad_enabled()
     kind: list[Any] = [options, settings]
     for x in tensors:
         if x is None:
@@ -119,7 +119,7 @@ def _look_up_kind(
             continue
         if type(x) is not Tensor:
             return None, None
-        kind.append((x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad, x.is_neg()))
+        kind.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_neg()))
         if not x.is_cpu:
             kind.append(x.data_ptr() % ALIGNMENT)
     found = tuple(kind)

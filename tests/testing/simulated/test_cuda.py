@@ -295,7 +295,7 @@ FAULTS = [
           "launch(ordered([addresses[0], addresses[2], addresses[1], *addresses[3:]])", by_plan_as_without),
     Fault("a scale that q has not got", C + "plans:forward", "is not getattr(inputs, name)", "is None", turned_around),
     Fault("a plan with another flag", "fastattn.autograd:PlannedAttention.backward",
-          "plan.deterministic == torch.are_deterministic_algorithms_enabled()", "True", without_atomics),
+          "plan.deterministic == is_deterministic()", "True", without_atomics),
     Fault("a gradient that is not aligned", "fastattn.autograd:_aligned", "x.data_ptr() % ALIGNMENT == 0", "True",
           odd_gradient),
     Fault("a plan for another alignment", "fastattn.plan:_look_up_kind", "x.data_ptr() % ALIGNMENT", "0", odd_query),
