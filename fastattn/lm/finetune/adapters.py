@@ -63,11 +63,12 @@ def choose_trained(model: nn.Module, method: Method, lora: Lora, has_head: bool)
     check_method(method, has_head)
     if method == "full":
         return
+    has_fresh_pooler = getattr(getattr(model, "backbone", None), "has_fresh_pooler", False)
     head = {
         name
-        for name, parameter in model.named_parameters()
-        # A pooler is a part of the heads that use it; the others have frozen it.
-        if has_head and (not name.startswith("backbone.") or ("pooler." in name and parameter.requires_grad))
+        for name, _ in model.named_parameters()
+        # a pooler that was added for the head is a part of it; one that came with the backbone is not
+        if has_head and (not name.startswith("backbone.") or ("pooler." in name and has_fresh_pooler))
     }
     if method == "lora":
         add_adapters(model, lora)

@@ -35,6 +35,7 @@ class Encoder(Stack):
         check_kind(self, config, "encoder")
         embedding = nn.Embedding(config.vocab_size, config.width)
         super().__init__(config, causal=False, layers=config.layers, embedding=embedding)
+        self.has_fresh_pooler = False  # one that was added after the weights were trained
         self.type_embedding = nn.Embedding(config.token_types, config.width) if config.token_types else None
         self.pooler = nn.Linear(config.width, config.width, bias=config.bias) if config.pooler else None
         initialise(self, config)
@@ -82,6 +83,7 @@ class Encoder(Stack):
     def add_pooler(self, activation: PoolerActivation = "tanh") -> None:
         """Add a fresh ``pooler`` to the model and its config, for classifiers in the form of Hugging Face."""
         self.config = dataclasses.replace(self.config, pooler=True, pooler_activation=activation)
+        self.has_fresh_pooler = True
         like, width = self.embedding.weight, self.config.width
         self.pooler = nn.Linear(width, width, bias=self.config.bias, device=like.device, dtype=like.dtype)
         nn.init.normal_(self.pooler.weight, std=0.02)
