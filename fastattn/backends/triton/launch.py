@@ -396,7 +396,7 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd
         precise=inputs.q.dtype == torch.float32,
         precision="tf32" if inputs.q.dtype == torch.float32 and _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
-        opaque=target(inputs.q.device)[0] == "cuda",
+        opaque=_multiplies_in_registers(inputs.q.device),
     )
 
 
@@ -453,6 +453,15 @@ def processors(device: torch.device) -> int:
 def _tf32() -> bool:
     """Whether torch's own switch allows tf32 for products of fp32."""
     return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _multiplies_in_registers(device: torch.device) -> bool:
+    """Whether left operands lie in registers: on Blackwell's data-centre chips they lie in tensor memory.
+
+    What computes them there is predicated in the pipeline, which Triton cannot do with an instruction unknown to it.
+    """
+    backend, arch = target(device)
+    return backend == "cuda" and arch != "sm_100"
 
 
 @functools.cache
