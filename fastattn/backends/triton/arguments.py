@@ -255,7 +255,7 @@ class Flags:
         fp8: they are e4m3.
         tree: new tokens see each other by a tree mask.
         chunked: products run over parts of the head dim, though whole rows would do.
-        opaque: operands computed from scores are hidden from Triton, see ``operands.left_operand``.
+        opaque: left operands computed from scores are hidden from Triton, see ``operands.left_operand``.
         fixed: splits have so many tiles as ``Splits`` says, counted from position 0.
     """
 

@@ -45,6 +45,7 @@ from fastattn.spec import AttentionSpec
 
 # Offsets within a tile are 32-bit: BLOCK * stride must stay below 2^31. Rows further apart than this are copied.
 MAX_ROW_STRIDE = 1 << 22
+LEAST_FROM_BYTES = 32  # a product over fewer elements that were computed from bytes is wrong: operands.left_operand
 ONE_PASS = 256  # wider rows of dk and dv do not fit into registers together; each has a pass, with the scores again
 # Tiles of the small kernels.
 PREPROCESS_ROWS, DSINKS_ROWS, SUMMED = 64, 1024, 1024
@@ -247,7 +248,7 @@ class Backward:
             for of_dk, of_dv in passes:
                 launched(backward_dkdv_kernel, grid)(
                     call.q, call.k, call.v, self.dout, _rows(of_k), _rows(of_v), self.stats, terms, sizes, schedule,
-                    DK=of_dk, DV=of_dv, **compiled(dk.device, call.flags, config),
+                    DK=of_dk, DV=of_dv, **compiled(dk.device, call.flags, config, config.block_m),
                 )  # fmt: skip
             if parts > 1:
                 for partial, total in ((of_k, dk), (of_v, dv)):
@@ -396,7 +397,6 @@ def flags_of(inputs: Inputs | CacheInputs, spec: AttentionSpec, rows: tuple[Bshd
         precise=inputs.q.dtype == torch.float32,
         precision="tf32" if inputs.q.dtype == torch.float32 and _tf32() else "ieee",
         upcast=INTERPRETED and inputs.q.dtype == torch.bfloat16,
-        opaque=_multiplies_in_registers(inputs.q.device),
     )
 
 
@@ -417,7 +417,10 @@ def config_of(device: torch.device, kernel: str, flags: Flags) -> Config:
     return configs.config_for(target(device)[1], kernel, bits, head_dim, flags.features)
 
 
-def compiled(device: torch.device, flags: Flags, config: Config) -> dict[str, Any]:
+def compiled(device: torch.device, flags: Flags, config: Config, over: int | None = None) -> dict[str, Any]:
+    """The options of a launch. Products with weights run over ``over`` elements: by default the keys of a tile."""
+    if target(device)[0] == "cuda" and flags.mask and (over or config.block_n) < LEAST_FROM_BYTES:
+        flags = dataclasses.replace(flags, opaque=True)
     options = {
         "F": flags,
         "BLOCK_M": config.block_m,
@@ -453,15 +456,6 @@ def processors(device: torch.device) -> int:
 def _tf32() -> bool:
     """Whether torch's own switch allows tf32 for products of fp32."""
     return torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _multiplies_in_registers(device: torch.device) -> bool:
-    """Whether left operands lie in registers: on Blackwell's data-centre chips they lie in tensor memory.
-
-    What computes them there is predicated in the pipeline, which Triton cannot do with an instruction unknown to it.
-    """
-    backend, arch = target(device)
-    return backend == "cuda" and arch != "sm_100"
 
 
 @functools.cache

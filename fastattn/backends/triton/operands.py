@@ -63,7 +63,8 @@ def left_operand(x, DTYPE: tl.constexpr, F: tl.constexpr):
 
     Triton spreads such an operand over threads by the narrowest elements that it was computed from, which are bytes and
     bits where there is a mask or dropout. It then moves the operand through shared memory, and multiplies wrongly over
-    16 elements (3.6 and 3.7, for ``mma.sync``). It does not look behind an instruction that it does not know.
+    16 elements (3.6 and 3.7, for ``mma.sync``). It does not look behind an instruction that it does not know; that
+    costs registers, so ``launch.compiled`` asks for it only where it has to.
     """
     x = x.to(DTYPE)
     if F.opaque:
