@@ -248,7 +248,7 @@ class Backward:
             for of_dk, of_dv in passes:
                 launched(backward_dkdv_kernel, grid)(
                     call.q, call.k, call.v, self.dout, _rows(of_k), _rows(of_v), self.stats, terms, sizes, schedule,
-                    DK=of_dk, DV=of_dv, **compiled(dk.device, call.flags, config, config.block_m),
+                    DK=of_dk, DV=of_dv, **compiled(dk.device, call.flags, config, of_keys=True),
                 )  # fmt: skip
             if parts > 1:
                 for partial, total in ((of_k, dk), (of_v, dv)):
@@ -417,9 +417,12 @@ def config_of(device: torch.device, kernel: str, flags: Flags) -> Config:
     return configs.config_for(target(device)[1], kernel, bits, head_dim, flags.features)
 
 
-def compiled(device: torch.device, flags: Flags, config: Config, over: int | None = None) -> dict[str, Any]:
-    """The options of a launch. Products with weights run over ``over`` elements: by default the keys of a tile."""
-    if target(device)[0] == "cuda" and flags.mask and (over or config.block_n) < LEAST_FROM_BYTES:
+def compiled(device: torch.device, flags: Flags, config: Config, of_keys: bool = False) -> dict[str, Any]:
+    """The options of a launch; with ``of_keys`` keys own the results, and sums run over the query rows of a tile."""
+    backend, arch = target(device)
+    rows, over = (config.block_n, config.block_m) if of_keys else (config.block_m, config.block_n)
+    is_wgmma = arch in ("sm_90", "sm_100") and rows >= 64
+    if backend == "cuda" and flags.mask and over < LEAST_FROM_BYTES and not is_wgmma:
         flags = dataclasses.replace(flags, opaque=True)
     options = {
         "F": flags,

@@ -159,7 +159,7 @@ class BackwardJvp:
             for of_k, of_v in ((both[0], None), (None, both[1])) if flags.in_chunks else (both,):
                 launched(backward_jvp_dkdv_kernel, grid)(
                     call.q, call.k, call.v, self.dout, self.moved, of_k, of_v, self.stats, self.moving, terms,
-                    call.sizes, schedule, **compiled(x.q.device, flags, config, config.block_m),
+                    call.sizes, schedule, **compiled(x.q.device, flags, config, of_keys=True),
                 )  # fmt: skip
         return dk, dv
 

@@ -117,7 +117,7 @@ class Pass:
             terms = call.with_tiles("kv", config.block_n, config.block_m)
             launched(statistics_dk_kernel, grid)(
                 call.q, call.k, _rows(dk), OfRows(None, None, self.largest_key), given, dkeys, self.stats, terms,
-                call.sizes, schedule, **compiled(x.q.device, call.flags, config, config.block_m),
+                call.sizes, schedule, **compiled(x.q.device, call.flags, config, of_keys=True),
             )  # fmt: skip
         return dk
 
