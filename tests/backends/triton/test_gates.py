@@ -68,7 +68,7 @@ def test_a_figure_that_moves_is_noticed() -> None:
 def test_every_build_has_its_expected_figures() -> None:
     if not EXPECTED:
         pytest.skip(f"no figures for Triton {triton.__version__}: python -m benchmarks gates --update")
-    assert EXPECTED.keys() == {build.name for build in builds.all_builds()}
+    assert EXPECTED.keys() == {build.name for build in (*builds.all_builds(), *derived.all_builds())}
 
 
 def test_rows_for_unknown_gpus_fit_the_smallest() -> None:
