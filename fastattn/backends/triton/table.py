@@ -190,7 +190,7 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_dkdv", 16, 128): (64, 128, 8, 2),
     ("sm_90", "backward_dkdv", 16, 256): (32, 64, 8, 2),
     ("sm_90", "backward_dkdv one", 16, 128): (32, 128, 8, 2),
-    ("sm_90", "backward_dkdv one", 16, 256): (16, 64, 8, 3),
+    ("sm_90", "backward_dkdv one", 16, 256): (64, 32, 8, 2),
     ("sm_90", "backward_dkdv several", 16, 64): (16, 128, 8, 2),
     ("sm_90", "backward_dkdv several", 16, 128): (16, 128, 8, 2),
     ("sm_90", "backward_dkdv several", 16, 256): (16, 32, 8, 1),
