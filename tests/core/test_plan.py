@@ -289,15 +289,6 @@ def test_what_differs_in_anything_else_has_a_plan_of_its_own(long_ways):
     assert len(long_ways) == 3, "the first, that of the negative tensors, and the first without gradients"
 
 
-@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_a_plan_made_without_gradients_serves_no_call_that_needs_them(first):
-    q, k, v = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3))
-    for mode in (first, torch.enable_grad, torch.no_grad, torch.enable_grad):
-        with mode():
-            outs = [fastattn.attention(q, k, v, layout="BHSD") for _ in range(3)]
-        assert [out.requires_grad for out in outs] == [mode is torch.enable_grad] * 3, mode
-
-
 def test_derivatives_of_every_kind_are_not_replayed():
     q = torch.randn(1, 8, 2, 16, dtype=torch.float64)
     fastattn.attention(q, q, q)
