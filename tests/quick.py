@@ -1,8 +1,8 @@
 """The tests of ``make quick``: the house rules, and as many tests beside the changed files as fit in the time.
 
-A changed ``fastattn/a/b.py`` selects ``tests/a/test_b.py``, or all of ``tests/a/`` if there is none; a changed test
-selects itself; ``csrc/`` selects its backend. Without changes those of the last commit count. Tests marked slow run in
-``make test`` only.
+A changed ``fastattn/a/b.py`` selects ``tests/a/test_b.py``, or all of ``tests/a/`` if there is none; ``fastattn/b.py``
+selects ``tests/core/test_b.py``, or the only ``test_b.py`` elsewhere. A changed test selects itself, ``csrc/`` its
+backend. Without changes those of the last commit count. Tests marked slow run in ``make test`` only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,14 @@ def tests_beside(name: str) -> str | None:
     if path.parts[0] == "fastattn" and path.suffix == ".py":
         inside = Path(*path.parts[1:-1]) if len(path.parts) > 2 else Path("core")
         own = Path("tests", inside, f"test_{path.stem}.py")
-        candidates = [own, *(Path("tests", *inside.parts[:n]) for n in range(len(inside.parts), 0, -1))]
+        elsewhere = (
+            [found.relative_to(ROOT) for found in (ROOT / "tests").rglob(own.name)] if len(path.parts) == 2 else []
+        )
+        candidates = [
+            own,
+            *(elsewhere if len(elsewhere) == 1 else ()),
+            *(Path("tests", *inside.parts[:n]) for n in range(len(inside.parts), 0, -1)),
+        ]
         return next((str(found) for found in candidates if (ROOT / found).exists()), None)
     return next((tests for beginning, tests in FOLDERS.items() if name.startswith(beginning)), None)
 
@@ -54,7 +61,7 @@ def main() -> int:
     args = parser.parse_args()
     beside = sorted({tests for name in changed() if (tests := tests_beside(name))})
     print("quick:", *beside, *ALWAYS)
-    words = ["-n", args.jobs, "-q", "-m", "not slow", "-r", "fE", "--budget", args.budget]
+    words = ["-n", args.jobs, "--dist", "worksteal", "-q", "-m", "not slow", "-r", "fE", "--budget", args.budget]
     return subprocess.call([sys.executable, "-m", "pytest", *words, *dict.fromkeys([*beside, *ALWAYS])], cwd=ROOT)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastattn.version import __version__
+from tests import quick
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
 ROOT = Path(__file__).parents[2]
@@ -47,3 +48,18 @@ def test_the_citation_names_this_version() -> None:
 def test_type_checkers_see_the_types() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     assert (ROOT / "fastattn" / "py.typed").exists() and data["fastattn"] == ["py.typed"]
+
+
+def test_the_quick_run_chooses_the_tests_beside_a_change() -> None:
+    for name, tests in (
+        ("fastattn/spec.py", "tests/core/test_spec.py"),
+        ("fastattn/rotary.py", "tests/nn/test_rotary.py"),
+        ("fastattn/problem.py", "tests/core"),
+        ("fastattn/lm/generate/sampling.py", "tests/lm/generate/test_sampling.py"),
+        ("fastattn/lm/generate/drafts.py", "tests/lm/generate"),
+        ("csrc/cpu/forward.h", "tests/backends/cpu"),
+        ("tests/nn/test_cache.py", "tests/nn/test_cache.py"),
+        ("README.md", None),
+    ):
+        assert quick.tests_beside(name) == tests, name
+        assert tests is None or (ROOT / tests).exists()

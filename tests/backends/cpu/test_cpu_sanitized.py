@@ -18,7 +18,8 @@ except build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
-@pytest.mark.parametrize("which", ["address,undefined", pytest.param("thread", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["address,undefined", "thread"])
 def test_no_sanitizer_complains(which):
     command = [sys.executable, str(CHECK), "--baseline", "--sanitize", which, "--cases", "30", *SMALL]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -150,13 +150,19 @@ def mapped() -> Callable[[], object]:
     return lambda: torch.vmap(lambda x: fastattn.attention(x, x, x, causal=True))(q)
 
 
-def test_prompts_against_a_cache_run_the_forward_kernel(machine: simulated.Machine) -> None:
-    """Their rows fill the device."""
-    cache = normal(1, 136, 1, 16)
-    q, new, lengths = normal(1, 128, 132, 16), normal(1, 128, 1, 16), ints(3)
-    with no_wait(machine):
-        fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new)
-    assert any("forward" in str(launch) for launch in machine.launches), machine.launches
+def test_prompts_against_a_cache_run_the_forward_kernel(
+    machine: simulated.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If their rows fill the device: a tile for each multiprocessor."""
+    from fastattn.backends.triton import launch
+
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    for heads in (3, 4):
+        cache = normal(1, 136, 1, 16)
+        q, new, lengths = normal(1, 128, heads, 16), normal(1, 128, 1, 16), ints(3)
+        with no_wait(machine):
+            fastattn.attention_with_kv_cache(q, cache, cache.clone(), lengths, new, new)
+        assert any("forward" in str(launch) for launch in machine.launches) == (heads == 4), machine.launches
 
 
 def test_operands_in_e4m3_run_their_kernel(machine: simulated.Machine) -> None:
