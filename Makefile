@@ -41,7 +41,7 @@ format: install  ## rewrite what lint refuses: ruff for Python, clang-format for
 	$(BIN)/clang-format -i $(CPP)
 
 test: install    ## all tests, on a CPU; no GPU needed. lint and test are what CI runs
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 demo: install    ## check, compare, train, generate: a report in fastattn-demo/
 	$(BIN)/fastattn demo

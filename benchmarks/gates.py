@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the main shapes only")
     parser.add_argument("--processes", type=int, default=2, help="how many compile at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="builds whose name contains this")
+    parser.add_argument(
+        "--config", action="append", default=[], type=_config, metavar="MxNxWARPSxSTAGES",
+        help="try this configuration in place of the table's; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--sample", type=int, metavar="N", help="instead, N builds with features drawn at random")
     parser.add_argument(
         "--derived", action="store_true", help="instead, the kernels of derivatives, statistics and e4m3"
@@ -38,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("gates: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
     expected_file = EXPECTED / f"triton-{triton.__version__}.json"
     expected = gates.expected_figures(expected_file)
-    todo = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
-    todo = derived.all_builds() if args.derived else todo
-    todo = [build for build in todo if args.only in build.name]
+    todo = _chosen(args)
     there = {build.name for build in (*builds.all_builds(), *derived.all_builds())}
     figures_now = {name: figures for name, figures in expected.items() if name in there}
     todo.sort(key=lambda build: build.name in expected)  # the new ones first
@@ -70,6 +75,26 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _write(path: Path, figures: dict[str, object]) -> None:
+def _chosen(args: argparse.Namespace) -> list[builds.Build]:
+    """The builds that the options name."""
+    found = builds.sampled(args.sample) if args.sample else builds.all_builds(args.quick)
+    found = derived.all_builds() if args.derived else found
+    todo = [build for build in found if args.only in build.name]
+    if not todo:
+        raise InputError(f"--only: no build's name contains {args.only!r}. One of them: {found[0].name!r}.")
+    if not args.config:
+        return todo
+    if args.update or args.changed or args.derived:
+        raise InputError("--config tries what is not in the table: leave out --update, --changed and --derived.")
+    return [dataclasses.replace(build, config=config) for build in todo for config in args.config]
+
+
+def _config(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(x\d+){3}", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: four numbers, as in 64x32x8x2")
+    return tuple(map(int, text.split("x")))
+
+
+def _write(path: Path, figures: Mapping[str, object]) -> None:
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(figures[name])}" for name in sorted(figures))
     write_text(path, f"{{\n{lines}\n}}\n")

@@ -84,7 +84,7 @@ def problems(arch: int, quick: bool = False) -> dict[str, Judge]:
     for case in _of_rows(quick):
         is_half, is_wide = case.dtype == torch.bfloat16, case.D_qk > 256
         found[case.id] = functools.partial(_of_case, measure, case)
-        if is_half and not is_wide and not quick and "causal" not in case.id:
+        if is_half and not is_wide and not quick and case.dropout_p:
             found[f"derivatives, {case.id}"] = functools.partial(_of_case, measure_derivatives, _short(case))
             found[f"statistics, {case.id}"] = functools.partial(_of_case, measure_statistics, _short(case))
         if arch >= WITH_E4M3 and is_half and not is_wide and not case.dropout_p:
@@ -109,6 +109,7 @@ def _of_rows(quick: bool) -> Iterator[Case]:
     dims = (64,) if quick else (64, 128, 256, 512)
     features: dict[str, dict[str, Any]] = {
         "causal": {"right": 0},
+        "mask": {"mask": "random"},
         "mask, dropout": MASKED,
         "everything of a row": EVERYTHING,
     }

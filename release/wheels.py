@@ -18,9 +18,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+package = sys.modules["fastattn"] = ModuleType("fastattn")  # without its __init__, which imports torch
+package.__path__ = [str(ROOT / "fastattn")]
 
 from fastattn.compiled import unsealed  # noqa: E402
 

@@ -1,9 +1,10 @@
 """Fixtures of all tests: the interpreter without a GPU, skips with reasons, seeds, a header with the environment."""
 
+import gc
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
@@ -38,6 +39,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.hasplugin("benchmark"):  # the tests of a GPU run without it
         config.option.benchmark_disable = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is collected, half a million objects, lives until the end: collections of garbage need not look at it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_report_header() -> list[str]:

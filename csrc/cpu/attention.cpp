@@ -9,10 +9,13 @@
 
 namespace {
 
+template <class Op>
+constexpr bool kServesSmall = kIsSpecialised && Op::kPerWord == 1;
+
 // Memory for a unit that is served as a small one, 0 if it is not.
 template <class Op>
 int64 small_bytes(AttentionParams const& p, Unit const& unit) {
-  if constexpr (Op::kPerWord == 1)
+  if constexpr (kServesSmall<Op>)
     if (Small<Op>::takes(p, unit)) return Small<Op>(p, unit, nullptr).bytes();
   return 0;
 }
@@ -20,7 +23,7 @@ int64 small_bytes(AttentionParams const& p, Unit const& unit) {
 template <class Op>
 bool run_small(AttentionParams const& p, ForwardItem const& item, void* memory) {
   bool const is_whole = item.rows.begin == 0 && item.rows.end == item.unit.band.s_q;
-  if constexpr (Op::kPerWord == 1)
+  if constexpr (kServesSmall<Op>)
     if (is_whole && Small<Op>::takes(p, item.unit)) return Small<Op>(p, item.unit, memory).forward();
   return false;
 }
@@ -28,7 +31,7 @@ bool run_small(AttentionParams const& p, ForwardItem const& item, void* memory) 
 template <class Op>
 bool run_small(AttentionParams const& p, BackwardItem const& item, void* memory) {
   bool const are_wanted = p.dq && p.dk && p.dv && !item.dq_shares;
-  if constexpr (Op::kPerWord == 1)
+  if constexpr (kServesSmall<Op>)
     if (are_wanted && Small<Op>::takes(p, item.unit)) return Small<Op>(p, item.unit, memory).backward();
   return false;
 }

@@ -156,7 +156,7 @@ class Backward {
 
   // Until the unit before has added to dbias what it does for this block; or for all of them, where heads, rows or keys
   // share its numbers and more than one block adds to the same ones.
-  void wait() const {
+  FA_CALLED void wait() const {
     if (!item_.before) return;
     bool const is_shared = (!p_.dbias_head && group_ > 1) || !p_.dbias_row || !p_.dbias_key;
     int64 needed = step_ + 1;
@@ -207,7 +207,7 @@ class Backward {
   }
 
   // Writes the rows of dq that this part is the last to add to, while they are in a cache.
-  void finish_dq(int part, int g, Matrix<Word> dq) const {
+  FA_CALLED void finish_dq(int part, int g, Matrix<Word> dq) const {
     if (p_.dq && !item_.dq_shares) write_dq(g, dq, {parts_.finished(part - 1), parts_.finished(part)});
   }
 
@@ -310,13 +310,13 @@ class Backward {
     };
     Terms const found = terms_of(scores_, seen_keys);
     if (!p_.dropout_threshold) with_terms(found, [&](auto terms) { weigh(terms, std::false_type()); });
-    else if (found <= kHidden) weigh(std::integral_constant<Terms, kHidden>(), std::true_type());
+    else if (kIsSpecialised && found <= kHidden) weigh(std::integral_constant<Terms, kHidden>(), std::true_type());
     else weigh(std::integral_constant<Terms, kAll>(), std::true_type());
     prefetch_->step(rows_at_once_);
     add_to_queries(head, row, count, keys, columns, seen);
   }
 
-  void prefetch_terms(int head, int first, int count, Range seen) const {
+  FA_CALLED void prefetch_terms(int head, int first, int count, Range seen) const {
     for (int n = first; n < fa::smaller(first + count, band_.s_q); ++n) scores_.prefetch_terms(head, n, count, seen);
   }
 
@@ -330,7 +330,7 @@ class Backward {
     if (has_extreme_keys_) add_nonfinite_keys(head, int(row), count, keys, columns, seen);
   }
 
-  void fill(Range keys, Range seen, int r, int count) {
+  FA_CALLED void fill(Range keys, Range seen, int r, int count) {
     filled_.add({seen.begin - keys.begin, seen.end - keys.begin}, {r, r + count});
   }
 

@@ -192,7 +192,7 @@ class BackwardJvp {
     along_.fill(keys, seen.keys, r, count);
     multiply(g, first + r, count, keys, columns);
     for (int n = 0; n < count; n += 2) {
-      if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias)
+      if (kIsSpecialised && terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias)
         weigh<kBand>(g, first, r, n, keys, seen.keys, columns);
       else weigh<kAll>(g, first, r, n, keys, seen.keys, columns);
     }

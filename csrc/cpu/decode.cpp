@@ -23,17 +23,33 @@ struct Block {
   char const *k[kKeys], *v[kKeys];
 };
 
+// Rows that follow each other in memory: as many addresses as a block has keys, whether it has so many or not.
+void put_in_turn(char const* first, int64 step, char const* (&rows)[kKeys]) {
+  Longs at = lane_numbers<double>() * step + reinterpret_cast<int64>(first);
+  for (int j = 0; j < kKeys; j += kCount<double>, at += kCount<double> * step)
+    __builtin_memcpy(rows + j, &at, sizeof at);
+}
+
 void look_up(Params const& p, Sequence const& s, Range span, Block& block) {
   constexpr int64 kBytes[] = {4, 2, 2, 1};  // by Dtype
   int64 const bytes = kBytes[p.cache_dtype];
+  Strides const of_k = p.k_strides, of_v = p.v_strides;  // copies: what is stored below might be their numbers
   block.begin = span.begin;
   block.keys = fa::larger(0, span.end - span.begin);
+  if (!s.pages && block.keys && span.begin >= s.first_key) {
+    put_in_turn(static_cast<char const*>(p.k_cache) + (s.b * of_k.batch + span.begin * of_k.row) * bytes,
+                of_k.row * bytes, block.k);
+    put_in_turn(static_cast<char const*>(p.v_cache) + (s.b * of_v.batch + span.begin * of_v.row) * bytes,
+                of_v.row * bytes, block.v);
+    for (int64& page : block.page) page = s.b;
+    return;
+  }
   for (int j = 0; j < block.keys; ++j) {
     int64 const position = fa::larger(span.begin + j, s.first_key), page = page_of(s, position, p.page_size);
     int64 const row = s.pages ? position % p.page_size : position;
     block.page[j] = page;
-    block.k[j] = static_cast<char const*>(p.k_cache) + (page * p.k_strides.batch + row * p.k_strides.row) * bytes;
-    block.v[j] = static_cast<char const*>(p.v_cache) + (page * p.v_strides.batch + row * p.v_strides.row) * bytes;
+    block.k[j] = static_cast<char const*>(p.k_cache) + (page * of_k.batch + row * of_k.row) * bytes;
+    block.v[j] = static_cast<char const*>(p.v_cache) + (page * of_v.batch + row * of_v.row) * bytes;
   }
 }
 
@@ -43,8 +59,16 @@ struct Rows {
   T const* at[COUNT];
 
   Rows(Block const& block, char const* const (&rows)[kKeys], int j, int64 offset) {
+    int64 const bytes = offset * int64(sizeof(T));
+    if (j + COUNT <= block.keys) {
+      for (int n = 0; n < COUNT; n += kCount<double>) {
+        Longs const some = loaded<Longs>(rows + j + n) + bytes;
+        __builtin_memcpy(at + n, &some, sizeof some);
+      }
+      return;
+    }
     for (int n = 0; n < COUNT; ++n)
-      at[n] = reinterpret_cast<T const*>(j + n < block.keys ? rows[j + n] + offset * int64(sizeof(T)) : kZeros);
+      at[n] = reinterpret_cast<T const*>(j + n < block.keys ? rows[j + n] + bytes : kZeros);
   }
 };
 
@@ -65,7 +89,7 @@ inline void for_rows(int row, int end, Step const& step) {
 
 // Adds columns c .. c + kStep - 1 of COUNT keys to their sums with ROWS query rows.
 template <class Product, int ROWS, int COUNT, class T>
-inline void add_products(float const* q, int64 width, T const* const* k, int c, Floats (&sums)[ROWS][COUNT]) {
+inline void add_products(float const* q, int64 width, T const* const* k, int64 c, Floats (&sums)[ROWS][COUNT]) {
 #pragma GCC unroll 16
   for (int n = 0; n < COUNT; ++n) {
     if constexpr (Product::kIsPaired) {
@@ -93,7 +117,7 @@ __attribute__((noinline)) void multiply_queries(float const* q, T const* const* 
   int64 const width = padded(dim);
   for (int j = 0; j < kLanes; j += kCount) {
     Floats sums[ROWS][kCount] = {};
-    int c = 0;
+    int64 c = 0;
     for (; c + kStep <= dim; c += kStep) {
 #pragma GCC unroll 16
       for (int n = 0; n < kCount; ++n) {
@@ -286,7 +310,8 @@ void soften(float* scores, int row, int64 width, Part const& part, Ints& hidden)
     hidden -= score == never;
   }
   float const before = part.most[row];
-  float after = __builtin_fmaxf(before, largest(most));
+  float const found = largest(most);
+  float after = found > before ? found : before;  // neither is NaN
   if (after == kNever) {  // nothing kept so far, or nothing that has an order
     if (!has_nan(scores)) {
       for (int j = 0; j < kKeys; ++j) scores[j] = kHidden;

@@ -70,7 +70,7 @@ struct Ends {
   T rows[ROWS][STEP] = {};
   T const* at[ROWS];
 
-  Ends(T const* const* from, int c, int count) {
+  Ends(T const* const* from, int64 c, int64 count) {
     for (int n = 0; n < ROWS; ++n) {
       __builtin_memcpy(rows[n], from[n] + c, count * sizeof(T));
       at[n] = rows[n];

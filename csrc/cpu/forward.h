@@ -57,7 +57,7 @@ class Forward {
   }
 
  private:
-  void begin() {
+  FA_CALLED void begin() {
     if (p_.intervals) narrow();
     if (p_.segments_q) segments_.look(scores_.segments_kv(), keys_, runs_);
     packed_to_ = keys_.begin;
@@ -338,7 +338,7 @@ class Forward {
   }
 
   // What such a strip, whose keys are `keys`, reads for row r.
-  typename Scores<Word>::Row described(int r, int begin, Range keys) {
+  FA_CALLED typename Scores<Word>::Row described(int r, int begin, Range keys) {
     Row const& row = row_[r];
     Range const both = common(row.kept, keys);
     bool const is_none = is_empty(both);

@@ -60,7 +60,8 @@ class ForwardJvp {
     given_.prefetch_terms(r, count, keys);
     Range const columns = columns_of<Word>(keys, begin);
     multiply_keys(r, count, begin, columns);
-    if (terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias && !given_.has_gaps_)
+    if (kIsSpecialised && terms_of(given_.scores_, seen) == kBand && !p_.dropout_threshold && !moved_.bias &&
+        !given_.has_gaps_)
       weigh_rows<kBand>(r, count, begin, columns, keys);
     else weigh_rows<kAll>(r, count, begin, columns, keys);
     given_.upcoming_.step(3 * kTileRows);

@@ -24,7 +24,7 @@ struct Parts {
   }
 
   // The rows before this one are those of which no part after the given one keeps a key.
-  int finished(int part) const {
+  FA_CALLED int finished(int part) const {
     int row = part < 0 ? 0 : band.s_q;
     for (int n = part + 1; part >= 0 && n < count(); ++n)
       if (!is_empty(rows(n))) row = fa::smaller(row, rows(n).begin);

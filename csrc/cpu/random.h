@@ -41,7 +41,7 @@ inline void philox(Wides (&counter)[4], uint32 key0, uint32 key1) {
 constexpr int kCallsAtOnce = kLanes, kBitsAtOnce = 8 * kCallsAtOnce;  // two vectors of calls, eight keys each
 
 // The 16 random bits of keys begin .. end - 1 and more: `bits` takes whole steps of kBitsAtOnce. `begin` is a multiple of 32.
-inline void random_bits(int64 const* seed_and_offset, int64 head, int row, int begin, int end, uint16* bits) {
+FA_CALLED void random_bits(int64 const* seed_and_offset, int64 head, int row, int begin, int end, uint16* bits) {
   uint64 const seed = uint64(seed_and_offset[0]);
   for (int j = begin; j < end; j += kBitsAtOnce, bits += kBitsAtOnce) {
     uint32 words[4][kCallsAtOnce];

@@ -120,7 +120,7 @@ inline void add_rows(Matrix<Word> to, Word const* from, int64 columns, Range row
 
 // Rows of results out of their sums, of which the first is that of row rows.begin.
 template <class Word>
-inline void write_rows(Matrix<Word const> sums, int64 dim, Word factor, Source const& to, Range rows) {
+FA_CALLED void write_rows(Matrix<Word const> sums, int64 dim, Word factor, Source const& to, Range rows) {
   for (int i = rows.begin; i < rows.end; ++i, sums.at += sums.stride) {
     if (i + kRowsAhead < rows.end) prefetch_results(from_row(to, i + kRowsAhead), 1, dim);
     write_row(sums.at, dim, factor, to.dtype, written(to, i));

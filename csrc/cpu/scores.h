@@ -51,6 +51,14 @@ inline Integers<Word> inside(Range range, int column) {
 // What stands between the products of a strip and its scores: nothing but the band; what hides pairs; a bias, too; all.
 enum Terms { kBand, kHidden, kBiased, kAll };
 
+// Whether loops over pairs are compiled for each kind of terms. Else the code for all terms serves every kind, with the same
+// bits: processors without AVX2 are rare, and their kernels are built with all others.
+#if defined(__AVX2__) || !defined(__x86_64__)
+constexpr bool kIsSpecialised = true;
+#else
+constexpr bool kIsSpecialised = false;
+#endif
+
 // The scores of one unit.
 template <class Word>
 class Scores {
@@ -68,7 +76,7 @@ class Scores {
     Word scale, cap, inverse_cap, slope, diagonal;
   };
 
-  Scores(AttentionParams const& p, Unit const& unit)
+  FA_CALLED Scores(AttentionParams const& p, Unit const& unit)
       : p(p), unit(unit), intervals(p, unit), group_(int(p.heads_q / p.heads_kv)) {
     bool const hides = p.mask || p.segments_q || p.intervals;
     terms = p.scale <= 0 || p.softcap || p.slopes ? kAll : p.bias ? kBiased : hides ? kHidden : kBand;
@@ -123,7 +131,7 @@ class Scores {
   }
 
   // Hides what lies between the ranges of a row that row() has described, in place of what it read of a mask.
-  void hide_gaps(Row& row, Ranges ranges, int first, int n = 0) {
+  FA_CALLED void hide_gaps(Row& row, Ranges ranges, int first, int n = 0) {
     uint8* const to = mask_[n];
     Range const kept = row.kept;
     if (!row.mask) __builtin_memset(to + kept.begin, 1, kept.end - kept.begin);
@@ -183,7 +191,7 @@ class Scores {
 
   // The same for terms that are known when it runs.
   static __attribute__((noinline)) Word finish(Terms terms, Row const& row, Range columns, Word* scores) {
-    switch (terms) {
+    switch (kIsSpecialised ? terms : kAll) {
       case kBand:
       case kHidden: return finish<kHidden>(row, columns, scores);
       case kBiased: return finish<kBiased>(row, columns, scores);
@@ -290,7 +298,7 @@ class Scores {
 // Calls step with a constant: the terms of a strip.
 template <class Step>
 inline auto with_terms(Terms terms, Step const& step) {
-  switch (terms) {
+  switch (kIsSpecialised ? terms : kAll) {
     case kBand: return step(std::integral_constant<Terms, kBand>{});
     case kHidden: return step(std::integral_constant<Terms, kHidden>{});
     case kBiased: return step(std::integral_constant<Terms, kBiased>{});
@@ -301,7 +309,7 @@ inline auto with_terms(Terms terms, Step const& step) {
 // The same where code for hidden pairs and for bias alone would gain little: kAll serves them, too.
 template <class Step>
 inline auto with_few_terms(Terms terms, Step const& step) {
-  if (terms == kBand) return step(std::integral_constant<Terms, kBand>{});
+  if (kIsSpecialised && terms == kBand) return step(std::integral_constant<Terms, kBand>{});
   return step(std::integral_constant<Terms, kAll>{});
 }
 

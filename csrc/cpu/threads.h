@@ -25,11 +25,13 @@ class Memory {
 
   // At least so many bytes, aligned to a cache line; null if there are none left.
   void* bytes(int64 count) {
-    if (count > size_ || !bytes_) {
+    if (kExact ? count != size_ || !bytes_ : count > size_ || !bytes_) {
       std::free(bytes_);
-      size_ = (count < kLarge ? count + count / 2 : count) / 4096 * 4096 + 4096;
-      bytes_ = std::aligned_alloc(4096, size_);
-      if (!bytes_) size_ = 0;
+      size_ = kExact ? count : (count < kLarge ? count + count / 2 : count) / 4096 * 4096 + 4096;
+      if (posix_memalign(&bytes_, kExact ? 64 : 4096, size_)) {
+        bytes_ = nullptr;
+        size_ = 0;
+      }
     }
     return bytes_;
   }
@@ -43,6 +45,11 @@ class Memory {
   }
 
  private:
+#ifdef __SANITIZE_ADDRESS__  // no room behind what was asked for, so that an access there is reported
+  static constexpr bool kExact = true;
+#else
+  static constexpr bool kExact = false;
+#endif
   static constexpr int64 kMostKept = 8 << 20, kLarge = 1 << 20;  // from kLarge on, no room to grow
 
   void* bytes_ = nullptr;

@@ -16,6 +16,10 @@
 #include <arm_neon.h>
 #endif
 
+// What runs once for many pairs and is called from several places: GCC's copies of it would gain nothing, and each takes
+// time to compile.
+#define FA_CALLED __attribute__((noinline))
+
 namespace {
 
 using fa::cpu::int32;
@@ -268,13 +272,19 @@ inline void exchange(Vector<Word>& a, Vector<Word>& b, std::integer_sequence<int
   a = upper;
 }
 
+// In lanes whose number has the bit STEP the sums of b with the lanes beside them, in the others those of a. What stays in its
+// lane is blended, which takes no unit that moves lanes.
+template <int STEP, int... LANE>
+inline Floats folded(Floats a, Floats b, std::integer_sequence<int, LANE...>) {
+  constexpr int kLast = kLanes;
+  return FA_SHUFFLE(float, a, b, ((LANE & STEP) ? kLast + LANE : LANE)...) +
+         FA_SHUFFLE(float, a, b, ((LANE & STEP) ? kLast + LANE - STEP : LANE + STEP)...);
+}
+
 template <int STEP>
 inline void fold(Floats* v) {
 #pragma GCC unroll 16
-  for (int n = 0; n < STEP; ++n) {
-    exchange<float, STEP>(v[n], v[n + STEP], LaneSequence<float>{});
-    v[n] += v[n + STEP];
-  }
+  for (int n = 0; n < STEP; ++n) v[n] = folded<STEP>(v[n], v[n + STEP], LaneSequence<float>{});
 }
 
 // The sums of as many vectors as there are lanes, side by side.

@@ -94,7 +94,7 @@ def load_image(checkpoint: AnySource, path: str | Path, model: Any) -> Tensor:
 def export(checkpoint: AnySource, path: str | Path) -> str:
     """Write the model of a checkpoint as a folder in Hugging Face's format, with its tokenizer and chat template.
 
-    A model of images comes with its ``preprocessor_config.json`` instead.
+    A model of images comes with its ``preprocessor_config.json``, and one of images alone without the other two.
 
     Args:
         checkpoint: as in ``load_model``; a model with the head of a task keeps it.
@@ -109,10 +109,9 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
     """
     found: Any = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
     config: TransformerConfig = found.config
+    pixels = checkpoint.pixels.to_hugging_face(config.image_size, config.channels) if config.has_images else None
     if config.kind == "vision":
-        save_pretrained(
-            found, path, image_processor=checkpoint.pixels.to_hugging_face(config.image_size, config.channels)
-        )
+        save_pretrained(found, path, image_processor=pixels)
         return _architecture(path)
     tokenizer = checkpoint.tokenizer()
     special = checkpoint.special_tokens(tokenizer)
@@ -121,7 +120,10 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
     ids = {"eos": special.end, "pad": special.end} | ({} if special.begin is None else {"bos": special.begin})
     if is_encoder_decoder(found):
         ids["decoder_start"] = special.target
-    save_pretrained(found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=checkpoint.chat_template)
+    template = checkpoint.chat_template
+    save_pretrained(
+        found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=template, image_processor=pixels
+    )
     return _architecture(path)
 
 

@@ -31,7 +31,10 @@ _HEAD_DIMS = {(1, 8, 16, 24, 32, 40): 0.8, (64, 80, 128): 0.19, (192, 256, 257, 
 _LONG_LENGTHS, _IS_LONG = (257, 700, 1024, 2048), 0.001
 _IN_PACKS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31)
 # The share of problems that a slow way judges, where it can; the others are judged in one of the remaining ways.
-_SLOW = {"compiled": 0.002, "jvp": 0.03, "statistics": 0.03, "forward mode": 0.015, "double backward": 0.015}
+_SLOW = {
+    "compiled": 0.002, "jvp": 0.03, "statistics": 0.03, "forward mode": 0.015, "double backward": 0.015,
+    "return_stats": 0.02,
+}  # fmt: skip
 # Further problems judged beside, drawn last, so that a problem of a number stays what it was.
 _BESIDE = {"any cache": 0.1} | dict.fromkeys(SPOILED, 0.04)
 # A result off by less than _NEAR bounds is no failure if that happens to at most one of _AGAIN samples of other values.
@@ -52,8 +55,8 @@ class Trial:
         result: of the backend on the problem.
         device: of the call.
         seed: of the values.
-        way: a name in ``ways.WAYS``, ``ways.DERIVATIVES`` or ``spoiled.SPOILED``, or, called directly, a part in
-            ``verify.PARTS``, or "any cache".
+        way: a name in ``ways.WAYS``, ``ways.DERIVATIVES`` or ``spoiled.SPOILED``, "return_stats", or, called directly,
+            a part in ``verify.PARTS``, or "any cache".
     """
 
     result: Result

@@ -15,6 +15,7 @@ second one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from fastattn.testing.tolerance import (
 )
 
 FACTORS = (EAGER_FACTOR / 2, CONDITION_FACTOR / 2)
+Run = Callable[[Sample, StatisticsGradient, Sequence[str]], tuple[Statistics, Grads]]
 
 
 def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
@@ -53,11 +55,20 @@ def measure_statistics(backend: Backend | str, sample: Sample) -> list[Row]:
     Raises:
         AssertionError: a result breaks the contract of ``backends.base`` in shape, dtype or memory.
     """
-    backend, wide, needs = load(backend) if isinstance(backend, str) else backend, in_float64(sample), _needs(sample)
-    gradient = _gradient(sample)
-    with poisoned():
-        statistics = backend.statistics(sample.inputs, sample.spec)
-        grads = backend.statistics_backward(gradient, sample.inputs, sample.spec, needs)
+    chosen = load(backend) if isinstance(backend, str) else backend
+
+    def run(sample: Sample, gradient: StatisticsGradient, needs: Sequence[str]) -> tuple[Statistics, Grads]:
+        with poisoned():
+            statistics = chosen.statistics(sample.inputs, sample.spec)
+            return statistics, chosen.statistics_backward(gradient, sample.inputs, sample.spec, needs)
+
+    return judge_statistics(run, sample)
+
+
+def judge_statistics(run: Run, sample: Sample) -> list[Row]:
+    """Judge what ``run(sample, gradient, needs)`` computes: the statistics, and the gradients of ``needs``."""
+    wide, needs, gradient = in_float64(sample), _needs(sample), _gradient(sample)
+    statistics, grads = run(sample, gradient, needs)
     _check(statistics, grads, sample)
     exactly = StatisticsGradient(*(getattr(gradient, f.name).double() for f in dataclasses.fields(gradient)))
     exact = _reference(wide, exactly, None)

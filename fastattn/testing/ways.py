@@ -18,10 +18,11 @@ from torch import Tensor
 from fastattn.decoding import attention_with_kv_cache
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn import MultiHeadAttention
-from fastattn.problem import Inputs
+from fastattn.problem import Grads, Inputs, Statistics, StatisticsGradient
 from fastattn.reference import lse_dtype
 from fastattn.testing.derivatives import Motion, judge_derivatives
 from fastattn.testing.inputs import Sample
+from fastattn.testing.statistics import judge_statistics
 from fastattn.testing.tolerance import Results, Row, Yardstick
 
 Way = Callable[[Sample, str], Results]
@@ -39,7 +40,9 @@ def _has_public_anchor(sample: Sample) -> bool:
 
 
 def measure_way(name: str, sample: Sample, backend: str, *, yardstick: Yardstick | None = None) -> list[Row]:
-    """Judge ``out`` and ``lse`` computed in the way of this name, or their derivatives."""
+    """Judge ``out`` and ``lse`` computed in the way of this name, their derivatives, or returned statistics."""
+    if name == RETURN_STATS:
+        return judge_statistics(functools.partial(_return_stats, backend), sample)
     if name in DERIVATIVES:
         moves, run = DERIVATIVES[name]
         found = functools.partial(run, backend=backend)
@@ -182,13 +185,17 @@ def _packed(sample: Sample, backend: str) -> Results:
 
 def _ragged(sample: Sample, backend: str) -> Results:
     """A packed problem through the public function."""
-    inputs, options = sample.inputs, options_of(sample)
+    out, lse = _call_packed(sample, backend)
+    return {"out": out, "lse": lse}
+
+
+def _call_packed(sample: Sample, backend: str, **changes: Any) -> Any:
+    inputs, options = sample.inputs, options_of(sample) | changes
     for name in ("bias", "mask", "segment_ids"):
         options.pop(name)
     cu_q, cu_k = inputs.cu_seqlens_q, inputs.cu_seqlens_kv
     assert cu_q is not None and cu_k is not None
-    out, lse = attention_varlen(*_qkv(sample), cu_q, cu_k, **options, backend=backend)
-    return {"out": out, "lse": lse}
+    return attention_varlen(*_qkv(sample), cu_q, cu_k, **options, backend=backend)
 
 
 def _of_all_entries(inputs: Inputs) -> Tensor:
@@ -276,10 +283,29 @@ def _derivatives(sample: Sample, results: Pair, grads: Sequence[Tensor]) -> Resu
     return dict(zip(names, (*results, *grads), strict=True))
 
 
+def _return_stats(
+    backend: str, sample: Sample, gradient: StatisticsGradient, needs: Sequence[str]
+) -> tuple[Statistics, Grads]:
+    """The statistics that ``return_stats=True`` adds to the results, and their gradients."""
+    values = {name: getattr(sample.inputs, name).detach().requires_grad_() for name in needs}
+    given = dataclasses.replace(sample, inputs=sample.inputs.replace(**values))
+    if given.inputs.is_packed:
+        *_, found = _call_packed(given, backend, return_stats=True)
+    else:
+        *_, found = attention(*_qkv(given), **options_of(given), return_stats=True, backend=backend)
+    kinds = [field.name for field in dataclasses.fields(gradient)]
+    along = [getattr(gradient, kind) for kind in kinds]
+    grads = torch.autograd.grad([getattr(found, kind) for kind in kinds], list(values.values()), along)
+    by_name = dict(zip((f"d{name}" for name in values), grads, strict=True))
+    return Statistics(*(x.detach() for x in found)), Grads(**by_name)
+
+
 DERIVATIVES: dict[str, tuple[Callable[[Motion], Motion], Callable[..., Results]]] = {
     "forward mode": (lambda motion: motion, _forward_mode),
     "double backward": (Motion.of_inputs_alone, _double_backward),
 }
+
+RETURN_STATS = "return_stats"
 
 WAYS: dict[str, Way] = {
     "heads first": _heads_first,
@@ -301,7 +327,7 @@ def ways_of(sample: Sample) -> list[str]:
     """The ways that can express the problem."""
     inputs, spec = sample.inputs, sample.spec
     if not serves(sample):
-        return ["ragged"] if inputs.is_packed and _has_public_anchor(sample) else []
+        return ["ragged", RETURN_STATS] if inputs.is_packed and _has_public_anchor(sample) else []
     has_data = inputs.bias is not None or inputs.mask is not None or inputs.segment_ids_q is not None
     hidden = (inputs.mask, inputs.segment_ids_q, inputs.intervals)
     has_no_cache = any(x is not None for x in hidden) or spec.dropout_p or not inputs.k.shape[1]
@@ -310,4 +336,4 @@ def ways_of(sample: Sample) -> list[str]:
     left_out |= {"ragged"} | ({"cache"} if has_no_cache else set()) | (set() if _fits_module(sample) else {"module"})
     if sample.case.memory == "expanded":  # torch.func.jvp refuses a tensor whose elements share memory
         left_out |= {"forward mode"}
-    return [name for name in (*WAYS, *DERIVATIVES) if name not in left_out]
+    return [name for name in (*WAYS, *DERIVATIVES, RETURN_STATS) if name not in left_out]

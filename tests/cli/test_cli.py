@@ -5,6 +5,8 @@ import io
 import json
 import re
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -46,6 +48,13 @@ def test_help(capsys, command):
         main([*command, "--help"])
     assert done.value.code == 0
     assert "usage: fastattn" in capsys.readouterr().out
+
+
+def test_help_of_the_script_does_not_wait_for_torch(tmp_path):
+    script = tmp_path / "fastattn"
+    script.write_text("import sys\nsys.modules['torch'] = None\nfrom fastattn.cli import main\nmain(sys.argv[1:])\n")
+    ran = subprocess.run([sys.executable, script, "train", "--help"], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: fastattn train")
 
 
 def test_version(capsys):

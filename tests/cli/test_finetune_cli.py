@@ -237,6 +237,8 @@ def test_examples(name, tmp_path, monkeypatch, capsys):
     text, found = capsys.readouterr().out, json.loads(figures.read_text())
     assert found == json.loads((tmp_path / "out" / "result.json").read_text())
     assert all(count > 0 for count in found["examples"].values())
+    assert found["command"] == f"fastattn example {name} --steps 2" and str(tmp_path) not in figures.read_text()
+    assert (tmp_path / "out" / found["checkpoint"]).is_dir()
     verdict = "better" if found["beats baseline"] else "NOT better"
     assert f"\n{verdict} than {'every' if name == 'summarise' else 'the'} baseline: {found['metrics'][0]} " in text
     assert found["metrics"] == shown_metrics[name]

@@ -103,6 +103,7 @@ def along_q(attend):
     return lambda q: scalar(attend)(q, *X[1:])
 
 
+LAST_ROWS = X[0][:, -2:]  # of q: a Jacobian of a Jacobian is computed row by row
 DIRECTIONS = torch.stack([X[0].cos(), X[0].exp(), X[0]])
 TRANSFORMS = {
     "jvp": lambda f: jvp(f, tuple(X), tuple(TANGENTS)),
@@ -111,8 +112,8 @@ TRANSFORMS = {
     "jacrev": lambda f: jacrev(f, (0, 1, 2))(*X),
     "hessian": lambda f: hessian(scalar(f), (0, 1, 2))(*X),
     "jacrev of jacrev": lambda f: jacrev(jacrev(scalar(f)))(*X),
-    "jacrev of jacfwd": lambda f: jacrev(jacfwd(scalar(f)))(*X),
-    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(scalar(f)))(*X),
+    "jacrev of jacfwd": lambda f: jacrev(jacfwd(along_q(f)))(LAST_ROWS),
+    "jacfwd of jacfwd": lambda f: jacfwd(jacfwd(along_q(f)))(LAST_ROWS),
     "gradient of jvp": lambda f: grad(lambda *x: jvp(f, x, tuple(TANGENTS))[1].sin().sum(), (0, 1, 2))(*X),
     "dual numbers": of_dual_numbers,
     "gradient of dual numbers": gradient_of_dual_numbers,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastattn.backends.cpu import build, library
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
@@ -20,6 +22,8 @@ q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
 expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, k)), is_causal=True, enable_gqa=True)
 torch.testing.assert_close(loaded.flash_attn_func(q, k, k, causal=True), expected.transpose(1, 2))
 import fastattn
+from fastattn.backends.cpu import library
+print(library.delivered()[1])
 print(Path(fastattn.__file__).is_relative_to(Path(sys.argv[1]).resolve()))
 """
 
@@ -56,22 +60,34 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def environment(folder, tmp_path_factory):
+    """No compiler, and the library of the checkout as if compiled before: it is loaded for the same sources alone."""
+    found, why = library.delivered()
+    if found is None:
+        pytest.skip(why)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / f"{build.fingerprint(ROOT / 'csrc')}-{build.LIBRARY}").symlink_to(found.path)
+    return {"HF_HUB_OFFLINE": "1", "FASTATTN_CACHE": str(cache), "CXX": "no-such-compiler"}
+
+
 def run(code, *arguments, cwd, **environment):
-    variables = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
-    variables |= {"HF_HUB_OFFLINE": "1", **environment}
+    variables = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"} | environment
     command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
-def test_kernels_loads_the_folder(folder, tmp_path):
+def test_kernels_loads_the_folder(folder, environment, tmp_path):
     assert sorted(x.name for x in folder.iterdir()) == ["torch-universal"]
-    assert (folder / "torch-universal" / "fastattn" / "csrc" / "cpu").is_dir(), "kernels are compiled where it is used"
-    assert run(LOADS, folder, cwd=tmp_path) == "True", "the folder's own copy"
+    assert not list(folder.rglob("*.so")), "kernels are compiled where it is used"
+    *_, delivery, is_its_own = run(LOADS, folder, cwd=tmp_path, **environment)
+    assert delivery.endswith("; compiled at first use"), delivery
+    assert is_its_own == "True", "the folder's own copy"
 
 
-def test_transformers_loads_it_by_the_name_of_a_repository(folder, tmp_path):
+def test_transformers_loads_it_by_the_name_of_a_repository(folder, environment, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    printed = run(SERVES, cwd=tmp_path, LOCAL_KERNELS=f"org/fastattn={folder}")
-    assert printed.splitlines()[-1] == "True", "served by a plan"
+    printed = run(SERVES, cwd=tmp_path, LOCAL_KERNELS=f"org/fastattn={folder}", **environment)
+    assert printed[-1] == "True", "served by a plan"

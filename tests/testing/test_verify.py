@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import reference
+from fastattn import ops, reference
 from fastattn.backends import base, load
 from fastattn.testing import Case, grid, make
 from fastattn.testing import fuzz as fuzz_module
 from fastattn.testing import verify as verify_module
 from fastattn.testing.fuzz import fuzz, random_case
 from fastattn.testing.verify import judge, verify
+from fastattn.testing.ways import measure_way
 
 
 class Broken(base.Backend):
@@ -111,6 +112,19 @@ def test_fuzz_passes_what_is_right():
 
 def test_fuzz_in_processes():
     assert fuzz(30, seed=11, backends=["eager"], jobs=2) is None
+
+
+@pytest.mark.parametrize("lengths", [None, ((3, 5), (4, 2))], ids=["dense", "packed"])
+def test_returned_statistics_are_judged_with_their_gradients(monkeypatch, lengths):
+    sample = make(Case(id="", H_q=2, H_kv=1, D_qk=8, D_v=8, lengths=lengths))
+    assert all(row.ok for row in measure_way("return_stats", sample, "portable"))
+    gradients = ops.statistics_backward
+    monkeypatch.setattr(
+        ops, "statistics_backward",
+        lambda gradient, *rest: gradients(dataclasses.replace(gradient, key_sum=None), *rest),
+    )  # fmt: skip
+    wrong = {row.name for row in measure_way("return_stats", sample, "portable") if not row.ok}
+    assert {name.split()[0] for name in wrong} == {"dq", "dk"}
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ def delivered() -> tuple[Library | None, str]:
     except OSError as error:
         not_built = str(error)
     try:
-        return _compiled(), f"{not_built}; compiled at first use by {build.find_compiler()}"
+        return _compiled(), f"{not_built}; compiled at first use"  # the compiler may be gone since
     except (BuildError, OSError) as error:
         return None, f"unavailable: {not_built}, and {error}"
 

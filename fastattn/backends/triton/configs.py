@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from fastattn.backends.triton.table import TABLE
 
-# Features that need registers. A kernel with one of them in use takes the row "<kernel> one", with several of them
-# "<kernel> several", if the table has such a row.
+# Features that need registers. A kernel with one of them in use takes the row "<kernel> one", with two or three
+# "<kernel> several", with more "<kernel> many", if the table has such a row, or else the one with fewer of them.
 REGISTER_HEAVY = frozenset({"mask", "bias", "softcap", "alibi", "segments", "dropout"})
 DEFAULT = "default"
 ALWAYS = {"enable_fp_fusion": True}  # compiler options; the default of this one changes between versions of Triton
@@ -75,7 +75,8 @@ def kinds_of(kernel: str, features: Iterable[str]) -> list[str]:
         return [f"{kernel} paged", kernel]  # the look-up of pages takes a stage of the pipeline
     if kernel == "forward" and "e4m3" in features and count:
         return [f"{kernel} e4m3", *kinds_of(kernel, features - {"e4m3"})]  # decoding its bytes takes registers, too
-    return [f"{kernel} several", f"{kernel} one", kernel][2 - min(count, 2) :]
+    kinds = [f"{kernel} many", f"{kernel} several", f"{kernel} one", kernel]
+    return kinds[0 if count > 3 else 3 - min(count, 2) :]
 
 
 def arch_name(backend: str, arch: int | str) -> str:

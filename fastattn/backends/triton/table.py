@@ -2,10 +2,10 @@
 
 ``(arch, kernel, bits of an element, head dim): (BLOCK_M, BLOCK_N, num_warps, num_stages)``; a head dim between two
 rows takes the larger one, an architecture without a row that of "default". A row named "<kernel> one" serves a
-problem with one of the features in ``configs.REGISTER_HEAVY``, "<kernel> several" one with more, "<kernel> paged" a
-cache in pages without any of them, "<kernel> e4m3" one in e4m3 with some. Every row was chosen by its machine code
-(``make gates``): no spills, no product computed twice where that is possible, then the largest tile. None has been
-measured on a GPU yet.
+problem with one of the features in ``configs.REGISTER_HEAVY``, "<kernel> several" one with two or three of them,
+"<kernel> many" one with more, "<kernel> paged" a cache in pages without any of them, "<kernel> e4m3" one in e4m3 with
+some. Every row was chosen by its machine code (``make gates``): no spills, no product computed twice where that is
+possible, then the largest tile. None has been measured on a GPU yet.
 """
 
 TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
@@ -27,13 +27,14 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("default", "backward_dkdv", 32, 128): (32, 32, 8, 1),
     ("default", "backward_dkdv", 32, 256): (16, 32, 8, 1),
     ("default", "backward_dkdv", 32, 512): (16, 32, 8, 1),
+    ("default", "backward_dkdv many", 16, 256): (32, 16, 8, 2),
     ("default", "backward_dkdv one", 16, 64): (16, 128, 8, 2),
     ("default", "backward_dkdv one", 16, 128): (64, 64, 8, 1),
     ("default", "backward_dkdv one", 32, 64): (16, 32, 8, 1),
     ("default", "backward_dkdv one", 32, 128): (16, 32, 8, 1),
     ("default", "backward_dkdv one", 32, 256): (16, 16, 8, 1),
     ("default", "backward_dkdv several", 16, 128): (32, 16, 4, 2),
-    ("default", "backward_dkdv several", 16, 256): (32, 16, 8, 2),
+    ("default", "backward_dkdv several", 16, 256): (64, 16, 8, 2),
     ("default", "backward_dq", 16, 64): (128, 64, 8, 3),
     ("default", "backward_dq", 16, 128): (128, 32, 8, 2),
     ("default", "backward_dq", 16, 256): (32, 64, 8, 1),
@@ -122,12 +123,13 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_100", "backward_dkdv", 32, 256): (16, 16, 8, 1),
     ("sm_100", "backward_dkdv one", 16, 128): (32, 128, 8, 2),
     ("sm_100", "backward_dkdv several", 16, 64): (32, 128, 8, 2),
-    ("sm_100", "backward_dkdv several", 16, 256): (16, 32, 8, 1),
+    ("sm_100", "backward_dkdv several", 16, 256): (32, 32, 8, 2),
     ("sm_100", "backward_dkdv several", 16, 512): (16, 32, 8, 2),
     ("sm_100", "backward_dq", 16, 64): (128, 64, 8, 2),
     ("sm_100", "backward_dq", 16, 128): (128, 64, 8, 2),
     ("sm_100", "backward_dq", 16, 256): (128, 32, 8, 2),
     ("sm_100", "backward_dq several", 16, 128): (64, 64, 8, 1),
+    ("sm_100", "backward_dq several", 16, 512): (16, 32, 8, 2),
     ("sm_100", "decode", 16, 64): (64, 64, 8, 3),
     ("sm_100", "decode", 16, 128): (64, 64, 8, 3),
     ("sm_100", "decode", 16, 256): (32, 32, 8, 2),
@@ -152,11 +154,12 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_80", "backward_dkdv", 16, 64): (32, 128, 8, 2),
     ("sm_80", "backward_dkdv", 16, 128): (128, 64, 8, 2),
     ("sm_80", "backward_dkdv", 16, 256): (64, 32, 8, 1),
+    ("sm_80", "backward_dkdv many", 16, 256): (32, 16, 8, 2),
     ("sm_80", "backward_dkdv one", 16, 64): (16, 128, 8, 2),
     ("sm_80", "backward_dkdv one", 16, 128): (64, 64, 8, 2),
     ("sm_80", "backward_dkdv one", 16, 256): (64, 16, 8, 2),
     ("sm_80", "backward_dkdv several", 16, 128): (32, 16, 4, 2),
-    ("sm_80", "backward_dkdv several", 16, 256): (32, 16, 8, 2),
+    ("sm_80", "backward_dkdv several", 16, 256): (64, 16, 8, 2),
     ("sm_80", "backward_dq", 16, 64): (128, 64, 8, 3),
     ("sm_80", "backward_dq", 16, 128): (128, 32, 8, 2),
     ("sm_80", "backward_dq", 16, 256): (64, 64, 8, 1),
@@ -178,7 +181,7 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_80", "forward one", 16, 64): (128, 64, 8, 2),
     ("sm_80", "forward paged", 16, 64): (128, 64, 8, 3),
     ("sm_80", "forward several", 16, 128): (128, 32, 8, 2),
-    ("sm_80", "forward several", 16, 256): (32, 128, 8, 1),
+    ("sm_80", "forward several", 16, 256): (32, 64, 8, 2),
     ("sm_90", "backward_dbias", 16, 64): (64, 64, 8, 1),
     ("sm_90", "backward_dbias", 16, 128): (64, 64, 8, 1),
     ("sm_90", "backward_dbias", 16, 256): (64, 64, 8, 1),
@@ -187,8 +190,8 @@ TABLE: dict[tuple[str, str, int, int], tuple[int, int, int, int]] = {
     ("sm_90", "backward_dkdv", 16, 128): (64, 128, 8, 2),
     ("sm_90", "backward_dkdv", 16, 256): (32, 64, 8, 2),
     ("sm_90", "backward_dkdv one", 16, 128): (32, 128, 8, 2),
-    ("sm_90", "backward_dkdv one", 16, 256): (16, 64, 8, 1),
-    ("sm_90", "backward_dkdv several", 16, 64): (32, 128, 8, 2),
+    ("sm_90", "backward_dkdv one", 16, 256): (16, 64, 8, 3),
+    ("sm_90", "backward_dkdv several", 16, 64): (16, 128, 8, 2),
     ("sm_90", "backward_dkdv several", 16, 128): (16, 128, 8, 2),
     ("sm_90", "backward_dkdv several", 16, 256): (16, 32, 8, 1),
     ("sm_90", "backward_dq", 16, 64): (128, 64, 8, 3),

@@ -63,7 +63,9 @@ class Result:
         seconds: that all of it took.
         cpu_seconds: of all cores, which on a machine with other work is the fairer figure.
         samples: what the model says, beside what was expected.
-        checkpoint: of the model.
+        checkpoint: of the model, below ``out``.
+        out: the folder of the example.
+        command: that made it.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Result:
     cpu_seconds: float
     samples: list[dict[str, str]]
     checkpoint: str
+    out: Path
+    command: str
 
     @property
     def beats_baseline(self) -> bool:
@@ -103,7 +107,7 @@ class Result:
         lines = [self.question, "", "held out", score_table(self.model, self.baselines, self.metrics)]
         facts: dict[str, object] = {f"examples, {name}": count for name, count in self.examples.items()}
         facts |= {"seconds": round(self.seconds, 1), "seconds of CPU": round(self.cpu_seconds, 1)}
-        facts["checkpoint"] = self.checkpoint
+        facts["checkpoint"] = self.out / self.checkpoint
         lines += ["", aligned(facts)]
         if self.samples:
             lines += ["", "expected: answered"]
@@ -111,7 +115,9 @@ class Result:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self) | {"beats baseline": self.beats_baseline}, indent=1) + "\n"
+        """The record, without the folder, which is of this machine."""
+        fields = dataclasses.asdict(self) | {"beats baseline": self.beats_baseline}
+        return json.dumps({name: x for name, x in fields.items() if name != "out"}, indent=1) + "\n"
 
 
 def run_example(
@@ -134,15 +140,16 @@ def run_example(
         raise input_error("example", repr(name), ", ".join(EXAMPLES), "See fastattn example --help.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{str(out)!r} holds something already: choose another --out.")
-    result = EXAMPLES[name](_Place(out, device, steps, show_progress))
+    result = EXAMPLES[name](_Place(name, out, device, steps, show_progress))
     write_text(out / "result.json", result.to_json())
     return result
 
 
 @dataclass(frozen=True)
 class _Place:
-    """The folder, device and time limit of an example."""
+    """The name, folder, device and time limit of an example."""
 
+    name: str
     out: Path
     device: torch.device | str
     steps: int | None
@@ -199,7 +206,7 @@ def _classify(place: _Place) -> Result:
     numbers = {package: number for number, package in enumerate(packages)}
     baseline = label_scores([numbers[usual]] * len(expected), [numbers[x] for x in expected], len(packages))
     return _judged(
-        place, outcome.checkpoint, "classify", outcome.scores,
+        place, outcome.checkpoint, outcome.scores,
         [Baseline(f"always the package with the most docstrings, {usual}", baseline)], ["accuracy"],
         question=f"Which of {len(packages)} packages of the standard library does a docstring come from?",
         examples={"train": len(train), "held out": len(held_out)},
@@ -231,7 +238,7 @@ def _summarise(place: _Place) -> Result:
     }
     baselines = [Baseline(what, text_scores(answers, expected)) for what, answers in easy.items()]
     return _judged(
-        place, outcome.checkpoint, "summarise", outcome.scores, baselines, ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"],
+        place, outcome.checkpoint, outcome.scores, baselines, ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU"],
         question="What is the first line of a function's docstring?",
         examples={"train": len(train), "sentences": len(prose), "held out": len(held_out)},
         samples=_samples(outcome.checkpoint, eval_data, "target", place),
@@ -284,7 +291,7 @@ def _code(place: _Place) -> Result:
     usual = "how often each token occurs in those very modules: the best loss that ignores all context"
     baseline = Baseline(usual, {"loss": _entropy_of(outcome.checkpoint, folders["held_out"])})
     return _judged(
-        place, outcome.checkpoint, "code", found.scores, [baseline], ["loss"], greater_is_better=False,
+        place, outcome.checkpoint, found.scores, [baseline], ["loss"], greater_is_better=False,
         question="What is the next token in the source of modules that were never seen?",
         examples={"train": sizes["train"], "held out": sizes["held_out"]}, samples=[],
     )  # fmt: skip
@@ -301,14 +308,15 @@ def _entropy_of(checkpoint: Checkpoint, folder: Path) -> float:
 
 
 def _judged(
-    place: _Place, checkpoint: Checkpoint, name: str, scores: dict[str, float], baselines: list[Baseline],
-    metrics: list[str], *, question: str, examples: dict[str, int], samples: list[dict[str, str]],
+    place: _Place, checkpoint: Checkpoint, scores: dict[str, float], baselines: list[Baseline], metrics: list[str], *,
+    question: str, examples: dict[str, int], samples: list[dict[str, str]],
     greater_is_better: bool = True,
 ) -> Result:  # fmt: skip
+    command = f"fastattn example {place.name}" + (f" --steps {place.steps}" if place.steps else "")
     return Result(
-        name=name, question=question, baselines=baselines, metrics=metrics, greater_is_better=greater_is_better,
-        model=scores, examples=examples, samples=samples,
-        checkpoint=str(checkpoint.folder), **place.seconds(),
+        name=place.name, question=question, baselines=baselines, metrics=metrics, greater_is_better=greater_is_better,
+        model=scores, examples=examples, samples=samples, out=place.out, command=command,
+        checkpoint=str(checkpoint.folder.relative_to(place.out)), **place.seconds(),
     )  # fmt: skip
 
 

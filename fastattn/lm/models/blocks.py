@@ -223,6 +223,7 @@ class Block(nn.Module):
         self.norm_after = config.norm_place == "after"
         both = config.norm_place == "both"
         self.attention_out_norm = make_norm(config, config.width) if both else nn.Identity()
+        self.cross_out_norm = make_norm(config, config.width) if both and cross else nn.Identity()
         self.mlp_out_norm = make_norm(config, config.width) if both else nn.Identity()
 
     def forward(self, x: Tensor, rows: Rows, cache: Cache | None = None, memory: Memory | None = None) -> Tensor:
@@ -230,7 +231,7 @@ class Block(nn.Module):
         if self.cross_attention is not None and self.cross_norm is not None:
             cross = self.cross_attention
             of_source = cache if isinstance(cache, DecoderCache | PagedLayer) else None
-            x = self._add(x, self.cross_norm, lambda x: cross(x, memory, of_source))
+            x = self._add(x, self.cross_norm, lambda x: self.cross_out_norm(cross(x, memory, of_source)))
         return self._add(x, self.mlp_norm, lambda x: self.mlp_out_norm(self.mlp(x)))
 
     def _add(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:

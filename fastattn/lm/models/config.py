@@ -94,6 +94,8 @@ class TransformerConfig:
         token_types: kinds of tokens with an embedding each (BERT's sentence A and B); 0 is none.
         pooler: a layer on the first token for classification, as BERT has it.
         pooler_activation: "tanh" or "relu", after that layer.
+        head_transform: heads for labels and spans have a layer, its activation and a norm before their output layer, as
+            ModernBERT's and every head for masked tokens.
         image_size: height and width of an image.
         patch_size: height and width of a patch, which becomes a token.
         channels: of an image.
@@ -152,6 +154,7 @@ class TransformerConfig:
     position_offset: int = 0
     pooler_activation: PoolerActivation = "tanh"
     vision_layers: int | None = None
+    head_transform: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
@@ -218,6 +221,7 @@ class TransformerConfig:
             "decoder_layers": (self.decoder_layers is not None, ("encoder-decoder",)),
             "token_types": (bool(self.token_types), ("encoder",)),
             "pooler": (self.pooler, ("encoder", "vision")),
+            "head_transform": (self.head_transform, ("encoder",)),
             "vision_layers": (self.vision_layers is not None, ("image-text",)),
         }
         for name, (is_given, kinds) in belongs.items():
@@ -263,9 +267,9 @@ class TransformerConfig:
     def vision(self) -> TransformerConfig:
         """The config of the encoder of images in an "image-text" model: a ViT of its width."""
         return TransformerConfig(
-            0, self.width, self.vision_layers or 0, self.heads, kind="vision", norm="layer", activation="gelu-exact",
-            positions="learned", bias=True, dropout=self.dropout, attention=self.attention, image_size=self.image_size,
-            patch_size=self.patch_size, channels=self.channels,
+            0, self.width, self.vision_layers or 0, self.heads, kind="vision", norm="layer", norm_eps=1e-5,
+            activation="gelu-exact", positions="learned", bias=True, dropout=self.dropout, attention=self.attention,
+            image_size=self.image_size, patch_size=self.patch_size, channels=self.channels,
         )  # fmt: skip
 
     @property

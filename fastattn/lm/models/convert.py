@@ -78,10 +78,10 @@ def from_pretrained(
             model = _build(hf_format, config, head, stored, fields)
         names = {ours: hf_format.names(ours, config, head) for ours in model.state_dict()}
         _check_names(hf_format, folder, names, stored, backbone_only)
-        state = {
-            ours: _gather(hf_format, [(name, stored[name]) for name in names[ours]], ours, like, folder)
-            for ours, like in model.state_dict().items()
-        }
+        state = {}
+        for ours, like in model.state_dict().items():
+            whole = _gather(hf_format, [(name, stored[name]) for name in names[ours]], ours, like, folder)
+            state[ours] = hf_format.reordered(whole, ours, config, back=True)
     model.load_state_dict(state, assign=True)
     model.hf_model_type = hf_format.model_type
     return model.eval()
@@ -277,14 +277,18 @@ def _build(
         output = f"{hf_format.heads[head][1]['output']}.weight"
         count = stored[output].shape[0] if output in stored else 1
         names = [name for _, name in sorted((int(i), name) for i, name in (fields.get("id2label") or {}).items())]
-        return getattr(heads, head)(model, count, labels=names if len(set(names)) == count else None)
+        more: dict[str, Any] = {"labels": names if len(set(names)) == count else None}
+        if head == "SequenceClassifier" and hf_format.poolings:
+            ours = {theirs: pool for pool, theirs in hf_format.poolings.items()}
+            more["pool"] = ours.get(fields.get("classifier_pooling", "cls"))
+        return getattr(heads, head)(model, count, **more)
     return getattr(heads, head)(model)
 
 
 def _check_names(
     hf_format: HFFormat, folder: Path, names: Mapping[str, Sequence[str]], stored: Tensors, backbone_only: bool
 ) -> None:
-    wanted = {name for theirs in names.values() for name in theirs}
+    wanted = {name for theirs in names.values() for name in theirs} | set(hf_format.copies)
     missing = sorted(wanted - set(stored))
     foreign = {
         x
@@ -298,6 +302,9 @@ def _check_names(
         if odd:
             more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
             raise DataError(f"{folder} {what} the tensors {', '.join(odd[:5])}{more}.")
+    for name, other in hf_format.copies.items():
+        if not torch.equal(stored[name], stored[other]):
+            raise DataError(f"{folder}: {name} differs from {other}, and fastattn has one tensor for both.")
 
 
 def _is_of_head(hf_format: HFFormat, name: str) -> bool:
@@ -323,8 +330,8 @@ def _is_transposed(hf_format: HFFormat, ours: str, tensor: Tensor) -> bool:
 
 def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
     """Config and tensors of ``model`` in the format that represents them exactly; InputError if none does."""
-    config = _explicit(model.config)
     head = type(model).__name__ if isinstance(model, AnyHead) else None
+    config = _explicit(model.config, head)
     reasons, unsaid = list[str](), list[str]()
     read_from = getattr(model, "hf_model_type", None)
     for hf_format in sorted(HF_FORMATS.values(), key=lambda x: x.model_type != read_from):  # stable: else in order
@@ -332,7 +339,7 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
             fields = hf_format.write(config)
             tensors, unplaced = _scatter(model, hf_format, config, head)
             try:
-                known = _explicit(hf_format.read(fields, tensors))
+                known = _explicit(hf_format.read(fields, tensors), head)
             except (DataError, InputError, ArithmeticError, TypeError) as error:  # it cannot even say what differs
                 unsaid.append(f"for {hf_format.model_type}, {error}")
                 continue
@@ -342,7 +349,7 @@ def _describe(model: AnyModel | AnyHead) -> tuple[Json, dict[str, Tensor]]:
                     tensors = {name.removeprefix(hf_format.prefix): tensor for name, tensor in tensors.items()}
                 return _with_facts(fields, hf_format, model, head), tensors
             reasons.append(f"for {hf_format.model_type}, {reason}")
-    todo = "Checkpoints of fastattn hold any model; of its presets, decoders, bert-*, t5-* and vit-* can be exported."
+    todo = "Checkpoints of fastattn hold any model; one to export has the parts of a format, as every preset does."
     nearest = "; ".join([*sorted(reasons, key=len), *unsaid][:2])
     given = f"a model of kind {config.kind!r}" + (f" that differs: {nearest}" if nearest else "")
     raise input_error("model", given, "the format of one of " + ", ".join(HF_FORMATS), todo)
@@ -371,8 +378,10 @@ def _head_reason(hf_format: HFFormat, model: AnyModel | AnyHead, head: str | Non
     """The reason why the format has no such head."""
     if head is not None and head not in hf_format.heads:
         return f"there is no {head}"
-    if isinstance(model, heads.SequenceClassifier) and (model.pool, model.config.pooler) != ("first", hf_format.pools):
-        return f"pool would be 'first', with pooler={hf_format.pools} in the config"
+    if isinstance(model, heads.SequenceClassifier):
+        pools = hf_format.poolings or {"first": ""}
+        if model.pool not in pools or model.config.pooler != hf_format.pools:
+            return f"pool would be {' or '.join(map(repr, pools))}, with pooler={hf_format.pools} in the config"
     return ""
 
 
@@ -381,6 +390,8 @@ def _with_facts(fields: Json, hf_format: HFFormat, model: AnyModel | AnyHead, he
     architecture = hf_format.heads[head][0] if head else hf_format.architecture
     fields |= {"model_type": hf_format.model_type, "architectures": [architecture]}
     fields |= {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if isinstance(model, heads.SequenceClassifier) and hf_format.poolings:
+        fields |= {"classifier_pooling": hf_format.poolings[model.pool]}
     if isinstance(model, heads.SequenceClassifier | heads.TokenClassifier):
         fields |= {"id2label": {str(i): label for i, label in enumerate(model.labels)}}
         fields |= {"label2id": {label: i for i, label in enumerate(model.labels)}}
@@ -399,6 +410,7 @@ def _scatter(
         except KeyError:
             unplaced.append(ours)
             continue
+        tensor = hf_format.reordered(tensor, ours, config)
         sizes = [len(tensor) // len(names)] * len(names)
         if len(names) == 3:  # queries, keys and values
             sizes = [heads * config.head_shape.head_dim for heads in (config.heads, *[config.head_shape.kv_heads] * 2)]
@@ -407,20 +419,22 @@ def _scatter(
                 part = part.reshape(hf_format.shapes[name](config))
             found[name] = part.T if _is_transposed(hf_format, ours, part) else part
     found |= {name: make(config) for name, make in hf_format.zeros.items()}
+    found |= {name: found[other].clone() for name, other in hf_format.copies.items()}
     return found, f"there is no place for {', '.join(unplaced[:3])}" if unplaced else ""
 
 
-def _explicit(config: TransformerConfig) -> TransformerConfig:
+def _explicit(config: TransformerConfig, head: str | None) -> TransformerConfig:
     """The same model with defaults filled in, and the fields that it does not read at theirs."""
     _, kv_heads, head_dim = config.head_shape
     values: dict[str, Any] = {"kv_heads": kv_heads, "head_dim": head_dim, "mlp_width": config.hidden}
-    values |= {"norm_eps": config.norm_eps or (1e-6 if config.norm == "rms" else 1e-5)}
+    values |= {"norm_eps": config.norm_eps or (1e-5 if config.norm == "layer" else 1e-6)}
     unused = {
         "rope_base": config.positions != "rope",
         "local_rope_base": config.positions != "rope" or config.window is None,
         "global_layers": config.window is None,
         "position_offset": config.positions != "learned",
         "pooler_activation": not config.pooler,
+        "head_transform": head in (None, "MaskedLM"),
         "rope_scaling": config.positions != "rope",
         "relative_buckets": config.positions != "relative",
         "relative_distance": config.positions != "relative",
@@ -433,6 +447,8 @@ def _explicit(config: TransformerConfig) -> TransformerConfig:
     }
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     values |= {name: defaults[name] for name, is_unused in unused.items() if is_unused}
+    if config.attention_scale == head_dim**-0.5:
+        values["attention_scale"] = None
     values["qkv_bias"] = config.bias if config.qkv_bias is None else config.qkv_bias
     if config.local_rope_base == config.rope_base:
         values["local_rope_base"] = None

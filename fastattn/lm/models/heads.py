@@ -159,6 +159,7 @@ class SequenceClassifier(_Head):
         self.pool = pool or _POOL_OF[backbone.config.kind]
         if self.pool not in get_args(Pool):
             raise input_error("pool", repr(pool), "'first', 'mean' or 'last'", "None chooses by the backbone.")
+        self.transform = _make_transform(backbone.config)
         self.dropout = _dropout(backbone.config, dropout)
         self.output = _linear(backbone.config, num_labels)
 
@@ -177,7 +178,7 @@ class SequenceClassifier(_Head):
         pooler = None if isinstance(self.backbone, Decoder) else self.backbone.pooler
         if pooler is not None:
             x = pooler(x).tanh() if self.config.pooler_activation == "tanh" else pooler(x).relu()
-        return self.output(self.dropout(x))
+        return self.output(self.dropout(self.transform(x)))
 
     def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """``(B, C)`` of ``(B, S, C)``."""
@@ -223,6 +224,7 @@ class TokenClassifier(_Head):
     ) -> None:
         super().__init__(backbone)
         self.labels = _check_labels(num_labels, labels)
+        self.transform = _make_transform(backbone.config)
         self.dropout = _dropout(backbone.config, dropout)
         self.output = _linear(backbone.config, num_labels)
         _freeze_pooler(backbone)
@@ -238,7 +240,7 @@ class TokenClassifier(_Head):
     ) -> Tensor:
         """Logits ``(B, S, L)``; the arguments are those of ``Encoder``."""
         x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, mask=mask, token_types=token_types)
-        return self.output(self.dropout(x))
+        return self.output(self.dropout(self.transform(x)))
 
 
 class SpanExtractor(_Head):
@@ -258,6 +260,7 @@ class SpanExtractor(_Head):
 
     def __init__(self, backbone: Encoder | Decoder) -> None:
         super().__init__(backbone)
+        self.transform = _make_transform(backbone.config)
         self.output = _linear(backbone.config, 2)
         _freeze_pooler(backbone)
 
@@ -279,10 +282,27 @@ class SpanExtractor(_Head):
             two tensors ``(B, S)``, ``-inf`` at padding.
         """
         x = self.hidden(tokens, positions=positions, segment_ids=segment_ids, mask=mask, token_types=token_types)
-        start, end = self.output(x).unbind(dim=-1)
+        start, end = self.output(self.transform(x)).unbind(dim=-1)
         if mask is None:
             return start, end
         return start.masked_fill(~mask, -torch.inf), end.masked_fill(~mask, -torch.inf)
+
+
+class _Transform(nn.Module):
+    """What ModernBERT has before the output layer of every head: a layer, its activation and a norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = _linear(config, config.width, config.bias)
+        self.act = make_activation(config)
+        self.norm = make_norm(config, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(x)))
+
+
+def _make_transform(config: TransformerConfig) -> nn.Module:
+    return _Transform(config) if config.head_transform else nn.Identity()
 
 
 def _linear(config: TransformerConfig, size: int, bias: bool = True) -> nn.Linear:

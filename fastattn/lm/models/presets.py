@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from fastattn.errors import input_error
 from fastattn.lm.models.config import TransformerConfig
 
 Fields = dict[str, Any]
-_MODERN: Fields = {"qk_norm": True}
+_MODERN: Fields = {"qk_norm": True}  # Qwen3's
+_MODERN_BERT: Fields = {
+    "kind": "encoder", "norm": "layer", "first_norm": False, "activation": "geglu-exact", "embedding_norm": True,
+    "head_transform": True,
+}  # fmt: skip
+_T5_GEMMA: Fields = {
+    "kind": "encoder-decoder", "norm": "rms-zero", "norm_place": "both", "activation": "geglu",
+}  # fmt: skip
 _GPT2: Fields = {"norm": "layer", "activation": "gelu", "positions": "learned", "bias": True}
 _BERT: Fields = {
     "kind": "encoder", "norm": "layer", "norm_place": "after", "norm_eps": 1e-12, "activation": "gelu-exact",
@@ -27,8 +33,12 @@ _VIT: Fields = {
     "kind": "vision", "norm": "layer", "norm_eps": 1e-12, "activation": "gelu-exact", "positions": "learned",
     "bias": True,
 }  # fmt: skip
+_IMAGE_TEXT: Fields = {"kind": "image-text"} | _MODERN  # PaliGemma's, with Qwen3 for text
 
-_IMAGE_TEXT: Fields = {"kind": "image-text"} | _MODERN
+
+def _scaled(width: int) -> Fields:
+    return {"embedding_scale": width**0.5}
+
 
 PRESETS: dict[str, Fields] = {
     "tiny": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "max_length": 256} | _MODERN,
@@ -37,16 +47,16 @@ PRESETS: dict[str, Fields] = {
     "large": {"width": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "mlp_width": 8192, "max_length": 4096} | _MODERN,
     "gpt2-124m": {"width": 768, "layers": 12, "heads": 12} | _GPT2,
     "gpt2-350m": {"width": 1024, "layers": 24, "heads": 16} | _GPT2,
-    "encoder-mini": {"kind": "encoder", "width": 128, "layers": 2, "heads": 4, "max_length": 256} | _MODERN,
-    "encoder-tiny": {"kind": "encoder", "width": 128, "layers": 4, "heads": 4, "max_length": 256} | _MODERN,
-    "encoder-small": {"kind": "encoder", "width": 384, "layers": 6, "heads": 6, "max_length": 512} | _MODERN,
+    "encoder-mini": {"width": 128, "layers": 2, "heads": 4, "max_length": 256} | _MODERN_BERT,
+    "encoder-tiny": {"width": 128, "layers": 4, "heads": 4, "max_length": 256} | _MODERN_BERT,
+    "encoder-small": {"width": 384, "layers": 6, "heads": 6, "max_length": 512} | _MODERN_BERT,
     "bert-tiny": {"width": 128, "layers": 2, "heads": 2} | _BERT,
     "bert-base": {"width": 768, "layers": 12, "heads": 12} | _BERT,
-    "seq2seq-mini": {"kind": "encoder-decoder", "width": 128, "layers": 2, "heads": 4, "max_length": 256} | _MODERN,
-    "seq2seq-tiny": {"kind": "encoder-decoder", "width": 128, "layers": 3, "heads": 4, "max_length": 256} | _MODERN,
-    "seq2seq-small": {"kind": "encoder-decoder", "width": 384, "layers": 6, "heads": 6, "max_length": 512} | _MODERN,
-    "transformer-base": {"width": 512, "layers": 6, "heads": 8, "embedding_scale": math.sqrt(512)} | _ORIGINAL,
-    "transformer-big": {"width": 1024, "layers": 6, "heads": 16, "embedding_scale": math.sqrt(1024)} | _ORIGINAL,
+    "seq2seq-mini": {"width": 128, "layers": 2, "heads": 4, "max_length": 256} | _scaled(128) | _T5_GEMMA,
+    "seq2seq-tiny": {"width": 128, "layers": 3, "heads": 4, "max_length": 256} | _scaled(128) | _T5_GEMMA,
+    "seq2seq-small": {"width": 384, "layers": 6, "heads": 6, "max_length": 512} | _scaled(384) | _T5_GEMMA,
+    "transformer-base": {"width": 512, "layers": 6, "heads": 8} | _scaled(512) | _ORIGINAL,
+    "transformer-big": {"width": 1024, "layers": 6, "heads": 16} | _scaled(1024) | _ORIGINAL,
     "t5-small": {"width": 512, "layers": 6, "heads": 8, "logit_scale": 512**-0.5} | _T5,
     "t5-base": {"width": 768, "layers": 12, "heads": 12, "logit_scale": 768**-0.5} | _T5,
     "vit-mini": {"width": 128, "layers": 4, "heads": 4, "image_size": 32, "patch_size": 4} | _VIT,
@@ -63,8 +73,10 @@ PRESETS: dict[str, Fields] = {
 def preset(name: str, vocab_size: int = 0) -> TransformerConfig:
     """A named size of model.
 
-    "tiny", "small", "base", "large" and those of encoders, "seq2seq" and "image-text" have RMSNorm, SwiGLU and rotary
-    positions, and the decoders of text fewer key/value heads; the others have the form of the paper that names them.
+    Each is a model of transformers, so it can be exported. "tiny", "small", "base" and "large" are Qwen3's, with
+    RMSNorm, SwiGLU, rotary positions, norms on queries and keys, and fewer key/value heads; "encoder" are ModernBERT's
+    without windows, "seq2seq" T5Gemma's without caps and windows, "transformer" the original, which Marian has, and
+    "image-text" PaliGemma's with a ViT and Qwen3. The others have the form of the paper that names them.
 
     Args:
         name: a key of ``PRESETS``. Change single fields with ``dataclasses.replace``.

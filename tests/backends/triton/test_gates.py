@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from fastattn.backends.triton.tools import builds, derived, figures, gates
 
 triton = pytest.importorskip("triton")
@@ -106,6 +108,7 @@ def test_features_that_need_registers_choose_the_row() -> None:
         "backward_dkdv",
     ]
     assert configs.kinds_of("backward_dkdv", configs.REGISTER_HEAVY) == [
+        "backward_dkdv many",
         "backward_dkdv several",
         "backward_dkdv one",
         "backward_dkdv",
@@ -204,14 +207,42 @@ def test_programs_of_a_multiprocessor() -> None:
 
 
 def test_loads_of_a_mask_are_pipelined() -> None:
-    """No load in the loop waits for memory: a branch would bring that back. Known builds are left out."""
+    """No load in the loop waits for memory: a branch would bring that back.
+
+    Known builds are left out, those of another number of stages are not.
+    """
     todo = [builds.Build("sm_90", "sm_90", kernel, "mask", 16, 128) for kernel in builds.KERNELS[:2]]
     found = dict(gates.compiled(todo, 1))
     assert found.keys() == set(todo)
     assert not any(gates.problems(build, figures, None) for build, figures in found.items())
-    assert list(gates.compiled(todo[:1], 1, {todo[0].name: found[todo[0]].code})) == []
+    known = gates.codes(gates.as_expected(found.items()))
+    of_more_stages = dataclasses.replace(todo[1], config=(*found[todo[1]].config[:3], 3))
+    ((build, figures),) = gates.compiled([todo[0], of_more_stages], 1, known)
+    assert build == of_more_stages and figures.code == found[todo[1]].code
     (reason,) = gates.problems(todo[1], dataclasses.replace(found[todo[1]], sync_loads=1), None)
     assert "mask are not pipelined" in reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "sm_91"], "--only: no build's name contains 'sm_91'. One of them: '"),
+        (["--config", "32x64x8x2", "--update"], "leave out --update"),
+        (["--config", "32x64"], "got '32x64'; allowed: four numbers"),
+    ],
+)
+def test_wrong_options_compile_nothing(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # of argparse
+        assert main(["gates", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_configuration_is_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    """In place of the table's, which has another."""
+    of_forward = "default@sm_80 forward 32 D64 causal"
+    main(["gates", "--only", of_forward, "--processes", "1", "--config", "16x32x4x1", "--config", "32x32x4x1"])
+    printed = capsys.readouterr().out
+    assert printed.count("16x32x4x1") == printed.count("32x32x4x1") == 1 and "2 builds pass" in printed
 
 
 def test_small_chips_are_among_the_targets() -> None:

@@ -32,6 +32,7 @@ from fastattn.lm.models import (
 from fastattn.lm.train import RunConfig, find_checkpoint, pretrain
 
 SIZES = {"width": 32, "layers": 1, "heads": 2, "kv_heads": 1, "max_length": 32}
+HEAD = 32 * 32 + 32 + 3 * 32 + 3  # parameters of a classifier: the layer and norm of ModernBERT's heads, and the output
 RECORDS = [{"text": f"{word} {n}", "label": word} for word in ("up", "down", "left") for n in range(8)]
 WRITTEN = [{"prompt": f"say {word} ", "response": word * 2} for word in ("up", "down", "left", "right")]
 
@@ -149,7 +150,7 @@ def test_frozen_trains_the_head_alone(data, pretrained, tmp_path):
     before = find_checkpoint(pretrained / "masked").load_pretrained().backbone.state_dict()
     model = model_of(outcome)
     assert all(torch.equal(before[name], weight) for name, weight in model.backbone.state_dict().items())
-    assert outcome.parameters["trained"] == 3 * 32 + 3
+    assert outcome.parameters["trained"] == HEAD
 
 
 def test_lora_trains_adapters_and_the_head_and_is_merged_when_loaded(data, pretrained, tmp_path):
@@ -161,7 +162,7 @@ def test_lora_trains_adapters_and_the_head_and_is_merged_when_loaded(data, pretr
     difference = (after["blocks.0.mlp.up.weight"] - before["blocks.0.mlp.up.weight"]).double()
     assert torch.linalg.matrix_rank(difference, rtol=1e-4) == 2
     block = sum(2 * sum(before[name].shape) for name in changed)
-    assert outcome.parameters["trained"] == block + 3 * 32 + 3
+    assert outcome.parameters["trained"] == block + HEAD
 
 
 def test_a_merged_model_computes_the_same():

@@ -144,6 +144,10 @@ def test_captions_then_questions_are_learned_beyond_what_text_tells(folder, tmp_
     image = load_image(seen.checkpoint, path, texts.model)
     assert found["answer"] == "red" == texts.best("what colour?", 9, beams=2, image=image)
     assert "".join(texts.stream("what colour?", 9, Sampling(temperature=0), image=image)) == "red"
+    assert export(seen.checkpoint, tmp_path / "hf") == "PaliGemmaForConditionalGeneration"
+    texts, _ = load_texts(find_model(tmp_path / "hf"))
+    assert torch.equal(load_image(find_model(tmp_path / "hf"), path, texts.model), image)
+    assert "".join(texts.stream("what colour?", 9, Sampling(temperature=0), image=image)) == "red"
     with pytest.raises(InputError, match="reads text alone"):
         load_image(unseen.checkpoint, path, load_model(unseen.checkpoint))
 

@@ -90,13 +90,19 @@ MODELS = {
     "distilbert-tokens": lambda t: t.DistilBertForTokenClassification(t.DistilBertConfig(**DISTILBERT, num_labels=5)),
     "modernbert": lambda t: t.ModernBertForMaskedLM(t.ModernBertConfig(**MODERNBERT)),
     "modernbert-backbone": lambda t: t.ModernBertModel(t.ModernBertConfig(**MODERNBERT)),
+    "modernbert-classifier": lambda t: t.ModernBertForSequenceClassification(
+        t.ModernBertConfig(**MODERNBERT, num_labels=3, classifier_pooling="mean")
+    ),
+    "marian": lambda t: t.MarianMTModel(
+        t.MarianConfig(**BART, pad_token_id=0, decoder_start_token_id=0, activation_function="relu")
+    ),
     "bart": lambda t: t.BartForConditionalGeneration(t.BartConfig(**BART, scale_embedding=True)),
     "vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT)),
     "vit-backbone": lambda t: t.ViTModel(t.ViTConfig(**VIT)),
 }  # fmt: skip
 CAUSAL = [name for name in MODELS if name.startswith(("gpt2", "llama", "qwen", "mistral", "phi", "gemma"))]
 BERTS = [name for name in MODELS if "bert" in name]
-SEQ2SEQ = [name for name in MODELS if name.startswith(("t5", "bart"))]
+SEQ2SEQ = [name for name in MODELS if name.startswith(("t5", "bart", "marian"))]
 
 
 def assert_close(mine, other):
@@ -108,7 +114,7 @@ def randomise(model):
     """Weights large enough that every part of the model matters, norms and biases included."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in filter(lambda x: x.requires_grad, model.parameters()):  # Marian's positions are fixed
             parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() > 1 else 0.3)
     return model.eval()
 
@@ -189,7 +195,7 @@ def test_encoder_decoders(pairs, name):
     ).logits  # fmt: skip
     out = ours(source, target, source_mask=source_mask, target_mask=target_mask)
     assert_close(out[target_mask], expected[target_mask])
-    if name == "bart":
+    if name in ("bart", "marian"):
         return
     long = torch.randint(VOCABULARY, (1, 200))  # into the buckets of far distances
     assert_close(ours(long, target[:1]), theirs(input_ids=long, decoder_input_ids=target[:1]).logits)

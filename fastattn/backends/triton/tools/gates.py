@@ -37,6 +37,7 @@ from fastattn.kv_cache import CacheInputs
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
+Known = tuple[str, tuple[int, ...]]  # the code of a build whose figures are known, and its configuration
 TENSOR_MEMORY = 512  # columns; Blackwell's products are summed there. Triton compiles a stub if they do not suffice
 FIGURES = ("registers", "stack", "shared", "tensor_core", "repeats", "sync_loads", "conversions", "programs")
 # How far a figure may differ from the expected one, since compilers differ a little.
@@ -98,11 +99,11 @@ def loads_a_mask_alone(build: Build) -> bool:
 
 
 def compiled(
-    todo: Sequence[Build], processes: int = 2, known: Mapping[str, str] | None = None
+    todo: Sequence[Build], processes: int = 2, known: Mapping[str, Known] | None = None
 ) -> Iterator[tuple[Build, Figures]]:
     """Compile in separate processes, in which Triton must not interpret, and yield results as they finish.
 
-    Builds whose ``Figures.code`` is that in ``known``, by name, are not compiled and left out.
+    Builds whose ``Figures.code`` and configuration are those in ``known``, by name, are not compiled and left out.
     """
     with _compilers(processes) as pool:
         running = {pool.submit(_compile, build, (known or {}).get(build.name)): build for build in todo}
@@ -112,9 +113,10 @@ def compiled(
                 yield running[done], figures
 
 
-def codes(expected: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """``Figures.code`` by name of the build, from figures that lack none."""
-    return {name: known["code"] for name, known in expected.items() if {*FIGURES, "code"} <= known.keys()}
+def codes(expected: Mapping[str, Mapping[str, Any]]) -> dict[str, Known]:
+    """``Figures.code`` and the configuration by name of the build, from figures that lack none."""
+    complete = {name: known for name, known in expected.items() if {*FIGURES, "code"} <= known.keys()}
+    return {name: (known["code"], tuple(known["config"])) for name, known in complete.items()}
 
 
 def table(results: Iterable[tuple[Build, Figures]]) -> str:
@@ -207,17 +209,17 @@ def _start_compiler(cache: str) -> None:
     )
 
 
-def _compile(build: Build, known: str | None = None) -> Figures | None:
-    """The figures of a build; None if its code is ``known``."""
+def _compile(build: Build, known: Known | None = None) -> Figures | None:
+    """The figures of a build; None if its code and configuration are ``known``."""
     global _target, _wanted, _known
     from fastattn.backends.triton import launch, launch_decode
 
     _target = TARGETS[build.target]
     launch.target.cache_clear()
     _launched.clear()
-    _wanted, _known = f"{build.kernel}_kernel", known
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
     config = config_of(build)
+    _wanted, _known = f"{build.kernel}_kernel", known[0] if known is not None and known[1] == config else None
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if "tf32" in build.combination.split() else "ieee"
     try:
         if build.kernel == "decode":
             launch_decode.attend_to_cache(*cache_problem_of(build), config)

@@ -64,9 +64,9 @@ def row_of(key: Key) -> Config:
 def features_of(kind: str) -> frozenset[str]:
     """The features that a kind of row is measured with, besides the causal mask."""
     kernel, _, count = kind.partition(" ")
-    heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask")
+    heavy = ("softcap", "alibi") if kernel == "decode" else ("dropout", "mask", "softcap", "alibi")
     caches = {"paged": {"paged"}, "e4m3": {"paged", "e4m3", "softcap", "alibi"}}
-    return frozenset(caches.get(count) or heavy[: {"": 0, "one": 1, "several": 2}[count]])
+    return frozenset(caches.get(count) or heavy[: {"": 0, "one": 1, "several": 2, "many": 4}[count]])
 
 
 def candidates(kernel: str, bits: int, now: Config) -> list[Config]:
@@ -134,8 +134,11 @@ def _work(key: Key, device: torch.device) -> Callable[[tuple[int, ...]], object]
     bias = torch.randn(1, heads, s, s, device=device, dtype=dtype) if kernel == "backward_dbias" else None
     mask = torch.rand(1, 1, s, s, device=device) < 0.9 if "mask" in features else None
     rng_state = torch.tensor([1, 2], device=device) if "dropout" in features else None
-    inputs = Inputs(q, k, v, bias=bias, mask=mask, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s)
-    spec = AttentionSpec(d**-0.5, right=0, dropout_p=0.0 if rng_state is None else 0.1)
+    slopes = _slopes(heads, device, features)
+    inputs = Inputs(
+        q, k, v, bias=bias, mask=mask, alibi_slopes=slopes, rng_state=rng_state, max_seqlen_q=s, max_seqlen_kv=s
+    )
+    spec = AttentionSpec(d**-0.5, _softcap(features), right=0, dropout_p=0.0 if rng_state is None else 0.1)
     if kernel == "forward":
         return lambda config: launch.forward(inputs, spec, config)  # type: ignore[arg-type]
     out, lse, low = launch.forward(inputs, spec)
@@ -157,14 +160,22 @@ def _decoding(
     lengths = torch.full((batch,), pages * page_size, device=device, dtype=torch.int32)
     rows = 1 if kernel == "decode" else 16 * pages // batch
     q = torch.randn(batch, rows, HEADS, d, device=device, dtype=dtype)
-    slopes = torch.rand(1, HEADS, device=device) if "alibi" in features else None
     if not features:  # one page for each sequence
         k, v = (x.view(batch, pages * page_size, 4, d) for x in (k, v))
+    slopes = _slopes(HEADS, device, features)
     inputs = CacheInputs(
         q, k, v, lengths, block_table=table if features else None, alibi_slopes=slopes, max_seqlen_q=rows
     )
-    spec = AttentionSpec(d**-0.5, softcap=30.0 if "softcap" in features else None, right=0)
+    spec = AttentionSpec(d**-0.5, _softcap(features), right=0)
     if kernel == "forward":
         out, lse = torch.empty_like(q), torch.empty(inputs.lse_shape(), device=device)
         return lambda config: launch_decode.attend_as_prompt(inputs, spec, out, lse, config)  # type: ignore[arg-type]
     return lambda config: launch_decode.attend_to_cache(inputs, spec, config)  # type: ignore[arg-type]
+
+
+def _slopes(heads: int, device: torch.device, features: frozenset[str]) -> torch.Tensor | None:
+    return torch.rand(1, heads, device=device) if "alibi" in features else None
+
+
+def _softcap(features: frozenset[str]) -> float | None:
+    return 30.0 if "softcap" in features else None

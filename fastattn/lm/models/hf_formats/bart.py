@@ -19,7 +19,7 @@ from fastattn.lm.models.hf_formats.hf_format import (
 _OFFSET = 2  # the first rows of the tables of positions are those of padding
 
 
-def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
+def read_bart(fields: Json, tensors: Tensors) -> TransformerConfig:
     refuse(fields, {"decoder_attention_heads": fields["encoder_attention_heads"]})
     refuse(fields, {"decoder_ffn_dim": fields["encoder_ffn_dim"]})
     return TransformerConfig(
@@ -45,7 +45,7 @@ def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
     )
 
 
-def _write(config: TransformerConfig) -> Json:
+def write_bart(config: TransformerConfig) -> Json:
     both = {"attention_heads": config.heads, "ffn_dim": config.hidden}
     return {
         "vocab_size": config.vocab_size,
@@ -82,8 +82,8 @@ BART = HFFormat(
     kind="encoder-decoder",
     prefix="",
     architecture="BartForConditionalGeneration",
-    read=_read,
-    write=_write,
+    read=read_bart,
+    write=write_bart,
     outside={"embedding": "model.shared", "head": "lm_head"}
     | {
         f"{side}.{ours}": f"model.{side}.{theirs}"

@@ -38,9 +38,12 @@ class HFFormat:
             the head.
         also: classes of theirs that one of these heads serves too.
         pools: their classifier has a pooler.
+        poolings: for each ``pool`` of ours theirs, ``classifier_pooling``; none where they have the first token alone.
         shapes: of the tensors of theirs that we hold in another shape.
         transposed: their matrices in the blocks are transposed.
         zeros: tensors of theirs that are zero and that we lack; others are refused.
+        copies: tensors of theirs that are equal to another, of which we have one; others are refused.
+        channels: of the residual stream: for each of theirs the number of ours, given how many there are.
         unused: a pattern of tensors that files may have and nobody needs.
     """
 
@@ -55,9 +58,12 @@ class HFFormat:
     heads: dict[str, tuple[str, Table]] = field(default_factory=dict)
     also: dict[str, str] = field(default_factory=dict)
     pools: bool = False
+    poolings: Table = field(default_factory=dict)
     shapes: dict[str, Callable[[TransformerConfig], tuple[int, ...]]] = field(default_factory=dict)
     transposed: bool = False
     zeros: dict[str, Callable[[TransformerConfig], Tensor]] = field(default_factory=dict)
+    copies: Table = field(default_factory=dict)
+    channels: Callable[[int], Tensor] | None = None
     unused: str = "$^"
 
     def names(self, ours: str, config: TransformerConfig, head: str | None) -> tuple[str, ...]:
@@ -74,6 +80,23 @@ class HFFormat:
                     table = table | {"mlp.up": table["gated mlp.up"]}
                 return tuple(f"{theirs}.{number}.{name}" for name in _join(table, rest))
         return tuple(_join(self.outside, ours))
+
+    def reordered(self, tensor: Tensor, ours: str, config: TransformerConfig, *, back: bool = False) -> Tensor:
+        """Our tensor ``ours`` with its channels in their order, or ``back`` in ours."""
+        dim = _stream_dim(ours)
+        if self.channels is None or dim is None:
+            return tensor
+        order = self.channels(config.width)
+        return tensor.index_select(dim, (order.argsort() if back else order).to(tensor.device))
+
+
+def _stream_dim(ours: str) -> int | None:
+    """The dim of a tensor of a block, a norm, an embedding or an output layer that is the residual stream, or None."""
+    module, _, kind = ours.rpartition(".")
+    name = module.rpartition(".")[2]
+    if name in ("out", "down") or name.endswith("norm"):
+        return 0
+    return 1 if kind == "weight" else None
 
 
 def _join(table: Table, ours: str) -> Iterator[str]:

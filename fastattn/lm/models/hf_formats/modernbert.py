@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastattn.lm.models.config import TransformerConfig
-from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Tensors, refuse
+from fastattn.lm.models.hf_formats.hf_format import HFFormat, Json, Table, Tensors, refuse
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
+_WINDOW = 128  # where the settings do not say it
 
 
 def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
@@ -18,6 +19,8 @@ def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
         rope.get(kind, {}).get("rope_theta") or fields.get(name) or usual
         for kind, name, usual in ((_GLOBAL, "global_rope_theta", 160000.0), (_LOCAL, "local_rope_theta", 10000.0))
     ]
+    unlimited = tuple(number for number, kind in enumerate(kinds) if kind == _GLOBAL)
+    has_window = len(unlimited) < layers
     return TransformerConfig(
         kind="encoder",
         vocab_size=fields["vocab_size"],
@@ -33,14 +36,18 @@ def _read(fields: Json, tensors: Tensors) -> TransformerConfig:
         embedding_norm=True,
         rope_base=bases[0],
         local_rope_base=bases[1],
-        window=fields.get("local_attention", 128) // 2,
-        global_layers=tuple(number for number, kind in enumerate(kinds) if kind == _GLOBAL),
+        window=fields.get("local_attention", _WINDOW) // 2 if has_window else None,
+        global_layers=unlimited if has_window else (),
+        head_transform=True,
         dropout=fields.get("mlp_dropout", 0.0),
     )
 
 
 def _write(config: TransformerConfig) -> Json:
-    kinds = [_GLOBAL if number in config.global_layers else _LOCAL for number in range(config.layers)]
+    kinds = [
+        _GLOBAL if config.window is None or number in config.global_layers else _LOCAL
+        for number in range(config.layers)
+    ]
     rope = {_GLOBAL: config.rope_base, _LOCAL: config.local_rope_base or config.rope_base}
     return {
         "vocab_size": config.vocab_size,
@@ -51,7 +58,7 @@ def _write(config: TransformerConfig) -> Json:
         "max_position_embeddings": config.max_length,
         "norm_eps": config.norm_eps,
         "layer_types": kinds,
-        "local_attention": 2 * (config.window or 0),
+        "local_attention": _WINDOW if config.window is None else 2 * config.window,
         "rope_parameters": {name: {"rope_type": "default", "rope_theta": base} for name, base in rope.items()},
         "global_rope_theta": rope[_GLOBAL],  # of transformers before 5, as is the next
         "local_rope_theta": rope[_LOCAL],
@@ -59,9 +66,11 @@ def _write(config: TransformerConfig) -> Json:
         "attention_dropout": config.dropout,
         "embedding_dropout": config.dropout,
         "tie_word_embeddings": True,
+        **dict.fromkeys(("cls_token_id", "sep_token_id")),  # their defaults lie beyond a small vocabulary
     }
 
 
+_HEAD: Table = {"transform.dense": "head.dense", "transform.norm": "head.norm", "output": "classifier"}
 MODERNBERT = HFFormat(
     model_type="modernbert",
     kind="encoder",
@@ -91,7 +100,11 @@ MODERNBERT = HFFormat(
         "MaskedLM": (
             "ModernBertForMaskedLM",
             {"transform": "head.dense", "norm": "head.norm", "bias": "decoder.bias"},
-        )
+        ),
+        "SequenceClassifier": ("ModernBertForSequenceClassification", _HEAD),
+        "TokenClassifier": ("ModernBertForTokenClassification", _HEAD),
+        "SpanExtractor": ("ModernBertForQuestionAnswering", _HEAD),
     },
+    poolings={"first": "cls", "mean": "mean"},
     unused=r"decoder\.weight$",
 )

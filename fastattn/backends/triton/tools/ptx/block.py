@@ -149,6 +149,12 @@ class Block:
             bits = np.where(who, bits, np.zeros_like(bits) if before is None else before)
         self.registers[operand.name] = bits
 
+    def _predicate(self, operand: Operand) -> NDArray[np.bool_]:
+        """A truth value for each thread, from a predicate or a number."""
+        if isinstance(operand, Number):
+            return np.full(self.threads, bool(operand.bits))
+        return self.read(operand, 1).astype(bool, copy=False)
+
     def _addresses(self, operand: Operand) -> Addresses:
         assert isinstance(operand, Address)
         return self.read(operand.base, 8).view(np.int64) + operand.offset
@@ -172,9 +178,7 @@ class Block:
     def _operand_of(self, it: Instruction, index: int, operand: Operand) -> Bits:
         kind = it.opcode[-1]
         if kind == "pred" or (it.opcode[0] == "selp" and index == 2):
-            if isinstance(operand, Number):
-                return np.full(self.threads, bool(operand.bits))
-            return self.read(operand, 1)
+            return self._predicate(operand)
         if it.opcode[0] in ("shl", "shr") and index == 1:
             return self.read(operand, 4)
         if it.opcode[0] == "bfe" and index > 0:
@@ -189,7 +193,7 @@ class Block:
         target, source = it.operands
         kind = it.opcode[-1]
         if kind == "pred":
-            self.write(target, self._operand_of(it, 0, source), who)
+            self.write(target, self._predicate(source), who)
             return
         width = WIDTHS[kind]
         if isinstance(source, Vector):
@@ -367,7 +371,7 @@ class Block:
         )
         reads_a, end_a = self._operand_a(of_a, kind, a_transposed)
         where_b = self._behind(of_b, columns, kind, b_transposed)
-        keeps = self._operand_of(Instruction(None, False, ("mov", "pred"), (), ""), 0, scale_d)
+        keeps = self._predicate(scale_d)
         names = tuple(x.name for x in self._items(of_sums) if isinstance(x, Register))
         self.shared.product_begins(where_b)
         for name in names:
