@@ -27,10 +27,17 @@ from torch.compiler import is_compiling
 
 from fastattn import ops, reference, vmap
 from fastattn.backends.base import Outputs
+from fastattn.errors import UnsupportedError
 from fastattn.plan import ALIGNMENT, Plan
 from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import is_deterministic, is_in_forward_mode, is_transformed, is_watched
+from fastattn.torch_internals import (
+    is_deterministic,
+    is_in_forward_mode,
+    is_inside_another_jvp,
+    is_transformed,
+    is_watched,
+)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -434,6 +441,11 @@ class _Formula:
             return self.function(*args)
 
     def jvp(self, moved: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if is_inside_another_jvp():  # torch computes rules with forward mode off: the outer one would find zeros
+            raise UnsupportedError(
+                "Forward mode three times over, or in forward mode over second derivatives, has no rule. Take one of "
+                "the derivatives in reverse: jacfwd(jacfwd(jacrev(f))) in place of jacfwd(jacfwd(jacfwd(f)))."
+            )
         primals = tuple(self.args[n] for n in self.where)
         given = (moved[n] for n in self.where)
         tangents = (torch.zeros_like(x) if t is None else t for x, t in zip(primals, given, strict=True))

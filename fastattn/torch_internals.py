@@ -57,6 +57,13 @@ def is_exported_to_onnx() -> bool:
     return "torch.onnx._internal.exporter._core" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
+def is_inside_another_jvp() -> bool:
+    """Whether the transform that runs now, one of torch.func, is inside a jvp. Without these names: no."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    stack: Sequence[Any] = getattr(functorch, "get_interpreter_stack", tuple)() or ()
+    return any(outer.key() == functorch.TransformType.Jvp for outer in stack[:-1])
+
+
 def is_observed() -> bool:
     """Whether a profiler records or forward-mode derivatives are computed, which ``tensor_check`` does not see."""
     return bool(getattr(_profiler, "_is_profiler_enabled", True) or getattr(_forward_mode, "_current_level", -1) >= 0)

@@ -1,12 +1,14 @@
 """Forward mode and second derivatives: the judge's grid, torch's transforms and their nestings, memory."""
 
+import itertools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fastattn
-from fastattn import reference, state
+from fastattn import UnsupportedError, reference, state
 from fastattn.arguments import dense_problem
 from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Capabilities
@@ -126,6 +128,26 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_as_the_formula(name):
     torch.testing.assert_close(TRANSFORMS[name](fused), TRANSFORMS[name](formula), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "modes", itertools.product((jacfwd, jacrev), repeat=3), ids=lambda x: "-".join(mode.__name__ for mode in x)
+)
+def test_third_derivatives_are_right_or_refused(modes):
+    """torch turns forward mode off inside a rule, so an outer one would find zeros."""
+    q, k, v = X[0][:, 3:, :1, 1:], X[1][:, :2, :1, 1:], X[2][:, :2, :1]
+
+    def derived(attend):
+        function = lambda x: scalar(attend)(x, k, v)  # noqa: E731
+        for mode in reversed(modes):
+            function = mode(function)
+        return function(q)
+
+    if set(modes) == {jacfwd}:
+        with pytest.raises(UnsupportedError, match="in reverse"):
+            derived(fused)
+    else:
+        torch.testing.assert_close(derived(fused), derived(formula))
 
 
 def test_linearize():

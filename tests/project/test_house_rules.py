@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "flops": {"kv_cache", "ops", "problem", "spec"},
     "vmap": {"problem"},
     "statistics": {"ops", "problem", "reference", "spec", "torch_internals"},
-    "autograd": {"backends", "ops", "plan", "problem", "reference", "spec", "torch_internals", "vmap"},
+    "autograd": {"backends", "errors", "ops", "plan", "problem", "reference", "spec", "torch_internals", "vmap"},
     "plain": {"problem", "reference", "spec", "torch_internals"},
     "serving": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plain", "plan"},
     "functional": VOCABULARY
