@@ -94,7 +94,7 @@ def assert_close(mine, other):
     assert other.std() > 0.05  # not a comparison of zeros
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", {small(name): name for name in PRESETS}.values())  # one of those equal but for sizes
 @torch.no_grad()
 def test_a_preset_is_a_model_of_transformers(name, tmp_path):
     config = small(name)
