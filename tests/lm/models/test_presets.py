@@ -39,6 +39,7 @@ HEADS = {
 def small(name):
     """The preset in sizes of its own that differ from each other."""
     config = preset(name, 0 if name.startswith("vit") else VOCABULARY)
+    assert config.embedding_scale in (1, config.width**0.5) and config.logit_scale in (1, config.width**-0.5)
     sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 48, "max_length": 32}
     sizes |= {"kv_heads": 1} if config.kv_heads else {}
     sizes |= {"vision_layers": 1} if config.kind == "image-text" else {}
