@@ -23,12 +23,27 @@ struct Block {
   char const *k[kKeys], *v[kKeys];
 };
 
+// Rows that follow each other in memory: as many addresses as a block has keys, whether it has so many or not.
+void put_in_turn(char const* first, int64 step, char const* (&rows)[kKeys]) {
+  Longs at = lane_numbers<double>() * step + reinterpret_cast<int64>(first);
+  for (int j = 0; j < kKeys; j += kCount<double>, at += kCount<double> * step)
+    __builtin_memcpy(rows + j, &at, sizeof at);
+}
+
 void look_up(Params const& p, Sequence const& s, Range span, Block& block) {
   constexpr int64 kBytes[] = {4, 2, 2, 1};  // by Dtype
   int64 const bytes = kBytes[p.cache_dtype];
   Strides const of_k = p.k_strides, of_v = p.v_strides;  // copies: what is stored below might be their numbers
   block.begin = span.begin;
   block.keys = fa::larger(0, span.end - span.begin);
+  if (!s.pages && block.keys && span.begin >= s.first_key) {
+    put_in_turn(static_cast<char const*>(p.k_cache) + (s.b * of_k.batch + span.begin * of_k.row) * bytes,
+                of_k.row * bytes, block.k);
+    put_in_turn(static_cast<char const*>(p.v_cache) + (s.b * of_v.batch + span.begin * of_v.row) * bytes,
+                of_v.row * bytes, block.v);
+    for (int64& page : block.page) page = s.b;
+    return;
+  }
   for (int j = 0; j < block.keys; ++j) {
     int64 const position = fa::larger(span.begin + j, s.first_key), page = page_of(s, position, p.page_size);
     int64 const row = s.pages ? position % p.page_size : position;
