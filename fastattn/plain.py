@@ -1,6 +1,7 @@
 """Attention in torch's own operators, for exported programs that run without fastattn.
 
-``torch.jit.trace`` always records it; ``plain_torch()`` selects it for ``torch.export``, AOTInductor and ONNX.
+``torch.jit.trace`` and ``torch.onnx.export`` always record it; ``plain_torch()`` selects it for ``torch.export`` and
+AOTInductor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import is_traced
+from fastattn.torch_internals import is_exported_to_onnx, is_traced
 
 _wanted: ContextVar[bool] = ContextVar("fastattn_plain_torch", default=False)
 
@@ -25,8 +26,8 @@ _wanted: ContextVar[bool] = ContextVar("fastattn_plain_torch", default=False)
 def plain_torch() -> Iterator[None]:
     """Make attention that is exported inside the block consist of torch's operators alone.
 
-    Programs of ``torch.export.export``, ``torch.onnx.export(..., dynamo=True)`` or AOTInductor then load and run
-    without fastattn, at the speed of torch's attention.
+    Programs of ``torch.export.export`` or AOTInductor then load and run without fastattn, at the speed of torch's
+    attention.
 
     Example:
         >>> import torch, fastattn
@@ -46,7 +47,7 @@ def plain_torch() -> Iterator[None]:
 
 def is_wanted() -> bool:
     """Whether the running call is recorded for a process without fastattn."""
-    return not torch.compiler.is_dynamo_compiling() and (is_traced() or _wanted.get())
+    return not torch.compiler.is_dynamo_compiling() and (is_traced() or _wanted.get() or is_exported_to_onnx())
 
 
 def attend(inputs: Inputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ general path of ``autograd.py``, which takes longer and changes no result.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives are computed. Without ``_current_level``: no, and jvp raises torch's error."""
     return getattr(_forward_mode, "_current_level", -1) >= 0
+
+
+def is_exported_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` records a program. Asking torch imports the exporter: only where it already is."""
+    return "torch.onnx._internal.exporter._core" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def is_observed() -> bool:

@@ -337,7 +337,7 @@ static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
       total[d] += std::fabs(x);
     }
   }
-  double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 0;
+  double const half_ulp = p.shape.is_half ? 0x1p-11 : 0x1p-8, smallest = p.shape.is_half ? 0x1p-25 : 0x1p-126;
   for (int d = 0; d < c.d_v; ++d) {
     row.tolerance[d] = half_ulp * (spread[d] + std::fabs(row.out[d])) + smallest * (1 + total[d]) + 2e-5 * spread[d];
   }

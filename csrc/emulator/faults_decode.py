@@ -59,7 +59,7 @@ DECODE_FAULTS = [
         "in_page * cache.row + head * cache.head",
         "in_page * cache.row",
     ),
-    fault("new keys are stored as values", APPEND, "copy(p.new_v, ", "copy(p.new_k, "),
+    fault("new keys are stored as values", APPEND, "copy(p.new_v, ", "copy(p.new_k, ", 6),
     fault("packed new rows go to the sequence before", APPEND, "+ middle) <= row", "+ middle) < row"),
     # Queries
     fault("q is not swizzled", KERNEL, "(piece % 8 * 16 ^ row % 8 * 16)", "piece % 8 * 16"),
@@ -157,6 +157,7 @@ DECODE_FAULTS = [
         KERNEL,
         "scores, lower, 1, column",
         "scores, upper, 1, column",
+        10,
     ),
     fault("a window begins at the row's position", KERNEL, "+ depth - band.left", "+ position - band.left", 200),
     # Rows that threads copy
@@ -180,7 +181,7 @@ DECODE_FAULTS = [
     fault("softcap is left out", KERNEL, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
     fault("blocks without mask are not capped", WORK, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
     of_rows("scales are left out", "pack(T{}, low(F16{}, halves) * scale,", "pack(T{}, low(F16{}, halves),", E4M3_128),
-    of_rows("all pages have the first one's scales", "at.page * cache.scale_stride", "0", E4M3_128),
+    of_rows("all pages have the first one's scales", "at.page * cache.scale_stride", "0", E4M3_128, 3),
     of_rows("all heads have the first one's scale", ": 0) + head;", ": 0);", E4M3_128),
     of_rows(
         "slots are used again too early", "number % (C::E4M3 ? C::SLOTS", "number % (C::E4M3 ? C::SLOTS - 1", E4M3_128

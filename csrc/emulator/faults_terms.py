@@ -17,7 +17,7 @@ TERM_FAULTS = [
           "of_q + at.query(e)", FORWARD),
     Fault("terms: blocks begin at the last rows' segment", TERMS, "smaller(some.begin, found.x)", "found.x", FORWARD),
     Fault("terms: the band is forgotten where segments are full", TERMS, "larger(full.begin, found.y)", "found.y",
-          FORWARD),
+          FORWARD, seed=103),
     Fault("terms: nothing is masked where there are segments", TERMS, "if (is_full) return;",
           "if (is_full || p.terms.segment_ids_q) return;", FORWARD),
     Fault("terms: mask and bias of another head", TERMS, "return tile.batch * s.batch + head * s.head;",

@@ -3,13 +3,21 @@
 #include "machine_state.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 
 namespace fa::emu {
 
-Machine& machine() {
-  static Machine m;
-  return m;
+// Fibers change places by jumps within the process: swapcontext would ask the system for signal masks each time.
+static void leave(Fiber& fiber) {
+  if (!_setjmp(fiber.place)) _longjmp(machine().scheduler, 1);
+}
+
+static void enter(Fiber& fiber) {
+  if (_setjmp(machine().scheduler)) return;  // it has left
+  if (fiber.has_begun) _longjmp(fiber.place, 1);
+  fiber.has_begun = true;
+  setcontext(&fiber.context);
 }
 
 void error(std::string const& what) {
@@ -19,7 +27,7 @@ void error(std::string const& what) {
     m.report->error = "block " + std::to_string(m.block) + ", " + thread + ": " + what;
   }
   m.is_stopped = true;
-  if (m.running) swapcontext(&m.running->context, &m.scheduler);  // for good
+  if (m.running) leave(*m.running);  // for good
 }
 
 // ---- fibers ----------------------------------------------------------------------------------------------------------
@@ -28,7 +36,7 @@ void block_until(std::function<bool()> condition, char const* waiting_for) {
   Fiber* self = machine().running;
   self->condition = std::move(condition);
   self->waiting_for = waiting_for;
-  swapcontext(&self->context, &machine().scheduler);
+  leave(*self);
   self->condition = nullptr;
 }
 
@@ -49,7 +57,7 @@ Warp& my_warp() { return machine().warps[thread_index() / 32]; }
 Collected const& meet(char const* what, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) {
   Warp& warp = my_warp();
   if (warp.arrived == 0) warp.meeting = what;
-  if (std::string(warp.meeting) != what) error(std::string("lanes of a warp part: ") + warp.meeting + " and " + what);
+  if (std::strcmp(warp.meeting, what)) error(std::string("lanes of a warp part: ") + warp.meeting + " and " + what);
   uint64_t const values[5] = {a, b, c, d, e};
   std::copy(values, values + 5, warp.coming.of_lane[thread_index() % 32]);
   uint64_t const generation = warp.generation;
@@ -76,6 +84,7 @@ void sync_warp(char const* what) {
 static void enter_fiber() {
   machine().kernel();
   machine().running->done = true;
+  leave(*machine().running);  // for good
 }
 
 static void start_fibers(int threads) {
@@ -94,7 +103,7 @@ static void start_fibers(int threads) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &m.scheduler;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter_fiber, 0);
   }
 }
@@ -123,7 +132,7 @@ static bool run_ready_fibers(std::vector<int> const& order, Freezer const& freez
       Fiber& fiber = m.fibers[warp * 32 + lane];
       if (fiber.done || (fiber.condition && !fiber.condition())) continue;
       m.running = &fiber;
-      swapcontext(&m.scheduler, &fiber.context);
+      enter(fiber);
       m.running = nullptr;
       moved = true;
       if (m.is_stopped) return true;

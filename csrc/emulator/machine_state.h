@@ -1,5 +1,6 @@
 // The state of the emulated machine, shared by machine.cpp, tma.cpp and tensor_core.cpp only.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <deque>
@@ -38,7 +39,9 @@ struct Copy {  // by a thread, which has not waited for it yet
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to begin in
+  jmp_buf place;       // to go on from
+  bool has_begun = false;
   std::vector<char> stack;
   int thread = 0;
   bool done = false;
@@ -119,7 +122,7 @@ struct Machine {
   int block = 0, blocks = 1;
   std::mt19937 random;
   uint64_t rounds = 0;  // of the scheduler
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -140,7 +143,8 @@ struct Machine {
   std::vector<Step> trace;
 };
 
-Machine& machine();
+inline Machine the_machine;
+inline Machine& machine() { return the_machine; }
 Warp& my_warp();
 void note(char const* what, uint64_t a = 0, uint64_t b = 0, uint64_t c = 0);  // by the running thread; if traced
 void block_until(std::function<bool()> condition, char const* waiting_for);

@@ -1,5 +1,7 @@
-// emulate CASES SEED [SITE | --trace]: runs every linked kernel on CASES random problems, without the call at SITE if one is
-// given. Exits with 1 at the first that is wrong. Prints the sites that kernels have come to (machine.h), or what they did.
+// emulate CASES SEED [SITE | --trace]: runs every linked kernel on CASES random problems, those with the least work first,
+// without the call at SITE if one is given. Exits with 1 at the first that is wrong. Prints the sites that kernels have come
+// to (machine.h), or what they did.
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -8,14 +10,35 @@
 #include "decode_case.h"
 #include "forward_case.h"
 
+// About what a problem takes: pairs of a query and a key, no fewer than a tile has.
+static double work(fa::emu::Case const& c) {
+  double pairs = 0;
+  for (int n = 0; n < c.batch; ++n) pairs += (c.s_q[n] + 64.) * (c.s_kv[n] + 64.);
+  return pairs * c.heads_kv * c.group * (c.d_qk + c.d_v);
+}
+
+static double work(fa::emu::DecodeCase const& c) {
+  double pairs = 0;
+  for (int n = 0; n < c.batch; ++n) pairs += (c.s_q[n] * c.group + 64.) * (c.s_kv[n] + 64. * c.splits);
+  return pairs * c.heads_kv * (c.d_qk + c.d_v);
+}
+
+// The least work first, since small problems show most faults.
+template <class MakeCase>
+static auto by_work(fa::emu::Shape const& shape, MakeCase make_case, int count, uint32_t seed) {
+  std::vector<decltype(make_case(shape, seed))> cases;
+  for (int i = 0; i < count; ++i) cases.push_back(make_case(shape, seed + static_cast<uint32_t>(i)));
+  std::stable_sort(cases.begin(), cases.end(), [](auto const& x, auto const& y) { return work(x) < work(y); });
+  return cases;
+}
+
 // Whether all instances are right.
 template <class Instance, class MakeCase, class Check>
 static bool run(std::vector<Instance> const& instances, MakeCase make_case, Check check, int cases, uint32_t seed) {
   for (Instance const& instance : instances) {
     auto const start = std::chrono::steady_clock::now();
     fa::emu::Report report;
-    for (int i = 0; i < cases; ++i) {
-      auto const c = make_case(instance.shape, seed + static_cast<uint32_t>(i));
+    for (auto const& c : by_work(instance.shape, make_case, cases, seed)) {
       std::string const wrong = check(instance, c, report);
       if (wrong.empty()) continue;
       std::printf("FAILED  %s, %s\n%s\n", instance.name.c_str(), fa::emu::describe(c).c_str(), wrong.c_str());

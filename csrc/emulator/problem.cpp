@@ -39,6 +39,8 @@ static void add_terms(Random& random, Case& c) {
     return;
   }
   if (takes(2)) c.documents = random.between(1, 5);
+  // Blocks that segments keep whole, and the window in part.
+  if (c.documents && c.left >= 0 && random.one_in(2)) c.documents = 1, c.right = -1;
   if (takes(3)) c.mask = 1 + random.between(0, 15);
   if (takes(4)) c.bias = 1 + random.between(0, 15);
   c.shares_ids = random.one_in(2);

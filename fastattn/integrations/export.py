@@ -2,7 +2,7 @@
 
 By default an exported program contains fastattn's operators, one node for each attention call, and needs ``import
 fastattn`` where it is loaded. ``plain_torch()`` and ``without_fastattn()`` make programs of torch's operators alone.
-``torch.jit.trace`` always records torch's operators.
+``torch.jit.trace`` and ``torch.onnx.export`` always record torch's operators.
 """
 
 from __future__ import annotations

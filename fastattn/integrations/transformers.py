@@ -152,11 +152,12 @@ class _Call(NamedTuple):
         return self.mask is None and self.bias is None and not self.with_weights
 
     def dense(self, segment_ids: Any = None) -> tuple[Tensor, Tensor | None]:
-        of_layer: dict[str, Any] = {"causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask}
+        options = self.scores | {
+            "causal": self.causal, "window": self.window, "bias": self.bias, "mask": self.mask,
+            "segment_ids": segment_ids,
+        }  # fmt: skip
         if not self.with_weights:
-            out = attention(self.q, self.k, self.v, segment_ids=segment_ids, **of_layer, **self.scores)
-            return out, None  # type: ignore[return-value]
-        options = self.scores | of_layer | {"segment_ids": segment_ids}
+            return attention(self.q, self.k, self.v, **options), None  # type: ignore[return-value]
         options["rng_state"] = rng.new_rng_state(self.q.device) if options["dropout_p"] else None
         out = attention(self.q, self.k, self.v, **options)
         return out, weights_when_read(self.q, self.k, self.q.dtype, **options)  # type: ignore[return-value]
@@ -245,7 +246,15 @@ def attention_forward(
         InputError: the mask is of another kind, or the layer does not state whether it is causal.
         UnsupportedError: a keyword that may change attention is not known.
     """
-    _refuse_unknown(others)
+    if others:
+        _refuse_unknown(others)
+    more = attention_mask, position_bias, s_aux, sinks, indices, block_indices, cu_seq_lens_q
+    if not (output_attentions or any(x is not None for x in more) or _capturing_attentions()):
+        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        scores = {"window": window, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
+        out = _of_qkv(query, key, value, query.shape[2] > 1 and _is_causal(module, is_causal), position_ids, scores)
+        if out is not None:
+            return out, None
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
     if block_indices is not None:
@@ -258,9 +267,8 @@ def attention_forward(
         chosen = chosen.scatter(-1, indices.long(), True)[:, None]
         mask = chosen if mask is None else mask & chosen
     of_heads = s_aux if s_aux is not None else sinks if sinks is not None and sinks.dim() == 1 else None
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     call = _Call(
-        q, k, v, mask, bias, causal,
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, bias, causal,
         window if attention_mask is None else None,
         {"scale": scaling, "softcap": softcap, "sinks": of_heads, "dropout_p": dropout},
         bool(output_attentions) or _capturing_attentions(),
@@ -270,6 +278,20 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         return _by_boundaries(call, window, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k))
     return _by_positions(call, attention_mask, position_ids)
+
+
+def _of_qkv(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, position_ids: Tensor | None, scores: dict[str, Any]
+) -> Tensor | None:
+    """The commonest call, on q, k and v alone, without transposing each; None for documents and for unequal shapes."""
+    rows, _, s_q, _ = query.shape
+    if key.shape[0] != rows or (
+        causal and (key.shape[2] > s_q or packing.documents_of(position_ids, rows, s_q) is not None)
+    ):
+        return None
+    out = attention(query, key, value, causal=causal, layout="BHSD", **scores)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
 
 
 def _by_positions(call: _Call, attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Any]:

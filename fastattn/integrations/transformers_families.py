@@ -26,13 +26,33 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the registry through which modeling cod
 
 def may_leave_masks_out(config: Any) -> bool:
     """Whether the layers of this configuration, and of those inside it, all state whether they are causal."""
+    # every layer asks: of most classes two values are all that may differ from one configuration to the next
+    is_eager = not torch.compiler.is_compiling()
+    states = _of_plain_classes.get(type(config)) if is_eager else None
+    if states is not None:
+        values = object.__getattribute__(config, "__dict__")
+        if "sub_configs" not in values:
+            says_otherwise = values.get("is_causal") is False or values.get("use_bidirectional_attention")
+            return states and not says_otherwise
     # decoders turned into encoders, or with images that see all of themselves: layers and masks may disagree
     if _value(config, "is_causal", True) is False or _value(config, "use_bidirectional_attention", None):
         return False
+    if is_eager and _is_plain(type(config)):
+        _of_plain_classes[type(config)] = _says_what_is_causal(type(config))
     inner = [_value(config, name, None) for name in _value(config, "sub_configs", ())]
     return _says_what_is_causal(type(config)) and all(
         may_leave_masks_out(each) for each in inner if each is not None and not isinstance(each, dict)
     )
+
+
+# Configuration classes without configurations inside them, and whether the layers of their models state causality.
+_of_plain_classes: dict[type, bool] = {}
+
+
+def _is_plain(config_class: Any) -> bool:
+    """Whether a class has no default for what ``may_leave_masks_out`` reads, and its models are loaded for good."""
+    has_defaults = any(_may_find(config_class, name) for name in ("is_causal", "use_bidirectional_attention"))
+    return not (has_defaults or getattr(config_class, "sub_configs", None) or _modeling(config_class) is None)
 
 
 def _value(config: Any, name: str, default: Any) -> Any:

@@ -20,9 +20,10 @@ def alone(model, count, sampling, n, stop=None):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0), Sampling(1.0, seed=3, repetition_penalty=1.2)], ids=["greedy", "drawn"]
+    ("sampling", "places"),
+    [(Sampling(0), {"batch": 8, "page_size": 2}), (Sampling(1.0, seed=3, repetition_penalty=1.2), {"batch": 3})],
+    ids=["greedy, pages of 2", "drawn, three places"],
 )
-@pytest.mark.parametrize("places", [{"batch": 3}, {"batch": 8, "page_size": 2}], ids=str)
 def test_prompts_are_continued_as_alone(decoder, sampling, places):
     done = {each.index: each for each in complete(decoder, PROMPTS, 6, sampling, **places)}
     for n in range(len(PROMPTS)):

@@ -37,8 +37,11 @@ class Oracle:
         return found
 
 
-@pytest.mark.parametrize("page_size", [None, 1, 4])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    ("sampling", "page_size"),
+    [(SAMPLINGS[0], None), (SAMPLINGS[0], 4), (SAMPLINGS[1], 1)],
+    ids=["greedy", "pages of 4", "drawn"],
+)
 def test_guesses_change_no_token(decoder, sampling, page_size):
     """By lookup, by the model itself as its assistant, whose every greedy guess is right, and by both."""
     plain = tokens_of(decoder, sampling)

@@ -52,14 +52,9 @@ def change_tensors(folder, **tensors):
     save_file({name: x for name, x in found.items() if x is not None}, path)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, BERT, T5, VIT], ids=["llama", "gpt2", "bert", "t5", "vit"])
-def test_our_models_come_back(config, tmp_path):
-    model = make_model(config)
-    save_pretrained(model, tmp_path / "model")
-    again = from_pretrained(tmp_path / "model", attention="eager")
+def test_a_model_comes_back_ready_to_train(folder):
+    again = from_pretrained(folder, attention="eager")
     assert not again.training and again.config.attention == "eager"
-    assert model.state_dict().keys() == again.state_dict().keys()
-    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     assert all(p.requires_grad for p in again.parameters())
 
 

@@ -66,6 +66,7 @@ def _write(config: TransformerConfig) -> Json:
         "attention_dropout": config.dropout,
         "embedding_dropout": config.dropout,
         "tie_word_embeddings": True,
+        **dict.fromkeys(("cls_token_id", "sep_token_id")),  # their defaults lie beyond a small vocabulary
     }
 
 
