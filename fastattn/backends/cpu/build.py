@@ -27,7 +27,7 @@ SOURCES = (
     "cpu/machines.h", "cpu/machines.cpp",
 )  # fmt: skip
 # -O2: the kernels are written in vectors; -O3 takes twice as long and makes them no faster. Nor do the passes that are
-# left out here, a third of the time.
+# left out here, a quarter of the time.
 ARITHMETIC = (
     "-O2", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-tree-vectorize",
     "-fno-tree-slp-vectorize", "-fno-schedule-insns2", "-fno-thread-jumps", "-fno-tree-vrp", "-fno-tree-dominator-opts",
@@ -57,7 +57,7 @@ UNITS: dict[str, tuple[Unit, ...]] = {
         ("attention", "Single", "avx512", AVX512),
         ("attention", "Single", "avx2", AVX2),
         ("attention", "Double", "avx2", AVX2),
-        *_baseline("-O1"),  # serves only processors without AVX2; compiles in half the time
+        *_baseline("-O1"),  # serves only processors without AVX2; compiles in three fifths of the time
         ("decode", "", "avx512bf16", AVX512BF16),
         ("decode", "", "avx512", AVX512),
         ("decode", "", "avx2", AVX2),
