@@ -222,6 +222,7 @@ def test_a_truncated_library_of_the_package_kills_no_process(tmp_path):
     path.write_bytes(text[: len(text) // 3])
     done = subprocess.run(
         [sys.executable, "-c", TRUNCATED.format(path=str(path))],
-        env=os.environ | {"CXX": "no-such-compiler"}, capture_output=True, text=True,
+        env=os.environ | {"CXX": "no-such-compiler", "FASTATTN_CACHE": str(tmp_path / "cache")}, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "is damaged, and no C++ compiler was found" in done.stdout, done.stderr
