@@ -299,7 +299,7 @@ def test_evaluate_keeps_its_predictions(out, data, tmp_path, capsys):
     assert len(lines) == 18 and f"{right:.4f}" in re.search(r"^accuracy.*", scores, re.M)[0]
 
 
-def test_several_files_are_scored_each_by_itself_and_the_columns_are_told(tmp_path, capsys):
+def test_several_files_are_scored_each_by_itself_and_the_columns_are_told(tmp_path, capsys, monkeypatch):
     for name in ("train", "dev_matched", "dev_mismatched"):
         rows = "".join(f"{word} {n}\tthen\t{word}\n" for word in ("up", "down") for n in range(4))
         (tmp_path / f"{name}.tsv").write_text("sentence1\tsentence2\tgold_label\n" + rows)
@@ -310,6 +310,8 @@ def test_several_files_are_scored_each_by_itself_and_the_columns_are_told(tmp_pa
     assert "always 'up' has an accuracy of 0.5000" in text
     for name in ("matched", "mismatched"):
         assert re.search(rf"held-out accuracy \(dev_{name}\) +[01]\.", text)
+    monkeypatch.setattr("sys.stdin", ['{"text": "up", "text_pair": "then"}\n', '{"text": "up", "sentence2": "x"}\n'])
+    fails(capsys, ["predict", "--checkpoint", tmp_path / "run"], "input 2 has no 'text_pair', .* two texts")
 
 
 def test_numbers_with_fractions_are_no_classes(tmp_path, capsys):

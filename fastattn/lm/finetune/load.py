@@ -141,6 +141,7 @@ def build_without_weights(checkpoint: Checkpoint, attention: str | None = None) 
     tokenizer = checkpoint.tokenizer() if kind.reads_text else None
     pixels = checkpoint.pixels if kind.reads_images else None
     task = make_task(settings, tokenizer, config, labels, checkpoint.chat_template, pixels)
+    task.compares = checkpoint.trainer_state()["settings"].get("compares", False)
     return task, task.add_head(make_model(config))
 
 

@@ -160,7 +160,11 @@ def _prepare(
         ExampleRows(held_out_features, training.batch, collate=task.collate),
     )
     fingerprint = _fingerprint([*examples, *held_out])
-    settings = {"finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint}
+    settings: dict[str, Any] = {
+        "finetune": config.to_dict(), "labels": list(task.labels), "fingerprint": fingerprint
+    }  # fmt: skip
+    if task.compares:
+        settings["compares"] = True
     if task.chat_template is not None:
         settings["chat_template"] = task.chat_template
     if task.reads_images:
@@ -234,6 +238,7 @@ def _fresh(config: FinetuneConfig, data: _Data) -> tuple[Task, nn.Module]:
     if template is None and (config.task == "chat" or (config.task == "dpo" and _has_messages(data))):
         template = DEFAULT_TEMPLATE
     ready = make_task(config, tokenizer, backbone.config, labels, template, pixels)
+    ready.compares = all("text_pair" in example.fields for example in data.train)
     return ready, ready.add_head(ready.prepared(backbone))
 
 

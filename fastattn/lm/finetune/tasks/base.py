@@ -45,6 +45,7 @@ class Task(ABC):
     needs_reference: ClassVar[bool] = False  # its loss compares with the model before training
     reads_text: ClassVar[bool] = True
     reads_images: ClassVar[bool] = False
+    compares = False  # two texts: every training example had "text_pair"
     augment = "none"  # what training changes in the images, a key of ``fastattn.lm.finetune.augment.AUGMENTATIONS``
 
     def __init__(

@@ -26,6 +26,9 @@ class _OfText(Task):
     kinds: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
     def inputs(self, example: Example) -> list[Feature]:
+        if self.compares and "text_pair" not in example.fields:
+            todo = "Give it, or name its column: --field text_pair=COLUMN"
+            raise DataError(f"{example.place} has no 'text_pair', and the model learned to compare two texts. {todo}.")
         return [self.texts(example)]
 
     def prepared(self, backbone: Any) -> Any:
