@@ -98,7 +98,8 @@ def _parts(args: argparse.Namespace, device: torch.device) -> Iterator[Iterator[
 
 def _passes(tensors: Tensor, options: dict[str, Any]) -> dict[str, Calls]:
     """Both passes and their derivatives; by the formula, too, where there is no window."""
-    qkv, along, dout = tensors[:3].unbind(), tensors[3:6].unbind(), tensors[6]
+    q, k, v, *along, dout = (x.clone() for x in tensors)  # torch makes tangents of views as large as what they view
+    qkv, along = (q, k, v), tuple(along)
     attend = partial(_attention, **options)
     found = {OURS: _derivatives(attend, qkv, along, dout) | _statistics(qkv[:2], options)}
     if not options and tensors.dtype == torch.float32:  # its time in 16 bits says little: most of it is rounding
