@@ -117,7 +117,7 @@ def attention_weights(
 def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """The mean of ``attention_weights`` over the heads: ``(B, S_q, S_kv)``, differentiable.
 
-    Without gradients, weights that do not fit into ``BUDGET`` bytes together are computed one head at a time.
+    Without gradients as many heads are computed together as fit into ``BUDGET`` bytes, at least one.
 
     Args:
         q: as in ``attention_weights``.
@@ -298,13 +298,13 @@ def plot_attention(
 
 # --- all rows ---------------------------------------------------------------------------------------------------
 
-BUDGET = 64 * 2**20  # bytes of fp32 weights up to which all heads are computed together
+BUDGET = 8 * 2**20  # bytes of weights that are averaged at a time: they stay in a cache, and malloc keeps their pages
 
 
-def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
+def _all_weights(inputs: Inputs, spec: AttentionSpec, at: reference.Positions | None = None) -> Tensor:
     """``reference.weights`` in fewer passes over memory, for scores that are a product, a bias and a mask."""
     if spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None or spec.dropout_p:
-        return reference.weights(inputs, spec)
+        return reference.weights(inputs, spec, at)
     dtype = reference.compute_dtype(inputs)
     batch, s_q, heads, width = inputs.q.shape
     q, k = inputs.q.transpose(1, 2).to(dtype) * spec.scale, inputs.k.permute(0, 2, 3, 1).to(dtype)
@@ -316,7 +316,7 @@ def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
         scores = scores + inputs.bias.to(dtype)
     terms = (inputs.mask, inputs.segment_ids_q, inputs.intervals, spec.left, spec.right)
     if any(x is not None for x in terms):
-        kept = reference.keep_matrix(inputs, spec, reference.Positions.of(inputs))
+        kept = reference.keep_matrix(inputs, spec, at or reference.Positions.of(inputs))
         scores = scores.masked_fill(~kept, float("-inf"))
     elif inputs.bias is None:
         return torch.softmax(scores, -1)
@@ -326,11 +326,17 @@ def _all_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
 
 
 def _mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    heads, s_q, s_kv = inputs.heads_q, inputs.q.shape[1], inputs.k.shape[1]
-    at_once = max(1, BUDGET // max(1, s_q * s_kv * 4))
-    if at_once >= heads * inputs.batch or _needs_gradient(inputs):
+    bytes_of_head = inputs.batch * inputs.q.shape[1] * inputs.k.shape[1] * reference.compute_dtype(inputs).itemsize
+    at_once = max(1, BUDGET // max(1, bytes_of_head))
+    if at_once >= inputs.heads_q or _needs_gradient(inputs):
         return _all_weights(inputs, spec).mean(1)
-    return reference.mean_weights(inputs, spec)
+    everywhere, total = reference.Positions.of(inputs), None
+    for heads in torch.arange(inputs.heads_q, device=inputs.q.device).split(at_once):
+        weights = _all_weights(reference.of_heads(inputs, heads), spec, everywhere.at_heads(heads))
+        some = weights[:, 0] if len(heads) == 1 else weights.sum(1)
+        total = some if total is None else total.add_(some)
+    assert total is not None
+    return total.div_(inputs.heads_q)
 
 
 def _needs_gradient(inputs: Inputs) -> bool:

@@ -173,8 +173,10 @@ def test_compiled_they_are_plain_and_dead_code_if_unused():
 def test_averaging_takes_as_many_heads_at_a_time_as_the_budget_allows(budget, monkeypatch):
     monkeypatch.setattr(inspection, "BUDGET", budget)
     q, k = torch.randn(N, S, H, 8), torch.randn(N, S, 2, 8)
-    mean = inspection.mean_attention_weights(q, k, causal=True)
-    torch.testing.assert_close(mean, inspection.attention_weights(q, k, causal=True).mean(1))
+    numbers = torch.tensor([3, 0])
+    for options in ({}, {"alibi_slopes": torch.rand(H), "dropout_p": 0.3, "rng_state": numbers}):
+        mean = inspection.mean_attention_weights(q, k, causal=True, **options)
+        torch.testing.assert_close(mean, inspection.attention_weights(q, k, causal=True, **options).mean(1))
 
 
 @pytest.mark.parametrize("little", [0, 1 << 15])
