@@ -293,6 +293,9 @@ def test_who_can_be_batch_invariant_and_how_it_is_asked_for():
     found = explain_with_kv_cache(q, cache, cache, lengths, batch_invariant=True)
     assert "batch invariant" in found.problem.features
     assert found.reasons["portable"] == found.reasons["eager"] == ["no batch invariant"]
+    for name in ("batch_invariant", "rotary_interleaved"):
+        with pytest.raises(InputError, match=f"{name}: got 'yes'; allowed: True or False"):
+            fastattn.attention_with_kv_cache(q, cache, cache, lengths, **{name: "yes"})
     with fastattn.use_batch_invariance():
         assert explain_with_kv_cache(q, cache, cache, lengths) == found
         with pytest.raises(UnsupportedError, match="no batch invariant"):
