@@ -29,6 +29,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Row = dict[str, str]
 LAYERS: dict[str, Callable[[], AttentionLayer]] = {
     "QK-normed, 8/2 heads of 64": lambda: SelfAttention(WIDTH, 8, num_kv_heads=2, qk_norm=True, **_CAUSAL),
+    "QK-normed, 2/1 heads of 512": lambda: SelfAttention(
+        WIDTH, 2, num_kv_heads=1, head_dim=512, qk_norm=True, **_CAUSAL
+    ),
     "gated, 8/2 heads of 64": lambda: GatedAttention(WIDTH, 8, num_kv_heads=2, qk_norm=True, **_CAUSAL),
     "differential, 4 heads of 128": lambda: DifferentialAttention(WIDTH, 4, depth=3, **_CAUSAL),
     "latent of 128, 8 heads of 64 + 32": lambda: LatentAttention(

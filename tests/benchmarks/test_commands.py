@@ -148,7 +148,7 @@ def test_layers(tmp_path):
     path = tmp_path / "layers.json"
     assert main(["layers", *QUICK, "--out", str(path)]) == 0
     *rows, token = read(path)["results"]
-    assert len(rows) == 2 * 2 * 4 and "absorbed" in token["what"]
+    assert len(rows) == 2 * 2 * 5 and "absorbed" in token["what"]
     assert all(row["vs eager"].endswith("×") and row["vs sdpa"].endswith("×") for row in (*rows, token))
 
 
