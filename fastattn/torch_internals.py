@@ -47,6 +47,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_on else None
 
 
+def has_dispatch_modes() -> bool:
+    """Whether a TorchDispatchMode is on."""
+    return bool(_dispatch_modes())
+
+
 def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives are computed. Without ``_current_level``: no, and jvp raises torch's error."""
     return getattr(_forward_mode, "_current_level", -1) >= 0

@@ -5,7 +5,7 @@
 #include "backward_jvp.h"
 #include "jvp.h"
 #include "small.h"
-#include "statistics.h"
+#include "weights.h"
 
 namespace {
 
@@ -113,14 +113,34 @@ void statistics_backward(AttentionParams const& p, StatisticsParams const& of, B
   StatisticsBackward<FA_OPERAND>(p, of, item, memory).run();
 }
 
+int64 weights_bytes(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item) {
+  return RowWeights<FA_OPERAND>(p, of, item, nullptr).bytes();
+}
+
+void weights(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item, void* memory) {
+  RowWeights<FA_OPERAND>(p, of, item, memory).run();
+}
+
 }  // namespace
 
 #define FA_JOIN(operand, machine) fa_attention_##operand##_##machine
 #define FA_NAME(operand, machine) FA_JOIN(operand, machine)
 
 extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
-  static constexpr fa::cpu::Attention kernels{
-      forward_bytes,      forward,      backward_bytes,   share_bytes, backward,           add_shares, jvp_bytes, jvp,
-      backward_jvp_bytes, backward_jvp, statistics_bytes, statistics,  statistics_backward};
+  static constexpr fa::cpu::Attention kernels{forward_bytes,
+                                              forward,
+                                              backward_bytes,
+                                              share_bytes,
+                                              backward,
+                                              add_shares,
+                                              jvp_bytes,
+                                              jvp,
+                                              backward_jvp_bytes,
+                                              backward_jvp,
+                                              statistics_bytes,
+                                              statistics,
+                                              statistics_backward,
+                                              weights_bytes,
+                                              weights};
   return &kernels;
 }

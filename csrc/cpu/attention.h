@@ -60,6 +60,9 @@ struct Attention {
   int64 (*statistics_bytes)(AttentionParams const&, StatisticsParams const&, ForwardItem const&);
   void (*statistics)(AttentionParams const&, StatisticsParams const&, ForwardItem const&, void* memory);
   void (*statistics_backward)(AttentionParams const&, StatisticsParams const&, BackwardItem const&, void* memory);
+  // The weights; averaged over the heads, an item is of the first of a sequence and works on all.
+  int64 (*weights_bytes)(AttentionParams const&, StatisticsParams const&, ForwardItem const&);
+  void (*weights)(AttentionParams const&, StatisticsParams const&, ForwardItem const&, void* memory);
 };
 
 }  // namespace fa::cpu

@@ -26,6 +26,7 @@ struct Call {
   char* shares = nullptr;
   int* progress = nullptr;            // of each item, where items wait for others
   std::atomic<int>* left = nullptr;   // parts of each unit that are not done, where they are split
+  int64 heads = p.heads_kv;           // of a sequence that have items of their own
   int64 step = 1;                     // items that a thread takes at a time: then it knows its next one
   std::atomic<int64> next{0};
   std::atomic<bool> has_failed{false};
@@ -58,7 +59,7 @@ struct Call {
       }
       n -= first[b];
     } else {
-      int64 const each = items_of(0) * p.heads_kv;
+      int64 const each = items_of(0) * heads;
       b = n / each;
       n -= b * each;
     }
@@ -141,12 +142,12 @@ static Outcome copy_boundaries(Call& call) {
 static void count_items(Call& call) {
   AttentionParams const& p = call.p;
   if (!call.first) {
-    call.count = p.batch ? p.batch * p.heads_kv * call.items_of(0) : 0;
+    call.count = p.batch ? p.batch * call.heads * call.items_of(0) : 0;
     return;
   }
   for (int64 b = 0; b < p.batch; ++b) {
     call.first[b] = call.count;
-    call.count += p.heads_kv * call.items_of(b);
+    call.count += call.heads * call.items_of(b);
   }
   call.first[p.batch] = call.count;
 }
@@ -233,6 +234,16 @@ static void work_statistics(void* data) {
       });
 }
 
+static void work_weights(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  take_items(
+      call, scratch_memory, [&](int64 n) { return call.forward_item(n); },
+      [&](ForwardItem const& item) { return call.kernels.weights_bytes(call.p, *call.statistics, item); },
+      [&](ForwardItem const& item, ForwardItem const*, void* memory) {
+        call.kernels.weights(call.p, *call.statistics, item, memory);
+      });
+}
+
 static void work_backward(void* data) {
   Call& call = *static_cast<Call*>(data);
   take_items(
@@ -271,6 +282,25 @@ static Outcome forward(Call& call) {
   call.rows_per_item = of ? int(of->rows_per_part) : rows_of_item(call, work < kSmall ? 1 : call.p.threads);
   count_items(call);
   run(call, work, of ? work_statistics : call.moved ? work_jvp : work_forward);
+  return call.has_failed ? kNoMemory : kDone;
+}
+
+// Rows of averages are few enough to stay in a cache, and to leave no thread without work.
+static int rows_of_averages(AttentionParams const& p) {
+  constexpr int64 kWords = 96 << 10;
+  int64 const fitting = kWords / (p.rows_kv ? p.rows_kv : 1), fair = p.batch * p.rows_q / (4 * p.threads);
+  int64 const tiles = (fitting < fair ? fitting : fair) / kTile;
+  return int(tiles ? tiles : 1) * kTile;
+}
+
+static Outcome weights(Call& call) {
+  StatisticsParams const& of = *call.statistics;
+  if (call.p.cu_seqlens_q) return kWrongValues;
+  double const work = work_of(call);
+  if (of.averages) call.heads = 1;
+  call.rows_per_item = of.averages ? rows_of_averages(call.p) : rows_of_item(call, work < kSmall ? 1 : call.p.threads);
+  count_items(call);
+  run(call, work, work_weights);
   return call.has_failed ? kNoMemory : kDone;
 }
 
@@ -360,4 +390,9 @@ FA_PUBLIC long long fa_cpu_statistics(const char* packed, const char* statistics
 }
 FA_PUBLIC long long fa_cpu_statistics_backward(const char* packed, const char* statistics) {
   return fa::cpu::describe(packed, statistics, fa::cpu::backward);
+}
+
+// The weights, or what their gradient needs of each row.
+FA_PUBLIC long long fa_cpu_weights(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::weights);
 }

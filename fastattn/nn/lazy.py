@@ -197,8 +197,7 @@ def weights_when_read(
             todo = "Pass need_weights=False, or leave the context-parallel block for the calls whose weights you read."
             raise input_error("attention weights", "tokens of one rank, of a call on those of all ranks", "none", todo)
         with without_autocast(q.device.type):
-            weights = weights_of_call(q, k, mean, options)
-        weights = weights if weights.dtype == dtype else weights.to(dtype)
+            weights = weights_of_call(q, k, mean, options, dtype)
         return weights[0] if unbatched else weights
 
     shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])

@@ -54,6 +54,58 @@ def test_chosen_rows_and_heads_are_cut_from_the_whole(qkv, options):
     torch.testing.assert_close(some, whole[:, [3, 1]][:, :, [5, 0, -1]])
 
 
+KERNEL_OPTIONS = {name: options for name, options in OPTIONS.items() if name != "dropout"}
+needs_kernel = pytest.mark.skipif(
+    fastattn.backends()["cpu"] is not None, reason="without the C++ kernels the formula gives all weights"
+)
+
+
+def weights_and_gradients(function, q, k, backend, **options):
+    """Of values that differ from row to row, and in the number of keys, with those of the sinks and a bias."""
+    more = [x.requires_grad_() for name in ("bias", "sinks") if (x := options.get(name)) is not None]
+    with fastattn.use_backend(backend):
+        found = function(q.requires_grad_(), k.requires_grad_(), **options)
+        factors = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        assert ("WeightsByKernel" in found.grad_fn.name()) == (backend is None)
+        return found, *torch.autograd.grad(found, (q, k, *more), factors.to(found.dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("function", [fastattn.attention_weights, mean_attention_weights])
+@pytest.mark.parametrize("options", KERNEL_OPTIONS.values(), ids=KERNEL_OPTIONS.keys())
+def test_the_kernel_gives_what_the_formula_gives(qkv, options, function):
+    q, k, _ = qkv
+    options = {name: x.double() if name in ("bias", "sinks") else x for name, x in options.items()}
+    by_formula = weights_and_gradients(function, q, k, "eager", **options)
+    torch.testing.assert_close(weights_and_gradients(function, q, k, None, **options), by_formula)
+
+
+@needs_kernel
+@pytest.mark.parametrize("function", [fastattn.attention_weights, mean_attention_weights])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_of_many_tiles_are_those_of_fp32(dtype, causal, function):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, s, h, 40, generator=draw).to(dtype) for s, h in ((130, 4), (1100, 2)))
+    with fastattn.use_backend("eager"):
+        exact = function(q.double(), k.double(), causal=causal)
+    found = function(q, k, causal=causal)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
+
+
+@needs_kernel
+def test_second_derivatives_and_rows_of_nan(qkv):
+    q, k = (x[:1, :4].requires_grad_() for x in qkv[:2])
+    for function in (fastattn.attention_weights, mean_attention_weights):
+        assert torch.autograd.gradgradcheck(lambda q, k, f=function: f(q, k, causal=True), (q, k), fast_mode=True)
+        spoiled = k.detach().clone()
+        spoiled[0, 2, 0] = math.nan  # which only the last two rows see
+        with fastattn.use_backend("eager"):
+            expected = function(q.detach(), spoiled, causal=True)
+        torch.testing.assert_close(function(q.detach(), spoiled, causal=True), expected, equal_nan=True)
+
+
 def test_chosen_rows_do_not_allocate_the_square(qkv):
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -20,7 +20,7 @@ from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import model
 
-VERSION = 5  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 6  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",

@@ -86,6 +86,7 @@ class Library:
             ("fa_cpu_backward_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_statistics", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_statistics_backward", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_weights", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -100,7 +101,7 @@ class Library:
         self._decode = self._library.fa_cpu_decode
         self.machine = asked_for(self.machines())
         self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
-        names = ("jvp", "backward_jvp", "statistics", "statistics_backward")
+        names = ("jvp", "backward_jvp", "statistics", "statistics_backward", "weights")
         self._with_more = {name: getattr(self._library, f"fa_cpu_{name}") for name in names}
 
     def machines(self) -> dict[str, bool]:
@@ -142,8 +143,8 @@ class Library:
         """A pass that takes a second struct.
 
         Args:
-            which: "jvp" or "backward_jvp", whose second struct is of the tangents; or "statistics" or
-                "statistics_backward".
+            which: "jvp" or "backward_jvp", whose second struct is of the tangents; or "statistics",
+                "statistics_backward" or "weights".
             packed: the struct of the inputs.
             more: the second one.
 

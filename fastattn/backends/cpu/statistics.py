@@ -1,7 +1,8 @@
-"""Statistics of the weights and their gradients by the C++ kernels."""
+"""Statistics of the weights, the weights themselves, and the gradients of both, by the C++ kernels."""
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu.attention import HOST, Call, Gradients
+from fastattn.backends.cpu.attention import DTYPES, HOST, Call, Gradients
 from fastattn.backends.cpu.library import Library
 from fastattn.problem import Grads, Inputs, Statistics, StatisticsGradient
 from fastattn.spec import AttentionSpec
@@ -17,12 +18,13 @@ from fastattn.spec import AttentionSpec
 # fa::cpu::StatisticsParams: its fields in order.
 FIELDS = (
     "rows_per_part", "parts", "share", "entropy", "largest_logit", "largest_key", "key_sum", "key_max", "dlse",
-    "dentropy", "dlargest_logit", "dkey_sum",
+    "dentropy", "dlargest_logit", "dweights", "dweights_batch", "dweights_head", "dweights_row", "weights",
+    "weights_dtype", "averages",
 )  # fmt: skip
 STRUCT = struct.Struct(f"<{len(FIELDS)}q")
 TILE = 48  # query rows that are worked on together: kForwardRows of csrc/cpu/forward.h
 MOST_PARTS, LEAST_ROWS = 8, 4 * TILE
-READ_BEHIND = 64  # words behind the gradients of key sums
+READ_BEHIND = 64  # words behind the gradients of weights
 
 
 def forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, machine: int | None = None) -> Statistics:
@@ -38,7 +40,8 @@ def forward(library: Library, inputs: Inputs, spec: AttentionSpec, *, machine: i
     shape = (shares.parts, *inputs.key_shape())
     sums, most = (torch.zeros(shape, dtype=call.words, device=HOST) for _ in range(2))
     results = {"entropy": entropy, "largest_logit": largest, "largest_key": key, "key_sum": sums, "key_max": most}
-    library.run("statistics", call.packed(), _packed(results, shares, sums[0].numel()))
+    numbers = {"rows_per_part": shares.rows_per_part, "parts": shares.parts, "share": sums[0].numel()}
+    library.run("statistics", call.packed(), _packed(results, **numbers))
     for n in range(1, shape[0]):
         sums[0] += sums[n]
         torch.maximum(most[0], most[n], out=most[0])
@@ -62,13 +65,60 @@ def backward(
         "largest_key": torch.empty(inputs.lse_shape(), dtype=torch.int64, device=HOST),
         "dentropy": _given(gradient.entropy, inputs.lse_shape(), call.words),
         "dlargest_logit": _given(gradient.largest_logit, inputs.lse_shape(), call.words),
-        "dkey_sum": _given(gradient.key_sum, inputs.key_shape(), call.words),
+        "dweights": _given(gradient.key_sum, inputs.key_shape(), call.words),
     }
-    packed = call.packed(lse=lse, lse_low=low)
-    library.run("statistics", packed, _packed({**more, "dlse": dlse}, _Shares.of(inputs)))
+    heads, keys = inputs.heads_q, inputs.k.shape[-3]
+    steps = {"dweights_batch": 0 if inputs.is_packed else heads * keys, "dweights_head": keys}
+    shares = _Shares.of(inputs)
+    numbers = {"rows_per_part": shares.rows_per_part, "parts": shares.parts, **steps}
+    library.run("statistics", call.packed(lse=lse, lse_low=low), _packed({**more, "dlse": dlse}, **numbers))
     grads = Gradients.of(inputs, needs)
     packed = call.packed(lse=lse, lse_low=low, dlse=dlse, **grads.tensors())
-    library.run("statistics_backward", packed, _packed(more, _Shares()))
+    library.run("statistics_backward", packed, _packed(more, **steps))
+    return grads.finished()
+
+
+def weights(
+    library: Library,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    *,
+    averages: bool,
+    dtype: torch.dtype,
+    machine: int | None = None,
+) -> Tensor:
+    """The weights of all heads, or their average."""
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    found = torch.empty(inputs.weights_shape(averages), dtype=dtype, device=HOST)
+    packed = _packed({"weights": found}, weights_dtype=DTYPES[dtype], averages=int(averages))
+    library.run("weights", call.packed(), packed)
+    return found
+
+
+def weights_backward(
+    library: Library,
+    dweights: Tensor,
+    inputs: Inputs,
+    spec: AttentionSpec,
+    needs: Sequence[str],
+    *,
+    machine: int | None = None,
+) -> Grads:
+    """The gradients named in ``needs``, out of those of the weights of all heads or of their average."""
+    call = Call(inputs, spec, library.machine if machine is None else machine)
+    lse, low, dlse = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(3))
+    more = {"dweights": _given(dweights, tuple(dweights.shape), call.words)}
+    s_q, s_kv, averages = *dweights.shape[-2:], dweights.dim() == 3
+    if averages:
+        more["dweights"] /= inputs.heads_q
+    heads = 1 if averages else inputs.heads_q
+    steps = {
+        "dweights_batch": heads * s_q * s_kv, "dweights_head": 0 if averages else s_q * s_kv, "dweights_row": s_kv
+    }  # fmt: skip
+    library.run("weights", call.packed(lse=lse, lse_low=low), _packed({**more, "dlse": dlse}, **steps))
+    grads = Gradients.of(inputs, needs)
+    packed = call.packed(lse=lse, lse_low=low, dlse=dlse, **grads.tensors())
+    library.run("statistics_backward", packed, _packed(more, **steps))
     return grads.finished()
 
 
@@ -86,15 +136,16 @@ class _Shares:
         return cls(max(1, -(-inputs.max_seqlen_q // rows)), rows)
 
 
-def _packed(tensors: dict[str, Tensor], shares: _Shares, share: int = 0) -> bytes:
-    values = {name: x.data_ptr() for name, x in tensors.items()}
-    values |= {"rows_per_part": shares.rows_per_part, "parts": shares.parts, "share": share}
+def _packed(tensors: dict[str, Tensor], **numbers: int) -> bytes:
+    values = {name: x.data_ptr() for name, x in tensors.items()} | numbers
     return STRUCT.pack(*(values.get(name, 0) for name in FIELDS))
 
 
 def _given(gradient: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A gradient as the kernels read it, zeros for None, with memory behind it."""
-    found = torch.zeros(torch.Size(shape).numel() + READ_BEHIND, dtype=dtype, device=HOST)
-    if gradient is not None:
-        found[:-READ_BEHIND].copy_(gradient.reshape(-1))
+    found = torch.empty(math.prod(shape) + READ_BEHIND, dtype=dtype, device=HOST)
+    if gradient is None:
+        return found.zero_()
+    found[-READ_BEHIND:] = 0
+    found[:-READ_BEHIND].view(shape).copy_(gradient)
     return found
