@@ -17,17 +17,12 @@ from fastattn.files import replaced_file
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, Statistics, check_inputs
 from fastattn.statistics import statistics
-from fastattn.weights import all_weights
+from fastattn.weights import WITHOUT_OPTIONS, all_weights, by_plan, look_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Chosen = Sequence[int] | Tensor | None
-
-_DEFAULTS: dict[str, Any] = {
-    "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
-    "sinks": None, "segment_ids": None, "intervals": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
-}  # fmt: skip
 
 
 def attention_weights(
@@ -135,7 +130,7 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
         >>> mean_attention_weights(q, q, causal=True).shape
         torch.Size([1, 10, 10])
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     return all_weights(inputs, spec, averages=True)
@@ -158,8 +153,11 @@ def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any], d
         >>> weights_of_call(q, q, True, {"causal": True}, torch.float32).shape
         torch.Size([1, 3, 3])
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
-    return all_weights(inputs, spec, averages=mean, dtype=dtype)
+    kind, found = look_up(q, k, options, mean, dtype)
+    if found is not None:
+        return by_plan(found, q, k)
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
+    return all_weights(inputs, spec, averages=mean, dtype=dtype, kind=kind)
 
 
 def attention_statistics(q: Tensor, k: Tensor, **options: Any) -> Statistics:
@@ -188,7 +186,7 @@ def attention_statistics(q: Tensor, k: Tensor, **options: Any) -> Statistics:
         >>> found.largest_logit.amax((0, 2)).shape, found.key_sum.shape
         (torch.Size([8]), torch.Size([1, 8, 1000]))
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
     check_inputs(inputs, spec)
     return statistics(inputs, spec, requested(None))
 

@@ -154,7 +154,7 @@ def is_known(kind: Hashable) -> bool:
     return kind in _known
 
 
-def remember(kind: Hashable, plan: Plan | Run | None, tensors: Sequence[Tensor | None]) -> None:
+def remember(kind: Hashable, plan: Any, tensors: Sequence[Tensor | None]) -> None:
     """Store the plan of ``kind``, the kind of a call with ``tensors``; None records that it has no plan."""
     if len(_known) >= LIMIT:
         _forget()

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastattn import ops, reference
-from fastattn.autograd import needs_gradient
+from fastattn import ops, plan, reference
+from fastattn.arguments import dense_problem
+from fastattn.autograd import PlannedAttention, needs_gradient
 from fastattn.backends import load
-from fastattn.backends.base import Backend
+from fastattn.backends.base import Backend, Run
 from fastattn.dispatch import choose, reasons, requested
-from fastattn.plan import is_plain
-from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem
+from fastattn.plan import Plan
+from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem, check_inputs
+from fastattn.serving import planned
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import has_dispatch_modes, is_in_forward_mode, is_traced, is_transformed
+from fastattn.storage import check_storages
+from fastattn.torch_internals import has_dispatch_modes, is_in_forward_mode, is_traced, is_transformed, is_watched
 
+WITHOUT_OPTIONS: dict[str, Any] = {
+    "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
+    "sinks": None, "segment_ids": None, "intervals": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
+}  # fmt: skip
 BUDGET = 8 * 2**20  # bytes of weights that are averaged at a time: they stay in a cache, and malloc keeps their pages
 
 
-def all_weights(inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype | None = None) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class WeightsPlan:
+    """Functions prepared for calls of one kind, on q and k alone.
+
+    Attributes:
+        forward: ``(q, k) -> weights``.
+        backward: ``(dweights, q, k) -> (dq, dk)``; None where nothing needs a gradient.
+        scalars: those of the call, as ``ops.flatten`` has them.
+        averages: over the heads.
+    """
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Run | None
+    scalars: tuple[Any, ...]
+    averages: bool
+
+
+def all_weights(
+    inputs: Inputs,
+    spec: AttentionSpec,
+    *,
+    averages: bool,
+    dtype: torch.dtype | None = None,
+    kind: Hashable | None = None,
+) -> Tensor:
     """The weights ``(B, H_q, S_q, S_kv)`` of a dense call, or their ``averages`` over the heads, differentiable.
 
     Args:
@@ -29,15 +62,83 @@ def all_weights(inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: t
         spec: the scalars.
         averages: ``(B, S_q, S_kv)``.
         dtype: of the result; None is that of the computation, fp32, or fp64 for fp64 inputs.
+        kind: that of ``look_up``, for a plan of further calls like this one.
     """
     dtype = reference.compute_dtype(inputs) if dtype is None else dtype
-    backend = _with_kernel(inputs, spec)
+    backend, needs_grad = _with_kernel(inputs, spec), needs_gradient(inputs)
     if backend is None:
         return _by_formula(inputs, spec, averages).to(dtype)
-    if needs_gradient(inputs):
+    if kind is not None and not plan.is_known(kind):
+        made = _planned(backend, inputs, spec, averages, dtype)
+        plan.remember(kind, made, (inputs.q, inputs.k))
+        if made is not None:  # by the plan at once: checkpoints compare what two equal calls save
+            check_storages(("q", "k"), (inputs.q, inputs.k))
+            return by_plan(made, inputs.q, inputs.k)
+    if needs_grad:
         found: Tensor = WeightsByKernel.apply(averages, dtype, *ops.flatten(inputs, spec, backend.name))
         return found
     return backend.weights(inputs, spec, averages=averages, dtype=dtype)
+
+
+def look_up(
+    q: Tensor, k: Tensor, options: dict[str, Any], averages: bool, dtype: torch.dtype
+) -> tuple[Hashable | None, WeightsPlan | None]:
+    """The kind of a call whose other tensors, and dropout, are None, and its plan; see ``plan.look_up``."""
+    if options.get("dropout_p") or "layout" in options:
+        return None, None
+    for name in _TENSOR_OPTIONS:
+        if options.get(name) is not None:
+            return None, None
+    return plan.look_up((q, k), ("weights", averages, dtype, *options.items(), requested(None)))
+
+
+_TENSOR_OPTIONS = ("bias", "mask", "alibi_slopes", "sinks", "segment_ids", "intervals")
+
+
+def attention_with_weights(
+    q: Tensor, k: Tensor, v: Tensor, averages: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """``(out, weights)`` of a call without options, both computed at once by one node of autograd.
+
+    For few scores on a CPU, whose weights take less time than to wait until somebody reads them. None where there is no
+    plan for both: then neither was computed.
+    """
+    backend = requested(None)
+    kind, found = plan.look_up((q, k, v), ("attention and weights", averages, dtype, backend))
+    if found is None:
+        if kind is None or plan.is_known(kind):
+            return None
+        inputs, spec = dense_problem(q, k, v, **WITHOUT_OPTIONS)
+        check_inputs(inputs, spec)
+        check_storages(("q", "k", "v"), (q, k, v))
+        kernel, of_out = _with_kernel(inputs, spec), planned(inputs, spec, backend)
+        of_weights = None if kernel is None else _planned(kernel, inputs, spec, averages, dtype)
+        found = None if of_out is None or of_weights is None else (of_out, of_weights)
+        plan.remember(kind, found, (q, k, v))
+        if found is None:
+            return None
+    of_out, of_weights = found
+    if of_out.backward is not None:
+        out, weights = apply_both(q, k, v, of_out, of_weights)
+        return out, weights
+    return of_out.forward(q, k, v)[0], of_weights.forward(q, k)
+
+
+def by_plan(found: WeightsPlan, q: Tensor, k: Tensor) -> Tensor:
+    return found.forward(q, k) if found.backward is None else apply_planned(q, k, found)
+
+
+def _planned(
+    backend: Backend, inputs: Inputs, spec: AttentionSpec, averages: bool, dtype: torch.dtype
+) -> WeightsPlan | None:
+    needs_grad = needs_gradient(inputs)
+    if needs_grad and not (inputs.q.requires_grad and inputs.k.requires_grad):
+        return None
+    made = backend.prepared_weights(inputs, spec, averages=averages, dtype=dtype)
+    if made is None:
+        return None
+    scalars = ops.flatten(inputs, spec, backend.name)[len(TENSORS) :]
+    return WeightsPlan(made[0], made[1] if needs_grad else None, scalars, averages)
 
 
 def _with_kernel(inputs: Inputs, spec: AttentionSpec) -> Backend | None:
@@ -49,7 +150,7 @@ def _with_kernel(inputs: Inputs, spec: AttentionSpec) -> Backend | None:
         return None
     problem = Problem.of(inputs, spec, needs_gradient(inputs))
     name = requested(None) or choose(problem)[0]
-    if name is None or not load(name).computes_weights or reasons(problem)[name] or not is_plain(tensors):
+    if name is None or not load(name).computes_weights or reasons(problem)[name] or not plan.is_plain(tensors):
         return None
     return load(name)
 
@@ -66,19 +167,80 @@ class WeightsByKernel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, spec, name = ops.unflatten((*ctx.saved_tensors, *ctx.scalars))
+        flat = (*ctx.saved_tensors, *ctx.scalars)
         needed = ctx.needs_input_grad[2:]
         needs = [name for name in DIFFERENTIABLE if name != "v" and needed[TENSORS.index(name)]]
-        if torch.is_grad_enabled() or not is_plain([dweights]):
-            with torch.enable_grad():
-                found = _by_formula(inputs, spec, ctx.averages).to(dweights.dtype)
-            wanted = [getattr(inputs, name) for name in needs]
-            grads = torch.autograd.grad(found, wanted, dweights, create_graph=True, allow_unused=True)
-            by_name = dict(zip(needs, grads, strict=True))
-        else:
-            of_inputs = load(str(name)).weights_backward(dweights, inputs, spec, needs)
-            by_name = {name: getattr(of_inputs, f"d{name}") for name in needs}
+        by_name = dict(zip(needs, _gradients(dweights, flat, ctx.averages, needs), strict=True))
         return (None, None, *(by_name.get(name) for name in TENSORS), *(None for _ in ctx.scalars))
+
+
+class WeightsByPlan(torch.autograd.Function):
+    """The same by a plan. Calls under a transform or a compiler never come here: they have no plan."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, found: WeightsPlan) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.plan = found
+        return found.forward(q, k)
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients_by_plan(ctx.plan, dweights, *ctx.saved_tensors), None
+
+
+class AttentionAndWeights(torch.autograd.Function):
+    """``(out, weights)`` by plans, of a call without options."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, of_out: Plan, of_weights: WeightsPlan) -> Any:
+        results = of_out.forward(q, k, v)
+        ctx.save_for_backward(*results, q, k, v)
+        ctx.plan, ctx.of_weights = of_out, of_weights
+        ctx.set_materialize_grads(False)
+        return results[0], of_weights.forward(q, k)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+        dq, dk, *others = PlannedAttention.backward(ctx, dout)
+        if dweights is not None:
+            more = _gradients_by_plan(ctx.of_weights, dweights, *ctx.saved_tensors[-3:-1])
+            dq, dk = (_sum(x, y) for x, y in zip((dq, dk), more, strict=True))
+        return dq, dk, *others
+
+
+# Function.apply without what it does first for torch.func, which plans do not serve (docs/decisions/plans.md).
+apply_planned = super(torch.autograd.Function, WeightsByPlan).apply
+apply_both = super(torch.autograd.Function, AttentionAndWeights).apply
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """In the memory of ``x``, which nobody else has, where that is not recorded."""
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y if torch.is_grad_enabled() or is_transformed() else x.add_(y)
+
+
+def _gradients_by_plan(found: WeightsPlan, dweights: Tensor, q: Tensor, k: Tensor) -> Sequence[Tensor | None]:
+    """Those of q and k."""
+    if torch.is_grad_enabled() or is_watched() or not plan.is_plain((dweights,)):
+        flat = (q, k, k, *(None,) * (len(TENSORS) - 3), *found.scalars)
+        return _gradients(dweights, flat, found.averages, ("q", "k"))
+    assert found.backward is not None
+    return found.backward(dweights, q, k)
+
+
+def _gradients(
+    dweights: Tensor, flat: tuple[Any, ...], averages: bool, needs: Sequence[str]
+) -> Sequence[Tensor | None]:
+    """Those named in ``needs``, differentiable where gradients are recorded."""
+    inputs, spec, name = ops.unflatten(flat)
+    if torch.is_grad_enabled() or is_transformed() or not plan.is_plain((dweights,)):
+        with torch.enable_grad():
+            found = _by_formula(inputs, spec, averages).to(dweights.dtype)
+        wanted = [getattr(inputs, name) for name in needs]
+        return torch.autograd.grad(found, wanted, dweights, create_graph=True, allow_unused=True)
+    of_inputs = load(str(name)).weights_backward(dweights, inputs, spec, needs)
+    return [getattr(of_inputs, f"d{name}") for name in needs]
 
 
 # --- by the formula -----------------------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ struct Call {
   std::atomic<int64> next{0};
   std::atomic<bool> has_failed{false};
 
+  // Gradients of weights rather than of their statistics, whose largest keys were found before.
+  bool is_of_weights() const { return statistics && statistics->dweights && !statistics->largest_key; }
+
   int group() const { return int(p.heads_q / p.heads_kv); }
   int s_q(int64 b) const { return int(starts_q ? starts_q[b + 1] - starts_q[b] : p.rows_q); }
   int s_kv(int64 b) const { return int(starts_kv ? starts_kv[b + 1] - starts_kv[b] : p.rows_kv); }
@@ -249,11 +252,13 @@ static void work_backward(void* data) {
   take_items(
       call, scratch_memory, [&](int64 n) { return call.backward_item(n); },
       [&](BackwardItem const& item) {
-        return call.moved ? call.kernels.backward_jvp_bytes(call.p, *call.moved, item)
-                          : call.kernels.backward_bytes(call.p, item);
+        return call.moved             ? call.kernels.backward_jvp_bytes(call.p, *call.moved, item)
+               : call.is_of_weights() ? call.kernels.weights_backward_bytes(call.p, *call.statistics, item)
+                                      : call.kernels.backward_bytes(call.p, item);
       },
       [&](BackwardItem const& item, BackwardItem const* next, void* memory) {
         if (call.moved) call.kernels.backward_jvp(call.p, *call.moved, item, memory);
+        else if (call.is_of_weights()) call.kernels.weights_backward(call.p, *call.statistics, item, memory);
         else if (call.statistics) call.kernels.statistics_backward(call.p, *call.statistics, item, memory);
         else call.kernels.backward(call.p, item, next, memory);
         if (!call.splits || !call.p.dq) return;
@@ -343,6 +348,16 @@ static Outcome backward(Call& call) {
   return call.has_failed ? kNoMemory : kDone;
 }
 
+static Outcome weights_backward(Call& call) {
+  AttentionParams const& p = call.p;
+  if (p.cu_seqlens_q) return kWrongValues;
+  if (!call.kernels.are_small_weights(p, call.unit(0, 0))) {
+    Call rows{p, call.kernels, nullptr, call.statistics, nullptr, nullptr, nullptr};
+    if (Outcome const outcome = weights(rows)) return outcome;
+  }
+  return backward(call);
+}
+
 static Outcome attend(AttentionParams const& p, AttentionParams const* moved, StatisticsParams const* statistics,
                       Outcome (*pass)(Call&)) {
   Machine const* const machine = machine_for(p.machine);
@@ -392,7 +407,10 @@ FA_PUBLIC long long fa_cpu_statistics_backward(const char* packed, const char* s
   return fa::cpu::describe(packed, statistics, fa::cpu::backward);
 }
 
-// The weights, or what their gradient needs of each row.
+// The weights; and the gradients of q, k, bias and sinks out of theirs, with memory for lse and its gradient.
 FA_PUBLIC long long fa_cpu_weights(const char* packed, const char* statistics) {
   return fa::cpu::describe(packed, statistics, fa::cpu::weights);
+}
+FA_PUBLIC long long fa_cpu_weights_backward(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::weights_backward);
 }

@@ -5,6 +5,7 @@
 // leaves lse and the gradient of lse, -sum p dp, for the backward pass of statistics.h.
 #pragma once
 
+#include "small.h"
 #include "statistics.h"
 
 namespace {
@@ -25,13 +26,18 @@ class RowWeights {
     memory_ = static_cast<char*>(memory) + bytes_;
   }
 
-  int64 bytes() const { return bytes_ + Forward<Op>(p_, item_, nullptr).bytes(); }
+  int64 bytes() const {
+    int64 const all = Forward<Op>(p_, item_, nullptr).bytes();
+    int64 const small = is_small() ? Small<Op>(p_, item_.unit, nullptr).bytes() : 0;
+    return bytes_ + (small > all ? small : all);
+  }
 
   void run() {
     int const rows = item_.rows.end - item_.rows.begin;
     if (of_.averages) clear(sums_, rows * line_);
     Unit unit = item_.unit;
     for (int after = unit.kv_head + (of_.averages ? int(p_.heads_kv) : 1); unit.kv_head < after; ++unit.kv_head) {
+      if (run_small(unit)) continue;
       ForwardItem const of_head{unit, item_.rows};
       Forward<Op> pass(p_, of_head, memory_);
       run_head(pass);
@@ -40,6 +46,23 @@ class RowWeights {
   }
 
  private:
+  bool is_small() const {
+    bool const is_whole = item_.rows.begin == 0 && item_.rows.end == item_.unit.band.s_q;
+    return kServesSmall<Op> && is_whole && !of_.dlse && Small<Op>::takes_keys(p_, item_.unit);
+  }
+
+  bool run_small(Unit const& unit) {
+    if constexpr (kServesSmall<Op>)
+      if (is_small()) {
+        Small<Op>(p_, unit, memory_).weigh([this](int head, int i, Word const* weights, Word factor) {
+          if (!of_.averages) put(weights, factor, head, i);
+          else add(weights, factor / Word(p_.heads_q), {0, int(line_) - kAlignWords}, sums_ + i * line_);
+        });
+        return true;
+      }
+    return false;
+  }
+
   void run_head(Forward<Op>& pass) {
     Prefetch none;
     pass.prefetch_ = &none;

@@ -167,6 +167,14 @@ class Backend:
         """The gradients named in ``needs``, among which v is not. If ``dweights`` has no heads it is of averages."""
         raise NotImplementedError(f"the {self.name} backend does not compute weights")
 
+    def prepared_weights(
+        self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype
+    ) -> tuple[Callable[..., Tensor], Run] | None:
+        """``weights`` as a function of q and k for calls like this one, which has no other tensors; and of their
+        gradient, q and k that of ``weights_backward``, (dq, dk). On the terms of ``prepared_forward``.
+        """
+        return None
+
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Append the new keys and values, if any, to the cache, and return ``(out, lse)`` of attention to all of it.
 

@@ -17,10 +17,11 @@ from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn.checks import Window, check_options, check_sizes, fits
-from fastattn.nn.lazy import attend_with_little_weights, have_little_weights, weights_when_read
+from fastattn.nn.lazy import have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
 from fastattn.torch_internals import calls_only_forward, multi_head_attention
+from fastattn.weights import attention_with_weights
 
 _OUT_PROJ = type(nn.MultiheadAttention(1, 1).out_proj)
 
@@ -229,13 +230,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
             options["rng_state"] = rng.new_rng_state(q.device)
         given = (options[name] for name in ("window", "softcap", "sinks", "bias", "mask", "segment_ids"))
         is_plain = self.backend is None and not options["dropout_p"] and all(x is None for x in given)
-        both = attend_with_little_weights(q, k, v) if is_plain else None
-        out = attention(q, k, v, backend=self.backend, **options) if both is None else both[0]
+        count = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+        if is_plain and have_little_weights((q, k, v), count):
+            both = attention_with_weights(q, k, v, average, q.dtype)
+            if both is not None:
+                out = self.out_proj(self._as_query(both[0].flatten(2), is_batched))
+                return out, both[1] if is_batched else both[1][0]
+        out = attention(q, k, v, backend=self.backend, **options)
         assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
-        if both is not None:
-            weights = (both[1].mean(1) if average else both[1]).to(out.dtype)
-            return out, weights if is_batched else weights[0]
         how = {"mean": average, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 

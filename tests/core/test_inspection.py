@@ -14,6 +14,7 @@ from fastattn.inspection import (
     attention_statistics,
     mean_attention_weights,
 )
+from fastattn.weights import attention_with_weights
 
 S_Q, S_KV, H_Q, H_KV, D = 7, 9, 4, 2, 8
 OPTIONS = {
@@ -92,6 +93,33 @@ def test_weights_of_many_tiles_are_those_of_fp32(dtype, causal, function):
     found = function(q, k, causal=causal)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
+
+
+@needs_kernel
+def test_weights_beside_attention_and_gradients_of_both(qkv):
+    q, k, v = (x.detach().requires_grad_() for x in qkv)
+    k, v = (x.detach().repeat_interleave(2, 2).requires_grad_() for x in (k, v))
+
+    def both(averages):
+        results = attention_with_weights(q, k, v, averages, torch.float64)
+        expected = fastattn.attention(q, k, v), fastattn.attention_weights(q, k)
+        return results, (expected[0], expected[1].mean(1) if averages else expected[1])
+
+    for averages in (False, True, True):
+        results, expected = both(averages)
+        torch.testing.assert_close(results, expected)
+        for chosen in ((0, 1), (0,), (1,)):
+            given = [torch.randn_like(results[n]) for n in chosen]
+            found, wanted = (
+                torch.autograd.grad([x[n] for n in chosen], (q, k, v), given, retain_graph=True, allow_unused=True)
+                for x in (results, expected)
+            )
+            torch.testing.assert_close(found, wanted)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: attention_with_weights(*x, True, x[0].dtype), (q, k, v), fast_mode=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(attention_with_weights(q, k, v, True, torch.float64), expected)
 
 
 @needs_kernel

@@ -196,21 +196,15 @@ def test_a_layer_whose_tokens_are_sharded_leaves_no_rank_to_itself(monkeypatch, 
 
 @pytest.mark.parametrize("averaged", [True, False])
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "one sequence"])
-def test_few_scores_are_computed_at_once(monkeypatch, averaged, layout):
-    monkeypatch.setattr(lazy, "LITTLE", N * H * S * S)
+def test_results_and_gradients_of_every_layout(averaged, layout):
     theirs, ours, x = pair()
     theirs.batch_first = ours.batch_first = layout != "sequence first"
     x = (x[0] if layout == "one sequence" else x).requires_grad_()
 
     def results(module):
         out, weights = module(x, x, x, average_attn_weights=averaged)
-        assert type(weights) is torch.Tensor
         wanted = [x, module.in_proj_weight, module.out_proj.weight]
-        return out, weights, *torch.autograd.grad((out * weights.square().sum()).sum(), wanted)
+        return out, weights * 1, *torch.autograd.grad((out * weights.square().sum()).sum(), wanted)
 
-    torch.testing.assert_close(results(ours), results(theirs))
-    more = torch.randn(S + 1, S + 1, E, dtype=torch.float64)
-    assert type(ours(more, more, more)[1]) is LazyTensor, "more scores"
-    length = ours(x, x, x)[1].shape[-1]
-    mask = torch.zeros(length, length, dtype=torch.float64)
-    assert type(ours(x, x, x, attn_mask=mask)[1]) is LazyTensor, "a mask"
+    for _ in range(2):  # the second time by a plan
+        torch.testing.assert_close(results(ours), results(theirs))

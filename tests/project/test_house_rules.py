@@ -72,7 +72,7 @@ MAY_IMPORT = {
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "fp8": VOCABULARY | {"arguments", "dispatch", "functional", "ops"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
-    "weights": VOCABULARY | {"autograd", "backends", "dispatch", "ops", "plan", "reference"},
+    "weights": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plan", "reference", "serving"},
     "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics", "weights"},
     "intervals": {"errors", "problem", "spec"},
     "nn": {
@@ -90,6 +90,7 @@ MAY_IMPORT = {
         "state",
         "torch_internals",
         "trees",
+        "weights",
     },
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {

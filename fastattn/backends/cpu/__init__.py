@@ -8,7 +8,7 @@ the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -113,6 +113,11 @@ class CpuBackend(Backend):
 
     def weights_backward(self, dweights: Tensor, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> Grads:
         return statistics.weights_backward(_library(), dweights, inputs, spec, needs)
+
+    def prepared_weights(
+        self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype
+    ) -> tuple[Callable[..., Tensor], Run] | None:
+        return statistics.prepared_weights(_library(), inputs, spec, averages=averages, dtype=dtype)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)

@@ -182,7 +182,7 @@ def prepared_forward(
     library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool, apart: bool
 ) -> Run | None:
     """``forward`` for calls of one kind; lse and lse_low are ``apart`` or one tensor, since two take longer to make."""
-    rest = _rest(inputs, spec, FORWARD_PART)
+    rest = rest_of(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
     alone, dtype = rest(), inputs.q.dtype
@@ -221,7 +221,7 @@ def prepared_backward(
 ) -> Run | None:
     """``backward`` for calls of one kind, whose ``lse`` has no gradient; lse and lse_low are as in the forward pass."""
     sums = SumsOfMore.of(inputs, needs)
-    rest = _rest(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
+    rest = rest_of(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
     if rest is None:
         return None
     alone, new, has_sums = rest(), torch.empty_like, sums.of_bias is not None or sums.of_sinks is not None
@@ -267,7 +267,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _rest(
+def rest_of(
     inputs: Inputs,
     spec: AttentionSpec,
     first: struct.Struct,

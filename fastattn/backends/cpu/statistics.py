@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastattn.backends.cpu.attention import DTYPES, HOST, Call, Gradients
+from fastattn.backends.base import Run
+from fastattn.backends.cpu import threads
+from fastattn.backends.cpu.attention import (
+    BACKWARD_PART,
+    DTYPES,
+    FORWARD_PART,
+    HOST,
+    VERSION,
+    Call,
+    Gradients,
+    rest_of,
+    words_of,
+)
 from fastattn.backends.cpu.library import Library
 from fastattn.problem import Grads, Inputs, Statistics, StatisticsGradient
 from fastattn.spec import AttentionSpec
+from fastattn.storage import model
 
 # fa::cpu::StatisticsParams: its fields in order.
 FIELDS = (
@@ -107,19 +120,77 @@ def weights_backward(
     """The gradients named in ``needs``, out of those of the weights of all heads or of their average."""
     call = Call(inputs, spec, library.machine if machine is None else machine)
     lse, low, dlse = (torch.empty(inputs.lse_shape(), dtype=call.words, device=HOST) for _ in range(3))
-    more = {"dweights": _given(dweights, tuple(dweights.shape), call.words)}
-    s_q, s_kv, averages = *dweights.shape[-2:], dweights.dim() == 3
+    more, averages = {"dweights": _given(dweights, tuple(dweights.shape), call.words)}, dweights.dim() == 3
     if averages:
         more["dweights"] /= inputs.heads_q
-    heads = 1 if averages else inputs.heads_q
-    steps = {
-        "dweights_batch": heads * s_q * s_kv, "dweights_head": 0 if averages else s_q * s_kv, "dweights_row": s_kv
-    }  # fmt: skip
-    library.run("weights", call.packed(lse=lse, lse_low=low), _packed({**more, "dlse": dlse}, **steps))
+    steps = _steps_of_weights(inputs, averages)
     grads = Gradients.of(inputs, needs)
     packed = call.packed(lse=lse, lse_low=low, dlse=dlse, **grads.tensors())
-    library.run("statistics_backward", packed, _packed(more, **steps))
+    library.run("weights_backward", packed, _packed({**more, "dlse": dlse}, **steps))
     return grads.finished()
+
+
+def prepared_weights(
+    library: Library, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype
+) -> tuple[Callable[..., Tensor], Run] | None:
+    """``weights`` and ``weights_backward`` for calls of one kind, whose tensors are q and k."""
+    rest, rest_of_backward = (rest_of(inputs, spec, part) for part in (FORWARD_PART, BACKWARD_PART))
+    if rest is None or rest_of_backward is None:
+        return None
+    after, after_backward, heads, words = rest(), rest_of_backward(), inputs.heads_q, words_of(inputs.q.dtype)
+    count, new, machine, explain = threads.count, torch.empty_like, library.machine, library.explain
+    weigh, pull_back = (library.with_more[name] for name in ("weights", "weights_backward"))
+    shape = inputs.weights_shape(averages)
+    found_model, grads_model = model(shape, dtype, HOST), model((math.prod(shape) + READ_BEHIND,), words, HOST)
+    rows_model, of_row = model((3, *inputs.lse_shape()), words, HOST), math.prod(inputs.lse_shape()) * words.itemsize
+    dq_model, dk_model = (model(tuple(x.shape), x.dtype, HOST) for x in (inputs.q, inputs.k))
+    pack, pack_backward = FORWARD_PART.pack, BACKWARD_PART.pack
+    of_weights = _with_addresses("weights", weights_dtype=DTYPES[dtype], averages=int(averages))
+    of_gradient = _with_addresses("dlse", "dweights", **_steps_of_weights(inputs, averages))
+
+    def run(q: Tensor, k: Tensor) -> Tensor:
+        found = new(found_model)
+        begin = pack(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), 0, 0, 0, 0)
+        if failed := weigh(begin + after, of_weights(found.data_ptr())):
+            explain(failed)
+        return found
+
+    def run_backward(dweights: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        given, rows, dq, dk = new(grads_model), new(rows_model), new(dq_model), new(dk_model)
+        values = given[:-READ_BEHIND].view(shape).copy_(dweights)
+        if averages:
+            values.div_(heads)
+        lse = rows.data_ptr()
+        begin = pack_backward(VERSION, count(), machine, q.data_ptr(), k.data_ptr(), 0, 0, lse, lse + of_row, 0,
+                              lse + 2 * of_row, dq.data_ptr(), dk.data_ptr(), 0, 0, 0)  # fmt: skip
+        if failed := pull_back(begin + after_backward, of_gradient(lse + 2 * of_row, given.data_ptr())):
+            explain(failed)
+        return dq, dk
+
+    return run, run_backward
+
+
+def _with_addresses(*names: str, **numbers: int) -> Callable[..., bytes]:
+    """The struct as a function of the addresses of tensors, which are named in the order of its fields."""
+    pack, template = STRUCT.pack, [numbers.get(name, 0) for name in FIELDS]
+    places = [FIELDS.index(name) for name in names]
+
+    def packed(*addresses: int) -> bytes:
+        values = template.copy()  # other threads fill theirs
+        for place, address in zip(places, addresses):  # noqa: B905  equally many, and strict costs time
+            values[place] = address
+        return pack(*values)
+
+    return packed
+
+
+def _steps_of_weights(inputs: Inputs, averages: bool) -> dict[str, int]:
+    """Where the gradient of a row's weights lies."""
+    s_q, s_kv = inputs.q.shape[1], inputs.k.shape[1]
+    heads = 1 if averages else inputs.heads_q
+    return {
+        "dweights_batch": heads * s_q * s_kv, "dweights_head": 0 if averages else s_q * s_kv, "dweights_row": s_kv
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
