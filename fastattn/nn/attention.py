@@ -249,6 +249,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
         """
+        weight, bias, records = self.in_proj_weight, self.in_proj_bias, torch.is_grad_enabled()
+        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)):
+            return None  # first what each step of training meets
         is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
         if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
             return None
@@ -259,13 +262,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
             return None
         if not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
             return None
-        out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
-        if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
+        out_proj = self.out_proj
+        if not calls_only_forward(out_proj, _OUT_PROJ):
             return None
         if shape[2] != self.embed_dim or not all(fits(x, weight) for x in (query, key, value)):
             return None
         tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if records and any(t.requires_grad for t in tensors):
             return None
         qkv, parameters = tensors[:3], tensors[3:]
         return multi_head_attention(*qkv, self.embed_dim, self.num_heads, *parameters, None, need_weights, average)
