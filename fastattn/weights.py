@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from fastattn import ops, plan, reference
 from fastattn.arguments import dense_problem
@@ -103,6 +103,8 @@ def attention_with_weights(
     For few scores on a CPU, whose weights take less time than to wait until somebody reads them. None where there is no
     plan for both: then neither was computed.
     """
+    if functional.scaled_dot_product_attention is not ops.last_plain:
+        ops.refuse_context_parallel()
     backend = requested(None)
     kind, found = plan.look_up((q, k, v), ("attention and weights", averages, dtype, backend))
     if found is None:

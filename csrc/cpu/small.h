@@ -98,7 +98,7 @@ class Small {
 
   // Calls put with each row of a head: its exponentials, of whole vectors of keys, and the factor that makes them weights.
   template <class Put>
-  void weigh(Put const& put) {
+  void weigh_all(Put const& put) {
     pack(tensors_.k(), p_.head_dim_qk, k_);
     for (int head = first_head_; head < after_head_; ++head)
       for (int i = 0; i < band_.s_q; i += kTileRows) weigh_rows(head, i, fa::smaller(kTileRows, band_.s_q - i), put);
@@ -136,19 +136,24 @@ class Small {
   template <class Put>
   void weigh_rows(int head, int i, int count, Put const& put) {
     multiply_packed(count, as_words<Op>(from_row(tensors_.q(head), i)), p_.head_dim_qk, k_, strip_.scores);
+    soften_rows(i, count);
     for (int n = 0; n < count; ++n) {
-      Word const total = soften_row(strip_.scores.at + n * line_, i + n);
+      Word const total = state_.total[i + n];
       put(head, i + n, strip_.scores.at + n * line_, total == 0 ? Word(0) : 1 / total);
     }
   }
 
-  // Scores of row i become exponentials, of which it returns the sum.
-  Word soften_row(Word* scores, int i) {
-    state_.most[i] = kNever<Word>;
-    state_.total[i] = 0;
-    Word const most = largest_in_band({0, columns_}, fa::tile_range(band_, i, i + 1), scores);
-    soften<Op>(scores, columns_, most, Word(p_.scale * kLog2E), {nullptr, 0}, state_, i, scores);
-    return state_.total[i];
+  // Scores of a strip become exponentials, whose sums and largest scores the state takes. The largest are found first, in a
+  // loop of their own: the exponentials of a row wait for its largest score.
+  void soften_rows(int i, int count) {
+    Word* const scores = strip_.scores.at;
+    for (int n = 0; n < count; ++n)
+      state_.most[i + n] = largest_in_band({0, columns_}, fa::tile_range(band_, i + n, i + n + 1), scores + n * line_);
+    for (int n = 0; n < count; ++n) {
+      Word const most = state_.most[i + n], shift = most == kNever<Word> ? 0 : most;
+      state_.total[i + n] = weigh<Op, false>(scores + n * line_, columns_, shift, Word(p_.scale * kLog2E), {nullptr, 0},
+                                             scores + n * line_);
+    }
   }
 
   // Gradients of weights, dp, become those of scores: p (dp - sum p dp).
@@ -207,7 +212,7 @@ class Small {
   // Sums of weights and of weighted values, of a few rows of a head.
   void add_strip(int head, int i, int count) {
     multiply_packed(count, as_words<Op>(from_row(tensors_.q(head), i)), p_.head_dim_qk, k_, strip_.scores);
-    for (int n = 0; n < count; ++n) soften_row(strip_.scores.at + n * line_, i + n);
+    soften_rows(i, count);
     multiply_rows(count, {strip_.scores.at, line_}, fa::tile_range(band_, i, i + count), tensors_.v(), panels_v_,
                   from_row_of(words_of<Word>(tensors_.out(head)), i));
   }

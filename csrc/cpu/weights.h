@@ -10,6 +10,14 @@
 
 namespace {
 
+// Exponentials of weights that are stored in 16 bits.
+struct RoughSingle : Single {
+  static constexpr int kDegree = 4;
+};
+
+template <class Op>
+using Rough = std::conditional_t<Op::kPerWord == 2, RoughSingle, Op>;
+
 template <class Op>
 class RowWeights {
   using Word = typename Op::Word;
@@ -18,7 +26,11 @@ class RowWeights {
 
  public:
   RowWeights(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item, void* memory)
-      : p_(p), of_(of), item_(item), line_(rounded_up(item.unit.band.s_kv, kPanel<Word>) + kAlignWords) {
+      : p_(p),
+        of_(of),
+        item_(item),
+        is_rough_(!of.dlse && bytes_of(of.weights_dtype) == 2),
+        line_(rounded_up(item.unit.band.s_kv, kPanel<Word>) + kAlignWords) {
     Arena arena(memory);
     scores_ = arena.take<Word>(kTileRows * line_);
     sums_ = arena.take<Word>(of.averages ? (item.rows.end - item.rows.begin) * line_ : 0);
@@ -54,7 +66,7 @@ class RowWeights {
   bool run_small(Unit const& unit) {
     if constexpr (kServesSmall<Op>)
       if (is_small()) {
-        Small<Op>(p_, unit, memory_).weigh([this](int head, int i, Word const* weights, Word factor) {
+        Small<Op>(p_, unit, memory_).weigh_all([this](int head, int i, Word const* weights, Word factor) {
           if (!of_.averages) put(weights, factor, head, i);
           else add(weights, factor / Word(p_.heads_q), {0, int(line_) - kAlignWords}, sums_ + i * line_);
         });
@@ -105,10 +117,14 @@ class RowWeights {
   void finish_scores(Forward<Op>& pass, int r, int count, int begin, Range columns, Seen const& seen) {
     Terms const terms = pass.has_gaps_ ? pass.scores_.terms : terms_of(pass.scores_, seen);
     for (int n = 0; n < count; ++n) {
-      auto const row = pass.described(r + n, begin, seen.keys);
       Word* const scores = scores_ + n * line_ + begin;
-      Word const most = terms == kBand ? largest_in_band(columns, row.kept, scores)
-                                       : Scores<Word>::finish(terms, row, columns, scores);
+      Word most;
+      if (terms == kBand && !pass.has_gaps_) {
+        Range const kept = common(pass.row_[r + n].kept, seen.keys);
+        most = largest_in_band(columns, is_empty(kept) ? kept : Range{kept.begin - begin, kept.end - begin}, scores);
+      } else {
+        most = Scores<Word>::finish(terms, pass.described(r + n, begin, seen.keys), columns, scores);
+      }
       if (most > state_.most[n]) state_.most[n] = most;
     }
   }
@@ -123,12 +139,13 @@ class RowWeights {
   void weigh_strip(Forward<Op>& pass, int r, int count, Range keys) {
     for (int n = 0; n < count; ++n) {
       Word* const scores = scores_ + n * line_ + keys.begin;
-      Word const most = state_.most[n];
-      state_.most[n] = kNever<Word>;  // soften takes the row for one that begins
-      soften<Exact<Op>>(scores, keys.end - keys.begin, most, pass.scores_.to_exponent, Dropped{nullptr, 0}, state_, n,
-                        scores);
+      Word const most = state_.most[n], shift = most == kNever<Word> ? 0 : most, factor = pass.scores_.to_exponent;
+      int const columns = keys.end - keys.begin;
+      state_.total[n] = is_rough_ ? weigh<Rough<Op>, false>(scores, columns, shift, factor, {nullptr, 0}, scores)
+                                  : weigh<Exact<Op>, false>(scores, columns, shift, factor, {nullptr, 0}, scores);
+      finished_.factor[n] = state_.total[n] == 0 ? 0 : 1 / state_.total[n];
     }
-    finish_rows(state_, sinks_, pass.scores_.to_score, count, finished_);
+    if (of_.dlse || p_.sinks) finish_rows(state_, sinks_, pass.scores_.to_score, count, finished_);
     for (int n = 0; n < count; ++n) {
       int const head = pass.row_[r + n].head, i = pass.row_[r + n].i;
       Word* const weights = scores_ + n * line_;
@@ -176,6 +193,7 @@ class RowWeights {
   AttentionParams const& p_;
   StatisticsParams const& of_;
   ForwardItem const& item_;
+  bool is_rough_;
   int64 line_, bytes_;  // line_: words from row to row
   Word *scores_, *sums_;
   void* memory_;  // of the pass over a head
