@@ -68,11 +68,11 @@ def all_weights(
     backend, needs_grad = _with_kernel(inputs, spec), needs_gradient(inputs)
     if backend is None:
         return _by_formula(inputs, spec, averages).to(dtype)
+    check_storages(TENSORS, inputs.tensors().values())
     if kind is not None and not plan.is_known(kind):
         made = _planned(backend, inputs, spec, averages, dtype)
         plan.remember(kind, made, (inputs.q, inputs.k))
         if made is not None:  # by the plan at once: checkpoints compare what two equal calls save
-            check_storages(("q", "k"), (inputs.q, inputs.k))
             return by_plan(made, inputs.q, inputs.k)
     if needs_grad:
         found: Tensor = WeightsByKernel.apply(averages, dtype, *ops.flatten(inputs, spec, backend.name))

@@ -13,6 +13,7 @@ from fastattn.inspection import (
     attention_rollout,
     attention_statistics,
     mean_attention_weights,
+    weights_of_call,
 )
 from fastattn.weights import attention_with_weights
 
@@ -120,6 +121,16 @@ def test_weights_beside_attention_and_gradients_of_both(qkv):
     )
     with torch.no_grad():
         torch.testing.assert_close(attention_with_weights(q, k, v, True, torch.float64), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("options", [{}, {"mask": torch.ones(S_Q, S_KV, dtype=torch.bool)}], ids=["plain", "mask"])
+def test_freed_memory_is_refused(qkv, options):
+    q, k = (x.clone() for x in qkv[:2])
+    weights_of_call(q, k, True, options, q.dtype)  # a plan, of the first
+    k.untyped_storage().resize_(8)
+    with pytest.raises(fastattn.InputError, match="storage"):
+        weights_of_call(q, k, True, options, q.dtype)
 
 
 @needs_kernel
