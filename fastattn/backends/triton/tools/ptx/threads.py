@@ -20,6 +20,7 @@ from fastattn.backends.triton.tools.ptx.text import (
     Instruction,
     Number,
     Operand,
+    Place,
     Register,
     Symbol,
     Vector,
@@ -139,7 +140,7 @@ class Threads:
     def _items(self, operand: Operand) -> tuple[Register | Number | Symbol, ...]:
         if isinstance(operand, Vector):
             return operand.items
-        assert not isinstance(operand, Address)
+        assert not isinstance(operand, Address | Place)
         return (operand,)
 
     # --- arithmetic
@@ -158,7 +159,7 @@ class Threads:
             return self._predicate(operand)
         if it.opcode[0] in ("shl", "shr") and index == 1:
             return self.read(operand, 4)
-        if it.opcode[0] == "bfe" and index > 0:
+        if (it.opcode[0] == "bfe" and index > 0) or (it.opcode[0] == "bfi" and index > 1):
             return self.read(operand, 4)
         width = WIDTHS[kind]
         if it.opcode[0] == "mad" and index == 2 and operations.is_wide(it.opcode):
