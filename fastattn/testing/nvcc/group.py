@@ -114,6 +114,7 @@ class Group(Threads):
         self.is_whole = True  # the path has all threads
         self.stores: dict[int, Stores] = {}
         self.changed: set[str] = set()  # registers written since the last wgmma.fence
+        self.is_fenced = False  # by a first one
         self.executed = 0
 
     # --- paths
@@ -413,13 +414,14 @@ class Group(Threads):
             raise Fault("wgmma is taken by a part of a warpgroup")
         if it.opcode[1] == "fence":
             self.changed.clear()
+            self.is_fenced = True
         super()._wgmma(it, who)
 
     def _begin_product(self, it: Instruction) -> None:
         operands = [*self._items(it.operands[0])]
         if not isinstance(it.operands[1], Register):
             operands += self._items(it.operands[1])
-        if any(x.name in self.changed for x in operands if isinstance(x, Register)):
+        if not self.is_fenced or any(x.name in self.changed for x in operands if isinstance(x, Register)):
             raise Fault("wgmma uses registers that were written since wgmma.fence")
         super()._begin_product(it)
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 from fastattn import compiled
 from fastattn.backends import cuda, driver, native
-from fastattn.backends.cuda import abi, build, nvrtc
+from fastattn.backends.cuda import abi, build, counters, nvrtc
 from fastattn.backends.cuda.instances import DTYPES, Instance
 from fastattn.backends.triton.tools.ptx.memory import Global
 from fastattn.backends.triton.tools.ptx.text import Program, parse
@@ -71,8 +71,12 @@ class InterpretedKernels(nvrtc.NvrtcKernels):
 
 @contextlib.contextmanager
 def interpreted_cuda(kernels: InterpretedKernels) -> Iterator[None]:
-    """Let the CUDA backend launch these kernels while inside; the rest of the backend is unchanged."""
-    with mock.patch.object(cuda, "_delivered", return_value=(kernels, "interpreted")):
+    """Let the CUDA backend launch these kernels while inside; the rest of the backend is unchanged.
+
+    Counters are its own, since a kernel that ends in a fault leaves them as they are.
+    """
+    own_counters = mock.patch.dict(counters._counters, clear=True)
+    with mock.patch.object(cuda, "_delivered", return_value=(kernels, "interpreted")), own_counters:
         yield
 
 
