@@ -15,6 +15,7 @@ from fastattn.backends.cuda import abi, build, counters, nvrtc
 from fastattn.backends.cuda.instances import DTYPES, Instance
 from fastattn.backends.triton.tools.ptx.memory import Global
 from fastattn.backends.triton.tools.ptx.text import Program, parse
+from fastattn.errors import InputError
 from fastattn.testing.nvcc.group import Launch
 from fastattn.testing.nvcc.machine import run_block
 from fastattn.testing.nvcc.maps import TensorMap
@@ -82,7 +83,11 @@ def interpreted_cuda(kernels: InterpretedKernels) -> Iterator[None]:
 
 @functools.cache
 def nvcc() -> str:
-    return build.find_nvcc()
+    """The compiler, which works, or InputError."""
+    try:
+        return build.find_nvcc()
+    except build.BuildError as error:
+        raise InputError(f"The CUDA kernels cannot be compiled to PTX: {error}.") from None
 
 
 @functools.cache

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
 import shutil
 
 import pytest
 import torch
 
+from fastattn.backends.cuda import nvrtc
+from fastattn.backends.cuda.instances import (
+    APPEND,
+    COMBINE,
+    DSINKS,
+    PREPROCESS,
+    Instance,
+    RowwiseConfig,
+    backward_instances,
+    decode_instances,
+    dkdv_configs,
+    forward_instances,
+)  # fmt: skip
 from fastattn.backends.triton.tools.ptx.memory import Fault
 from fastattn.testing.cases import Case
 from fastattn.testing.inputs import make
 from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda
 from fastattn.testing.tolerance import assert_within, measure
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 CASE = Case("causal", B=1, S_q=200, S_kv=330, H_kv=1, D_qk=64, D_v=64, dtype=torch.bfloat16, right=0, dlse=True)
 PACKED = Case(
     "packed", lengths=((70, 70), (133, 180)), nan_rows=True, D_qk=64, D_v=64, dtype=torch.bfloat16, right=0, needs=()
@@ -43,6 +57,27 @@ OF_PACKED = {
 }
 
 
+def test_every_kernel_finds_its_traits_from_its_own_header() -> None:
+    """NVRTC compiles each kernel from that header; two backward kernels lacked an include."""
+    after = [RowwiseConfig(name, dkdv_configs()[0]) for name in ("backward_postprocess", "backward_sum_heads")]
+    instances = [Instance(config, "bfloat16") for config in (*after, PREPROCESS, DSINKS, APPEND, COMBINE)]
+    for instance in [*instances, *forward_instances(), *backward_instances(), *decode_instances()]:
+        structs = re.findall(r"fa::sm90::(\w+)", instance.traits)
+        reached = "".join(nvrtc.headers()[path] for path in included(instance.config.header))
+        assert structs and all(f"struct {name}" in reached for name in structs), f"{instance.name}: {structs}"
+
+
+def included(path: str, found: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The headers that a header includes, and itself."""
+    found |= {path}
+    for name in re.findall(r'(?m)^#include "(.*)"', nvrtc.headers()[path]):
+        inner = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
+        if inner not in found and not inner.startswith("emulator/"):  # which takes the place of the hardware there
+            found = included(inner, found)
+    return found
+
+
+@needs_nvcc
 def test_forward_and_backward_are_right() -> None:
     executed: dict[str, int] = {}
     with interpreted_cuda(InterpretedKernels(executed)):
@@ -52,6 +87,7 @@ def test_forward_and_backward_are_right() -> None:
     }  # fmt: skip
 
 
+@needs_nvcc
 @pytest.mark.parametrize("name", [*FAULTS, *OF_PACKED])
 def test_a_planted_fault_is_found(name: str) -> None:
     pattern, which, new, said = (FAULTS | OF_PACKED)[name]
