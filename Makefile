@@ -76,7 +76,7 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
-ptx: install     ## run what Triton compiles for sm_80 and sm_90 on this CPU, and judge the results
+ptx: install     ## run what Triton compiles for sm_80 and sm_90, and nvcc for sm_90a, on this CPU, and judge the results
 	$(BIN)/python -m benchmarks ptx
 
 sweep: install   ## compare every family of transformers with eager, and rewrite its page in docs/

@@ -1,9 +1,10 @@
-"""``python -m benchmarks ptx``: run what Triton compiles for GPUs on this CPU, from its PTX, and judge the results."""
+"""``python -m benchmarks ptx``: run what Triton and nvcc compile for GPUs on this CPU, from PTX; judge the results."""
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -20,6 +21,7 @@ from fastattn.testing import Case, grid, make, measure
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.derivatives import measure_derivatives
 from fastattn.testing.fp8 import measure_fp8
+from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, nvcc
 from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row
 
@@ -31,42 +33,72 @@ EVERYTHING: dict[str, Any] = {
     "segments": 2, "dropout_p": 0.15, "dlse": True,
 }  # fmt: skip
 MASKED: dict[str, Any] = {"mask": "random", "dropout_p": 0.2}
+NVCC = "nvcc"  # in place of an architecture: the CUDA kernels, which are for sm_90a
+CUDA_SIZES: dict[str, Any] = {"B": 1, "S_q": 200, "S_kv": 230, "H_q": 2, "H_kv": 1, "dtype": torch.bfloat16}
+CUDA_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+CUDA_FEATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"right": 0, "dlse": True},
+    "only dq": {"left": 90, "right": 20, "needs": ("q",)},
+    "only dk and dv": {"right": 0, "needs": ("k", "v")},
+    "softcap, sinks": {"softcap": 6.0, "right": 0, "sinks": True},
+    "softcap, only dq": {"softcap": 6.0, "needs": ("q",)},
+    "softcap, only dk and dv": {"softcap": 6.0, "needs": ("k", "v")},
+    "alibi, dropout": {"alibi": True, "dropout_p": 0.2, "right": 0},
+    "everything": EVERYTHING | {"bias": (1, 2, 200, 230), "right": 20},
+}
 Judge = Callable[[], list[Row]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=list(ARCHITECTURES), help="compute capabilities, as 80 or 90 (default)"
+        "--arch",
+        type=_target,
+        nargs="+",
+        default=[*ARCHITECTURES, NVCC],
+        help="compute capabilities of Triton's kernels, as 80 or 90, and nvcc for the CUDA kernels (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="a few problems with the main features only")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
 
 
+def _target(text: str) -> int | str:
+    return text if text == NVCC else int(text)
+
+
 def run(args: argparse.Namespace) -> int:
-    try:
-        import triton
-    except ImportError:
-        raise InputError("ptx: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
     wrong = 0
     for arch in args.arch:
+        compiler = _compiler(arch)
         names = [name for name in problems(arch, args.quick) if args.only in name]
         started, executed = time.perf_counter(), 0
-        for name, said, count in tqdm(
-            judged(arch, names, args.quick), total=len(names), desc=f"sm_{arch}", disable=None
-        ):
+        for name, said, count in tqdm(judged(arch, names, args.quick), total=len(names), desc=_of(arch), disable=None):
             executed += count
             for line in said:
                 wrong += 1
-                print(f"WRONG sm_{arch} {name}: {line}")
+                print(f"WRONG {_of(arch)} {name}: {line}")
         seconds = time.perf_counter() - started
-        print(
-            f"sm_{arch}: {len(names)} problems, {executed} instructions in {seconds:.0f} s, Triton {triton.__version__}"
-        )
+        print(f"{_of(arch)}: {len(names)} problems, {executed} instructions in {seconds:.0f} s, {compiler}")
     print(f"{wrong} results are wrong" if wrong else "all results are right")
     return 1 if wrong else 0
 
 
-def judged(arch: int, names: Sequence[str], quick: bool = False) -> Iterator[tuple[str, list[str], int]]:
+def _of(arch: int | str) -> str:
+    return NVCC if arch == NVCC else f"sm_{arch}"
+
+
+def _compiler(arch: int | str) -> str:
+    """The name of the compiler, which is there."""
+    if arch == NVCC:
+        return nvcc()
+    try:
+        import triton
+    except ImportError:
+        raise InputError("ptx: Triton is not installed, and compiles the kernels. Run: pip install triton") from None
+    return f"Triton {triton.__version__}"
+
+
+def judged(arch: int | str, names: Sequence[str], quick: bool = False) -> Iterator[tuple[str, list[str], int]]:
     """For each problem its name, what is wrong with it, and the instructions executed; in a process of its own."""
     interpreting = os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
     context = multiprocessing.get_context("spawn")
@@ -78,8 +110,10 @@ def judged(arch: int, names: Sequence[str], quick: bool = False) -> Iterator[tup
             os.environ["TRITON_INTERPRET"] = interpreting
 
 
-def problems(arch: int, quick: bool = False) -> dict[str, Judge]:
-    """The problems by name: of each row of the tile table, of the judge's grid and of caches."""
+def problems(arch: int | str, quick: bool = False) -> dict[str, Judge]:
+    """The problems by name: of each row of the tile table, of the judge's grid and of caches; or of CUDA's kernels."""
+    if isinstance(arch, str):
+        return {case.id: functools.partial(_of_case, measure, case, "cuda") for case in _of_cuda(quick)}
     found: dict[str, Judge] = {}
     for case in _of_rows(quick):
         is_half, is_wide = case.dtype == torch.bfloat16, case.D_qk > 256
@@ -96,8 +130,8 @@ def problems(arch: int, quick: bool = False) -> dict[str, Judge]:
     return found
 
 
-def _of_case(judge: Callable[..., list[Row]], case: Case) -> list[Row]:
-    return judge("triton", make(case))
+def _of_case(judge: Callable[..., list[Row]], case: Case, backend: str = "triton") -> list[Row]:
+    return judge(backend, make(case))
 
 
 def _of_cache(case: CacheCase) -> list[Row]:
@@ -120,6 +154,22 @@ def _of_rows(quick: bool) -> Iterator[Case]:
                 yield Case(f"{name}, D {dim} [{of}]", D_qk=dim, D_v=dim, dtype=dtype, **SIZES, **more)
 
 
+def _of_cuda(quick: bool) -> Iterator[Case]:
+    """Problems for every kernel of a head dim; packed ones, and with few heads of keys, for one."""
+    for dim_qk, dim_v in CUDA_DIMS[:1] if quick else CUDA_DIMS:
+        for name, more in CUDA_FEATURES.items():
+            if not quick or name in ("full", "causal"):
+                yield Case(f"{name}, D {dim_qk}/{dim_v}", D_qk=dim_qk, D_v=dim_v, **CUDA_SIZES, **more)
+    if not quick:
+        sizes: dict[str, Any] = {**CUDA_SIZES, "D_qk": 64, "D_v": 64, "right": 0}
+        yield Case("parts of dk and dv", **(sizes | {"H_q": 8}))
+        yield Case("float16, D 64/64", **(sizes | {"dtype": torch.float16}))
+        yield Case("float16, softcap, D 64/64", **(sizes | {"dtype": torch.float16, "softcap": 6.0}))
+        lengths = ((70, 70), (0, 9), (133, 180), (9, 0))
+        for name, more in {"packed": {}, "packed, alibi": {"alibi": True}}.items():
+            yield Case(name, lengths=lengths, nan_rows=True, **sizes, **more)
+
+
 def _short(case: Case) -> Case:
     """With fewer rows: a derivative takes several kernels."""
     bias = case.bias and (1, 2, 30, 40)
@@ -131,17 +181,20 @@ def _short(case: Case) -> Case:
 _executed: dict[str, int] = {}
 
 
-def _start(arch: int) -> None:
-    from fastattn.backends.triton.tools.ptx.launch import replace_launches
-
+def _start(arch: int | str) -> None:
     torch.set_num_threads(1)
-    replace_launches(arch, _executed)
+    if isinstance(arch, int):
+        from fastattn.backends.triton.tools.ptx.launch import replace_launches
+
+        replace_launches(arch, _executed)
 
 
-def _judge(arch: int, quick: bool, name: str) -> tuple[str, list[str], int]:
+def _judge(arch: int | str, quick: bool, name: str) -> tuple[str, list[str], int]:
     _executed.clear()
+    interpreted = interpreted_cuda(InterpretedKernels(_executed)) if arch == NVCC else contextlib.nullcontext()
     try:
-        rows = problems(arch, quick)[name]()
+        with interpreted:
+            rows = problems(arch, quick)[name]()
         said = [f"{row.name} is off by {row.error:.3g}, at most {row.bound:.3g}" for row in rows if not row.ok]
     except Exception as error:  # a fault of the compiled kernel, or an instruction that the interpreter lacks
         said = [f"{type(error).__name__}: {error}"[:500]]

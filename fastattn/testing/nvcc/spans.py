@@ -1,0 +1,76 @@
+"""The memory of a launch: the tensors that the struct of a pass points to, as csrc/common/params.h describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fastattn.backends.cuda import abi
+from fastattn.backends.cuda.instances import AnyConfig, DkdvConfig
+from fastattn.backends.cuda.terms import SEGMENT_ROWS
+
+Given = Mapping[str, int]
+OF_INPUTS = {"q": ("q", "qk"), "k": ("kv", "qk"), "v": ("kv", "v"), "dout": ("q", "v")}  # rows and columns
+
+
+def spans_of(struct: abi.Abi, given: Given, configs: Iterable[AnyConfig]) -> list[tuple[int, int]]:
+    """The address and the bytes of each tensor of a forward or backward pass with these kernels."""
+    batch = 1 if given["cu_seqlens_q"] else given["batch"]
+    sizes = _results(given, batch) | _workspace(given, batch, configs) | _terms(given, batch)
+    for name in struct.addresses:
+        if (of := name.removeprefix("terms.given_")) in OF_INPUTS and name not in sizes:
+            stride = f"{of}_{{}}_stride" if of == name else f"numbers.given_{of}_strides.{{}}"
+            sizes[name] = _strided(given, of, batch, stride)
+    return [(given[name], size) for name, size in sizes.items() if given.get(name)]
+
+
+def _strided(given: Given, name: str, batch: int, stride: str) -> int:
+    side, columns = OF_INPUTS[name]
+    extents = batch, given[f"seqlen_{side}"], given[f"heads_{side}"]
+    steps = [given[stride.format(axis)] for axis in ("batch", "row", "head")]
+    return 2 * (given[f"head_dim_{columns}"] + _last(extents, steps)) if all(extents) else 0
+
+
+def _last(extents: Sequence[int], steps: Sequence[int]) -> int:
+    """How far behind the first element the last one lies."""
+    return sum((size - 1) * step for size, step in zip(extents, steps, strict=True))
+
+
+def _results(given: Given, batch: int) -> dict[str, int]:
+    rows_q, rows_kv = batch * given["seqlen_q"] * given["heads_q"], batch * given["seqlen_kv"] * given["heads_kv"]
+    dim_qk, dim_v, bounds = given["head_dim_qk"], given["head_dim_v"], 4 * (given["batch"] + 1)
+    heads = 4 * given["heads_q"]
+    return {
+        "out": 2 * rows_q * dim_v, "lse": 4 * rows_q, "lse_low": 4 * rows_q, "dlse": 4 * rows_q,
+        "dq": 2 * rows_q * dim_qk, "dk": 2 * rows_kv * dim_qk, "dv": 2 * rows_kv * dim_v,
+        "dbias": 4 * rows_q * given["seqlen_kv"], "dsinks": heads * given["batch"],
+        "sinks": heads * (given["batch"] if given["sinks_batch_stride"] else 1),
+        "cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "counter": 4,
+    }  # fmt: skip
+
+
+def _workspace(given: Given, batch: int, configs: Iterable[AnyConfig]) -> dict[str, int]:
+    rows_q, rows_kv = (batch * given["heads_q"] * given.get(f"padded_{side}", 0) for side in ("q", "kv"))
+    found = {"lse_parts": 8 * rows_q, "delta": 4 * rows_q, "dq_sums": 4 * rows_q * given.get("sum_columns", 0)}
+    for config in configs:
+        if isinstance(config, DkdvConfig):
+            found |= {"dk_parts": 4 * rows_kv * config.d_qk, "dv_parts": 4 * rows_kv * config.d_v}
+    return found
+
+
+def _terms(given: Given, batch: int) -> dict[str, int]:
+    heads, slopes = given["heads_q"], given["numbers.slopes_batch_stride"]
+    found = {"terms.alibi_slopes": 4 * heads * (given["batch"] if slopes else 1), "terms.rng_state": 16}
+    strides = [given[f"numbers.ids_{side}_batch_stride"] for side in ("q", "kv")]
+    ranges = given["batch"] if any(strides) else 1
+    for side, stride in zip(("q", "kv"), strides, strict=True):
+        rows = given[f"seqlen_{side}"]
+        found[f"terms.segment_ids_{side}"] = 8 * rows * (batch if stride else 1)
+        found[f"terms.ranges_{side}"] = 16 * ranges * -(-rows // SEGMENT_ROWS)
+    extents = (batch, heads, given["seqlen_q"], given["seqlen_kv"])
+    for name, width in (("mask", 1), ("bias", 4 if given["numbers.bias_is_float"] else 2)):
+        steps = [given[f"numbers.{name}_strides.{axis}"] for axis in ("batch", "head", "query", "key")]
+        found[f"terms.{name}"] = width * (1 + _last(extents, steps))
+    for name, columns in (("k", "qk"), ("v", "v")):
+        if given[f"terms.given_{name}"]:  # then k and v are memory that the kernels fill
+            found[name] = 2 * batch * given["seqlen_kv"] * given["heads_kv"] * given[f"head_dim_{columns}"]
+    return found
