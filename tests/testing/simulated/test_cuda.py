@@ -75,9 +75,9 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "all within the tolerance" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page_size", [None, 16])
-def test_a_cache(page_size: int | None) -> None:
-    case = CacheCase("cuda", before=(70, 3), s_q=(1, 1), page_size=page_size, D_qk=64, D_v=64, dtype=BF16, sinks=True)
+@pytest.mark.parametrize("more", [{}, {"page_size": 16}, {"page_size": 16, "bias": True, "alibi": True}], ids=str)
+def test_a_cache(more: dict[str, Any]) -> None:
+    case = CacheCase("cuda", before=(70, 3), s_q=(1, 1), D_qk=64, D_v=64, dtype=BF16, sinks=True, **more)
     assert_within(measure_cache("cuda", make_cache_sample(case, "cuda")))
 
 
