@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,14 @@ from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Problem, check_inp
 from fastattn.serving import planned
 from fastattn.spec import AttentionSpec
 from fastattn.storage import check_storages
-from fastattn.torch_internals import has_dispatch_modes, is_in_forward_mode, is_traced, is_transformed, is_watched
+from fastattn.torch_internals import (
+    has_dispatch_modes,
+    is_batch_of_gradients,
+    is_in_forward_mode,
+    is_traced,
+    is_transformed,
+    is_watched,
+)
 
 WITHOUT_OPTIONS: dict[str, Any] = {
     "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
@@ -224,7 +231,7 @@ def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
 
 def _gradients_by_plan(found: WeightsPlan, dweights: Tensor, q: Tensor, k: Tensor) -> Sequence[Tensor | None]:
     """Those of q and k."""
-    if torch.is_grad_enabled() or is_watched() or not plan.is_plain((dweights,)):
+    if torch.is_grad_enabled() or is_watched() or is_batch_of_gradients() or not plan.is_plain((dweights,)):
         flat = (q, k, k, *(None,) * (len(TENSORS) - 3), *found.scalars)
         return _gradients(dweights, flat, found.averages, ("q", "k"))
     assert found.backward is not None
@@ -236,11 +243,13 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     """Those named in ``needs``, differentiable where gradients are recorded."""
     inputs, spec, name = ops.unflatten(flat)
-    if torch.is_grad_enabled() or is_transformed() or not plan.is_plain((dweights,)):
+    is_recorded = torch.is_grad_enabled() or is_transformed() or is_batch_of_gradients()
+    if is_recorded or not plan.is_plain((dweights,)):
         with torch.enable_grad():
-            found = _by_formula(inputs, spec, averages).to(dweights.dtype)
-        wanted = [getattr(inputs, name) for name in needs]
-        return torch.autograd.grad(found, wanted, dweights, create_graph=True, allow_unused=True)
+            # Views of their own: one operand may be computed from another, or be it.
+            views = {name: getattr(inputs, name).view_as(getattr(inputs, name)) for name in needs}
+            found = _by_formula(replace(inputs, **views), spec, averages).to(dweights.dtype)
+        return torch.autograd.grad(found, [*views.values()], dweights, create_graph=True, allow_unused=True)
     of_inputs = load(str(name)).weights_backward(dweights, inputs, spec, needs)
     return [getattr(of_inputs, f"d{name}") for name in needs]
 
