@@ -21,7 +21,7 @@ from fastattn.testing import Case, grid, make, measure
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.derivatives import measure_derivatives
 from fastattn.testing.fp8 import measure_fp8
-from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, nvcc
+from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, nvcc, split
 from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row
 
@@ -46,6 +46,15 @@ CUDA_FEATURES: dict[str, dict[str, Any]] = {
     "softcap, only dk and dv": {"softcap": 6.0, "needs": ("k", "v")},
     "alibi, dropout": {"alibi": True, "dropout_p": 0.2, "right": 0},
     "everything": EVERYTHING | {"bias": (1, 2, 200, 230), "right": 20},
+}
+CACHES: dict[str, dict[str, Any]] = {
+    "pages of 16": {"page_size": 16},
+    "pages of 24, softcap": {"page_size": 24, "softcap": 3.0},
+    "pages of 1": {"page_size": 1, "softcap": 3.0},
+    "window": {"left": 150},
+    "e4m3": {"page_size": 16, "fp8": "page", "new": 0},
+    "packed": {"packed": True, "s_q": (1, 7, 0)},
+    "tree": {"page_size": 2, "tree": "each", "s_q": (40, 40, 40), "left": 200},
 }
 Judge = Callable[[], list[Row]]
 
@@ -113,7 +122,9 @@ def judged(arch: int | str, names: Sequence[str], quick: bool = False) -> Iterat
 def problems(arch: int | str, quick: bool = False) -> dict[str, Judge]:
     """The problems by name: of each row of the tile table, of the judge's grid and of caches; or of CUDA's kernels."""
     if isinstance(arch, str):
-        return {case.id: functools.partial(_of_case, measure, case, "cuda") for case in _of_cuda(quick)}
+        of_cuda = {case.id: functools.partial(_of_case, measure, case, "cuda") for case in _of_cuda(quick)}
+        caches = {case.id: functools.partial(_of_cuda_cache, case, n % 3 + 1) for n, case in enumerate(_cuda_caches())}
+        return of_cuda | ({} if quick else caches)
     found: dict[str, Judge] = {}
     for case in _of_rows(quick):
         is_half, is_wide = case.dtype == torch.bfloat16, case.D_qk > 256
@@ -168,6 +179,22 @@ def _of_cuda(quick: bool) -> Iterator[Case]:
         lengths = ((70, 70), (0, 9), (133, 180), (9, 0))
         for name, more in {"packed": {}, "packed, alibi": {"alibi": True}}.items():
             yield Case(name, lengths=lengths, nan_rows=True, **sizes, **more)
+
+
+def _of_cuda_cache(case: CacheCase, parts: int) -> list[Row]:
+    with split(parts):
+        return measure_cache("cuda", make_cache_sample(case))
+
+
+def _cuda_caches() -> Iterator[CacheCase]:
+    """Problems for every kernel that attends to a cache, and what the kernels take of the grid."""
+    for case in cache_grid((torch.bfloat16,)):
+        if case.dtype == torch.bfloat16 and not (case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8):
+            yield dataclasses.replace(case, id=f"cache, {case.id}")
+    for dim in (64, 128, 192, 256):
+        long = CacheCase("", before=(300, 0, 170), s_q=(2, 2, 2), sinks=True, D_qk=dim, D_v=dim, dtype=torch.bfloat16)
+        for name, more in CACHES.items():
+            yield dataclasses.replace(long, id=f"cache, {name}, D {dim}", **more)
 
 
 def _short(case: Case) -> Case:
