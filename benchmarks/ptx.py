@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capabilities of Triton's kernels, as 80 or 90, and nvcc for the CUDA kernels (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="a few problems with the main features only")
+    parser.add_argument("--jobs", type=int, default=1, help="how many problems run at a time (default: 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
 
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         compiler = _compiler(arch)
         names = [name for name in problems(arch, args.quick) if args.only in name]
         started, executed = time.perf_counter(), 0
-        for name, said, count in tqdm(judged(arch, names, args.quick), total=len(names), desc=_of(arch), disable=None):
+        for name, said, count in tqdm(
+            judged(arch, names, args.quick, args.jobs), total=len(names), desc=_of(arch), disable=None
+        ):
             executed += count
             for line in said:
                 wrong += 1
@@ -107,12 +110,14 @@ def _compiler(arch: int | str) -> str:
     return f"Triton {triton.__version__}"
 
 
-def judged(arch: int | str, names: Sequence[str], quick: bool = False) -> Iterator[tuple[str, list[str], int]]:
-    """For each problem its name, what is wrong with it, and the instructions executed; in a process of its own."""
+def judged(
+    arch: int | str, names: Sequence[str], quick: bool = False, jobs: int = 1
+) -> Iterator[tuple[str, list[str], int]]:
+    """For each problem its name, what is wrong with it, and the instructions executed; in processes of their own."""
     interpreting = os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
     context = multiprocessing.get_context("spawn")
     try:
-        with concurrent.futures.ProcessPoolExecutor(1, context, _start, (arch,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, _start, (arch,)) as pool:
             yield from pool.map(functools.partial(_judge, arch, quick), names)
     finally:
         if interpreting is not None:
