@@ -21,7 +21,7 @@ from fastattn.testing import Case, grid, make, measure
 from fastattn.testing.caches import CacheCase, cache_grid, make_cache_sample, measure_cache
 from fastattn.testing.derivatives import measure_derivatives
 from fastattn.testing.fp8 import measure_fp8
-from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, nvcc
+from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, nvcc, split
 from fastattn.testing.statistics import measure_statistics
 from fastattn.testing.tolerance import Row
 
@@ -47,6 +47,15 @@ CUDA_FEATURES: dict[str, dict[str, Any]] = {
     "alibi, dropout": {"alibi": True, "dropout_p": 0.2, "right": 0},
     "everything": EVERYTHING | {"bias": (1, 2, 200, 230), "right": 20},
 }
+CACHES: dict[str, dict[str, Any]] = {
+    "pages of 16": {"page_size": 16},
+    "pages of 24, softcap": {"page_size": 24, "softcap": 3.0},
+    "pages of 1": {"page_size": 1, "softcap": 3.0},
+    "window": {"left": 150},
+    "e4m3": {"page_size": 16, "fp8": "page", "new": 0},
+    "packed": {"packed": True, "s_q": (1, 7, 0)},
+    "tree": {"page_size": 2, "tree": "each", "s_q": (40, 40, 40), "left": 200},
+}
 Judge = Callable[[], list[Row]]
 
 
@@ -59,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compute capabilities of Triton's kernels, as 80 or 90, and nvcc for the CUDA kernels (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="a few problems with the main features only")
+    parser.add_argument("--jobs", type=int, default=1, help="how many problems run at a time (default: 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains this")
 
 
@@ -72,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         compiler = _compiler(arch)
         names = [name for name in problems(arch, args.quick) if args.only in name]
         started, executed = time.perf_counter(), 0
-        for name, said, count in tqdm(judged(arch, names, args.quick), total=len(names), desc=_of(arch), disable=None):
+        for name, said, count in tqdm(
+            judged(arch, names, args.quick, args.jobs), total=len(names), desc=_of(arch), disable=None
+        ):
             executed += count
             for line in said:
                 wrong += 1
@@ -98,12 +110,14 @@ def _compiler(arch: int | str) -> str:
     return f"Triton {triton.__version__}"
 
 
-def judged(arch: int | str, names: Sequence[str], quick: bool = False) -> Iterator[tuple[str, list[str], int]]:
-    """For each problem its name, what is wrong with it, and the instructions executed; in a process of its own."""
+def judged(
+    arch: int | str, names: Sequence[str], quick: bool = False, jobs: int = 1
+) -> Iterator[tuple[str, list[str], int]]:
+    """For each problem its name, what is wrong with it, and the instructions executed; in processes of their own."""
     interpreting = os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
     context = multiprocessing.get_context("spawn")
     try:
-        with concurrent.futures.ProcessPoolExecutor(1, context, _start, (arch,)) as pool:
+        with concurrent.futures.ProcessPoolExecutor(jobs, context, _start, (arch,)) as pool:
             yield from pool.map(functools.partial(_judge, arch, quick), names)
     finally:
         if interpreting is not None:
@@ -113,7 +127,9 @@ def judged(arch: int | str, names: Sequence[str], quick: bool = False) -> Iterat
 def problems(arch: int | str, quick: bool = False) -> dict[str, Judge]:
     """The problems by name: of each row of the tile table, of the judge's grid and of caches; or of CUDA's kernels."""
     if isinstance(arch, str):
-        return {case.id: functools.partial(_of_case, measure, case, "cuda") for case in _of_cuda(quick)}
+        of_cuda = {case.id: functools.partial(_of_case, measure, case, "cuda") for case in _of_cuda(quick)}
+        caches = {case.id: functools.partial(_of_cuda_cache, case, n % 3 + 1) for n, case in enumerate(_cuda_caches())}
+        return of_cuda | ({} if quick else caches)
     found: dict[str, Judge] = {}
     for case in _of_rows(quick):
         is_half, is_wide = case.dtype == torch.bfloat16, case.D_qk > 256
@@ -168,6 +184,22 @@ def _of_cuda(quick: bool) -> Iterator[Case]:
         lengths = ((70, 70), (0, 9), (133, 180), (9, 0))
         for name, more in {"packed": {}, "packed, alibi": {"alibi": True}}.items():
             yield Case(name, lengths=lengths, nan_rows=True, **sizes, **more)
+
+
+def _of_cuda_cache(case: CacheCase, parts: int) -> list[Row]:
+    with split(parts):
+        return measure_cache("cuda", make_cache_sample(case))
+
+
+def _cuda_caches() -> Iterator[CacheCase]:
+    """Problems for every kernel that attends to a cache, and what the kernels take of the grid."""
+    for case in cache_grid((torch.bfloat16,)):
+        if case.dtype == torch.bfloat16 and not (case.alibi or case.bias or case.D_qk % 8 or case.D_v % 8):
+            yield dataclasses.replace(case, id=f"cache, {case.id}")
+    for dim in (64, 128, 192, 256):
+        long = CacheCase("", before=(300, 0, 170), s_q=(2, 2, 2), sinks=True, D_qk=dim, D_v=dim, dtype=torch.bfloat16)
+        for name, more in CACHES.items():
+            yield dataclasses.replace(long, id=f"cache, {name}, D {dim}", **more)
 
 
 def _short(case: Case) -> Case:

@@ -99,7 +99,7 @@ DECODE_FAULTS = [
         f"{VALUES_CLEARED}fence_proxy_async();\n  {OWN_BARRIER}",
         f"{VALUES_CLEARED}fence_proxy_async();",
     ),
-    fault("the mask takes one row for both", KERNEL, "at.first_row() + 8).position", "at.first_row()).position"),
+    fault("the mask takes one row for both", KERNEL, "at.first_row() + 8)};", "at.first_row())};"),
     fault(
         "a block too many goes without mask",
         WORK,
@@ -166,18 +166,21 @@ DECODE_FAULTS = [
     fault("a window begins at the row's position", KERNEL, "+ depth - band.left", "+ position - band.left", 200),
     # ALiBi and bias
     of_terms("finished scores are scaled again", "has_terms(p) ? 1.f : static_cast<float>", "static_cast<float>"),
-    of_terms("scores are not scaled before terms", "    score *= scale;\n", ""),
+    of_terms("scores are not scaled before terms", " *= scale;", " *= 1.f;"),
+    of_terms("lower rows are scaled as upper ones", "2 * lower + i % 2] *= scale;", "i % 2] *= scale;"),
     of_terms(
         "rows that a bias leaves to nobody are copied", "!= negative_infinity()) return true;", "!= 0) return true;"
     ),
+    of_terms("a bias is asked of positions whose band hides the key", "is_kept = p.tree ||", "is_kept = true ||"),
     of_terms("a bias is asked of one position alone", "++position) {", "position = rows.end) {", 8),
-    of_terms("every sequence has the first one's bias", "work.sequence * s.batch + head", "head"),
-    of_terms("all heads have the first one's bias", " + head * s.head", ""),
-    of_terms("a bias in 16 bits is read as one of 32", "if (p.bias_is_float)", "if (true)"),
+    of_terms("every sequence has the first one's bias", "work.sequence * p.bias_strides.batch +", ""),
+    of_terms("all heads have the first one's bias", " + head * p.bias_strides.head", ""),
+    of_terms("all queries have the first one's bias", " + position * p.bias_strides.query", ""),
+    of_terms("a bias is not added", "bias : score + bias", "bias : score"),
+    of_terms("a bias in 16 bits is read as one of 32", "if (p.bias_is_float) {", "if (true) {"),
     of_terms("every sequence has the first one's slopes", "work.sequence * p.slopes_batch_stride + head", "head"),
     of_terms("ALiBi grows to the right", "larger(distance, -distance)", "distance"),
-    of_terms("both rows of a thread have the upper one's terms", "2 * lower + i % 2];", "i % 2];"),
-    of_terms("ALiBi counts positions in a tree", "p.depths && key >= before ?", "false ?"),
+    of_terms("ALiBi counts positions in a tree", "(is_in_tree ?", "(false ?"),
     fault("blocks without mask have no terms", WORK, "|| has_terms(p)))", "))", 0, ROWS_128),
     # Rows that threads copy
     of_rows("the last values come in turn", "number == last || (number > 0", "(number > 0"),

@@ -107,7 +107,7 @@ def version() -> str:
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
     config = instance.config
-    namespace = "fa" if isinstance(config, (RowwiseConfig, CombineConfig, PrepareConfig)) else "fa::sm90"
+    namespace = "fa" if config.arguments.endswith("Params") else "fa::sm90"  # a struct of params.h, or one with maps
     call = "fa::sm90::backward_dsinks" if config == DSINKS else f"fa::sm90::{config.function}<Traits>"
     return (
         f'#include "{config.header}"\n'

@@ -67,11 +67,24 @@ class Load:
 
 
 @dataclass
-class Stores:
-    """The copies from shared memory of one thread: those not yet committed, and groups in order."""
+class Copies:
+    """Copies of a thread or a warp, each ended by a call: those not yet committed, and groups in order."""
 
     open: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        self.groups.append(self.open)
+        self.open = []
+
+    def wait(self, left: int) -> None:
+        """End the oldest groups but ``left``."""
+        while len(self.groups) > left:
+            for end in self.groups.pop(0):
+                end()
+
+    def __bool__(self) -> bool:
+        return bool(self.open) or any(self.groups)
 
 
 class SharedOfGroup:
@@ -112,7 +125,8 @@ class Group(Threads):
         self.paths = [Path(0, np.ones(SIZE, bool))]
         self.path = self.paths[0]
         self.is_whole = True  # the path has all threads
-        self.stores: dict[int, Stores] = {}
+        self.stores: dict[int, Copies] = {}  # by TMA from shared memory, by thread
+        self.copies: dict[int, Copies] = {}  # by threads to shared memory, by warp
         self.changed: set[str] = set()  # registers written since the last wgmma.fence
         self.is_fenced = False  # by a first one
         self.executed = 0
@@ -175,9 +189,10 @@ class Group(Threads):
     def _end(self, who: Who) -> int | None:
         if not who.any():
             return None
-        for thread in np.nonzero(who)[0].tolist():
-            if thread in self.stores and (self.stores[thread].open or any(self.stores[thread].groups)):
-                raise Fault("a thread ends before its copies from shared memory do")
+        if any(self.stores.get(thread) for thread in np.nonzero(who)[0].tolist()):
+            raise Fault("a thread ends before its copies from shared memory do")
+        if any(self.copies.get(warp) for warp in self.warps[who].tolist()):
+            raise Fault("a thread ends before its copies to shared memory do")
         if self.products or self.open_products:
             raise Fault("a warpgroup ends before its products do")
         self.path.who = self.path.who & ~who
@@ -325,6 +340,9 @@ class Group(Threads):
     def _prefetch(self, it: Instruction, who: Who | None) -> None:
         """A hint."""
 
+    def _griddepcontrol(self, it: Instruction, who: Who | None) -> None:
+        """The kernels of a pass run in turn."""
+
     def _fence(self, it: Instruction, who: Who | None) -> None:
         if it.opcode[1:3] == ("proxy", "async"):
             self.ordered.fence(np.unique(self.warps if who is None else self.warps[who]))
@@ -333,30 +351,42 @@ class Group(Threads):
 
     def _cp(self, it: Instruction, who: Who | None) -> None:
         threads = np.nonzero(self.path.who if who is None else who)[0].tolist()
-        if "commit_group" in it.opcode:
-            for thread in threads:
-                stores = self.stores.setdefault(thread, Stores())
-                stores.groups.append(stores.open)
-                stores.open = []
-        elif "wait_group" in it.opcode:
-            self._wait_for_stores(it, threads)
-        elif it.opcode[:3] == ("cp", "async", "bulk"):
-            if len(threads) != 1:
-                raise Fault("a copy by TMA is begun by several threads")
-            self._bulk(it, who, threads[0])
+        is_bulk = it.opcode[2] == "bulk"
+        if it.opcode[-1] == "commit_group" or "wait_group" in it.opcode:
+            of, keys = (self.stores, threads) if is_bulk else (self.copies, self._warps_of(who).tolist())
+            for key in keys:
+                copies = of.setdefault(key, Copies())
+                if it.opcode[-1] == "commit_group":
+                    copies.commit()
+                else:
+                    assert isinstance(it.operands[0], Number)
+                    copies.wait(it.operands[0].bits)
+        elif not is_bulk:
+            for warp in np.unique(self.warps[threads]).tolist():
+                self._copy(it, np.array([x for x in threads if self.warps[x] == warp]), warp)
         else:
-            raise Fault("a copy that is not known here")
+            for thread in threads:  # each begins its own
+                self._bulk(it, np.arange(SIZE) == thread, thread)
 
-    def _wait_for_stores(self, it: Instruction, threads: list[int]) -> None:
-        left = it.operands[0]
-        assert isinstance(left, Number)
-        for thread in threads:
-            groups = self.stores.setdefault(thread, Stores()).groups
-            while len(groups) > left.bits:
-                for end in groups.pop(0):
-                    end()
+    def _copy(self, it: Instruction, threads: NDArray[np.intp], warp: int) -> None:
+        """``cp.async`` of one warp: it reads and writes when it is waited for, zeros where nothing exists."""
+        to, source, size, *given = it.operands
+        assert isinstance(size, Number)
+        exist = self.read(given[0], 4)[threads] if given else np.full(len(threads), size.bits)
+        at, where = self._addresses(source)[threads], self._addresses(to)[threads]
+        if not np.isin(exist, (0, size.bits)).all() or (where % size.bits).any():
+            raise Fault("a copy of a part of its bytes, or to an address that is no multiple of them")
+        flat = self.ordered.copy_begins(where[:, None] + np.arange(size.bits), warp)
 
-    def _bulk(self, it: Instruction, who: Who | None, thread: int) -> None:
+        def end() -> None:
+            data = np.zeros((len(threads), size.bits), np.uint8)
+            data[exist > 0] = self.memory.load(at[exist > 0], size.bits)
+            self.ordered.is_taken[flat] = False
+            self.ordered.store(where, data, self.warps[threads])
+
+        self.copies.setdefault(warp, Copies()).open.append(end)
+
+    def _bulk(self, it: Instruction, who: Who, thread: int) -> None:
         warp = int(self.warps[thread])
         if "bulk_group" in it.opcode:
             place, source = it.operands[:2]
@@ -365,22 +395,24 @@ class Group(Threads):
         elif "tensor" in it.opcode:
             to, place, barrier = it.operands[:3]
             assert isinstance(place, Place)
+            mbarrier = self.ordered.mbarrier(self._address(barrier, who))
             box, coordinates = self._map(place, who), self._coordinates(place, who)
             where = box.in_shared(self._address(to, who))
-            self._load(where[:, None] + np.arange(2), where, lambda: box.load(self.memory, coordinates), barrier, warp)
+            self._load(where[:, None] + np.arange(2), where, lambda: box.load(self.memory, coordinates), mbarrier, warp)
         else:
             to, source, size, barrier = it.operands
+            mbarrier = self.ordered.mbarrier(self._address(barrier, who))
             begin, count = self._address(source, who), self._one(size, 4, who)
             where = self._address(to, who) + np.arange(0, count, 16)
             if begin % 16 or where[0] % 16 or count % 16:
                 raise Fault("a bulk copy has multiples of 16 bytes at multiples of 16")
             at = begin + np.arange(0, count, 16)
-            self._load(where[:, None] + np.arange(16), where, lambda: self.memory.load(at, 16), barrier, warp)
+            self._load(where[:, None] + np.arange(16), where, lambda: self.memory.load(at, 16), mbarrier, warp)
 
-    def _load(self, every: Addresses, where: Addresses, data: Callable[[], Bytes], barrier: Operand, warp: int) -> None:
-        who = self.path.who if not self.is_whole else None
-        flat = self.ordered.copy_begins(every, warp)
-        self.loads.append(Load(flat, where, data, self.ordered.mbarrier(self._address(barrier, who))))
+    def _load(
+        self, every: Addresses, where: Addresses, data: Callable[[], Bytes], barrier: Mbarrier, warp: int
+    ) -> None:
+        self.loads.append(Load(self.ordered.copy_begins(every, warp), where, data, barrier))
 
     def _store_box(self, box: TensorMap, coordinates: list[int], begin: int, thread: int) -> None:
         warps = self.warps[thread : thread + 1]
@@ -391,7 +423,7 @@ class Group(Threads):
             box.store(self.memory, coordinates, self.ordered.data[where[:, None] + np.arange(2)])
             self.ordered.async_read_ends(flat, warps)
 
-        self.stores.setdefault(thread, Stores()).open.append(end)
+        self.stores.setdefault(thread, Copies()).open.append(end)
 
     def _address(self, operand: Operand, who: Who | None) -> int:
         assert isinstance(operand, Address)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from fastattn import compiled
 from fastattn.backends import cuda, driver, native
-from fastattn.backends.cuda import abi, build, counters, nvrtc
+from fastattn.backends.cuda import abi, build, counters, decode, nvrtc
 from fastattn.backends.cuda.instances import DTYPES, Instance
 from fastattn.backends.triton.tools.ptx.memory import Global
 from fastattn.backends.triton.tools.ptx.text import Program, parse
@@ -78,6 +78,13 @@ def interpreted_cuda(kernels: InterpretedKernels) -> Iterator[None]:
     """
     own_counters = mock.patch.dict(counters._counters, clear=True)
     with mock.patch.object(cuda, "_delivered", return_value=(kernels, "interpreted")), own_counters:
+        yield
+
+
+@contextlib.contextmanager
+def split(parts: int) -> Iterator[None]:
+    """Let decoding split keys into as many parts while inside, whatever the GPU."""
+    with mock.patch.object(decode, "split_count", return_value=parts):
         yield
 
 

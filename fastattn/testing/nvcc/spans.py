@@ -13,14 +13,43 @@ OF_INPUTS = {"q": ("q", "qk"), "k": ("kv", "qk"), "v": ("kv", "v"), "dout": ("q"
 
 
 def spans_of(struct: abi.Abi, given: Given, configs: Iterable[AnyConfig]) -> list[tuple[int, int]]:
-    """The address and the bytes of each tensor of a forward or backward pass with these kernels."""
+    """The address and the bytes of each tensor of a pass with these kernels."""
+    sizes = _of_cache(given) if struct is abi.DECODE else _of_pass(struct, given, configs)
+    return [(given[name], size) for name, size in sizes.items() if given.get(name)]
+
+
+def _of_pass(struct: abi.Abi, given: Given, configs: Iterable[AnyConfig]) -> dict[str, int]:
     batch = 1 if given["cu_seqlens_q"] else given["batch"]
     sizes = _results(given, batch) | _workspace(given, batch, configs) | _terms(given, batch)
     for name in struct.addresses:
         if (of := name.removeprefix("terms.given_")) in OF_INPUTS and name not in sizes:
             stride = f"{of}_{{}}_stride" if of == name else f"numbers.given_{of}_strides.{{}}"
             sizes[name] = _strided(given, of, batch, stride)
-    return [(given[name], size) for name, size in sizes.items() if given.get(name)]
+    return sizes
+
+
+def _of_cache(given: Given) -> dict[str, int]:
+    is_packed, sequences, pages = bool(given["cu_seqlens_q"]), given["batch"], given["pages"]
+    batch, heads, heads_kv = 1 if is_packed else sequences, given["heads_q"], given["heads_kv"]
+    rows, parts = batch * given["seqlen_q"], given["splits"] * batch * given["seqlen_q"] * heads
+    by_row = is_packed and given["new_keys"] < 0
+    new = (1, given["seqlen_q"]) if by_row else (sequences, max(given["new_keys"], 0) or given["seqlen_q"])
+    trees = 1 if given["shares_tree"] and not is_packed else batch
+    sizes = {
+        "q": _strided(given, "q", batch, "q_{}_stride"), "out": 2 * rows * heads * given["head_dim_v"],
+        "lse": 4 * rows * heads, "partial_out": 4 * parts * given["head_dim_v"], "partial_lse": 8 * parts,
+        "sinks": 4 * heads * (sequences if given["sinks_batch_stride"] else 1), "cache_lengths": 4 * sequences,
+        "block_table": 4 * ((sequences - 1) * given["table_stride"] + -(-given["capacity"] // given["page_size"])),
+        "cu_seqlens_q": 4 * (sequences + 1), "depths": 4 * rows,
+        "tree": 4 * given["tree_words"] * trees * given["seqlen_q"],
+    }  # fmt: skip
+    for name, columns in (("k", given["head_dim_qk"]), ("v", given["head_dim_v"])):
+        steps = [[given[f"{x}_{axis}_stride"] for axis in ("batch", "row", "head")] for x in (name, f"new_{name}")]
+        width, cache = 1 if given["is_e4m3"] else 2, (pages, given["page_size"], heads_kv)
+        sizes[f"{name}_cache"] = width * (columns + _last(cache, steps[0]))
+        sizes[f"new_{name}"] = 2 * (columns + _last((*new, heads_kv), steps[1])) if all(new) else 0
+        sizes[f"{name}_scale"] = 4 * heads_kv * (pages if given[f"{name}_scale_stride"] else 1)
+    return sizes
 
 
 def _strided(given: Given, name: str, batch: int, stride: str) -> int:

@@ -24,9 +24,10 @@ from fastattn.backends.cuda.instances import (
     forward_instances,
 )  # fmt: skip
 from fastattn.backends.triton.tools.ptx.memory import Fault
+from fastattn.testing.caches import CacheCase, make_cache_sample, measure_cache
 from fastattn.testing.cases import Case
 from fastattn.testing.inputs import make
-from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda
+from fastattn.testing.nvcc.launch import InterpretedKernels, interpreted_cuda, split
 from fastattn.testing.tolerance import assert_within, measure
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -57,13 +58,15 @@ OF_PACKED = {
 }
 
 
-def test_every_kernel_finds_its_traits_from_its_own_header() -> None:
-    """NVRTC compiles each kernel from that header; two backward kernels lacked an include."""
+def test_every_kernel_finds_its_traits_and_arguments_from_its_own_header() -> None:
+    """NVRTC compiles each kernel from that header. Two backward kernels lacked an include, one a namespace."""
     after = [RowwiseConfig(name, dkdv_configs()[0]) for name in ("backward_postprocess", "backward_sum_heads")]
     instances = [Instance(config, "bfloat16") for config in (*after, PREPROCESS, DSINKS, APPEND, COMBINE)]
     for instance in [*instances, *forward_instances(), *backward_instances(), *decode_instances()]:
         structs = re.findall(r"fa::sm90::(\w+)", instance.traits)
         reached = "".join(nvrtc.headers()[path] for path in included(instance.config.header))
+        space = "fa" if f"struct {instance.config.arguments} {{" in nvrtc.headers()["common/params.h"] else "fa::sm90"
+        assert f" {space}::{instance.config.arguments} args" in nvrtc.source_of(instance), instance.name
         assert structs and all(f"struct {name}" in reached for name in structs), f"{instance.name}: {structs}"
 
 
@@ -85,6 +88,16 @@ def test_forward_and_backward_are_right() -> None:
     assert {"_".join(name.split("_")[:2]) for name in executed if executed[name] > 1000} == {
         "forward_bfloat16", "rowwise_bfloat16", "backward_dkdv",
     }  # fmt: skip
+
+
+@needs_nvcc
+def test_attention_to_a_cache_is_right() -> None:
+    """In pages of one row, which threads copy, with new rows, keys in two parts."""
+    executed: dict[str, int] = {}
+    case = CacheCase("pages of 1", before=(150, 0, 40), page_size=1, D_qk=64, D_v=64, dtype=torch.bfloat16)
+    with interpreted_cuda(InterpretedKernels(executed)), split(2):
+        assert_within(measure_cache("cuda", make_cache_sample(case)))
+    assert {name.split("_")[0] for name in executed} == {"append", "decode", "combine"}
 
 
 @needs_nvcc

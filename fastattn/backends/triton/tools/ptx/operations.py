@@ -204,7 +204,7 @@ def _integer_product(part: str, kind: str, given: list[Bits]) -> Bits:
 
 def _converted(opcode: tuple[str, ...], given: list[Bits]) -> Bits:
     *modifiers, to, of = opcode[1:]
-    if to in ("bf16x2", "f16x2"):
+    if to in ("bf16x2", "f16x2") and of != "e4m3x2":
         high, low = (bits_of(values(x, of), to[:-2]).astype(np.uint32) for x in given)
         return (high << 16) | low
     if to == "e4m3x2":
