@@ -207,8 +207,8 @@ def cache_problem(
         sinks=per_head("sinks", sinks),
         tree_mask=words_of(tree_mask) if tree_mask is not None and tree_mask.dtype == torch.bool else tree_mask,
         max_seqlen_q=q.shape[1] if cu_seqlens_q is None else longest("q", cu_seqlens_q, max_seqlen_q, q.device),
-        rotary_interleaved=rotary_interleaved,
-        batch_invariant=batch_invariant,
+        rotary_interleaved=flag("rotary_interleaved", rotary_interleaved, "True pairs neighbouring head dims."),
+        batch_invariant=flag("batch_invariant", batch_invariant, "use_batch_invariance asks for it in a block."),
     )
     return inputs, make_spec(q, scale, softcap, band(causal, window), 0.0)
 
@@ -222,8 +222,7 @@ def with_rng_state(inputs: Inputs, spec: AttentionSpec) -> Inputs:
 
 def band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
     """``(left, right)`` of the spec from the public ``causal`` and ``window``."""
-    if not isinstance(causal, bool | torch.SymBool):
-        raise input_error("causal", repr(causal), "True or False", "For a pattern of your own pass mask=.")
+    flag("causal", causal, "For a pattern of your own pass mask=.")
     if window is None:
         window = (None, None)
     if not isinstance(window, tuple | list) or len(window) != 2:
@@ -231,6 +230,12 @@ def band(causal: bool, window: Window | None) -> tuple[int | None, int | None]:
         raise input_error("window", repr(window), "(left, right)", todo)
     left, right = (_window_side(side) for side in window)
     return left, 0 if causal else right
+
+
+def flag(name: str, x: bool, todo: str) -> bool:
+    if not isinstance(x, bool | torch.SymBool):
+        raise input_error(name, repr(x), "True or False", todo)
+    return x
 
 
 def _window_side(side: int | None) -> int | None:
@@ -293,6 +298,10 @@ def five_dims(intervals: Tensor | None) -> Tensor | None:
     if not 3 <= intervals.dim() <= 5:
         todo = "Give each query row n ranges; fastattn.intervals builds them."
         raise input_error("intervals", f"shape {tuple(intervals.shape)}", order, todo)
+    if (
+        intervals.shape[-2] == 0
+    ):  # kernels are given addresses, and an empty tensor has none: they would see no intervals
+        intervals = intervals.new_zeros((*intervals.shape[:-2], 1, intervals.shape[-1]))
     return intervals[(None,) * (5 - intervals.dim())]
 
 

@@ -172,6 +172,8 @@ def _more(
     for x, dims in ((bias, 4), (mask, 4), (alibi_slopes, 2), (sinks, 2), (intervals, 5)):
         if x is not None and (type(x) not in (Tensor, Parameter) or x.dim() > dims):
             return None
+        if x is not None and x is intervals and x.shape[-2:-1] == (0,):
+            return None  # its plan would be one for a range in each row
         found.append(x if x is None or x.dim() == dims else x[(None,) * (dims - x.dim())])
     return (*found[:4], *segments, found[4], None, None) if len(segments) == 2 else None
 

@@ -212,8 +212,8 @@ def tree_of(inputs: CacheInputs) -> Tree:
     bits = bits_of(inputs.tree_mask, longest)
     if inputs.cu_seqlens_q is not None:
         i, lengths = torch.arange(longest, device=device), inputs.cu_seqlens_q.diff()[:, None]
-        rows = (inputs.cu_seqlens_q[:-1, None] + i).clamp(max=max(0, bits.shape[0] - 1))
-        bits = bits[rows.long()] & (i < lengths)[:, None] & (i < lengths)[..., None]
+        rows = (inputs.cu_seqlens_q[:-1, None] + i).clamp(max=bits.shape[0]).long()  # at most the row that is added
+        bits = torch.cat((bits, bits.new_zeros(1, longest)))[rows] & (i < lengths)[:, None] & (i < lengths)[..., None]
     return Tree.of(bits, inputs.cache_lengths)
 
 

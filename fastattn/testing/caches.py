@@ -49,6 +49,7 @@ class CacheCase:
         rotary: pairs, or None; ``D_rotary`` is the even part of ``D_qk / 2``.
         strided: caches are every second head of a wider buffer, q is a slice of one.
         tree: the new tokens form a tree, the same for all sequences, or one for each; None: they follow each other.
+        batch_invariant: a sequence has the same bits alone.
     """
 
     id: str
@@ -74,6 +75,7 @@ class CacheCase:
     rotary: Literal["halves", "interleaved"] | None = None
     strided: bool = False
     tree: Literal["shared", "each"] | None = None
+    batch_invariant: bool = False
 
     def parents(self, b: int) -> list[int]:
         """The parents of the new tokens of sequence ``b``, three to a level, so that there are several roots."""
@@ -149,6 +151,15 @@ _TABLE: dict[str, dict[str, Any]] = {
     "tree, everything": {**_ALL, "tree": "each", "bias": True, "rotary": "halves", "s_q": (8, 8, 8), "left": 4},
     "tree, ragged": {**_RAGGED, **_ALL, "tree": "each", "rotary": "interleaved", "left": 5},
     "tree, e4m3": {"tree": "each", "s_q": (6, 6, 6), "fp8": "page"},
+    # so long that an ordinary call on a CPU cuts the keys of a batch in other places than those of a sequence
+    "batch-invariant": {"batch_invariant": True, "before": (9000, 5000, 0), "H_q": 2, "H_kv": 1},
+    "batch-invariant tree, ragged": {
+        **_RAGGED,
+        **_ALL,
+        "batch_invariant": True,
+        "tree": "each",
+        "before": (300, 0, 9, 5, 0),
+    },
 }
 _EVERY_DTYPE = (
     "one token", "some tokens", "window of tokens", "odd head dims", "rotary of neighbours", "ragged, everything",
@@ -208,6 +219,7 @@ def make_cache_sample(case: CacheCase, device: torch.device | str = "cpu", seed:
         tree_mask=_trees(case) if case.tree else None,
         max_seqlen_q=longest_q,
         rotary_interleaved=case.rotary == "interleaved",
+        batch_invariant=case.batch_invariant,
     )  # fmt: skip
     moved = {name: getattr(inputs, name) for name in kv_cache.CACHE_TENSORS}
     inputs = inputs.replace(**{name: x.to(device) for name, x in moved.items() if x is not None})
@@ -296,13 +308,11 @@ def measure_cache(backend: Backend | str, sample: CacheSample) -> list[Row]:
         sample: from ``make_cache_sample``; its caches are not changed.
 
     Raises:
-        AssertionError: a result violates the contract in shape or dtype, or a row that is not new was written.
+        AssertionError: a result violates the contract in shape or dtype, a row that is not new was written, or a
+            sequence of a batch-invariant call has other bits alone.
     """
     chosen = load(backend) if isinstance(backend, str) else backend
-    caches = {name: getattr(sample.inputs, name) for name in ("k_cache", "v_cache")}
-    copies = {name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-              for name, x in caches.items()}  # fmt: skip
-    inputs = sample.inputs.replace(**copies)
+    inputs = _with_copies(sample.inputs)
     with poisoned():
         out, lse = chosen.attend_to_cache(inputs, sample.spec)
     assert out.shape == inputs.out_shape() and out.dtype == inputs.q.dtype and out.is_contiguous(), "out"
@@ -313,8 +323,37 @@ def measure_cache(backend: Backend | str, sample: CacheSample) -> list[Row]:
     exact, rounded = (_by_sequence(filled, sample, dtype) for dtype in (torch.float64, inputs.q.dtype))
     for b, (exact_sample, rounded_sample) in enumerate(zip(exact, rounded, strict=True)):
         found = {"out": _rows(out, b, sample.case), "lse": _rows_of_lse(lse, b, sample.case)}
+        if sample.case.batch_invariant:
+            own_out, own_lse = chosen.attend_to_cache(_alone(_with_copies(sample.inputs), b, sample.case), sample.spec)
+            same = torch.equal(own_out.view_as(found["out"]), found["out"]) and torch.equal(
+                own_lse.view_as(found["lse"]), found["lse"]
+            )
+            assert same, f"batch-invariant: sequence {b} has other bits alone"
         rows += judge_forward(found, exact_sample, rounded_sample, f" of {b}")
     return rows
+
+
+def _with_copies(inputs: CacheInputs) -> CacheInputs:
+    """The inputs with caches of their own, of the same strides, to which a call may append."""
+    caches = {name: getattr(inputs, name) for name in ("k_cache", "v_cache")}
+    return inputs.replace(**{name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+                             for name, x in caches.items()})  # fmt: skip
+
+
+def _alone(inputs: CacheInputs, b: int, case: CacheCase) -> CacheInputs:
+    """The call of sequence ``b`` by itself."""
+    one, begin = slice(b, b + 1), sum(case.s_q[:b])
+    rows = slice(begin, begin + case.s_q[b]) if case.packed else one
+    ends = torch.tensor([0, case.s_q[b]], dtype=torch.int32, device=inputs.q.device) if case.packed else None
+    given: dict[str, Any] = {"cu_seqlens_q": ends, "cache_lengths": inputs.cache_lengths[one], "q": inputs.q[rows]}
+    of_rows = ("k", "v") if inputs.tree_mask is None or case.tree == "shared" else ("k", "v", "tree_mask")
+    of_pages = (
+        () if case.page_size is not None else ("k_cache", "v_cache", *(("k_scale", "v_scale") * (case.fp8 == "page")))
+    )
+    of_sequence = ("block_table", "bias", *(("alibi_slopes", "sinks") * case.per_sequence), *of_pages)
+    for names, part in ((of_rows, rows), (of_sequence, one)):
+        given |= {name: x[part] for name in names if (x := getattr(inputs, name)) is not None}
+    return inputs.replace(**given)
 
 
 def _judge_stored(before: CacheInputs, after: CacheInputs) -> list[Row]:

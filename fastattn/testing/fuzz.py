@@ -36,7 +36,7 @@ _SLOW = {
     "return_stats": 0.02,
 }  # fmt: skip
 # Further problems judged beside, drawn last, so that a problem of a number stays what it was.
-_BESIDE = {"any cache": 0.1} | dict.fromkeys(SPOILED, 0.04)
+_BESIDE = {"any cache": 0.1} | dict.fromkeys(SPOILED, 0.04) | {"batch-invariant cache": 0.02}
 # A result off by less than _NEAR bounds is no failure if that happens to at most one of _AGAIN samples of other values.
 _NEAR, _AGAIN = 10.0, 12
 _OF_EAGER = 0.25  # the share of problems that eager computes too: its formula is that of what all are compared with
@@ -56,7 +56,7 @@ class Trial:
         device: of the call.
         seed: of the values.
         way: a name in ``ways.WAYS``, ``ways.DERIVATIVES`` or ``spoiled.SPOILED``, "return_stats", or, called directly,
-            a part in ``verify.PARTS``, or "any cache".
+            a part in ``verify.PARTS``, "any cache" or "batch-invariant cache".
     """
 
     result: Result
@@ -181,7 +181,10 @@ def examine(number: int, seed: int = 0, device: str = "cpu", backends: Sequence[
         yield Trial(_judged(way, name, case, device, values, yardsticks), device, values, way)
     for beside, share in _BESIDE.items() if device == "cpu" else ():
         if draw.random() < share:
-            given, name = random_cache_case(draw) if beside == "any cache" else case, _one_of(names, draw)
+            given = random_cache_case(draw) if beside.endswith("cache") else case
+            if beside == "batch-invariant cache" and isinstance(given, CacheCase):
+                given = dataclasses.replace(given, batch_invariant=True)
+            name = _one_of(names, draw)
             yield Trial(_judged(beside, name, given, device, values), device, values, beside)
 
 

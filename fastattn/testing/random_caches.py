@@ -18,7 +18,7 @@ _HEAD_DIMS = (2, 8, 16, 24, 32, 40, 64, 128)
 # Fields that are reset to their defaults one by one before the sizes are reduced.
 _FEATURES = (
     "dtype", "fp8", "scale", "softcap", "left", "right", "bias", "alibi", "sinks", "per_sequence", "rotary", "strided",
-    "tree", "page_size",
+    "tree", "page_size", "batch_invariant",
 )  # fmt: skip
 
 

@@ -288,11 +288,26 @@ def test_trees_are_batch_invariant_too():
     assert torch.equal(out(1), out(3))
 
 
+@pytest.mark.parametrize("backend", DECODING)
+def test_a_packed_call_without_a_token(backend):
+    """A step of a server in which every sequence waits; the longest that it was made for is 1."""
+    x, cache, ends = torch.randn(0, 2, 16), torch.randn(1, 8, 2, 16), torch.zeros(2, dtype=torch.int32)
+    before = cache.clone()
+    out = fastattn.attention_with_kv_cache(
+        x, cache, cache.clone(), torch.tensor([5], dtype=torch.int32), x, x, cu_seqlens_q=ends, max_seqlen_q=1,
+        tree_mask=torch.zeros(0, 1, dtype=torch.int32), backend=backend,
+    )  # fmt: skip
+    assert out.shape == (0, 2, 16) and torch.equal(cache, before)
+
+
 def test_who_can_be_batch_invariant_and_how_it_is_asked_for():
     q, cache, lengths = torch.randn(1, 1, 2, 16), torch.randn(1, 8, 2, 16), torch.tensor([5], dtype=torch.int32)
     found = explain_with_kv_cache(q, cache, cache, lengths, batch_invariant=True)
     assert "batch invariant" in found.problem.features
     assert found.reasons["portable"] == found.reasons["eager"] == ["no batch invariant"]
+    for name in ("batch_invariant", "rotary_interleaved"):
+        with pytest.raises(InputError, match=f"{name}: got 'yes'; allowed: True or False"):
+            fastattn.attention_with_kv_cache(q, cache, cache, lengths, **{name: "yes"})
     with fastattn.use_batch_invariance():
         assert explain_with_kv_cache(q, cache, cache, lengths) == found
         with pytest.raises(UnsupportedError, match="no batch invariant"):

@@ -1,11 +1,12 @@
 """The builders of intervals against their definitions, pair by pair, written without them."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 
-from fastattn import InputError, intervals
+from fastattn import InputError, attention, attention_varlen, backends, intervals
 
 
 def kept_by(function, s_q, s_kv):
@@ -140,6 +141,25 @@ def test_ranges_and_masks_turn_into_each_other():
     assert torch.equal(intervals.to_mask(both, 20), mask & intervals.to_mask(other, 20))
     nothing = torch.zeros(4, 0, 2, dtype=torch.int32)
     assert intervals.merged(nothing).tolist() == intervals.from_mask(mask[0, 0, :4, :0]).tolist() == [[[0, 0]]] * 4
+
+
+@pytest.mark.parametrize("backend", [name for name in ("eager", "portable", "cpu") if backends()[name] is None])
+def test_rows_without_ranges_keep_nothing(backend):
+    """Also in a call whose plan is one for a range, and packed; an empty tensor has no address to give to a kernel."""
+    q, k, v = (torch.randn(2, 5, 2, 8) for _ in "qkv")
+    one, none, ends = torch.tensor([[0, 5]]).int().expand(5, 1, 2), torch.zeros(5, 0, 2).int(), torch.tensor([0, 5, 10])
+    attend = functools.partial(attention, backend=backend)
+    packed = {"cu_seqlens_q": ends.int(), "cu_seqlens_kv": ends.int(), "max_seqlen_q": 5, "max_seqlen_kv": 5}
+    for ranges in (one, none) * 2:
+        nothing = ranges is none
+        assert bool((attend(q, k, v, intervals=ranges) == 0).all()) == nothing
+        rows = (x.flatten(0, 1) for x in (q, k, v))
+        out = attention_varlen(*rows, **packed, intervals=ranges.repeat(2, 1, 1), backend=backend)
+        assert bool((out == 0).all()) == nothing
+    out, found = attend(q, k, v, intervals=none, return_stats=True)
+    assert not out.any() and not found.key_sum.any() and not found.entropy.any() and (found.largest_key == -1).all()
+    assert not torch.func.jvp(lambda x: attend(x, k, v, intervals=none), (q,), (k,))[1].any()
+    assert not torch.func.grad(lambda x: attend(q, k, x, intervals=none).sum())(v).any()
 
 
 WRONG = {

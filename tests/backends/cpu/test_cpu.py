@@ -41,6 +41,16 @@ def test_against_fp64(machine, case):
     assert_within(measure_cache(OnMachine(machine), make_cache_sample(case)))
 
 
+def test_the_judge_finds_a_call_that_depends_on_its_batch():
+    class Deaf(OnMachine):
+        def attend_to_cache(self, inputs, spec):
+            return super().attend_to_cache(inputs.replace(batch_invariant=False), spec)
+
+    case = next(case for case in cache_grid((torch.float32,)) if case.batch_invariant)
+    with pytest.raises(AssertionError, match="sequence 0 has other bits alone"):
+        measure_cache(Deaf(MACHINES[0]), make_cache_sample(case))
+
+
 def test_every_machine_has_the_baseline():
     assert list(FOUND.machines()) == list(build.machines())
     assert MACHINES and MACHINES[-1] == "baseline"
