@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "training a GPT-2 beside nanoGPT's recipe and Hugging Face's Trainer, and an LSTM",
     "finetune": "a fine-tuned classifier beside the recipe of Hugging Face's example script, over several seeds",
     "decode": "attention to a key/value cache, generation with and without one",
+    "speculative": "trees of guesses over a cache, guessed text, decoding with the same bits in every batch",
+    "layers": "differential, latent, gated and QK-normed attention beside their formulas",
     "derivatives": "forward mode, double backward, statistics, intervals and per-sample gradients, beside torch",
     "swap": "functions and modules that fastattn replaces, each beside its replacement",
     "fuzz": "random problems, judged on every backend that runs here; no measurement",

@@ -114,8 +114,7 @@ def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) ->
     }
     errors = {name: float((call().double() - exact).abs().max()) for name, call in calls.items()}
     calls["stream"] = values.stream
-    # twice sdpa's error, plus some roundings of the arithmetic, as sdpa's error may happen to be small
-    allowed = 2 * errors["sdpa"] + 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    allowed = allowed_error(errors["sdpa"], exact)
     row["error"] = f"{errors['fastattn']:.1e}, sdpa {errors['sdpa']:.1e}"
     if not errors["fastattn"] <= allowed:
         return row | {"fastattn": f"wrong: at most {allowed:.1e} is allowed"}
@@ -131,6 +130,11 @@ def measured(case: Case, device: torch.device, copy_gbps: float, quick: bool) ->
         "vs sdpa, gathered before": f"{own.times_faster_than(times['sdpa']):.2f}×",
         "vs gather + sdpa": f"{own.times_faster_than(times['gather']):.2f}×",
     }
+
+
+def allowed_error(of_sdpa: float, exact: Tensor) -> float:
+    """Twice sdpa's error, plus some roundings of the arithmetic, as sdpa's error may happen to be small."""
+    return 2 * of_sdpa + 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
 
 
 class Values:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,11 @@ def _parts(args: argparse.Namespace, device: torch.device) -> Iterator[Iterator[
         yield measure.kept(f"{name} {masked} tokens", _masks(masked, device), qkvg, flex=not args.no_flex)
     samples = max(16, length // 16)
     yield measure.derived(f"fp32 16 samples of {samples} tokens", _samples(samples, heads, device))
-    yield measure.derived(f"fp32 16 samples of {samples} tokens, a layer", _layers(samples, device))
+    layer = f"fp32 16 samples of {samples} tokens, a layer"
+    if importlib.util.find_spec("opacus") is None:
+        yield iter([{"what": f"{layer}: Opacus' hooks", OURS: "opacus is not installed"}])
+    else:
+        yield measure.derived(layer, _layers(samples, device))
 
 
 # Calls by peer and name
@@ -158,13 +163,10 @@ def _samples(length: int, heads: int, device: torch.device) -> dict[str, Calls]:
 
 def _layers(length: int, device: torch.device) -> dict[str, Calls]:
     """A training step of a layer of self-attention, and one that leaves the gradients of each sample."""
-    try:
-        from opacus import GradSampleModule
+    from opacus import GradSampleModule
 
-        from fastattn.integrations.opacus import prepare
-    except ImportError:
-        print("derivatives: no rows for Opacus, which is not installed: pip install opacus")
-        return {}
+    from fastattn.integrations.opacus import prepare
+
     x = torch.randn(16, length, 512, device=device)
 
     def step(model: nn.Module) -> None:

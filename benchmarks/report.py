@@ -15,7 +15,13 @@ from fastattn.errors import DataError, InputError
 from fastattn.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
-UNMEASURED = ("derivatives", "finetune", "swap")  # records that a page has a place for before they are made
+UNMEASURED = (
+    "derivatives",
+    "finetune",
+    "layers",
+    "speculative",
+    "swap",
+)  # records that a page has a place for before they are made
 _REGION = re.compile(r"<!-- results:(?P<name>[\w.-]+) -->\n(?P<body>.*?)<!-- /results:(?P=name) -->", re.DOTALL)
 
 

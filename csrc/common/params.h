@@ -169,7 +169,7 @@ struct DecodeParams {
   float* partial_out;  // (splits, rows of q, H_q, D_v): out of each split; null with one split, which writes out itself
   float* partial_lse;  // (splits, rows of q, H_q, 2): both parts of lse of each split; null likewise
   const float* sinks;
-  const int32* cache_lengths;  // (B): positions of each sequence without the new ones
+  const int32* cache_lengths;  // (B): positions of each sequence without the new ones; null: capacity, and none are new
   const int32* block_table;  // null: sequence b owns page b only
   const int32* cu_seqlens_q;  // if q is packed, else null
   const void* new_k;  // (B, new_keys, H_kv, D) or packed like q: to be stored first; null if they are there already

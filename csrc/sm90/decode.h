@@ -107,8 +107,9 @@ FA_DEVICE Work find_work(DecodeParams const& p, int index) {
     work.position = (tile - work.sequence * tiles_of_sequence) * positions;
     work.first_q = work.sequence * work.s_q;
   }
-  int const new_keys = p.new_keys < 0 ? work.s_q : static_cast<int>(p.new_keys);
-  work.s_kv = smaller(load_global(p.cache_lengths + work.sequence) + new_keys, static_cast<int>(p.capacity));
+  int const new_keys = p.new_keys < 0 ? work.s_q : static_cast<int>(p.new_keys),
+            capacity = static_cast<int>(p.capacity);
+  work.s_kv = p.cache_lengths ? smaller(load_global(p.cache_lengths + work.sequence) + new_keys, capacity) : capacity;
   return work;
 }
 

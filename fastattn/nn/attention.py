@@ -20,7 +20,7 @@ from fastattn.nn.checks import Window, check_options, check_sizes, fits
 from fastattn.nn.lazy import have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
-from fastattn.torch_internals import calls_only_forward, multi_head_attention
+from fastattn.torch_internals import calls_only_forward, is_traced, multi_head_attention
 from fastattn.weights import attention_with_weights
 
 _OUT_PROJ = type(nn.MultiheadAttention(1, 1).out_proj)
@@ -250,8 +250,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
         """
         weight, bias, records = self.in_proj_weight, self.in_proj_bias, torch.is_grad_enabled()
-        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)):
-            return None  # first what each step of training meets
+        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)) or is_traced():
+            return None  # first what each step of training meets; a trace would name tensors by what is asked next
         is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
         if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
             return None

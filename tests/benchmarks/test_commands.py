@@ -1,6 +1,7 @@
 """Each command in its quick form on a CPU, and its errors for wrong arguments."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import re
@@ -125,6 +126,32 @@ def test_finetune(tmp_path):
     assert all(0 <= float(row["accuracy"]) <= 1 and row["training"].split()[1] for row in rows)
 
 
+def test_speculative(tmp_path):
+    path = tmp_path / "speculative.json"
+    assert main(["speculative", *QUICK, "--out", str(path)]) == 0
+    rows = read(path)["results"]
+    trees, invariant, texts = (
+        [row for row in rows if kind in row["what"]] for kind in ("tree of 15", "batch-invariant", "text that repeats")
+    )
+    assert {row["dtype"] for row in trees} == {"fp32", "bf16"} and len(invariant) == 4 and len(texts) == 3
+    for row in trees:
+        assert float(row["beside"].split("× ")[-2].split()[-1]) > 0 and row["beside"].endswith(
+            "a call for each of 8 paths"
+        )
+    assert all("4 of 4 sequences" in row["agreement"] for row in invariant)
+    for row in texts:
+        said = re.fullmatch(r"100% the same tokens, (\d+) calls", row["agreement"])
+        assert said and int(said[1]) < 24 / 2, "guesses are right"
+
+
+def test_layers(tmp_path):
+    path = tmp_path / "layers.json"
+    assert main(["layers", *QUICK, "--out", str(path)]) == 0
+    *rows, token = read(path)["results"]
+    assert len(rows) == 2 * 2 * 4 and "absorbed" in token["what"]
+    assert all(row["vs eager"].endswith("×") and row["vs sdpa"].endswith("×") for row in (*rows, token))
+
+
 def test_derivatives(tmp_path):
     path = tmp_path / "derivatives.json"
     assert main(["derivatives", *QUICK, "--no-flex", "--out", str(path)]) == 0
@@ -132,6 +159,8 @@ def test_derivatives(tmp_path):
     assert "× ours" in found["fp32 128 tokens: double backward"]["torch math"]
     assert found["bf16 128 tokens, window of 256: jvp"]["beside"].endswith("× forward")
     assert found["fp32 16 samples of 16 tokens: vmap(grad)"]["target"] == "1.5×"
+    if importlib.util.find_spec("opacus") is None:
+        assert found["fp32 16 samples of 16 tokens, a layer: Opacus' hooks"]["fastattn"] == "opacus is not installed"
     blocks = found["bf16 1024 tokens, a quarter of all blocks of 64*: backward"]
     assert blocks["target"] == "80%" and blocks["beside"].endswith("of all pairs' speed, 25.0% kept")
 

@@ -135,7 +135,8 @@ class CudaBackend(Backend):
         self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.forward(_kernels().prepared, inputs, spec, keep=keep, heads_first=heads_first)
+            prepare, multiprocessors = _kernels().prepared, _multiprocessors(inputs.q.device)
+            return plans.forward(prepare, inputs, spec, multiprocessors, keep=keep, heads_first=heads_first)
 
     def prepared_backward(
         self,

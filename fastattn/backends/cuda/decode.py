@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastattn import kv_cache
+from fastattn.backends.base import QKV
 from fastattn.backends.cuda import abi, terms
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
+from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
@@ -43,6 +45,27 @@ def attend(
     out, lse = step.tensors["out"], step.tensors["lse"]
     assert out is not None and lse is not None
     return out, lse
+
+
+def serves(inputs: Inputs, spec: AttentionSpec) -> bool:
+    """Whether one tile has room for all queries of the heads that share a key head, and keys are to be read.
+
+    Then these kernels read K and V once for the group, and divide the keys among multiprocessors. The forward kernel
+    takes a tile of 128 or 192 rows for each head.
+    """
+    q, k = inputs.q, inputs.k
+    is_dense = inputs.cu_seqlens_q is None and inputs.cu_seqlens_kv is None
+    if not is_dense or spec.dropout_p or any(x is not None for name, x in inputs.tensors().items() if name not in QKV):
+        return False
+    is_like_a_cache = spec.anchor == "lower_right" or q.shape[1] == k.shape[1] or (spec.left is spec.right is None)
+    return is_like_a_cache and 0 < q.shape[1] * (inputs.heads_q // inputs.heads_kv) <= TILE_ROWS and k.numel() > 0
+
+
+def as_full_cache(inputs: Inputs) -> CacheInputs:
+    """``k`` and ``v`` as caches of one page for each sequence, without a free position."""
+    batch, s_kv = inputs.k.shape[:2]
+    lengths = torch.full((batch,), s_kv, dtype=torch.int32, device=inputs.q.device)
+    return CacheInputs(inputs.q, inputs.k, inputs.v, lengths, max_seqlen_q=inputs.q.shape[1])
 
 
 def is_stored_by_kernel(inputs: CacheInputs) -> bool:

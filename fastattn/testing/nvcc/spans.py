@@ -38,7 +38,8 @@ def _of_cache(given: Given) -> dict[str, int]:
     sizes = {
         "q": _strided(given, "q", batch, "q_{}_stride"), "out": 2 * rows * heads * given["head_dim_v"],
         "lse": 4 * rows * heads, "partial_out": 4 * parts * given["head_dim_v"], "partial_lse": 8 * parts,
-        "sinks": 4 * heads * (sequences if given["sinks_batch_stride"] else 1), "cache_lengths": 4 * sequences,
+        "sinks": 4 * heads * (sequences if given["sinks_batch_stride"] else 1), 
+        "cache_lengths": 4 * sequences if given["cache_lengths"] else 0,
         "block_table": 4 * ((sequences - 1) * given["table_stride"] + -(-given["capacity"] // given["page_size"])),
         "cu_seqlens_q": 4 * (sequences + 1), "depths": 4 * rows,
         "tree": 4 * given["tree_words"] * trees * given["seqlen_q"],
