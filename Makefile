@@ -76,8 +76,8 @@ gates: install   ## compile every kernel, Triton's for four GPU architectures an
 	$(BIN)/python -m benchmarks gates
 	$(BIN)/python csrc/gates.py --jobs $(JOBS)
 
-ptx: install     ## run what Triton compiles for sm_80 and sm_90 on this CPU, and judge the results
-	$(BIN)/python -m benchmarks ptx
+ptx: install     ## run what Triton compiles for sm_80 and sm_90, and nvcc for sm_90a, on this CPU, and judge the results
+	$(BIN)/python -m benchmarks ptx --jobs $(JOBS)
 
 sweep: install   ## compare every family of transformers with eager, and rewrite its page in docs/
 	PYTHONPATH=. $(BIN)/python tests/integrations/families.py --jobs $(JOBS) --table docs/guides/transformers_families.md

@@ -28,7 +28,7 @@ COMMANDS = {
     "tune": "tile sizes of the Triton kernels",
     "predict": "the time of the CUDA kernels on an H200 by a model, without a GPU",
     "gates": "compile gates of the Triton kernels, without a GPU",
-    "ptx": "what Triton compiles, run on this CPU by an interpreter of PTX, and judged",
+    "ptx": "what Triton and nvcc compile, run on this CPU by an interpreter of PTX, and judged",
 }
 
 

@@ -32,6 +32,7 @@ from fastattn.plan import ALIGNMENT, Plan
 from fastattn.problem import DIFFERENTIABLE, MORE, TENSORS, Inputs, Rows, Tangents
 from fastattn.spec import AttentionSpec
 from fastattn.torch_internals import (
+    is_batch_of_gradients,
     is_deterministic,
     is_in_forward_mode,
     is_inside_another_jvp,
@@ -210,7 +211,7 @@ class PlannedAttention(torch.autograd.Function):
             dlse is None
             and type(dout) is Tensor
             and dout.dtype is saved[0].dtype
-            and not (torch.is_grad_enabled() or dout.is_neg() or is_watched())
+            and not (torch.is_grad_enabled() or dout.is_neg() or is_watched() or is_batch_of_gradients())
             and plan.deterministic == is_deterministic()
         ):
             grads = plan.backward(dout if dout.is_cpu else _aligned(dout.contiguous()), *saved)

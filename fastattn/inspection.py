@@ -16,18 +16,13 @@ from fastattn.errors import input_error
 from fastattn.files import replaced_file
 from fastattn.layout import Layout
 from fastattn.problem import Inputs, Statistics, check_inputs
-from fastattn.spec import AttentionSpec
 from fastattn.statistics import statistics
+from fastattn.weights import WITHOUT_OPTIONS, all_weights, by_plan, look_up
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Chosen = Sequence[int] | Tensor | None
-
-_DEFAULTS: dict[str, Any] = {
-    "causal": False, "window": None, "scale": None, "softcap": None, "bias": None, "mask": None, "alibi_slopes": None,
-    "sinks": None, "segment_ids": None, "intervals": None, "dropout_p": 0.0, "rng_state": None, "layout": "BSHD",
-}  # fmt: skip
 
 
 def attention_weights(
@@ -107,7 +102,7 @@ def attention_weights(
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
     if rows is None and heads is None:
-        return _all_weights(inputs, spec)
+        return all_weights(inputs, spec, averages=False)
     chosen_rows = _indices("rows", rows, inputs.q.shape[1], q.device)
     chosen_heads = _indices("heads", heads, inputs.heads_q, q.device)
     at = reference.Positions.of(inputs).at_heads(chosen_heads).at_rows(chosen_rows)
@@ -117,7 +112,8 @@ def attention_weights(
 def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     """The mean of ``attention_weights`` over the heads: ``(B, S_q, S_kv)``, differentiable.
 
-    Without gradients as many heads are computed together as fit into ``BUDGET`` bytes, at least one.
+    In host memory the C++ kernel keeps no more of the weights of single heads than a few rows. Elsewhere, without
+    gradients, as many heads are computed together as fit into 8 MiB, at least one.
 
     Args:
         q: as in ``attention_weights``.
@@ -134,13 +130,13 @@ def mean_attention_weights(q: Tensor, k: Tensor, **options: Any) -> Tensor:
         >>> mean_attention_weights(q, q, causal=True).shape
         torch.Size([1, 10, 10])
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
     inputs = with_rng_state(inputs, spec)
     check_inputs(inputs, spec)
-    return _mean_weights(inputs, spec)
+    return all_weights(inputs, spec, averages=True)
 
 
-def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -> Tensor:
+def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """The weights, or their mean, of a call that ``fastattn.attention`` has served: nothing is checked again.
 
     Args:
@@ -148,16 +144,20 @@ def weights_of_call(q: Tensor, k: Tensor, mean: bool, options: dict[str, Any]) -
         k: as there.
         mean: average over the heads.
         options: of the call; ``rng_state`` is among them if there is dropout.
+        dtype: of the result.
 
     Example:
         >>> import torch
         >>> from fastattn.inspection import weights_of_call
         >>> q = torch.randn(1, 3, 2, 16)
-        >>> weights_of_call(q, q, mean=True, options={"causal": True}).shape
+        >>> weights_of_call(q, q, True, {"causal": True}, torch.float32).shape
         torch.Size([1, 3, 3])
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
-    return _mean_weights(inputs, spec) if mean else _all_weights(inputs, spec)
+    kind, found = look_up(q, k, options, mean, dtype)
+    if found is not None:
+        return by_plan(found, q, k)
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
+    return all_weights(inputs, spec, averages=mean, dtype=dtype, kind=kind)
 
 
 def attention_statistics(q: Tensor, k: Tensor, **options: Any) -> Statistics:
@@ -186,7 +186,7 @@ def attention_statistics(q: Tensor, k: Tensor, **options: Any) -> Statistics:
         >>> found.largest_logit.amax((0, 2)).shape, found.key_sum.shape
         (torch.Size([8]), torch.Size([1, 8, 1000]))
     """
-    inputs, spec = dense_problem(q, k, k, **{**_DEFAULTS, **options})
+    inputs, spec = dense_problem(q, k, k, **{**WITHOUT_OPTIONS, **options})
     check_inputs(inputs, spec)
     return statistics(inputs, spec, requested(None))
 
@@ -294,54 +294,6 @@ def plot_attention(
     with replaced_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
-
-
-# --- all rows ---------------------------------------------------------------------------------------------------
-
-BUDGET = 8 * 2**20  # bytes of weights that are averaged at a time: they stay in a cache, and malloc keeps their pages
-
-
-def _all_weights(inputs: Inputs, spec: AttentionSpec, at: reference.Positions | None = None) -> Tensor:
-    """``reference.weights`` in fewer passes over memory, for scores that are a product, a bias and a mask."""
-    if spec.softcap is not None or inputs.alibi_slopes is not None or inputs.sinks is not None or spec.dropout_p:
-        return reference.weights(inputs, spec, at)
-    dtype = reference.compute_dtype(inputs)
-    batch, s_q, heads, width = inputs.q.shape
-    q, k = inputs.q.transpose(1, 2).to(dtype) * spec.scale, inputs.k.permute(0, 2, 3, 1).to(dtype)
-    if heads != inputs.heads_kv:  # the heads that share a key head are rows of one product
-        q = q.reshape(batch, inputs.heads_kv, -1, width)
-    scores = torch.matmul(q, k)
-    scores = scores if heads == inputs.heads_kv else scores.view(batch, heads, s_q, -1)
-    if inputs.bias is not None:
-        scores = scores + inputs.bias.to(dtype)
-    terms = (inputs.mask, inputs.segment_ids_q, inputs.intervals, spec.left, spec.right)
-    if any(x is not None for x in terms):
-        kept = reference.keep_matrix(inputs, spec, at or reference.Positions.of(inputs))
-        scores = scores.masked_fill(~kept, float("-inf"))
-    elif inputs.bias is None:
-        return torch.softmax(scores, -1)
-    # an empty row is computed on zeros, which keeps its derivative free of NaN
-    empty = (scores == float("-inf")).all(-1, keepdim=True)
-    return torch.softmax(scores.masked_fill(empty, 0), -1).masked_fill(empty, 0)
-
-
-def _mean_weights(inputs: Inputs, spec: AttentionSpec) -> Tensor:
-    bytes_of_head = inputs.batch * inputs.q.shape[1] * inputs.k.shape[1] * reference.compute_dtype(inputs).itemsize
-    at_once = max(1, BUDGET // max(1, bytes_of_head))
-    if at_once >= inputs.heads_q or _needs_gradient(inputs):
-        return _all_weights(inputs, spec).mean(1)
-    everywhere, total = reference.Positions.of(inputs), None
-    for heads in torch.arange(inputs.heads_q, device=inputs.q.device).split(at_once):
-        weights = _all_weights(reference.of_heads(inputs, heads), spec, everywhere.at_heads(heads))
-        some = weights[:, 0] if len(heads) == 1 else weights.sum(1)
-        total = some if total is None else total.add_(some)
-    assert total is not None
-    return total.div_(inputs.heads_q)
-
-
-def _needs_gradient(inputs: Inputs) -> bool:
-    tensors = (inputs.q, inputs.k, inputs.bias, inputs.sinks)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 # --- choosing rows and heads ------------------------------------------------------------------------------------

@@ -31,18 +31,11 @@ _known: dict[Hashable, tuple[Any, tuple[int, ...]]] = {}
 _recent: dict[Hashable, list[_Recognised]] = {}
 
 
-class _Nothing(Tensor):
-    """The class of what stands for None where torch compares tensors: no other tensor has it."""
-
-
-_NOTHING = _Nothing()
-
-
 class _Recognised(NamedTuple):
     """A kind with a plan, for which torch has a check of all tensors at once.
 
     Attributes:
-        settings: what its calls have in common besides: the number of tensors, and modes of torch.
+        settings: what its calls have in common besides: which tensors are None or one and the same, and modes of torch.
         agrees: whether tensors have the types, shapes, strides, dtypes, devices and dispatch keys of the kind, and ask
             for gradients alike; whether these are enabled is among the settings. Autocast, tracers, dispatch modes and
             transforms change the dispatch keys of the thread.
@@ -90,10 +83,10 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
     """
     if state.whole_rows is not None or type(tensors[0]) is not Tensor or is_observed():  # torch.fx passes proxies
         return None, None
-    given: Any = tensors if len(tensors) == 3 else [_NOTHING if x is None else x for x in tensors]
+    given, places = _different(tensors)
     try:
         precision = None if given[0].is_cpu else _precision(given[0])
-        settings = len(given), is_deterministic(), torch.is_grad_enabled(), precision
+        settings = places, is_deterministic(), torch.is_grad_enabled(), precision
         for seen in _recent.get(options, ()):
             if seen.settings != settings or not seen.agrees(*given):
                 continue
@@ -103,13 +96,29 @@ def look_up(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple
                 if x.storage_offset() * item + size > x.untyped_storage().nbytes():
                     return None, None  # a storage was shrunk since; the general path raises
             return None, seen.plan
-        return (None, None) if is_watched() else _look_up_kind(tensors, options, settings, given)
+        return (None, None) if is_watched() else _look_up_kind(tensors, options, settings)
     except (AttributeError, RuntimeError, TypeError):  # a nested or sparse tensor has no strides; an option is a list
         return None, None
 
 
+def _different(tensors: Sequence[Any]) -> tuple[Sequence[Tensor], tuple[int, ...] | None]:
+    """The tensors without None and repetitions, since torch's check agrees with no tensor that comes twice.
+
+    And for each argument its place among them, -1 for None; None for three different tensors, the commonest call.
+    """
+    if len(tensors) == 3 and tensors[0] is not tensors[1] is not tensors[2] is not tensors[0]:
+        return tensors, None
+    given: dict[int, Tensor] = {}
+    ids = [id(x) for x in tensors]
+    for number, x in zip(ids, tensors):  # noqa: B905  equally many, and strict costs time
+        if x is not None:
+            given.setdefault(number, x)
+    order = {number: n for n, number in enumerate(given)}
+    return list(given.values()), tuple([order.get(number, -1) for number in ids])
+
+
 def _look_up_kind(
-    tensors: Sequence[Tensor | None], options: tuple[Any, ...], settings: tuple[Any, ...], given: Sequence[Tensor]
+    tensors: Sequence[Tensor | None], options: tuple[Any, ...], settings: tuple[Any, ...]
 ) -> tuple[Hashable | None, Any]:
     """``look_up`` by the kind itself, which takes longer; a kind with a plan is recognised at once from then on."""
     kind: list[Any] = [options, settings]
@@ -130,7 +139,9 @@ def _look_up_kind(
         return None, None
     recent = _recent.setdefault(options, [])
     if tensor_check is not None and len(recent) < MOST_CHECKS:
-        held = tuple((size, x.element_size()) for x, size in zip(given, extents, strict=False))
+        given, _ = _different(tensors)
+        sizes = {id(x): size for x, size in zip(tensors, extents, strict=False)}
+        held = tuple((sizes[id(x)], x.element_size()) for x in given)
         offsets = None if given[0].is_cpu else _offsets(given)
         recent.append(_Recognised(settings, tensor_check(given), known, held, offsets))
     return found, known
@@ -154,7 +165,7 @@ def is_known(kind: Hashable) -> bool:
     return kind in _known
 
 
-def remember(kind: Hashable, plan: Plan | Run | None, tensors: Sequence[Tensor | None]) -> None:
+def remember(kind: Hashable, plan: Any, tensors: Sequence[Tensor | None]) -> None:
     """Store the plan of ``kind``, the kind of a call with ``tensors``; None records that it has no plan."""
     if len(_known) >= LIMIT:
         _forget()

@@ -104,6 +104,11 @@ class Inputs:
             return (self.q.shape[1], self.k.shape[0])
         return (self.q.shape[0], self.q.shape[2], self.k.shape[1])
 
+    def weights_shape(self, averaged: bool) -> tuple[int, ...]:
+        """Of dense calls: ``(B, H_q, S_q, S_kv)``, or ``(B, S_q, S_kv)`` if averaged over the heads."""
+        batch, s_q, heads, _ = self.q.shape
+        return (batch, *(() if averaged else (heads,)), s_q, self.k.shape[1])
+
     def replace(self, **changes: object) -> Inputs:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 

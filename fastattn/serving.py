@@ -58,7 +58,7 @@ def serve(
     if plain.is_wanted():
         return plain.attend(inputs, spec)
     if kind is not None and not plan.is_known(kind):
-        found = _planned(inputs, spec, backend, heads_first, with_lse)
+        found = planned(inputs, spec, backend, heads_first, with_lse)
         more = more_of(inputs)
         plan.remember(kind, found, (inputs.q, inputs.k, inputs.v, *more))
         if found is not None:
@@ -86,9 +86,10 @@ def _first_by_plan(found: Plan, inputs: Inputs, with_lse: bool) -> tuple[Tensor,
     return out.transpose(1, 2) if found.heads_first else out, lse
 
 
-def _planned(
-    inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool, with_lse: bool
+def planned(
+    inputs: Inputs, spec: AttentionSpec, backend: str | None, heads_first: bool = False, with_lse: bool = False
 ) -> Plan | None:
+    """The plan of calls like this one; None if there is none."""
     needs_grad, qkv = needs_gradient(inputs), (inputs.q, inputs.k, inputs.v)
     if not plan.is_plain((*qkv, *more_of(inputs))) or (needs_grad and not all(x.requires_grad for x in qkv)):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastattn import ops, reference
 from fastattn.problem import DIFFERENTIABLE, TENSORS, Inputs, Statistics, StatisticsGradient
 from fastattn.spec import AttentionSpec
-from fastattn.torch_internals import is_in_forward_mode, is_transformed
+from fastattn.torch_internals import is_batch_of_gradients, is_in_forward_mode, is_transformed
 
 
 def statistics(inputs: Inputs, spec: AttentionSpec, backend: str | None) -> Statistics:
@@ -39,7 +39,7 @@ class WeightStatistics(torch.autograd.Function):
         gradient = StatisticsGradient(entropy, largest, key_sum)
         inputs, spec, backend = ops.unflatten((*ctx.saved_tensors, *ctx.scalars))
         needs = [name for name in DIFFERENTIABLE if name != "v" and ctx.needs_input_grad[TENSORS.index(name)]]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batch_of_gradients():
             with ops.without_autocast(inputs.q.device.type):
                 grads = reference.statistics_backward(gradient, inputs, spec, needs)
         else:

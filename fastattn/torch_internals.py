@@ -32,6 +32,9 @@ _is_autocast = _found(torch._C, "_is_any_autocast_enabled")
 is_deterministic: Callable[[], bool] = getattr(
     torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
 )
+_parse_key = getattr(torch._C, "_dispatch_key_parse", None)
+_VMAP_MODE: Any = None if _parse_key is None else _parse_key("VmapMode")
+_includes_key: Callable[[Any], bool] = _found(torch._C, "_dispatch_tls_is_dispatch_key_included")
 _forward_mode: Any = torch.autograd.forward_ad
 _profiler: Any = torch.autograd.profiler
 
@@ -47,9 +50,22 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if is_on else None
 
 
+def has_dispatch_modes() -> bool:
+    """Whether a TorchDispatchMode is on."""
+    return bool(_dispatch_modes())
+
+
 def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives are computed. Without ``_current_level``: no, and jvp raises torch's error."""
     return getattr(_forward_mode, "_current_level", -1) >= 0
+
+
+def is_batch_of_gradients() -> bool:
+    """Whether a backward pass runs once for a batch of gradients, by ``is_grads_batched`` of ``torch.autograd.grad``.
+
+    Then gradients have no memory of their own: torch runs it by its first vmap, which is no transform of torch.func.
+    """
+    return _includes_key(_VMAP_MODE)
 
 
 def is_exported_to_onnx() -> bool:

@@ -16,13 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "guides" / "versions.md"
 BEGIN, END = "<!-- table: versions -->", "<!-- end -->"
-TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "filelock", "ninja", "tqdm", "peft")
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "filelock", "ninja", "tqdm", "peft", "pillow")
+ONNX = ("onnx", "onnxscript", "onnxruntime")
 SETS = {
     "2.11.0": ("torch==2.11.0", "triton==3.6.0", "numpy<2.4", "transformers==5.17.0"),
     "2.13.0": ("torch==2.13.0", "triton==3.7.1", "numpy==2.4.6", "transformers==5.23.0"),
     "2.14.1": ("torch==2.14.1", "numpy==2.4.6", "transformers==5.23.0"),
 }
 CORE, LAYERS, INTEGRATIONS = "tests/core/test_{}.py", "tests/nn/test_{}.py", "tests/integrations/test_{}.py"
+MODELS = "tests/lm/models/test_{}.py"
 PARTS = {
     "torch's contracts": tuple(map(CORE.format, ("torch_integration", "compile_corners", "plan"))),
     "derivatives": tuple(map(CORE.format, ("derivatives", "inspection"))),
@@ -30,6 +32,7 @@ PARTS = {
     "context parallel": (INTEGRATIONS.format("parallel"),),
     "integrations": tuple(map(INTEGRATIONS.format, ("torch", "flash_attn", "export", "transformers"))),
     "families of transformers": (INTEGRATIONS.format("transformers_families"),),
+    "exports to Hugging Face": tuple(map(MODELS.format, ("presets", "parity", "convert", "heads"))),
     "Triton's interpreter": ("tests/backends/triton/test_exact_normaliser.py", "tests/backends/triton/test_plans.py"),
 }
 
@@ -58,7 +61,7 @@ def environment(below: Path, version: str) -> Path:
     python = folder / "bin" / "python"
     if not (folder / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *SETS[version], *TOOLS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *SETS[version], *TOOLS, *ONNX], check=True)
         (folder / ".installed").touch()
     return python
 
@@ -93,11 +96,12 @@ def write(version: str, found: dict[str, str]) -> None:
     before, rest = text.split(BEGIN)
     table, after = rest.split(END)
     columns = ["build", *PARTS]
-    lines = (line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| 2."))
-    rows = {name: dict(zip(columns, cells, strict=True)) for name, *cells in lines}
-    rows[version] = dict.fromkeys(columns, "not yet run") | rows.get(version, {}) | found
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith(("| torch", "| 2."))]
+    unknown = dict.fromkeys(columns, "not yet run")
+    rows = {name: unknown | dict(zip(lines[0][1:], cells, strict=True)) for name, *cells in lines[1:]}
+    rows[version] = rows.get(version, unknown) | found
     head = f"| torch | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}"
-    body = "\n".join(f"| {name} | {' | '.join(rows[name].values())} |" for name in sorted(rows))
+    body = "\n".join(f"| {name} | {' | '.join(rows[name][c] for c in columns)} |" for name in sorted(rows))
     PAGE.write_text(f"{before}{BEGIN}\n\n{head}\n{body}\n\n{END}{after}", encoding="utf-8")
 
 

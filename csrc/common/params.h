@@ -156,7 +156,7 @@ struct BackwardParams {
   void* stream;
 };
 
-constexpr int64 kDecodeVersion = 4;
+constexpr int64 kDecodeVersion = 5;
 
 // Attention to a cache. Position j of a sequence lies in row j % page_size of page block_table[j / page_size].
 struct DecodeParams {
@@ -169,7 +169,7 @@ struct DecodeParams {
   float* partial_out;  // (splits, rows of q, H_q, D_v): out of each split; null with one split, which writes out itself
   float* partial_lse;  // (splits, rows of q, H_q, 2): both parts of lse of each split; null likewise
   const float* sinks;
-  const int32* cache_lengths;  // (B): positions of each sequence without the new ones
+  const int32* cache_lengths;  // (B): positions of each sequence without the new ones; null: capacity, and none are new
   const int32* block_table;  // null: sequence b owns page b only
   const int32* cu_seqlens_q;  // if q is packed, else null
   const void* new_k;  // (B, new_keys, H_kv, D) or packed like q: to be stored first; null if they are there already
@@ -178,7 +178,9 @@ struct DecodeParams {
   const float* v_scale;
   const int32*
       tree;  // (1|B, S_q, tree_words) or packed (T_q, tree_words): bits of the new keys that a query sees, or null
-  const int32* depths;  // (B, S_q) or packed (T_q,): of the new keys in their tree; null where left has no limit
+  const int32* depths;  // (B, S_q) or packed (T_q,): of the new keys in their tree; null where nothing counts them
+  const float* alibi_slopes;  // (1|B, H_q); null if there are none, and likewise
+  const void* bias;  // (1|B, 1|H_q, 1|S_q, 1|S_bias), fp32 or the dtype of q; capacity is at most S_bias
   Strides q_strides;
   Strides k_strides, v_strides;  // with the stride of a page in place of the batch stride
   Strides new_k_strides, new_v_strides;
@@ -186,9 +188,12 @@ struct DecodeParams {
   int64 k_scale_stride, v_scale_stride;  // H_kv, or 0 if all pages share them
   int64 tree_words;  // of a row
   int64 shares_tree;  // 1 if all sequences have the same
+  int64 slopes_batch_stride;  // H_q, or 0 if all sequences share them
+  PairStrides bias_strides;
+  int64 bias_is_float;
   int64 dtype;
   int64 is_e4m3;  // the caches; else they have the dtype of q
-  int64 is_gathered;  // selects the kernels that copy rows one by one: for e4m3, or boxes of fewer than 8 rows
+  int64 is_gathered;  // selects the kernels that copy rows one by one: for e4m3, terms, or boxes of fewer than 8 rows
   int64 batch;
   int64 heads_q, heads_kv;
   int64 head_dim_qk, head_dim_v;

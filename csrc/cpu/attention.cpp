@@ -4,13 +4,9 @@
 #define FA_EVERYWHERE static inline
 #include "backward_jvp.h"
 #include "jvp.h"
-#include "small.h"
-#include "statistics.h"
+#include "weights.h"
 
 namespace {
-
-template <class Op>
-constexpr bool kServesSmall = kIsSpecialised && Op::kPerWord == 1;
 
 // Memory for a unit that is served as a small one, 0 if it is not.
 template <class Op>
@@ -113,14 +109,70 @@ void statistics_backward(AttentionParams const& p, StatisticsParams const& of, B
   StatisticsBackward<FA_OPERAND>(p, of, item, memory).run();
 }
 
+int64 weights_bytes(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item) {
+  return RowWeights<FA_OPERAND>(p, of, item, nullptr).bytes();
+}
+
+void weights(AttentionParams const& p, StatisticsParams const& of, ForwardItem const& item, void* memory) {
+  RowWeights<FA_OPERAND>(p, of, item, memory).run();
+}
+
+bool are_small_weights(AttentionParams const& p, Unit const& unit) {
+  return kServesSmall<FA_OPERAND> && Small<FA_OPERAND>::takes_keys(p, unit);
+}
+
+int64 weights_backward_bytes(AttentionParams const& p, StatisticsParams const& of, BackwardItem const& item) {
+  int64 all = Backward<FA_OPERAND>(p, item, nullptr).bytes();
+  if (!are_small_weights(p, item.unit)) return all;
+  ForwardItem const rows{item.unit, {0, item.unit.band.s_q}};
+  int64 const small = Small<FA_OPERAND>(p, item.unit, nullptr).bytes(), of_rows = weights_bytes(p, of, rows);
+  all = small > all ? small : all;
+  return of_rows > all ? of_rows : all;
+}
+
+template <class Op>
+bool run_small_weights(AttentionParams const& p, StatisticsParams const& of, BackwardItem const& item, void* memory) {
+  using Word = typename Op::Word;
+  if constexpr (kServesSmall<Op>)
+    if (p.dq && p.dk && !item.dq_shares)
+      return Small<Op>(p, item.unit, memory).weights_backward([&](int head, int64 i) {
+        return dweights_of<Word>(of, item.unit, head, i);
+      });
+  return false;
+}
+
+void weights_backward(AttentionParams const& p, StatisticsParams const& of, BackwardItem const& item, void* memory) {
+  if (are_small_weights(p, item.unit)) {
+    if (run_small_weights<FA_OPERAND>(p, of, item, memory)) return;
+    ForwardItem const rows{item.unit, {0, item.unit.band.s_q}};  // no pass over rows was before this one
+    weights(p, of, rows, memory);
+  }
+  statistics_backward(p, of, item, memory);
+}
+
 }  // namespace
 
 #define FA_JOIN(operand, machine) fa_attention_##operand##_##machine
 #define FA_NAME(operand, machine) FA_JOIN(operand, machine)
 
 extern "C" __attribute__((visibility("hidden"))) fa::cpu::Attention const* FA_NAME(FA_OPERAND, FA_MACHINE)() {
-  static constexpr fa::cpu::Attention kernels{
-      forward_bytes,      forward,      backward_bytes,   share_bytes, backward,           add_shares, jvp_bytes, jvp,
-      backward_jvp_bytes, backward_jvp, statistics_bytes, statistics,  statistics_backward};
+  static constexpr fa::cpu::Attention kernels{forward_bytes,
+                                              forward,
+                                              backward_bytes,
+                                              share_bytes,
+                                              backward,
+                                              add_shares,
+                                              jvp_bytes,
+                                              jvp,
+                                              backward_jvp_bytes,
+                                              backward_jvp,
+                                              statistics_bytes,
+                                              statistics,
+                                              statistics_backward,
+                                              weights_bytes,
+                                              weights,
+                                              are_small_weights,
+                                              weights_backward_bytes,
+                                              weights_backward};
   return &kernels;
 }

@@ -60,6 +60,13 @@ struct Attention {
   int64 (*statistics_bytes)(AttentionParams const&, StatisticsParams const&, ForwardItem const&);
   void (*statistics)(AttentionParams const&, StatisticsParams const&, ForwardItem const&, void* memory);
   void (*statistics_backward)(AttentionParams const&, StatisticsParams const&, BackwardItem const&, void* memory);
+  // The weights; averaged over the heads, an item is of the first of a sequence and works on all.
+  int64 (*weights_bytes)(AttentionParams const&, StatisticsParams const&, ForwardItem const&);
+  void (*weights)(AttentionParams const&, StatisticsParams const&, ForwardItem const&, void* memory);
+  // Their gradients. Before it a pass over the rows leaves lse and its gradient, unless the weights are small ones.
+  bool (*are_small_weights)(AttentionParams const&, Unit const&);
+  int64 (*weights_backward_bytes)(AttentionParams const&, StatisticsParams const&, BackwardItem const&);
+  void (*weights_backward)(AttentionParams const&, StatisticsParams const&, BackwardItem const&, void* memory);
 };
 
 }  // namespace fa::cpu

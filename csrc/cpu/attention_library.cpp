@@ -26,9 +26,13 @@ struct Call {
   char* shares = nullptr;
   int* progress = nullptr;            // of each item, where items wait for others
   std::atomic<int>* left = nullptr;   // parts of each unit that are not done, where they are split
+  int64 heads = p.heads_kv;           // of a sequence that have items of their own
   int64 step = 1;                     // items that a thread takes at a time: then it knows its next one
   std::atomic<int64> next{0};
   std::atomic<bool> has_failed{false};
+
+  // Gradients of weights rather than of their statistics, whose largest keys were found before.
+  bool is_of_weights() const { return statistics && statistics->dweights && !statistics->largest_key; }
 
   int group() const { return int(p.heads_q / p.heads_kv); }
   int s_q(int64 b) const { return int(starts_q ? starts_q[b + 1] - starts_q[b] : p.rows_q); }
@@ -58,7 +62,7 @@ struct Call {
       }
       n -= first[b];
     } else {
-      int64 const each = items_of(0) * p.heads_kv;
+      int64 const each = items_of(0) * heads;
       b = n / each;
       n -= b * each;
     }
@@ -141,12 +145,12 @@ static Outcome copy_boundaries(Call& call) {
 static void count_items(Call& call) {
   AttentionParams const& p = call.p;
   if (!call.first) {
-    call.count = p.batch ? p.batch * p.heads_kv * call.items_of(0) : 0;
+    call.count = p.batch ? p.batch * call.heads * call.items_of(0) : 0;
     return;
   }
   for (int64 b = 0; b < p.batch; ++b) {
     call.first[b] = call.count;
-    call.count += p.heads_kv * call.items_of(b);
+    call.count += call.heads * call.items_of(b);
   }
   call.first[p.batch] = call.count;
 }
@@ -233,16 +237,28 @@ static void work_statistics(void* data) {
       });
 }
 
+static void work_weights(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  take_items(
+      call, scratch_memory, [&](int64 n) { return call.forward_item(n); },
+      [&](ForwardItem const& item) { return call.kernels.weights_bytes(call.p, *call.statistics, item); },
+      [&](ForwardItem const& item, ForwardItem const*, void* memory) {
+        call.kernels.weights(call.p, *call.statistics, item, memory);
+      });
+}
+
 static void work_backward(void* data) {
   Call& call = *static_cast<Call*>(data);
   take_items(
       call, scratch_memory, [&](int64 n) { return call.backward_item(n); },
       [&](BackwardItem const& item) {
-        return call.moved ? call.kernels.backward_jvp_bytes(call.p, *call.moved, item)
-                          : call.kernels.backward_bytes(call.p, item);
+        return call.moved             ? call.kernels.backward_jvp_bytes(call.p, *call.moved, item)
+               : call.is_of_weights() ? call.kernels.weights_backward_bytes(call.p, *call.statistics, item)
+                                      : call.kernels.backward_bytes(call.p, item);
       },
       [&](BackwardItem const& item, BackwardItem const* next, void* memory) {
         if (call.moved) call.kernels.backward_jvp(call.p, *call.moved, item, memory);
+        else if (call.is_of_weights()) call.kernels.weights_backward(call.p, *call.statistics, item, memory);
         else if (call.statistics) call.kernels.statistics_backward(call.p, *call.statistics, item, memory);
         else call.kernels.backward(call.p, item, next, memory);
         if (!call.splits || !call.p.dq) return;
@@ -271,6 +287,25 @@ static Outcome forward(Call& call) {
   call.rows_per_item = of ? int(of->rows_per_part) : rows_of_item(call, work < kSmall ? 1 : call.p.threads);
   count_items(call);
   run(call, work, of ? work_statistics : call.moved ? work_jvp : work_forward);
+  return call.has_failed ? kNoMemory : kDone;
+}
+
+// Rows of averages are few enough to stay in a cache, and to leave no thread without work.
+static int rows_of_averages(AttentionParams const& p) {
+  constexpr int64 kWords = 96 << 10;
+  int64 const fitting = kWords / (p.rows_kv ? p.rows_kv : 1), fair = p.batch * p.rows_q / (4 * p.threads);
+  int64 const tiles = (fitting < fair ? fitting : fair) / kTile;
+  return int(tiles ? tiles : 1) * kTile;
+}
+
+static Outcome weights(Call& call) {
+  StatisticsParams const& of = *call.statistics;
+  if (call.p.cu_seqlens_q) return kWrongValues;
+  double const work = work_of(call);
+  if (of.averages) call.heads = 1;
+  call.rows_per_item = of.averages ? rows_of_averages(call.p) : rows_of_item(call, work < kSmall ? 1 : call.p.threads);
+  count_items(call);
+  run(call, work, work_weights);
   return call.has_failed ? kNoMemory : kDone;
 }
 
@@ -311,6 +346,16 @@ static Outcome backward(Call& call) {
   }
   run(call, work, work_backward);
   return call.has_failed ? kNoMemory : kDone;
+}
+
+static Outcome weights_backward(Call& call) {
+  AttentionParams const& p = call.p;
+  if (p.cu_seqlens_q) return kWrongValues;
+  if (!call.kernels.are_small_weights(p, call.unit(0, 0))) {
+    Call rows{p, call.kernels, nullptr, call.statistics, nullptr, nullptr, nullptr};
+    if (Outcome const outcome = weights(rows)) return outcome;
+  }
+  return backward(call);
 }
 
 static Outcome attend(AttentionParams const& p, AttentionParams const* moved, StatisticsParams const* statistics,
@@ -360,4 +405,12 @@ FA_PUBLIC long long fa_cpu_statistics(const char* packed, const char* statistics
 }
 FA_PUBLIC long long fa_cpu_statistics_backward(const char* packed, const char* statistics) {
   return fa::cpu::describe(packed, statistics, fa::cpu::backward);
+}
+
+// The weights; and the gradients of q, k, bias and sinks out of theirs, with memory for lse and its gradient.
+FA_PUBLIC long long fa_cpu_weights(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::weights);
+}
+FA_PUBLIC long long fa_cpu_weights_backward(const char* packed, const char* statistics) {
+  return fa::cpu::describe(packed, statistics, fa::cpu::weights_backward);
 }

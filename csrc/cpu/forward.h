@@ -14,6 +14,8 @@ class Forward {
   friend class ForwardJvp;
   template <class>
   friend class RowStatistics;
+  template <class>
+  friend class RowWeights;
   using Word = typename Op::Word;
   static constexpr int kLast = kForwardRows - kTileRows;
   static constexpr int64 kStrip = kMostKeys + kAlignWords;  // words from row to row of a strip, no power of two
@@ -237,7 +239,7 @@ class Forward {
     for (int m = 0; m < pieces_; ++m) {
       int const first = piece_[m].first(), begin = first / kPanel<Word> * kPanel<Word>;
       multiply_keys(count, queries_ + r * row_words_, k_, begin, {first - begin, first - begin + piece_[m].columns()},
-                    strip_ + (begin - piece_[m].origin()));
+                    {strip_ + (begin - piece_[m].origin()), kStrip});
     }
     for (int n = r; n < r + count; ++n) weigh_pieces(n, strip_ + (n - r) * kStrip, n - r, columns, is_first);
     upcoming_.step(3 * kTileRows);
@@ -325,7 +327,7 @@ class Forward {
     if (is_empty(keys)) return;
     prefetch_terms(r, count, keys);
     Range const columns = columns_of<Word>(keys, begin);
-    multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, strip_);
+    multiply_keys(count, queries_ + r * row_words_, k_, begin, columns, {strip_, kStrip});
     bool const is_first = start(r, count);
     weigh_rows(terms_of(scores_, seen), r, count, begin, columns, keys, is_first);
     upcoming_.step(3 * kTileRows);
@@ -359,7 +361,7 @@ class Forward {
     if (has_extremes_) add_nonfinite_values(r, count, begin + columns.begin, keys);
   }
 
-  void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Word* to,
+  void multiply_keys(int count, Word const* rows, Word const* packed, int begin, Range columns, Matrix<Word> to,
                      Form form = kSet) const {
     Matrix<Word const> const queries{rows, row_words_};
     for (int c = columns.begin, end; c < columns.end; c = end) {
@@ -367,7 +369,7 @@ class Forward {
       end = fa::smaller(columns.end, panel + kPanel<Word>);
       Word const* const keys = packed + (begin - keys_.begin + panel) * dim_qk_ + (c - panel);
       multiply_in_chains<Op>(form, count, (end - c) / kCount<Word>, dim_qk_, queries, {keys, kPanel<Word>},
-                             {to + c, kStrip});
+                             {to.at + c, to.stride});
     }
   }
 

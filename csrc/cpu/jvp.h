@@ -75,12 +75,12 @@ class ForwardJvp {
   void multiply_keys(int r, int count, int begin, Range columns) {
     Word const *const q = given_.queries_ + r * given_.row_words_, *const q_moved =
                                                                        along_.queries_ + r * along_.row_words_;
-    Word* const to = along_.strip_;
-    given_.multiply_keys(count, q, given_.k_, begin, columns, given_.strip_);
+    Matrix<Word> const to{along_.strip_, given_.kStrip};
+    given_.multiply_keys(count, q, given_.k_, begin, columns, {given_.strip_, given_.kStrip});
     if (moved_.q) given_.multiply_keys(count, q_moved, given_.k_, begin, columns, to);
     if (moved_.q && moved_.k) given_.multiply_keys(count, q, along_.k_, begin, columns, to, kAdd);
     else if (moved_.k) given_.multiply_keys(count, q, along_.k_, begin, columns, to);
-    else if (!moved_.q) __builtin_memset(to, 0, count * given_.kStrip * sizeof(Word));
+    else if (!moved_.q) clear(to.at, count * to.stride);
   }
 
   // Products become weights: p z t of the values, p z of their tangents.

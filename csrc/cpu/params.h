@@ -10,7 +10,7 @@ namespace fa::cpu {
 using int64 = long long;
 using int32 = int;
 
-constexpr int64 kVersion = 2, kAttentionVersion = 5;
+constexpr int64 kVersion = 2, kAttentionVersion = 6;
 
 // What a call may come to. With anything but kDone nothing was written.
 enum Outcome : int64 { kDone = 0, kWrongValues = 1, kNoMachine = 2, kNoMemory = 3 };
@@ -111,8 +111,9 @@ struct AttentionParams {
   double dropout_scale;
 };
 
-// Statistics of the weights, beside the AttentionParams of the problem, whose values are not read. Numbers of rows are
-// shaped like lse, those of keys (B, H_q, S_kv), packed (H_q, T_kv), and all are words.
+// Statistics of the weights or the weights themselves, beside the AttentionParams of the problem, whose values are not read.
+// Numbers of rows are shaped like lse, those of keys (B, H_q, S_kv), packed (H_q, T_kv), and all are words. Of a pass, what
+// belongs to another is null.
 struct StatisticsParams {
   int64 rows_per_part;  // query rows that are added up into one share of key_sum and key_max, whole tiles of them
   int64 parts;  // shares: no sequence has more rows
@@ -125,10 +126,15 @@ struct StatisticsParams {
   void* key_sum;
   void* key_max;
   void* dlse;
-  // Gradients of the results; behind that of key_sum lie 64 words more, which are read.
+  // Gradients of the results, and of the weights: that of key_sum has a row stride of 0, that of averages, over their
+  // number, a head stride of 0. Behind it lie 64 words more, which are read.
   const void* dentropy;
   const void* dlargest_logit;
-  const void* dkey_sum;
+  const void* dweights;
+  int64 dweights_batch, dweights_head, dweights_row;
+  // Not of packed sequences: (B, H_q, S_q, S_kv), or (B, S_q, S_kv) where they are averaged over the heads.
+  void* weights;
+  int64 weights_dtype, averages;
 };
 
 }  // namespace fa::cpu

@@ -13,6 +13,9 @@ constexpr int kSmallQueries = 96, kSmallKeys = 128;  // at most: one block of ea
 static_assert(kSmallQueries <= kMostRows && kSmallKeys <= kBackwardKeys && kSmallKeys <= kMostKeys);
 
 template <class Op>
+constexpr bool kServesSmall = kIsSpecialised && Op::kPerWord == 1;
+
+template <class Op>
 class Small {
   using Word = typename Op::Word;
 
@@ -45,10 +48,15 @@ class Small {
 
   // Whether the unit is short and asks for nothing but a band.
   static bool takes(AttentionParams const& p, Unit const& unit) {
+    return takes_keys(p, unit) && p.head_dim_v <= Op::kChain && can_hold_sums<Word>(p.dtype, p.head_dim_v);
+  }
+
+  // The same for calls without values.
+  static bool takes_keys(AttentionParams const& p, Unit const& unit) {
     if (unit.band.s_q > kSmallQueries || unit.band.s_kv > kSmallKeys) return false;
     if (p.bias || p.mask || p.slopes || p.sinks || p.segments_q || p.intervals || p.dropout_threshold) return false;
-    if (p.head_dim_qk > Op::kChain || p.head_dim_v > Op::kChain || p.scale <= 0 || p.softcap) return false;
-    return can_hold_sums<Word>(p.dtype, p.head_dim_qk) && can_hold_sums<Word>(p.dtype, p.head_dim_v);
+    if (p.head_dim_qk > Op::kChain || p.scale <= 0 || p.softcap) return false;
+    return can_hold_sums<Word>(p.dtype, p.head_dim_qk);
   }
 
   int64 bytes() const { return bytes_; }
@@ -88,7 +96,81 @@ class Small {
     return true;
   }
 
+  // Calls put with each row of a head: its exponentials, of whole vectors of keys, and the factor that makes them weights.
+  template <class Put>
+  void weigh_all(Put const& put) {
+    pack(tensors_.k(), p_.head_dim_qk, k_);
+    for (int head = first_head_; head < after_head_; ++head)
+      for (int i = 0; i < band_.s_q; i += kTileRows) weigh_rows(head, i, fa::smaller(kTileRows, band_.s_q - i), put);
+  }
+
+  // The gradients of q and k out of those of the weights, where `row_of` gives the ones of a head's row. Whether they were
+  // computed, as above.
+  template <class RowOf>
+  bool weights_backward(RowOf const& row_of) {
+    if (is_extreme(tensors_.k(), band_.s_kv, panels_qk_)) return false;
+    for (int head = first_head_; head < after_head_; ++head)
+      if (is_extreme(tensors_.q(head), band_.s_q, panels_qk_)) return false;
+    pack(tensors_.k(), p_.head_dim_qk, k_);
+    Matrix<Word> const dk = words_of<Word>(tensors_.dk());
+    for (int j = 0; j < band_.s_kv; ++j) clear(dk.at + j * dk.stride, p_.head_dim_qk);
+    for (int head = first_head_; head < after_head_; ++head) {
+      Matrix<Word> const dq = words_of<Word>(tensors_.dq(head));
+      for (int i = 0; i < band_.s_q; i += kTileRows) {
+        int const count = fa::smaller(kTileRows, band_.s_q - i);
+        weigh_rows(head, i, count, [&](int, int row, Word const* weights, Word factor) {
+          weigh_gradients(weights, factor, row_of(head, row), gradients_ + row * line_);
+        });
+        multiply_rows(count, {gradients_ + i * line_, line_}, fa::tile_range(band_, i, i + count), tensors_.k(),
+                      panels_qk_, from_row_of(dq, i));
+      }
+      scale_rows(dq, band_.s_q, p_.head_dim_qk, to_score_);
+      add_rows_of(gradients_, tensors_.q(head), panels_qk_, dk);
+    }
+    scale_rows(dk, band_.s_kv, p_.head_dim_qk, to_score_);
+    return true;
+  }
+
  private:
+  // Scores of a few rows become exponentials, which put takes.
+  template <class Put>
+  void weigh_rows(int head, int i, int count, Put const& put) {
+    multiply_packed(count, as_words<Op>(from_row(tensors_.q(head), i)), p_.head_dim_qk, k_, strip_.scores);
+    soften_rows(i, count);
+    for (int n = 0; n < count; ++n) {
+      Word const total = state_.total[i + n];
+      put(head, i + n, strip_.scores.at + n * line_, total == 0 ? Word(0) : 1 / total);
+    }
+  }
+
+  // Scores of a strip become exponentials, whose sums and largest scores the state takes. The largest are found first, in a
+  // loop of their own: the exponentials of a row wait for its largest score.
+  void soften_rows(int i, int count) {
+    Word* const scores = strip_.scores.at;
+    for (int n = 0; n < count; ++n)
+      state_.most[i + n] = largest_in_band({0, columns_}, fa::tile_range(band_, i + n, i + n + 1), scores + n * line_);
+    for (int n = 0; n < count; ++n) {
+      Word const most = state_.most[i + n], shift = most == kNever<Word> ? 0 : most;
+      state_.total[i + n] = weigh<Op, false>(scores + n * line_, columns_, shift, Word(p_.scale * kLog2E), {nullptr, 0},
+                                             scores + n * line_);
+    }
+  }
+
+  // Gradients of weights, dp, become those of scores: p (dp - sum p dp).
+  void weigh_gradients(Word const* weights, Word factor, Word const* dp, Word* to) const {
+    using V = Vector<Word>;
+    V total{};
+    for (int c = 0; c < columns_; c += kCount<Word>) {
+      V const p = load(weights + c);
+      total += p == V{} ? p : p * load(dp + c);
+    }
+    Word const mean = sum(total) * factor;
+    for (int c = 0; c < columns_; c += kCount<Word>) {
+      V const p = load(weights + c) * factor;
+      store(to + c, p == V{} ? p : p * (load(dp + c) - mean));
+    }
+  }
+
   bool is_extreme(Source const& from, int count, Panels const& panels) const {
     Matrix<Word const> const rows = as_words<Op>(from);
     Largest<Op> largest;
@@ -130,13 +212,7 @@ class Small {
   // Sums of weights and of weighted values, of a few rows of a head.
   void add_strip(int head, int i, int count) {
     multiply_packed(count, as_words<Op>(from_row(tensors_.q(head), i)), p_.head_dim_qk, k_, strip_.scores);
-    for (int n = 0; n < count; ++n) {
-      Word* const scores = strip_.scores.at + n * line_;
-      state_.most[i + n] = kNever<Word>;
-      state_.total[i + n] = 0;
-      Word const most = largest_in_band({0, columns_}, fa::tile_range(band_, i + n, i + n + 1), scores);
-      soften<Op>(scores, columns_, most, Word(p_.scale * kLog2E), {nullptr, 0}, state_, i + n, scores);
-    }
+    soften_rows(i, count);
     multiply_rows(count, {strip_.scores.at, line_}, fa::tile_range(band_, i, i + count), tensors_.v(), panels_v_,
                   from_row_of(words_of<Word>(tensors_.out(head)), i));
   }

@@ -2,9 +2,9 @@
 //
 // Each tile of query rows walks twice over the strips of the forward pass: the first walk finds the largest score, its
 // key and lse, the second needs the weights p. With gradients of the statistics, it leaves that of lse:
-//   dp = dkey_sum - dentropy (log p + 1)      dlse = -sum p dp
+//   dp = dweights - dentropy (log p + 1)      dlse = -sum p dp
 // Then a backward pass without values does the rest: of scores the gradient is p (dp + dlse), and dlargest besides where
-// the largest one is.
+// the largest one is. dweights is that of key sums, which all rows share, or of the weights themselves (weights.h).
 #pragma once
 
 #include "backward.h"
@@ -39,8 +39,15 @@ inline LoggedWeights<typename Op::Word> logged_weights(Vector<typename Op::Word>
 
 // The gradient of weights themselves, as if they did not add up to 1.
 template <class Word>
-inline Vector<Word> weight_gradient(LoggedWeights<Word> const& of, Word dentropy, Word const* dkey_sum) {
-  return load(dkey_sum) - dentropy * (of.log + 1);
+inline Vector<Word> weight_gradient(LoggedWeights<Word> const& of, Word dentropy, Word const* dweights) {
+  return load(dweights) - dentropy * (of.log + 1);
+}
+
+// The gradients of a row's weights.
+template <class Word>
+inline Word const* dweights_of(StatisticsParams const& of, Unit const& unit, int head, int64 i) {
+  int64 const at = unit.b * of.dweights_batch + head * of.dweights_head + i * of.dweights_row;
+  return static_cast<Word const*>(of.dweights) + at + unit.first_kv;
 }
 
 template <class Op>
@@ -100,7 +107,8 @@ class RowStatistics {
       if (is_empty(seen.keys)) return;
       pass_.prefetch_terms(r, count, seen.keys);
       Range const columns = columns_of<Word>(seen.keys, begin);
-      pass_.multiply_keys(count, pass_.queries_ + r * pass_.row_words_, pass_.k_, begin, columns, pass_.strip_);
+      pass_.multiply_keys(count, pass_.queries_ + r * pass_.row_words_, pass_.k_, begin, columns,
+                          {pass_.strip_, pass_.kStrip});
       pass_.upcoming_.step(3 * kTileRows);
       with_few_terms(pass_.has_gaps_ ? pass_.scores_.terms : terms_of(pass_.scores_, seen), [&](auto terms) {
         for (int n = 0; n < count; ++n) {
@@ -149,12 +157,12 @@ class RowStatistics {
   template <Terms TERMS>
   void weigh_gradients(int r, Row const row, Range columns, Word const* scores, int begin) {
     int const head = pass_.row_[r].head;
-    Word const* const dkey_sum = static_cast<Word const*>(of_.dkey_sum) + first_key(p_, item_.unit, head) + begin;
+    Word const* const dweights = dweights_of<Word>(of_, item_.unit, head, pass_.row_[r].i) + begin;
     Word const dentropy = static_cast<Word const*>(of_.dentropy)[row_at(r)];
     V total{};
     for (int c = columns.begin; c < columns.end; c += kCount<Word>) {
       auto const of = weights<TERMS>(r, row, scores, c);
-      total -= of.p == V{} ? V{} : of.p * weight_gradient(of, dentropy, dkey_sum + c);
+      total -= of.p == V{} ? V{} : of.p * weight_gradient(of, dentropy, dweights + c);
     }
     totals_[r] += sum(total);
   }
@@ -203,7 +211,7 @@ template <class Word>
 struct PairOfStatistics {
   Word dentropy[2], dlargest[2];
   int64 largest[2];  // the column of the largest score
-  Word const* dkey_sum;  // of column 0
+  Word const* dweights[2];  // of column 0
 };
 
 // Two rows of products become gradients of products.
@@ -225,7 +233,7 @@ inline void weigh_pair_of_statistics(Matrix<typename Op::Word> products, Range c
       V const score =
           Scores<Word>::template score<TERMS>(of.row[n], c, load(products.at + n * products.stride + c), &slope);
       auto const found = logged_weights<Op>(score, of.to_score, of.end[n]);
-      V const dp = weight_gradient(found, more.dentropy[n], more.dkey_sum + c);
+      V const dp = weight_gradient(found, more.dentropy[n], more.dweights[n] + c);
       auto const is_largest =
           lane_numbers<Word>() + typename Lanes<Word>::Integer(c) == typename Lanes<Word>::Integer(more.largest[n]);
       g[n] = found.p * (dp - of.end[n].delta) + (is_largest ? broadcast(more.dlargest[n]) : V{});
@@ -278,13 +286,16 @@ class StatisticsBackward {
 
   PairOfStatistics<Word> gradients_of(int head, int i, Range keys) const {
     PairOfStatistics<Word> found{};
-    found.dkey_sum = static_cast<Word const*>(of_.dkey_sum) + first_key(p_, item_.unit, head) + keys.begin;
     for (int n = 0; n < 2; ++n) {
       bool const is_there = i + n < item_.unit.band.s_q;
-      int64 const at = pass_.tensors_.lse(head) + (is_there ? i + n : 0);
-      found.largest[n] = is_there ? of_.largest_key[at] - keys.begin : -1;
-      found.dlargest[n] = is_there ? static_cast<Word const*>(of_.dlargest_logit)[at] : 0;
-      found.dentropy[n] = is_there ? static_cast<Word const*>(of_.dentropy)[at] : 0;
+      int const row = is_there ? i + n : 0;
+      int64 const at = pass_.tensors_.lse(head) + row;
+      found.dweights[n] = dweights_of<Word>(of_, item_.unit, head, row) + keys.begin;
+      found.largest[n] = -1;
+      if (!is_there || !of_.largest_key) continue;
+      found.largest[n] = of_.largest_key[at] - keys.begin;
+      found.dlargest[n] = static_cast<Word const*>(of_.dlargest_logit)[at];
+      found.dentropy[n] = static_cast<Word const*>(of_.dentropy)[at];
     }
     return found;
   }

@@ -18,95 +18,6 @@ std::vector<DecodeInstance>& decode_instances() {
   return all;
 }
 
-// ---- cases -----------------------------------------------------------------------------------------------------------
-static int random_queries(Random& random, int group) {
-  if (random.one_in(2)) return 1;
-  return random.between(1, random.one_in(4) ? 1 + 150 / group : 6);
-}
-
-static int random_keys(Random& random, int page_size) {
-  if (random.one_in(10)) return 0;
-  if (random.one_in(6)) return random.between(1, 5);
-  if (random.one_in(4)) return std::min(1024, (random.between(1, 600) + page_size - 1) / page_size * page_size);
-  return random.between(1, random.one_in(4) ? 1100 : 400);
-}
-
-// Each new key follows one of the three before it, or none: deep trees.
-static void add_trees(Random& random, DecodeCase& c) {
-  c.right = 0;
-  c.shares_tree = !c.is_packed && random.one_in(2);
-  for (int n = 0; n < c.batch; ++n) {
-    std::vector<int> parents;
-    for (int i = 0; i < c.s_q[n]; ++i) parents.push_back(random.between(std::max(-1, i - 3), i - 1));
-    c.parents.push_back(c.shares_tree && n > 0 ? c.parents[0] : parents);
-  }
-}
-
-DecodeCase random_decode_case(Shape const& shape, uint32_t seed) {
-  static int const kPageSizes[] = {8, 16, 24, 64, 72, 128, 256, 1, 2, 4, 100};  // TMA loads the first seven alone
-  Random random{std::mt19937(seed)};
-  DecodeCase c{};
-  c.seed = seed;
-  c.batch = random.between(1, 4);
-  c.heads_kv = random.between(1, 2);
-  c.group = random.one_in(3) ? 1 : random.one_in(12) ? random.between(65, 70) : random.between(2, 9);
-  c.d_qk = random.one_in(2) ? shape.d_qk : random.between(1, shape.d_qk / 8) * 8;
-  c.d_v = random.one_in(2) ? shape.d_v : random.between(1, shape.d_v / 8) * 8;
-  c.is_packed = random.one_in(2);
-  bool const is_contiguous = random.one_in(3);
-  c.has_table = !is_contiguous || random.one_in(3);
-  c.page_size = kPageSizes[random.between(0, shape.is_gathered ? 10 : 6)];
-  int const s_q = random_queries(random, c.group);
-  for (int n = 0; n < c.batch; ++n) {
-    c.s_q.push_back(!c.is_packed ? s_q : random.one_in(5) ? 0 : random_queries(random, c.group));
-    c.s_kv.push_back(random_keys(random, c.page_size));
-  }
-  if (random.one_in(2)) {  // appended in the same call
-    c.new_keys = c.is_packed ? -1 : random.one_in(2) ? s_q : random.between(1, s_q);
-    for (int n = 0; n < c.batch; ++n) c.s_kv[n] = std::max(c.s_kv[n], c.is_packed ? c.s_q[n] : c.new_keys);
-    c.stores = random.one_in(2);
-  }
-  bool const has_many_splits = random.one_in(15);  // more than a warp has lanes, and keys for them
-  if (has_many_splits) c.s_kv[0] = 64 * random.between(33, 45);
-  int const longest = std::max(1, *std::max_element(c.s_kv.begin(), c.s_kv.end()));
-  if (is_contiguous) c.page_size = longest + (random.one_in(2) ? 0 : random.between(1, 100));
-  c.max_pages = is_contiguous ? 1 : (longest + c.page_size - 1) / c.page_size + random.between(0, 2);
-  c.spare = random.between(0, 2);
-  c.heads_first = random.one_in(2);
-  c.padding = shape.is_e4m3 ? 2 * random.between(0, 1) : random.between(0, 2);
-  c.left = random.one_in(3) ? random.between(0, random.one_in(2) ? 4 : 500) : -1;
-  c.right = random.one_in(4) ? -1 : random.one_in(4) ? random.between(1, 100) : 0;
-  c.scale = float(random.between(1, 4) / std::sqrt(c.d_qk));
-  c.softcap = shape.has_softcap && !(shape.is_gathered && random.one_in(2)) ? random.between(1, 8) : 0;
-  c.sinks = random.one_in(2) ? 0 : random.between(1, 2);
-  c.splits = has_many_splits ? random.between(33, kMostSplits) : random.one_in(3) ? 1 : random.between(2, 9);
-  c.has_equal_keys = random.one_in(5);
-  bool const are_queries = c.new_keys < 0 || (c.new_keys > 0 && c.new_keys == s_q);
-  if (are_queries && random.one_in(2)) add_trees(random, c);
-  if (shape.is_e4m3) {
-    c.d_qk = (c.d_qk + 8) / 16 * 16, c.d_v = (c.d_v + 8) / 16 * 16;
-    c.scales = random.between(0, 2);
-    c.stores = c.has_equal_keys = false;
-  }
-  return c;
-}
-
-std::string describe(DecodeCase const& c) {
-  std::string lengths;
-  for (int n = 0; n < c.batch; ++n) lengths += " " + std::to_string(c.s_q[n]) + "x" + std::to_string(c.s_kv[n]);
-  return "seed " + std::to_string(c.seed) + (c.is_packed ? " packed" : " dense") + ", S_q x S_kv" + lengths + ", new " +
-         std::to_string(c.new_keys) + (c.stores ? " to store" : "") + ", H_kv " + std::to_string(c.heads_kv) + " G " +
-         std::to_string(c.group) + ", D " + std::to_string(c.d_qk) + "/" + std::to_string(c.d_v) + ", " +
-         std::to_string(c.max_pages) + " pages of " + std::to_string(c.page_size) +
-         (c.has_table ? "" : " without table") + ", band (" + std::to_string(c.left) + ", " + std::to_string(c.right) +
-         "), softcap " + std::to_string(static_cast<int>(c.softcap)) + ", sinks " + std::to_string(c.sinks) +
-         ", splits " + std::to_string(c.splits) +
-         (c.parents.empty() ? ""
-          : c.shares_tree   ? ", one tree"
-                            : ", trees") +
-         (c.has_equal_keys ? ", equal keys" : "");
-}
-
 // ---- the problem -----------------------------------------------------------------------------------------------------
 struct Bytes {  // of a tensor in e4m3, with the strides of the one in 16 bits
   std::vector<uint8_t> storage;
@@ -125,6 +36,8 @@ struct DecodeProblem {
 
   float const* value;  // of a 16-bit number
   Bytes k_bytes{}, v_bytes{};  // an e4m3 cache; k and v are then what its numbers stand for
+  std::vector<float> slopes{}, bias{};
+  std::vector<uint16_t> short_bias{};  // the same in the dtype of q
   uint16_t encode(double x) const { return shape.is_half ? to_half(float(x)) : to_bf16(float(x)); }
   bool is_new(int n, int j) const { return c.stores && j >= lengths[n] && j < c.s_kv[n]; }
   int first_new(int n) const { return c.is_packed ? first_q[n] : n * c.new_keys; }  // among all new rows
@@ -153,6 +66,26 @@ static bool sees(DecodeCase const& c, int n, int i, int j) {
   if (!c.parents.empty()) return sees_in_tree(c, n, i, j);
   int const beyond = j - (i + c.s_kv[n] - c.s_q[n]);
   return (c.left < 0 || beyond >= -c.left) && (c.right < 0 || beyond <= c.right);
+}
+
+static int bias_columns(DecodeCase const& c) { return *std::max_element(c.s_kv.begin(), c.s_kv.end()); }
+
+static float bias_of(DecodeProblem const& p, int n, int h, int i, int j) {
+  DecodeCase const& c = p.c;
+  int const row = c.bias == 3 ? 0 : (n * c.heads_kv * c.group + h) * c.s_q[0] + i;
+  return c.bias ? p.bias[static_cast<size_t>(row * bias_columns(c) + j)] : 0;
+}
+
+// ALiBi's slope times the distance, between places in a tree if there is one.
+static double alibi_of(DecodeProblem const& p, int n, int h, int i, int j) {
+  DecodeCase const& c = p.c;
+  if (!c.slopes) return 0;
+  int const before = c.s_kv[n] - c.s_q[n];
+  bool const is_tree = !c.parents.empty();
+  int const query = before + (is_tree ? depth_of(c, n, i) : i);
+  int const key = is_tree && j >= before ? before + depth_of(c, n, j - before) : j;
+  return -double{p.slopes[static_cast<size_t>((c.slopes == 2 ? n * c.heads_kv * c.group : 0) + h)]} *
+         std::abs(key - query);
 }
 
 static bool is_seen(DecodeCase const& c, int n, int j) {
@@ -188,7 +121,7 @@ static void fill_trees(DecodeProblem& p) {
   DecodeCase const& c = p.c;
   for (int n = 0; n < static_cast<int>(c.parents.size()); ++n) {
     for (int i = 0; i < c.s_q[n]; ++i) {
-      if (c.left >= 0) p.depths.push_back(depth_of(c, n, i));
+      if (c.left >= 0 || c.slopes) p.depths.push_back(depth_of(c, n, i));
       for (int word = 0; word < tree_words(c) && !(c.shares_tree && n > 0); ++word) {
         uint32_t bits = 0;
         for (int bit = 0; bit < 32; ++bit) {
@@ -249,6 +182,42 @@ static Bytes in_e4m3(DecodeProblem& p, Tensor& cache, std::mt19937& engine) {
   return bytes;
 }
 
+static bool is_seen_with_bias(DecodeProblem const& p, int n, int j) {
+  for (int i = 0; i < p.c.s_q[n]; ++i) {
+    for (int h = 0; h < p.c.heads_kv * p.c.group; ++h) {
+      if ((!p.c.parents.empty() || sees(p.c, n, i, j)) && bias_of(p, n, h, i, j) > -INFINITY) return true;
+    }
+  }
+  return false;
+}
+
+// Slopes and biases; rows of the caches that a bias leaves to no query become NaN.
+static void fill_terms(DecodeProblem& p, std::mt19937& engine, uint16_t nan) {
+  DecodeCase const& c = p.c;
+  int const heads = c.heads_kv * c.group;
+  for (int i = 0; c.slopes && i < (c.slopes == 2 ? c.batch : 1) * heads; ++i)
+    p.slopes.push_back(float(engine() % 1000) / 2000);
+  if (!c.bias) return;
+  std::normal_distribution<double> normal;
+  int const columns = bias_columns(c), rows = c.bias == 3 ? 1 : c.batch * heads * c.s_q[0];
+  for (int i = 0; i < rows * columns; ++i) {
+    // The last key, which often the last query alone may see, is hidden from it.
+    bool const is_last = i % columns == columns - 1 && i / columns % c.s_q[0] == c.s_q[0] - 1;
+    bool const is_out = is_last || i % columns % 5 == 3 || engine() % 8 == 0;
+    p.short_bias.push_back(p.encode(is_out ? -INFINITY : normal(engine)));
+    p.bias.push_back(p.value[p.short_bias.back()]);
+  }
+  for (int n = 0; n < c.batch; ++n) {
+    for (int j = 0; j < c.s_kv[n]; ++j) {
+      if (!is_seen(c, n, j) || is_seen_with_bias(p, n, j)) continue;
+      for (Tensor* cache : {&p.k, &p.v}) {
+        for (int at = 0; at < cache->heads * cache->columns; ++at)
+          cache->at(p.page_of(n, j), j % c.page_size, at / cache->columns, at % cache->columns) = nan;
+      }
+    }
+  }
+}
+
 static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
   DecodeProblem p{shape, c, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {0}, {}, {}, {}, {}, {}, decoder(shape.is_half)};
   for (int n = 0; n < c.batch; ++n) {
@@ -293,6 +262,7 @@ static DecodeProblem make_problem(Shape const& shape, DecodeCase const& c) {
       }
     }
   }
+  fill_terms(p, engine, nan);
   move_new_rows(p, nan);
   fill_trees(p);
   if (shape.is_e4m3) p.k_bytes = in_e4m3(p, p.k, engine), p.v_bytes = in_e4m3(p, p.v, engine);
@@ -320,6 +290,8 @@ static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
     uint16_t const* k = &p.k.at(p.page_of(n, j), j % c.page_size, h / c.group, 0);
     for (int d = 0; d < c.d_qk; ++d) s += double{p.value[q[d]]} * p.value[k[d]];
     weights[j] = c.softcap > 0 ? c.softcap * std::tanh(c.scale * s / c.softcap) : c.scale * s;
+    weights[j] += alibi_of(p, n, h, i, j) + bias_of(p, n, h, i, j);
+    if (bias_of(p, n, h, i, j) == -INFINITY) weights[j] = -INFINITY;
     top = std::max(top, weights[j]);
   }
   for (double& weight : weights) sum += weight = weight > -INFINITY ? std::exp(weight - top) : 0;
@@ -328,7 +300,7 @@ static CacheRow reference_row(DecodeProblem& p, int n, int h, int i) {
   CacheRow row{std::vector<double>(columns), std::vector<double>(columns), sum > 0 ? top + std::log(sum) : -INFINITY};
   std::vector<double> spread(columns), total(columns);  // sums of weight |v| and |v|
   for (int j = 0; j < c.s_kv[n]; ++j) {
-    if (!sees(c, n, i, j)) continue;
+    if (!sees(c, n, i, j) || bias_of(p, n, h, i, j) == -INFINITY) continue;
     uint16_t const* v = &p.v.at(p.page_of(n, j), j % c.page_size, h / c.group, 0);
     for (int d = 0; d < c.d_v; ++d) {
       double const x = p.value[v[d]], weight = weights[j] / sum;
@@ -364,6 +336,12 @@ static DecodeParams params_of(DecodeProblem& p) {
     f.k_scale = c.scales ? p.k_bytes.scale.data() : nullptr, f.v_scale = c.scales ? p.v_bytes.scale.data() : nullptr;
     f.k_scale_stride = f.v_scale_stride = c.scales == 2 ? c.heads_kv : 0;
   }
+  f.alibi_slopes = c.slopes ? p.slopes.data() : nullptr, f.slopes_batch_stride = c.slopes == 2 ? p.q.heads : 0;
+  if (c.slopes && !c.parents.empty()) f.depths = p.depths.data();
+  int64 const columns = bias_columns(c), of_head = columns * c.s_q[0];
+  f.bias = !c.bias ? nullptr : c.bias == 2 ? static_cast<void*>(p.short_bias.data()) : p.bias.data();
+  f.bias_is_float = c.bias != 2;
+  f.bias_strides = c.bias == 3 ? PairStrides{0, 0, 0, 1} : PairStrides{of_head * p.q.heads, of_head, columns, 1};
   f.block_table = c.has_table ? p.table.data() : nullptr;
   f.cu_seqlens_q = c.is_packed ? p.first_q.data() : nullptr;
   f.new_k = c.stores ? p.new_k.data : nullptr, f.new_v = c.stores ? p.new_v.data : nullptr;
@@ -444,6 +422,7 @@ static void allow_tensors(DecodeProblem& p) {
   forget_global();
   allow(p.q.storage), allow(p.out.storage), allow(p.lse), allow(p.partial_out), allow(p.partial_lse), allow(p.sinks);
   allow(p.lengths), allow(p.first_q), allow(p.tree), allow(p.depths), allow(p.new_k.storage), allow(p.new_v.storage);
+  allow(p.slopes), allow(p.bias), allow(p.short_bias);
   for (int n = 0; n < p.c.batch; ++n) {
     for (int j = p.lengths[n]; j < p.c.s_kv[n]; ++j) {
       for (int h = 0; p.is_new(n, j) && h < p.k.heads; ++h) {

@@ -37,6 +37,8 @@ struct DecodeCase {
   bool has_equal_keys;  // as in Case
   std::vector<std::vector<int>> parents;  // of the new keys of each sequence in its tree, -1: none; empty: no tree
   bool shares_tree;
+  int slopes;  // of ALiBi: as sinks
+  int bias;  // 0 none; for each sequence, head and query 1 in fp32, 2 in the dtype of q; 3 shared by all of them
   int scales;  // of e4m3: 0 none, 1 shared by the pages, 2 for each page
   uint32_t seed;
 };

@@ -52,6 +52,7 @@ COMMON = (
     "forward_case",
     "backward_case",
     "decode_case",
+    "decode_random",
 )
 DIRECTIONS = {
     ForwardConfig: "forward",

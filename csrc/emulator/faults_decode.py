@@ -7,7 +7,7 @@ from fault import Fault
 DECODE_128 = ("DECODE", 128, 128, 0)
 E4M3_128, ROWS_128 = ("DECODE_GATHERED", 128, 128, 2, 8), ("DECODE_GATHERED", 128, 128, 4, 0)
 KERNEL, WORK, COMBINE, GATHERED = "sm90/decode.cuh", "sm90/decode.h", "sm90/combine.cuh", "sm90/decode_gathered.cuh"
-APPEND = "sm90/append.cuh"
+APPEND, TERMS = "sm90/append.cuh", "sm90/decode_terms.cuh"
 
 OWN_BARRIER = "named_sync(kOwnBarrier, kWarpgroup);"
 QUERIES_STORED = "row % 8 * 16), x);\n  }\n  "
@@ -20,6 +20,10 @@ def fault(what: str, file: str, old: str, new: str, seed: int = 0, kernel: tuple
 
 def of_rows(what: str, old: str, new: str, kernel: tuple[str | int, ...] = ROWS_128, seed: int = 0) -> Fault:
     return fault(what, GATHERED, old, new, seed, kernel)
+
+
+def of_terms(what: str, old: str, new: str, seed: int = 0) -> Fault:
+    return fault(what, TERMS, old, new, seed, ROWS_128)
 
 
 DECODE_FAULTS = [
@@ -95,7 +99,7 @@ DECODE_FAULTS = [
         f"{VALUES_CLEARED}fence_proxy_async();\n  {OWN_BARRIER}",
         f"{VALUES_CLEARED}fence_proxy_async();",
     ),
-    fault("the mask takes one row for both", KERNEL, "at.first_row() + 8).position", "at.first_row()).position"),
+    fault("the mask takes one row for both", KERNEL, "at.first_row() + 8)};", "at.first_row())};"),
     fault(
         "a block too many goes without mask",
         WORK,
@@ -160,6 +164,24 @@ DECODE_FAULTS = [
         10,
     ),
     fault("a window begins at the row's position", KERNEL, "+ depth - band.left", "+ position - band.left", 200),
+    # ALiBi and bias
+    of_terms("finished scores are scaled again", "has_terms(p) ? 1.f : static_cast<float>", "static_cast<float>"),
+    of_terms("scores are not scaled before terms", " *= scale;", " *= 1.f;"),
+    of_terms("lower rows are scaled as upper ones", "2 * lower + i % 2] *= scale;", "i % 2] *= scale;"),
+    of_terms(
+        "rows that a bias leaves to nobody are copied", "!= negative_infinity()) return true;", "!= 0) return true;"
+    ),
+    of_terms("a bias is asked of positions whose band hides the key", "is_kept = p.tree ||", "is_kept = true ||"),
+    of_terms("a bias is asked of one position alone", "++position) {", "position = rows.end) {", 8),
+    of_terms("every sequence has the first one's bias", "work.sequence * p.bias_strides.batch +", ""),
+    of_terms("all heads have the first one's bias", " + head * p.bias_strides.head", ""),
+    of_terms("all queries have the first one's bias", " + position * p.bias_strides.query", ""),
+    of_terms("a bias is not added", "bias : score + bias", "bias : score"),
+    of_terms("a bias in 16 bits is read as one of 32", "if (p.bias_is_float) {", "if (true) {"),
+    of_terms("every sequence has the first one's slopes", "work.sequence * p.slopes_batch_stride + head", "head"),
+    of_terms("ALiBi grows to the right", "larger(distance, -distance)", "distance"),
+    of_terms("ALiBi counts positions in a tree", "(is_in_tree ?", "(false ?"),
+    fault("blocks without mask have no terms", WORK, "|| has_terms(p)))", "))", 0, ROWS_128),
     # Rows that threads copy
     of_rows("the last values come in turn", "number == last || (number > 0", "(number > 0"),
     of_rows("rows that the tile does not keep are looked up", "if (!contains(kept, key))", "if (false)"),
@@ -179,7 +201,14 @@ DECODE_FAULTS = [
     of_rows("a stage counts one arrival", "if (thread_index() % 32 == 0) mbarrier_arrive", "mbarrier_arrive"),
     fault("more copies than stages are begun", WORK, "2 * STAGES_ - 2;", "2 * STAGES_ - 1;", 0, ROWS_128),
     fault("softcap is left out", KERNEL, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
-    fault("blocks without mask are not capped", WORK, "if (C::GATHERED && p.has_softcap)", "if (false)", 0, ROWS_128),
+    fault(
+        "blocks without mask are not capped",
+        WORK,
+        "if (C::GATHERED && (p.has_softcap || has_terms(p)))",
+        "if (false)",
+        0,
+        ROWS_128,
+    ),
     of_rows("scales are left out", "pack(T{}, low(F16{}, halves) * scale,", "pack(T{}, low(F16{}, halves),", E4M3_128),
     of_rows("all pages have the first one's scales", "at.page * cache.scale_stride", "0", E4M3_128, 3),
     of_rows("all heads have the first one's scale", ": 0) + head;", ": 0);", E4M3_128),

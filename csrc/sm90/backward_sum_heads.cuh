@@ -4,6 +4,7 @@
 // A block has eight warps and works on 128 padded rows of one K/V head (kPaddedRows).
 #pragma once
 #include "backward.h"
+#include "backward_traits.h"
 
 namespace fa::sm90 {
 

@@ -7,6 +7,7 @@
 #pragma once
 #include "consumer.cuh"
 #include "decode.h"
+#include "decode_terms.cuh"
 
 namespace fa::sm90 {
 
@@ -139,8 +140,11 @@ FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, W
   auto const mask = [&](float (&scores)[C::BLOCK_N / 2], int block) {
     if (C::GATHERED && p.has_softcap) cap_scores(scores, static_cast<float>(p.cap_scale));
     Place const at = this_place();
-    int const upper = query_of(p, work, at.first_row()).position,
-              lower = query_of(p, work, at.first_row() + 8).position, column = block * C::BLOCK_N + at.first_column();
+    Query const rows[2] = {query_of(p, work, at.first_row()), query_of(p, work, at.first_row() + 8)};
+    int const upper = rows[0].position, lower = rows[1].position, column = block * C::BLOCK_N + at.first_column();
+    for (int r = 0; C::GATHERED && has_terms(p) && r < 2; ++r) {
+      add_terms_to_row<typename C::Element>(p, work, scores, r, rows[r].head, rows[r].position, column);
+    }
     Range const kept[2] = {keys_of_row(p, work, upper), keys_of_row(p, work, lower)};
     mask_scores(scores, kept, column);
     if (!p.tree) return;
@@ -150,7 +154,8 @@ FA_DEVICE void attend_to_cache(DecodeParams const& p, Shared<C> const& shared, W
   auto const clear = [&](int block, Ring<C::STAGES> const& of) {
     if (!C::GATHERED) clear_unkept_values<C>(shared, kept_keys(p, work), block, of);
   };
-  attend<C>(shared, blocks, scale_log2_of(p), static_cast<float>(p.cap_scale), 0, k, v, out, state, mask, clear);
+  attend<C>(shared, blocks, softmax_scale(p) * kLog2E, static_cast<float>(p.cap_scale), 0, k, v, out, state, mask,
+            clear);
 }
 
 // Writes one row of a thread's fragment, the upper (0) or the lower (1), times `factor`.
@@ -185,8 +190,7 @@ FA_DEVICE void write_tile(DecodeParams const& p, Work const& work, bool any_keys
     bool const has_sink = p.sinks && work.split == 0;
     float const sink =
         has_sink ? load_global(p.sinks + work.sequence * p.sinks_batch_stride + query.head) : negative_infinity();
-    FinishedRow const finished =
-        finish_row(state.max[lower], state.sum[lower], static_cast<float>(p.score_scale), sink);
+    FinishedRow const finished = finish_row(state.max[lower], state.sum[lower], softmax_scale(p), sink);
     int64 const row = (work.first_q + query.position) * p.heads_q + query.head;
     if (at.lane() % 4 == 0) {
       Parts* const partial = reinterpret_cast<Parts*>(p.partial_lse);

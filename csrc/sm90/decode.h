@@ -51,6 +51,9 @@ struct DecodeArgs {
 // Rows of q, of all sequences.
 FA_EVERYWHERE int64 rows_of(DecodeParams const& p) { return p.cu_seqlens_q ? p.seqlen_q : p.batch * p.seqlen_q; }
 
+// ALiBi or a bias: scores are finished before the softmax (decode_terms.cuh).
+FA_EVERYWHERE bool has_terms(DecodeParams const& p) { return p.alibi_slopes || p.bias; }
+
 // Index into lse of a head and of row `row` among all rows of q. A packed batch counts as one sequence.
 FA_DEVICE int64 lse_index(DecodeParams const& p, int64 row, int64 head) {
   int64 const sequence = row / p.seqlen_q;
@@ -104,8 +107,9 @@ FA_DEVICE Work find_work(DecodeParams const& p, int index) {
     work.position = (tile - work.sequence * tiles_of_sequence) * positions;
     work.first_q = work.sequence * work.s_q;
   }
-  int const new_keys = p.new_keys < 0 ? work.s_q : static_cast<int>(p.new_keys);
-  work.s_kv = smaller(load_global(p.cache_lengths + work.sequence) + new_keys, static_cast<int>(p.capacity));
+  int const new_keys = p.new_keys < 0 ? work.s_q : static_cast<int>(p.new_keys),
+            capacity = static_cast<int>(p.capacity);
+  work.s_kv = p.cache_lengths ? smaller(load_global(p.cache_lengths + work.sequence) + new_keys, capacity) : capacity;
   return work;
 }
 
@@ -147,7 +151,8 @@ FA_DEVICE TileBlocks blocks_of(DecodeParams const& p, Work const& work) {
   int const begin = kept.begin / N, end = (kept.end + N - 1) / N, splits = static_cast<int>(p.splits);
   int const blocks = larger((end - begin + splits - 1) / splits, kLeastKeys / N), first = begin + work.split * blocks;
   Range const of_split = {first, larger(first, smaller(first + blocks, end))};
-  if (C::GATHERED && p.has_softcap) return {of_split, {0, 0}};  // scores are capped where they are masked
+  // Scores are capped, and finished, where they are masked.
+  if (C::GATHERED && (p.has_softcap || has_terms(p))) return {of_split, {0, 0}};
   int const first_full = (full.begin + N - 1) / N;
   return {of_split, {first_full, larger(first_full, full.end / N)}};
 }

@@ -1,4 +1,5 @@
-// The decode kernel for caches that TMA cannot load: pages of fewer than 8 rows, or rows in e4m3.
+// The decode kernel for caches that TMA cannot load: pages of fewer than 8 rows, or rows in e4m3;
+// and for calls with ALiBi or a bias.
 //
 // Its consumer is that of decode.cuh. Its producers are a warpgroup, of which two threads copy each row of a block,
 // asynchronously, many blocks ahead. What a thread has copied it finds in shared memory without a barrier, so e4m3
@@ -40,8 +41,10 @@ struct CacheRow {
 };
 
 // Rows that the tile does not keep are not looked up; a page that does not exist has no rows.
+template <class T>
 FA_DEVICE CacheRow find_row(DecodeParams const& p, Work const& work, Range const& kept, int key) {
   if (!contains(kept, key)) return {0, 0, false};
+  if (p.bias && !is_kept_by_bias<T>(p, work, key)) return {0, 0, false};
   int const page_size = static_cast<int>(p.page_size), entry = key / page_size;
   int const page = p.block_table ? load_global(p.block_table + work.sequence * p.table_stride + entry) : work.sequence;
   return {page, key - entry * page_size, page >= 0 && page < p.pages};
@@ -124,7 +127,7 @@ FA_DEVICE void gather(DecodeParams const& p, Shared<C> const& shared, Work const
   };
   auto const begin = [&](int number) {
     Item const item = item_of(blocks, number);
-    CacheRow const row = find_row(p, work, kept, item.block * C::BLOCK_N + thread_index() / 2);
+    CacheRow const row = find_row<typename C::Element>(p, work, kept, item.block * C::BLOCK_N + thread_index() / 2);
     Cache const cache = cache_of(p, item.is_values);
     if (item.is_values) {
       copy_row<C, C::D_V>(cache, row, work.head_kv, C::E4M3 ? slot(number) : shared.v(free_stage(v)));

@@ -79,6 +79,7 @@ class Backend:
 
     name: str
     capabilities: Capabilities
+    computes_weights: bool = False  # has ``weights`` and their gradient; else the formula gives them
     prepares_more: bool = False  # prepared runs take the tensors of problem.MORE, too
     checks_cache_values: bool = False  # attend_to_cache itself makes the checks of kv_cache.check_cache_values
 
@@ -154,6 +155,25 @@ class Backend:
     ) -> Grads:
         """The gradients of the inputs named in ``needs``, among which v is not."""
         raise NotImplementedError(f"the {self.name} backend does not declare the feature 'statistics'")
+
+    def weights(self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype) -> Tensor:
+        """The weights ``(B, H_q, S_q, S_kv)`` of a dense call without dropout, or ``averages`` over its heads.
+
+        Only a backend that ``computes_weights`` is asked, here and below.
+        """
+        raise NotImplementedError(f"the {self.name} backend does not compute weights")
+
+    def weights_backward(self, dweights: Tensor, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> Grads:
+        """The gradients named in ``needs``, among which v is not. If ``dweights`` has no heads it is of averages."""
+        raise NotImplementedError(f"the {self.name} backend does not compute weights")
+
+    def prepared_weights(
+        self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype
+    ) -> tuple[Callable[..., Tensor], Run] | None:
+        """``weights`` as a function of q and k for calls like this one, which has no other tensors; and of their
+        gradient, q and k that of ``weights_backward``, (dq, dk). On the terms of ``prepared_forward``.
+        """
+        return None
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         """Append the new keys and values, if any, to the cache, and return ``(out, lse)`` of attention to all of it.

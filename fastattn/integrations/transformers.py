@@ -248,13 +248,19 @@ def attention_forward(
     """
     if others:
         _refuse_unknown(others)
-    more = attention_mask, position_bias, s_aux, sinks, indices, block_indices, cu_seq_lens_q
-    if not (output_attentions or any(x is not None for x in more) or _capturing_attentions()):
-        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
-        scores = {"window": window, "scale": scaling, "softcap": softcap, "dropout_p": dropout}
-        out = _of_qkv(query, key, value, query.shape[2] > 1 and _is_causal(module, is_causal), position_ids, scores)
-        if out is not None:
-            return out, None
+    is_plain = attention_mask is position_bias is s_aux is sinks is indices is block_indices is cu_seq_lens_q is None
+    if is_plain and not (output_attentions or _capturing_attentions()):
+        # the commonest call, on q, k and v alone, without transposing each; not of documents or unequal shapes
+        (rows, _, s_q, _), of_keys = query.shape, key.shape
+        causal = s_q > 1 and _is_causal(module, is_causal)
+        is_one_document = not causal or (of_keys[2] <= s_q and packing.documents_of(position_ids, rows, s_q) is None)
+        if of_keys[0] == rows and is_one_document:
+            window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+            out = attention(
+                query, key, value, causal=causal, window=window, scale=scaling, softcap=softcap, dropout_p=dropout,
+                layout="BHSD",
+            )  # fmt: skip
+            return out.transpose(1, 2), None  # type: ignore[union-attr]
     if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries, shared by the batch
     if block_indices is not None:
@@ -278,20 +284,6 @@ def attention_forward(
     if cu_seq_lens_q is not None:
         return _by_boundaries(call, window, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k))
     return _by_positions(call, attention_mask, position_ids)
-
-
-def _of_qkv(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, position_ids: Tensor | None, scores: dict[str, Any]
-) -> Tensor | None:
-    """The commonest call, on q, k and v alone, without transposing each; None for documents and for unequal shapes."""
-    rows, _, s_q, _ = query.shape
-    if key.shape[0] != rows or (
-        causal and (key.shape[2] > s_q or packing.documents_of(position_ids, rows, s_q) is not None)
-    ):
-        return None
-    out = attention(query, key, value, causal=causal, layout="BHSD", **scores)
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2)
 
 
 def _by_positions(call: _Call, attention_mask: Tensor | None, position_ids: Tensor | None) -> tuple[Tensor, Any]:

@@ -76,12 +76,20 @@ def _may_find(config_class: type, name: str) -> bool:
 
 def refuse_outsiders(config: Any) -> None:
     """Raise UnsupportedError for families that compute attention themselves: they would add boolean masks to scores."""
+    # each forward pass asks: the functions behind this take longer than a look into a set
+    if (is_eager := not torch.compiler.is_compiling()) and type(config) in _insiders:
+        return
     if not _uses_the_interface(type(config)):
         raise UnsupportedError(
             f"attn_implementation='fastattn': models of the family {getattr(config, 'model_type', '') or 'unknown'!r} "
             f"({type(config).__name__}) compute attention themselves, not through transformers' AttentionInterface, so "
             "fastattn cannot serve them. Use attn_implementation='eager'."
         )
+    if is_eager and _modeling(type(config)) is not None:
+        _insiders.add(type(config))
+
+
+_insiders: set[type] = set()  # configuration classes whose models call attention through the interface
 
 
 def refuse_tables(config: Any, name: str) -> None:

@@ -40,6 +40,7 @@ class Documents:
         return _documents(self.segment_ids.expand(rows, -1))
 
 
+FEW = 512  # positions
 _nothing: Callable[[], Tensor | None] = lambda: None  # noqa: E731  a dead reference
 # The position_ids asked about last, their version and documents: every layer of a model asks about the same tensor.
 _last: tuple[Callable[[], Tensor | None], int, Documents | None] = (_nothing, 0, None)
@@ -52,9 +53,9 @@ def documents_of(position_ids: Tensor | None, rows: int, s_q: int) -> Documents 
     It reads values, once for each forward pass, so it returns None while compiling or capturing a CUDA graph.
     Positions that are all 0 are ignored.
     """
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != s_q or s_q < 2:
+    if position_ids is None or s_q < 2 or not _may_read(position_ids):
         return None
-    if not _may_read(position_ids):
+    if position_ids.dim() != 2 or position_ids.shape[1] != s_q:
         return None
     version = 0 if position_ids.is_inference() else position_ids._version
     global _last
@@ -66,7 +67,10 @@ def documents_of(position_ids: Tensor | None, rows: int, s_q: int) -> Documents 
 
 
 def _read(position_ids: Tensor) -> Documents | None:
-    if bool(position_ids[:, 1:].all()):  # the commonest, and cheap to see
+    if position_ids.is_cpu and position_ids.numel() <= FEW:  # so few are read in less time than torch takes to begin
+        if not any(0 in row[1:] for row in position_ids.tolist()):
+            return None
+    elif bool(position_ids[:, 1:].all()):  # the commonest, and cheap to see
         return None
     begins = position_ids == 0
     begins[:, 0] = True

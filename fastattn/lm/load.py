@@ -17,7 +17,7 @@ from fastattn.lm.finetune.load import is_finetuned, load_finetuned, load_generat
 from fastattn.lm.generate import ChatTemplate, Texts
 from fastattn.lm.generate.protocols import is_decoder, is_encoder_decoder, is_image_text
 from fastattn.lm.models import TransformerConfig, save_pretrained
-from fastattn.lm.train.hf_folder import AnySource
+from fastattn.lm.train.hf_folder import COMPARES, AnySource
 from fastattn.lm.train.special_tokens import SpecialTokens
 
 
@@ -107,7 +107,9 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
         InputError: the model has no Hugging Face equivalent.
         DataError: the checkpoint is damaged, or the folder exists.
     """
-    found: Any = load_finetuned(checkpoint).model if is_finetuned(checkpoint) else checkpoint.load_pretrained()
+    finetuned = load_finetuned(checkpoint) if is_finetuned(checkpoint) else None
+    found: Any = checkpoint.load_pretrained() if finetuned is None else finetuned.model
+    more = {COMPARES: True} if finetuned is not None and finetuned.task.compares else {}
     config: TransformerConfig = found.config
     pixels = checkpoint.pixels.to_hugging_face(config.image_size, config.channels) if config.has_images else None
     if config.kind == "vision":
@@ -122,7 +124,7 @@ def export(checkpoint: AnySource, path: str | Path) -> str:
         ids["decoder_start"] = special.target
     template = checkpoint.chat_template
     save_pretrained(
-        found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=template, image_processor=pixels
+        found, path, tokenizer=tokenizer, special_tokens=ids, chat_template=template, image_processor=pixels, more=more
     )
     return _architecture(path)
 

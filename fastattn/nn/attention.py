@@ -17,10 +17,11 @@ from fastattn import nested, rng
 from fastattn.errors import input_error
 from fastattn.functional import attention, attention_varlen
 from fastattn.nn.checks import Window, check_options, check_sizes, fits
-from fastattn.nn.lazy import attend_with_little_weights, have_little_weights, weights_when_read
+from fastattn.nn.lazy import have_little_weights, weights_when_read
 from fastattn.nn.masks import check_masks, mask_terms
 from fastattn.nn.rotary import Rotary
-from fastattn.torch_internals import calls_only_forward, multi_head_attention
+from fastattn.torch_internals import calls_only_forward, is_traced, multi_head_attention
+from fastattn.weights import attention_with_weights
 
 _OUT_PROJ = type(nn.MultiheadAttention(1, 1).out_proj)
 
@@ -229,13 +230,15 @@ class MultiHeadAttention(nn.MultiheadAttention):
             options["rng_state"] = rng.new_rng_state(q.device)
         given = (options[name] for name in ("window", "softcap", "sinks", "bias", "mask", "segment_ids"))
         is_plain = self.backend is None and not options["dropout_p"] and all(x is None for x in given)
-        both = attend_with_little_weights(q, k, v) if is_plain else None
-        out = attention(q, k, v, backend=self.backend, **options) if both is None else both[0]
+        count = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
+        if is_plain and have_little_weights((q, k, v), count):
+            both = attention_with_weights(q, k, v, average, q.dtype)
+            if both is not None:
+                out = self.out_proj(self._as_query(both[0].flatten(2), is_batched))
+                return out, both[1] if is_batched else both[1][0]
+        out = attention(q, k, v, backend=self.backend, **options)
         assert isinstance(out, Tensor)
         out = self.out_proj(self._as_query(out.flatten(2), is_batched))
-        if both is not None:
-            weights = (both[1].mean(1) if average else both[1]).to(out.dtype)
-            return out, weights if is_batched else weights[0]
         how = {"mean": average, "unbatched": not is_batched, "owned": True}
         return out, weights_when_read(q, k, out.dtype, **how, **options)
 
@@ -246,6 +249,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
         """
+        weight, bias, records = self.in_proj_weight, self.in_proj_bias, torch.is_grad_enabled()
+        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)) or is_traced():
+            return None  # first what each step of training meets; a trace would name tensors by what is asked next
         is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
         if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
             return None
@@ -256,13 +262,13 @@ class MultiHeadAttention(nn.MultiheadAttention):
             return None
         if not have_little_weights((query, key, value), shape[0] * self.num_heads * shape[1] ** 2):
             return None
-        out_proj, weight, bias = self.out_proj, self.in_proj_weight, self.in_proj_bias
-        if weight is None or bias is None or not calls_only_forward(out_proj, _OUT_PROJ):
+        out_proj = self.out_proj
+        if not calls_only_forward(out_proj, _OUT_PROJ):
             return None
         if shape[2] != self.embed_dim or not all(fits(x, weight) for x in (query, key, value)):
             return None
         tensors = (query, key, value, weight, bias, out_proj.weight, out_proj.bias)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if records and any(t.requires_grad for t in tensors):
             return None
         qkv, parameters = tensors[:3], tensors[3:]
         return multi_head_attention(*qkv, self.embed_dim, self.num_heads, *parameters, None, need_weights, average)

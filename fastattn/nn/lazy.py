@@ -111,8 +111,7 @@ def lazily(
     source = _Source(compute, reads)
     if not source.records or not any(x.requires_grad for x in reads):
         return _lazy(source, shape, dtype, reads[0].device)
-    made = _History.apply(source, shape, dtype, *reads)
-    made._node = _history(made)
+    made: LazyTensor = _record(source, shape, dtype, *reads)
     return made
 
 
@@ -133,13 +132,19 @@ class _History(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: _Source, shape: Sequence[int], dtype: torch.dtype, *reads: Tensor) -> LazyTensor:
         ctx.source, ctx.reads = source, reads
-        return _lazy(source, shape, dtype, reads[0].device)
+        made = _lazy(source, shape, dtype, reads[0].device)
+        made._node = ctx  # its grad_fn
+        return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         wanted = [x for x in ctx.reads if x.requires_grad]
         grads = iter(torch.autograd.grad(ctx.source.value(), wanted, grad, allow_unused=True))
         return None, None, None, *(next(grads) if x.requires_grad else None for x in ctx.reads)
+
+
+# Function.apply without what it does first for torch.func (docs/decisions/plans.md): no transform comes here.
+_record = super(torch.autograd.Function, _History).apply
 
 
 class _Linked(torch.autograd.Function):
@@ -181,15 +186,19 @@ def weights_when_read(
     Returns:
         ``(B, H_q, S_q, S_kv)``, or ``(B, S_q, S_kv)`` if averaged.
     """
-    function = mean_attention_weights if mean else attention_weights
-    flat = (q, k, *options.values(), *_pair(options.get("segment_ids")))
-    if not _is_plain_eager([x for x in flat if isinstance(x, Tensor)]) or not (owned or _has_count(q, k)):
-        weights = function(q, k, **options).to(dtype)
+    tensors = [q, k]
+    for option in options.values():
+        if isinstance(option, Tensor):
+            tensors.append(option)
+        elif isinstance(option, tuple):  # segment ids of queries and keys, or a window
+            tensors += [x for x in option if isinstance(x, Tensor)]
+    if not _is_plain_eager(tensors) or not (owned or _has_count(q, k)):
+        weights = (mean_attention_weights if mean else attention_weights)(q, k, **options).to(dtype)
         return weights[0] if unbatched else weights
-    q, k = autocast(q, k)
-    options = {name: _counted(x) for name, x in options.items()}
-    reads = [q, k, *(x for x in options.values() if isinstance(x, Tensor)), *_pair(options.get("segment_ids"))]
-
+    q, k = tensors[:2] = autocast(q, k)
+    if not _has_count(*tensors[2:]):
+        options = {name: _counted(x) for name, x in options.items()}
+        tensors = [x for x in tensors if not x.is_inference()]  # nobody else can change the copies
     is_sharded = state.whole_rows is not None
 
     def compute() -> Tensor:
@@ -197,41 +206,18 @@ def weights_when_read(
             todo = "Pass need_weights=False, or leave the context-parallel block for the calls whose weights you read."
             raise input_error("attention weights", "tokens of one rank, of a call on those of all ranks", "none", todo)
         with without_autocast(q.device.type):
-            weights = weights_of_call(q, k, mean, options)
-        weights = weights if weights.dtype == dtype else weights.to(dtype)
+            weights = weights_of_call(q, k, mean, options, dtype)
         return weights[0] if unbatched else weights
 
     shape = (q.shape[1], k.shape[1]) if mean else (q.shape[2], q.shape[1], k.shape[1])
-    return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, reads)
+    return lazily(compute, shape if unbatched else (q.shape[0], *shape), dtype, tensors or [q])
 
 
-LITTLE = 1 << 15  # scores, below which the formula takes torch less time than a kernel and a look at the weights
-
-
-def attend_with_little_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(out, weights)`` by the formula where that is the fastest way to both: on a CPU, few scores, no options.
-
-    Args:
-        q: ``(B, S_q, H, D)``.
-        k: ``(B, S_kv, H, D)``.
-        v: ``(B, S_kv, H, D)``.
-
-    Returns:
-        ``(B, S_q, H, D)`` and ``(B, H, S_q, S_kv)``, fp32 or fp64; None for other calls.
-    """
-    (batch, s_q, heads, width), s_kv = q.shape, k.shape[1]
-    if heads != k.shape[2] or not have_little_weights((q, k, v), batch * heads * s_q * s_kv):
-        return None
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows_q, rows_k, rows_v = (x.transpose(1, 2).to(dtype).reshape(batch * heads, -1, width) for x in (q, k, v))
-    scores = torch.baddbmm(rows_q.new_empty(1), rows_q, rows_k.mT, beta=0, alpha=width**-0.5)
-    weights = torch.softmax(scores, -1)
-    out = torch.bmm(weights, rows_v).view(batch, heads, s_q, width).transpose(1, 2)
-    return out.to(q.dtype), weights.view(batch, heads, s_q, s_kv)
+LITTLE = 1 << 15  # scores, below which torch's function for a layer takes less time than a kernel and a look at them
 
 
 def have_little_weights(tensors: Sequence[Tensor], count: int) -> bool:
-    """Whether an eager call on a CPU has so few scores that its weights are best computed at once.
+    """Whether an eager call on a CPU has so few scores that torch's function for the whole layer is the fastest.
 
     Args:
         tensors: the queries, keys and values, or what they are projected from.
@@ -240,10 +226,6 @@ def have_little_weights(tensors: Sequence[Tensor], count: int) -> bool:
     if not 0 < count <= LITTLE or is_watched() or any(type(x) is not Tensor or not x.is_cpu for x in tensors):
         return False
     return requested_now(None) is None and state.whole_rows is None
-
-
-def _pair(segment_ids: Any) -> tuple[Tensor, ...]:
-    return segment_ids if isinstance(segment_ids, tuple) else ()
 
 
 def _has_count(*tensors: Tensor) -> bool:

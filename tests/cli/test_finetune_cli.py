@@ -310,8 +310,11 @@ def test_several_files_are_scored_each_by_itself_and_the_columns_are_told(tmp_pa
     assert "always 'up' has an accuracy of 0.5000" in text
     for name in ("matched", "mismatched"):
         assert re.search(rf"held-out accuracy \(dev_{name}\) +[01]\.", text)
-    monkeypatch.setattr("sys.stdin", ['{"text": "up", "text_pair": "then"}\n', '{"text": "up", "sentence2": "x"}\n'])
-    fails(capsys, ["predict", "--checkpoint", tmp_path / "run"], "input 2 has no 'text_pair', .* two texts")
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "exported")]) == 0
+    lines = ['{"text": "up", "text_pair": "then"}\n', '{"text": "up", "sentence2": "x"}\n']
+    for folder in ("run", "exported"):
+        monkeypatch.setattr("sys.stdin", lines)
+        fails(capsys, ["predict", "--checkpoint", tmp_path / folder], "input 2 has no 'text_pair', .* two texts")
 
 
 def test_numbers_with_fractions_are_no_classes(tmp_path, capsys):

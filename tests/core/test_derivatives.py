@@ -12,10 +12,10 @@ from fastattn import UnsupportedError, reference, state
 from fastattn.arguments import dense_problem
 from fastattn.backends import BACKENDS, load
 from fastattn.backends.base import Capabilities
-from fastattn.inspection import _DEFAULTS
 from fastattn.testing import assert_within, grid, make
 from fastattn.testing.derivatives import DerivativeYardstick, measure_derivatives
 from fastattn.testing.statistics import measure_statistics
+from fastattn.weights import WITHOUT_OPTIONS
 
 STATE = torch.tensor([5, 6])
 
@@ -55,7 +55,7 @@ def fused(q, k, v):
 
 
 def formula(q, k, v):
-    inputs, spec = dense_problem(q, k, v, **{**_DEFAULTS, **OPTIONS})
+    inputs, spec = dense_problem(q, k, v, **{**WITHOUT_OPTIONS, **OPTIONS})
     return reference.forward(inputs, spec)[0]
 
 
@@ -244,3 +244,29 @@ def test_no_matrix_of_scores():
         return jvp(lambda x: fastattn.attention(x, x, x, backend="portable"), (q.detach(),), (q.detach(),))
 
     assert largest_tensor(penalty) <= 1 << 20 and largest_tensor(moved) <= 1 << 20
+
+
+LAYER = fastattn.MultiHeadAttention(16, 2, dtype=torch.float64)
+OF_ONE_TENSOR = {
+    "attention": lambda x: fastattn.attention(x, x, x.sin(), causal=True),
+    "lse and a bias": lambda x: fastattn.attention(x, x.sin(), x, bias=x.sum() * torch.eye(6), return_lse=True)[1],
+    "statistics": lambda x: fastattn.attention(x, x, x, return_stats=True)[1].entropy,
+    "weights": lambda x: fastattn.attention_weights(x, x, causal=True),
+    "weights of a layer": lambda x: LAYER(x.flatten(2), x.sin().flatten(2), x.flatten(2))[1] * 1,
+    "both of a layer": lambda x: torch.stack([y.sum() for y in LAYER(*3 * [x.flatten(2)])]),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_TENSOR)
+def test_batches_of_gradients_and_operands_made_of_each_other(name):
+    """``is_grads_batched=True``, which ``jacobian(vectorize=True)`` takes, and gradients with a graph of their own."""
+    x = torch.randn(2, 6, 2, 8, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second call has a plan
+        out = OF_ONE_TENSOR[name](x)
+        given = torch.randn(3, *out.shape, dtype=out.dtype)
+        one_by_one = torch.stack([torch.autograd.grad(out, x, dout, retain_graph=True)[0] for dout in given])
+        (together,) = torch.autograd.grad(out, x, given, is_grads_batched=True, retain_graph=True)
+        torch.testing.assert_close(together, one_by_one)
+        (first,) = torch.autograd.grad(out, x, given[0], create_graph=True)
+        torch.testing.assert_close(first, one_by_one[0])
+    torch.autograd.gradcheck(OF_ONE_TENSOR[name], x, fast_mode=True)

@@ -13,7 +13,9 @@ from fastattn.inspection import (
     attention_rollout,
     attention_statistics,
     mean_attention_weights,
+    weights_of_call,
 )
+from fastattn.weights import attention_with_weights
 
 S_Q, S_KV, H_Q, H_KV, D = 7, 9, 4, 2, 8
 OPTIONS = {
@@ -52,6 +54,95 @@ def test_chosen_rows_and_heads_are_cut_from_the_whole(qkv, options):
     some = fastattn.attention_weights(q, k, rows=[5, 0, -1], heads=[3, 1], **options)
     assert some.shape == (2, 2, 3, S_KV)
     torch.testing.assert_close(some, whole[:, [3, 1]][:, :, [5, 0, -1]])
+
+
+KERNEL_OPTIONS = {name: options for name, options in OPTIONS.items() if name != "dropout"}
+needs_kernel = pytest.mark.skipif(
+    fastattn.backends()["cpu"] is not None, reason="without the C++ kernels the formula gives all weights"
+)
+
+
+def weights_and_gradients(function, q, k, backend, **options):
+    """Of values that differ from row to row, and in the number of keys, with those of the sinks and a bias."""
+    more = [x.requires_grad_() for name in ("bias", "sinks") if (x := options.get(name)) is not None]
+    with fastattn.use_backend(backend):
+        found = function(q.requires_grad_(), k.requires_grad_(), **options)
+        factors = torch.randn(found.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        assert ("WeightsByKernel" in found.grad_fn.name()) == (backend is None)
+        return found, *torch.autograd.grad(found, (q, k, *more), factors.to(found.dtype))
+
+
+@needs_kernel
+@pytest.mark.parametrize("function", [fastattn.attention_weights, mean_attention_weights])
+@pytest.mark.parametrize("options", KERNEL_OPTIONS.values(), ids=KERNEL_OPTIONS.keys())
+def test_the_kernel_gives_what_the_formula_gives(qkv, options, function):
+    q, k, _ = qkv
+    options = {name: x.double() if name in ("bias", "sinks") else x for name, x in options.items()}
+    by_formula = weights_and_gradients(function, q, k, "eager", **options)
+    torch.testing.assert_close(weights_and_gradients(function, q, k, None, **options), by_formula)
+
+
+@needs_kernel
+@pytest.mark.parametrize("function", [fastattn.attention_weights, mean_attention_weights])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_of_many_tiles_are_those_of_fp32(dtype, causal, function):
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, s, h, 40, generator=draw).to(dtype) for s, h in ((130, 4), (1100, 2)))
+    with fastattn.use_backend("eager"):
+        exact = function(q.double(), k.double(), causal=causal)
+    found = function(q, k, causal=causal)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6)
+
+
+@needs_kernel
+def test_weights_beside_attention_and_gradients_of_both(qkv):
+    q, k, v = (x.detach().requires_grad_() for x in qkv)
+    k, v = (x.detach().repeat_interleave(2, 2).requires_grad_() for x in (k, v))
+
+    def both(averages):
+        results = attention_with_weights(q, k, v, averages, torch.float64)
+        expected = fastattn.attention(q, k, v), fastattn.attention_weights(q, k)
+        return results, (expected[0], expected[1].mean(1) if averages else expected[1])
+
+    for averages in (False, True, True):
+        results, expected = both(averages)
+        torch.testing.assert_close(results, expected)
+        for chosen in ((0, 1), (0,), (1,)):
+            given = [torch.randn_like(results[n]) for n in chosen]
+            found, wanted = (
+                torch.autograd.grad([x[n] for n in chosen], (q, k, v), given, retain_graph=True, allow_unused=True)
+                for x in (results, expected)
+            )
+            torch.testing.assert_close(found, wanted)
+    assert torch.autograd.gradgradcheck(
+        lambda *x: attention_with_weights(*x, True, x[0].dtype), (q, k, v), fast_mode=True
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(attention_with_weights(q, k, v, True, torch.float64), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("options", [{}, {"mask": torch.ones(S_Q, S_KV, dtype=torch.bool)}], ids=["plain", "mask"])
+def test_freed_memory_is_refused(qkv, options):
+    q, k = (x.clone() for x in qkv[:2])
+    weights_of_call(q, k, True, options, q.dtype)  # a plan, of the first
+    k.untyped_storage().resize_(8)
+    with pytest.raises(fastattn.InputError, match="storage"):
+        weights_of_call(q, k, True, options, q.dtype)
+
+
+@needs_kernel
+def test_second_derivatives_and_rows_of_nan(qkv):
+    q, k = (x[:1, :4].requires_grad_() for x in qkv[:2])
+    for function in (fastattn.attention_weights, mean_attention_weights):
+        assert torch.autograd.gradgradcheck(lambda q, k, f=function: f(q, k, causal=True), (q, k), fast_mode=True)
+        spoiled = k.detach().clone()
+        spoiled[0, 2, 0] = math.nan  # which only the last two rows see
+        with fastattn.use_backend("eager"):
+            expected = function(q.detach(), spoiled, causal=True)
+        torch.testing.assert_close(function(q.detach(), spoiled, causal=True), expected, equal_nan=True)
 
 
 def test_chosen_rows_do_not_allocate_the_square(qkv):

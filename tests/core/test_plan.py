@@ -50,6 +50,22 @@ def test_torchs_function_again(long_ways):
 
 
 @needs_kernel
+@pytest.mark.parametrize("options", [{}, {"mask": torch.ones(9, 9).tril().bool()}], ids=["plain", "mask"])
+@pytest.mark.parametrize("pattern", ["qkv", "qkk", "qqq", "qkq"])
+def test_kinds_with_repeated_tensors_or_none_are_recognised_by_one_check(monkeypatch, pattern, options):
+    looked_up = []
+    long_way = plan._look_up_kind
+    monkeypatch.setattr(plan, "_look_up_kind", lambda *args: looked_up.append(1) or long_way(*args))
+    for call in range(4):
+        of = {name: torch.randn(1, 9, 2, 16) for name in "qkv"}
+        tensors = [of[name] for name in pattern]
+        looked_up.clear()
+        out = fastattn.attention(*tensors, **options)
+        assert call < 2 or not looked_up
+        torch.testing.assert_close(out, fastattn.attention(*tensors, **options, backend="eager"))
+
+
+@needs_kernel
 @pytest.mark.parametrize("order", ["as out", "contiguous", "expanded", "a part"])
 def test_gradients_of_out_in_any_memory_order(long_ways, order):
     q, k, v = (torch.randn(2, 5, 4, 16).transpose(1, 2).requires_grad_() for _ in range(3))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastattn import InputError, MultiHeadAttention, inspection, state
+from fastattn import InputError, MultiHeadAttention, inspection, state, use_backend, weights
 from fastattn.nn import lazy
 from fastattn.nn.lazy import LazyTensor
 
@@ -171,11 +171,12 @@ def test_compiled_they_are_plain_and_dead_code_if_unused():
 
 @pytest.mark.parametrize("budget", [1, 10 * 2**20])
 def test_averaging_takes_as_many_heads_at_a_time_as_the_budget_allows(budget, monkeypatch):
-    monkeypatch.setattr(inspection, "BUDGET", budget)
+    monkeypatch.setattr(weights, "BUDGET", budget)
     q, k = torch.randn(N, S, H, 8), torch.randn(N, S, 2, 8)
     numbers = torch.tensor([3, 0])
     for options in ({}, {"alibi_slopes": torch.rand(H), "dropout_p": 0.3, "rng_state": numbers}):
-        mean = inspection.mean_attention_weights(q, k, causal=True, **options)
+        with use_backend("eager"):
+            mean = inspection.mean_attention_weights(q, k, causal=True, **options)
         torch.testing.assert_close(mean, inspection.attention_weights(q, k, causal=True, **options).mean(1))
 
 
@@ -195,21 +196,15 @@ def test_a_layer_whose_tokens_are_sharded_leaves_no_rank_to_itself(monkeypatch, 
 
 @pytest.mark.parametrize("averaged", [True, False])
 @pytest.mark.parametrize("layout", ["batch first", "sequence first", "one sequence"])
-def test_few_scores_are_computed_at_once(monkeypatch, averaged, layout):
-    monkeypatch.setattr(lazy, "LITTLE", N * H * S * S)
+def test_results_and_gradients_of_every_layout(averaged, layout):
     theirs, ours, x = pair()
     theirs.batch_first = ours.batch_first = layout != "sequence first"
     x = (x[0] if layout == "one sequence" else x).requires_grad_()
 
     def results(module):
         out, weights = module(x, x, x, average_attn_weights=averaged)
-        assert type(weights) is torch.Tensor
         wanted = [x, module.in_proj_weight, module.out_proj.weight]
-        return out, weights, *torch.autograd.grad((out * weights.square().sum()).sum(), wanted)
+        return out, weights * 1, *torch.autograd.grad((out * weights.square().sum()).sum(), wanted)
 
-    torch.testing.assert_close(results(ours), results(theirs))
-    more = torch.randn(S + 1, S + 1, E, dtype=torch.float64)
-    assert type(ours(more, more, more)[1]) is LazyTensor, "more scores"
-    length = ours(x, x, x)[1].shape[-1]
-    mask = torch.zeros(length, length, dtype=torch.float64)
-    assert type(ours(x, x, x, attn_mask=mask)[1]) is LazyTensor, "a mask"
+    for _ in range(2):  # the second time by a plan
+        torch.testing.assert_close(results(ours), results(theirs))

@@ -247,7 +247,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda._sees_gpu() or cuda.BACKEND.unsupported_reasons(problem_on_hopper()) == ["no GPU that torch sees"]
     monkeypatch.setattr(cuda, "_sees_gpu", lambda: True)
     terms = frozenset({"alibi", "segments", "dropout", "mask", "bias"})
-    for facts in ({}, {"needs_grad": True}, {"needs_grad": True, "deterministic": True, "features": terms}):
+    cache = {"features": frozenset({"cache", "alibi", "bias"})}
+    for facts in ({}, {"needs_grad": True}, {"needs_grad": True, "deterministic": True, "features": terms}, cache):
         assert cuda.BACKEND.unsupported_reasons(problem_on_hopper(**facts)) == []
     for problem, reason in (
         (problem_on_hopper(device="cpu", arch=0), "device cpu"),
@@ -257,7 +258,6 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         (problem_on_hopper(head_dim=264), "head dim 264"),
         (problem_on_hopper(head_dim=60), "multiples of 8"),
         (problem_on_hopper(features=frozenset({"intervals"})), "no intervals"),
-        (problem_on_hopper(features=frozenset({"alibi", "cache"})), "no alibi with a cache"),
     ):
         assert any(reason in found for found in cuda.BACKEND.unsupported_reasons(problem)), reason
 

@@ -34,7 +34,7 @@ VOCABULARY = {
 }  # fmt: skip
 CORE = VOCABULARY | {
     "arguments", "autograd", "decoding", "dispatch", "flops", "fp8", "functional", "inspection", "intervals", "ops",
-    "plain", "plan", "reference", "serving", "statistics", "vmap",
+    "plain", "plan", "reference", "serving", "statistics", "vmap", "weights",
 }  # fmt: skip
 PUBLIC = {"", "errors", "files", "nn", "testing", "version"}
 MAY_IMPORT = {
@@ -72,7 +72,8 @@ MAY_IMPORT = {
     | {"arguments", "autograd", "dispatch", "ops", "plan", "reference", "serving", "statistics"},
     "fp8": VOCABULARY | {"arguments", "dispatch", "functional", "ops"},
     "decoding": VOCABULARY | {"arguments", "dispatch", "plan", "serving"},
-    "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics"},
+    "weights": VOCABULARY | {"arguments", "autograd", "backends", "dispatch", "ops", "plan", "reference", "serving"},
+    "inspection": VOCABULARY | {"arguments", "dispatch", "reference", "statistics", "weights"},
     "intervals": {"errors", "problem", "spec"},
     "nn": {
         "arguments",
@@ -89,6 +90,7 @@ MAY_IMPORT = {
         "state",
         "torch_internals",
         "trees",
+        "weights",
     },
     "integrations": CORE | {"", "backends", "nn"},
     "__init__": {

@@ -85,7 +85,7 @@ struct Problem {
 // Whether results are near those of the formula; says so where they are not.
 bool is_right(char const* name, Tensor const& found, std::vector<Dual> const& exact, double Dual::* part, double limit);
 
-// Statistics of the weights, and their gradients along the tangents.
+// Statistics of the weights, the weights, and the gradients of both along the tangents.
 bool check_statistics(Problem& problem, Results const& exact, double limit);
 
 }  // namespace fa::check

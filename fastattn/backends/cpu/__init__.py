@@ -8,8 +8,9 @@ the threads of torch. ``FASTATTN_CPU_ISA`` asks for one of them.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fastattn.backends.base import QKV, Backend, Capabilities, Outputs, Run, capability_reasons
@@ -54,6 +55,7 @@ class CpuBackend(Backend):
         max_head_dim=attention.MAX_HEAD_DIM,
     )
     prepares_more = True
+    computes_weights = True
     checks_cache_values = True
 
     def unavailable_reason(self) -> str | None:
@@ -105,6 +107,17 @@ class CpuBackend(Backend):
         self, gradient: StatisticsGradient, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]
     ) -> Grads:
         return statistics.backward(_library(), gradient, inputs, spec, needs)
+
+    def weights(self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype) -> Tensor:
+        return statistics.weights(_library(), inputs, spec, averages=averages, dtype=dtype)
+
+    def weights_backward(self, dweights: Tensor, inputs: Inputs, spec: AttentionSpec, needs: Sequence[str]) -> Grads:
+        return statistics.weights_backward(_library(), dweights, inputs, spec, needs)
+
+    def prepared_weights(
+        self, inputs: Inputs, spec: AttentionSpec, *, averages: bool, dtype: torch.dtype
+    ) -> tuple[Callable[..., Tensor], Run] | None:
+        return statistics.prepared_weights(_library(), inputs, spec, averages=averages, dtype=dtype)
 
     def attend_to_cache(self, inputs: CacheInputs, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
         return decode.attend(_library(), inputs, spec)

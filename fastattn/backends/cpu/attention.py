@@ -20,7 +20,7 @@ from fastattn.problem import MORE, TENSORS, Grads, Inputs
 from fastattn.spec import AttentionSpec
 from fastattn.storage import model
 
-VERSION = 5  # kAttentionVersion of csrc/cpu/params.h
+VERSION = 6  # kAttentionVersion of csrc/cpu/params.h
 # fa::cpu::AttentionParams: its fields in order, those that change from call to call first.
 VARIABLE = (
     "version", "threads", "machine", "q", "k", "v", "out", "lse", "lse_low", "dout", "dlse", "dq", "dk", "dv", "dbias",
@@ -182,7 +182,7 @@ def prepared_forward(
     library: Library, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool, apart: bool
 ) -> Run | None:
     """``forward`` for calls of one kind; lse and lse_low are ``apart`` or one tensor, since two take longer to make."""
-    rest = _rest(inputs, spec, FORWARD_PART)
+    rest = rest_of(inputs, spec, FORWARD_PART)
     if rest is None:
         return None
     alone, dtype = rest(), inputs.q.dtype
@@ -221,7 +221,7 @@ def prepared_backward(
 ) -> Run | None:
     """``backward`` for calls of one kind, whose ``lse`` has no gradient; lse and lse_low are as in the forward pass."""
     sums = SumsOfMore.of(inputs, needs)
-    rest = _rest(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
+    rest = rest_of(inputs, spec, BACKWARD_PART, dout, sums.make()[0])
     if rest is None:
         return None
     alone, new, has_sums = rest(), torch.empty_like, sums.of_bias is not None or sums.of_sinks is not None
@@ -267,7 +267,7 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _rest(
+def rest_of(
     inputs: Inputs,
     spec: AttentionSpec,
     first: struct.Struct,

@@ -22,9 +22,9 @@ SOURCES = (
     "common/mask.h", "cpu/params.h", "cpu/vector.h", "cpu/functions.h", "cpu/operand.h", "cpu/tile.h", "cpu/pack.h",
     "cpu/random.h", "cpu/attention.h", "cpu/intervals.h", "cpu/scores.h", "cpu/seen.h", "cpu/softmax.h", "cpu/rows.h",
     "cpu/forward.h", "cpu/gradient.h", "cpu/queries.h", "cpu/parts.h", "cpu/backward.h", "cpu/tangents.h", "cpu/jvp.h",
-    "cpu/backward_jvp.h", "cpu/small.h", "cpu/statistics.h", "cpu/attention.cpp", "cpu/attention_library.cpp",
-    "cpu/tree.h", "cpu/decode.h", "cpu/decode_products.h", "cpu/decode.cpp", "cpu/decode_library.cpp", "cpu/threads.h",
-    "cpu/machines.h", "cpu/machines.cpp",
+    "cpu/backward_jvp.h", "cpu/small.h", "cpu/statistics.h", "cpu/weights.h", "cpu/attention.cpp",
+    "cpu/attention_library.cpp", "cpu/tree.h", "cpu/decode.h", "cpu/decode_products.h", "cpu/decode.cpp",
+    "cpu/decode_library.cpp", "cpu/threads.h", "cpu/machines.h", "cpu/machines.cpp",
 )  # fmt: skip
 # -O2: the kernels are written in vectors; -O3 takes twice as long and makes them no faster. Nor do the passes that are
 # left out here, a quarter of the time.

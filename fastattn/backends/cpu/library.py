@@ -86,6 +86,8 @@ class Library:
             ("fa_cpu_backward_jvp", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_statistics", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
             ("fa_cpu_statistics_backward", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_weights", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
+            ("fa_cpu_weights_backward", [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_longlong),
         ):
             function = getattr(self._library, name, None)
             if function is None:
@@ -100,8 +102,8 @@ class Library:
         self._decode = self._library.fa_cpu_decode
         self.machine = asked_for(self.machines())
         self.passes = {"forward": self._library.fa_cpu_forward, "backward": self._library.fa_cpu_backward}
-        names = ("jvp", "backward_jvp", "statistics", "statistics_backward")
-        self._with_more = {name: getattr(self._library, f"fa_cpu_{name}") for name in names}
+        names = ("jvp", "backward_jvp", "statistics", "statistics_backward", "weights", "weights_backward")
+        self.with_more = {name: getattr(self._library, f"fa_cpu_{name}") for name in names}
 
     def machines(self) -> dict[str, bool]:
         """The instruction sets it was compiled for, the best first, and whether this machine has them."""
@@ -142,15 +144,15 @@ class Library:
         """A pass that takes a second struct.
 
         Args:
-            which: "jvp" or "backward_jvp", whose second struct is of the tangents; or "statistics" or
-                "statistics_backward".
+            which: "jvp" or "backward_jvp", whose second struct is of the tangents; or "statistics",
+                "statistics_backward", "weights" or "weights_backward".
             packed: the struct of the inputs.
             more: the second one.
 
         Raises:
             RuntimeError: it was not computed, for the reason that the message gives.
         """
-        if outcome := self._with_more[which](packed, more):
+        if outcome := self.with_more[which](packed, more):
             self.explain(outcome)
 
     def explain(self, outcome: int) -> None:

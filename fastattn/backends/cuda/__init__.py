@@ -22,7 +22,6 @@ from fastattn.torch_internals import current_raw_stream
 
 ARCH = 90  # wgmma and setmaxnreg exist on sm_90a alone
 MAX_HEAD_DIM = 256
-NOT_WITH_CACHE = ("alibi", "bias")  # the decode kernel lacks them
 
 
 @functools.cache
@@ -92,8 +91,6 @@ class CudaBackend(Backend):
         reasons = super().unsupported_reasons(problem)
         if problem.arch > ARCH:
             reasons.append(f"compute capability {problem.arch / 10:.1f} (made for {ARCH / 10:.1f} alone)")
-        if "cache" in problem.features:
-            reasons += [f"no {name} with a cache" for name in NOT_WITH_CACHE if name in problem.features]
         for name, size in (("D_qk", problem.head_dim_qk), ("D_v", problem.head_dim_v)):
             step = 16 if "fp8 cache" in problem.features else 8  # elements of 16 bytes of the cache or of q
             if size % step:
@@ -138,7 +135,8 @@ class CudaBackend(Backend):
         self, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool = False, apart: bool = False
     ) -> Run | None:
         with _current_stream(inputs.q.device):
-            return plans.forward(_kernels().prepared, inputs, spec, keep=keep, heads_first=heads_first)
+            prepare, multiprocessors = _kernels().prepared, _multiprocessors(inputs.q.device)
+            return plans.forward(prepare, inputs, spec, multiprocessors, keep=keep, heads_first=heads_first)
 
     def prepared_backward(
         self,

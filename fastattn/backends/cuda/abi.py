@@ -92,13 +92,15 @@ BACKWARD = Abi("backward", 4, (
     *_NUMBERS, "scale", "score_scale", "cap_scale", "heads_per_pass", "kv_heads_per_pass", "device", "stream",
 ))  # fmt: skip
 
-DECODE = Abi("decode", 4, (
+DECODE = Abi("decode", 5, (
     "version", "q", "k_cache", "v_cache", "out", "lse", "partial_out", "partial_lse", "sinks", "cache_lengths",
     "block_table", "cu_seqlens_q", "new_k", "new_v", "k_scale", "v_scale", "tree", "depths",
+    "alibi_slopes", "bias",
     "q_batch_stride", "q_row_stride", "q_head_stride", "k_batch_stride", "k_row_stride", "k_head_stride",
     "v_batch_stride", "v_row_stride", "v_head_stride", "new_k_batch_stride", "new_k_row_stride", "new_k_head_stride",
     "new_v_batch_stride", "new_v_row_stride", "new_v_head_stride", "sinks_batch_stride", "table_stride",
-    "k_scale_stride", "v_scale_stride", "tree_words", "shares_tree", "dtype", "is_e4m3", "is_gathered",
+    "k_scale_stride", "v_scale_stride", "tree_words", "shares_tree", "slopes_batch_stride",
+    *(f"bias_strides.{of}" for of in terms.PAIR_STRIDES), "bias_is_float", "dtype", "is_e4m3", "is_gathered",
     "batch", "heads_q", "heads_kv", "head_dim_qk", "head_dim_v", "seqlen_q", "new_keys", "pages", "page_size",
     "capacity", "box_rows", "left", "right", "has_softcap", "score_scale", "cap_scale", "heads_per_tile",
     "positions_per_tile", "tiles", "splits", "device", "stream",

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fastattn import kv_cache
-from fastattn.backends.cuda import abi
+from fastattn.backends.base import QKV
+from fastattn.backends.cuda import abi, terms
 from fastattn.errors import input_error
 from fastattn.kv_cache import CacheInputs
+from fastattn.problem import Inputs
 from fastattn.spec import AttentionSpec
 
 TILE_ROWS = 64
@@ -43,6 +45,27 @@ def attend(
     out, lse = step.tensors["out"], step.tensors["lse"]
     assert out is not None and lse is not None
     return out, lse
+
+
+def serves(inputs: Inputs, spec: AttentionSpec) -> bool:
+    """Whether one tile has room for all queries of the heads that share a key head, and keys are to be read.
+
+    Then these kernels read K and V once for the group, and divide the keys among multiprocessors. The forward kernel
+    takes a tile of 128 or 192 rows for each head.
+    """
+    q, k = inputs.q, inputs.k
+    is_dense = inputs.cu_seqlens_q is None and inputs.cu_seqlens_kv is None
+    if not is_dense or spec.dropout_p or any(x is not None for name, x in inputs.tensors().items() if name not in QKV):
+        return False
+    is_like_a_cache = spec.anchor == "lower_right" or q.shape[1] == k.shape[1] or (spec.left is spec.right is None)
+    return is_like_a_cache and 0 < q.shape[1] * (inputs.heads_q // inputs.heads_kv) <= TILE_ROWS and k.numel() > 0
+
+
+def as_full_cache(inputs: Inputs) -> CacheInputs:
+    """``k`` and ``v`` as caches of one page for each sequence, without a free position."""
+    batch, s_kv = inputs.k.shape[:2]
+    lengths = torch.full((batch,), s_kv, dtype=torch.int32, device=inputs.q.device)
+    return CacheInputs(inputs.q, inputs.k, inputs.v, lengths, max_seqlen_q=inputs.q.shape[1])
 
 
 def is_stored_by_kernel(inputs: CacheInputs) -> bool:
@@ -139,8 +162,8 @@ def most_keys(inputs: CacheInputs, spec: AttentionSpec, tiling: Tiling) -> int:
 
 
 def depths(inputs: CacheInputs, spec: AttentionSpec) -> Tensor | None:
-    """The depths of new tokens in their tree, where a window counts positions along its paths."""
-    if inputs.tree_mask is None or spec.left is None:
+    """The depths of new tokens in their tree, where a window or ALiBi counts positions along its paths."""
+    if inputs.tree_mask is None or (spec.left is None and inputs.alibi_slopes is None):
         return None
     return kv_cache.tree_depths(inputs).int().contiguous()
 
@@ -163,6 +186,8 @@ def readable(inputs: CacheInputs) -> CacheInputs:
         block_table=None if inputs.block_table is None else inputs.block_table.contiguous(),
         cu_seqlens_q=cu_seqlens_q,
         sinks=None if inputs.sinks is None else inputs.sinks.float().contiguous(),
+        alibi_slopes=None if inputs.alibi_slopes is None else inputs.alibi_slopes.float().contiguous(),
+        bias=terms.readable_bias(inputs.bias, inputs.q.dtype),
         k_scale=None if inputs.k_scale is None else inputs.k_scale.contiguous(),
         v_scale=None if inputs.v_scale is None else inputs.v_scale.contiguous(),
         tree_mask=None if inputs.tree_mask is None else inputs.tree_mask.contiguous(),
@@ -197,10 +222,10 @@ def decode_fields(
         "table_stride": 0 if table is None else table.stride(0),
         **_scale_strides(inputs),
         **_tree(inputs),
+        **_terms(inputs),
         "dtype": int(q.dtype == torch.float16),
         "is_e4m3": int(inputs.is_fp8),
-        # The blocks of a batch-invariant call are the same whatever its pages are.
-        "is_gathered": int(inputs.is_fp8 or inputs.batch_invariant or box_rows < ATOM_ROWS),
+        "is_gathered": int(is_gathered(inputs, box_rows)),
         "batch": inputs.batch,
         "heads_q": inputs.heads_q,
         "heads_kv": inputs.heads_kv,
@@ -210,7 +235,7 @@ def decode_fields(
         "new_keys": 0 if inputs.k is None else -1 if inputs.is_packed else inputs.k.shape[1],
         "pages": inputs.k_cache.shape[0],
         "page_size": inputs.page_size,
-        "capacity": inputs.capacity,
+        "capacity": kv_cache.most_positions(inputs),
         "box_rows": box_rows,
         "heads_per_tile": tiling.heads,
         "positions_per_tile": tiling.positions,
@@ -219,6 +244,15 @@ def decode_fields(
         "device": q.device.index or 0,
         "stream": stream,
     }
+
+
+def is_gathered(inputs: CacheInputs, box_rows: int) -> bool:
+    """Whether threads copy the rows of the cache: their kernels alone read e4m3, small boxes, ALiBi and bias.
+
+    The blocks of a batch-invariant call are the same whatever its pages are.
+    """
+    has_terms = inputs.bias is not None or inputs.alibi_slopes is not None
+    return inputs.is_fp8 or inputs.batch_invariant or has_terms or box_rows < ATOM_ROWS
 
 
 def _new_rows(inputs: CacheInputs, stores: bool) -> abi.Fields:
@@ -245,7 +279,20 @@ def _tree(inputs: CacheInputs) -> abi.Fields:
     return {"tree": tree.data_ptr(), "tree_words": tree.shape[-1], "shares_tree": int(is_shared)}
 
 
-_READ = ("q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q", "k_scale", "v_scale")
+def _terms(inputs: CacheInputs) -> abi.Fields:
+    """The fields of ALiBi and bias but for their addresses."""
+    slopes, bias = inputs.alibi_slopes, inputs.bias
+    return {
+        "slopes_batch_stride": 0 if slopes is None or slopes.shape[0] == 1 else inputs.heads_q,
+        **terms.pair_strides("bias_strides", bias),
+        "bias_is_float": int(bias is not None and bias.dtype == torch.float32),
+    }
+
+
+_READ = (
+    "q", "k_cache", "v_cache", "sinks", "cache_lengths", "block_table", "cu_seqlens_q", "k_scale", "v_scale",
+    "alibi_slopes", "bias",
+)  # fmt: skip
 
 
 def _strides(name: str, x: Tensor, is_packed: bool = False) -> abi.Fields:

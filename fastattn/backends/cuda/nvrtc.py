@@ -107,7 +107,7 @@ def version() -> str:
 def source_of(instance: Instance) -> str:
     """A translation unit with one kernel of a plain name."""
     config = instance.config
-    namespace = "fa" if isinstance(config, (RowwiseConfig, CombineConfig, PrepareConfig)) else "fa::sm90"
+    namespace = "fa" if config.arguments.endswith("Params") else "fa::sm90"  # a struct of params.h, or one with maps
     call = "fa::sm90::backward_dsinks" if config == DSINKS else f"fa::sm90::{config.function}<Traits>"
     return (
         f'#include "{config.header}"\n'
@@ -175,10 +175,18 @@ class NvrtcKernels:
     """All passes, as csrc/sm90/host.cu has them, through kernels compiled here, each when it is first needed."""
 
     def __init__(self) -> None:
-        load()
+        self._find_compiler()
         self._forward, self._dkdv, self._dq = forward_configs(), dkdv_configs(), dq_configs()
         self._decode, self._gathered = decode_configs(), gathered_configs()
         self._functions: dict[tuple[int, Instance], int] = {}
+
+    @staticmethod
+    def _find_compiler() -> None:
+        load()
+
+    def steps(self, struct: abi.Abi, given: dict[str, int]) -> list[Step]:
+        """The kernels of a pass, in order, for its fields as integers."""
+        return getattr(self, f"_{struct.name}_steps")(given) if given["batch"] and given["seqlen_q"] else []
 
     def launch(self, struct: abi.Abi, fields: abi.Fields) -> None:
         """Launch the kernels of a pass, those that its fields ask for, in the current context.
@@ -193,7 +201,7 @@ class NvrtcKernels:
         """``launch`` for other tensors of the same kind, on any stream: kernels loaded, tensor maps encoded."""
         given = {name: int(value) for name, value in fields.items()}
         device = given["device"]
-        steps = getattr(self, f"_{struct.name}_steps")(given) if given["batch"] and given["seqlen_q"] else []
+        steps = self.steps(struct, given)
         if steps:
             driver.use_device(device)
         return _launcher(struct, struct.pack(fields), device, [self._kernel(struct, step, given) for step in steps])

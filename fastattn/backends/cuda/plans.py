@@ -27,8 +27,14 @@ General = Callable[[CacheInputs, AttentionSpec], tuple[Tensor, Tensor]]
 IN_LAYOUT = ("out", "dq", "dk", "dv")
 
 
-def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool, heads_first: bool) -> Run | None:
+def forward(
+    prepare: Prepare, inputs: Inputs, spec: AttentionSpec, multiprocessors: int, *, keep: bool, heads_first: bool
+) -> Run | None:
     """The run of a forward pass; None if a tensor has to be copied or scaled first."""
+    if not keep and decode.serves(inputs, spec):
+        found = _few_queries(prepare, inputs, spec, multiprocessors, heads_first=heads_first)
+        if found is not None:
+            return found
     ready, positive = abi.prepared(inputs, spec)
     if any(getattr(ready, name) is not getattr(inputs, name) for name in QKV):
         return None
@@ -37,6 +43,19 @@ def forward(prepare: Prepare, inputs: Inputs, spec: AttentionSpec, *, keep: bool
     made: dict[str, Tensor | None] = dict(zip(("out", "lse", "lse_low"), results, strict=True))
     results_named = tuple(made) if keep else ("out",)
     return _run(abi.FORWARD, launch, QKV, made, results_named, heads_first, counters.draws(inputs, spec))
+
+
+def _few_queries(
+    prepare: Prepare, inputs: Inputs, spec: AttentionSpec, multiprocessors: int, *, heads_first: bool
+) -> Run | None:
+    """The same by the kernels for caches, of which ``k`` and ``v`` are full ones: without a step for the lengths."""
+    cache = decode.as_full_cache(inputs)
+    step = decode.Step.of(cache, spec, multiprocessors, stores=False)
+    names = ("q", "k_cache", "v_cache")
+    if any(getattr(step.inputs, name) is not getattr(cache, name) for name in names):
+        return None
+    launch = prepare(abi.DECODE, step.fields(stream=0) | {"cache_lengths": 0})
+    return _run(abi.DECODE, launch, names, step.tensors, ("out",), heads_first)
 
 
 def backward_pass(

@@ -79,6 +79,19 @@ class Terms:
         return NO_ADDRESSES | addresses | NO_NUMBERS | {f"numbers.{name}": x for name, x in self.numbers.items()}
 
 
+def readable_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``bias`` in fp32 or in ``dtype``, that of q."""
+    return bias if bias is None or bias.dtype in (torch.float32, dtype) else bias.float()
+
+
+def pair_strides(name: str, x: Tensor | None) -> dict[str, int | float]:
+    """The fields of the strides of ``x``, 0 where it is shared."""
+    if x is None:
+        return {f"{name}.{of}": 0 for of in PAIR_STRIDES}
+    steps = zip(PAIR_STRIDES, x.shape, x.stride(), strict=True)
+    return {f"{name}.{of}": stride if size > 1 else 0 for of, size, stride in steps}
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -97,14 +110,11 @@ def _add_segments(inputs: Inputs, tensors: dict[str, Tensor | None], numbers: di
 
 def _add_pairs(inputs: Inputs, tensors: dict[str, Tensor | None], numbers: dict[str, int | float]) -> None:
     """Mask and bias as they lie in memory, with a stride of 0 where they are shared."""
-    bias = inputs.bias
-    if bias is not None and bias.dtype not in (torch.float32, inputs.q.dtype):
-        bias = bias.float()
+    bias = readable_bias(inputs.bias, inputs.q.dtype)
     for name, given in (("mask", inputs.mask), ("bias", bias)):
         if given is None:
             continue
         # The kernels step along queries and keys by strides of 32 bits.
         x = tensors[name] = given if max(given.stride()[2:]) < 1 << 31 else given.contiguous()
-        for of, size, stride in zip(PAIR_STRIDES, x.shape, x.stride(), strict=True):
-            numbers[f"{name}_strides.{of}"] = stride if size > 1 else 0
+        numbers |= pair_strides(f"{name}_strides", x)
     numbers["bias_is_float"] = int(bias is not None and bias.dtype == torch.float32)

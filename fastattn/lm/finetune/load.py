@@ -117,6 +117,7 @@ def _of_folder(folder: HFFolder, device: torch.device | str, attention: str | No
     tokenizer = folder.tokenizer()
     task = kind(tokenizer, model.config, labels)
     task.special = folder.special_tokens(tokenizer)
+    task.compares = folder.compares
     return Finetuned(model, task)
 
 

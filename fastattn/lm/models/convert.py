@@ -95,6 +95,7 @@ def save_pretrained(
     special_tokens: Mapping[str, int] | None = None,
     chat_template: str | None = None,
     image_processor: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
     """Write a folder that ``transformers`` loads, and ``from_pretrained`` too.
@@ -108,6 +109,7 @@ def save_pretrained(
         special_tokens: ids of "bos", "eos", "pad" and "decoder_start" where the model has them, for their generation.
         chat_template: is written too, as ``chat_template.jinja``.
         image_processor: is written too, as ``preprocessor_config.json``.
+        more: entries of ``config.json`` that the format does not have; transformers keeps them and reads none.
         max_shard_bytes: of a file of weights; a larger model is written in several, one after the other, so that memory
             holds the model and one of them.
 
@@ -135,7 +137,7 @@ def save_pretrained(
         fields["decoder_start_token_id"] = ids["decoder_start"]
     with new_folder(path) as folder:
         _write_tensors(folder, tensors, max_shard_bytes)
-        _write_json(folder / "config.json", fields)
+        _write_json(folder / "config.json", {**(more or {}), **fields})
         if tokenizer is not None:
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.longest}

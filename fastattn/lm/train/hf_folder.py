@@ -22,6 +22,8 @@ from fastattn.lm.train.checkpoint import Checkpoint, find_checkpoint
 from fastattn.lm.train.special_tokens import SpecialTokens
 from fastattn.lm.train.tokens import START, load_tokenizer
 
+# The key in config.json of classifiers whose every example had two texts; transformers keeps it.
+COMPARES = "fastattn_compares_two_texts"
 _TASKS = {"SequenceClassifier": "classify", "TokenClassifier": "tag", "SpanExtractor": "qa"}
 _KINDS = {"regression": "regression", "multi_label_classification": "multilabel"}  # of "problem_type"
 
@@ -52,6 +54,11 @@ class HFFolder:
             return "image" if head_class(hf_format, fields) else None
         task = _TASKS.get(head_class(hf_format, fields) or "")
         return _KINDS.get(fields.get("problem_type") or "", task) if task == "classify" else task
+
+    @property
+    def compares(self) -> bool:
+        """Whether an input must have two texts. Only folders that fastattn exported say so."""
+        return self._read("config.json").get(COMPARES) is True
 
     @property
     def chat_template(self) -> str | None:

@@ -99,6 +99,21 @@ def test_fields_of_e4m3_and_of_a_tree() -> None:
     assert not fields["depths"] and launched(inputs, right=0, left=5)["depths"]
 
 
+def test_fields_of_alibi_and_of_a_bias() -> None:
+    bias = torch.zeros(1, 8, 1, 70, dtype=torch.bfloat16)
+    inputs = inputs_of(bias=bias, alibi_slopes=torch.ones(2, 8))
+    fields = launched(inputs)
+    assert fields["is_gathered"] and (fields["slopes_batch_stride"], fields["bias_is_float"]) == (8, 0)
+    assert [fields[f"bias_strides.{of}"] for of in ("batch", "head", "query", "key")] == [0, 70, 0, 1]
+    assert fields["bias"] == bias.data_ptr() and fields["capacity"] == 64
+    short = launched(inputs.replace(bias=bias[..., :50].double(), alibi_slopes=torch.ones(1, 8)))
+    assert (short["capacity"], short["bias_is_float"], short["slopes_batch_stride"]) == (50, 1, 0)
+    new = torch.zeros(2, 3, 2, 64, dtype=torch.bfloat16)
+    tree = torch.ones(1, 3, 1, dtype=torch.int32)
+    of_tree = inputs_of(s_q=3, k=new, v=new, tree_mask=tree, alibi_slopes=torch.ones(1, 8))
+    assert launched(of_tree, right=0)["depths"], "distances count along the paths of a tree"
+
+
 def test_caches_are_not_copied_unless_tma_cannot_read_them() -> None:
     inputs = inputs_of()
     assert launched(inputs)["k_cache"] == inputs.k_cache.data_ptr()

@@ -75,9 +75,9 @@ def test_verify(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "all within the tolerance" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page_size", [None, 16])
-def test_a_cache(page_size: int | None) -> None:
-    case = CacheCase("cuda", before=(70, 3), s_q=(1, 1), page_size=page_size, D_qk=64, D_v=64, dtype=BF16, sinks=True)
+@pytest.mark.parametrize("more", [{}, {"page_size": 16}, {"page_size": 16, "bias": True, "alibi": True}], ids=str)
+def test_a_cache(more: dict[str, Any]) -> None:
+    case = CacheCase("cuda", before=(70, 3), s_q=(1, 1), D_qk=64, D_v=64, dtype=BF16, sinks=True, **more)
     assert_within(measure_cache("cuda", make_cache_sample(case, "cuda")))
 
 
@@ -109,8 +109,15 @@ def inference() -> Callable[[], object]:
     return lambda: attend(tensors)
 
 
+def few_queries() -> Callable[[], object]:
+    """Of four heads that share two key heads: a tile of the kernels for caches holds both of a group."""
+    tensors = [normal(2, 7, 4, 64), normal(2, 50, 2, 64), normal(2, 50, 2, 64)]
+    return lambda: attend(tensors)
+
+
 CALLS = {
     inference: ["forward"],
+    few_queries: ["decode"],
     training_step: ["forward", "backward"],
     step: ["decode"],
 }  # fmt: skip
@@ -128,6 +135,23 @@ def test_calls_never_wait_and_run_on_the_current_stream(
         run()
     assert machine.waits == [] and [launch.kernel for launch in machine.launches] == 2 * CALLS[prepare]
     assert {(launch.device, launch.stream) for launch in machine.launches} == {(0, side.cuda_stream)}
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (20, 3), "softcap": 5.0}], ids=["causal", "window"])
+def test_few_queries_of_a_group_share_a_tile(options: dict[str, Any], machine: simulated.Machine) -> None:
+    q, k, v = normal(2, 7, 4, 64), normal(2, 50, 2, 64), normal(2, 50, 2, 64)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    expected = fastattn.attention(*(x.cpu().float() for x in (q, k, v)), **options, backend="eager")
+    for tensors in ([q, k, v], [q, k, v], heads_first):
+        out = fastattn.attention(*tensors, **options, backend="cuda")
+        torch.testing.assert_close(out.cpu().float(), expected, atol=0.02, rtol=0.02)
+    assert [launch.kernel for launch in machine.launches] == 3 * ["decode"]
+    with fastattn.use_backend(
+        "cuda"
+    ):  # torch's diagonal begins in the upper left; that of a cache ends in the lower right
+        fastattn.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    fastattn.attention(q.requires_grad_(), k, v, causal=True, backend="cuda")  # gradients need both parts of lse
+    assert [launch.kernel for launch in machine.launches][3:] == 2 * ["forward"]
 
 
 def test_another_device_and_a_fresh_thread_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

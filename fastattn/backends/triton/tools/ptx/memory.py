@@ -21,14 +21,17 @@ class Fault(Exception):
 class Global:
     """The memory of tensors at its own addresses. Whatever lies outside them is out of bounds."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        spans: dict[int, int] = {}
-        for x in tensors:
-            storage = x.untyped_storage()
-            if storage.nbytes():
-                spans[storage.data_ptr()] = max(storage.nbytes(), spans.get(storage.data_ptr(), 0))
-        self.begins = np.array(sorted(spans), dtype=np.int64)
-        self.views = [_view(begin, spans[begin]) for begin in self.begins.tolist()]
+    def __init__(self, tensors: Iterable[torch.Tensor] = (), spans: Iterable[tuple[int, int]] = ()) -> None:
+        """Of ``tensors``, and of ``spans``, the first address and the number of bytes of each."""
+        storages = (x.untyped_storage() for x in tensors)
+        joined: list[list[int]] = []
+        for begin, size in sorted([*spans, *((x.data_ptr(), x.nbytes()) for x in storages)]):
+            if size and joined and begin < joined[-1][1]:
+                joined[-1][1] = max(joined[-1][1], begin + size)
+            elif size:
+                joined.append([begin, begin + size])
+        self.begins = np.array([begin for begin, _ in joined], dtype=np.int64)
+        self.views = [_view(begin, end - begin) for begin, end in joined]
 
     def load(self, at: Addresses, size: int) -> Bytes:
         """``[threads, size]`` bytes."""

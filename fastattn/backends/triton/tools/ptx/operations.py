@@ -153,6 +153,8 @@ def compute(opcode: tuple[str, ...], given: list[Bits]) -> Bits:
             return np.where(given[2], given[0], given[1])
         if name == "bfe":
             return _field(kind, *given)
+        if name == "bfi":
+            return _inserted(*given)
         if name == "lop3":
             return _by_table(*given)
         if name == "prmt":
@@ -202,7 +204,7 @@ def _integer_product(part: str, kind: str, given: list[Bits]) -> Bits:
 
 def _converted(opcode: tuple[str, ...], given: list[Bits]) -> Bits:
     *modifiers, to, of = opcode[1:]
-    if to in ("bf16x2", "f16x2"):
+    if to in ("bf16x2", "f16x2") and of != "e4m3x2":
         high, low = (bits_of(values(x, of), to[:-2]).astype(np.uint32) for x in given)
         return (high << 16) | low
     if to == "e4m3x2":
@@ -233,6 +235,14 @@ def _field(kind: str, a: Bits, begin: Bits, length: Bits) -> Bits:
         sign = np.uint64(1) << np.maximum(size - 1, 0).astype(np.uint64)
         field = (field ^ sign) - sign
     return bits_of(field, kind)
+
+
+def _inserted(field: Bits, into: Bits, begin: Bits, length: Bits) -> Bits:
+    """``into`` with a field of bits replaced by the low bits of ``field``."""
+    start, size = (np.minimum(x.astype(np.uint64) & np.uint64(255), np.uint64(63)) for x in (begin, length))
+    mask = ((np.uint64(1) << size) - np.uint64(1)) << start
+    found = (into.astype(np.uint64) & ~mask) | ((field.astype(np.uint64) << start) & mask)
+    return found.astype(into.dtype)
 
 
 def _by_table(a: Bits, b: Bits, c: Bits, table: Bits) -> Bits:

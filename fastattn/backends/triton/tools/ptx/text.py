@@ -44,7 +44,15 @@ class Address:
     offset: int
 
 
-Operand = Register | Number | Symbol | Vector | Address
+@dataclass(frozen=True)
+class Place:
+    """``[map, {coordinates}]``: a box in the tensor that a tensor map describes."""
+
+    map: Register | Symbol | Number
+    coordinates: tuple[Register | Number | Symbol, ...]
+
+
+Operand = Register | Number | Symbol | Vector | Address | Place
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Program:
     threads: int
 
 
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)(?:\s+\.ptr[^,)]*?)?\s+(\w+)\s*[,)\n]")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.(\w+)(?:\s+\.ptr[^,)]*?)?\s+(\w+)(?:\[\d+\])?\s*[,)\n]")
+_SCOPE = re.compile(r"(?m)^\s*\{\s*(\.reg .*)\}\s*$")
+_DECLARED = re.compile(r"\.reg \.\w+ ([\w, ]+);")
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)")
 
 
@@ -88,16 +98,25 @@ def parse(ptx: str) -> Program:
     if entry is None:
         raise ValueError("the text holds no kernel")
     name, declared, directives, body = entry.groups()
-    threads = re.search(r"\.reqntid (\d+)", directives)
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", directives)
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    for line in _statements(body):
+    for line in _statements(_SCOPE.sub(_opened, body)):
         if line.endswith(":"):
             labels[line[:-1]] = len(instructions)
         elif not line.startswith("."):
             instructions.append(_instruction(line))
     parameters = tuple((kind, of) for kind, of in _PARAMETER.findall(declared + "\n"))
     return Program(name, tuple(instructions), labels, parameters, int(threads[1]) if threads else 0)
+
+
+def _opened(scope: re.Match[str]) -> str:
+    """The statements of a scope on one line, its own registers under names that begin as all others do."""
+    text = scope[1]
+    names = [name.strip() for declared in _DECLARED.findall(text) for name in declared.split(",")]
+    for name in names:
+        text = re.sub(rf"(?<![\w.%$]){name}(?!\w)", f"%{name}_of_scope", text)
+    return re.sub(_DECLARED, "", text).replace(".reg", "")
 
 
 def _statements(body: str) -> list[str]:
@@ -142,6 +161,9 @@ def _split(operands: str) -> list[str]:
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_simple(x.strip()) for x in text.strip("{} ").split(",")))
+    if text.startswith("[") and "," in text:
+        pointer, _, coordinates = text.strip("[] ").partition(",")
+        return Place(_simple(pointer.strip()), tuple(_simple(x.strip()) for x in coordinates.strip("{} ").split(",")))
     if text.startswith("["):
         base, _, offset = text.strip("[] ").partition("+")
         return Address(_simple(base.strip()), int(offset.strip() or "0", 0))
