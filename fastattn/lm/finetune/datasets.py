@@ -57,7 +57,8 @@ class Dataset:
         if classes:
             shown = ", ".join(f"{name} ({count:,})" for name, count in classes.most_common(10))
             more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
-            lines.append(f"  {len(classes)} classes: {shown}{more}")
+            noun = "class" if len(classes) == 1 else "classes"
+            lines.append(f"  {len(classes)} {noun}: {shown}{more}")
         if self.task in ("classify", "image", "tag"):
             share = classes.most_common(1)[0][1] / classes.total()
             lines.append(f"  baseline: always {classes.most_common(1)[0][0]!r} has an accuracy of {share:.4f}")
