@@ -20,8 +20,8 @@ def plot_losses(records: list[dict[str, float]], levels: Mapping[str, float], pa
     figure, axes = _drawing()
     for name, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
         points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        if points:  # a line through one point would not be seen
+            axes.plot(*zip(*points, strict=True), style if len(points) > 1 else "o", label=label, markersize=4)
     for name, level in levels.items():
         axes.axhline(level, color="gray", linestyle="--", label=name)
     axes.set(xlabel="step", ylabel="loss (nats per label)", title="fastattn: training")
