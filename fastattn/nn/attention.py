@@ -250,8 +250,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         None for many scores, calls with a gradient, options that torch lacks, and a changed ``out_proj``.
         """
         weight, bias, records = self.in_proj_weight, self.in_proj_bias, torch.is_grad_enabled()
-        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)) or is_traced():
-            return None  # first what each step of training meets; a trace would name tensors by what is asked next
+        if weight is None or bias is None or (records and (query.requires_grad or weight.requires_grad)):
+            return None  # first what each step of training meets
+        if torch.compiler.is_compiling() or is_traced():
+            return None  # a trace would name tensors by what is asked next, with and without gradients differently
         is_plain = self.window is self.softcap is self.rotary is self.q_norm is self.sinks is self.bias_k is None
         if not is_plain or self.add_zero_attn or self.num_kv_heads != self.num_heads or self.num_heads % 2:
             return None
