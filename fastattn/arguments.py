@@ -298,9 +298,7 @@ def five_dims(intervals: Tensor | None) -> Tensor | None:
     if not 3 <= intervals.dim() <= 5:
         todo = "Give each query row n ranges; fastattn.intervals builds them."
         raise input_error("intervals", f"shape {tuple(intervals.shape)}", order, todo)
-    if (
-        intervals.shape[-2] == 0
-    ):  # kernels are given addresses, and an empty tensor has none: they would see no intervals
+    if intervals.shape[-2] == 0:  # an empty tensor has no address, so that kernels would see no intervals
         intervals = intervals.new_zeros((*intervals.shape[:-2], 1, intervals.shape[-1]))
     return intervals[(None,) * (5 - intervals.dim())]
 
